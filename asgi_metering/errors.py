@@ -1,0 +1,122 @@
+"""
+Every exception that the package raises on purpose.
+
+The class says whose move was wrong: whoever configured (`ConfigurationError`), whoever called
+(`MeteringError` children that are also `ValueError` or `LookupError`), or the store (`StoreError`).
+Not enough balance, over a limit, already settled: these are answers, not errors (see `decisions`).
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AmountError",
+    "CallClosedError",
+    "ConfigurationError",
+    "IdempotencyConflictError",
+    "IdentityError",
+    "InvalidKeyError",
+    "MeteringError",
+    "MissingExtraError",
+    "NoCallError",
+    "PayerError",
+    "SettlementError",
+    "StoreContendedError",
+    "StoreError",
+    "StoreUnavailableError",
+    "UnknownHoldError",
+    "UsageError",
+]
+
+
+class MeteringError(Exception):
+    """Base of every error of this package. Catch a child where you can name one."""
+
+
+class ConfigurationError(MeteringError, ValueError):
+    """The set-up is wrong; raised at import or at startup, never first on a paying request."""
+
+
+class MissingExtraError(ConfigurationError, ImportError):
+    """
+    A feature needs a package that is not installed.
+
+    Args:
+        feature: What was asked for.
+        extra: The extra of this package that brings what it needs.
+    """
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(
+            f"{feature} needs a package that is not installed. Run: pip install 'asgi-metering[{extra}]'"
+        )
+        self.feature = feature
+        self.extra = extra
+
+
+class AmountError(MeteringError, ValueError):
+    """An amount, price or scale is not usable: a float, NaN, negative, too fine or too large."""
+
+
+class InvalidKeyError(MeteringError, ValueError):
+    """A payer, grant id or other key is empty, too long or not printable."""
+
+
+class UsageError(MeteringError, ValueError):
+    """Reported usage is not usable: negative, NaN, absurd or contradictory."""
+
+
+class IdentityError(MeteringError):
+    """The `identify` function failed, so nobody can be charged; over HTTP the answer is 503."""
+
+
+class PayerError(MeteringError, LookupError):
+    """Who pays could not be resolved. The work does not run, and nobody else is charged (S0.25, S3.38)."""
+
+
+class NoCallError(MeteringError, LookupError):
+    """Metered code ran outside any metered call; the gate fails closed (pitfall 3)."""
+
+
+class CallClosedError(MeteringError):
+    """The call that this code belongs to has ended; it can neither admit nor charge any more (pitfall 1)."""
+
+
+class UnknownHoldError(MeteringError, LookupError):
+    """No hold has this id, live or kept."""
+
+
+class IdempotencyConflictError(MeteringError, ValueError):
+    """
+    The same id came again with other input.
+
+    Args:
+        what: What the id identifies, such as ``"grant"``.
+        key: The id.
+        field: The first field that differs.
+        stored: Its value in the first request.
+        given: Its value now.
+    """
+
+    def __init__(self, what: str, key: str, field: str, stored: object, given: object) -> None:
+        super().__init__(
+            f"The {what} {key!r} exists with {field}={stored!r}, and came again with {field}={given!r}. "
+            f"Use a new id for a new {what}."
+        )
+        self.key = key
+        self.field = field
+
+
+class SettlementError(MeteringError):
+    """The work was done, but its end could not be booked yet; it is queued and retried (S3.10)."""
+
+
+class StoreError(MeteringError):
+    """The store could not do its part. Driver errors are chained as the cause."""
+
+
+class StoreUnavailableError(StoreError):
+    """No answer came in time. The operation may have happened: repeat it with the same id to learn it."""
+
+
+class StoreContendedError(StoreError):
+    """Bounded retries against concurrent writers are spent."""

@@ -1,0 +1,50 @@
+"""
+Names and keys: which strings may identify things.
+
+Knows the shapes and bounds of identifiers. Never knows what they identify.
+"""
+
+from __future__ import annotations
+
+import re
+
+from asgi_metering.errors import ConfigurationError, InvalidKeyError
+
+__all__ = ["MAX_KEY_LENGTH", "check_key", "check_name"]
+
+MAX_KEY_LENGTH = 255
+"""Characters of an opaque key (payer, grant id, call id): what every store's index takes without care."""
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}")
+
+
+def check_name(name: str, what: str) -> str:
+    """
+    Return *name* if it may stand in metrics, header fields and SQL alike.
+
+    Raises:
+        ConfigurationError: Not 1 to 64 characters of ``[A-Za-z0-9_.-]``, beginning with a letter, digit or ``_``.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigurationError(
+            f"The {what} {name!r} is not 1 to 64 characters of letters, digits, '_', '.' and '-'. Choose another."
+        )
+    return name
+
+
+def check_key(key: str, what: str) -> str:
+    """
+    Return *key* if it may identify an account, a grant or a call: 1 to 255 printable characters.
+
+    Raises:
+        InvalidKeyError: Not a str, empty, longer than 255, or with control characters or lone surrogates.
+    """
+    if not isinstance(key, str):
+        raise InvalidKeyError(f"The {what} {key!r} is a {type(key).__name__}, not a str. Pass an opaque string.")
+    if not key or len(key) > MAX_KEY_LENGTH:
+        raise InvalidKeyError(
+            f"The {what} has {len(key)} characters; 1 to {MAX_KEY_LENGTH} are allowed. Hash longer ones first."
+        )
+    if not key.isprintable():
+        raise InvalidKeyError(f"The {what} {key!r} has characters that are not printable. Encode it first.")
+    return key

@@ -1,0 +1,182 @@
+"""
+Receipts, entries and balances: what the ledger tells about what happened.
+
+Immutable values in smallest parts. Knows nothing of stores.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NamedTuple
+
+__all__ = ["Balance", "Basis", "EndedBy", "Entry", "EntryKind", "GrantReceipt", "Part", "Receipt", "Source"]
+
+
+class Basis(StrEnum):
+    """What an end of a call was charged on; printed on receipt, statement line and event."""
+
+    USAGE = "usage"
+    OBSERVED = "observed"
+    ESTIMATE = "estimate"
+    HOLD = "hold"
+    NONE = "none"
+
+
+class EndedBy(StrEnum):
+    """Who ended a hold: the call itself, the policy for calls in doubt, or a person."""
+
+    CALL = "call"
+    POLICY = "policy"
+    PERSON = "person"
+
+
+class Source(StrEnum):
+    """One kind of place that units come from."""
+
+    GRANT = "grant"
+    ALLOWANCE = "allowance"
+    DEBT = "debt"
+
+
+class Part(NamedTuple):
+    """
+    A part of a hold or of a charge, and where it came from.
+
+    Attributes:
+        source: Kind of the source.
+        name: Grant id, or allowance name; empty for debt.
+        start: Start of the allowance window, epoch seconds; 0 for grants and debt.
+        amount: Smallest parts.
+    """
+
+    source: Source
+    name: str
+    start: float
+    amount: int
+
+
+class Receipt(NamedTuple):
+    """
+    What the end of a call did.
+
+    Attributes:
+        id: The call's id.
+        payer, unit: The account.
+        amount: Charged, smallest parts; 0 when everything was released.
+        held: What had been set aside.
+        basis: What was charged on.
+        estimated: The basis is an estimate somewhere (counted past a bound, or from an estimate).
+        ended_by: Who ended it.
+        parts: Where the charge came from, in order.
+        available: What the account has left; None for an allowance.
+        at: The store's time, epoch seconds.
+        entry: Number of the ledger entry; None when nothing was charged.
+        applied: False when the hold had ended before: this is then the first receipt, unchanged.
+        late: Amount (either sign) of the linked entry that a first settlement after an automatic end posted.
+        known: False when the store has no such hold, live or kept: nothing happened.
+    """
+
+    id: str
+    payer: str
+    unit: str
+    amount: int
+    held: int
+    basis: Basis
+    estimated: bool
+    ended_by: EndedBy
+    parts: tuple[Part, ...]
+    available: int | None
+    at: float
+    entry: int | None
+    applied: bool = True
+    late: int | None = None
+    known: bool = True
+
+
+class EntryKind(StrEnum):
+    """What a line of the ledger is."""
+
+    GRANT = "grant"
+    SETTLE = "settle"
+    EXPIRE = "expire"
+    DEBT_PAYMENT = "debt_payment"
+    LATE = "late"
+
+
+class Entry(NamedTuple):
+    """
+    One line of the ledger of an account; never changed, never removed by use.
+
+    Attributes:
+        payer, unit: The account.
+        number: 1, 2, 3... without gaps within the account.
+        at: The store's time, epoch seconds.
+        kind: What happened.
+        amount: Smallest parts. What the account gained or lost follows from *kind*; a late entry has a sign.
+        ref: Id of the grant or call behind it.
+        line: The billing line, for charges.
+        basis: What a charge was based on.
+        estimated: Whether that basis is an estimate.
+        available: What the account had after this entry.
+        actor: Who did it, where a person or a system said so.
+        parts: Where a charge came from.
+    """
+
+    payer: str
+    unit: str
+    number: int
+    at: float
+    kind: EntryKind
+    amount: int
+    ref: str
+    line: str = ""
+    basis: Basis | None = None
+    estimated: bool = False
+    available: int = 0
+    actor: str = ""
+    parts: tuple[Part, ...] = ()
+
+
+class GrantReceipt(NamedTuple):
+    """
+    What a grant did.
+
+    Attributes:
+        id: The grant's id.
+        amount: Smallest parts granted.
+        applied: False when the same grant had been given before: nothing changed now.
+        paid_debt: What of it paid debt first.
+        available: What the account has now; a grant that starts later does not count yet.
+    """
+
+    id: str
+    amount: int
+    applied: bool
+    paid_debt: int
+    available: int
+
+
+class Balance(NamedTuple):
+    """
+    One account, in smallest parts: always ``granted - settled - expired - held == available``.
+
+    Attributes:
+        payer, unit: The account.
+        granted: Sum of the grants that have begun.
+        settled: Spent, debt included.
+        held: Set aside by live holds, those in doubt included.
+        expired: Lapsed with its grant.
+        available: May be negative, by debt.
+        debt: Settled beyond what was granted.
+        at: The store's time, epoch seconds.
+    """
+
+    payer: str
+    unit: str
+    granted: int
+    settled: int
+    held: int
+    expired: int
+    available: int
+    debt: int
+    at: float

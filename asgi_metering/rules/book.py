@@ -1,0 +1,316 @@
+"""
+One account while an operation works on it: burn order, holding, spending, giving back, debt.
+
+The only place that moves units between granted, held, settled and expired, so that
+``granted - settled - expired - held = available`` needs to be right only here.
+Does not know holds' lives, calls or limits.
+"""
+
+from __future__ import annotations
+
+from asgi_metering.receipts import Basis, Entry, EntryKind, Part, Source
+from asgi_metering.rules.state import NEVER, Account, AccountKey, Change, Grant, State, Table
+
+__all__ = ["Book", "burn_order"]
+
+
+def burn_order(grant: Grant) -> tuple[int, float, int]:
+    """Sort key: lower priority number first, then soonest expiry, then oldest."""
+    return (grant.priority, grant.expires_at, grant.number)
+
+
+class Book:
+    """
+    The account and the grants it touches, as they will be.
+
+    Args:
+        state: Read, never written.
+        key: (payer, unit).
+        now: The store's time, already clamped.
+    """
+
+    __slots__ = (
+        "_entries",
+        "_state",
+        "_touched",
+        "account",
+        "debt",
+        "entries",
+        "expired",
+        "granted",
+        "held",
+        "key",
+        "now",
+        "settled",
+    )
+
+    def __init__(self, state: State, key: AccountKey, now: float) -> None:
+        account = state.accounts.get(key)
+        if account is None:
+            account = Account(*key)
+        self._state = state
+        self.key = key
+        self.now = now
+        self.account = account
+        self.granted = account.granted
+        self.settled = account.settled
+        self.held = account.held
+        self.expired = account.expired
+        self.debt = account.debt
+        self.entries = account.entries
+        self._touched: dict[str, Grant] = {}
+        self._entries: list[Entry] = []
+        if now >= account.next_change_at:
+            self._mature()
+
+    @property
+    def available(self) -> int:
+        """What a new hold may take; negative by debt."""
+        return self.granted - self.settled - self.expired - self.held
+
+    # -- grants by time ------------------------------------------------------------------------------------
+
+    def _mature(self) -> None:
+        """Begin grants whose time has come, and lapse what is free of those whose time is over."""
+        for grant in sorted(self._open_grants(), key=burn_order):
+            if not grant.begun and grant.effective_at <= self.now:
+                self._begin(grant._replace(begun=True))
+        for grant in self._open_grants():
+            if grant.begun and grant.expires_at <= self.now and grant.free:
+                self._lapse(grant)
+        self._repay()
+
+    def _begin(self, grant: Grant) -> None:
+        self._touched[grant.id] = grant
+        self.granted += grant.amount
+
+    def _lapse(self, grant: Grant) -> None:
+        lapsed = grant.free
+        self._touched[grant.id] = grant._replace(expired=grant.expired + lapsed)
+        self.expired += lapsed
+        self.write(EntryKind.EXPIRE, lapsed, grant.id)
+
+    def _open_grants(self) -> list[Grant]:
+        """Open grants of the account as they are by now, in no order."""
+        stored = self._state.grants.get(self.key)
+        if not self._touched:
+            return list(stored.values()) if stored else []
+        merged = {**stored, **self._touched} if stored else dict(self._touched)
+        return [grant for grant in merged.values() if grant.is_open]
+
+    def _spendable(self) -> list[Grant]:
+        """Grants with free units, in burn order."""
+        now = self.now
+        grants = [g for g in self._open_grants() if g.begun and g.expires_at > now and g.free]
+        if len(grants) > 1:
+            grants.sort(key=burn_order)
+        return grants
+
+    def _grant(self, grant_id: str) -> Grant:
+        grant = self._touched.get(grant_id) or self._state.grant(self.key, grant_id)
+        if grant is None:
+            raise AssertionError(f"a part names grant {grant_id!r}, which account {self.key!r} does not have")
+        return grant
+
+    # -- moving units --------------------------------------------------------------------------------------
+
+    def hold(self, amount: int) -> tuple[Part, ...]:
+        """Set *amount* aside, over the grants in burn order. The caller has checked that it is available."""
+        parts = []
+        left = amount
+        for grant in self._spendable():
+            take = min(grant.free, left)
+            self._touched[grant.id] = grant._replace(held=grant.held + take)
+            parts.append(Part(Source.GRANT, grant.id, 0.0, take))
+            left -= take
+            if not left:
+                break
+        self.held += amount
+        return tuple(parts)
+
+    def settle(self, parts: tuple[Part, ...], amount: int) -> tuple[Part, ...]:
+        """
+        Spend *amount* of the held *parts* in their order, give back what is left of them, from the last backwards.
+
+        What exceeds them is spent from free grants in burn order, and what exceeds those becomes debt.
+        Returns where the charge came from.
+        """
+        spent = []
+        left = amount
+        for part in parts:
+            take = min(part.amount, left)
+            left -= take
+            self._unhold(part, take)
+            if take:
+                spent.append(part._replace(amount=take))
+        if left:
+            spent.extend(self.spend(left))
+        self._repay()
+        return tuple(spent)
+
+    def _unhold(self, part: Part, take: int) -> None:
+        """End one held part: *take* of it is spent, the rest is free again, or lapses with its grant."""
+        grant = self._grant(part.name)
+        rest = part.amount - take
+        lapsed = rest if grant.expires_at <= self.now else 0
+        self._touched[grant.id] = grant._replace(
+            held=grant.held - part.amount, settled=grant.settled + take, expired=grant.expired + lapsed
+        )
+        self.held -= part.amount
+        self.settled += take
+        if lapsed:
+            self.expired += lapsed
+            self.write(EntryKind.EXPIRE, lapsed, grant.id)
+
+    def spend(self, amount: int) -> list[Part]:
+        """Spend *amount* without a hold: free grants in burn order, then debt. Always succeeds."""
+        spent = []
+        left = amount
+        for grant in self._spendable():
+            if not left:
+                break
+            take = min(grant.free, left)
+            self._touched[grant.id] = grant._replace(settled=grant.settled + take)
+            spent.append(Part(Source.GRANT, grant.id, 0.0, take))
+            left -= take
+        if left:
+            self.debt += left
+            spent.append(Part(Source.DEBT, "", 0.0, left))
+        self.settled += amount
+        return spent
+
+    def give_back(self, parts: tuple[Part, ...], amount: int) -> None:
+        """Take back *amount* of a charge, from its last part backwards; what its grant's expiry overtook lapses."""
+        left = amount
+        for part in reversed(parts):
+            take = min(part.amount, left)
+            left -= take
+            if part.source is Source.DEBT:
+                cancelled = min(self.debt, take)
+                self.debt -= cancelled
+                self.settled -= cancelled
+                take -= cancelled
+                # The rest of that debt was paid by later grants meanwhile: it goes back to those.
+                for grant in sorted(self._paid_grants(), key=burn_order, reverse=True):
+                    back = min(grant.settled, take)
+                    self._unspend(grant, back)
+                    take -= back
+            elif take:
+                self._unspend(self._grant(part.name), take)
+        self._repay()
+
+    def _paid_grants(self) -> list[Grant]:
+        state, key = self._state, self.key
+        merged = {**state.closed_grants.get(key, {}), **state.grants.get(key, {}), **self._touched}
+        return [grant for grant in merged.values() if grant.settled]
+
+    def _unspend(self, grant: Grant, amount: int) -> None:
+        lapsed = amount if grant.expires_at <= self.now else 0
+        self._touched[grant.id] = grant._replace(settled=grant.settled - amount, expired=grant.expired + lapsed)
+        self.settled -= amount
+        if lapsed:
+            self.expired += lapsed
+            self.write(EntryKind.EXPIRE, lapsed, grant.id)
+
+    def add(self, grant: Grant) -> int:
+        """Take in a new grant; what it pays of the debt is returned."""
+        if grant.begun:
+            self._begin(grant)
+        else:
+            self._touched[grant.id] = grant
+        self.write(EntryKind.GRANT, grant.amount, grant.id, actor=grant.actor)
+        return self._repay()
+
+    def _repay(self) -> int:
+        """Pay debt from free units, in burn order: debt exists only where nothing is free."""
+        paid = 0
+        if self.debt:
+            for grant in self._spendable():
+                take = min(grant.free, self.debt)
+                self._touched[grant.id] = grant._replace(settled=grant.settled + take)
+                self.debt -= take
+                paid += take
+                self.write(EntryKind.DEBT_PAYMENT, take, grant.id)
+                if not self.debt:
+                    break
+        return paid
+
+    # -- writing down --------------------------------------------------------------------------------------
+
+    def write(
+        self,
+        kind: EntryKind,
+        amount: int,
+        ref: str,
+        *,
+        line: str = "",
+        basis: Basis | None = None,
+        estimated: bool = False,
+        actor: str = "",
+        parts: tuple[Part, ...] = (),
+    ) -> int:
+        """Add a ledger line and return its number; the time, and what the account has left, are filled in."""
+        self.entries += 1
+        payer, unit = self.key
+        entry = Entry(
+            payer,
+            unit,
+            self.entries,
+            self.now,
+            kind,
+            amount,
+            ref,
+            line,
+            basis,
+            estimated,
+            self.available,
+            actor,
+            parts,
+        )
+        self._entries.append(entry)
+        return self.entries
+
+    def changes(self, next_due_at: float | None = None) -> list[Change]:
+        """
+        What the operation did to the account, for the store to write.
+
+        Args:
+            next_due_at: A new lower bound for the account's next overdue hold; None keeps the old one.
+        """
+        account, key = self.account, self.key
+        changes: list[Change] = [(Table.GRANT, key, grant) for grant in self._touched.values()]
+        next_change = account.next_change_at
+        if self.now >= next_change or self._entries:
+            next_change = self._next_change()
+        changes.append(
+            (
+                Table.ACCOUNT,
+                key,
+                Account(
+                    *key,
+                    self.granted,
+                    self.settled,
+                    self.held,
+                    self.expired,
+                    self.debt,
+                    self.entries,
+                    next_change,
+                    account.next_due_at if next_due_at is None else next_due_at,
+                    max(self.now, account.seen_at),
+                ),
+            )
+        )
+        for entry in self._entries:
+            changes.append((Table.ENTRY, key, entry))
+        return changes
+
+    def _next_change(self) -> float:
+        """The first instant at which an open grant begins or lapses."""
+        return min(
+            (
+                grant.effective_at if not grant.begun else grant.expires_at
+                for grant in self._open_grants()
+                if not grant.begun or grant.expires_at > self.now
+            ),
+            default=NEVER,
+        )

@@ -1,0 +1,120 @@
+"""
+End of call: what happened, what the route's policy makes of it, and what is charged.
+
+The whole table of DESIGN "End of call" as one table. Does not know how an end was noticed, nor prices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+
+from asgi_metering.errors import ConfigurationError
+from asgi_metering.receipts import Basis
+
+__all__ = ["DEFAULT_END_POLICY", "END_OF_CALL", "Cause", "EndPolicy", "Sighting", "Situation", "situation"]
+
+
+class Cause(StrEnum):
+    """Why a call ended. Of several, the first one seen wins."""
+
+    COMPLETED = "completed"
+    ERROR = "error"
+    CLIENT_GONE = "client_gone"
+    CUT = "cut"
+    ABORTED = "aborted"
+
+
+class Situation(StrEnum):
+    """A row of the table."""
+
+    REPORTED = "completed, usage reported"
+    UNREPORTED = "completed, usage missing"
+    FAILED_EARLY = "answered >= 400, or error before the first byte"
+    FAILED_LATE = "error after the first byte, or call.fail()"
+    GONE_EARLY = "client gone before the first byte"
+    GONE_LATE = "client gone after the first byte"
+    CUT = "cut"
+    ABORTED = "aborted, worker died"
+
+
+END_OF_CALL: Mapping[Situation, tuple[Basis, ...]] = MappingProxyType(
+    {
+        Situation.REPORTED: (Basis.USAGE,),
+        Situation.UNREPORTED: (Basis.ESTIMATE, Basis.OBSERVED, Basis.HOLD, Basis.NONE),
+        Situation.FAILED_EARLY: (Basis.NONE, Basis.USAGE, Basis.OBSERVED, Basis.ESTIMATE, Basis.HOLD),
+        Situation.FAILED_LATE: (Basis.NONE, Basis.OBSERVED, Basis.HOLD),
+        Situation.GONE_EARLY: (Basis.OBSERVED, Basis.NONE, Basis.ESTIMATE, Basis.HOLD),
+        Situation.GONE_LATE: (Basis.OBSERVED, Basis.NONE, Basis.USAGE, Basis.ESTIMATE, Basis.HOLD),
+        Situation.CUT: (Basis.OBSERVED, Basis.HOLD),
+        Situation.ABORTED: (Basis.OBSERVED, Basis.NONE, Basis.HOLD),
+    }
+)
+"""For each situation the bases that a route may choose; the first is the default."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndPolicy:
+    """
+    What one route charges in each situation: a basis per row of `END_OF_CALL`.
+
+    Raises:
+        ConfigurationError: A basis that its row does not offer.
+    """
+
+    chosen: Mapping[Situation, Basis]
+
+    def __post_init__(self) -> None:
+        for row, basis in self.chosen.items():
+            if basis not in END_OF_CALL[row]:
+                offered = ", ".join(repr(str(choice)) for choice in END_OF_CALL[row])
+                raise ConfigurationError(
+                    f"{str(basis)!r} is no policy for a call that ends as {row.value!r}. Choose one of {offered}."
+                )
+
+    def basis(self, row: Situation) -> Basis:
+        """The basis for *row*: the chosen one, else the row's default."""
+        return self.chosen.get(row, END_OF_CALL[row][0])
+
+
+DEFAULT_END_POLICY = EndPolicy(MappingProxyType({}))
+"""Every row at its default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """
+    What is known when a call has ended.
+
+    Attributes:
+        cause: The first cause seen.
+        status: The response's status; None when none was sent.
+        first_byte: Whether a byte of the body went out.
+        failed: Whether the application called ``call.fail()``.
+        reported: Whether usage was reported; a report of zero is one. Fixed prices always count as reported.
+    """
+
+    cause: Cause
+    status: int | None = None
+    first_byte: bool = False
+    failed: bool = False
+    reported: bool = False
+
+
+def situation(seen: Sighting) -> Situation:
+    """The row of the table that *seen* falls into."""
+    if seen.cause is Cause.CUT:
+        return Situation.CUT
+    if seen.cause is Cause.ABORTED:
+        return Situation.ABORTED
+    if seen.cause is Cause.CLIENT_GONE:
+        return Situation.GONE_LATE if seen.first_byte else Situation.GONE_EARLY
+    if seen.status is not None and seen.status >= 400:
+        return Situation.FAILED_EARLY
+    if seen.failed:
+        return Situation.FAILED_LATE
+    if seen.cause is Cause.ERROR:
+        return Situation.FAILED_LATE if seen.first_byte else Situation.FAILED_EARLY
+    return Situation.REPORTED if seen.reported else Situation.UNREPORTED

@@ -1,0 +1,199 @@
+"""
+Operations: what a store is asked to do, one atomic step each.
+
+Plain values in smallest parts and epoch seconds. They carry everything that a rule needs and that the state
+does not hold: resolved limits, boundaries of calendar windows, the policy pinned at admission.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, NamedTuple, TypeAlias
+
+from asgi_metering.receipts import Basis, EndedBy
+from asgi_metering.rules.state import NEVER
+
+__all__ = [
+    "Acknowledge",
+    "Admit",
+    "AllowanceSource",
+    "Claim",
+    "Emit",
+    "End",
+    "LeaseAsk",
+    "LimitAsk",
+    "Operation",
+    "PostGrant",
+    "Renew",
+    "SourceAsk",
+    "Sweep",
+    "WalletSource",
+    "WindowKind",
+]
+
+
+class WindowKind(StrEnum):
+    """How a limit's window moves."""
+
+    FIXED = "fixed"
+    CALENDAR = "calendar"
+    SLIDING = "sliding"
+
+
+class LimitAsk(NamedTuple):
+    """
+    One rate limit to take from.
+
+    Attributes:
+        name: Unique on the route; names the limit in answers.
+        key: What is counted together: limit and key value, already hashed where it is personal.
+        kind: How the window moves.
+        limit: What one window allows.
+        window_s: The window's length in seconds, for a calendar window the current one's.
+        cost: What this call takes; 0 looks without taking.
+        meter: What is counted. Anything but ``"requests"`` is corrected at the call's end.
+        boundaries: For calendar windows: four instants around the caller's time, ascending.
+    """
+
+    name: str
+    key: str
+    kind: WindowKind
+    limit: int
+    window_s: float
+    cost: int = 1
+    meter: str = "requests"
+    boundaries: tuple[float, ...] = ()
+
+
+class LeaseAsk(NamedTuple):
+    """One slot of a pool. *level* is ``"caller"`` or ``"global"``; *limit* 0 admits nobody."""
+
+    name: str
+    pool: str
+    limit: int
+    level: str = "caller"
+
+
+class WalletSource(NamedTuple):
+    """Pay from the grants of the call's account."""
+
+
+class AllowanceSource(NamedTuple):
+    """Pay from the allowance *name*: *limit* smallest parts per window, whose *boundaries* are four instants."""
+
+    name: str
+    limit: int
+    boundaries: tuple[float, ...]
+
+
+SourceAsk: TypeAlias = WalletSource | AllowanceSource
+
+
+class Admit(NamedTuple):
+    """
+    Ask to run one call. All of it is decided in one step, all or nothing.
+
+    Attributes:
+        id: The call's id, new for every call; a repeat answers the first decision again.
+        payer, unit: The account.
+        amount: Smallest parts to hold; 0 touches no account.
+        minimum: Admit from here on, holding what is there; equal to *amount* without ``up_to``.
+        sources: Tried in order; the first that can pays the whole hold.
+        limits, leases: What else must have room.
+        ttl_s: Seconds that the hold lives without a heartbeat.
+        grace_s: Seconds in doubt before the policy may end it.
+        in_doubt: Basis on which the policy ends it: observed, hold or none.
+        facts: What the usage event says of the admission: JSON-safe, without secrets.
+    """
+
+    id: str
+    payer: str
+    unit: str
+    amount: int
+    minimum: int
+    sources: tuple[SourceAsk, ...] = ()
+    limits: tuple[LimitAsk, ...] = ()
+    leases: tuple[LeaseAsk, ...] = ()
+    ttl_s: float = 60.0
+    grace_s: float = 30.0
+    in_doubt: Basis = Basis.OBSERVED
+    line: str = ""
+    facts: Mapping[str, Any] = {}
+
+
+class Renew(NamedTuple):
+    """A heartbeat: the hold and its leases live on, and *observed* (smallest parts) is what was seen so far."""
+
+    id: str
+    observed: int = 0
+
+
+class End(NamedTuple):
+    """
+    End a call's hold; the first end wins.
+
+    Attributes:
+        id: The call's id.
+        amount: Smallest parts to charge; None releases everything.
+        basis: What the amount is based on.
+        estimated: Whether that is an estimate.
+        by: Who ends it.
+        actual: What weighted limits should have counted, by meter; a meter that is absent stays as it was held.
+        event: What the usage event says of the end, over the facts of the admission; None writes no event.
+    """
+
+    id: str
+    amount: int | None
+    basis: Basis = Basis.NONE
+    estimated: bool = False
+    by: EndedBy = EndedBy.CALL
+    actual: Mapping[str, int] = {}
+    event: Mapping[str, Any] | None = None
+
+
+class PostGrant(NamedTuple):
+    """Give units to an account, once per *id*. Debt is paid first."""
+
+    id: str
+    payer: str
+    unit: str
+    amount: int
+    priority: int = 0
+    effective_at: float | None = None
+    expires_at: float = NEVER
+    kind: str = "purchased"
+    actor: str = ""
+
+
+class Emit(NamedTuple):
+    """Append usage events that belong to no hold (free work is audited), each with a stable id."""
+
+    events: tuple[tuple[str, Mapping[str, Any]], ...]
+
+
+class Claim(NamedTuple):
+    """Take up to *limit* undelivered events for *lease_s* seconds; nobody else gets them meanwhile."""
+
+    limit: int
+    lease_s: float
+
+
+class Acknowledge(NamedTuple):
+    """Forget delivered events."""
+
+    ids: tuple[str, ...]
+
+
+class Sweep(NamedTuple):
+    """
+    End what is overdue and forget what is old, at most *limit* rows of each kind.
+
+    *keep_holds_s* is how long ended holds stay, so that a late end still finds its receipt.
+    """
+
+    limit: int = 500
+    keep_holds_s: float = 7 * 86_400.0
+
+
+Operation: TypeAlias = Admit | Renew | End | PostGrant | Emit | Claim | Acknowledge | Sweep

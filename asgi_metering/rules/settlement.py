@@ -1,0 +1,284 @@
+"""
+Settlement: heartbeats and ends of holds, by the call, by the policy for calls in doubt, or by a person.
+
+The hold's table says what may happen; the book moves the units. Everything is keyed by the call's id, so that a
+repeat, or an end that comes too late, is answered with the first receipt (S3.13, S3.14).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from asgi_metering.receipts import Basis, EndedBy, EntryKind, Part, Receipt, Source
+from asgi_metering.rules.book import Book
+from asgi_metering.rules.hold import HoldEvent, next_state
+from asgi_metering.rules.operations import End, Renew
+from asgi_metering.rules.state import (
+    NEVER,
+    AccountKey,
+    Change,
+    Event,
+    Hold,
+    Lease,
+    State,
+    Table,
+)
+from asgi_metering.rules.windows import correct
+
+__all__ = ["end", "end_overdue", "renew"]
+
+
+def renew(state: State, beat: Renew, now: float) -> tuple[bool, list[Change]]:
+    """Move the deadline of a live hold and of its leases, and keep what was observed. False for any other hold."""
+    hold = state.holds.get(beat.id)
+    if hold is None or next_state(hold.state, HoldEvent.RENEW) is None:
+        return False, []
+    expires_at = max(now + hold.ttl_s, hold.expires_at)
+    changes: list[Change] = [
+        (
+            Table.HOLD,
+            hold.id,
+            hold._replace(
+                expires_at=expires_at,
+                due_at=expires_at + hold.grace_s,
+                observed=max(hold.observed, beat.observed),
+            ),
+        )
+    ]
+    for pool in hold.pools:
+        changes.append((Table.LEASE, (pool, hold.id), Lease(pool, hold.id, expires_at)))
+    return True, changes
+
+
+def end(state: State, ask: End, now: float) -> tuple[Receipt, list[Change]]:
+    """
+    End a hold, once. See `operations.End`.
+
+    An ended hold answers its first receipt with ``applied=False``; the first settlement by the call after the
+    policy ended it posts one linked late entry of actual minus already charged (DESIGN "Holds").
+    """
+    hold = state.holds.get(ask.id)
+    if hold is None:
+        return _unknown(ask, now), []
+    event = HoldEvent.RELEASE if ask.amount is None else HoldEvent.SETTLE
+    target = next_state(hold.state, event)
+    if target is None:
+        return _after_the_end(state, hold, ask, now)
+    account = state.accounts.get((hold.payer, hold.unit))
+    if account is not None:
+        now = max(now, account.seen_at)
+    receipt, changes = _charge(state, hold, ask, now)
+    changes.append((Table.HOLD, hold.id, hold._replace(state=target, receipt=receipt)))
+    for pool in hold.pools:
+        changes.append((Table.LEASE, (pool, hold.id), None))
+    _correct_windows(state, hold, ask.actual, changes)
+    if ask.event is not None:
+        changes.append(_event(hold, receipt, ask.event, now))
+    return receipt, changes
+
+
+def _unknown(ask: End, now: float) -> Receipt:
+    return Receipt(ask.id, "", "", 0, 0, Basis.NONE, False, ask.by, (), None, now, None, applied=False, known=False)
+
+
+def _charge(state: State, hold: Hold, ask: End, now: float) -> tuple[Receipt, list[Change]]:
+    """Turn the held parts into spending and give back the rest, by the kind of source that pays."""
+    amount = ask.amount or 0
+    basis = ask.basis if ask.amount is not None else Basis.NONE
+    from_allowance = bool(hold.parts) and hold.parts[0].source is Source.ALLOWANCE
+    changes: list[Change] = []
+    if not hold.parts and not amount:
+        # A lease alone: no account is behind it.
+        return _receipt(hold, ask, basis, 0, (), None, now, None), changes
+    book = Book(state, (hold.payer, hold.unit), now)
+    if from_allowance:
+        parts = _charge_allowance(state, hold.parts[0], hold, amount, changes)
+    else:
+        parts = book.settle(hold.parts, amount)
+    number = None
+    if amount:
+        number = book.write(
+            EntryKind.SETTLE,
+            amount,
+            hold.id,
+            line=hold.line,
+            basis=basis,
+            estimated=ask.estimated,
+            parts=parts,
+        )
+    changes.extend(book.changes())
+    available = None if from_allowance else book.available
+    return _receipt(hold, ask, basis, amount, parts, available, now, number), changes
+
+
+def _receipt(
+    hold: Hold,
+    ask: End,
+    basis: Basis,
+    amount: int,
+    parts: tuple[Part, ...],
+    available: int | None,
+    now: float,
+    number: int | None,
+) -> Receipt:
+    return Receipt(
+        hold.id,
+        hold.payer,
+        hold.unit,
+        amount,
+        hold.amount,
+        basis,
+        ask.estimated,
+        ask.by,
+        parts,
+        available,
+        now,
+        number,
+    )
+
+
+def _charge_allowance(state: State, part: Part, hold: Hold, amount: int, changes: list[Change]) -> tuple[Part, ...]:
+    """The whole charge goes to the window pinned at admission, above its limit if need be."""
+    key = (hold.payer, hold.unit, part.name, part.start)
+    window = state.allowances.get(key)
+    if window is None:
+        raise AssertionError(f"hold {hold.id!r} names allowance window {key!r}, which is gone")
+    changes.append(
+        (
+            Table.ALLOWANCE,
+            key,
+            window._replace(held=window.held - part.amount, settled=window.settled + amount),
+        )
+    )
+    return (part._replace(amount=amount),) if amount else ()
+
+
+def _correct_windows(state: State, hold: Hold, actual: Mapping[str, int], changes: list[Change]) -> None:
+    for pinned in hold.windows:
+        used = actual.get(pinned.meter)
+        if used is None:
+            continue
+        counter = correct(pinned, state.counters.get(pinned.key), used)
+        if counter is not None:
+            changes.append((Table.COUNTER, pinned.key, counter))
+
+
+def _event(hold: Hold, receipt: Receipt, told: Mapping[str, Any], now: float) -> Change:
+    """The usage event: what was known at admission, what the end says, and what was really charged."""
+    payload = {
+        **hold.facts,
+        **told,
+        "id": hold.id,
+        "payer": hold.payer,
+        "unit": hold.unit,
+        "line": hold.line,
+        "amount": receipt.amount,
+        "held": hold.amount,
+        "basis": receipt.basis.value,
+        "estimated": receipt.estimated,
+        "ended_at": now,
+    }
+    return (Table.EVENT, hold.id, Event(hold.id, now, payload))
+
+
+# -- ends that come after the end --------------------------------------------------------------------------
+
+
+def _after_the_end(state: State, hold: Hold, ask: End, now: float) -> tuple[Receipt, list[Change]]:
+    first = hold.receipt
+    if first is None:
+        raise AssertionError(f"hold {hold.id!r} has ended as {hold.state} and has no receipt")
+    is_late = ask.by is EndedBy.CALL and first.ended_by is EndedBy.POLICY and first.late is None
+    if not is_late:
+        return first._replace(applied=False), []
+    difference = (ask.amount or 0) - first.amount
+    if not difference:
+        receipt = first._replace(late=0)
+        return receipt._replace(applied=False), [(Table.HOLD, hold.id, hold._replace(receipt=receipt))]
+    return _post_late(state, hold, first, difference, ask, now)
+
+
+def _post_late(
+    state: State, hold: Hold, first: Receipt, difference: int, ask: End, now: float
+) -> tuple[Receipt, list[Change]]:
+    """Charge or give back what the automatic end got wrong, as an entry of its own; the first receipt stays."""
+    book = Book(state, (hold.payer, hold.unit), now)
+    changes: list[Change] = []
+    source = hold.parts[0] if hold.parts else None
+    parts: tuple[Part, ...] = ()
+    if source is not None and source.source is Source.ALLOWANCE:
+        key = (hold.payer, hold.unit, source.name, source.start)
+        window = state.allowances.get(key)
+        if window is not None:
+            changes.append((Table.ALLOWANCE, key, window._replace(settled=window.settled + difference)))
+            parts = (source._replace(amount=difference),)
+    elif difference > 0:
+        parts = tuple(book.spend(difference))
+    else:
+        book.give_back(first.parts, -difference)
+    book.write(
+        EntryKind.LATE,
+        difference,
+        hold.id,
+        line=hold.line,
+        basis=ask.basis,
+        estimated=ask.estimated,
+        parts=parts,
+    )
+    changes.extend(book.changes())
+    receipt = first._replace(late=difference)
+    changes.append((Table.HOLD, hold.id, hold._replace(receipt=receipt)))
+    if ask.event is not None:
+        told = {**ask.event, "late_amount": difference, "event_of": hold.id}
+        late_id = f"{hold.id}:late"
+        _, _, event = _event(hold, first, told, now)
+        changes.append((Table.EVENT, late_id, event._replace(id=late_id, payload={**event.payload, "id": late_id})))
+    return receipt._replace(applied=False), changes
+
+
+# -- ends by time ------------------------------------------------------------------------------------------
+
+
+def end_overdue(state: State, account: AccountKey, now: float, limit: int) -> list[Change]:
+    """
+    Put the overdue holds of *account* in doubt, and end by their policy those whose grace is over.
+
+    At most *limit* holds; the changes also carry the account's new lower bound for the next overdue hold.
+    Changes build on one another, so they are applied to *state* here, hold by hold.
+    """
+    done: list[Change] = []
+    overdue = sorted((h for h in state.live_holds(account) if h.expires_at <= now), key=lambda h: h.due_at)
+    for hold in overdue[:limit]:
+        if hold.due_at <= now:
+            _, changes = end(state, _policy_end(hold), now)
+        else:
+            target = next_state(hold.state, HoldEvent.EXPIRE)
+            changes = [] if target is None else [(Table.HOLD, hold.id, hold._replace(state=target))]
+        state.apply(changes)
+        done.extend(changes)
+    row = state.accounts.get(account)
+    if row is not None:
+        row = row._replace(next_due_at=_next_due(state, account, now))
+        state.apply([(Table.ACCOUNT, account, row)])
+        done.append((Table.ACCOUNT, account, row))
+    return done
+
+
+def _next_due(state: State, account: AccountKey, now: float) -> float:
+    """When the next of the account's holds needs a look: its deadline, or the end of its grace."""
+    return min((h.expires_at if h.expires_at > now else h.due_at for h in state.live_holds(account)), default=NEVER)
+
+
+def _policy_end(hold: Hold) -> End:
+    """How the policy pinned at admission ends a call whose worker is gone."""
+    amounts = {Basis.OBSERVED: hold.observed, Basis.HOLD: hold.amount}
+    amount = amounts.get(Basis(hold.in_doubt))
+    # Nothing seen, or the policy charges nothing: given back.
+    return End(
+        hold.id,
+        amount or None,
+        Basis(hold.in_doubt),
+        by=EndedBy.POLICY,
+        event={"outcome": "aborted", "reason": "in_doubt"},
+    )

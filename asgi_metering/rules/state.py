@@ -1,0 +1,332 @@
+"""
+The rows that the rules read and write, and the state that holds them.
+
+Every store keeps exactly these rows. Memory keeps a whole `State`; a database loads the rows that a batch
+touches into one, lets the rules decide on it, and writes the changes. Knows no rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+from asgi_metering.receipts import Entry, Part, Receipt
+from asgi_metering.rules.hold import HoldState
+
+__all__ = [
+    "NEVER",
+    "Account",
+    "AccountKey",
+    "AllowanceKey",
+    "AllowanceWindow",
+    "Change",
+    "Counter",
+    "Event",
+    "Grant",
+    "Hold",
+    "Lease",
+    "PinnedWindow",
+    "State",
+    "Table",
+]
+
+NEVER = float("inf")
+"""A time that does not come: the expiry of a grant without one."""
+
+AccountKey: TypeAlias = tuple[str, str]
+"""(payer, unit name)."""
+
+AllowanceKey: TypeAlias = tuple[str, str, str, float]
+"""(payer, unit name, allowance name, start of the window)."""
+
+
+class Account(NamedTuple):
+    """
+    The sums of one payer in one unit. Each is the sum of rows and can be proven from them.
+
+    ``next_change_at`` and ``next_due_at`` are lower bounds: no grant begins or lapses, and no hold falls due,
+    before them. They spare the common decision from looking at every row.
+    """
+
+    payer: str
+    unit: str
+    granted: int = 0
+    settled: int = 0
+    held: int = 0
+    expired: int = 0
+    debt: int = 0
+    entries: int = 0
+    next_change_at: float = NEVER
+    next_due_at: float = NEVER
+    seen_at: float = 0.0
+
+    @property
+    def available(self) -> int:
+        """What a new hold may take; negative by debt."""
+        return self.granted - self.settled - self.expired - self.held
+
+
+class Grant(NamedTuple):
+    """Units given to an account. ``number`` orders grants of equal priority and expiry by age."""
+
+    payer: str
+    unit: str
+    id: str
+    amount: int
+    priority: int
+    effective_at: float
+    expires_at: float
+    number: int
+    kind: str = "purchased"
+    actor: str = ""
+    settled: int = 0
+    held: int = 0
+    expired: int = 0
+    begun: bool = True
+
+    @property
+    def free(self) -> int:
+        """What is neither spent, held nor lapsed."""
+        return self.amount - self.settled - self.held - self.expired
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can still change by itself: something of it is free or held."""
+        return self.settled + self.expired < self.amount
+
+
+class PinnedWindow(NamedTuple):
+    """A weighted limit's window at admission, so that the call's end corrects that window and no other."""
+
+    key: str
+    start: float
+    meter: str
+    taken: int
+
+
+class Hold(NamedTuple):
+    """
+    Units set aside for one call, and everything its end needs when the process that admitted it is gone.
+
+    ``expires_at`` is the heartbeat's deadline: past it the hold is in doubt. ``due_at`` is when the policy may
+    end it. ``facts`` is what the usage event says of the admission: JSON-safe, without secrets.
+    """
+
+    id: str
+    payer: str
+    unit: str
+    amount: int
+    parts: tuple[Part, ...]
+    state: HoldState
+    created_at: float
+    expires_at: float
+    due_at: float
+    ttl_s: float
+    grace_s: float
+    in_doubt: str
+    line: str = ""
+    observed: int = 0
+    windows: tuple[PinnedWindow, ...] = ()
+    pools: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = {}
+    receipt: Receipt | None = None
+
+
+class AllowanceWindow(NamedTuple):
+    """What one payer used of one allowance in one window. The limit is not kept: it is resolved per decision."""
+
+    payer: str
+    unit: str
+    name: str
+    start: float
+    end: float
+    settled: int = 0
+    held: int = 0
+
+
+class Counter(NamedTuple):
+    """What one rate limit counted for one key: the window that runs, and the one before it."""
+
+    key: str
+    start: float
+    end: float
+    used: int
+    previous: int = 0
+
+
+class Lease(NamedTuple):
+    """One slot of a concurrency pool, with a life. ``token`` fences: a late release frees no other's slot."""
+
+    pool: str
+    id: str
+    expires_at: float
+
+
+class Event(NamedTuple):
+    """A usage event in the outbox, waiting to be delivered."""
+
+    id: str
+    at: float
+    payload: Mapping[str, Any]
+    claimed_until: float = 0.0
+
+
+_NO_GRANTS: Mapping[str, Grant] = {}
+
+
+class Table:
+    """Names of the tables, as changes and stores call them."""
+
+    ACCOUNT = "account"
+    GRANT = "grant"
+    HOLD = "hold"
+    ALLOWANCE = "allowance"
+    COUNTER = "counter"
+    LEASE = "lease"
+    ENTRY = "entry"
+    EVENT = "event"
+
+
+Change: TypeAlias = tuple[str, Any, Any]
+"""(table, key, new row or None to delete it). Keys are those of `State`'s dicts; entries have none."""
+
+
+class State:
+    """
+    Rows by key. Rules read it and return changes; only `apply` writes.
+
+    Attributes:
+        accounts: By (payer, unit).
+        grants: Open ones by (payer, unit), then by grant id: what admission looks through.
+        closed_grants: Spent or lapsed ones, likewise: what refunds and proofs look up.
+        holds: By id, ended ones included while they are kept.
+        live: Ids of the holds of an account that have not ended.
+        allowances: By (payer, unit, name, start).
+        counters: By key.
+        leases: By pool, then by call id.
+        entries: New ledger lines by (payer, unit), oldest first.
+        events: The outbox, oldest first.
+    """
+
+    __slots__ = (
+        "accounts",
+        "allowances",
+        "closed_grants",
+        "counters",
+        "entries",
+        "events",
+        "grants",
+        "holds",
+        "leases",
+        "live",
+    )
+
+    def __init__(self) -> None:
+        self.accounts: dict[AccountKey, Account] = {}
+        self.grants: dict[AccountKey, dict[str, Grant]] = {}
+        self.closed_grants: dict[AccountKey, dict[str, Grant]] = {}
+        self.holds: dict[str, Hold] = {}
+        self.live: dict[AccountKey, set[str]] = {}
+        self.allowances: dict[AllowanceKey, AllowanceWindow] = {}
+        self.counters: dict[str, Counter] = {}
+        self.leases: dict[str, dict[str, Lease]] = {}
+        self.entries: dict[AccountKey, list[Entry]] = {}
+        self.events: dict[str, Event] = {}
+
+    def apply(self, changes: list[Change]) -> None:
+        """Make *changes*, in order."""
+        for table, key, row in changes:
+            _APPLY[table](self, key, row)
+
+    def grant(self, account: AccountKey, grant_id: str) -> Grant | None:
+        """The grant of *account* with this id, open or closed."""
+        grant = self.grants.get(account, _NO_GRANTS).get(grant_id)
+        return grant or self.closed_grants.get(account, _NO_GRANTS).get(grant_id)
+
+    def live_holds(self, account: AccountKey) -> Iterator[Hold]:
+        """The holds of *account* that have not ended, in doubt included."""
+        for hold_id in self.live.get(account, ()):
+            yield self.holds[hold_id]
+
+
+def _put_account(state: State, key: AccountKey, row: Account) -> None:
+    state.accounts[key] = row
+
+
+def _put_grant(state: State, key: AccountKey, row: Grant) -> None:
+    home, other = (state.grants, state.closed_grants) if row.is_open else (state.closed_grants, state.grants)
+    grants = home.get(key)
+    if grants is None:
+        grants = home[key] = {}
+    if row.id not in grants and key in other:
+        other[key].pop(row.id, None)
+    grants[row.id] = row
+
+
+def _put_hold(state: State, key: str, row: Hold | None) -> None:
+    if row is None:
+        state.holds.pop(key, None)
+        return
+    state.holds[key] = row
+    account = (row.payer, row.unit)
+    if row.receipt is None:
+        live = state.live.get(account)
+        if live is None:
+            live = state.live[account] = set()
+        live.add(key)
+    else:
+        live = state.live.get(account)
+        if live is not None:
+            live.discard(key)
+            if not live:
+                del state.live[account]
+
+
+def _put_allowance(state: State, key: AllowanceKey, row: AllowanceWindow | None) -> None:
+    if row is None:
+        state.allowances.pop(key, None)
+    else:
+        state.allowances[key] = row
+
+
+def _put_counter(state: State, key: str, row: Counter | None) -> None:
+    if row is None:
+        state.counters.pop(key, None)
+    else:
+        state.counters[key] = row
+
+
+def _put_lease(state: State, key: tuple[str, str], row: Lease | None) -> None:
+    pool, call_id = key
+    leases = state.leases.get(pool)
+    if row is not None:
+        if leases is None:
+            leases = state.leases[pool] = {}
+        leases[call_id] = row
+    elif leases is not None:
+        leases.pop(call_id, None)
+        if not leases:
+            del state.leases[pool]
+
+
+def _put_entry(state: State, key: AccountKey, row: Entry) -> None:
+    state.entries.setdefault(key, []).append(row)
+
+
+def _put_event(state: State, key: str, row: Event | None) -> None:
+    if row is None:
+        state.events.pop(key, None)
+    else:
+        state.events[key] = row
+
+
+_APPLY: Mapping[str, Any] = {
+    Table.ACCOUNT: _put_account,
+    Table.GRANT: _put_grant,
+    Table.HOLD: _put_hold,
+    Table.ALLOWANCE: _put_allowance,
+    Table.COUNTER: _put_counter,
+    Table.LEASE: _put_lease,
+    Table.ENTRY: _put_entry,
+    Table.EVENT: _put_event,
+}

@@ -1,0 +1,197 @@
+"""
+The store contract: what every store must do, and nothing about how.
+
+A store runs operations (`rules.operations`) and reads rows. What an operation does is decided by `rules.decide.run`
+and nowhere else: memory runs it on its whole state; a database loads the rows that a batch touches, runs it, and
+writes the changes in one transaction; a script mirrors it. A third-party store subclasses `Store` and passes the
+suite in `asgi_metering.testing`.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, TypeAlias, TypeVar, cast
+
+from asgi_metering.decisions import Decision
+from asgi_metering.receipts import GrantReceipt, Receipt
+from asgi_metering.rules.decide import Answer
+from asgi_metering.rules.operations import Admit, End, Operation, PostGrant, Renew
+from asgi_metering.rules.state import State
+
+__all__ = [
+    "AccountRows",
+    "AccountsAfter",
+    "EntriesAfter",
+    "EverythingKept",
+    "HoldRow",
+    "LiveHolds",
+    "PendingEvents",
+    "Query",
+    "Snapshot",
+    "Store",
+]
+
+
+class AccountRows(NamedTuple):
+    """One account whole: its row, all grants, live holds and the allowance windows that are kept."""
+
+    payer: str
+    unit: str
+
+
+class AccountsAfter(NamedTuple):
+    """Up to *limit* account rows with keys above (payer, unit), ascending: the way to walk all of them."""
+
+    payer: str = ""
+    unit: str = ""
+    limit: int = 1_000
+
+
+class EntriesAfter(NamedTuple):
+    """Up to *limit* ledger lines of an account with numbers above *number*, ascending."""
+
+    payer: str
+    unit: str
+    number: int = 0
+    limit: int = 1_000
+
+
+class HoldRow(NamedTuple):
+    """The hold of one call, live or kept."""
+
+    id: str
+
+
+class LiveHolds(NamedTuple):
+    """Up to *limit* holds that have not ended, oldest first."""
+
+    limit: int = 1_000
+
+
+class PendingEvents(NamedTuple):
+    """Up to *limit* undelivered usage events, oldest first, claimed ones included."""
+
+    limit: int = 1_000
+
+
+class EverythingKept(NamedTuple):
+    """The whole state, for proofs and tests. Never on a hot path."""
+
+
+Query: TypeAlias = AccountRows | AccountsAfter | EntriesAfter | HoldRow | LiveHolds | PendingEvents | EverythingKept
+
+
+class Snapshot(NamedTuple):
+    """
+    Rows as they were at one instant.
+
+    Attributes:
+        now: The store's time, epoch seconds.
+        state: Only what the query asked for. It is the caller's own: changing it changes no store.
+    """
+
+    now: float
+    state: State
+
+
+_Answer = TypeVar("_Answer")
+
+
+class Store(abc.ABC):
+    """
+    A place that keeps metering state.
+
+    Life: constructed cheaply and without I/O; `open` before the first operation, `close` after the last. Used from
+    one event loop at a time unless the store says otherwise.
+
+    Attributes:
+        name: What kind of store this is, for people.
+        immediate: `run_now` answers at once, so that batching would only cost time.
+        durable: Whether an acknowledged operation survives the process.
+        shared: Whether several processes may use it at once.
+    """
+
+    name: str
+    immediate: bool = False
+    durable: bool = True
+    shared: bool = True
+
+    @abc.abstractmethod
+    async def open(self) -> None:
+        """
+        Get ready: connect, create or check the schema. Calling it again changes nothing.
+
+        Raises:
+            StoreUnavailableError: It cannot be reached.
+            ConfigurationError: It is not usable as configured.
+        """
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Give back every connection, thread and file. Calling it again changes nothing."""
+
+    @abc.abstractmethod
+    async def run(self, operations: Sequence[Operation]) -> list[Answer | Exception]:
+        """
+        Run *operations* in order, each atomic, and answer each at the same index.
+
+        - The whole sequence is durable when this returns; it is one commit where the store has commits.
+        - An operation that is a mistake (`MeteringError`) is answered with the exception and has changed nothing;
+          its neighbours are not harmed.
+        - Time is read from the store's own clock, after its locks.
+
+        Raises:
+            StoreUnavailableError: No answer came. Each operation may or may not have happened; repeating it with the
+                same id is safe.
+            StoreContendedError: Bounded retries against other writers are spent; nothing happened.
+            Exception: The sequence as a whole was rolled back, for instance because one operation cannot be written.
+                Running the operations one at a time finds the guilty one.
+
+        Round trips: one for the whole sequence, where the store has round trips.
+        """
+
+    def run_now(self, operation: Operation) -> Answer:
+        """
+        Run one operation without waiting. Only stores with ``immediate = True`` have it.
+
+        Raises:
+            MeteringError: The operation is a mistake.
+        """
+        raise TypeError(f"The {self.name} store cannot answer at once. Await run({operation!r}).")
+
+    @abc.abstractmethod
+    async def read(self, query: Query) -> Snapshot:
+        """
+        Read rows. Changes nothing, renews nothing (S0.49, S1.15).
+
+        Raises:
+            StoreUnavailableError: No answer came.
+        """
+
+    # -- the verbs, over run() -----------------------------------------------------------------------------
+
+    async def admit(self, asks: Sequence[Admit]) -> list[Decision]:
+        """Decide on calls, each all or nothing. See `rules.admission`."""
+        return _checked(await self.run(asks))
+
+    async def renew(self, beats: Sequence[Renew]) -> list[bool]:
+        """Heartbeats: whether each hold still lives."""
+        return _checked(await self.run(beats))
+
+    async def end(self, ends: Sequence[End]) -> list[Receipt]:
+        """Settle or release holds; the first end of each wins, others get its receipt."""
+        return _checked(await self.run(ends))
+
+    async def post(self, grants: Sequence[PostGrant]) -> list[GrantReceipt]:
+        """Give units, once per id."""
+        return _checked(await self.run(grants))
+
+
+def _checked(answers: Iterable[Answer | Exception]) -> list[_Answer]:
+    checked = []
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+        checked.append(cast("_Answer", answer))
+    return checked

@@ -1,0 +1,129 @@
+"""
+The memory store: one process, nothing survives it. For development, tests and single-process use (S0.17).
+
+The whole state is one `State`; an operation is a function call, so nothing can come between its steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import islice
+
+from asgi_metering.errors import MeteringError
+from asgi_metering.rules.decide import Answer, run
+from asgi_metering.rules.operations import Operation
+from asgi_metering.rules.state import AccountKey, Change, State, Table
+from asgi_metering.stores.contract import (
+    AccountRows,
+    AccountsAfter,
+    EntriesAfter,
+    HoldRow,
+    LiveHolds,
+    PendingEvents,
+    Query,
+    Snapshot,
+    Store,
+)
+
+__all__ = ["MemoryStore"]
+
+KEPT_ENTRIES = 10_000
+"""Ledger lines kept per account; older ones are dropped, the account's sums stay (DESIGN "Retention")."""
+
+
+class MemoryStore(Store):
+    """
+    Everything in this process's memory.
+
+    Args:
+        clock: Answers epoch seconds; the machine's clock by default. The store owns time, so tests inject it here.
+
+    Safe from several event loops and threads only as far as one operation at a time is run by each; the package
+    itself uses one loop per store.
+    """
+
+    name = "memory"
+    immediate = True
+    durable = False
+    shared = False
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._state = State()
+
+    async def open(self) -> None:
+        """Nothing to do."""
+
+    async def close(self) -> None:
+        """Nothing to do; what is kept stays until the object goes."""
+
+    async def run(self, operations: Sequence[Operation]) -> list[Answer | Exception]:
+        """See `Store.run`. Never waits."""
+        answers: list[Answer | Exception] = []
+        for operation in operations:
+            try:
+                answers.append(self.run_now(operation))
+            except MeteringError as mistake:
+                answers.append(mistake)
+        return answers
+
+    def run_now(self, operation: Operation) -> Answer:
+        """See `Store.run_now`."""
+        written: list[Change] = []
+        answer = run(self._state, operation, self._clock(), written)
+        for table, key, _ in written:
+            if table == Table.ENTRY and len(self._state.entries[key]) > 2 * KEPT_ENTRIES:
+                # Halving seldom costs less than dropping one line each time.
+                del self._state.entries[key][:-KEPT_ENTRIES]
+        return answer
+
+    async def read(self, query: Query) -> Snapshot:
+        """See `Store.read`."""
+        state = self._state
+        found = State()
+        match query:
+            case AccountRows(payer, unit):
+                self._copy_account((payer, unit), found)
+            case AccountsAfter(payer, unit, limit):
+                keys = sorted(key for key in state.accounts if key > (payer, unit))
+                found.accounts = {key: state.accounts[key] for key in keys[:limit]}
+            case EntriesAfter(payer, unit, number, limit):
+                lines = (line for line in state.entries.get((payer, unit), ()) if line.number > number)
+                found.entries = {(payer, unit): list(islice(lines, limit))}
+            case HoldRow(hold_id):
+                if hold_id in state.holds:
+                    found.holds = {hold_id: state.holds[hold_id]}
+            case LiveHolds(limit):
+                live = (hold for hold in state.holds.values() if hold.receipt is None)
+                found.holds = {hold.id: hold for hold in islice(live, limit)}
+            case PendingEvents(limit):
+                found.events = dict(islice(state.events.items(), limit))
+            case _:
+                found = _copy(state)
+        return Snapshot(self._clock(), found)
+
+    def _copy_account(self, key: AccountKey, found: State) -> None:
+        state = self._state
+        if key in state.accounts:
+            found.accounts[key] = state.accounts[key]
+        found.grants[key] = dict(state.grants.get(key, {}))
+        found.closed_grants[key] = dict(state.closed_grants.get(key, {}))
+        found.holds = {hold.id: hold for hold in state.live_holds(key)}
+        found.live[key] = set(found.holds)
+        found.allowances = {place: row for place, row in state.allowances.items() if place[:2] == key}
+
+
+def _copy(state: State) -> State:
+    copy = State()
+    copy.accounts = dict(state.accounts)
+    copy.grants = {key: dict(rows) for key, rows in state.grants.items()}
+    copy.closed_grants = {key: dict(rows) for key, rows in state.closed_grants.items()}
+    copy.holds = dict(state.holds)
+    copy.live = {key: set(ids) for key, ids in state.live.items()}
+    copy.allowances = dict(state.allowances)
+    copy.counters = dict(state.counters)
+    copy.leases = {pool: dict(rows) for pool, rows in state.leases.items()}
+    copy.entries = {key: list(rows) for key, rows in state.entries.items()}
+    copy.events = dict(state.events)
+    return copy
