@@ -14,7 +14,7 @@ from typing import TypeAlias
 from asgi_metering.errors import AmountError
 from asgi_metering.names import check_name
 
-__all__ = ["CREDITS", "MAX_AMOUNT", "Amount", "Unit", "check_parts"]
+__all__ = ["CREDITS", "MAX_AMOUNT", "Amount", "Unit", "check_parts", "exact_amount"]
 
 Amount: TypeAlias = int | Decimal | str
 """What a user may write where an amount is asked: whole units, exactly. A float is refused."""
@@ -29,17 +29,66 @@ Redis scripts count in IEEE doubles, which are exact up to here; beyond it money
 MAX_SCALE = 12
 """Digits after the point of the finest unit: twelve leave 9,007 whole units below MAX_AMOUNT."""
 
-# Wide enough that scaling a bounded amount is exact; never the caller's own (mutable, global) context.
-_EXACT = Context(prec=60, rounding=ROUND_HALF_UP)
+MAX_DIGITS = 24
+"""Digits before the point beyond which a number is not even looked at: scaling it must stay cheap and exact."""
+
+MAX_SHOWN = 60
+"""Characters of a refused amount that an error repeats: enough to recognise it, never a megabyte of digits."""
+
+# Wide enough that every step on a bounded amount is exact; never the caller's own (mutable, global) context.
+_EXACT = Context(prec=60, rounding=ROUND_HALF_UP, Emin=-999_999, Emax=999_999, clamp=0, traps=[InvalidOperation])
+
+# By scale: the smallest part and the largest amount, in whole units.
+_SMALLEST = tuple(Decimal((0, (1,), -scale)) for scale in range(MAX_SCALE + 1))
+_LARGEST = tuple(_EXACT.multiply(Decimal(MAX_AMOUNT), smallest) for smallest in _SMALLEST)
 
 
 def check_parts(parts: int, what: str = "amount") -> int:
     """Return *parts* if it is an int from 0 to `MAX_AMOUNT`, else raise `AmountError` that names *what*."""
     if type(parts) is not int:
-        raise AmountError(f"The {what} {parts!r} is not an int. Stores count whole smallest parts.")
+        raise AmountError(f"The {what} {_shown(parts)} is not an int. Stores count whole smallest parts.")
     if not 0 <= parts <= MAX_AMOUNT:
-        raise AmountError(f"The {what} {parts} is outside 0 to {MAX_AMOUNT} smallest parts. Use a coarser unit.")
+        raise AmountError(
+            f"The {what} {_shown(parts)} is outside 0 to {MAX_AMOUNT} smallest parts. Use a coarser unit."
+        )
     return parts
+
+
+def exact_amount(amount: Amount, what: str = "amount") -> Decimal:
+    """
+    Read a public amount as an exact, finite Decimal from 0 up, whatever its unit.
+
+    Raises:
+        AmountError: A float or bool, not a number, NaN, infinite, negative, or with more than 24 digits before the
+            point.
+    """
+    if isinstance(amount, bool) or not isinstance(amount, int | Decimal | str):
+        mend = (
+            "Write it as a str or a Decimal, so that it is exact."
+            if isinstance(amount, float)
+            else "Use int, Decimal or str."
+        )
+        raise AmountError(f"The {what} {_shown(amount)} is a {type(amount).__name__}. {mend}")
+    try:
+        exact = Decimal(amount)
+    except InvalidOperation:
+        raise AmountError(f"The {what} {_shown(amount)} is not a number. Write whole units, such as '0.25'.") from None
+    if not exact.is_finite():
+        raise AmountError(f"The {what} {_shown(amount)} is not finite. Write whole units, such as '0.25'.")
+    if exact < 0:
+        raise AmountError(f"The {what} {_shown(amount)} is negative. Amounts start at 0.")
+    if exact and exact.adjusted() >= MAX_DIGITS:
+        raise AmountError(f"The {what} has {exact.adjusted() + 1} digits before the point; no unit counts that far.")
+    return exact
+
+
+def _shown(amount: object) -> str:
+    """*amount* for an error's sentence, however long it is."""
+    if isinstance(amount, int) and amount.bit_length() > 3 * MAX_SHOWN:
+        # Python refuses to write an int of several thousand digits at all.
+        return f"of {amount.bit_length()} bits"
+    shown = repr(amount)
+    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}... ({len(shown)} characters)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +128,14 @@ class Unit:
                 more than `MAX_AMOUNT` smallest parts.
         """
         exact = self.exact(amount, what)
-        scaled = exact.scaleb(self.scale, _EXACT)
-        whole = int(scaled)
-        if whole != scaled:
+        rounded = self._rounded(exact)
+        # Compared with what was given: scaling that first would round what is longer than the context, and hide it.
+        if rounded != exact:
             raise AmountError(
-                f"The {what} {amount!r} is finer than unit {self.name!r} counts ({self.scale} digits after the "
+                f"The {what} {_shown(amount)} is finer than unit {self.name!r} counts ({self.scale} digits after the "
                 f"point). Round it first, or declare the unit with a larger scale."
             )
-        return check_parts(whole, what)
+        return self._count(rounded)
 
     def exact(self, amount: Amount, what: str = "amount") -> Decimal:
         """
@@ -97,24 +146,10 @@ class Unit:
         Raises:
             AmountError: As `parts`, except for the fineness.
         """
-        if isinstance(amount, bool) or not isinstance(amount, int | Decimal | str):
-            mend = (
-                "Write it as a str or a Decimal, so that it is exact."
-                if isinstance(amount, float)
-                else "Use int, Decimal or str."
-            )
-            raise AmountError(f"The {what} {amount!r} is a {type(amount).__name__}. {mend}")
-        try:
-            exact = Decimal(amount)
-        except InvalidOperation:
-            raise AmountError(f"The {what} {amount!r} is not a number. Write whole units, such as '0.25'.") from None
-        if not exact.is_finite():
-            raise AmountError(f"The {what} {amount!r} is not finite. Write whole units, such as '0.25'.")
-        if exact < 0:
-            raise AmountError(f"The {what} {amount!r} is negative. Amounts start at 0.")
-        if exact.adjusted() > 24 or exact.scaleb(self.scale, _EXACT) > MAX_AMOUNT:
+        exact = exact_amount(amount, what)
+        if exact > _LARGEST[self.scale]:
             raise AmountError(
-                f"The {what} {amount!r} is more than unit {self.name!r} can count: "
+                f"The {what} {_shown(amount)} is more than unit {self.name!r} can count: "
                 f"at most {self.text(MAX_AMOUNT)}. Use a unit with a smaller scale."
             )
         return exact
@@ -126,14 +161,19 @@ class Unit:
         Raises:
             AmountError: More than `MAX_AMOUNT` smallest parts, negative, or not finite.
         """
-        return self.parts(
-            exact.quantize(Decimal(1).scaleb(-self.scale), context=_EXACT) if exact.is_finite() else exact
-        )
+        return self._count(self._rounded(self.exact(exact, "sum")))
+
+    def _rounded(self, exact: Decimal) -> Decimal:
+        return exact.quantize(_SMALLEST[self.scale], context=_EXACT)
+
+    def _count(self, rounded: Decimal) -> int:
+        return int(rounded.scaleb(self.scale, _EXACT))
 
     def whole(self, parts: int) -> Decimal:
         """Convert smallest parts (any sign) to whole units, without trailing zeros."""
         value = Decimal(parts).scaleb(-self.scale, _EXACT)
-        return value.quantize(Decimal(1)) if value == value.to_integral_value() else value.normalize(_EXACT)
+        whole = value.to_integral_value(context=_EXACT)
+        return whole if value == whole else value.normalize(_EXACT)
 
     def text(self, parts: int) -> str:
         """Write smallest parts as whole units in plain digits: ``Unit("credits").text(1_500_000) == "1.5"``."""

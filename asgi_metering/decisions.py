@@ -20,6 +20,9 @@ class Reason(StrEnum):
     Source: DESIGN "Admission".
     """
 
+    UNAUTHENTICATED = "unauthenticated"
+    IDENTITY_DOWN = "identity_unavailable"
+    PAYER = "payer_unresolved"
     IN_FLIGHT = "in_flight"
     FINGERPRINT = "fingerprint_mismatch"
     POLICY = "policy"

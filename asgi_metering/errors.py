@@ -46,11 +46,12 @@ class MissingExtraError(ConfigurationError, ImportError):
     """
 
     def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(
-            f"{feature} needs a package that is not installed. Run: pip install 'asgi-metering[{extra}]'"
-        )
+        super().__init__(f"{feature} needs a package that is not installed. Run: pip install 'asgi-metering[{extra}]'")
         self.feature = feature
         self.extra = extra
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.feature, self.extra)
 
 
 class AmountError(MeteringError, ValueError):
@@ -102,8 +103,15 @@ class IdempotencyConflictError(MeteringError, ValueError):
             f"The {what} {key!r} exists with {field}={stored!r}, and came again with {field}={given!r}. "
             f"Use a new id for a new {what}."
         )
+        self.what = what
         self.key = key
         self.field = field
+        self.stored = stored
+        self.given = given
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Workers hand errors to one another pickled; what exceptions do by default is to repeat the message only.
+        return type(self), (self.what, self.key, self.field, self.stored, self.given)
 
 
 class SettlementError(MeteringError):

@@ -25,9 +25,14 @@ def check_name(name: str, what: str) -> str:
     Raises:
         ConfigurationError: Not 1 to 64 characters of ``[A-Za-z0-9_.-]``, beginning with a letter, digit or ``_``.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    try:
+        fits = _NAME.fullmatch(name)
+    except TypeError:
+        fits = None
+    if fits is None:
         raise ConfigurationError(
-            f"The {what} {name!r} is not 1 to 64 characters of letters, digits, '_', '.' and '-'. Choose another."
+            f"The {what} {name!r} is not 1 to 64 characters of letters, digits, '_', '.' and '-', beginning with one "
+            f"of the first three. Choose another."
         )
     return name
 

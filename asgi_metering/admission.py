@@ -1,0 +1,324 @@
+"""
+Asking for admission: from a policy and the endpoint's arguments to one operation, and from the answer to a call.
+
+Resolves who calls, who pays, what it costs and which limits apply; decides nothing itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from asgi_metering.amounts import exact_amount
+from asgi_metering.decisions import Decision, Reason, Refusal
+from asgi_metering.errors import ConfigurationError, IdentityError, MeteringError, PayerError, StoreError
+from asgi_metering.estimates import estimate_arguments
+from asgi_metering.names import check_key
+from asgi_metering.policies import ChargePolicy, From, RatePolicy
+from asgi_metering.prices import FixedPrice, MeasuredPrice
+from asgi_metering.rates import RateLimit
+from asgi_metering.rules.calendars import Period, boundaries
+from asgi_metering.rules.ending import EndPolicy, Situation
+from asgi_metering.rules.operations import (
+    Admit,
+    AllowanceSource,
+    LeaseAsk,
+    LimitAsk,
+    SourceAsk,
+    WalletSource,
+    WindowKind,
+)
+from asgi_metering.sources import Allowance
+from asgi_metering.usage import TokenUsage
+
+if TYPE_CHECKING:
+    from asgi_metering.call import Call
+
+__all__ = ["admit"]
+
+log = logging.getLogger("asgi_metering")
+
+REQUESTS = "requests"
+
+_CHARGING = frozenset({"credits", "events"})
+"""Layers that care for a price: one enforces it, the other reports it."""
+
+
+async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
+    """
+    Ask the store to admit *call* under its policy.
+
+    Raises:
+        CallRefused: Refused by the store, by the lack of an identity, or by the policy for a store that is down.
+    """
+    policy = call.policy
+    if policy is None:
+        raise ConfigurationError("A call without a policy cannot be admitted. Decorate the endpoint.")
+    features = call.opening.features
+    charge = policy.charge if features & _CHARGING else None
+    # Without the gate a billable call runs unenforced; its usage is still reported (S4.16).
+    call.exempt = "credits" not in features
+    rates = policy.rates if "rates" in features else ()
+    await _identify(call, required=charge is not None and not call.exempt)
+    if charge is not None:
+        await _charge(call, charge, arguments)
+        call.trace = call.metering.trace()
+        call.facts = _facts(call)
+    asked = await _operation(call, charge, rates, arguments, time.time())
+    if asked is None:
+        call.decision = Decision(call.id, time.time())
+    else:
+        await _decide(call, charge, rates, asked, arguments)
+    call.metering.admitted(call)
+
+
+async def _decide(
+    call: Call,
+    charge: ChargePolicy | None,
+    rates: tuple[RatePolicy, ...],
+    asked: Admit,
+    arguments: Mapping[str, Any],
+) -> None:
+    metering = call.metering
+    try:
+        decision = await metering.decide(asked)
+        if decision.stale_calendar:
+            # Our clock and the store's disagree about the day: once more, around the store's time.
+            again = await _operation(call, charge, rates, arguments, decision.now)
+            decision = await metering.decide(again or asked)
+        if decision.stale_calendar:
+            raise StoreError(f"The store's time {decision.now} does not fit any calendar around it.")
+    except StoreError as failure:
+        _store_down(call, charge, failure)
+        return
+    if decision.refusal is not None:
+        raise call.refused(decision.refusal, decision)
+    call.decision = decision
+    call.held = decision.held
+    call.has_hold = bool(decision.held or asked.leases or any(limit.meter != REQUESTS for limit in asked.limits))
+    call.ttl_s = asked.ttl_s
+
+
+def _store_down(call: Call, charge: ChargePolicy | None, failure: StoreError) -> None:
+    """No answer: the strictest layer of the route says what that means (X.6)."""
+    metering = call.metering
+    metering.meters.count("store_failures", line=call.line)
+    log.warning("The store gave no answer for call %s: %s", call.id, failure)
+    layer = "credits" if charge is not None else "rates"
+    if metering.on_store_down[layer] == "deny":
+        raise call.refused(Refusal(Reason.STORE_DOWN, layer)) from failure
+    call.exempt = True
+    call.decision = Decision(call.id, time.time())
+
+
+# -- who ---------------------------------------------------------------------------------------------------
+
+
+async def _identify(call: Call, *, required: bool) -> None:
+    try:
+        caller = await call.identify()
+    except IdentityError as failure:
+        if not required:
+            return
+        log.error("Nobody can be charged, since identify() failed: %r", failure.__cause__ or failure)
+        raise call.refused(Refusal(Reason.IDENTITY_DOWN, "identify")) from failure
+    if caller is None and required:
+        raise call.refused(Refusal(Reason.UNAUTHENTICATED, "identify"))
+    if caller is not None:
+        call.payer = caller.payer
+
+
+async def _payer(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
+    if charge.payer is None:
+        return
+    try:
+        payer = await charge.payer.compute(call, arguments)
+        call.payer = check_key(payer, "payer")
+    except Exception as failure:
+        # Never somebody else's money, and never for free (S0.25, S3.38).
+        log.error("The payer of %s could not be resolved.", charge.line, exc_info=failure)
+        error = PayerError(f"The payer of {charge.line!r} could not be resolved: {failure!r}.")
+        raise call.refused(Refusal(Reason.PAYER, charge.line)) from error
+
+
+# -- how much ----------------------------------------------------------------------------------------------
+
+
+async def _charge(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
+    """Pin the price to the call and size its hold."""
+    call.charge = charge
+    call.line = charge.line
+    call.unit = charge.unit or call.metering.unit
+    await _payer(call, charge, arguments)
+    price = charge.price
+    if isinstance(price, From):
+        price = FixedPrice.of(await price.compute(call, arguments))
+    call.price = price
+    if isinstance(price, FixedPrice):
+        call.estimate = price.amount
+        return
+    estimate = charge.hold.estimate
+    if isinstance(estimate, From):
+        estimate = await estimate.compute(call, arguments)
+    if estimate is None:
+        estimate = await estimate_arguments(arguments)
+    call.estimate = estimate if isinstance(estimate, TokenUsage) else exact_amount(estimate, "hold estimate")
+
+
+def _amounts(call: Call) -> tuple[int, int]:
+    """(amount to hold, least that admits), smallest parts."""
+    estimate, price, charge = call.estimate, call.price, call.charge
+    if charge is None or estimate is None or price is None or call.exempt:
+        return 0, 0
+    if isinstance(estimate, TokenUsage):
+        exact = price.cost(estimate) if isinstance(price, MeasuredPrice) else Decimal(0)
+    else:
+        exact = estimate
+    amount = call.unit.parts(exact) if isinstance(price, FixedPrice) else call.unit.round(exact)
+    if charge.hold.at_least is None:
+        return amount, amount
+    return amount, min(amount, call.unit.parts(charge.hold.at_least, "least hold"))
+
+
+# -- the operation -----------------------------------------------------------------------------------------
+
+
+async def _operation(
+    call: Call,
+    charge: ChargePolicy | None,
+    rates: tuple[RatePolicy, ...],
+    arguments: Mapping[str, Any],
+    now: float,
+) -> Admit | None:
+    """What to ask the store; None when there is nothing to decide."""
+    amount, minimum = _amounts(call)
+    limits: list[LimitAsk] = []
+    leases: list[LeaseAsk] = []
+    for rate in rates:
+        await _limits(call, rate, arguments, now, limits, leases)
+    if not amount and not limits and not leases:
+        return None
+    return Admit(
+        call.id,
+        call.payer or "",
+        call.unit.name,
+        amount,
+        minimum,
+        _sources(call, charge, now) if amount and charge is not None else (),
+        tuple(limits),
+        tuple(leases),
+        charge.ttl_s if charge is not None else call.metering.ttl_s,
+        charge.grace_s if charge is not None else call.metering.grace_s,
+        _in_doubt(charge),
+        call.line,
+        call.facts,
+    )
+
+
+def _in_doubt(charge: ChargePolicy | None) -> Any:
+    end = charge.end if charge is not None else None
+    policy = end if isinstance(end, EndPolicy) else EndPolicy({})
+    return policy.basis(Situation.ABORTED)
+
+
+def _facts(call: Call) -> dict[str, Any]:
+    """What the usage event says of the admission: enough to write it when this process is gone."""
+    caller = call.caller
+    told: dict[str, Any] = {"line": call.line, "started_at": call.started_at, **call.trace}
+    if caller is not None:
+        told["caller"] = caller.id
+        if caller.type is not None:
+            told["caller_type"] = caller.type
+        if caller.attributes:
+            told["attributes"] = dict(caller.attributes)
+    origin = call.opening.origin
+    request_id = origin.request_id if origin is not None else None
+    told["request_id"] = request_id or call.id
+    return told
+
+
+def _sources(call: Call, charge: ChargePolicy, now: float) -> tuple[SourceAsk, ...]:
+    asks: list[SourceAsk] = []
+    plan = call.caller.plan if call.caller is not None else None
+    for source in charge.sources:
+        if isinstance(source, Allowance):
+            limit = call.unit.parts(source.limit_for(plan), f"allowance {source.name!r}")
+            asks.append(AllowanceSource(source.name, limit, boundaries(Period(source.per), source.zone, now)))
+        else:
+            asks.append(WalletSource())
+    return tuple(asks)
+
+
+async def _limits(
+    call: Call,
+    rate: RatePolicy,
+    arguments: Mapping[str, Any],
+    now: float,
+    limits: list[LimitAsk],
+    leases: list[LeaseAsk],
+) -> None:
+    key = await _key(call, rate, arguments)
+    cost = rate.cost
+    if isinstance(cost, From):
+        cost = await cost.compute(call, arguments)
+    if type(cost) is not int or cost < 0:
+        raise ConfigurationError(f"The cost {cost!r} of {rate.scope!r} is not an int from 0 up.")
+    for limit in rate.limits:
+        taken = cost if limit.meter == REQUESTS else await _weight(call, limit, arguments)
+        limits.append(_limit_ask(rate, limit, key, taken, now))
+    for slots in rate.concurrency:
+        pool = f"{rate.scope}|global" if slots.level == "global" else f"{rate.scope}|{key}"
+        leases.append(LeaseAsk(rate.scope, pool, slots.limit, slots.level))
+
+
+def _limit_ask(rate: RatePolicy, limit: RateLimit, key: str, cost: int, now: float) -> LimitAsk:
+    kind = WindowKind(limit.strategy)
+    edges = boundaries(Period(limit.period), limit.zone, now) if kind is WindowKind.CALENDAR else ()
+    window_s = edges[2] - edges[1] if edges else limit.window_s
+    return LimitAsk(
+        limit.name, f"{rate.scope}|{limit.name}|{key}", kind, limit.amount, window_s, cost, limit.meter, edges
+    )
+
+
+async def _weight(call: Call, limit: RateLimit, arguments: Mapping[str, Any]) -> int:
+    """What a weighted limit takes by estimate; the call's end corrects it."""
+    estimate = call.estimate if isinstance(call.estimate, TokenUsage) else await estimate_arguments(arguments)
+    return usage_of(limit.meter, estimate) or 0
+
+
+def usage_of(meter: str, usage: TokenUsage) -> int | None:
+    """What *usage* counts on a meter: ``tokens``, ``input_tokens`` or ``output_tokens``."""
+    counts = {"tokens": usage.total, "input_tokens": usage.input, "output_tokens": usage.output}
+    return counts.get(meter)
+
+
+async def _key(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> str:
+    """What is counted together. Addresses and computed keys are hashed (S3.48); ids are not personal by contract."""
+    wanted = rate.key
+    if isinstance(wanted, From):
+        return _hashed(await wanted.compute(call, arguments), rate)
+    if wanted == "payer" and call.payer:
+        return f"payer:{call.payer}"
+    if wanted != "address" and call.caller is not None:
+        return f"caller:{call.caller.id}"
+    origin = call.opening.origin
+    address = origin.address if origin is not None else None
+    if address is None:
+        raise MeteringError(
+            f"The limits of {rate.scope!r} have nobody to count: no caller is known and the server reports no "
+            f"address. Give rate_limited() a key, or Metering an identify function."
+        )
+    return _hashed(address, rate)
+
+
+def _hashed(value: object, rate: RatePolicy) -> str:
+    if not isinstance(value, str | int) or value == "":
+        raise ConfigurationError(
+            f"The key of {rate.scope!r} came out as {value!r}. It has to be a non-empty str or an int; an empty key "
+            f"would put everybody together."
+        )
+    return hashlib.blake2b(str(value).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

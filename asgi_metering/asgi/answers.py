@@ -1,0 +1,366 @@
+"""
+Answers: the table from the reason of a refusal to status, waiting time, title and numbers.
+
+Knows every `Reason`, RFC 9110's and RFC 6585's statuses, and which numbers a caller may see. Never knows how the
+answer is spelled in a body, nor how it is sent; never reads a clock, never touches a balance.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from math import ceil
+from typing import Literal, NamedTuple, TypeAlias
+
+from asgi_metering.amounts import Unit
+from asgi_metering.asgi import sentences
+from asgi_metering.asgi.fields import (
+    DEFAULT_NAMES,
+    Fields,
+    HeaderNames,
+    field_value,
+    limit_fields,
+    retry_after_field,
+    safe_name,
+    whole_seconds,
+)
+from asgi_metering.asgi.sentences import Facts
+from asgi_metering.decisions import Decision, Reason, Refusal, WindowState
+from asgi_metering.errors import ConfigurationError
+
+__all__ = ["Answer", "AnswerOptions", "Jitter", "answer"]
+
+Jitter: TypeAlias = Callable[[int, int], int]
+"""Draws a whole number from the first to the second, both included: ``random.Random().randint``."""
+
+SHORT_WAIT_S = (1, 5)
+"""
+Seconds after which something that ends by itself (a running call, a live hold) is worth another look. Drawn, so that
+those who were refused together do not return together. Never a hold's life: most holds end long before it.
+"""
+
+OUTAGE_WAIT_S = (3, 7)
+"""Seconds after which a store or an identity service that is down is worth another look; drawn as well."""
+
+_IANA = "https://iana.org/assignments/http-problem-types#"
+QUOTA_EXCEEDED = _IANA + "quota-exceeded"
+"""Problem type of the RateLimit draft: a policy on the caller refused."""
+
+REDUCED_CAPACITY = _IANA + "temporary-reduced-capacity"
+"""Problem type of the RateLimit draft: the service carries less than is asked of it, by whomever."""
+
+_COUNTED = frozenset((Reason.RATE_LIMIT, Reason.EXCEEDS_LIMIT, Reason.CONCURRENCY))
+_MONEY = frozenset((Reason.ALLOWANCE, Reason.CREDITS))
+_QUOTAS = _COUNTED | {Reason.ALLOWANCE}
+_OWN_WORDS = _COUNTED | _MONEY | {Reason.POLICY, Reason.FINGERPRINT}
+"""Reasons whose own detail is shown. The others are about the operator's affairs, which are nobody else's (X.9)."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerOptions:
+    """
+    What an application may decide about its answers.
+
+    Args:
+        challenge: The ``WWW-Authenticate`` of a 401, which RFC 9110 section 15.5.2 demands; write
+            ``'Bearer realm="api"'`` or the scheme that your own authentication uses. None leaves it out.
+        caller_status: What a full pool of the caller's own answers.
+        global_status: What a full pool of everybody's answers.
+        type_base: What stands before our own problem types; a URL of yours, if you document them there. The default
+            is a name, not an address.
+        names: What the header fields are called.
+
+    Raises:
+        ConfigurationError: A status other than 429 and 503, or text that cannot stand in a header or a URI.
+
+    Source: S0.42 (status configurable), RFC 9457 section 3.1.1.
+    """
+
+    challenge: str | None = "Bearer"
+    caller_status: Literal[429, 503] = 429
+    global_status: Literal[429, 503] = 503
+    type_base: str = "urn:asgi-metering:problem:"
+    names: HeaderNames = DEFAULT_NAMES
+
+    def __post_init__(self) -> None:
+        for status in (self.caller_status, self.global_status):
+            if status not in (429, 503):
+                raise ConfigurationError(f"A full pool cannot answer {status!r}. Use 429 or 503.")
+        if self.challenge is not None and not field_value(self.challenge):
+            raise ConfigurationError(
+                f"The challenge {self.challenge!r} cannot stand in a header. Write a scheme such as 'Bearer'."
+            )
+        if not field_value(self.type_base) or " " in self.type_base:
+            raise ConfigurationError(
+                f"The type base {self.type_base!r} is no beginning of a URI. Use ASCII, no spaces."
+            )
+
+
+DEFAULT_OPTIONS = AnswerOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """
+    One refusal, ready to be spelled. Describes the caller's own account only (X.9).
+
+    Attributes:
+        reason: Why; its value is the stable code for programs.
+        status: HTTP status.
+        type: URI of the problem's type.
+        title: The type in words; the same every time.
+        detail: This occurrence in words.
+        remedy: What to do next, in a sentence.
+        facts: The numbers and names as they may be shown, the wait and the reset.
+        headers: All fields but those that describe a body: limits, ``Retry-After``, ``Cache-Control``, the challenge.
+        violated: Names of the policies that refused, as in ``RateLimit-Policy``.
+        transient: Of credits: it would pass if the calls in progress ended unused.
+        line: The billing line.
+        plan: The caller's plan (S0.21).
+    """
+
+    reason: Reason
+    status: int
+    type: str
+    title: str
+    detail: str
+    remedy: str
+    facts: Facts
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    violated: tuple[str, ...] = ()
+    transient: bool | None = None
+    line: str | None = None
+    plan: str | None = None
+
+    @property
+    def code(self) -> str:
+        """Stable, for programs."""
+        return self.reason.value
+
+    @property
+    def retry_after_s(self) -> int | None:
+        """Whole seconds until a retry may pass; None when waiting is not known to help."""
+        return self.facts.wait_s
+
+
+def answer(
+    refusal: Refusal,
+    decision: Decision | None,
+    *,
+    unit: Unit,
+    line: str = "",
+    plan: str | None = None,
+    allowance_status: Literal[402, 429] = 429,
+    options: AnswerOptions = DEFAULT_OPTIONS,
+    jitter: Jitter = random.randint,
+) -> Answer:
+    """
+    Answer *refusal*.
+
+    Args:
+        refusal: Why the call may not run.
+        decision: What the store decided, for the limits and its clock; None if it was not asked.
+        unit: The unit of the route's amounts.
+        line: The route's billing line.
+        plan: The caller's plan, where it is known.
+        allowance_status: What the allowance that refused answers on this route.
+        options: The application's choices.
+        jitter: Draws short waits; tests pass their own.
+
+    ``Retry-After`` is a whole number of seconds rounded up, from 1, and never earlier than the ``t`` of the limit
+    that refused. Absent, it means that nobody knows a wait that helps. All refusals are ``Cache-Control: no-store``.
+
+    Source: DESIGN "Admission", RFC 9110 sections 10.2.3 and 15.5, RFC 6585 section 4.
+    """
+    reason = refusal.reason
+    row = _TABLE[reason]
+    status = _status(refusal, row, allowance_status, options)
+    facts = _facts(refusal, decision, unit, row, jitter)
+    problem_type, title = _type(reason, status, row, options)
+    own_words = refusal.detail if reason in _OWN_WORDS and refusal.level != "global" else None
+    return Answer(
+        reason=reason,
+        status=status,
+        type=problem_type,
+        title=title,
+        detail=own_words or sentences.detail(facts),
+        remedy=sentences.remedy(facts),
+        facts=facts,
+        headers=tuple(_headers(refusal, decision, unit, status, facts.wait_s, options)),
+        violated=(facts.name,) if reason in _QUOTAS else (),
+        transient=refusal.transient if reason is Reason.CREDITS else None,
+        line=line or None,
+        plan=plan,
+    )
+
+
+def _status(refusal: Refusal, row: _Row, allowance_status: int, options: AnswerOptions) -> int:
+    if refusal.reason is Reason.ALLOWANCE:
+        return allowance_status
+    if refusal.reason is Reason.CONCURRENCY:
+        return options.global_status if refusal.level == "global" else options.caller_status
+    return row.status
+
+
+def _type(reason: Reason, status: int, row: _Row, options: AnswerOptions) -> tuple[str, str]:
+    """The draft's types where they fit, each with one title; else our own."""
+    if reason in _QUOTAS and status == 429:
+        return QUOTA_EXCEEDED, "Quota exceeded"
+    if reason in (Reason.CONCURRENCY, Reason.UPSTREAM) and status == 503:
+        return REDUCED_CAPACITY, "Temporary reduced capacity"
+    return options.type_base + reason.value.replace("_", "-"), row.title
+
+
+def _headers(
+    refusal: Refusal,
+    decision: Decision | None,
+    unit: Unit,
+    status: int,
+    wait_s: int | None,
+    options: AnswerOptions,
+) -> Fields:
+    fields: Fields = []
+    if decision is not None:
+        fields = limit_fields(decision, unit, options.names, failing=refusal.name)
+    if wait_s is not None:
+        fields += retry_after_field(wait_s, options.names)
+    fields.append((b"cache-control", b"no-store"))
+    if status == 401 and options.challenge is not None:
+        fields.append((b"www-authenticate", options.challenge.strip().encode("ascii")))
+    return fields
+
+
+class _Case(NamedTuple):
+    """What waits are made of: the limit that refused, if one did, and the store's time, if it was asked."""
+
+    refusal: Refusal
+    window: WindowState | None
+    now: float | None
+    jitter: Jitter
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether it asks for more than there can be at once, so that no wait helps."""
+        required, limit = self.refusal.required, self.refusal.limit
+        return limit is not None and (limit <= 0 or (required is not None and required > limit))
+
+
+def _facts(refusal: Refusal, decision: Decision | None, unit: Unit, row: _Row, jitter: Jitter) -> Facts:
+    reason = refusal.reason
+    windows = decision.windows if decision is not None else ()
+    window = next((state for state in windows if state.name == refusal.name), None)
+    case = _Case(refusal, window, decision.now if decision is not None else None, jitter)
+    facts = Facts(reason, safe_name(refusal.name))
+    # A pool of everybody's shows what the operator can carry and what others use of it: neither is the caller's.
+    if reason in _MONEY:
+        facts = _money(facts, refusal, unit)
+    elif reason in _COUNTED and refusal.level != "global":
+        facts = _counts(facts, refusal, window)
+    # Beginning anew helps nobody where the whole of it is too little.
+    hopeless = case.hopeless
+    reset = None if hopeless and reason is Reason.ALLOWANCE else _moment(refusal.resets_at)
+    level = refusal.level if reason is Reason.CONCURRENCY else None
+    return facts._replace(level=level, wait_s=row.wait_s(case), reset=reset, hopeless=hopeless)
+
+
+def _counts(facts: Facts, refusal: Refusal, window: WindowState | None) -> Facts:
+    if refusal.reason is Reason.CONCURRENCY:
+        unit, held = "concurrent-requests", refusal.held
+    else:
+        unit, held = window.meter if window is not None else "requests", None
+    return facts._replace(
+        unit=unit, required=refusal.required, available=refusal.available, held=held, limit=refusal.limit
+    )
+
+
+def _money(facts: Facts, refusal: Refusal, unit: Unit) -> Facts:
+    available, used = refusal.available, None
+    if refusal.limit is not None and available is not None:
+        # What is left of an allowance is never negative; what was used may exceed a limit that was cut (S4.3, S4.4).
+        used = unit.text(refusal.limit - available - (refusal.held or 0))
+        available = max(0, available)
+    required, left, held, limit = (
+        None if parts is None else unit.text(parts)
+        for parts in (refusal.required, available, refusal.held, refusal.limit)
+    )
+    return facts._replace(unit=unit.name, required=required, available=left, held=held, limit=limit, used=used)
+
+
+def _moment(epoch_s: float | None) -> str | None:
+    """RFC 3339, rounded up to a whole second; None where there is none, or none that a calendar has."""
+    if epoch_s is None:
+        return None
+    try:
+        return f"{datetime.fromtimestamp(ceil(epoch_s), UTC):%Y-%m-%dT%H:%M:%SZ}"
+    except (OverflowError, ValueError, OSError):
+        return None
+
+
+def _never(_: _Case) -> int | None:
+    return None
+
+
+def _short(case: _Case) -> int | None:
+    return case.jitter(*SHORT_WAIT_S)
+
+
+def _outage(case: _Case) -> int | None:
+    return case.jitter(*OUTAGE_WAIT_S)
+
+
+def _pool(case: _Case) -> int | None:
+    return None if case.hopeless else _short(case)
+
+
+def _credits(case: _Case) -> int | None:
+    return _short(case) if case.refusal.transient else None
+
+
+def _exact(case: _Case) -> int | None:
+    """The wait that the refusal names, or until its reset; at least a second."""
+    refusal = case.refusal
+    seconds = refusal.retry_after_s
+    if seconds is None and refusal.resets_at is not None and case.now is not None:
+        seconds = refusal.resets_at - case.now
+    wait_s = None if seconds is None else whole_seconds(seconds)
+    return None if wait_s is None else max(1, wait_s)
+
+
+def _window(case: _Case) -> int | None:
+    """As `_exact`, and never before the moment at which the limit's own field promises more."""
+    wait_s = _exact(case)
+    more_s = None if case.window is None else whole_seconds(case.window.reset_after_s)
+    if wait_s is None:
+        return None
+    return wait_s if more_s is None else max(wait_s, more_s)
+
+
+def _allowance(case: _Case) -> int | None:
+    return None if case.hopeless else _exact(case)
+
+
+class _Row(NamedTuple):
+    """One reason: its status, the title of our own type, and the wait."""
+
+    status: int
+    title: str
+    wait_s: Callable[[_Case], int | None]
+
+
+_TABLE: Mapping[Reason, _Row] = {
+    Reason.UNAUTHENTICATED: _Row(401, "Not authenticated", _never),
+    Reason.IDENTITY_DOWN: _Row(503, "Identity unavailable", _outage),
+    Reason.PAYER: _Row(503, "Payer unresolved", _never),
+    Reason.IN_FLIGHT: _Row(409, "Call in progress", _short),
+    Reason.FINGERPRINT: _Row(422, "Idempotency key reused", _never),
+    Reason.POLICY: _Row(403, "Not permitted", _never),
+    Reason.UPSTREAM: _Row(503, "Temporary reduced capacity", _exact),
+    Reason.CONCURRENCY: _Row(429, "Too many calls at once", _pool),
+    Reason.EXCEEDS_LIMIT: _Row(429, "Quota exceeded", _never),
+    Reason.RATE_LIMIT: _Row(429, "Quota exceeded", _window),
+    Reason.ALLOWANCE: _Row(429, "Allowance spent", _allowance),
+    Reason.CREDITS: _Row(402, "Insufficient credits", _credits),
+    Reason.STORE_DOWN: _Row(503, "Metering unavailable", _outage),
+}

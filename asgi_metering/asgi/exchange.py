@@ -1,0 +1,335 @@
+"""
+One HTTP exchange behind the middleware: what passes `send` and `receive`, and how the call ends.
+
+All state of a request lives in the closures of `run`; the middleware keeps none. Nothing is awaited for the ledger
+on the path: the last message only marks, and the runtime ends the call (pitfalls 22 to 25).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass
+
+from asgi_metering.asgi.answers import DEFAULT_OPTIONS, Answer, AnswerOptions, answer
+from asgi_metering.asgi.fields import limit_fields
+from asgi_metering.asgi.problems import Rendered, render, sse_error
+from asgi_metering.asgi.tap import Tap
+from asgi_metering.asgi.types import ASGIApp, Headers, Message, Receive, Scope, Send
+from asgi_metering.asgi.watch import Watch
+from asgi_metering.call import CURRENT, Call, CallRefused, Opening
+from asgi_metering.errors import MeteringError
+from asgi_metering.policies import ChargePolicy
+from asgi_metering.quotas import is_quota_header, read_quota
+from asgi_metering.quotas.dialects import UNKNOWN
+from asgi_metering.rules.ending import Cause
+from asgi_metering.sources import Allowance
+
+__all__ = ["ExchangeOptions", "run"]
+
+log = logging.getLogger("asgi_metering")
+
+GRACE_S = 0.05
+"""
+How long after its last body message an app may still turn out to have failed.
+
+`BaseHTTPMiddleware` fabricates a clean last message when the app behind it raises; the exception follows within
+microseconds. Background tasks that run longer do not delay the end (pitfall 24).
+"""
+
+CHECKPOINT_BYTES = 262_144
+"""
+After so many bytes the loop gets a turn, so that a burst that never waits still notices a client that left
+(pitfall 26: 125 MiB were "sent" to nobody without it, 4 to 10 with it).
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeOptions:
+    """
+    What a layer lets its exchanges do.
+
+    Attributes:
+        answers: How refusals look.
+        stop_on_disconnect: Watch for a client that left and raise `OSError` from ``send`` (pitfalls 27, 28).
+    """
+
+    answers: AnswerOptions = DEFAULT_OPTIONS
+    stop_on_disconnect: bool = False
+
+
+class ClientGone(OSError):  # noqa: N818 -- the field's name for it
+    """Raised from ``send`` to an app that would go on for a client that left."""
+
+
+async def run(
+    app: ASGIApp, opening: Opening, scope: Scope, receive: Receive, send: Send, options: ExchangeOptions
+) -> None:
+    """Run *app* for one request that *opening* stands for."""
+    # Closures and not an object: a streamed chunk passes here, and attributes cost twice as much as cells.
+    started = False  # the app's response, or ours instead of it, has begun
+    swapped = False  # ours instead of the app's: what the app still sends goes nowhere
+    finishing = False  # the last message was handed over
+    trailers = False
+    unchecked = 0  # bytes since the loop had a turn
+    tap: Tap | None = None
+    grace: asyncio.TimerHandle | None = None
+    watch = Watch(receive) if options.stop_on_disconnect else None
+    inner_receive = watch.receive if watch is not None else receive
+
+    def gone() -> None:
+        if not finishing and opening.call is not None:
+            opening.call.see(Cause.CLIENT_GONE)
+
+    async def receive_() -> Message:
+        message = await inner_receive()
+        if message["type"] == "http.disconnect":
+            gone()
+        return message
+
+    def send_(message: Message) -> Awaitable[None]:
+        nonlocal started
+        if opening.call is None:
+            if message["type"] == "http.response.start":
+                started = True
+            return send(message)
+        return metered_send(opening.call, message)
+
+    async def metered_send(call: Call, message: Message) -> None:
+        nonlocal started, swapped, unchecked
+        if swapped:
+            raise CallRefused(call, call.refusal, call.decision) if call.refusal else ClientGone("The answer is out.")
+        kind = message["type"]
+        if kind == "http.response.body":
+            await send_body(call, message)
+        elif kind == "http.response.start" and not started:
+            await send_start(call, message)
+        elif kind in ("http.response.pathsend", "http.response.trailers", "http.response.zerocopysend"):
+            await send_other(call, message, kind)
+        else:
+            await send(message)
+
+    async def send_start(call: Call, message: Message) -> None:
+        nonlocal started, swapped, trailers, tap
+        if not call.admitted and not call.is_refused and call.pending is not None:
+            # A generator endpoint: it is asked for now, before its headers go out (pitfall 7).
+            try:
+                await call.ensure()
+            except CallRefused:
+                await refuse(call)
+                raise
+        if call.is_refused:
+            if message["status"] >= 500:
+                # The framework made a 500 of it; a handler's own 402, or its degraded 200, stays (pitfall 15).
+                await refuse(call)
+                return
+        elif call.admitted:
+            message, tap = dress(call, message, scope, options)
+            call.status = message["status"]
+            call.observer = tap
+            trailers = bool(message.get("trailers"))
+            if watch is not None:
+                watch.start(gone, asyncio.get_running_loop())
+        started = True
+        await deliver(call, message)
+
+    async def send_body(call: Call, message: Message) -> None:
+        nonlocal unchecked
+        if not call.admitted:
+            await send(message)
+            return
+        body = message.get("body", b"")
+        last = not message.get("more_body", False) and not trailers
+        if last:
+            finish(call)
+        await deliver(call, message)
+        if body:
+            call.first_byte = True
+            if tap is not None:
+                tap.keep(body)
+            unchecked += len(body)
+            if unchecked >= CHECKPOINT_BYTES and not last:
+                unchecked = 0
+                await asyncio.sleep(0)
+
+    async def send_other(call: Call, message: Message, kind: str) -> None:
+        """A file by path is one message and the end; trailers end a response that announced them (pitfall 36)."""
+        last = (
+            (kind == "http.response.trailers" and not message.get("more_trailers", False))
+            or (kind == "http.response.pathsend" and not trailers)
+            or (kind == "http.response.zerocopysend" and not message.get("more_body", False) and not trailers)
+        )
+        if last and call.admitted:
+            finish(call)
+        await deliver(call, message)
+        if call.admitted and kind != "http.response.trailers":
+            call.first_byte = True
+
+    async def deliver(call: Call, message: Message) -> None:
+        if watch is not None and watch.is_gone and not finishing:
+            raise ClientGone("The client has left.")
+        try:
+            await send(message)
+        except OSError:
+            call.see(Cause.CLIENT_GONE)
+            raise
+
+    def finish(call: Call) -> None:
+        """The last message: mark, and let the runtime end the call when the app returns or the grace is over."""
+        nonlocal finishing, grace
+        if not finishing:
+            finishing = True
+            if call.needs_end:
+                grace = asyncio.get_running_loop().call_later(GRACE_S, close, call)
+
+    def close(call: Call) -> None:
+        """Hand the call to the runtime; the first cause seen wins."""
+        if finishing:
+            call.see(Cause.COMPLETED)
+        if call.admitted and call.needs_end:
+            opening.metering.runtime().finish(call)
+
+    async def refuse(call: Call) -> None:
+        """Send the refusal instead of whatever the app would send."""
+        nonlocal started, swapped
+        started = swapped = True
+        rendered = refusal_response(call, options)
+        await send({"type": "http.response.start", "status": rendered.status, "headers": rendered.headers})
+        body = b"" if scope["method"] == "HEAD" else rendered.body
+        await send({"type": "http.response.body", "body": body})
+
+    token = CURRENT.set(opening)
+    try:
+        await app(scope, receive_, send_)
+    except BaseException as failure:
+        call = opening.call
+        if call is None:
+            raise
+        if call.is_refused:
+            if not started and not isinstance(failure, asyncio.CancelledError):
+                await refuse(call)
+                return
+            if swapped and _only_refusals(failure):
+                # Wrapped frameworks raise the refusal again after they answered it (pitfall 14).
+                return
+            raise
+        call.see(_cause_of(failure, finishing))
+        raise
+    finally:
+        CURRENT.reset(token)
+        call = opening.call
+        if call is not None:
+            if grace is not None:
+                grace.cancel()
+            if not finishing:
+                # It returned without an end: the server cancelled, or a framework noticed that the client left.
+                call.see(Cause.ABORTED)
+            await _close_inline(call, close, opening)
+        opening.closed = True
+        if watch is not None:
+            watch.stop()
+
+
+async def _close_inline(call: Call, close: object, opening: Opening) -> None:
+    if not call.admitted or not call.needs_end:
+        return
+    close(call)  # type: ignore[operator]
+    runtime = opening.metering.runtime()
+    if not runtime.managed and call.receipt is None and call.has_hold:
+        # Nobody will hold a shutdown for us, so this task stays until the end is booked (pitfall 32).
+        await asyncio.shield(call.expects_ending())
+
+
+def _cause_of(failure: BaseException, finishing: bool) -> Cause:
+    if isinstance(failure, Exception) or not isinstance(failure, asyncio.CancelledError | GeneratorExit):
+        return Cause.ERROR
+    return Cause.COMPLETED if finishing else Cause.ABORTED
+
+
+def _only_refusals(failure: BaseException) -> bool:
+    """Whether *failure* is a refusal, or a group of nothing else (pitfall 13)."""
+    if isinstance(failure, BaseExceptionGroup):
+        return all(_only_refusals(inner) for inner in failure.exceptions)
+    return isinstance(failure, CallRefused)
+
+
+def refusal_answer(call: Call, options: ExchangeOptions) -> Answer:
+    """What is answered to a call that was refused."""
+    if call.refusal is None:
+        raise MeteringError(f"Call {call.id!r} was not refused.")
+    charge = call.charge
+    sources = charge.sources if charge is not None else ()
+    by_name = {source.name: source.status for source in sources if isinstance(source, Allowance)}
+    return answer(
+        call.refusal,
+        call.decision,
+        unit=call.unit,
+        line=call.line,
+        plan=call.caller.plan if call.caller is not None else None,
+        allowance_status=402 if by_name.get(call.refusal.name) == 402 else 429,
+        options=options.answers,
+    )
+
+
+def refusal_response(call: Call, options: ExchangeOptions) -> Rendered:
+    """The whole response of a refused call, in the shape that its route chose."""
+    policy = call.policy
+    customise = call.charge.customise if call.charge is not None else None
+    return render(refusal_answer(call, options), policy.errors if policy is not None else "problem", customise)
+
+
+def in_band_error(call: Call, options: ExchangeOptions) -> bytes:
+    """The refusal as an event of a stream that has begun."""
+    policy = call.policy
+    customise = call.charge.customise if call.charge is not None else None
+    return sse_error(refusal_answer(call, options), policy.errors if policy is not None else "problem", customise)
+
+
+def dress(call: Call, message: Message, scope: Scope, options: ExchangeOptions) -> tuple[Message, Tap | None]:
+    """
+    The start of an admitted call's response: a provider's quota fields captured and removed, ours added.
+
+    Always a new list: frameworks may reuse a response object, whose own list must not grow.
+    """
+    given: Headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
+    charge = call.policy.charge if call.policy is not None else None
+    if charge is not None and "quotas" in call.opening.features:
+        given = _capture(call, charge, given, message["status"])
+    fields = limit_fields(call.decision, call.unit, options.answers.names) if call.decision is not None else []
+    if fields:
+        ours = {name for name, _ in fields}
+        given = [field for field in given if field[0].lower() not in ours]
+    return {**message, "headers": [*given, *fields]}, _tap(call, given, scope)
+
+
+def _capture(call: Call, charge: ChargePolicy, given: Headers, status: int) -> Headers:
+    quotas = [field for field in given if is_quota_header(field[0])]
+    if not quotas:
+        return given
+    provider = charge.dialect or _provider_of(quotas, status)
+    call.metering.quotas.record(provider, given, status=status, started_at=call.started_at)
+    if charge.forward_quota_headers:
+        return given
+    return [field for field in given if not is_quota_header(field[0])]
+
+
+def _provider_of(quotas: Headers, status: int) -> str:
+    """Nobody named the provider, so it is called by the dialect of its header fields."""
+    reading = read_quota(quotas, provider=None, status=status, now=time.time())
+    return UNKNOWN if reading is None else reading.dialect
+
+
+def _tap(call: Call, given: Headers, scope: Scope) -> Tap | None:
+    """Only calls whose price depends on usage have their bodies watched."""
+    charge = call.charge
+    if charge is None or not charge.measured or scope["method"] == "HEAD":
+        return None
+    found = {name.lower(): value for name, value in given if name.lower() in (b"content-type", b"content-encoding")}
+    content_type, encoding = found.get(b"content-type"), found.get(b"content-encoding")
+    return Tap(
+        None if content_type is None else content_type.decode("latin-1"),
+        None if encoding is None else encoding.decode("latin-1"),
+        charge.dialect,
+    )

@@ -1,0 +1,308 @@
+"""
+Header fields: what a response says of the limits it was counted against, and of what the payer has left.
+
+Knows Structured Fields (RFC 9651), the RateLimit draft and the X-RateLimit custom, and how text becomes safe to stand
+in a header. Never knows why a call was refused, who called, or how messages are sent.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import ceil, isfinite
+from typing import TypeAlias
+
+from asgi_metering.amounts import Unit
+from asgi_metering.decisions import Decision, WindowState
+from asgi_metering.errors import ConfigurationError
+
+__all__ = [
+    "MAX_SF_INTEGER",
+    "Fields",
+    "HeaderNames",
+    "field_name",
+    "field_value",
+    "limit_fields",
+    "retry_after_field",
+    "safe_name",
+    "sf_string",
+    "warning_level",
+    "whole_seconds",
+]
+
+Fields: TypeAlias = list[tuple[bytes, bytes]]
+"""Header fields as ASGI wants them: names in lower case. Always a new list, so that nobody's list grows."""
+
+MAX_SF_INTEGER = 999_999_999_999_999
+"""The largest Integer that a structured field can carry (RFC 9651 section 3.3.1)."""
+
+MAX_NAME = 64
+"""Characters of a name that are shown: as many as our names may have."""
+
+_CLOCK_NOISE_S = 5e-7
+"""
+What epoch seconds lose as floats (half a microsecond is two of their steps): a window of 60 s that has just begun has
+60.0000002 s left by subtraction, and must not answer 61.
+"""
+
+_UNSAFE = re.compile(r"[^\x20-\x7e]")
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,64}")
+
+FRAMING = frozenset(
+    {
+        "connection",
+        "content-encoding",
+        "content-length",
+        "content-type",
+        "keep-alive",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+"""Fields that say how a message is read. Neither limits nor hooks may write them."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderNames:
+    """
+    What the fields are called on the wire; None leaves one out.
+
+    Args:
+        policy: The draft's list of policies (``q``, ``w``, ``qu``).
+        state: The draft's list of what is left (``r``, ``t``).
+        limit, remaining, reset: The X-RateLimit custom, off by default; see `with_legacy`.
+        retry_after: Whole seconds until a retry may pass.
+        available: What the paying source has left after this call's hold.
+
+    Raises:
+        ConfigurationError: A name that is no header name, that frames the message, or that stands for two fields.
+
+    Source: draft-ietf-httpapi-ratelimit-headers-10 and -11 (a draft, hence names to change), RFC 9110 sections 5.1
+    and 10.2.3, S2.33.
+    """
+
+    policy: str | None = "RateLimit-Policy"
+    state: str | None = "RateLimit"
+    limit: str | None = None
+    remaining: str | None = None
+    reset: str | None = None
+    retry_after: str | None = "Retry-After"
+    available: str | None = "Metering-Available"
+    _wire: tuple[bytes | None, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        names = (self.policy, self.state, self.limit, self.remaining, self.reset, self.retry_after, self.available)
+        seen: set[str] = set()
+        for name in names:
+            if name is None:
+                continue
+            if not isinstance(name, str) or not _TOKEN.fullmatch(name) or name.lower() in FRAMING:
+                raise ConfigurationError(
+                    f"The header name {name!r} cannot carry a limit. Use another, or None for off."
+                )
+            if name.lower() in seen:
+                raise ConfigurationError(f"The header name {name!r} stands for two fields. Give each its own.")
+            seen.add(name.lower())
+        wire = tuple([None if name is None else name.lower().encode("ascii") for name in names])
+        object.__setattr__(self, "_wire", wire)
+
+    @classmethod
+    def with_legacy(cls) -> HeaderNames:
+        """The default names, and ``X-RateLimit-Limit``, ``-Remaining`` and ``-Reset`` for clients that know these."""
+        return cls(limit="X-RateLimit-Limit", remaining="X-RateLimit-Remaining", reset="X-RateLimit-Reset")
+
+    @property
+    def exposed(self) -> tuple[str, ...]:
+        """The names in use, for ``Access-Control-Expose-Headers``: without it a browser's script reads none."""
+        return tuple([name.decode("ascii") for name in self._wire if name is not None])
+
+
+DEFAULT_NAMES = HeaderNames()
+
+
+def limit_fields(
+    decision: Decision,
+    unit: Unit,
+    names: HeaderNames = DEFAULT_NAMES,
+    *,
+    failing: str | None = None,
+    warn_below: int | None = None,
+) -> Fields:
+    """
+    Return the fields of one decision: one set, every window once, in policy order.
+
+    ``RateLimit-Policy`` and ``RateLimit`` list all windows. Seconds are rounded up; a time that cannot be told is
+    left out. A unit other than requests is said in ``qu`` by its own name, also one that the draft's registry does
+    not have (``"tokens"``): left out it would claim requests. No partition keys: they would tell what calls are
+    counted by.
+
+    ``X-RateLimit-*`` has room for one window: the one that refused, else the one with the least left (on a tie, the
+    one that takes longest) among those that count requests, else among all. Its reset is epoch seconds, a whole
+    number rounded up, as GitHub sends it.
+
+    ``Metering-Available: "12.5";unit="credits"`` is an Item, String: the exact amount in whole units, spelled as in
+    bodies. A structured Decimal ends at three digits after the point where credits have six, and a structured Integer
+    at fifteen digits where amounts have sixteen. ``source`` names an allowance that pays (absent: the wallet);
+    ``status`` is ``warning`` or ``blocked`` (absent: fine).
+
+    Args:
+        decision: The store's answer, admitted or refused.
+        unit: The unit of the decision's amounts.
+        names: What the fields are called.
+        failing: Name of the window that refused, if one did.
+        warn_below: Smallest parts below which what is left is worth a warning; see `warning_level`.
+
+    Source: draft-ietf-httpapi-ratelimit-headers-10, RFC 9651, S2.33, S3.6.
+    """
+    fields: Fields = []
+    policy, state, limit, remaining, reset, _, available = names._wire
+    windows = decision.windows
+    if windows:
+        policies, quoted = _policies(_written(windows))
+        if len(set(quoted)) < len(quoted):
+            windows = _distinct(windows, quoted)
+            policies, quoted = _policies(_written(windows))
+        if policy is not None:
+            fields.append((policy, policies))
+        if state is not None:
+            fields.append((state, _states(windows, quoted)))
+        if limit is not None or remaining is not None or reset is not None:
+            _add_legacy(fields, _shown_window(windows, failing), decision.now, (limit, remaining, reset))
+    if available is not None and decision.available is not None:
+        fields.append((available, _available(decision.available, unit, decision.source, warn_below)))
+    return fields
+
+
+def _written(windows: Sequence[WindowState]) -> tuple[tuple[str, int, float, str], ...]:
+    """What of the windows does not change from call to call."""
+    return tuple([(each.name, each.limit, each.window_s, each.meter) for each in windows])
+
+
+# Policies are few and the same on every response; limits by plan or by month make a few more.
+@lru_cache(maxsize=1024)
+def _policies(written: tuple[tuple[str, int, float, str], ...]) -> tuple[bytes, tuple[str, ...]]:
+    """The line of policies, and their names as they stand in it."""
+    quoted = []
+    items = []
+    for name, limit, window_s, meter in written:
+        unit = meter.replace("_", "-")
+        counted = "" if unit == "requests" else f";qu={sf_string(unit)}"
+        # The draft counts whole seconds only, and not zero: a longer window promises less, never more.
+        seconds = whole_seconds(window_s)
+        window = f";w={seconds}" if seconds else ""
+        quoted.append(sf_string(name))
+        items.append(f"{quoted[-1]};q={_bounded(limit)}{counted}{window}")
+    return ", ".join(items).encode("ascii"), tuple(quoted)
+
+
+def _states(windows: Sequence[WindowState], quoted: Sequence[str]) -> bytes:
+    items = []
+    for name, window in zip(quoted, windows, strict=True):
+        left = _bounded(window.remaining)
+        wait = whole_seconds(window.reset_after_s)
+        items.append(f"{name};r={left}" if wait is None else f"{name};r={left};t={wait}")
+    return ", ".join(items).encode("ascii")
+
+
+def _distinct(windows: Sequence[WindowState], quoted: Sequence[str]) -> tuple[WindowState, ...]:
+    """Of windows that share a name, the one that refuses first: two items of one name say nothing."""
+    kept: dict[str, WindowState] = {}
+    for name, window in zip(quoted, windows, strict=True):
+        if name not in kept or _tightness(window) < _tightness(kept[name]):
+            kept[name] = window
+    return tuple(kept.values())
+
+
+def _tightness(window: WindowState) -> tuple[int, float]:
+    return window.remaining, -window.reset_after_s
+
+
+def _shown_window(windows: Sequence[WindowState], failing: str | None) -> WindowState:
+    for window in windows:
+        if window.name == failing:
+            return window
+    requests = [window for window in windows if window.meter == "requests"]
+    return min(requests or windows, key=_tightness)
+
+
+def _add_legacy(fields: Fields, window: WindowState, now: float, names: tuple[bytes | None, ...]) -> None:
+    reset_at = whole_seconds(now + window.reset_after_s)
+    for name, value in zip(names, (_bounded(window.limit), _bounded(window.remaining), reset_at), strict=True):
+        if name is not None and value is not None:
+            fields.append((name, b"%d" % value))
+
+
+def _available(parts: int, unit: Unit, source: str | None, warn_below: int | None) -> bytes:
+    text = f'"{unit.text(parts)}"{_account(unit.name, source)}'
+    if parts <= 0:
+        text += ";status=blocked"
+    elif warn_below is not None and parts < warn_below:
+        text += ";status=warning"
+    return text.encode("ascii")
+
+
+@lru_cache(maxsize=256)
+def _account(unit: str, source: str | None) -> str:
+    text = f";unit={sf_string(unit)}"
+    return text if source is None or source == "wallet" else f"{text};source={sf_string(source)}"
+
+
+def retry_after_field(seconds: int, names: HeaderNames = DEFAULT_NAMES) -> Fields:
+    """Return ``Retry-After`` as delay-seconds (RFC 9110 section 10.2.3), or nothing if it is switched off."""
+    name = names._wire[5]
+    return [] if name is None else [(name, b"%d" % _bounded(seconds))]
+
+
+def warning_level(limit: int, percent: int = 80) -> int:
+    """
+    Return the *warn_below* at which `limit_fields` warns: from *percent* of *limit* (smallest parts) used or held on.
+
+    Source: S3.6 (a warning from ``int(limit * 0.8)`` on), in whole numbers.
+    """
+    return limit - limit * percent // 100 + 1
+
+
+def whole_seconds(seconds: float) -> int | None:
+    """
+    Round *seconds* up to what ``Retry-After``, ``t`` and ``w`` can carry, from 0; None where no time can be told.
+
+    Never earlier than *seconds*, except for the half microsecond that clocks lose as floats.
+    """
+    if 0.0 < seconds < MAX_SF_INTEGER:
+        return ceil(seconds - _CLOCK_NOISE_S)
+    return _bounded(ceil(seconds)) if isfinite(seconds) else None
+
+
+def _bounded(value: int) -> int:
+    return value if 0 <= value <= MAX_SF_INTEGER else max(0, min(value, MAX_SF_INTEGER))
+
+
+def safe_name(text: str) -> str:
+    """Return *text* as it may be shown: at most 64 characters of printable ASCII, ``?`` for every other."""
+    return _UNSAFE.sub("?", text[:MAX_NAME])
+
+
+def sf_string(text: str) -> str:
+    r"""
+    Write *text* as a structured String: quoted, with ``\"`` and ``\\``; shortened and cleaned as by `safe_name`.
+
+    Source: RFC 9651 section 4.1.6.
+    """
+    escaped = safe_name(text).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def field_value(text: str) -> bytes | None:
+    """Return *text* as the value of a header field, without outer spaces; None unless it is printable ASCII."""
+    value = text.strip(" \t")
+    return None if _UNSAFE.search(value) else value.encode("ascii")
+
+
+def field_name(text: str) -> bytes | None:
+    """Return *text* in lower case as the name of a header field; None unless it is one and frames nothing."""
+    name = text.lower()
+    return name.encode("ascii") if _TOKEN.fullmatch(name) and name not in FRAMING else None

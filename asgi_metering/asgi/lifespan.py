@@ -1,0 +1,140 @@
+"""
+The lifespan: starts the metering with the application, audits it, and holds its shutdown until calls are booked.
+
+Run by the outermost layer of a stack. An app without a lifespan of its own gets one here, so that its shutdown is
+held too.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from asgi_metering.asgi.audit import audit
+from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
+from asgi_metering.errors import ConfigurationError, MeteringError
+from asgi_metering.metering import Metering
+
+__all__ = ["LAYERS_KEY", "Lifespan"]
+
+log = logging.getLogger("asgi_metering")
+
+LAYERS_KEY = "asgi_metering.layers"
+"""Where the layers of a stack find each other in the lifespan scope."""
+
+
+class _StartupRefused(MeteringError):  # noqa: N818 -- an answer that unwinds
+    """Unwinds the app after its startup was answered with a failure."""
+
+
+class Lifespan:
+    """
+    One run of an application's lifespan.
+
+    Args:
+        app: The app behind the outermost layer.
+        metering: Of the outermost layer.
+        layers: All layers of the stack, outermost first; inner ones add themselves on the way in.
+    """
+
+    def __init__(self, app: ASGIApp, metering: Metering, layers: list[Any]) -> None:
+        self._app = app
+        self._metering = metering
+        self._layers = layers
+        self._asked = False  # the app has asked for its first message
+        self._refused: Exception | None = None
+
+    async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the lifespan through, watching both directions (pitfall 31)."""
+
+        async def receive_() -> Message:
+            self._asked = True
+            if self._refused is not None:
+                raise _StartupRefused(str(self._refused))
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await self._start(send)
+            elif message["type"] == "lifespan.shutdown":
+                # Before the app hears of it: its own resources are still open for calls in flight.
+                await self._metering.drain()
+            return message
+
+        async def send_(message: Message) -> None:
+            kind = message["type"]
+            if self._refused is not None:
+                # The server has our answer already; what the app still says of its end is for nobody.
+                return
+            if kind == "lifespan.startup.complete":
+                if not await self._check(scope, send):
+                    return
+            elif kind in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+                await self._metering.stop()
+            await send(message)
+
+        try:
+            await self._app(scope, receive_, send_)
+        except _StartupRefused:
+            await self._metering.stop()
+            return
+        except Exception:
+            if self._asked:
+                await self._metering.stop()
+                raise
+            log.debug("The app has no lifespan; the metering keeps one for it.", exc_info=True)
+        if not self._asked:
+            await self._stand_in(scope, receive, send)
+
+    async def _start(self, send: Send) -> None:
+        try:
+            self._one_metering()
+            self._metering.runtime().managed = True
+            await self._metering.start()
+        except MeteringError as failure:
+            await self._refuse(failure, send)
+            raise _StartupRefused(str(failure)) from failure
+
+    async def _check(self, scope: Scope, send: Send) -> bool:
+        """Audit the application; False if that refused its startup."""
+        features = frozenset[str]().union(*(layer.features for layer in self._layers))
+        unenforced = frozenset[str].intersection(*(layer.unenforced for layer in self._layers))
+        try:
+            report = audit(scope.get("app") or self._app, features, unenforced)
+            if report.errors:
+                raise ConfigurationError("\n".join(report.errors))
+        except MeteringError as failure:
+            await self._refuse(failure, send)
+            return False
+        for warning in report.warnings:
+            log.warning(warning)
+        return True
+
+    async def _refuse(self, failure: Exception, send: Send) -> None:
+        self._refused = failure
+        log.error("The application cannot start: %s", failure)
+        await send({"type": "lifespan.startup.failed", "message": str(failure)})
+
+    def _one_metering(self) -> None:
+        if any(layer.metering is not self._metering for layer in self._layers):
+            names = ", ".join(type(layer).__name__ for layer in self._layers)
+            raise ConfigurationError(
+                f"The layers {names} do not share one Metering. Make one, and pass the same object to all of them."
+            )
+
+    async def _stand_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Be the lifespan of an app that has none."""
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                try:
+                    await self._start(send)
+                except _StartupRefused:
+                    return
+                if not await self._check(scope, send):
+                    await self._metering.stop()
+                    return
+                await send({"type": "lifespan.startup.complete"})
+            elif message["type"] == "lifespan.shutdown":
+                await self._metering.drain()
+                await self._metering.stop()
+                await send({"type": "lifespan.shutdown.complete"})
+                return

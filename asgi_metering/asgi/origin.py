@@ -1,0 +1,52 @@
+"""Where an HTTP request came from, as far as policies may ask; nothing is looked at before it is asked for."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from asgi_metering.asgi.types import Scope
+
+__all__ = ["HTTPOrigin"]
+
+_NOT_IN_IDS = re.compile(r"[^\x21-\x7e]")
+MAX_REQUEST_ID = 128
+"""Characters of a client's request id that are kept: it goes on every event."""
+
+
+class HTTPOrigin:
+    """
+    The origin of one request.
+
+    Args:
+        scope: The connection's scope; read only.
+    """
+
+    __slots__ = ("_connection", "_scope")
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self._connection: Any = None
+
+    @property
+    def connection(self) -> Any:
+        """A Starlette ``HTTPConnection``: headers, path, query, cookies, client, state."""
+        if self._connection is None:
+            from starlette.requests import HTTPConnection
+
+            self._connection = HTTPConnection(self._scope)
+        return self._connection
+
+    @property
+    def address(self) -> str | None:
+        """The client's address as the server reports it: behind a proxy only what the server was told to trust."""
+        client = self._scope.get("client")
+        return str(client[0]) if client else None
+
+    @property
+    def request_id(self) -> str | None:
+        """``X-Request-ID``, cleaned; None if the client sent none (S2.13)."""
+        for name, value in self._scope.get("headers", ()):
+            if name == b"x-request-id":
+                return _NOT_IN_IDS.sub("", value.decode("latin-1"))[:MAX_REQUEST_ID] or None
+        return None

@@ -1,0 +1,486 @@
+"""
+One metered call: who calls, what was decided, what was used, and that it ends once.
+
+Knows no HTTP: the edge opens a call, tells it what it sees, and hands it to the runtime when it is over. Nothing
+here is kept between calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from decimal import Decimal
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Protocol
+
+from asgi_metering.amounts import CREDITS, Unit
+from asgi_metering.decisions import Decision, Refusal
+from asgi_metering.errors import CallClosedError, ConfigurationError, NoCallError, UsageError
+from asgi_metering.names import check_key
+from asgi_metering.policies import ChargePolicy, EndpointPolicy
+from asgi_metering.prices import MAX_AFFORDABLE, FixedPrice, MeasuredPrice
+from asgi_metering.receipts import Receipt
+from asgi_metering.rules.ending import Cause
+from asgi_metering.usage import TokenUsage, UsageReader
+
+if TYPE_CHECKING:
+    from asgi_metering.metering import Metering
+
+__all__ = [
+    "CURRENT",
+    "SCOPE_KEY",
+    "Call",
+    "CallRefused",
+    "Caller",
+    "Observer",
+    "Opening",
+    "Origin",
+    "Reported",
+    "current_call",
+]
+
+log = logging.getLogger("asgi_metering")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """
+    Who calls, as the application authenticated it.
+
+    Args:
+        id: The caller: a key's id or a user's; never a credential. 1 to 255 printable characters.
+        payer: Whose balance pays; the caller itself by default (S3.37: they often differ).
+        plan: Chooses allowances by plan.
+        type: Filters lines that name callers; None is an ordinary caller.
+        attributes: Go on the usage event as they are. No secrets.
+
+    Raises:
+        InvalidKeyError: An id or payer that cannot be a key.
+    """
+
+    id: str
+    payer: str = ""
+    plan: str | None = None
+    type: str | None = None
+    attributes: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_key(self.id, "caller id")
+        if self.payer:
+            check_key(self.payer, "payer")
+        else:
+            object.__setattr__(self, "payer", self.id)
+
+
+class CallRefused(Exception):  # noqa: N818 -- a refusal is an answer on its way to the edge, not an error
+    """
+    The call may not run. Carries the decision to the edge, which answers it; nothing was consumed.
+
+    A plain `Exception`, so that every framework unwinds its dependencies on the way (pitfalls 13, 14).
+    """
+
+    def __init__(self, call: Call, refusal: Refusal, decision: Decision | None = None) -> None:
+        super().__init__(f"Call {call.id!r} was refused: {refusal.reason.value} ({refusal.name}).")
+        self.call = call
+        self.refusal = refusal
+        self.decision = decision
+
+
+class Origin(Protocol):
+    """Where a call came from, as far as policies may ask; the edge fills it lazily."""
+
+    @property
+    def connection(self) -> Any:
+        """What `identify` gets: the connection with its headers."""
+
+    @property
+    def address(self) -> str | None:
+        """The client's address as the server reports it."""
+
+    @property
+    def request_id(self) -> str | None:
+        """The correlation id that the client sent, cleaned."""
+
+
+class Observer(Protocol):
+    """Watches the body that passes to the client, off its path."""
+
+    def read(self) -> UsageReader | None:
+        """Parse what has been kept so far and answer the reader; None when there is nothing to read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """Usage as the handler reported it."""
+
+    usage: TokenUsage
+    model: str | None = None
+    provider: str | None = None
+
+
+class Opening:
+    """
+    A request that may become a metered call. Light: every request behind the middleware makes one.
+
+    Args:
+        free: Nothing of it is metered: HEAD, OPTIONS, or a test that opted out.
+
+    Attributes:
+        metering: The composition root of the layer that opened it.
+        features: Which layers are present; inner layers add theirs.
+        origin: Where it came from.
+        call: The call, once somebody asked for it.
+        closed: The request is over; code that outlives it must not admit or charge (pitfall 1).
+    """
+
+    __slots__ = ("call", "closed", "features", "free", "metering", "origin", "unenforced")
+
+    def __init__(
+        self,
+        metering: Metering,
+        features: frozenset[str],
+        origin: Origin | None,
+        *,
+        free: bool = False,
+        unenforced: frozenset[str] = frozenset(),
+    ) -> None:
+        self.metering = metering
+        self.features = features
+        self.origin = origin
+        self.free = free
+        self.unenforced = unenforced
+        self.call: Call | None = None
+        self.closed = False
+
+    def open_call(self) -> Call:
+        """The call of this request, made on first use."""
+        if self.closed:
+            raise CallClosedError(
+                "The request that this code belongs to is over. Charge work that outlives it with metering.charge()."
+            )
+        if self.call is None:
+            self.call = Call(self)
+        return self.call
+
+
+SCOPE_KEY = "asgi_metering.opening"
+"""Where the edge puts the opening into a connection's scope."""
+
+CURRENT: ContextVar[Opening | None] = ContextVar("asgi_metering_current", default=None)
+"""The request in whose context the code runs; None outside (S2.44: never a mutable default)."""
+
+
+def current_call() -> Call:
+    """
+    The metered call in whose context this code runs.
+
+    Raises:
+        NoCallError: There is none: no middleware, no `metering.charge()`, or another thread's context.
+        CallClosedError: It is over (pitfall 1).
+    """
+    opening = CURRENT.get()
+    if opening is None:
+        raise NoCallError(
+            "No metered call is running here. Add MeteringMiddleware to the application, or use metering.charge()."
+        )
+    return opening.open_call()
+
+
+class _Gate(Enum):
+    """How far a call's admission is."""
+
+    OPEN = 0
+    ASKING = 1
+    DECIDED = 2
+
+
+class Call:
+    """
+    One call. Made by the middleware or by `Metering.charge`; handlers get it from `current_call`.
+
+    Attributes:
+        id: Unique; also the id of its hold, its receipt and its usage event.
+        caller: Who calls; None until the gate asked, or where nobody is known.
+        payer: Who pays; None until admitted.
+        held: Smallest parts set aside.
+        unit: What is counted.
+        line: The billing line; empty on routes that are not billable.
+        receipt: What the end did; None until the ledger answered.
+    """
+
+    __slots__ = (
+        "_decided",
+        "_endings",
+        "_gate",
+        "_identified",
+        "attributes",
+        "caller",
+        "cause",
+        "charge",
+        "closed",
+        "decision",
+        "estimate",
+        "exchanges",
+        "exempt",
+        "facts",
+        "failure",
+        "first_byte",
+        "has_hold",
+        "held",
+        "id",
+        "last_beat",
+        "line",
+        "models",
+        "observed_parts",
+        "observer",
+        "opening",
+        "payer",
+        "pending",
+        "policy",
+        "price",
+        "receipt",
+        "refusal",
+        "reports",
+        "started_at",
+        "status",
+        "trace",
+        "ttl_s",
+        "unit",
+    )
+
+    def __init__(self, opening: Opening) -> None:
+        self.opening = opening
+        self.id = opening.metering.new_id()
+        self.caller: Caller | None = None
+        self._identified = False
+        self.payer: str | None = None
+        self.policy: EndpointPolicy | None = None
+        self.charge: ChargePolicy | None = None
+        self.price: FixedPrice | MeasuredPrice | None = None
+        self.unit: Unit = CREDITS
+        self.line = ""
+        self.held = 0
+        self.estimate: TokenUsage | Decimal | None = None
+        self.decision: Decision | None = None
+        self.refusal: Refusal | None = None
+        self.pending: Mapping[str, Any] | None = None
+        self._gate = _Gate.OPEN
+        self._decided: asyncio.Future[None] | None = None
+        self._endings: list[asyncio.Future[Receipt | None]] = []
+        self.cause: Cause | None = None
+        self.status: int | None = None
+        self.first_byte = False
+        self.failure: str | None = None
+        self.closed = False
+        self.exempt = False
+        self.observer: Observer | None = None
+        self.observed_parts = 0
+        self.reports: list[Reported] = []
+        self.exchanges: list[tuple[str, UsageReader, int]] = []
+        self.models: list[str] = []
+        self.receipt: Receipt | None = None
+        self.started_at = time.time()
+        self.last_beat = 0.0
+        self.trace: Mapping[str, str] = {}
+        self.facts: Mapping[str, Any] = {}
+        self.has_hold = False
+        self.ttl_s = opening.metering.ttl_s
+        self.attributes: dict[str, str | int | float | bool] = {}
+
+    # -- what handlers use ---------------------------------------------------------------------------------
+
+    @property
+    def metering(self) -> Metering:
+        """The metering that this call belongs to."""
+        return self.opening.metering
+
+    @property
+    def admitted(self) -> bool:
+        """Whether the call was let in and has not been refused."""
+        return self.decision is not None and self.refusal is None
+
+    def record(self, usage: TokenUsage, *, model: str | None = None, provider: str | None = None) -> None:
+        """
+        Report usage; several reports of one call add up. It outranks everything that was seen by itself.
+
+        A report of zero is a report (S2.41); do not call this when nothing is known.
+
+        Raises:
+            UsageError: *usage* is not a `TokenUsage`; the class itself refuses negative or absurd numbers.
+            CallClosedError: The call has ended; the report is counted as late and not charged.
+        """
+        if not isinstance(usage, TokenUsage):
+            raise UsageError(f"The usage {usage!r} is not a TokenUsage. Build one: TokenUsage(input=900, output=120).")
+        if self.closed:
+            self.metering.meters.count("usage_late", line=self.line)
+            raise CallClosedError(f"Call {self.id!r} has ended, so its usage can no longer be reported.")
+        self.reports.append(Reported(usage, model, provider))
+
+    def fail(self, reason: str) -> None:
+        """
+        Say that the call failed although the response looks well: it is charged as a late error (S4.10).
+
+        Args:
+            reason: A short stable word for the usage event, such as ``"provider_overloaded"``.
+
+        Raises:
+            CallClosedError: The call has ended.
+        """
+        if self.closed:
+            raise CallClosedError(f"Call {self.id!r} has ended, so it can no longer fail.")
+        if self.failure is None:
+            self.failure = str(reason)[:200]
+
+    def affordable(self, kind: str = "output") -> int:
+        """
+        How many tokens of *kind* this call's own hold still pays for: clamp ``max_tokens`` to it.
+
+        No round trip. The input that the hold was estimated from counts as used. Where nothing is held because
+        nothing is charged, or the price is not per token, the answer is a number without effect.
+
+        Raises:
+            ConfigurationError: *kind* cannot be afforded one by one.
+        """
+        if not isinstance(self.price, MeasuredPrice) or self.exempt or not self.admitted:
+            return MAX_AFFORDABLE
+        used = TokenUsage()
+        if isinstance(self.estimate, TokenUsage) and kind == "output":
+            used = TokenUsage(input=self.estimate.input, cached=self.estimate.cached)
+        return self.price.affordable(kind, self.unit.whole(self.held), used)
+
+    async def admit(self, *policies: Any, **arguments: Any) -> None:
+        """
+        Ask for admission at an exact point of the handler: the explicit gate (S4.6).
+
+        Args:
+            policies: What the decorators take: ``billable(2)``, ``rate_limited("60/minute")``; a bare amount is a
+                fixed price.
+            arguments: What callables of these policies may ask for, by name.
+
+        Raises:
+            CallRefused: Let it rise; the middleware answers it.
+            CallClosedError: The call has ended.
+            ConfigurationError: The call was admitted before.
+        """
+        from asgi_metering.decorators import gather
+
+        await self.gate(gather(policies, "current_call().admit()", {}), arguments)
+
+    def preset(self, caller: Caller, payer: str) -> None:
+        """Say who calls and who pays, where no connection can be asked."""
+        self.caller, self.payer = caller, payer
+        self._identified = True
+
+    # -- the gate ------------------------------------------------------------------------------------------
+
+    async def identify(self) -> Caller | None:
+        """Who calls, asked once per call (DESIGN 2)."""
+        if not self._identified:
+            self.caller = await self.metering.who(self.opening.origin)
+            self._identified = True
+        return self.caller
+
+    async def gate(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> None:
+        """
+        Admit the call under *policy*, or raise.
+
+        Reaching the gate twice with one policy is one admission (pitfall 8); with another it is a mistake: a call is
+        charged once, and work inside it that has a price of its own is a `metering.charge()`.
+
+        Raises:
+            CallRefused: It may not run; nothing was consumed.
+            CallClosedError: It has ended.
+            ConfigurationError: It is admitted under another policy already.
+        """
+        self.expect(policy, arguments)
+        await self.ensure()
+
+    def expect(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> None:
+        """Bind *policy* to the call without asking yet: generator endpoints are asked for at their first byte."""
+        if self.closed or self.opening.closed:
+            raise CallClosedError(f"Call {self.id!r} has ended; it can admit nothing more.")
+        if self.policy is not None:
+            if self.policy is not policy or self.pending is None:
+                raise ConfigurationError(
+                    f"Endpoint {policy.name!r} was called inside a call that is metered as {self.policy.name!r} "
+                    f"already. Use metering.charge() for work inside a call that has a price of its own."
+                )
+            return
+        self.metering.check_features(policy, self.opening)
+        self.policy = policy
+        self.pending = arguments
+
+    async def ensure(self) -> None:
+        """
+        Await the one admission of this call; whoever comes second waits for the first (pitfall 8).
+
+        No task and no shield: if the caller is cancelled while the store decides, the pump gives back by id what the
+        store decided (pitfall 29).
+        """
+        if self._gate is _Gate.DECIDED:
+            if self.refusal is not None:
+                raise CallRefused(self, self.refusal, self.decision)
+        elif self._gate is _Gate.ASKING:
+            if self._decided is None:
+                self._decided = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._decided)
+            await self.ensure()
+        elif self.pending is not None:
+            self._gate = _Gate.ASKING
+            try:
+                await ask_admission(self, self.pending)
+            finally:
+                # Also when it failed or was cancelled: who waits then asks again, or meets the closed call.
+                decided = self.decision is not None or self.refusal is not None
+                self._gate = _Gate.DECIDED if decided else _Gate.OPEN
+                if self._decided is not None and not self._decided.done():
+                    self._decided.set_result(None)
+
+    def refused(self, refusal: Refusal, decision: Decision | None = None) -> CallRefused:
+        """Mark the call as refused and answer the exception to raise."""
+        self.refusal = refusal
+        self.decision = decision
+        self.metering.meters.count("refusals", reason=refusal.reason.value, line=self.line)
+        return CallRefused(self, refusal, decision)
+
+    # -- what the edge and the runtime use -----------------------------------------------------------------
+
+    @property
+    def needs_end(self) -> bool:
+        """Whether its end has to be told to the ledger, or to the audit of free work."""
+        return self.has_hold or self.charge is not None
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the gate said no."""
+        return self.refusal is not None
+
+    def see(self, cause: Cause) -> None:
+        """Note why the call ends; only the first cause counts (DESIGN "End of call")."""
+        if self.cause is None:
+            self.cause = cause
+
+    def expects_ending(self) -> asyncio.Future[Receipt | None]:
+        """A future of the receipt, for who has to wait for the end."""
+        future: asyncio.Future[Receipt | None] = asyncio.get_running_loop().create_future()
+        self._endings.append(future)
+        return future
+
+    def ended(self, receipt: Receipt | None) -> None:
+        """The ledger has answered."""
+        self.receipt = receipt
+        for future in self._endings:
+            if not future.done():
+                future.set_result(receipt)
+        self._endings.clear()
+
+
+async def ask_admission(call: Call, arguments: Mapping[str, Any]) -> None:
+    """Ask for *call*; imported late, since admission knows calls."""
+    from asgi_metering.admission import admit
+
+    await admit(call, arguments)

@@ -1,0 +1,466 @@
+"""
+`Metering`: the composition root. Puts a store, an identity, a unit and sinks together, and is what users operate.
+
+Knows every room of the floors below by name, and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import threading
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from asgi_metering.amounts import CREDITS, Amount, Unit
+from asgi_metering.call import CURRENT, Call, Caller, Opening, Origin
+from asgi_metering.decisions import Decision
+from asgi_metering.errors import ConfigurationError, IdentityError, SettlementError
+from asgi_metering.events.metrics import Meters
+from asgi_metering.events.sinks import Sink
+from asgi_metering.events.span import annotate_span, current_trace
+from asgi_metering.names import check_key
+from asgi_metering.policies import EndpointPolicy
+from asgi_metering.receipts import Balance, Entry, GrantReceipt
+from asgi_metering.rules.book import Book
+from asgi_metering.rules.conservation import discrepancies
+from asgi_metering.rules.decide import Answer
+from asgi_metering.rules.ending import Cause
+from asgi_metering.rules.operations import Admit, Operation, PostGrant
+from asgi_metering.rules.state import NEVER, Account, Hold
+from asgi_metering.runtime import Runtime
+from asgi_metering.stores.contract import AccountRows, AccountsAfter, EntriesAfter, LiveHolds, Store
+from asgi_metering.stores.urls import store_from_url
+from asgi_metering.upstream.readings import QuotaReadings
+
+__all__ = ["ALL_FEATURES", "Metering"]
+
+ALL_FEATURES = frozenset({"events", "quotas", "rates", "credits"})
+"""The layers by what they enable."""
+
+StoreDown = Literal["deny", "allow"]
+
+Identify = Callable[[Any], Awaitable[Caller | None] | Caller | None]
+
+
+class Metering:
+    """
+    One metering: a store, who calls, in what unit, and where events go.
+
+    Args:
+        store: A URL (``memory://``, ``sqlite:///metering.db``) or a `Store`.
+        identify: Gets the connection (headers, path, client) and answers a `Caller`, or None for nobody; sync or
+            async. Runs lazily, once per call, never on unmetered routes.
+        unit: What routes count that name no unit.
+        sinks: Where usage events go; OpenTelemetry, through its API alone, by default.
+        store_timeout_s: Deadline of a store call before the first byte.
+        on_store_down: ``"deny"`` (503) or ``"allow"``, per layer; credits deny and rates allow by default (X.6).
+        ttl_s: Seconds that a hold lives without a heartbeat, where a route does not say.
+        grace_s: Seconds in doubt before the policy ends a hold, where a route does not say.
+        max_call_s: A call older than this is ended as it is (pitfall 27).
+        drain_s: What a shutdown waits for calls in flight.
+        run_sync: Runs sync endpoints off the loop: an async function of a callable without arguments; anyio's
+            threads by default (pitfall 9).
+        new_id: Makes call ids; random ones by default (X.8).
+
+    Raises:
+        ConfigurationError: An argument or URL that cannot work; the sentence says what can.
+        MissingExtraError: The store's driver is not installed.
+
+    Used as ``async with metering:``, or by the middleware's lifespan, or lazily by the first call.
+    """
+
+    def __init__(
+        self,
+        store: str | Store = "memory://",
+        *,
+        identify: Identify | None = None,
+        unit: Unit = CREDITS,
+        sinks: Sequence[Sink] | None = None,
+        store_timeout_s: float = 1.0,
+        on_store_down: Mapping[str, StoreDown] | None = None,
+        ttl_s: float = 60.0,
+        grace_s: float = 30.0,
+        max_call_s: float = 3_600.0,
+        drain_s: float = 10.0,
+        run_sync: Callable[[Callable[[], Any]], Coroutine[Any, Any, Any]] | None = None,
+        new_id: Callable[[], str] | None = None,
+    ) -> None:
+        if identify is not None and not callable(identify):
+            raise ConfigurationError(f"identify={identify!r} cannot be called. Pass a function of the connection.")
+        for name, seconds in {
+            "store_timeout_s": store_timeout_s,
+            "ttl_s": ttl_s,
+            "grace_s": grace_s,
+            "max_call_s": max_call_s,
+            "drain_s": drain_s,
+        }.items():
+            if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not seconds >= 0:
+                raise ConfigurationError(f"{name}={seconds!r} is not a number of seconds from 0 up.")
+        self.store: Store = store if isinstance(store, Store) else store_from_url(store)
+        self.unit = unit
+        self.store_timeout_s = store_timeout_s
+        self.end_timeout_s = max(5.0, store_timeout_s)
+        self.on_store_down: Mapping[str, StoreDown] = _store_down(on_store_down or {})
+        self.ttl_s, self.grace_s, self.max_call_s, self.drain_s = ttl_s, grace_s, max_call_s, drain_s
+        self.run_sync = run_sync or _run_in_thread
+        self.new_id = new_id or _new_id
+        self.quotas = QuotaReadings()
+        self.meters = Meters()
+        self.sinks: tuple[Sink, ...] = _default_sinks() if sinks is None else tuple(sinks)
+        self._identify = identify
+        self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    # -- life ----------------------------------------------------------------------------------------------
+
+    def runtime(self) -> Runtime:
+        """The background of the running event loop."""
+        loop = asyncio.get_running_loop()
+        runtime = self._runtimes.get(loop)
+        if runtime is None:
+            with self._lock:
+                runtime = self._runtimes.setdefault(loop, Runtime(self, loop))
+        return runtime
+
+    async def start(self) -> None:
+        """Open the store and start the background of this event loop. Raises as `Store.open`."""
+        await self.runtime().start()
+
+    async def drain(self) -> int:
+        """Wait, bounded, until calls in flight have ended and are booked; how many were not."""
+        return await self.runtime().drain(self.drain_s)
+
+    async def stop(self) -> None:
+        """Drain, export, and give everything back."""
+        await self.runtime().drain(self.drain_s)
+        await self.runtime().stop()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    # -- what operators use --------------------------------------------------------------------------------
+
+    async def grant(
+        self,
+        payer: str,
+        amount: Amount,
+        *,
+        id: str,  # noqa: A002 -- the field's word; a grant has an id as a webhook has
+        unit: Unit | None = None,
+        priority: int = 0,
+        effective_at: datetime | float | None = None,
+        expires_at: datetime | float | None = None,
+        kind: str = "purchased",
+        actor: str = "",
+    ) -> GrantReceipt:
+        """
+        Give *payer* units, once per *id*: the id of the payment or webhook behind it.
+
+        Args:
+            payer: 1 to 255 printable characters. Its account is made by its first grant.
+            amount: Whole units, above 0.
+            id: The same id and body again changes nothing and answers ``applied=False``.
+            unit: The metering's by default.
+            priority: Lower burns first; then soonest expiry, then oldest.
+            effective_at: When it begins: an aware datetime or epoch seconds; now by default.
+            expires_at: When what is left lapses; never by default.
+            kind: A word for the statement: purchased, promotional...
+            actor: Who gave it, for the statement.
+
+        Raises:
+            IdempotencyConflictError: The id exists with another body.
+            AmountError: The amount is no usable amount, or 0.
+            InvalidKeyError: The payer or id cannot be a key.
+            ConfigurationError: It would expire before it begins; a naive datetime; too many live grants.
+            StoreUnavailableError: No answer came; repeat it with the same id.
+
+        Atomic, one round trip.
+        """
+        counted = unit or self.unit
+        parts = counted.parts(amount, "grant")
+        if parts == 0:
+            raise ConfigurationError(f"Grant {id!r} of {amount!r} gives nothing. Grant more than 0.")
+        if type(priority) is not int:
+            raise ConfigurationError(f"The priority {priority!r} of grant {id!r} is not an int.")
+        ask = PostGrant(
+            check_key(id, "grant id"),
+            check_key(payer, "payer"),
+            counted.name,
+            parts,
+            priority,
+            None if effective_at is None else _epoch(effective_at, "effective_at"),
+            NEVER if expires_at is None else _epoch(expires_at, "expires_at"),
+            kind,
+            actor,
+        )
+        answer = await self._submit(ask)
+        if not isinstance(answer, GrantReceipt):
+            raise AssertionError(f"a grant was answered with {answer!r}")
+        return answer
+
+    async def balance(self, payer: str, *, unit: Unit | None = None) -> Balance:
+        """
+        What *payer* has, in smallest parts of the unit; zeros for an unknown account. Changes nothing.
+
+        A grant whose time has come or gone since the last operation is counted as of now.
+        """
+        counted = unit or self.unit
+        await self.start()
+        now, state = await self.store.read(AccountRows(check_key(payer, "payer"), counted.name))
+        account = state.accounts.get((payer, counted.name)) or Account(payer, counted.name)
+        book = Book(state, (payer, counted.name), max(now, account.seen_at))
+        return Balance(
+            payer,
+            counted.name,
+            book.granted,
+            book.settled,
+            book.held,
+            book.expired,
+            book.available,
+            book.debt,
+            now,
+        )
+
+    async def statement(self, payer: str, *, unit: Unit | None = None, after: int = 0) -> AsyncIterator[Entry]:
+        """The lines of *payer*'s ledger above number *after*, oldest first, read page by page."""
+        counted = unit or self.unit
+        await self.start()
+        while True:
+            _, state = await self.store.read(EntriesAfter(check_key(payer, "payer"), counted.name, after))
+            lines = state.entries.get((payer, counted.name), [])
+            for line in lines:
+                yield line
+            if not lines:
+                return
+            after = lines[-1].number
+
+    async def holds(self, limit: int = 1_000) -> list[Hold]:
+        """Holds that have not ended, oldest first: what is in flight, and what is in doubt."""
+        await self.start()
+        _, state = await self.store.read(LiveHolds(limit))
+        return list(state.holds.values())
+
+    async def check(self) -> list[str]:
+        """
+        Prove that the books balance: each account atomically, the accounts in turn.
+
+        Returns a sentence per discrepancy; an empty list is the proof.
+        """
+        await self.start()
+        wrong: list[str] = []
+        last = ("", "")
+        while True:
+            _, page = await self.store.read(AccountsAfter(*last))
+            if not page.accounts:
+                return wrong
+            for key in sorted(page.accounts):
+                _, rows = await self.store.read(AccountRows(*key))
+                grants = [*rows.grants.get(key, {}).values(), *rows.closed_grants.get(key, {}).values()]
+                wrong.extend(discrepancies(rows.accounts[key], grants, rows.holds.values()))
+                last = key
+
+    @asynccontextmanager
+    async def charge(
+        self,
+        *,
+        payer: str,
+        line: str,
+        hold: Any = None,
+        price: Any = None,
+        caller: Caller | None = None,
+        **options: Any,
+    ) -> AsyncIterator[Call]:
+        """
+        Run one metered call outside HTTP: ``async with metering.charge(payer=..., line=..., hold="0.2") as call:``.
+
+        Args:
+            payer: Who pays.
+            line: The billing line.
+            hold: Whole units to set aside, or an estimate as for `billable`.
+            price: A fixed amount, or a measured price that `call.record` is charged by; the hold by default.
+            caller: Who acts, where it is not the payer.
+            options: As for `billable`.
+
+        Raises:
+            CallRefused: The payer cannot afford it; the body did not run.
+            SettlementError: The body ran, but its end could not be booked yet; it is retried (S3.10).
+
+        Any exception of the body, cancellation included, releases the hold and rises unchanged (S3.8).
+        Inside another call it is a call of its own; only what `Call` says is inherited (S3.24).
+        """
+        from asgi_metering.decorators import billable, gather
+
+        check_key(payer, "payer")
+        asked = price if price is not None else hold
+        if asked is None:
+            raise ConfigurationError(f"charge(line={line!r}) has neither a price nor a hold. Give one.")
+        policy = gather((billable(asked, hold=hold if price is not None else None, line=line, **options),), line, {})
+        opening = Opening(self, ALL_FEATURES, None)
+        call = opening.open_call()
+        call.preset(caller or Caller(payer, payer=payer), payer)
+        token = CURRENT.set(opening)
+        try:
+            await call.gate(policy, {})
+            try:
+                yield call
+            except BaseException:
+                call.see(Cause.ERROR)
+                raise
+            call.first_byte = True
+            call.see(Cause.COMPLETED)
+        finally:
+            CURRENT.reset(token)
+            opening.closed = True
+            if call.admitted:
+                await self._settled(call)
+
+    async def _settled(self, call: Call) -> None:
+        """Wait for the receipt of *call*; an end that the store does not take in time is an error of its own."""
+        ending = call.expects_ending()
+        self.runtime().finish(call)
+        try:
+            await asyncio.wait_for(asyncio.shield(ending), self.end_timeout_s)
+        except TimeoutError:
+            raise SettlementError(
+                f"Call {call.id!r} of line {call.line!r} ran, but its end is not booked yet. It is retried; its "
+                f"receipt will have this id."
+            ) from None
+
+    # -- upstream ------------------------------------------------------------------------------------------
+
+    def upstream_client(self, provider: str, **options: Any) -> Any:
+        """
+        An async HTTP client that the model SDKs accept as ``http_client=``; it captures quotas and usage.
+
+        Args:
+            provider: Names the provider in readings and events, such as ``"openai"``.
+            options: As for the client's class; timeouts, limits and redirects are the SDKs' own by default.
+
+        Raises:
+            MissingExtraError: No HTTP client library is installed.
+        """
+        from asgi_metering.upstream.client import upstream_client
+
+        return upstream_client(provider, self._listener(), **options)
+
+    def upstream_transport(self, provider: str, wrap: Any = None) -> Any:
+        """The transport of `upstream_client` alone, around *wrap*, for clients that you build yourself."""
+        from asgi_metering.upstream.client import upstream_transport
+
+        return upstream_transport(provider, self._listener(), wrap=wrap)
+
+    def _listener(self) -> Any:
+        from asgi_metering.booking import UpstreamBooking
+
+        return UpstreamBooking(self)
+
+    # -- what calls and layers use -------------------------------------------------------------------------
+
+    async def _submit(self, operation: Operation) -> Answer:
+        return await self.runtime().submit(operation, self.end_timeout_s)
+
+    async def decide(self, ask: Admit) -> Decision:
+        """Ask the store for one admission, within the deadline. Raises `StoreError`."""
+        answer = await self.runtime().submit(ask, self.store_timeout_s)
+        if not isinstance(answer, Decision):
+            raise AssertionError(f"an admission was answered with {answer!r}")
+        return answer
+
+    def admitted(self, call: Call) -> None:
+        """Look after an admitted call, and say so on the server's span while it still records."""
+        if call.needs_end:
+            self.runtime().register(call)
+        if call.charge is not None:
+            annotate_span({"metering.line": call.line, "metering.held": call.held, "metering.unit": call.unit.name})
+
+    async def who(self, origin: Origin | None) -> Caller | None:
+        """
+        Ask `identify`.
+
+        Raises:
+            IdentityError: It raised, or answered something that is no `Caller`.
+        """
+        if self._identify is None or origin is None:
+            return None
+        try:
+            caller = self._identify(origin.connection)
+            if inspect.isawaitable(caller):
+                caller = await caller
+        except Exception as failure:
+            raise IdentityError(f"identify() failed: {failure!r}. It should answer a Caller or None.") from failure
+        if caller is not None and not isinstance(caller, Caller):
+            raise IdentityError(f"identify() answered a {type(caller).__name__}. It should answer a Caller or None.")
+        return caller
+
+    def trace(self) -> Mapping[str, str]:
+        """The ids of the current trace, as the usage event saves them; empty without one."""
+        return current_trace()
+
+    def check_features(self, policy: EndpointPolicy, opening: Opening) -> None:
+        """
+        Refuse a policy whose layer is absent, unless its layer says ``unenforced="allow"``.
+
+        Raises:
+            ConfigurationError: With the layer to add.
+        """
+        if "credits" not in opening.unenforced and policy.charge is not None and "credits" not in opening.features:
+            raise ConfigurationError(
+                f"{policy.name} is @billable, but no layer enforces credits here. Add CreditGateMiddleware or "
+                f'MeteringMiddleware, or say unenforced="allow".'
+            )
+        if "rates" not in opening.unenforced and policy.rates and "rates" not in opening.features:
+            raise ConfigurationError(
+                f"{policy.name} is @rate_limited, but no layer enforces rates here. Add RateLimitMiddleware or "
+                f'MeteringMiddleware, or say unenforced="allow".'
+            )
+
+
+def _default_sinks() -> tuple[Sink, ...]:
+    # OpenTelemetry is imported only where events go to it.
+    from asgi_metering.events.otel import OTelSink
+
+    return (OTelSink(),)
+
+
+def _store_down(given: Mapping[str, StoreDown]) -> Mapping[str, StoreDown]:
+    chosen: dict[str, StoreDown] = {"credits": "deny", "rates": "allow"}
+    for layer, answer in given.items():
+        if layer not in chosen or answer not in ("deny", "allow"):
+            raise ConfigurationError(
+                f"on_store_down={{{layer!r}: {answer!r}}} is not known. Layers are 'credits' and 'rates'; answers are "
+                f"'deny' and 'allow'."
+            )
+        chosen[layer] = answer
+    return chosen
+
+
+def _epoch(moment: datetime | float, what: str) -> float:
+    if isinstance(moment, datetime):
+        if moment.tzinfo is None:
+            raise ConfigurationError(f"{what}={moment!r} has no time zone. Give it one: moment.replace(tzinfo=UTC).")
+        return moment.timestamp()
+    if isinstance(moment, bool) or not isinstance(moment, int | float) or not 0 <= moment < NEVER:
+        raise ConfigurationError(f"{what}={moment!r} is neither an aware datetime nor epoch seconds.")
+    return float(moment)
+
+
+def _new_id() -> str:
+    return os.urandom(16).hex()
+
+
+async def _run_in_thread(work: Callable[[], Any]) -> Any:
+    import anyio.to_thread
+
+    return await anyio.to_thread.run_sync(work)

@@ -1,0 +1,297 @@
+"""
+Policies: what the decorators write down for one endpoint.
+
+Immutable once an endpoint is decorated. Every policy argument is a value, a callable or an async callable of the
+endpoint's own arguments; a callable names the ones it wants, and `call` for the call itself. Knows nothing of how a
+policy is carried out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from asgi_metering.amounts import Amount, Unit, exact_amount
+from asgi_metering.errors import ConfigurationError
+from asgi_metering.names import check_name
+from asgi_metering.prices import FixedPrice, MeasuredPrice
+from asgi_metering.rates import RateLimit
+from asgi_metering.sources import PaymentSource, Wallet
+from asgi_metering.usage import TokenUsage
+
+__all__ = [
+    "ChargePolicy",
+    "ConcurrencyLimit",
+    "EndpointPolicy",
+    "ErrorShape",
+    "From",
+    "HoldPolicy",
+    "RatePolicy",
+    "read_price",
+    "up_to",
+]
+
+ErrorShape: TypeAlias = Literal["problem", "openai", "anthropic"]
+"""The shape of refusals and in-band errors of a route."""
+
+ERROR_SHAPES: tuple[ErrorShape, ...] = ("problem", "openai", "anthropic")
+
+CALL = "call"
+"""The parameter name by which a policy's callable asks for the call."""
+
+
+@dataclass(frozen=True, slots=True)
+class From:
+    """
+    A policy argument that is computed from the endpoint's arguments.
+
+    Args:
+        function: Sync or async.
+        what: What it computes, for error sentences.
+
+    Its parameters are matched by name: those of the endpoint, and ``call``. A parameter with a default may be absent.
+    """
+
+    function: Callable[..., Any]
+    what: str
+    wants: tuple[str, ...] = field(init=False)
+    takes_all: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        try:
+            parameters = inspect.signature(self.function).parameters.values()
+        except (TypeError, ValueError):
+            raise ConfigurationError(
+                f"The {self.what} {self.function!r} has no signature to read. "
+                f"Wrap it in a function with named parameters."
+            ) from None
+        wants = []
+        takes_all = False
+        for parameter in parameters:
+            if parameter.kind is parameter.POSITIONAL_ONLY or parameter.kind is parameter.VAR_POSITIONAL:
+                raise ConfigurationError(
+                    f"The {self.what} {self.function!r} takes {parameter.name!r} by position. "
+                    f"Name the endpoint's parameters that it needs instead."
+                )
+            if parameter.kind is parameter.VAR_KEYWORD:
+                takes_all = True
+            else:
+                wants.append(parameter.name)
+        object.__setattr__(self, "wants", tuple(wants))
+        object.__setattr__(self, "takes_all", takes_all)
+
+    def check(self, endpoint: str, offered: Mapping[str, inspect.Parameter]) -> None:
+        """
+        Refuse a parameter that the endpoint cannot give.
+
+        Raises:
+            ConfigurationError: At import, with the names that can be had.
+        """
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in offered.values()):
+            return
+        defaults = inspect.signature(self.function).parameters
+        for name in self.wants:
+            if name != CALL and name not in offered and defaults[name].default is inspect.Parameter.empty:
+                names = ", ".join(repr(known) for known in (*offered, CALL))
+                raise ConfigurationError(
+                    f"The {self.what} of {endpoint} asks for {name!r}, which the endpoint does not have. "
+                    f"It can have {names}."
+                )
+
+    async def compute(self, call: object, arguments: Mapping[str, Any]) -> Any:
+        """Call the function with what it asked for; a result that can be awaited is awaited."""
+        if self.takes_all:
+            given = {**arguments, CALL: call} if CALL in self.wants else dict(arguments)
+        else:
+            given = {name: arguments[name] for name in self.wants if name in arguments}
+            if CALL in self.wants:
+                given[CALL] = call
+        result = self.function(**given)
+        return await result if isinstance(result, Awaitable) else result
+
+
+@dataclass(frozen=True, slots=True)
+class HoldPolicy:
+    """
+    How much a measured price holds.
+
+    Attributes:
+        estimate: Whole units, a `TokenUsage`, or `From` one; None estimates from the request's own body.
+        at_least: With ``up_to``: admit from here on, holding what there is. None: all or nothing.
+    """
+
+    estimate: Any = None
+    at_least: Amount | None = None
+
+    def callables(self) -> tuple[From, ...]:
+        """The arguments that are computed."""
+        return (self.estimate,) if isinstance(self.estimate, From) else ()
+
+
+def up_to(estimate: Any = None, *, at_least: Amount) -> HoldPolicy:
+    """
+    Hold the smaller of *estimate* and what is available, and refuse only below *at_least*.
+
+    Args:
+        estimate: Whole units, a `TokenUsage`, or a callable of the endpoint's arguments that answers one; None
+            estimates from the request's own body.
+        at_least: Whole units without which the call is refused.
+
+    Raises:
+        AmountError: *at_least* is not a usable amount (a float, say).
+        ConfigurationError: A callable takes parameters by position.
+    """
+    exact_amount(at_least, "least hold")
+    return HoldPolicy(_computed(estimate, "hold estimate"), at_least)
+
+
+def _computed(value: Any, what: str) -> Any:
+    return From(value, what) if callable(value) else value
+
+
+def read_hold(hold: Any) -> HoldPolicy:
+    """Read what a user wrote as ``hold=``; raises as `up_to`."""
+    if isinstance(hold, HoldPolicy):
+        return hold
+    if hold is not None and not callable(hold) and not isinstance(hold, TokenUsage):
+        exact_amount(hold, "hold")
+    return HoldPolicy(_computed(hold, "hold estimate"))
+
+
+def read_price(price: Any) -> FixedPrice | MeasuredPrice | From:
+    """
+    Read what a user wrote as a price: an amount, a measured price, or a callable of the endpoint's arguments.
+
+    Raises:
+        AmountError: An amount that is not usable.
+        ConfigurationError: A callable that takes parameters by position.
+    """
+    if isinstance(price, FixedPrice | MeasuredPrice):
+        return price
+    if callable(price):
+        return From(price, "price")
+    return FixedPrice.of(price)
+
+
+@dataclass(frozen=True, slots=True)
+class ChargePolicy:
+    """
+    What one endpoint charges, and how.
+
+    Attributes:
+        price: Fixed, measured, or computed from the endpoint's arguments.
+        line: The billing line; the endpoint's own name by default.
+        unit: None is the metering's unit.
+        hold: How much a measured price sets aside.
+        sources: Where the units come from, in order.
+        payer: Who pays, from the endpoint's arguments; None is the caller's payer.
+        end: What is charged however the call ends: an `EndPolicy`, kept opaque here.
+        errors: The shape of refusals.
+        customise: Rewrites the body of a refusal, for clients that expect other fields.
+        dialect: Names the usage dialect where the shape alone would mislead; None detects it.
+        forward_quota_headers: Let the provider's own quota fields pass to the client.
+        ttl_s: Seconds that a hold lives without a heartbeat.
+        grace_s: Seconds in doubt before the policy ends it.
+    """
+
+    price: FixedPrice | MeasuredPrice | From
+    line: str
+    end: Any
+    unit: Unit | None = None
+    hold: HoldPolicy = HoldPolicy()
+    sources: tuple[PaymentSource, ...] = (Wallet(),)
+    payer: From | None = None
+    errors: ErrorShape = "problem"
+    customise: Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], Mapping[str, str]]] | None = None
+    dialect: str | None = None
+    forward_quota_headers: bool = False
+    ttl_s: float = 60.0
+    grace_s: float = 30.0
+
+    @property
+    def measured(self) -> bool:
+        """Whether the price depends on usage."""
+        return isinstance(self.price, MeasuredPrice)
+
+    def callables(self) -> tuple[From, ...]:
+        """Everything that is computed from the endpoint's arguments."""
+        found = [value for value in (self.price, self.payer) if isinstance(value, From)]
+        return (*found, *self.hold.callables())
+
+
+@dataclass(frozen=True, slots=True)
+class ConcurrencyLimit:
+    """At most *limit* calls at once: per caller, or of everybody together (level ``"global"``)."""
+
+    limit: int
+    level: Literal["caller", "global"] = "caller"
+
+    def __post_init__(self) -> None:
+        if type(self.limit) is not int or self.limit < 0:
+            raise ConfigurationError(f"The concurrency {self.limit!r} is not an int from 0 up.")
+
+
+@dataclass(frozen=True, slots=True)
+class RatePolicy:
+    """
+    Rate and concurrency limits that share one key.
+
+    Attributes:
+        limits: In the order written.
+        concurrency: Slots per key, or for everybody.
+        key: ``"caller"``, ``"payer"``, ``"address"``, or computed from the endpoint's arguments.
+        scope: Limits of equal scope and name share their counts; an endpoint's own name by default.
+        cost: What one call takes of each request limit; a number, or computed.
+        errors: The shape of refusals where no charge policy says.
+    """
+
+    limits: tuple[RateLimit, ...]
+    scope: str
+    concurrency: tuple[ConcurrencyLimit, ...] = ()
+    key: str | From = "caller"
+    cost: int | From = 1
+    errors: ErrorShape = "problem"
+
+    def callables(self) -> tuple[From, ...]:
+        """Everything that is computed from the endpoint's arguments."""
+        return tuple(value for value in (self.key, self.cost) if isinstance(value, From))
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointPolicy:
+    """
+    Everything that the decorators said of one endpoint.
+
+    Attributes:
+        name: How the endpoint is called in answers, metrics and audits; never a path (pitfall 39).
+        charge: None if it is not billable.
+        rates: In the order of the decorators, outermost first.
+    """
+
+    name: str
+    charge: ChargePolicy | None = None
+    rates: tuple[RatePolicy, ...] = ()
+
+    @property
+    def errors(self) -> ErrorShape:
+        """The shape of refusals: the charge's, else the first rates'."""
+        if self.charge is not None:
+            return self.charge.errors
+        return self.rates[0].errors if self.rates else "problem"
+
+    @property
+    def needs_identity(self) -> bool:
+        """Whether nobody can be served without knowing who calls."""
+        return self.charge is not None
+
+    def callables(self) -> tuple[From, ...]:
+        """Everything that is computed from the endpoint's arguments."""
+        charge = self.charge.callables() if self.charge is not None else ()
+        return (*charge, *(value for rates in self.rates for value in rates.callables()))
+
+
+def check_line(line: str) -> str:
+    """Return *line* if it may name a billing line; raises `ConfigurationError`."""
+    return check_name(line, "billing line")

@@ -1,0 +1,307 @@
+"""
+The runtime: what works for the calls of one event loop, off their path.
+
+Ends calls, beats for their holds, sweeps what is overdue, exports events. Owns the loop's pump and every background
+task, with strong references (pitfall 30); is drained and stopped with the application's lifespan, or starts by itself
+where none comes (pitfall 32). Decides nothing about money.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+
+from asgi_metering.billing import bill, observed_parts
+from asgi_metering.errors import StoreError
+from asgi_metering.events.exporter import Exporter
+from asgi_metering.receipts import Receipt
+from asgi_metering.rules.decide import Answer
+from asgi_metering.rules.ending import Cause
+from asgi_metering.rules.operations import Emit, End, Operation, Renew, Sweep
+from asgi_metering.stores.pump import Pump
+
+if TYPE_CHECKING:
+    from asgi_metering.call import Call
+    from asgi_metering.metering import Metering
+
+__all__ = ["Runtime"]
+
+log = logging.getLogger("asgi_metering")
+
+TICK_S = 0.25
+"""How often calls in flight are looked at: what was observed is parsed at least this often."""
+
+BEATS_PER_LIFE = 3
+"""Heartbeats within one life of a hold, so that one may be lost."""
+
+SWEEP_EVERY_S = 30.0
+"""How often this process looks for holds that other processes left behind."""
+
+RETRY_FIRST_S = 0.1
+RETRY_LAST_S = 5.0
+"""An end that the store did not take is tried again after these, doubling."""
+
+MAX_QUEUED_ENDS = 100_000
+"""Ends that may wait for a dead store in memory; beyond it they are left to their holds' expiry, with an alarm."""
+
+
+class Runtime:
+    """
+    The background of one event loop.
+
+    Args:
+        metering: Whose calls these are.
+        loop: The running loop.
+    """
+
+    def __init__(self, metering: Metering, loop: asyncio.AbstractEventLoop) -> None:
+        self._metering = metering
+        self.loop = loop
+        self.pump = Pump(metering.store)
+        self.in_flight: dict[str, Call] = {}
+        self.managed = False
+        self._ended: deque[Call] = deque()
+        self._busy = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._wake: asyncio.Event = asyncio.Event()
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        self._worker: asyncio.Task[None] | None = None
+        self._ticker: asyncio.Task[None] | None = None
+        self._exporter: Exporter | None = None
+        self._exporting: asyncio.Task[None] | None = None
+        self._stop_exporting = asyncio.Event()
+        self._opened: asyncio.Future[None] | None = None
+
+    # -- life ----------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Open the store and start the background; again changes nothing. Raises as `Store.open`."""
+        if self._opened is None:
+            self._opened = self.loop.create_future()
+            try:
+                await self._metering.store.open()
+            except BaseException as failure:
+                opened, self._opened = self._opened, None
+                opened.set_result(None)
+                if isinstance(failure, StoreError):
+                    log.error("The store could not be opened: %s", failure)
+                raise
+            self._opened.set_result(None)
+            self._worker = self._spawn(self._work(), "ends")
+            self._ticker = self._spawn(self._tick(), "heartbeats")
+            if self._metering.sinks:
+                self._start_exporter()
+        elif not self._opened.done():
+            await asyncio.shield(self._opened)
+            await self.start()
+
+    def _start_exporter(self) -> None:
+        metering = self._metering
+        self._stop_exporting = asyncio.Event()
+        self._exporter = Exporter(self.submit, metering.sinks, read=metering.store.read, meters=metering.meters)
+        self._exporting = self._spawn(self._exporter.run(self._stop_exporting), "events")
+
+    def _spawn(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
+        # In an empty context: a task started by a request must not keep that request's variables alive.
+        task = self.loop.create_task(work, name=f"asgi_metering {what}", context=contextvars.Context())
+        self.keep(task)
+        task.add_done_callback(self._report)
+        return task
+
+    def keep(self, task: asyncio.Task[Any]) -> None:
+        """Hold a strong reference to *task* until it is done (pitfall 30)."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _report(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            log.error("The background task %r died.", task.get_name(), exc_info=task.exception())
+
+    async def drain(self, timeout_s: float) -> int:
+        """
+        Wait until the calls in flight have ended and their ends are booked, at most *timeout_s*.
+
+        Calls that are still in flight then are ended as aborted. Returns how many ends could not be booked; those
+        holds go in doubt when their heartbeats stop (S2.21).
+        """
+        deadline = self.loop.time() + timeout_s
+        while self.in_flight and self.loop.time() < deadline:  # noqa: ASYNC110 -- once, at shutdown
+            await asyncio.sleep(min(DRAIN_STEP_S, timeout_s))
+        for call in list(self.in_flight.values()):
+            call.see(Cause.ABORTED)
+            self.finish(call)
+        left = max(DRAIN_STEP_S, deadline - self.loop.time())
+        try:
+            await asyncio.wait_for(self._quiet.wait(), left + BOOK_S)
+        except TimeoutError:
+            log.error("%d ends were not booked before the shutdown; their holds go in doubt.", self._busy)
+        return self._busy
+
+    async def stop(self) -> None:
+        """Stop the background and close the store. What was not drained is left to expiry."""
+        if self._opened is None:
+            return
+        if self._exporter is not None:
+            self._stop_exporting.set()
+            await self._exporter.drain(EXPORT_S)
+        tasks = [task for task in (self._worker, self._ticker, self._exporting) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.pump.close()
+        await self._metering.store.close()
+        self._opened = self._worker = self._ticker = self._exporter = self._exporting = None
+
+    # -- calls ---------------------------------------------------------------------------------------------
+
+    async def submit(self, operation: Operation, deadline_s: float | None = None) -> Answer:
+        """Run one operation through the pump, opening the store first if nobody did."""
+        if self._opened is None or not self._opened.done():
+            await self.start()
+        return await self.pump.submit(operation, deadline_s)
+
+    def register(self, call: Call) -> None:
+        """Beat for *call* until it ends."""
+        call.last_beat = self.loop.time()
+        self.in_flight[call.id] = call
+        self._wake.set()
+
+    def finish(self, call: Call) -> None:
+        """Queue the end of *call*; only the first time counts. Never waits, never raises."""
+        if call.closed:
+            return
+        call.closed = True
+        self.in_flight.pop(call.id, None)
+        self._ended.append(call)
+        self._busy += 1
+        self._quiet.clear()
+        self._wake.set()
+        if self._worker is None or self._worker.done():
+            self.keep(self.loop.create_task(self._end_all(), context=contextvars.Context()))
+
+    async def _work(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            await self._end_all()
+
+    async def _end_all(self) -> None:
+        while self._ended:
+            call = self._ended.popleft()
+            if self._can_end_now(call):
+                await self._end(call)
+            else:
+                # A slow end (a store with round trips, text to count) must not make the others wait.
+                self._spawn(self._end(call), f"end of {call.id}")
+
+    def _can_end_now(self, call: Call) -> bool:
+        return self._metering.store.immediate and call.observer is None
+
+    async def _end(self, call: Call) -> None:
+        receipt: Receipt | None = None
+        try:
+            end, _ = await bill(call)
+            operation = self._operation(call, end)
+            if operation is not None:
+                answer = await self._book(operation)
+                receipt = answer if isinstance(answer, Receipt) else None
+                if self._exporter is not None:
+                    self._exporter.notify()
+        except StoreError as failure:
+            self._metering.meters.count("ends_lost", line=call.line)
+            log.error("The end of call %s could not be booked: %s", call.id, failure)
+        finally:
+            call.ended(receipt)
+            self._busy -= 1
+            if not self._busy:
+                self._quiet.set()
+
+    def _operation(self, call: Call, end: End) -> Operation | None:
+        """How the end reaches the store: against its hold, or as an event of free work, or not at all."""
+        if call.has_hold:
+            return end
+        if end.event is None:
+            return None
+        told = {
+            **call.facts,
+            **end.event,
+            "id": call.id,
+            "payer": call.payer or "",
+            "unit": call.unit.name,
+            "line": call.line,
+            "amount": 0,
+            "held": 0,
+            "basis": end.basis.value,
+            "estimated": end.estimated,
+            "ended_at": time.time(),
+        }
+        return Emit(((call.id, told),))
+
+    async def _book(self, operation: Operation) -> Answer:
+        """Until the store takes it: the client has its bytes, so only the ledger can still go wrong."""
+        wait_s = RETRY_FIRST_S
+        while True:
+            try:
+                return await self.submit(operation, self._metering.end_timeout_s)
+            except StoreError as failure:
+                if self._busy > MAX_QUEUED_ENDS:
+                    raise
+                self._metering.meters.count("ends_retried")
+                log.warning("The store did not take %s; trying again in %.1f s: %s", operation, wait_s, failure)
+                await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))  # noqa: S311 -- spreads retries, no secret
+                wait_s = min(2 * wait_s, RETRY_LAST_S)
+
+    # -- time ----------------------------------------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        swept_at = self.loop.time() + random.uniform(0, SWEEP_EVERY_S)  # noqa: S311 -- spreads processes, no secret
+        while True:
+            await asyncio.sleep(TICK_S if self.in_flight else 4 * TICK_S)
+            now = self.loop.time()
+            for call in list(self.in_flight.values()):
+                self._look_after(call, now)
+            if now - swept_at >= SWEEP_EVERY_S:
+                swept_at = now
+                await self._quietly(Sweep())
+                self._metering.meters.flush()
+
+    def _look_after(self, call: Call, now: float) -> None:
+        if call.observer is not None:
+            call.observer.read()
+        age = time.time() - call.started_at
+        if age > self._metering.max_call_s:
+            # A send that never returns, or a handler that was forgotten (pitfall 27).
+            call.see(Cause.ABORTED)
+            log.error("Call %s is older than %s s; it is ended as it is.", call.id, self._metering.max_call_s)
+            self.finish(call)
+        elif call.has_hold and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:
+            call.last_beat = now
+            self._spawn(self._beat(call), f"heartbeat of {call.id}")
+
+    async def _beat(self, call: Call) -> None:
+        call.observed_parts = max(call.observed_parts, await observed_parts(call))
+        await self._quietly(Renew(call.id, call.observed_parts))
+
+    async def _quietly(self, operation: Operation) -> None:
+        try:
+            await self.submit(operation, self._metering.end_timeout_s)
+        except StoreError as failure:
+            self._metering.meters.count("store_failures")
+            log.warning("The store did not take %s: %s", type(operation).__name__, failure)
+
+
+DRAIN_STEP_S = 0.02
+"""How often the drain looks whether the calls in flight are over."""
+
+BOOK_S = 5.0
+"""What the drain still gives the store to book the ends after the calls are over (S2.21)."""
+
+EXPORT_S = 5.0
+"""What a shutdown gives the exporters; what they do not take stays in the outbox."""

@@ -1,0 +1,68 @@
+"""
+Store URLs: from ``memory://`` or ``sqlite:///metering.db`` to a store.
+
+Imports a driver only for the URL that needs it.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from asgi_metering.errors import ConfigurationError
+from asgi_metering.stores.contract import Store
+
+__all__ = ["store_from_url"]
+
+SCHEMES = ("memory", "sqlite")
+"""What this version has; the others come behind the same contract."""
+
+
+def store_from_url(url: str) -> Store:
+    """
+    Make the store that *url* names; nothing is opened yet.
+
+    ``memory://`` keeps everything in this process. ``sqlite:///relative.db`` and ``sqlite:////absolute.db`` name a
+    file; ``?synchronous=NORMAL`` trades the last milliseconds before a power cut for speed.
+
+    Raises:
+        ConfigurationError: Not a URL, an unknown scheme, or options that the scheme does not have.
+    """
+    if not isinstance(url, str):
+        raise ConfigurationError(f"The store {url!r} is neither a Store nor a URL. Write 'sqlite:///metering.db'.")
+    parts = urlsplit(url)
+    if parts.scheme not in SCHEMES:
+        raise ConfigurationError(
+            f"The store URL {_shown(url)!r} has the scheme {parts.scheme!r}. Use one of: memory://, sqlite:///file.db."
+        )
+    options = dict(parse_qsl(parts.query))
+    if parts.scheme == "memory":
+        if parts.netloc or parts.path.strip("/") or options:
+            raise ConfigurationError(
+                f"The store URL {_shown(url)!r} says more than memory can take. Write 'memory://'."
+            )
+        from asgi_metering.stores.memory import MemoryStore
+
+        return MemoryStore()
+    return _sqlite(url, parts.netloc, unquote(parts.path), options)
+
+
+def _sqlite(url: str, host: str, path: str, options: dict[str, str]) -> Store:
+    file = path[1:]
+    if host or not file:
+        raise ConfigurationError(
+            f"The store URL {_shown(url)!r} names no file. Write sqlite:///relative.db or sqlite:////absolute.db."
+        )
+    unknown = options.keys() - {"synchronous"}
+    if unknown:
+        raise ConfigurationError(f"The store URL {_shown(url)!r} has unknown options: {', '.join(sorted(unknown))}.")
+    from asgi_metering.stores.sqlite import SQLiteStore
+
+    return SQLiteStore(file, synchronous=options.get("synchronous", "FULL").upper())
+
+
+def _shown(url: str) -> str:
+    """The URL without what may be a password."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        return url.replace(parts.netloc, "***@" + parts.netloc.rpartition("@")[2])
+    return url
