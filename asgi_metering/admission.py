@@ -19,7 +19,7 @@ from asgi_metering.errors import ConfigurationError, IdentityError, MeteringErro
 from asgi_metering.estimates import estimate_arguments
 from asgi_metering.names import check_key
 from asgi_metering.policies import ChargePolicy, From, RatePolicy
-from asgi_metering.prices import FixedPrice, MeasuredPrice
+from asgi_metering.prices import FixedPrice
 from asgi_metering.rates import RateLimit
 from asgi_metering.rules.calendars import Period, boundaries
 from asgi_metering.rules.ending import EndPolicy, Situation
@@ -175,7 +175,7 @@ def _amounts(call: Call) -> tuple[int, int]:
     if charge is None or estimate is None or price is None or call.exempt:
         return 0, 0
     if isinstance(estimate, TokenUsage):
-        exact = price.cost(estimate) if isinstance(price, MeasuredPrice) else Decimal(0)
+        exact = Decimal(0) if isinstance(price, FixedPrice) else price.cost(estimate)
     else:
         exact = estimate
     amount = call.unit.parts(exact) if isinstance(price, FixedPrice) else call.unit.round(exact)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from asgi_metering.admission import usage_of
 from asgi_metering.errors import AmountError, UsageError
-from asgi_metering.prices import FixedPrice, MeasuredPrice
+from asgi_metering.prices import FixedPrice
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.ending import Cause, EndPolicy, Sighting, Situation, situation
 from asgi_metering.rules.operations import End
@@ -179,7 +179,7 @@ async def _measured_amount(
 async def _priced(call: Call, basis: Basis, known: Metered) -> tuple[int | None, Metered, bool]:
     """(smallest parts or None for nothing, the usage behind them, whether anything was estimated)."""
     price = call.price
-    if basis is Basis.NONE or not isinstance(price, MeasuredPrice):
+    if basis is Basis.NONE or price is None or isinstance(price, FixedPrice):
         return None, known, False
     if basis is Basis.HOLD:
         return call.held, known, False

@@ -345,7 +345,7 @@ class Call:
         Raises:
             ConfigurationError: *kind* cannot be afforded one by one.
         """
-        if not isinstance(self.price, MeasuredPrice) or self.exempt or not self.admitted:
+        if self.price is None or isinstance(self.price, FixedPrice) or self.exempt or not self.admitted:
             return MAX_AFFORDABLE
         used = TokenUsage()
         if isinstance(self.estimate, TokenUsage) and kind == "output":

@@ -213,7 +213,8 @@ class ChargePolicy:
     @property
     def measured(self) -> bool:
         """Whether the price depends on usage."""
-        return isinstance(self.price, MeasuredPrice)
+        # Not isinstance(..., MeasuredPrice): checking a protocol costs more than an admission.
+        return not isinstance(self.price, FixedPrice | From)
 
     def callables(self) -> tuple[From, ...]:
         """Everything that is computed from the endpoint's arguments."""

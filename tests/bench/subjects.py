@@ -1,0 +1,204 @@
+"""What is timed: our layers, and what an application would use without them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from limits import parse
+from limits.aio.storage import MemoryStorage
+from limits.aio.strategies import FixedWindowRateLimiter
+from slowapi import Limiter
+from slowapi.middleware import SlowAPIASGIMiddleware, SlowAPIMiddleware
+from slowapi.util import get_remote_address
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+
+from asgi_metering import Caller, Metering, MeteringMiddleware, billable, rate_limited
+from asgi_metering.prices import per_million_tokens
+
+PLENTY = ("1000000/minute", "10000000/hour", "100000000/day")
+"""Limits that never refuse: what is timed is admission."""
+
+TURN = 8
+"""Requests between turns of the loop: about what arrives together on a busy server."""
+
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Work = Callable[[int], Awaitable[None]]
+
+
+def requests_to(app: Any, path: str) -> Work:
+    """Work that sends GET requests to *app* in process, as a server would."""
+
+    async def work(count: int) -> None:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(_message: dict[str, Any]) -> None:
+            return None
+
+        for number in range(count):
+            await app(_scope(path), receive, send)
+            if number % TURN == 0:
+                # A server's loop turns too; what runs off the path runs here, inside the time that is taken.
+                await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    return work
+
+
+def _scope(path: str) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "GET",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"host", b"bench"), (b"x-key", b"payer-1")],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+        "state": {},
+    }
+
+
+async def plain(_request: Request) -> JSONResponse:
+    """The endpoint of every subject."""
+    return JSONResponse({"ok": True})
+
+
+def application(endpoint: Any, routes: int) -> Starlette:
+    """An application with *routes* routes, of which the last is hit."""
+    others = [Route(f"/other/{number}", plain) for number in range(routes - 1)]
+    return Starlette(routes=[*others, Route("/hit", endpoint)])
+
+
+class NoOp:
+    """The least a pure ASGI middleware can do that sees the response: it wraps `send`."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass everything on."""
+
+        async def send_(message: dict[str, Any]) -> None:
+            await send(message)
+
+        await self.app(scope, receive, send_)
+
+
+async def metering(**options: Any) -> Metering:
+    """A metering in memory with a rich payer and nowhere to send events."""
+    made = Metering("memory://", identify=lambda connection: Caller(connection.headers["x-key"]), **options)
+    await made.start()
+    # As under a server with a lifespan: otherwise each request waits for its own end to be booked.
+    made.runtime().managed = True
+    await made.grant("payer-1", 1_000_000, id="bench")
+    return made
+
+
+def ours(made: Metering, endpoint: Any, routes: int) -> Any:
+    """An application behind the whole stack."""
+    return MeteringMiddleware(application(endpoint, routes), metering=made)
+
+
+def limited_by_us(limits: tuple[str, ...]) -> Any:
+    """An endpoint with rate limits alone."""
+    return rate_limited(*limits)(_copy(plain))
+
+
+def paid_by_us(limits: tuple[str, ...]) -> Any:
+    """An endpoint with everything: limits, a lease, a hold, a settlement, an event."""
+    return rate_limited(*limits, concurrency=1_000)(billable(1)(_copy(plain)))
+
+
+def _copy(endpoint: Any) -> Any:
+    async def copied(request: Request) -> JSONResponse:
+        return await endpoint(request)  # type: ignore[no-any-return]
+
+    return copied
+
+
+def limits_called_directly(limits: tuple[str, ...]) -> Any:
+    """What a careful author writes by hand around the `limits` package: every limit in turn."""
+    limiter = FixedWindowRateLimiter(MemoryStorage())
+    items = [parse(limit) for limit in limits]
+
+    async def endpoint(request: Request) -> JSONResponse:
+        key = request.headers["x-key"]
+        for item in items:
+            if not await limiter.hit(item, "bench", key):
+                return JSONResponse({"error": "rate limited"}, 429)
+        return await plain(request)
+
+    return endpoint
+
+
+def slowapi_decorator(limits: tuple[str, ...], routes: int) -> Starlette:
+    """Slowapi's decorator, in memory."""
+    limiter = Limiter(key_func=get_remote_address)
+    endpoint = _copy(plain)
+    for limit in limits:
+        endpoint = limiter.limit(limit)(endpoint)
+    app = application(endpoint, routes)
+    app.state.limiter = limiter
+    return app
+
+
+def slowapi_middleware(limits: tuple[str, ...], routes: int, *, pure: bool) -> Starlette:
+    """Slowapi's middleware, in memory: on `BaseHTTPMiddleware`, or its pure ASGI one."""
+    limiter = Limiter(key_func=get_remote_address, default_limits=list(limits))
+    app = application(_copy(plain), routes)
+    app.state.limiter = limiter
+    app.add_middleware(SlowAPIASGIMiddleware if pure else SlowAPIMiddleware)
+    return app
+
+
+# -- streams -----------------------------------------------------------------------------------------------
+
+SMALL_CHUNK = b'data: {"choices":[{"delta":{"content":"word "}}]}\n\n'
+BIG_CHUNK = b'data: {"choices":[{"delta":{"content":"' + b"word " * 800 + b'"}}]}\n\n'
+USAGE_CHUNK = (
+    b"data: "
+    + json.dumps({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11}}).encode()
+    + b"\n\n"
+)
+
+
+def streaming(chunk: bytes, chunks: int) -> Any:
+    """An ASGI app that streams *chunks* chunks and a usage chunk, as fast as it may."""
+
+    async def app(_scope: Any, _receive: Any, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        body = {"type": "http.response.body", "body": chunk, "more_body": True}
+        for _ in range(chunks):
+            await send(body)
+        await send({"type": "http.response.body", "body": USAGE_CHUNK, "more_body": False})
+
+    return app
+
+
+def streaming_response(chunk: bytes, chunks: int) -> Any:
+    """The same as an endpoint of Starlette."""
+
+    async def endpoint(_request: Request) -> StreamingResponse:
+        async def body() -> Any:
+            for _ in range(chunks):
+                yield chunk
+            yield USAGE_CHUNK
+
+        return StreamingResponse(body(), media_type="text/event-stream")
+
+    return endpoint
+
+
+TOKENS = per_million_tokens(input=3, output=15)
+"""A price that makes the body be watched."""
