@@ -74,14 +74,12 @@ def _whole(value: Any) -> int | None:
 
 
 async def _as_body(value: Any) -> Mapping[str, Any] | None:
-    if isinstance(value, Mapping):
-        return value if _BODY_MARKS & value.keys() else None
-    if hasattr(value, "model_dump"):  # pydantic, without importing it
-        dumped = value.model_dump()
-        return dumped if isinstance(dumped, Mapping) and _BODY_MARKS & dumped.keys() else None
+    # Requests first: Starlette's are mappings too, of their scope.
     if hasattr(value, "scope") and hasattr(value, "json"):
         return await _request_body(value)
-    return None
+    if hasattr(value, "model_dump"):  # pydantic, without importing it
+        value = value.model_dump()
+    return value if isinstance(value, Mapping) and _BODY_MARKS & value.keys() else None
 
 
 async def _request_body(request: Any) -> Mapping[str, Any] | None:
