@@ -7,6 +7,8 @@ What an application would write; everything about metering is in the decorators 
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -39,10 +41,16 @@ def gateway(metering: Metering, upstream: str) -> FastAPI:
         metering: Charges, and captures what the provider says.
         upstream: The provider's base URL.
     """
-    app = FastAPI(title="LLM gateway")
-    app.add_middleware(MeteringMiddleware, metering=metering)
     openai = metering.upstream_client("openai", base_url=upstream)
     anthropic = metering.upstream_client("anthropic", base_url=upstream)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        async with openai, anthropic:
+            yield
+
+    app = FastAPI(title="LLM gateway", lifespan=lifespan)
+    app.add_middleware(MeteringMiddleware, metering=metering)
 
     @app.post("/v1/chat/completions")
     @rate_limited("6/minute")

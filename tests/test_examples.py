@@ -1,0 +1,159 @@
+"""Every example runs, on real input, and charges what it says."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from asgi_metering.testing import Provider
+from tests.harness.servers import serve_in_thread
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Import an example afresh, in an empty folder, so that its SQLite file is its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def load(name: str) -> Any:
+        sys.modules.pop(f"examples.{name}", None)
+        return importlib.import_module(f"examples.{name}")
+
+    return load
+
+
+class Running:
+    """An example behind a real server, and a way to run coroutines on the server's own loop."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.url = ""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """The app, noting the loop that it runs on."""
+        self._loop = asyncio.get_running_loop()
+        await self._app(scope, receive, send)
+
+    def run(self, work: Callable[[], Awaitable[Any]]) -> Any:
+        """Run *work* where the example's server runs."""
+        assert self._loop is not None
+
+        async def awaited() -> Any:
+            return await work()
+
+        return asyncio.run_coroutine_threadsafe(awaited(), self._loop).result(20)
+
+
+@contextmanager
+def running(app: Any) -> Iterator[Running]:
+    """Serve *app* until the block ends."""
+    caught = Running(app)
+    with serve_in_thread(caught) as server:
+        caught.url = server.url
+        yield caught
+
+
+async def settled(metering: Any) -> None:
+    """Wait until every call has been booked."""
+    for _ in range(400):
+        if not await metering.holds():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("holds are still live")
+
+
+def test_quickstart_charges_a_search_and_fits_on_a_screen(example: Callable[[str], Any]) -> None:
+    """The quickstart grants, charges 2 credits a search, answers 401 to strangers, and has at most 30 lines."""
+    module = example("quickstart")
+    with running(module.app) as server, httpx2.Client(base_url=server.url) as client:
+        key = {"x-api-key": "secret-of-ada"}
+        answers = [client.get("/search", params={"q": "tea"}, headers=headers) for headers in (key, {})]
+        server.run(lambda: settled(module.metering))
+        balance = server.run(lambda: module.metering.balance("ada"))
+    lines = [line for line in (EXAMPLES / "quickstart.py").read_text().splitlines() if line.strip()]
+    assert [answer.status_code for answer in answers] == [200, 401]
+    assert module.metering.unit.text(balance.available) == "98"
+    assert len(lines) <= 30
+
+
+def test_llm_gateway_charges_what_the_provider_reported(
+    example: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway streams through the OpenAI SDK, charges the reported tokens, and knows the provider's quota."""
+    with serve_in_thread(Provider()) as provider:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{provider.url}/v1")
+        monkeypatch.setenv("METERING_STORE", "memory://")
+        module = example("llm_gateway")
+        with running(module.app) as server, httpx2.Client(base_url=server.url, timeout=20) as client:
+            server.run(lambda: module.metering.grant("ada", 1, id="g"))
+            body = {"model": "echo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 20}
+            answer = client.post("/chat", json=body, headers={"x-user": "ada"})
+            refused = client.post("/chat", json=body, headers={"x-user": "bob"})
+            quota = client.get("/quota").json()
+            server.run(lambda: settled(module.metering))
+            lines = server.run(lambda: _statement(module.metering, "ada"))
+    assert answer.status_code == 200
+    assert len(answer.text.split()) == 20
+    assert refused.status_code == 402
+    assert refused.json()["error"]["code"] == "insufficient_quota"
+    assert [line.basis for line in lines] == [None, "usage"]
+    assert lines[1].amount >= 20 * 15
+    assert quota["provider"] == "openai"
+
+
+async def _statement(metering: Any, payer: str) -> list[Any]:
+    return [entry async for entry in metering.statement(payer)]
+
+
+def test_plain_asgi_is_metered_as_a_whole_and_at_a_point_of_its_choosing(example: Callable[[str], Any]) -> None:
+    """Without a framework, a whole app costs a fixed price, and another asks for admission itself."""
+    module = example("plain_asgi")
+    with running(module.app) as server, httpx2.Client(base_url=server.url) as client:
+        server.run(lambda: module.metering.grant("ada", 4, id="g"))
+        user = {"x-user": "ada"}
+        statuses = [
+            client.get(path, headers=user).status_code for path in ("/thumbnails/1", "/reports?3", "/reports?2")
+        ]
+        server.run(lambda: settled(module.metering))
+        balance = server.run(lambda: module.metering.balance("ada"))
+    assert statuses == [200, 200, 402]
+    assert module.metering.unit.text(balance.available) == "0.5"
+
+
+def test_background_job_charges_who_can_pay_and_refuses_who_cannot(
+    example: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The job charges recorded tokens to the payer that has credits, and does not run for the other."""
+    asyncio.run(example("background_job").main())
+    assert capsys.readouterr().out.splitlines() == [
+        "org_7 Welcome to the show.",
+        "org_8 cannot pay: insufficient_credits",
+        "org_7 has 0.8173 credits left",
+    ]
+
+
+def test_topup_webhook_grants_each_payment_once(example: Callable[[str], Any]) -> None:
+    """The same webhook grants once, the same id with another amount is a conflict, a forged one is refused."""
+    module = example("topup_webhook")
+    payment = {"id": "pay_1", "customer": "ada", "credits": "12.5", "paid_at": "2026-11-22T10:00:00Z"}
+    good, forged = {"x-signature": module.SECRET}, {"x-signature": "x"}
+    with running(module.app) as server, httpx2.Client(base_url=server.url) as client:
+        answers = [
+            client.post("/webhooks/payments", json={**payment, **change}, headers=headers)
+            for change, headers in (({}, good), ({}, good), ({"credits": "99"}, good), ({}, forged))
+        ]
+    assert [answer.status_code for answer in answers] == [200, 200, 409, 401]
+    assert [answer.json() for answer in answers[:2]] == [
+        {"granted": True, "available": "12.5"},
+        {"granted": False, "available": "12.5"},
+    ]
