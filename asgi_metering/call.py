@@ -156,12 +156,16 @@ class Opening:
         self.call: Call | None = None
         self.closed = False
 
-    def open_call(self) -> Call:
-        """The call of this request, made on first use."""
+    def check(self) -> None:
+        """Raise `CallClosedError` if the request is over."""
         if self.closed:
             raise CallClosedError(
                 "The request that this code belongs to is over. Charge work that outlives it with metering.charge()."
             )
+
+    def open_call(self) -> Call:
+        """The call of this request, made on first use; raises as `check`."""
+        self.check()
         if self.call is None:
             self.call = Call(self)
         return self.call
@@ -223,6 +227,7 @@ class Call:
         "charge",
         "closed",
         "decision",
+        "deferred",
         "estimate",
         "exchanges",
         "exempt",
@@ -268,6 +273,7 @@ class Call:
         self.decision: Decision | None = None
         self.refusal: Refusal | None = None
         self.pending: Mapping[str, Any] | None = None
+        self.deferred = False
         self._gate = _Gate.OPEN
         self._decided: asyncio.Future[None] | None = None
         self._endings: list[asyncio.Future[Receipt | None]] = []
@@ -395,12 +401,25 @@ class Call:
             CallRefused: It may not run; nothing was consumed.
             CallClosedError: It has ended.
             ConfigurationError: It is admitted under another policy already.
+
+        In a free request (HEAD, OPTIONS) everything passes and nothing is asked, the explicit gate included.
         """
-        self.expect(policy, arguments)
+        self.opening.check()
+        if self.opening.free:
+            return
+        self._bind(policy, arguments)
         await self.ensure()
 
     def expect(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> None:
-        """Bind *policy* to the call without asking yet: generator endpoints are asked for at their first byte."""
+        """
+        Bind *policy* to the call without asking yet: generator endpoints are asked for at their first byte.
+
+        Whatever start of a response comes then is the generator's, and gives way to a refusal (pitfalls 7, 15).
+        """
+        self._bind(policy, arguments)
+        self.deferred = True
+
+    def _bind(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> None:
         if self.closed or self.opening.closed:
             raise CallClosedError(f"Call {self.id!r} has ended; it can admit nothing more.")
         if self.policy is not None:
@@ -435,10 +454,15 @@ class Call:
                 await ask_admission(self, self.pending)
             finally:
                 # Also when it failed or was cancelled: who waits then asks again, or meets the closed call.
-                decided = self.decision is not None or self.refusal is not None
-                self._gate = _Gate.DECIDED if decided else _Gate.OPEN
-                if self._decided is not None and not self._decided.done():
-                    self._decided.set_result(None)
+                if self.decision is not None or self.refusal is not None:
+                    self._gate = _Gate.DECIDED
+                else:
+                    self._gate = _Gate.OPEN
+                    # What was asked is given back under the old id, perhaps only later: not to be mixed with.
+                    self.id = self.metering.new_id()
+                waiting, self._decided = self._decided, None
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(None)
 
     def refused(self, refusal: Refusal, decision: Decision | None = None) -> CallRefused:
         """Mark the call as refused and answer the exception to raise."""

@@ -14,8 +14,9 @@ import inspect
 import re
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any, TypeVar
 
 from asgi_metering.amounts import Unit
@@ -44,6 +45,7 @@ __all__ = ["Guard", "billable", "decorated", "gather", "guard_of", "rate_limited
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 GUARD = "__asgi_metering__"
+KEPT = "__asgi_metering_guards__"
 
 KEYS = ("caller", "payer", "address")
 
@@ -242,6 +244,7 @@ class Part:
             return endpoint
         guard = Guard(endpoint)
         guard.add(self)
+        _keep(guard, endpoint)
         wrapper = _wrap(endpoint, guard)
         setattr(wrapper, GUARD, guard)
         return wrapper  # type: ignore[return-value]
@@ -262,11 +265,13 @@ class Guard:
         self.signature = _signature(endpoint)
         self.policy = EndpointPolicy(_free_name(endpoint))
         self._needs_arguments = False
+        rest = (each.name for each in self.signature.parameters.values() if each.kind is each.VAR_KEYWORD)
+        self._rest = next(rest, None)
         _DECORATED[self.policy.name] = self
 
     def add(self, part: Part) -> None:
         """Write one more decorator down; raises `ConfigurationError` for the same line twice."""
-        self.policy = _merged(self.policy, part, self.signature.parameters, self.endpoint.__name__)
+        self.policy = _merged(self.policy, part, self.signature.parameters, _plain(self.endpoint).__name__)
         charge = self.policy.charge
         estimated = charge is not None and charge.measured and charge.hold.estimate is None
         weighted = any(limit.meter != "requests" for rates in self.policy.rates for limit in rates.limits)
@@ -276,9 +281,12 @@ class Guard:
         """The endpoint's arguments by name, if the policy asks for any."""
         if not self._needs_arguments:
             return NO_ARGUMENTS
-        if not args:
+        if not args and len(kwargs) == len(self.signature.parameters):
             return kwargs
         bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        if self._rest is not None:
+            return {**bound.arguments, **bound.arguments[self._rest]}
         return bound.arguments
 
     def opening(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Opening:
@@ -297,10 +305,24 @@ class Guard:
                 f"{self.policy.name} is metered, but no middleware opened a call. Add MeteringMiddleware to the "
                 f"application; in a unit test of the endpoint alone use asgi_metering.testing.unmetered()."
             )
+        opening.check()
         return opening
 
 
 NO_ARGUMENTS: Mapping[str, Any] = {}
+
+
+def _keep(guard: Guard, endpoint: Callable[..., Any]) -> None:
+    """
+    Let the guard live as long as the function that it guards.
+
+    Decorators above the route's own make a wrapper that nobody keeps, and the route runs the bare function: without
+    this the audit of an application that a function builds would find no trace of the mistake (pitfall 4).
+    """
+    plain = inspect.unwrap(endpoint)
+    # A bound method's function outlives its object, and would keep it; others have no place for a guard.
+    if isinstance(plain, FunctionType):
+        plain.__dict__.setdefault(KEPT, []).append(guard)
 
 
 def guard_of(endpoint: Any) -> Guard | None:
@@ -362,17 +384,18 @@ def _line_of(name: str) -> str:
 
 
 def _check_endpoint(endpoint: Any) -> None:
-    if inspect.isclass(endpoint):
-        raise ConfigurationError(
-            f"{endpoint!r} is a class. Decorate its methods, or wrap the whole application with metered_app()."
-        )
     if isinstance(endpoint, staticmethod | classmethod):
         raise ConfigurationError(
             f"{endpoint!r} is no plain function yet. Put the decorator below @{type(endpoint).__name__}."
         )
-    if not inspect.isroutine(endpoint) and not isinstance(endpoint, functools.partial):
+    plain = _plain(endpoint)
+    if inspect.isclass(plain):
         raise ConfigurationError(
-            f"{endpoint!r} is no function. Decorate a function or method, or wrap an ASGI app with metered_app()."
+            f"{plain!r} is a class. Decorate its methods, or wrap the whole application with metered_app()."
+        )
+    if not inspect.isroutine(plain):
+        raise ConfigurationError(
+            f"{plain!r} is no function. Decorate a function or method, or wrap an ASGI app with metered_app()."
         )
 
 
@@ -386,16 +409,21 @@ def _signature(endpoint: Callable[..., Any]) -> inspect.Signature:
 
 def _free_name(endpoint: Callable[..., Any]) -> str:
     """Module and qualified name; a second live endpoint of the same name gets a number, so that they share nothing."""
-    plain = inspect.unwrap(endpoint)
-    while isinstance(plain, functools.partial):
-        plain = plain.func
-    qualified = getattr(plain, "__qualname__", type(plain).__qualname__).replace("<locals>.", "")
-    base = f"{getattr(plain, '__module__', '')}.{qualified}"
+    plain = _plain(endpoint)
+    base = f"{plain.__module__}.{plain.__qualname__.replace('<locals>.', '')}"
     name, number = base, 1
     while name in _DECORATED:
         number += 1
         name = f"{base}#{number}"
     return name
+
+
+def _plain(endpoint: Any) -> Any:
+    """The function below wrappers and partials, which has a name."""
+    plain = inspect.unwrap(endpoint)
+    while isinstance(plain, functools.partial):
+        plain = inspect.unwrap(plain.func)
+    return plain
 
 
 def _opening_in(values: Any) -> Opening | None:
@@ -431,7 +459,10 @@ def _async_function(endpoint: Callable[..., Any], guard: Guard) -> Callable[...,
         opening = guard.opening(args, kwargs)
         if not opening.free:
             await opening.open_call().gate(guard.policy, guard.arguments(args, kwargs))
-        return await endpoint(*args, **kwargs)
+        if CURRENT.get() is opening:
+            return await endpoint(*args, **kwargs)
+        with _inside(opening):
+            return await endpoint(*args, **kwargs)
 
     return wrapper
 
@@ -443,11 +474,26 @@ def _sync_function(endpoint: Callable[..., Any], guard: Guard) -> Callable[..., 
         opening = guard.opening(args, kwargs)
         if not opening.free:
             await opening.open_call().gate(guard.policy, guard.arguments(args, kwargs))
-        result = await opening.metering.run_sync(functools.partial(endpoint, *args, **kwargs))
-        # A plain function may return what its framework awaits.
-        return await result if inspect.isawaitable(result) else result
+        with _inside(opening):
+            result = await opening.metering.run_sync(functools.partial(endpoint, *args, **kwargs))
+            # A plain function may return what its framework awaits.
+            return await result if inspect.isawaitable(result) else result
 
     return wrapper
+
+
+@contextmanager
+def _inside(opening: Opening) -> Iterator[None]:
+    """
+    Make *opening* the current one, for an endpoint that its framework runs in the context of another request.
+
+    What the endpoint reports, and what its upstream calls use, belongs to the call that was gated (pitfalls 1, 2).
+    """
+    token = CURRENT.set(opening)
+    try:
+        yield
+    finally:
+        CURRENT.reset(token)
 
 
 def _async_generator(endpoint: Callable[..., Any], guard: Guard) -> Callable[..., Any]:
@@ -483,6 +529,13 @@ def _sync_generator(endpoint: Callable[..., Any], guard: Guard) -> Callable[...,
     return wrapper
 
 
+def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
+
+
 def _gated_in_thread(
     call: Call,
     loop: asyncio.AbstractEventLoop,
@@ -492,5 +545,10 @@ def _gated_in_thread(
 ) -> Iterator[Any]:
     if not call.admitted:
         # The framework runs a sync generator in a thread, before or while the response starts.
+        if _runs_here(loop):
+            raise ConfigurationError(
+                "A metered sync generator was iterated on the event loop, which it would block for ever while it waits "
+                "for its admission. Iterate it in a thread, or make it an async generator."
+            )
         asyncio.run_coroutine_threadsafe(call.ensure(), loop).result()
     yield from endpoint(*args, **kwargs)

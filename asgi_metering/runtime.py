@@ -58,6 +58,11 @@ class Runtime:
     Args:
         metering: Whose calls these are.
         loop: The running loop.
+
+    Attributes:
+        in_flight: Admitted calls that have not ended, by id.
+        busy: How many ends are not booked yet.
+        managed: A lifespan holds the shutdown until calls are drained.
     """
 
     def __init__(self, metering: Metering, loop: asyncio.AbstractEventLoop) -> None:
@@ -67,7 +72,7 @@ class Runtime:
         self.in_flight: dict[str, Call] = {}
         self.managed = False
         self._ended: deque[Call] = deque()
-        self._busy = 0
+        self.busy = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._wake: asyncio.Event = asyncio.Event()
         self._quiet = asyncio.Event()
@@ -141,8 +146,8 @@ class Runtime:
         try:
             await asyncio.wait_for(self._quiet.wait(), left + BOOK_S)
         except TimeoutError:
-            log.error("%d ends were not booked before the shutdown; their holds go in doubt.", self._busy)
-        return self._busy
+            log.error("%d ends were not booked before the shutdown; their holds go in doubt.", self.busy)
+        return self.busy
 
     async def stop(self) -> None:
         """Stop the background and close the store. What was not drained is left to expiry."""
@@ -180,7 +185,7 @@ class Runtime:
         call.closed = True
         self.in_flight.pop(call.id, None)
         self._ended.append(call)
-        self._busy += 1
+        self.busy += 1
         self._quiet.clear()
         self._wake.set()
         if self._worker is None or self._worker.done():
@@ -219,8 +224,8 @@ class Runtime:
             log.error("The end of call %s could not be booked: %s", call.id, failure)
         finally:
             call.ended(receipt)
-            self._busy -= 1
-            if not self._busy:
+            self.busy -= 1
+            if not self.busy:
                 self._quiet.set()
 
     def _operation(self, call: Call, end: End) -> Operation | None:
@@ -251,7 +256,7 @@ class Runtime:
             try:
                 return await self.submit(operation, self._metering.end_timeout_s)
             except StoreError as failure:
-                if self._busy > MAX_QUEUED_ENDS:
+                if self.busy > MAX_QUEUED_ENDS:
                     raise
                 self._metering.meters.count("ends_retried")
                 log.warning("The store did not take %s; trying again in %.1f s: %s", operation, wait_s, failure)

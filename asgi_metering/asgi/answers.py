@@ -30,7 +30,7 @@ from asgi_metering.asgi.sentences import Facts
 from asgi_metering.decisions import Decision, Reason, Refusal, WindowState
 from asgi_metering.errors import ConfigurationError
 
-__all__ = ["Answer", "AnswerOptions", "Jitter", "answer"]
+__all__ = ["DEFAULT_OPTIONS", "Answer", "AnswerOptions", "Jitter", "answer"]
 
 Jitter: TypeAlias = Callable[[int, int], int]
 """Draws a whole number from the first to the second, both included: ``random.Random().randint``."""
@@ -208,7 +208,7 @@ def _type(reason: Reason, status: int, row: _Row, options: AnswerOptions) -> tup
     """The draft's types where they fit, each with one title; else our own."""
     if reason in _QUOTAS and status == 429:
         return QUOTA_EXCEEDED, "Quota exceeded"
-    if reason in (Reason.CONCURRENCY, Reason.UPSTREAM) and status == 503:
+    if reason in (Reason.CONCURRENCY, Reason.UPSTREAM):
         return REDUCED_CAPACITY, "Temporary reduced capacity"
     return options.type_base + reason.value.replace("_", "-"), row.title
 
@@ -244,7 +244,7 @@ class _Case(NamedTuple):
     def hopeless(self) -> bool:
         """Whether it asks for more than there can be at once, so that no wait helps."""
         required, limit = self.refusal.required, self.refusal.limit
-        return limit is not None and (limit <= 0 or (required is not None and required > limit))
+        return limit is not None and (1 if required is None else required) > limit
 
 
 def _facts(refusal: Refusal, decision: Decision | None, unit: Unit, row: _Row, jitter: Jitter) -> Facts:

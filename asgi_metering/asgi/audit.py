@@ -7,17 +7,26 @@ Only looks, and never at request time.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from asgi_metering.decorators import Guard, decorated, guard_of
+from asgi_metering.metering import ALL_FEATURES
 from asgi_metering.policies import EndpointPolicy
 
-__all__ = ["Report", "Row", "audit", "routes_of"]
+__all__ = ["Layer", "Report", "Row", "audit", "has_routes", "routes_of"]
 
 MAX_DEPTH = 32
 """Nested apps and routers that are walked: deeper is a loop."""
+
+
+class Layer(NamedTuple):
+    """One of our layers below the outermost: what it enables, and its metering as far as that can be seen."""
+
+    features: frozenset[str]
+    metering: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +39,16 @@ class Row:
         methods: Sorted; empty for a mounted app.
         endpoint: The function, class or app behind it.
         policy: What the decorators said; None for an unmetered one.
+        layers: Ours on the way to it, such as those of a mounted application.
+        around: What a `metered_app` on the way to it asks for already.
     """
 
     path: str
     methods: tuple[str, ...]
     endpoint: Any
     policy: EndpointPolicy | None
+    layers: tuple[Layer, ...] = ()
+    around: EndpointPolicy | None = None
 
 
 @dataclass(slots=True)
@@ -54,7 +67,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
 
-def audit(app: Any, features: frozenset[str], unenforced: frozenset[str]) -> Report:
+def audit(app: Any, features: frozenset[str], unenforced: frozenset[str], metering: Any = None) -> Report:
     """
     Check the application *app* against the layers that stand in front of it.
 
@@ -62,45 +75,63 @@ def audit(app: Any, features: frozenset[str], unenforced: frozenset[str]) -> Rep
         app: Any ASGI app; without a route table there is nothing to find.
         features: What the layers enable.
         unenforced: What may run without its layer.
+        metering: Of the layers in front; None does not compare it with that of layers further in.
     """
     report = Report(rows=list(routes_of(app)))
-    reached = {id(guard) for row in report.rows for guard in _guards(row.endpoint)}
     for row in report.rows:
+        if metering is not None and any(layer.metering not in (None, metering) for layer in row.layers):
+            report.errors.append(
+                f"{row.path} is behind layers that do not share one Metering. Make one, and pass the same object to all "
+                f"of them."
+            )
         if row.policy is not None:
-            report.errors.extend(_missing_layers(row, features | unenforced))
-    _check_reach(report, reached)
+            covered = frozenset[str]().union(*(layer.features for layer in row.layers))
+            report.errors.extend(_missing_layers(row, row.policy, features | unenforced | covered))
+            report.errors.extend(_nested(row, row.policy))
+    _check_reach(report)
     return report
 
 
-def _missing_layers(row: Row, covered: frozenset[str]) -> Iterator[str]:
-    policy = row.policy
-    if policy is not None and policy.charge is not None and "credits" not in covered:
+def _missing_layers(row: Row, policy: EndpointPolicy, covered: frozenset[str]) -> Iterator[str]:
+    if policy.charge is not None and "credits" not in covered:
         yield (
             f"{row.path} ({policy.name}) is @billable, but no layer enforces credits. Add CreditGateMiddleware or "
             f'MeteringMiddleware, or say unenforced="allow".'
         )
-    if policy is not None and policy.rates and "rates" not in covered:
+    if policy.rates and "rates" not in covered:
         yield (
             f"{row.path} ({policy.name}) is @rate_limited, but no layer enforces rates. Add RateLimitMiddleware or "
             f'MeteringMiddleware, or say unenforced="allow".'
         )
 
 
-def _check_reach(report: Report, reached: set[int]) -> None:
+def _nested(row: Row, policy: EndpointPolicy) -> Iterator[str]:
+    if row.around is not None:
+        yield (
+            f"{row.path} ({policy.name}) is metered inside {row.around.name}, and a call is metered once. Write all of "
+            f"it in one of the two places."
+        )
+
+
+def _check_reach(report: Report) -> None:
     """Decorators that never see a request: above the route's decorator (pitfall 4), or on no route at all (X.5)."""
-    routed = {id(row.endpoint): row for row in report.rows}
+    reached = {guard.policy.name: guard for row in report.rows for guard in _guards(row.endpoint)}
+    bare = {id(inspect.unwrap(row.endpoint)): row for row in report.rows if row.policy is None}
     modules = {getattr(row.endpoint, "__module__", None) for row in report.rows}
+    # An application that a function builds may have been built before: those endpoints are the other one's.
+    twins = {name.partition("#")[0] for name in reached}
     for guard in decorated():
-        if id(guard) in reached:
+        name = guard.policy.name
+        if reached.get(name) is guard:
             continue
-        row = routed.get(id(guard.endpoint))
+        row = bare.get(id(inspect.unwrap(guard.endpoint)))
         if row is not None:
             report.errors.append(
-                f"{row.path} runs {guard.policy.name} ungated: its metering decorators stand above the route's own. "
-                f"Put them below it."
+                f"{row.path} runs {name} ungated: its metering decorators stand above the route's own. Put them below "
+                f"it."
             )
-        elif getattr(guard.endpoint, "__module__", None) in modules:
-            report.warnings.append(f"{guard.policy.name} is decorated, but no route reaches it.")
+        elif getattr(guard.endpoint, "__module__", None) in modules and name.partition("#")[0] not in twins:
+            report.warnings.append(f"{name} is decorated, but no route reaches it.")
 
 
 def _guards(endpoint: Any) -> Iterator[Guard]:
@@ -114,52 +145,102 @@ def _guards(endpoint: Any) -> Iterator[Guard]:
                 yield method_guard
 
 
-def routes_of(app: Any, prefix: str = "", depth: int = 0) -> Iterator[Row]:
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """How far a walk has come."""
+
+    prefix: str = ""
+    depth: int = 0
+    layers: tuple[Layer, ...] = ()
+    around: EndpointPolicy | None = None
+
+    def row(self, path: str, methods: Iterable[str], endpoint: Any, policy: EndpointPolicy | None) -> Row:
+        return Row(path, tuple(sorted(methods)), endpoint, policy, self.layers, self.around)
+
+    def below(self, prefix: str, policy: EndpointPolicy | None = None) -> _Place:
+        return _Place(prefix, self.depth + 1, self.layers, policy or self.around)
+
+
+def routes_of(app: Any) -> Iterator[Row]:
     """Every routed endpoint of *app*, class endpoints by method, mounted apps with what they mount."""
-    table = _table(app)
-    if table is None or depth > MAX_DEPTH:
-        return
-    for route in table:
-        yield from _route_rows(route, prefix, depth)
+    return _walk(app, _Place())
 
 
-def _table(app: Any) -> Iterable[Any] | None:
-    """The route table of *app*, through any middleware that keeps its app as ``app``."""
-    for _ in range(MAX_DEPTH):
+def has_routes(app: Any) -> bool:
+    """Whether *app* has a route table, or anything else that the audit can see."""
+    return next(routes_of(app), None) is not None
+
+
+def _walk(app: Any, place: _Place) -> Iterator[Row]:
+    """Through middleware, which keeps its app as ``app``, down to a route table."""
+    while app is not None and place.depth <= MAX_DEPTH:
+        place = replace(place, layers=(*place.layers, *_layers_on(app)))
+        policy = _policy_of(app)
+        if policy is not None:
+            yield place.row(place.prefix or "/", (), app, policy)
         routes = getattr(app, "routes", None)
         if isinstance(routes, list | tuple):
-            return routes
+            for route in routes:
+                yield from _route_rows(route, place)
+            return
+        place = place.below(place.prefix, policy)
         app = getattr(app, "app", None)
-        if app is None:
-            return None
-    return None
 
 
-def _route_rows(route: Any, prefix: str, depth: int) -> Iterator[Row]:
+def _layers_on(app: Any) -> Iterator[Layer]:
+    """What *app* is as one of our layers, or what an application has added of them."""
+    found = [(app, getattr(app, "metering", None))]
+    for added in getattr(app, "user_middleware", ()):
+        found.append((getattr(added, "cls", None), getattr(added, "kwargs", {}).get("metering")))
+    for layer, metering in found:
+        features = getattr(layer, "features", None)
+        if isinstance(features, frozenset) and features <= ALL_FEATURES:
+            yield Layer(features, metering)
+
+
+def _policy_of(app: Any) -> EndpointPolicy | None:
+    """What a `metered_app` asks for, or a guarded function."""
+    guard = guard_of(app)
+    policy = guard.policy if guard is not None else getattr(app, "policy", None)
+    return policy if isinstance(policy, EndpointPolicy) else None
+
+
+def _route_rows(route: Any, place: _Place) -> Iterator[Row]:
     included = getattr(route, "original_router", None)
     if included is not None:
         context = getattr(route, "include_context", None)
-        yield from routes_of(included, prefix + (getattr(context, "prefix", "") or ""), depth + 1)
+        yield from _walk(included, place.below(place.prefix + (getattr(context, "prefix", "") or "")))
         return
-    path = prefix + getattr(route, "path", "")
+    path = place.prefix + getattr(route, "path", "")
     endpoint = getattr(route, "endpoint", None)
+    inner = getattr(route, "app", None)
     if endpoint is None:
-        inner = getattr(route, "app", None)
         if inner is not None:
-            yield Row(path, (), inner, getattr(inner, "policy", None))
-            yield from routes_of(inner, path, depth + 1)
+            if _policy_of(inner) is None:
+                yield place.row(path, (), inner, None)
+            yield from _walk(inner, place.below(path))
         return
-    methods = tuple(sorted(getattr(route, "methods", None) or ()))
+    place = replace(place, layers=(*place.layers, *_layers_around(inner)))
     if isinstance(endpoint, type):
-        yield from _class_rows(path, endpoint)
+        yield from _class_rows(path, endpoint, place)
         return
-    guard = guard_of(endpoint)
-    yield Row(path, methods, endpoint, guard.policy if guard is not None else None)
+    policy = _policy_of(endpoint)
+    yield place.row(path, getattr(route, "methods", None) or (), endpoint, policy)
+    if policy is not None and guard_of(endpoint) is None:
+        yield from _walk(getattr(endpoint, "app", None), place.below(path, policy))
 
 
-def _class_rows(path: str, endpoint: type) -> Iterator[Row]:
+def _layers_around(app: Any) -> Iterator[Layer]:
+    """What the middleware of one route is."""
+    for _ in range(MAX_DEPTH):
+        if app is None:
+            return
+        yield from _layers_on(app)
+        app = getattr(app, "app", None)
+
+
+def _class_rows(path: str, endpoint: type, place: _Place) -> Iterator[Row]:
     for method in ("get", "post", "put", "patch", "delete", "head", "options"):
         function = getattr(endpoint, method, None)
         if function is not None:
-            guard = guard_of(function)
-            yield Row(path, (method.upper(),), function, guard.policy if guard is not None else None)
+            yield place.row(path, (method.upper(),), function, _policy_of(function))

@@ -13,19 +13,17 @@ import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
 
-from asgi_metering.asgi.answers import DEFAULT_OPTIONS, Answer, AnswerOptions, answer
+from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.fields import limit_fields
-from asgi_metering.asgi.problems import Rendered, render, sse_error
+from asgi_metering.asgi.refusals import in_band_error, refusal_response
 from asgi_metering.asgi.tap import Tap
 from asgi_metering.asgi.types import ASGIApp, Headers, Message, Receive, Scope, Send
 from asgi_metering.asgi.watch import Watch
 from asgi_metering.call import CURRENT, Call, CallRefused, Opening
-from asgi_metering.errors import MeteringError
 from asgi_metering.policies import ChargePolicy
 from asgi_metering.quotas import is_quota_header, read_quota
 from asgi_metering.quotas.dialects import UNKNOWN
 from asgi_metering.rules.ending import Cause
-from asgi_metering.sources import Allowance
 
 __all__ = ["ExchangeOptions", "run"]
 
@@ -74,6 +72,9 @@ async def run(
     finishing = False  # the last message was handed over
     trailers = False
     unchecked = 0  # bytes since the loop had a turn
+    begun: Message | None = None  # the start of the app's response, if it passed before an admission
+    latest: Message | None = None  # what passed after it, the last of them, before an admission
+    spoke = False  # the app has sent something since its call was refused
     tap: Tap | None = None
     grace: asyncio.TimerHandle | None = None
     watch = Watch(receive) if options.stop_on_disconnect else None
@@ -90,17 +91,20 @@ async def run(
         return message
 
     def send_(message: Message) -> Awaitable[None]:
-        nonlocal started
+        nonlocal started, begun, latest
         if opening.call is None:
             if message["type"] == "http.response.start":
-                started = True
+                started, begun = True, message
+            else:
+                latest = message
             return send(message)
         return metered_send(opening.call, message)
 
     async def metered_send(call: Call, message: Message) -> None:
-        nonlocal started, swapped, unchecked
         if swapped:
             raise CallRefused(call, call.refusal, call.decision) if call.refusal else ClientGone("The answer is out.")
+        if begun is not None and call.admitted:
+            catch_up(call, begun)
         kind = message["type"]
         if kind == "http.response.body":
             await send_body(call, message)
@@ -112,9 +116,10 @@ async def run(
             await send(message)
 
     async def send_start(call: Call, message: Message) -> None:
-        nonlocal started, swapped, trailers, tap
-        if not call.admitted and not call.is_refused and call.pending is not None:
-            # A generator endpoint: it is asked for now, before its headers go out (pitfall 7).
+        nonlocal started, begun, trailers, tap
+        if call.deferred:
+            # A generator endpoint: it is asked for now, before its headers go out (pitfall 7). A refusal is answered
+            # even if its first step met it earlier: this start says nothing of it (pitfall 15).
             try:
                 await call.ensure()
             except CallRefused:
@@ -132,27 +137,60 @@ async def run(
             trailers = bool(message.get("trailers"))
             if watch is not None:
                 watch.start(gone, asyncio.get_running_loop())
+        else:
+            begun = message
         started = True
         await deliver(call, message)
+
+    async def send_unadmitted(call: Call, message: Message) -> None:
+        """A body without an admission behind it; a stream that was refused midway ends with its error (pitfall 18)."""
+        nonlocal latest, spoke, swapped
+        if call.is_refused:
+            spoke = spoke or bool(message.get("body"))
+            error = None if spoke or not _is_last(message) else in_band_error(call, options.answers, begun, latest)
+            if error is not None:
+                swapped = True
+                message = {**message, "body": error}
+        latest = message
+        await send(message)
+
+    def catch_up(call: Call, start: Message) -> None:
+        """The call was admitted after its response had begun: note now what the start said."""
+        nonlocal begun, trailers, tap
+        begun = None
+        call.status = start["status"]
+        trailers = bool(start.get("trailers"))
+        call.observer = tap = _tap(call, list(start.get("headers", ())), scope)
+        if latest is not None:
+            call.first_byte = True
+        if watch is not None:
+            watch.start(gone, asyncio.get_running_loop())
 
     async def send_body(call: Call, message: Message) -> None:
         nonlocal unchecked
         if not call.admitted:
-            await send(message)
+            await send_unadmitted(call, message)
             return
         body = message.get("body", b"")
         last = not message.get("more_body", False) and not trailers
         if last:
             finish(call)
-        await deliver(call, message)
-        if body:
-            call.first_byte = True
-            if tap is not None:
-                tap.keep(body)
-            unchecked += len(body)
-            if unchecked >= CHECKPOINT_BYTES and not last:
-                unchecked = 0
-                await asyncio.sleep(0)
+        handed_over = True
+        try:
+            await deliver(call, message)
+        except OSError:
+            handed_over = False
+            raise
+        finally:
+            # Also when cancelled while the server's `send` waited for its buffer: the bytes are the server's then.
+            if body and handed_over:
+                call.first_byte = True
+                if tap is not None:
+                    tap.keep(body)
+        unchecked += len(body)
+        if unchecked >= CHECKPOINT_BYTES and not last:
+            unchecked = 0
+            await asyncio.sleep(0)
 
     async def send_other(call: Call, message: Message, kind: str) -> None:
         """A file by path is one message and the end; trailers end a response that announced them (pitfall 36)."""
@@ -195,41 +233,62 @@ async def run(
         """Send the refusal instead of whatever the app would send."""
         nonlocal started, swapped
         started = swapped = True
-        rendered = refusal_response(call, options)
+        rendered = refusal_response(call, options.answers)
         await send({"type": "http.response.start", "status": rendered.status, "headers": rendered.headers})
         body = b"" if scope["method"] == "HEAD" else rendered.body
         await send({"type": "http.response.body", "body": body})
 
+    async def answer_refusal(call: Call) -> bool:
+        """Answer a refusal that the app has left to us; False where no answer can be given any more."""
+        nonlocal swapped
+        if swapped:
+            return True
+        if not started:
+            await refuse(call)
+            return True
+        over = latest is not None and _is_last(latest)
+        error = None if over or spoke else in_band_error(call, options.answers, begun, latest)
+        if error is None:
+            return False
+        swapped = True
+        await send({"type": "http.response.body", "body": error})
+        return True
+
     token = CURRENT.set(opening)
     try:
         await app(scope, receive_, send_)
+        if opening.call is not None and opening.call.is_refused and not started:
+            # Somebody caught the refusal and kept silent (pitfall 13).
+            await refuse(opening.call)
     except BaseException as failure:
         call = opening.call
         if call is None:
             raise
         if call.is_refused:
-            if not started and not isinstance(failure, asyncio.CancelledError):
-                await refuse(call)
-                return
-            if swapped and _only_refusals(failure):
-                # Wrapped frameworks raise the refusal again after they answered it (pitfall 14).
+            # Decided by what the call is and not by what arrives: frameworks translate and group (pitfall 13). And
+            # wrapped ones raise the refusal again after they answered it (pitfall 14).
+            if not _stops(failure) and await answer_refusal(call) and _is_refusal(failure):
                 return
             raise
         call.see(_cause_of(failure, finishing))
         raise
     finally:
         CURRENT.reset(token)
+        opening.closed = True
+        if watch is not None:
+            watch.stop()
         call = opening.call
         if call is not None:
+            if begun is not None and call.admitted:
+                # Admitted for work after the response, or at its very end.
+                catch_up(call, begun)
+                finishing = finishing or (latest is not None and _is_last(latest))
             if grace is not None:
                 grace.cancel()
             if not finishing:
                 # It returned without an end: the server cancelled, or a framework noticed that the client left.
                 call.see(Cause.ABORTED)
             await _close_inline(call, close, opening)
-        opening.closed = True
-        if watch is not None:
-            watch.stop()
 
 
 async def _close_inline(call: Call, close: object, opening: Opening) -> None:
@@ -248,43 +307,28 @@ def _cause_of(failure: BaseException, finishing: bool) -> Cause:
     return Cause.COMPLETED if finishing else Cause.ABORTED
 
 
-def _only_refusals(failure: BaseException) -> bool:
-    """Whether *failure* is a refusal, or a group of nothing else (pitfall 13)."""
+def _is_refusal(failure: BaseException | None) -> bool:
+    """Whether *failure* is a refusal, was raised from one, or is a group of nothing else (pitfall 13)."""
+    while failure is not None:
+        if isinstance(failure, BaseExceptionGroup):
+            return all(_is_refusal(inner) for inner in failure.exceptions)
+        if isinstance(failure, CallRefused):
+            return True
+        failure = failure.__cause__
+    return False
+
+
+def _stops(failure: BaseException) -> bool:
+    """Whether somebody wants the task or the process to end, which no answer may hold up."""
     if isinstance(failure, BaseExceptionGroup):
-        return all(_only_refusals(inner) for inner in failure.exceptions)
-    return isinstance(failure, CallRefused)
+        return any(_stops(inner) for inner in failure.exceptions)
+    return isinstance(failure, asyncio.CancelledError | GeneratorExit | KeyboardInterrupt | SystemExit)
 
 
-def refusal_answer(call: Call, options: ExchangeOptions) -> Answer:
-    """What is answered to a call that was refused."""
-    if call.refusal is None:
-        raise MeteringError(f"Call {call.id!r} was not refused.")
-    charge = call.charge
-    sources = charge.sources if charge is not None else ()
-    by_name = {source.name: source.status for source in sources if isinstance(source, Allowance)}
-    return answer(
-        call.refusal,
-        call.decision,
-        unit=call.unit,
-        line=call.line,
-        plan=call.caller.plan if call.caller is not None else None,
-        allowance_status=402 if by_name.get(call.refusal.name) == 402 else 429,
-        options=options.answers,
-    )
-
-
-def refusal_response(call: Call, options: ExchangeOptions) -> Rendered:
-    """The whole response of a refused call, in the shape that its route chose."""
-    policy = call.policy
-    customise = call.charge.customise if call.charge is not None else None
-    return render(refusal_answer(call, options), policy.errors if policy is not None else "problem", customise)
-
-
-def in_band_error(call: Call, options: ExchangeOptions) -> bytes:
-    """The refusal as an event of a stream that has begun."""
-    policy = call.policy
-    customise = call.charge.customise if call.charge is not None else None
-    return sse_error(refusal_answer(call, options), policy.errors if policy is not None else "problem", customise)
+def _is_last(message: Message) -> bool:
+    """Whether a response without trailers ends with *message*."""
+    kind = message["type"]
+    return kind == "http.response.pathsend" or (kind == "http.response.body" and not message.get("more_body", False))
 
 
 def dress(call: Call, message: Message, scope: Scope, options: ExchangeOptions) -> tuple[Message, Tap | None]:

@@ -19,6 +19,7 @@ from asgi_metering.decisions import Decision, WindowState
 from asgi_metering.errors import ConfigurationError
 
 __all__ = [
+    "DEFAULT_NAMES",
     "MAX_SF_INTEGER",
     "Fields",
     "HeaderNames",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from asgi_metering.asgi.audit import audit
+from asgi_metering.asgi.audit import audit, has_routes
 from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.metering import Metering
@@ -67,22 +67,27 @@ class Lifespan:
             if kind == "lifespan.startup.complete":
                 if not await self._check(scope, send):
                     return
-            elif kind in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
-                await self._metering.stop()
+            elif kind in ("lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+                await self._stop()
             await send(message)
 
         try:
             await self._app(scope, receive_, send_)
         except _StartupRefused:
-            await self._metering.stop()
+            await self._stop()
             return
         except Exception:
             if self._asked:
-                await self._metering.stop()
+                await self._stop()
                 raise
             log.debug("The app has no lifespan; the metering keeps one for it.", exc_info=True)
         if not self._asked:
             await self._stand_in(scope, receive, send)
+
+    async def _stop(self) -> None:
+        await self._metering.stop()
+        # An app that raises here is served all the same, and nobody holds its shutdown then (pitfall 32).
+        self._metering.runtime().managed = False
 
     async def _start(self, send: Send) -> None:
         try:
@@ -98,7 +103,9 @@ class Lifespan:
         features = frozenset[str]().union(*(layer.features for layer in self._layers))
         unenforced = frozenset[str].intersection(*(layer.unenforced for layer in self._layers))
         try:
-            report = audit(scope.get("app") or self._app, features, unenforced)
+            # An app behind middleware that hides it is found through the scope, where frameworks put themselves.
+            application = self._app if has_routes(self._app) else scope.get("app", self._app)
+            report = audit(application, features, unenforced, self._metering)
             if report.errors:
                 raise ConfigurationError("\n".join(report.errors))
         except MeteringError as failure:
@@ -130,11 +137,11 @@ class Lifespan:
                 except _StartupRefused:
                     return
                 if not await self._check(scope, send):
-                    await self._metering.stop()
+                    await self._stop()
                     return
                 await send({"type": "lifespan.startup.complete"})
             elif message["type"] == "lifespan.shutdown":
                 await self._metering.drain()
-                await self._metering.stop()
+                await self._stop()
                 await send({"type": "lifespan.shutdown.complete"})
                 return

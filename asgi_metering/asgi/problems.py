@@ -42,9 +42,6 @@ MAX_FIELD_VALUE = 8192
 MAX_SDK_WAIT_S = 120
 """Seconds that the OpenAI SDK waits at most; the Anthropic SDK would sleep through any number it is given."""
 
-MAX_CLOSE_REASON = 123
-"""Bytes of a WebSocket close reason (RFC 6455 section 5.5)."""
-
 _PROBLEM_TYPE = b"application/problem+json"
 _JSON_TYPE = b"application/json"
 
@@ -101,7 +98,8 @@ def sse_error(
         answer: What to say.
         shape: As in `render`.
         customise: As in `render`.
-        mid_event: The stream was cut inside an event, which is ended first.
+        mid_event: The stream was cut inside an event, which is ended first. A client that reads every event stumbles
+            over that half one, and says so instead: cut between events where that can be chosen.
     """
     body, _, _ = _compose(answer, shape, customise)
     name = b"" if shape == "openai" else b"event: error\n"
@@ -125,9 +123,11 @@ def close_frame(answer: Answer) -> tuple[int, str]:
     """
     Return code and reason with which a WebSocket is closed: 4000 plus the status (4402, 4429), then code and title.
 
-    Source: RFC 6455 section 7.4.2 (4000 to 4999 are for private use).
+    Both are fixed words, far below the 123 bytes that a reason may have.
+
+    Source: RFC 6455 sections 5.5 and 7.4.2 (4000 to 4999 are for private use).
     """
-    return 4000 + answer.status, f"{answer.code}: {answer.title}"[:MAX_CLOSE_REASON]
+    return 4000 + answer.status, f"{answer.code}: {answer.title}"
 
 
 def problem(answer: Answer) -> dict[str, Any]:

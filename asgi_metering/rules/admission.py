@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.decisions import Decision, Reason, Refusal, WindowState
+from asgi_metering.errors import AmountError
 from asgi_metering.receipts import Part, Source
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.calendars import pick
@@ -19,6 +21,9 @@ from asgi_metering.rules.state import AllowanceWindow, Change, Hold, Lease, Pinn
 from asgi_metering.rules.windows import Look, look, window_state
 
 __all__ = ["admit"]
+
+# Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
+_HELD = HoldState.HELD
 
 
 class _Taken(NamedTuple):
@@ -44,10 +49,18 @@ def admit(state: State, ask: Admit, now: float) -> tuple[Decision, list[Change]]
 
     Returns the decision and the changes to make; without admission the changes are none.
     The order of reasons is concurrency, rates, sources (DESIGN "Admission"); the first that refuses is reported.
+
+    Raises:
+        AmountError: Not ``0 <= minimum <= amount <= MAX_AMOUNT``.
     """
+    if not 0 <= ask.minimum <= ask.amount <= MAX_AMOUNT:
+        raise AmountError(
+            f"Call {ask.id!r} asks to hold {ask.amount}, at least {ask.minimum}, smallest parts of {ask.unit!r}. "
+            f"Ask for 0 to {MAX_AMOUNT}, and for no more as the least than as the most."
+        )
     stored = state.holds.get(ask.id)
     if stored is not None:
-        return _repeat(state, stored, now), []
+        return _repeat(state, ask, stored, now), []
     looks: list[Look] = []
     for limit in ask.limits:
         seen = look(limit, state.counters.get(limit.key), now)
@@ -67,12 +80,20 @@ def admit(state: State, ask: Admit, now: float) -> tuple[Decision, list[Change]]
     return _refused(ask, now, taken.refusal, looks), []
 
 
-def _repeat(state: State, hold: Hold, now: float) -> Decision:
-    """The same id again: the reply was lost, not the decision (S3.15)."""
-    account = state.accounts[hold.payer, hold.unit]
-    source = hold.parts[0] if hold.parts else None
-    name = None if source is None else source.name if source.source is Source.ALLOWANCE else "wallet"
-    return Decision(hold.id, now, held=hold.amount, available=account.available, source=name)
+def _repeat(state: State, ask: Admit, hold: Hold, now: float) -> Decision:
+    """The same id again: the reply was lost, not the decision (S3.15). What is left is told as of now."""
+    if not hold.parts:
+        return Decision(hold.id, now)
+    part = hold.parts[0]
+    if part.source is not Source.ALLOWANCE:
+        account = state.accounts[hold.payer, hold.unit]
+        return Decision(hold.id, now, held=hold.amount, available=account.available, source="wallet")
+    window = state.allowances.get((hold.payer, hold.unit, part.name, part.start))
+    limits = [
+        source.limit for source in ask.sources if isinstance(source, AllowanceSource) and source.name == part.name
+    ]
+    available = limits[0] - window.settled - window.held if limits and window is not None else None
+    return Decision(hold.id, now, held=hold.amount, available=available, source=part.name)
 
 
 def _full_pool(state: State, leases: Sequence[LeaseAsk], now: float) -> Refusal | None:
@@ -98,9 +119,7 @@ def _spent_limit(looks: Sequence[Look]) -> Refusal | None:
             return Refusal(Reason.EXCEEDS_LIMIT, ask.name, ask.cost, seen.before, 0, ask.limit)
     worst = max(failing, key=lambda seen: seen.retry_after_s)
     ask = worst.ask
-    return Refusal(
-        Reason.RATE_LIMIT, ask.name, ask.cost, worst.before, 0, ask.limit, retry_after_s=worst.retry_after_s
-    )
+    return Refusal(Reason.RATE_LIMIT, ask.name, ask.cost, worst.before, 0, ask.limit, retry_after_s=worst.retry_after_s)
 
 
 def _first_source(state: State, ask: Admit, now: float) -> _Taken | _Dry:
@@ -114,24 +133,28 @@ def _first_source(state: State, ask: Admit, now: float) -> _Taken | _Dry:
         if isinstance(got, _Taken) or got.stale:
             return got
         dry.append(got.refusal)
-    return _Dry(_dry_refusal(ask, dry))
+    return _Dry(_dry_refusal(ask, dry, now))
 
 
-def _dry_refusal(ask: Admit, dry: list[Refusal]) -> Refusal:
-    """402 if a wallet was asked, else what the last allowance says (DESIGN "Admission")."""
+def _dry_refusal(ask: Admit, dry: list[Refusal], now: float) -> Refusal:
+    """402 if a wallet was asked, else what the last allowance says; any of them may be the first to help again."""
     if not dry:
         return Refusal(Reason.CREDITS, ask.unit, ask.minimum, 0, 0)
-    resets = [refusal.resets_at for refusal in dry if refusal.resets_at is not None]
     chosen = next((refusal for refusal in dry if refusal.reason is Reason.CREDITS), dry[-1])
-    return chosen._replace(
-        transient=any(refusal.transient for refusal in dry), resets_at=min(resets) if resets else None
-    )
+    resets_at = min((refusal.resets_at for refusal in dry if refusal.resets_at is not None), default=None)
+    transient = any(refusal.transient for refusal in dry)
+    if resets_at is None or chosen.reason is Reason.CREDITS:
+        # A wallet may be filled at any time: when to ask it again, nobody can tell.
+        return chosen._replace(transient=transient, resets_at=resets_at)
+    return chosen._replace(transient=transient, resets_at=resets_at, retry_after_s=resets_at - now)
 
 
 def _from_wallet(state: State, ask: Admit, now: float) -> _Taken | _Dry:
     book = Book(state, (ask.payer, ask.unit), now)
     available = book.available
-    amount = min(ask.amount, available)
+    amount = ask.amount
+    if amount > available:
+        amount = available
     if amount < ask.minimum:
         return _Dry(
             Refusal(
@@ -140,12 +163,11 @@ def _from_wallet(state: State, ask: Admit, now: float) -> _Taken | _Dry:
                 ask.minimum,
                 max(0, available),
                 book.held,
-                transient=available + book.held >= ask.minimum,
+                transient=available + book.returnable >= ask.minimum,
             )
         )
     parts = book.hold(amount)
-    due_at = min(book.account.next_due_at, now + ask.ttl_s)
-    return _Taken(parts, amount, book.available, "wallet", book.changes(due_at))
+    return _Taken(parts, amount, available - amount, "wallet", book.changes(now + ask.ttl_s))
 
 
 def _from_allowance(state: State, ask: Admit, source: AllowanceSource, now: float) -> _Taken | _Dry:
@@ -166,14 +188,12 @@ def _from_allowance(state: State, ask: Admit, source: AllowanceSource, now: floa
                 max(0, available),
                 window.held,
                 source.limit,
-                retry_after_s=end - now,
-                resets_at=end,
+                # The next window helps only if this one could have: not with a cap of 0 (S0.8).
+                resets_at=end if ask.minimum <= source.limit else None,
                 transient=available + window.held >= ask.minimum,
             )
         )
-    book = Book(state, (ask.payer, ask.unit), now)
-    due_at = min(book.account.next_due_at, now + ask.ttl_s)
-    changes = book.changes(due_at)
+    changes = Book(state, (ask.payer, ask.unit), now).changes(now + ask.ttl_s)
     changes.append((Table.ALLOWANCE, key, window._replace(held=window.held + amount)))
     return _Taken(
         (Part(Source.ALLOWANCE, source.name, start, amount),),
@@ -197,7 +217,7 @@ def _admitted(ask: Admit, now: float, taken: _Taken | None, looks: Sequence[Look
     pinned = []
     for seen in looks:
         counter, limit = seen.counter, seen.ask
-        changes.append((Table.COUNTER, counter.key, counter))
+        changes.append((Table.COUNTER, limit.key, counter))
         if limit.meter != "requests":
             pinned.append(PinnedWindow(limit.key, counter.start, limit.meter, limit.cost))
     expires_at = now + ask.ttl_s
@@ -218,7 +238,7 @@ def _hold(ask: Admit, now: float, expires_at: float, taken: _Taken | None, pinne
         ask.unit,
         taken.amount if taken is not None else 0,
         taken.parts if taken is not None else (),
-        HoldState.HELD,
+        _HELD,
         now,
         expires_at,
         expires_at + ask.grace_s,

@@ -13,6 +13,9 @@ from asgi_metering.rules.state import NEVER, Account, AccountKey, Change, Grant,
 
 __all__ = ["Book", "burn_order"]
 
+# Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
+_GRANT, _DEBT = Source.GRANT, Source.DEBT
+
 
 def burn_order(grant: Grant) -> tuple[int, float, int]:
     """Sort key: lower priority number first, then soonest expiry, then oldest."""
@@ -31,6 +34,7 @@ class Book:
 
     __slots__ = (
         "_entries",
+        "_is_rescheduled",
         "_state",
         "_touched",
         "account",
@@ -60,7 +64,8 @@ class Book:
         self.entries = account.entries
         self._touched: dict[str, Grant] = {}
         self._entries: list[Entry] = []
-        if now >= account.next_change_at:
+        self._is_rescheduled = now >= account.next_change_at
+        if self._is_rescheduled:
             self._mature()
 
     @property
@@ -68,25 +73,42 @@ class Book:
         """What a new hold may take; negative by debt."""
         return self.granted - self.settled - self.expired - self.held
 
+    @property
+    def returnable(self) -> int:
+        """What of the held units would be free again if every hold ended unused now: the rest would lapse."""
+        return sum(grant.held for grant in self._open_grants() if grant.expires_at > self.now)
+
+    @property
+    def open_grants(self) -> int:
+        """How many grants have units left."""
+        return len(self._open_grants())
+
+    @property
+    def promised(self) -> int:
+        """What was given so far, grants that begin later included."""
+        return self.granted + sum(grant.amount for grant in self._open_grants() if not grant.begun)
+
     # -- grants by time ------------------------------------------------------------------------------------
 
     def _mature(self) -> None:
-        """Begin grants whose time has come, and lapse what is free of those whose time is over."""
+        """
+        Begin grants whose time has come, and lapse what is free of those whose time is over.
+
+        As if somebody had looked at each of these instants: a grant pays debt when it begins, in the order in which
+        they began, also if it has lapsed since. When the account is looked at must not change what it has.
+        """
+        beginning = [grant for grant in self._open_grants() if not grant.begun and grant.effective_at <= self.now]
+        for grant in sorted(beginning, key=lambda grant: (grant.effective_at, *burn_order(grant))):
+            self.granted += grant.amount
+            self._touched[grant.id] = grant._replace(begun=True)
+            self._pay_debt(self._touched[grant.id])
         for grant in sorted(self._open_grants(), key=burn_order):
-            if not grant.begun and grant.effective_at <= self.now:
-                self._begin(grant._replace(begun=True))
-        for grant in self._open_grants():
             if grant.begun and grant.expires_at <= self.now and grant.free:
                 self._lapse(grant)
-        self._repay()
-
-    def _begin(self, grant: Grant) -> None:
-        self._touched[grant.id] = grant
-        self.granted += grant.amount
 
     def _lapse(self, grant: Grant) -> None:
         lapsed = grant.free
-        self._touched[grant.id] = grant._replace(expired=grant.expired + lapsed)
+        self._touched[grant.id] = grant.moved(expired=lapsed)
         self.expired += lapsed
         self.write(EntryKind.EXPIRE, lapsed, grant.id)
 
@@ -101,7 +123,7 @@ class Book:
     def _spendable(self) -> list[Grant]:
         """Grants with free units, in burn order."""
         now = self.now
-        grants = [g for g in self._open_grants() if g.begun and g.expires_at > now and g.free]
+        grants = [g for g in self._open_grants() if g.begun and g.free and g.expires_at > now]
         if len(grants) > 1:
             grants.sort(key=burn_order)
         return grants
@@ -119,9 +141,11 @@ class Book:
         parts = []
         left = amount
         for grant in self._spendable():
-            take = min(grant.free, left)
-            self._touched[grant.id] = grant._replace(held=grant.held + take)
-            parts.append(Part(Source.GRANT, grant.id, 0.0, take))
+            take = grant.free
+            if take > left:
+                take = left
+            self._touched[grant.id] = grant.moved(0, take)
+            parts.append(Part(_GRANT, grant.id, 0.0, take))
             left -= take
             if not left:
                 break
@@ -138,25 +162,25 @@ class Book:
         spent = []
         left = amount
         for part in parts:
-            take = min(part.amount, left)
+            take = part.amount
+            if take > left:
+                take = left
             left -= take
             self._unhold(part, take)
             if take:
-                spent.append(part._replace(amount=take))
+                spent.append(part if take == part.amount else part._replace(amount=take))
         if left:
             spent.extend(self.spend(left))
-        self._repay()
+        if self.debt:
+            self._repay()
         return tuple(spent)
 
     def _unhold(self, part: Part, take: int) -> None:
         """End one held part: *take* of it is spent, the rest is free again, or lapses with its grant."""
-        grant = self._grant(part.name)
-        rest = part.amount - take
-        lapsed = rest if grant.expires_at <= self.now else 0
-        self._touched[grant.id] = grant._replace(
-            held=grant.held - part.amount, settled=grant.settled + take, expired=grant.expired + lapsed
-        )
-        self.held -= part.amount
+        grant, amount = self._grant(part.name), part.amount
+        lapsed = amount - take if grant.expires_at <= self.now else 0
+        self._touched[part.name] = grant.moved(take, -amount, lapsed)
+        self.held -= amount
         self.settled += take
         if lapsed:
             self.expired += lapsed
@@ -170,12 +194,12 @@ class Book:
             if not left:
                 break
             take = min(grant.free, left)
-            self._touched[grant.id] = grant._replace(settled=grant.settled + take)
-            spent.append(Part(Source.GRANT, grant.id, 0.0, take))
+            self._touched[grant.id] = grant.moved(settled=take)
+            spent.append(Part(_GRANT, grant.id, 0.0, take))
             left -= take
         if left:
             self.debt += left
-            spent.append(Part(Source.DEBT, "", 0.0, left))
+            spent.append(Part(_DEBT, "", 0.0, left))
         self.settled += amount
         return spent
 
@@ -185,19 +209,32 @@ class Book:
         for part in reversed(parts):
             take = min(part.amount, left)
             left -= take
-            if part.source is Source.DEBT:
-                cancelled = min(self.debt, take)
-                self.debt -= cancelled
-                self.settled -= cancelled
-                take -= cancelled
-                # The rest of that debt was paid by later grants meanwhile: it goes back to those.
-                for grant in sorted(self._paid_grants(), key=burn_order, reverse=True):
-                    back = min(grant.settled, take)
+            if part.source is not _DEBT:
+                grant = self._grant(part.name)
+                # Less than the part where another charge's paid debt was given back to this grant.
+                back = min(grant.settled, take)
+                if back:
                     self._unspend(grant, back)
-                    take -= back
-            elif take:
-                self._unspend(self._grant(part.name), take)
-        self._repay()
+                take -= back
+            self._forgive(take)
+        if self.debt:
+            self._repay()
+
+    def _forgive(self, amount: int) -> None:
+        """Owe *amount* less. What of it grants have paid meanwhile goes back to them: which ones, nobody keeps."""
+        cancelled = min(self.debt, amount)
+        self.debt -= cancelled
+        self.settled -= cancelled
+        left = amount - cancelled
+        if left:
+            for grant in sorted(self._paid_grants(), key=burn_order, reverse=True):
+                back = min(grant.settled, left)
+                self._unspend(grant, back)
+                left -= back
+                if not left:
+                    break
+            else:
+                raise AssertionError(f"{left} to give back were never charged to account {self.key!r}")
 
     def _paid_grants(self) -> list[Grant]:
         state, key = self._state, self.key
@@ -206,7 +243,9 @@ class Book:
 
     def _unspend(self, grant: Grant, amount: int) -> None:
         lapsed = amount if grant.expires_at <= self.now else 0
-        self._touched[grant.id] = grant._replace(settled=grant.settled - amount, expired=grant.expired + lapsed)
+        self._touched[grant.id] = grant.moved(settled=-amount, expired=lapsed)
+        # It may have been closed, so that its expiry was no longer awaited.
+        self._is_rescheduled = True
         self.settled -= amount
         if lapsed:
             self.expired += lapsed
@@ -214,25 +253,24 @@ class Book:
 
     def add(self, grant: Grant) -> int:
         """Take in a new grant; what it pays of the debt is returned."""
+        self._touched[grant.id] = grant
+        self._is_rescheduled = True
         if grant.begun:
-            self._begin(grant)
-        else:
-            self._touched[grant.id] = grant
+            self.granted += grant.amount
         self.write(EntryKind.GRANT, grant.amount, grant.id, actor=grant.actor)
-        return self._repay()
+        return self._pay_debt(grant) if grant.begun else 0
 
-    def _repay(self) -> int:
-        """Pay debt from free units, in burn order: debt exists only where nothing is free."""
-        paid = 0
-        if self.debt:
-            for grant in self._spendable():
-                take = min(grant.free, self.debt)
-                self._touched[grant.id] = grant._replace(settled=grant.settled + take)
-                self.debt -= take
-                paid += take
-                self.write(EntryKind.DEBT_PAYMENT, take, grant.id)
-                if not self.debt:
-                    break
+    def _repay(self) -> None:
+        """Pay debt from units that came free, in burn order: debt exists only where nothing is free."""
+        for grant in self._spendable():
+            self._pay_debt(grant)
+
+    def _pay_debt(self, grant: Grant) -> int:
+        paid = min(grant.free, self.debt)
+        if paid:
+            self._touched[grant.id] = grant.moved(settled=paid)
+            self.debt -= paid
+            self.write(EntryKind.DEBT_PAYMENT, paid, grant.id)
         return paid
 
     # -- writing down --------------------------------------------------------------------------------------
@@ -270,33 +308,34 @@ class Book:
         self._entries.append(entry)
         return self.entries
 
-    def changes(self, next_due_at: float | None = None) -> list[Change]:
+    def changes(self, due_at: float = NEVER) -> list[Change]:
         """
         What the operation did to the account, for the store to write.
 
         Args:
-            next_due_at: A new lower bound for the account's next overdue hold; None keeps the old one.
+            due_at: When a new hold of the account falls due.
         """
-        account, key = self.account, self.key
+        account, now, key = self.account, self.now, self.key
+        payer, unit = key
+        if due_at > account.next_due_at:
+            due_at = account.next_due_at
         changes: list[Change] = [(Table.GRANT, key, grant) for grant in self._touched.values()]
-        next_change = account.next_change_at
-        if self.now >= next_change or self._entries:
-            next_change = self._next_change()
         changes.append(
             (
                 Table.ACCOUNT,
                 key,
                 Account(
-                    *key,
+                    payer,
+                    unit,
                     self.granted,
                     self.settled,
                     self.held,
                     self.expired,
                     self.debt,
                     self.entries,
-                    next_change,
-                    account.next_due_at if next_due_at is None else next_due_at,
-                    max(self.now, account.seen_at),
+                    self._next_change() if self._is_rescheduled else account.next_change_at,
+                    due_at,
+                    now,
                 ),
             )
         )

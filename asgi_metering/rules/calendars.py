@@ -1,5 +1,5 @@
 """
-Calendars: where days, weeks and months begin, in any IANA zone.
+Calendars: where days and months begin, in any IANA zone.
 
 IANA rules live in Python only. A caller computes four boundaries around its own time and sends them; the store
 picks by its own clock (DESIGN "Time"). Does not know what is counted in a window.

@@ -7,15 +7,21 @@ each of the four is what the grants and the live holds say. Does not mend anythi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from asgi_metering.receipts import Source
-from asgi_metering.rules.state import Account, Grant, Hold
+from asgi_metering.rules.state import Account, AllowanceWindow, Grant, Hold
 
 __all__ = ["discrepancies"]
 
 
-def discrepancies(account: Account, grants: Iterable[Grant], live_holds: Iterable[Hold]) -> list[str]:
+def discrepancies(
+    account: Account,
+    grants: Iterable[Grant],
+    live_holds: Iterable[Hold],
+    allowances: Iterable[AllowanceWindow] | None = None,
+) -> list[str]:
     """
     Compare an account's sums with its rows; every sentence names one that is wrong. None: the books balance.
 
@@ -23,27 +29,67 @@ def discrepancies(account: Account, grants: Iterable[Grant], live_holds: Iterabl
         account: The account's row.
         grants: All of its grants, closed ones included.
         live_holds: Its holds that have not ended, those in doubt included.
+        allowances: Its allowance windows; None leaves them out of the proof.
     """
-    grants = list(grants)
-    begun = [grant for grant in grants if grant.begun]
-    kept = [part for hold in live_holds for part in hold.parts if part.source is Source.GRANT]
+    grants, holds = list(grants), list(live_holds)
+    kept: Counter[tuple[Source, str, float]] = Counter()
+    for hold in holds:
+        for part in hold.parts:
+            kept[part.source, part.name, part.start] += part.amount
+    wrong = [
+        *_wrong_sums(account, grants, kept),
+        *_wrong_grants(account, grants, kept),
+        *_wrong_holds(holds),
+    ]
+    if allowances is not None:
+        wrong.extend(_wrong_allowances(allowances, kept))
+    return [f"{account.payer!r} in {account.unit!r}: {what}" for what in wrong]
+
+
+def _wrong_sums(account: Account, grants: list[Grant], kept: Counter[tuple[Source, str, float]]) -> Iterable[str]:
+    by_holds = sum(amount for (source, _, _), amount in kept.items() if source is Source.GRANT)
     sums = {
-        "granted": (account.granted, sum(grant.amount for grant in begun)),
+        "granted": (account.granted, sum(grant.amount for grant in grants if grant.begun)),
         "settled": (account.settled, sum(grant.settled for grant in grants) + account.debt),
         "expired": (account.expired, sum(grant.expired for grant in grants)),
         "held by grants": (account.held, sum(grant.held for grant in grants)),
-        "held by live holds": (account.held, sum(part.amount for part in kept)),
+        "held by live holds": (account.held, by_holds),
     }
-    wrong = [
-        f"{account.payer!r} in {account.unit!r}: {what} is {stored} in the account and {proven} in its rows."
-        for what, (stored, proven) in sums.items()
-        if stored != proven
-    ]
-    wrong.extend(
-        f"{account.payer!r} in {account.unit!r}: grant {grant.id!r} is overdrawn by {-grant.free}."
-        for grant in grants
-        if grant.free < 0
-    )
-    if account.debt and any(grant.free and grant.begun and grant.expires_at > account.seen_at for grant in grants):
-        wrong.append(f"{account.payer!r} in {account.unit!r}: debt of {account.debt} beside free units.")
-    return wrong
+    for what, (stored, proven) in sums.items():
+        if stored != proven:
+            yield f"{what} is {stored} in the account and {proven} in its rows."
+    if account.debt < 0:
+        yield f"the debt of {account.debt} is negative."
+
+
+def _wrong_grants(account: Account, grants: list[Grant], kept: Counter[tuple[Source, str, float]]) -> Iterable[str]:
+    for grant in grants:
+        held = kept[Source.GRANT, grant.id, 0.0]
+        if grant.held != held:
+            yield f"grant {grant.id!r} keeps {grant.held} for holds that keep {held} of it."
+        if min(grant.settled, grant.held, grant.expired) < 0:
+            yield f"grant {grant.id!r} has a negative sum."
+        if grant.free < 0:
+            yield f"grant {grant.id!r} is overdrawn by {-grant.free}."
+        if not grant.begun and grant.free != grant.amount:
+            yield f"grant {grant.id!r} was used before it began."
+        if account.debt and grant.free and grant.begun and grant.expires_at > account.seen_at:
+            yield f"debt of {account.debt} beside free units of grant {grant.id!r}."
+
+
+def _wrong_holds(holds: list[Hold]) -> Iterable[str]:
+    for hold in holds:
+        parts = sum(part.amount for part in hold.parts)
+        if hold.amount != parts:
+            yield f"hold {hold.id!r} of {hold.amount} has parts of {parts}."
+
+
+def _wrong_allowances(allowances: Iterable[AllowanceWindow], kept: Counter[tuple[Source, str, float]]) -> Iterable[str]:
+    for window in allowances:
+        held = kept[Source.ALLOWANCE, window.name, window.start]
+        if window.held != held:
+            yield (
+                f"allowance {window.name!r} from {window.start} keeps {window.held} for holds that keep {held} of it."
+            )
+        if window.settled < 0:
+            yield f"allowance {window.name!r} from {window.start} has settled {window.settled}, which is negative."

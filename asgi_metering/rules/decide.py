@@ -6,8 +6,8 @@ Every store goes through here: memory on its whole state, a database on the rows
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 from asgi_metering.decisions import Decision
 from asgi_metering.receipts import GrantReceipt, Receipt
@@ -50,41 +50,40 @@ def run(state: State, operation: Operation, now: float, written: list[Change]) -
     Raises:
         MeteringError: The operation is refused as a mistake (see `posting.post_grant`).
     """
-    if isinstance(operation, Admit):
-        account = state.accounts.get((operation.payer, operation.unit))
-        if account is not None:
-            now = max(now, account.seen_at)
-            if account.next_due_at <= now:
-                written.extend(end_overdue(state, (operation.payer, operation.unit), now, OVERDUE_PER_ADMISSION))
-    elif isinstance(operation, Sweep):
+    if type(operation) is Sweep:
         return _sweep(state, operation, now, written)
-    answer, changes = _decide(state, operation, now)
+    if type(operation) is Admit:
+        now = _before_admission(state, operation, now, written)
+    answer, changes = _RULES[type(operation)](state, operation, now)
     state.apply(changes)
     written.extend(changes)
     return answer
 
 
-def _decide(state: State, operation: Operation, now: float) -> tuple[Answer, list[Change]]:
-    match operation:
-        case Admit():
-            return admit(state, operation, now)
-        case End():
-            return end(state, operation, now)
-        case Renew():
-            return renew(state, operation, now)
-        case PostGrant():
-            return post_grant(state, operation, _clamped(state, (operation.payer, operation.unit), now))
-        case Emit():
-            return len(operation.events), [
-                (Table.EVENT, key, Event(key, now, told)) for key, told in operation.events
-            ]
-        case Claim():
-            return _claim(state, operation, now)
-        case Acknowledge():
-            known = [key for key in operation.ids if key in state.events]
-            return len(known), [(Table.EVENT, key, None) for key in known]
-        case _:
-            raise AssertionError(f"no rule for {operation!r}")
+def _before_admission(state: State, ask: Admit, now: float, written: list[Change]) -> float:
+    """End what is overdue in the account, so that admission sees it; the time, clamped, is returned."""
+    key = (ask.payer, ask.unit)
+    account = state.accounts.get(key)
+    if account is None:
+        return now
+    if account.seen_at > now:
+        now = account.seen_at
+    if account.next_due_at <= now:
+        written.extend(end_overdue(state, key, now, OVERDUE_PER_ADMISSION))
+    return now
+
+
+def _post(state: State, ask: PostGrant, now: float) -> tuple[Answer, list[Change]]:
+    return post_grant(state, ask, _clamped(state, (ask.payer, ask.unit), now))
+
+
+def _emit(_: State, ask: Emit, now: float) -> tuple[Answer, list[Change]]:
+    return len(ask.events), [(Table.EVENT, key, Event(key, now, told)) for key, told in ask.events]
+
+
+def _acknowledge(state: State, ask: Acknowledge, _: float) -> tuple[Answer, list[Change]]:
+    known = [key for key in ask.ids if key in state.events]
+    return len(known), [(Table.EVENT, key, None) for key in known]
 
 
 def _clamped(state: State, key: AccountKey, now: float) -> float:
@@ -102,6 +101,18 @@ def _claim(state: State, ask: Claim, now: float) -> tuple[tuple[Event, ...], lis
     return tuple(claimed), [(Table.EVENT, event.id, event) for event in claimed]
 
 
+# By the operation's class: looking it up is cheaper than asking each in turn, for every call twice.
+_RULES: Mapping[type, Callable[[State, Any, float], tuple[Answer, list[Change]]]] = {
+    Admit: admit,
+    End: end,
+    Renew: renew,
+    PostGrant: _post,
+    Emit: _emit,
+    Claim: _claim,
+    Acknowledge: _acknowledge,
+}
+
+
 def _sweep(state: State, ask: Sweep, now: float, written: list[Change]) -> int:
     """End overdue holds account by account, then forget what can no longer matter."""
     before = len(written)
@@ -111,8 +122,13 @@ def _sweep(state: State, ask: Sweep, now: float, written: list[Change]) -> int:
         for hold in map(state.holds.__getitem__, ids)
         if hold.expires_at <= now
     }
+    left = ask.limit
     for account in sorted(due):
-        written.extend(end_overdue(state, account, _clamped(state, account, now), ask.limit))
+        changes = end_overdue(state, account, _clamped(state, account, now), left)
+        written.extend(changes)
+        left -= sum(1 for table, _, _ in changes if table == Table.HOLD)
+        if not left:
+            break
     for forgotten in (_old_holds(state, ask, now), _dead_leases(state, now), _past_counters(state, now)):
         changes = [change for change, _ in zip(forgotten, range(ask.limit), strict=False)]
         state.apply(changes)

@@ -73,7 +73,7 @@ def is_live(state: HoldState) -> bool:
 
 
 def diagram() -> str:
-    """Draw the table, for the README: one line per state that has a way out, moves in the table's order."""
+    """Draw the table, for the README: one line per move, in the table's order, and one per state that has none."""
     lines = []
     width = max(len(state) for state in TRANSITIONS)
     for state, moves in TRANSITIONS.items():

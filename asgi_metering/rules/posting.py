@@ -6,7 +6,7 @@ Does not know who pays for them, or why.
 
 from __future__ import annotations
 
-from asgi_metering.amounts import MAX_AMOUNT
+from asgi_metering.amounts import MAX_AMOUNT, check_parts
 from asgi_metering.errors import AmountError, ConfigurationError, IdempotencyConflictError
 from asgi_metering.receipts import GrantReceipt
 from asgi_metering.rules.book import Book
@@ -26,8 +26,10 @@ def post_grant(state: State, ask: PostGrant, now: float) -> tuple[GrantReceipt, 
     Raises:
         IdempotencyConflictError: The id exists with another body; the error names the first field that differs.
         ConfigurationError: It would expire before it begins, or the account has `MAX_LIVE_GRANTS` live grants.
-        AmountError: The account would hold more than the bound that stores count exactly.
+        AmountError: The amount is no number of smallest parts, or all that the account was given, later grants
+            included, would be more than stores count exactly.
     """
+    check_parts(ask.amount, "grant")
     key = (ask.payer, ask.unit)
     stored = state.grant(key, ask.id)
     if stored is not None:
@@ -39,12 +41,13 @@ def post_grant(state: State, ask: PostGrant, now: float) -> tuple[GrantReceipt, 
             f"begin. Give it a later expiry."
         )
     book = Book(state, key, now)
-    if len(state.grants.get(key, {})) >= MAX_LIVE_GRANTS:
+    # Asked of the book, which has let lapse what is over: nobody else may have come by to write that down.
+    if book.open_grants >= MAX_LIVE_GRANTS:
         raise ConfigurationError(
             f"Payer {ask.payer!r} has {MAX_LIVE_GRANTS} grants of {ask.unit!r} with units left, the most an account "
             f"may have. Merge small grants into larger ones."
         )
-    if book.granted + ask.amount > MAX_AMOUNT:
+    if book.promised + ask.amount > MAX_AMOUNT:
         raise AmountError(
             f"With grant {ask.id!r} of {ask.amount}, payer {ask.payer!r} would have been granted more than "
             f"{MAX_AMOUNT} smallest parts of {ask.unit!r}. Declare the unit with a smaller scale."

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from asgi_metering.amounts import check_parts
 from asgi_metering.receipts import Basis, EndedBy, EntryKind, Part, Receipt, Source
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.hold import HoldEvent, next_state
@@ -28,9 +29,18 @@ from asgi_metering.rules.windows import correct
 
 __all__ = ["end", "end_overdue", "renew"]
 
+# Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
+_ALLOWANCE, _RELEASE, _SETTLE = Source.ALLOWANCE, HoldEvent.RELEASE, HoldEvent.SETTLE
+
 
 def renew(state: State, beat: Renew, now: float) -> tuple[bool, list[Change]]:
-    """Move the deadline of a live hold and of its leases, and keep what was observed. False for any other hold."""
+    """
+    Move the deadline of a live hold and of its leases, and keep what was observed. False for any other hold.
+
+    Raises:
+        AmountError: What was observed is no number of smallest parts.
+    """
+    check_parts(beat.observed, "observed amount")
     hold = state.holds.get(beat.id)
     if hold is None or next_state(hold.state, HoldEvent.RENEW) is None:
         return False, []
@@ -57,24 +67,28 @@ def end(state: State, ask: End, now: float) -> tuple[Receipt, list[Change]]:
 
     An ended hold answers its first receipt with ``applied=False``; the first settlement by the call after the
     policy ended it posts one linked late entry of actual minus already charged (DESIGN "Holds").
+
+    Raises:
+        AmountError: The amount is no number of smallest parts.
     """
+    if ask.amount is not None:
+        check_parts(ask.amount, "charge")
     hold = state.holds.get(ask.id)
     if hold is None:
         return _unknown(ask, now), []
-    event = HoldEvent.RELEASE if ask.amount is None else HoldEvent.SETTLE
-    target = next_state(hold.state, event)
+    account = state.accounts.get((hold.payer, hold.unit))
+    if account is not None and account.seen_at > now:
+        now = account.seen_at
+    target = next_state(hold.state, _RELEASE if ask.amount is None else _SETTLE)
     if target is None:
         return _after_the_end(state, hold, ask, now)
-    account = state.accounts.get((hold.payer, hold.unit))
-    if account is not None:
-        now = max(now, account.seen_at)
     receipt, changes = _charge(state, hold, ask, now)
-    changes.append((Table.HOLD, hold.id, hold._replace(state=target, receipt=receipt)))
+    changes.append((Table.HOLD, hold.id, hold.ended(target, receipt)))
     for pool in hold.pools:
         changes.append((Table.LEASE, (pool, hold.id), None))
     _correct_windows(state, hold, ask.actual, changes)
     if ask.event is not None:
-        changes.append(_event(hold, receipt, ask.event, now))
+        changes.append(_event(hold, receipt, ask.event))
     return receipt, changes
 
 
@@ -85,8 +99,8 @@ def _unknown(ask: End, now: float) -> Receipt:
 def _charge(state: State, hold: Hold, ask: End, now: float) -> tuple[Receipt, list[Change]]:
     """Turn the held parts into spending and give back the rest, by the kind of source that pays."""
     amount = ask.amount or 0
-    basis = ask.basis if ask.amount is not None else Basis.NONE
-    from_allowance = bool(hold.parts) and hold.parts[0].source is Source.ALLOWANCE
+    basis = _basis(ask)
+    from_allowance = bool(hold.parts) and hold.parts[0].source is _ALLOWANCE
     changes: list[Change] = []
     if not hold.parts and not amount:
         # A lease alone: no account is behind it.
@@ -110,6 +124,10 @@ def _charge(state: State, hold: Hold, ask: End, now: float) -> tuple[Receipt, li
     changes.extend(book.changes())
     available = None if from_allowance else book.available
     return _receipt(hold, ask, basis, amount, parts, available, now, number), changes
+
+
+def _basis(ask: End) -> Basis:
+    return Basis.NONE if ask.amount is None else ask.basis
 
 
 def _receipt(
@@ -164,55 +182,73 @@ def _correct_windows(state: State, hold: Hold, actual: Mapping[str, int], change
             changes.append((Table.COUNTER, pinned.key, counter))
 
 
-def _event(hold: Hold, receipt: Receipt, told: Mapping[str, Any], now: float) -> Change:
+def _event(hold: Hold, receipt: Receipt, told: Mapping[str, Any]) -> Change:
     """The usage event: what was known at admission, what the end says, and what was really charged."""
     payload = {
+        "started_at": hold.created_at,
         **hold.facts,
         **told,
-        "id": hold.id,
+        "id": receipt.id,
         "payer": hold.payer,
         "unit": hold.unit,
         "line": hold.line,
         "amount": receipt.amount,
-        "held": hold.amount,
+        "held": receipt.held,
         "basis": receipt.basis.value,
         "estimated": receipt.estimated,
-        "ended_at": now,
+        "ended_at": receipt.at,
     }
-    return (Table.EVENT, hold.id, Event(hold.id, now, payload))
+    return (Table.EVENT, receipt.id, Event(receipt.id, receipt.at, payload))
 
 
 # -- ends that come after the end --------------------------------------------------------------------------
 
 
 def _after_the_end(state: State, hold: Hold, ask: End, now: float) -> tuple[Receipt, list[Change]]:
+    """The first receipt again. The call's own end, if somebody else was first, is written down once beside it."""
     first = hold.receipt
     if first is None:
         raise AssertionError(f"hold {hold.id!r} has ended as {hold.state} and has no receipt")
-    is_late = ask.by is EndedBy.CALL and first.ended_by is EndedBy.POLICY and first.late is None
-    if not is_late:
+    if ask.by is not EndedBy.CALL or first.ended_by is EndedBy.CALL or first.late is not None:
         return first._replace(applied=False), []
-    difference = (ask.amount or 0) - first.amount
-    if not difference:
-        receipt = first._replace(late=0)
-        return receipt._replace(applied=False), [(Table.HOLD, hold.id, hold._replace(receipt=receipt))]
-    return _post_late(state, hold, first, difference, ask, now)
+    actual = ask.amount or 0
+    difference = actual - first.amount
+    told = ask.event
+    changes: list[Change] = []
+    if first.ended_by is EndedBy.PERSON:
+        # What a person decided stands: what the call used is told, not charged.
+        difference = 0
+        if told is not None:
+            known = {**hold.facts, **told}.get("attributes", {})
+            told = {**told, "attributes": {**known, "uncharged_amount": actual}}
+    else:
+        if difference:
+            _post_late(state, hold, first, difference, ask, now, changes)
+        _correct_windows(state, hold, ask.actual, changes)
+    receipt = first._replace(late=difference)
+    changes.append((Table.HOLD, hold.id, hold.ended(hold.state, receipt)))
+    if told is not None:
+        # An event of its own, of the difference only: whoever sums events up has the first one already.
+        late = first._replace(
+            id=f"{hold.id}:late", amount=difference, held=0, basis=_basis(ask), estimated=ask.estimated, at=now
+        )
+        changes.append(_event(hold, late, {**told, "event_of": hold.id}))
+    return receipt._replace(applied=False), changes
 
 
 def _post_late(
-    state: State, hold: Hold, first: Receipt, difference: int, ask: End, now: float
-) -> tuple[Receipt, list[Change]]:
+    state: State, hold: Hold, first: Receipt, difference: int, ask: End, now: float, changes: list[Change]
+) -> None:
     """Charge or give back what the automatic end got wrong, as an entry of its own; the first receipt stays."""
     book = Book(state, (hold.payer, hold.unit), now)
-    changes: list[Change] = []
     source = hold.parts[0] if hold.parts else None
     parts: tuple[Part, ...] = ()
-    if source is not None and source.source is Source.ALLOWANCE:
+    if source is not None and source.source is _ALLOWANCE:
+        parts = (source._replace(amount=difference),)
         key = (hold.payer, hold.unit, source.name, source.start)
         window = state.allowances.get(key)
         if window is not None:
             changes.append((Table.ALLOWANCE, key, window._replace(settled=window.settled + difference)))
-            parts = (source._replace(amount=difference),)
     elif difference > 0:
         parts = tuple(book.spend(difference))
     else:
@@ -222,19 +258,11 @@ def _post_late(
         difference,
         hold.id,
         line=hold.line,
-        basis=ask.basis,
+        basis=_basis(ask),
         estimated=ask.estimated,
         parts=parts,
     )
     changes.extend(book.changes())
-    receipt = first._replace(late=difference)
-    changes.append((Table.HOLD, hold.id, hold._replace(receipt=receipt)))
-    if ask.event is not None:
-        told = {**ask.event, "late_amount": difference, "event_of": hold.id}
-        late_id = f"{hold.id}:late"
-        _, _, event = _event(hold, first, told, now)
-        changes.append((Table.EVENT, late_id, event._replace(id=late_id, payload={**event.payload, "id": late_id})))
-    return receipt._replace(applied=False), changes
 
 
 # -- ends by time ------------------------------------------------------------------------------------------
@@ -248,7 +276,8 @@ def end_overdue(state: State, account: AccountKey, now: float, limit: int) -> li
     Changes build on one another, so they are applied to *state* here, hold by hold.
     """
     done: list[Change] = []
-    overdue = sorted((h for h in state.live_holds(account) if h.expires_at <= now), key=lambda h: h.due_at)
+    # By id where they are due together, so that every store ends the same ones first.
+    overdue = sorted((h for h in state.live_holds(account) if h.expires_at <= now), key=lambda h: (h.due_at, h.id))
     for hold in overdue[:limit]:
         if hold.due_at <= now:
             _, changes = end(state, _policy_end(hold), now)
@@ -274,11 +303,7 @@ def _policy_end(hold: Hold) -> End:
     """How the policy pinned at admission ends a call whose worker is gone."""
     amounts = {Basis.OBSERVED: hold.observed, Basis.HOLD: hold.amount}
     amount = amounts.get(Basis(hold.in_doubt))
+    # A call without facts tells no usage event: it was limited, not charged.
+    event = {"outcome": "aborted", "reason": "in_doubt"} if hold.facts else None
     # Nothing seen, or the policy charges nothing: given back.
-    return End(
-        hold.id,
-        amount or None,
-        Basis(hold.in_doubt),
-        by=EndedBy.POLICY,
-        event={"outcome": "aborted", "reason": "in_doubt"},
-    )
+    return End(hold.id, amount or None, Basis(hold.in_doubt), by=EndedBy.POLICY, event=event)

@@ -17,6 +17,9 @@ from asgi_metering.rules.state import NEVER, Counter, PinnedWindow
 
 __all__ = ["Look", "correct", "look", "window_state"]
 
+# Read once: on Python 3.11 to look up the member of an enum costs more than all that a window computes.
+_CALENDAR, _SLIDING = WindowKind.CALENDAR, WindowKind.SLIDING
+
 _TICK_S = 1e-6
 """At the very instant that the past weighs the room it does not fit yet; a microsecond later it does."""
 
@@ -27,46 +30,49 @@ class Look(NamedTuple):
 
     Attributes:
         ask: What was asked.
-        before: What was left before.
+        used: What counts now, before taking.
         fits: Whether the cost fits now.
         counter: The row after taking.
-        reset_after_s: Seconds until more becomes available.
+        left_s: Seconds until the running window ends.
         retry_after_s: Seconds until the same cost fits; 0 when it fits now, infinite when it is above the limit.
     """
 
     ask: LimitAsk
-    before: int
+    used: int
     fits: bool
     counter: Counter
-    reset_after_s: float
+    left_s: float
     retry_after_s: float
+
+    @property
+    def before(self) -> int:
+        """What was left before taking; never negative, also where a limit was cut."""
+        return max(0, self.ask.limit - self.used)
 
 
 def look(ask: LimitAsk, counter: Counter | None, now: float) -> Look | None:
     """What *ask* meets at *now*; None when its calendar boundaries do not cover *now*."""
-    if ask.kind is WindowKind.SLIDING:
+    kind, limit, cost = ask.kind, ask.limit, ask.cost
+    if kind is _SLIDING:
         return _look_sliding(ask, counter, now)
-    if ask.kind is WindowKind.CALENDAR:
+    if kind is _CALENDAR:
         window = pick(ask.boundaries, now)
         if window is None:
             return None
         start, end = window
         count = counter.used if counter is not None and counter.start == start else 0
+        if counter is not None and counter.start > now:
+            # A clock that stepped back stays in the window that it had reached.
+            start, end, count = counter.start, counter.end, counter.used
     elif counter is not None and now < counter.end:
-        # A clock that stepped back stays in the window that it had reached.
         start, end, count = counter.start, counter.end, counter.used
     else:
         start, end, count = now, now + ask.window_s, 0
-    left = max(0.0, end - max(now, start))
-    fits = count + ask.cost <= ask.limit
-    return Look(
-        ask,
-        max(0, ask.limit - count),
-        fits,
-        Counter(ask.key, start, end, count + ask.cost),
-        left,
-        0.0 if fits else left if ask.cost <= ask.limit else NEVER,
-    )
+    left = end - now if now > start else end - start
+    taken = Counter(ask.key, start, end, count + cost)
+    if count + cost <= limit:
+        return Look(ask, count, True, taken, left, 0.0)
+    return Look(ask, count, False, taken, left, left if cost <= limit else NEVER)
 
 
 def _look_sliding(ask: LimitAsk, counter: Counter | None, now: float) -> Look:
@@ -83,36 +89,42 @@ def _look_sliding(ask: LimitAsk, counter: Counter | None, now: float) -> Look:
             previous = counter.used
     end = start + window
     left = end - now
-    used = floor(previous * left / window + count)
-    fits = used + ask.cost <= ask.limit
-    before = max(0, ask.limit - used)
-    return Look(
-        ask,
-        before,
-        fits,
-        Counter(ask.key, start, end, count + ask.cost, previous),
-        _sliding_wait(ask.limit, before + 1, count, previous, left, window) if used else 0.0,
-        0.0 if fits else _sliding_wait(ask.limit, ask.cost, count, previous, left, window),
-    )
+    limit, cost = ask.limit, ask.cost
+    # The running count stays outside of the float: beside a large one, the last bits of the past's share would drown.
+    used = floor(previous * left / window) + count
+    taken = Counter(ask.key, start, end, count + cost, previous)
+    if used + cost <= limit:
+        return Look(ask, used, True, taken, left, 0.0)
+    retry = _until_below(limit - cost + 1, count, previous, left, window) if cost <= limit else NEVER
+    return Look(ask, used, False, taken, left, retry)
 
 
-def _sliding_wait(limit: int, cost: int, count: int, previous: int, left: float, window: float) -> float:
-    """Seconds until *cost*, which does not fit now, fits a sliding window; never, if it is above the limit."""
-    if cost > limit:
-        return NEVER
-    room = limit - cost + 1
-    if room > count:
-        # The past must weigh less than what the running window leaves of the room.
-        return left - (room - count) * window / previous + _TICK_S
+def _until_below(bound: int, count: int, previous: int, left: float, window: float) -> float:
+    """Seconds until a sliding window that uses *bound* (1 or more) or above uses less, if nobody takes meanwhile."""
+    if bound > count:
+        # The past must weigh less than what the running window leaves below the bound.
+        return left - (bound - count) * window / previous + _TICK_S
     # Only in the next window, where the running one has become the past.
-    return left + window - room * window / count + _TICK_S
+    return left + window - bound * window / count + _TICK_S
 
 
 def window_state(seen: Look, taken: bool) -> WindowState:
     """What the answer tells of the limit, after the decision."""
-    ask = seen.ask
-    remaining = max(0, seen.before - ask.cost) if taken else seen.before
-    return WindowState(ask.name, ask.limit, remaining, seen.reset_after_s, ask.window_s, ask.meter)
+    ask, used = seen.ask, seen.used
+    limit = ask.limit
+    if taken:
+        used += ask.cost
+    reset_after_s = seen.left_s if ask.kind is not _SLIDING else _until_more(seen, used)
+    return WindowState(ask.name, limit, limit - used if used < limit else 0, reset_after_s, ask.window_s, ask.meter)
+
+
+def _until_more(seen: Look, used: int) -> float:
+    """Seconds until a sliding window that counts *used* has room for more; nothing is awaited where none is used."""
+    if not used:
+        return 0.0
+    ask, counter = seen.ask, seen.counter
+    count = counter.used - ask.cost + used - seen.used
+    return _until_below(max(1, min(used, ask.limit)), count, counter.previous, seen.left_s, ask.window_s)
 
 
 def correct(pinned: PinnedWindow, counter: Counter | None, actual: int) -> Counter | None:
@@ -126,6 +138,7 @@ def correct(pinned: PinnedWindow, counter: Counter | None, actual: int) -> Count
     delta = actual - pinned.taken
     if counter.start == pinned.start:
         return counter._replace(used=max(0, counter.used + delta))
-    if counter.previous and counter.start - (counter.end - counter.start) == pinned.start:
+    # Only sliding windows read it; for the others it is lost with the next hit.
+    if counter.start - (counter.end - counter.start) == pinned.start:
         return counter._replace(previous=max(0, counter.previous + delta))
     return None

@@ -12,10 +12,12 @@ import asyncio
 import contextvars
 import logging
 from collections import deque
+from collections.abc import Iterable
+from operator import attrgetter
 from typing import NamedTuple
 
 from asgi_metering.decisions import Decision
-from asgi_metering.errors import MeteringError, StoreError, StoreUnavailableError
+from asgi_metering.errors import MeteringError, StoreContendedError, StoreError, StoreUnavailableError
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, End, Operation
 from asgi_metering.stores.contract import Store
@@ -35,8 +37,14 @@ ENDS_SHARE = 4
 
 
 class _Waiting(NamedTuple):
+    """An operation and whoever waits for it. ``number`` counts arrivals."""
+
+    number: int
     operation: Operation
     future: asyncio.Future[Answer]
+
+
+_by_arrival = attrgetter("number")
 
 
 class Pump:
@@ -44,13 +52,14 @@ class Pump:
     Send operations to *store* in batches.
 
     Args:
-        store: Opened by whoever owns it.
+        store: Opened, and closed after the pump, by whoever owns it.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._admissions: deque[_Waiting] = deque()
         self._others: deque[_Waiting] = deque()
+        self._arrived = 0
         self._task: asyncio.Task[None] | None = None
         self._wake: asyncio.Future[None] | None = None
         self._idle = asyncio.Event()
@@ -67,26 +76,45 @@ class Pump:
             deadline_s: Seconds to wait for the answer; None waits as long as the store does.
 
         Raises:
-            StoreUnavailableError: No answer in time, the store cannot be reached, or too many are waiting.
+            StoreUnavailableError: No answer in time, the store cannot be reached, too many are waiting, or the pump
+                was stopped meanwhile.
+            StoreError: The store could not do it.
             MeteringError: The operation is a mistake; nothing changed.
         """
         if self._store.immediate:
             return self._store.run_now(operation)
+        if len(self._admissions) >= MAX_WAITING and isinstance(operation, Admit):
+            raise StoreUnavailableError(
+                f"{len(self._admissions)} admissions wait for the {self._store.name} store already. Ask again later."
+            )
+        future = self._enqueue(operation)
+        timer = None
+        if deadline_s is not None:
+            timer = future.get_loop().call_later(deadline_s, self._expire, future, deadline_s)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if not future.cancelled():
+                # Answered and cancelled in one turn of the loop: the answer never reached the caller.
+                self._abandoned(operation, future.exception() or future.result())
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _enqueue(self, operation: Operation) -> asyncio.Future[Answer]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
         queue = self._admissions if isinstance(operation, Admit) else self._others
-        if queue is self._admissions and len(queue) >= MAX_WAITING:
-            raise StoreUnavailableError(f"{len(queue)} admissions wait for the {self._store.name} store already.")
-        queue.append(_Waiting(operation, future))
+        self._arrived += 1
+        queue.append(_Waiting(self._arrived, operation, future))
         self._idle.clear()
-        self._start(loop)
-        if deadline_s is None:
-            return await future
-        timer = loop.call_later(deadline_s, self._expire, future, deadline_s)
-        try:
-            return await future
-        finally:
-            timer.cancel()
+        if self._task is None or self._task.done():
+            # Not in the context of whichever request came first: its variables would live as long as the pump.
+            self._task = loop.create_task(self._run(), name="asgi_metering pump", context=contextvars.Context())
+        elif self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+        return future
 
     def _expire(self, future: asyncio.Future[Answer], deadline_s: float) -> None:
         if not future.done():
@@ -94,92 +122,116 @@ class Pump:
                 StoreUnavailableError(f"The {self._store.name} store gave no answer within {deadline_s} s.")
             )
 
-    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._task is None or self._task.done():
-            # Not in the context of whichever request came first: its variables would live as long as the pump.
-            self._task = loop.create_task(self._run(), name="asgi_metering pump", context=contextvars.Context())
-        elif self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
+    # -- the pump's own task -------------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            batch = self._take()
-            if batch:
-                await self._send(batch)
-            elif not self._admissions and not self._others:
-                self._idle.set()
-                self._wake = loop.create_future()
-                await self._wake
+        try:
+            while True:
+                batch = self._take()
+                if batch:
+                    await self._send(batch)
+                else:
+                    self._idle.set()
+                    self._wake = asyncio.get_running_loop().create_future()
+                    await self._wake
+        finally:
+            # Whatever ends the pump, nobody waits for it in vain.
+            left = [*self._admissions, *self._others]
+            self._admissions.clear()
+            self._others.clear()
+            self._fail(left, StoreUnavailableError(f"The pump of the {self._store.name} store was stopped."))
+            self._idle.set()
 
     def _take(self) -> list[_Waiting]:
-        """The next batch: admissions first, with a share of ends, in order of arrival; no abandoned callers."""
+        """
+        The next batch, in order of arrival, without callers that have left; empty when nobody waits.
+
+        An end that came before an admission is before it in the batch as well: what it frees is free.
+        """
         reserved = min(len(self._others), MAX_BATCH // ENDS_SHARE)
-        batch = _draw(self._admissions, MAX_BATCH - reserved)
-        batch.extend(_draw(self._others, MAX_BATCH - len(batch)))
-        return batch
+        admissions = _draw(self._admissions, MAX_BATCH - reserved)
+        others = _draw(self._others, MAX_BATCH - len(admissions))
+        if not admissions or not others:
+            return admissions or others
+        return sorted(admissions + others, key=_by_arrival)
 
     async def _send(self, batch: list[_Waiting]) -> None:
+        store = self._store
         try:
-            answers = await self._store.run([waiting.operation for waiting in batch])
-        except asyncio.CancelledError:
-            self._fail(batch, StoreUnavailableError("The event loop is shutting down."))
-            raise
+            answers = await store.run([waiting.operation for waiting in batch])
+            if len(answers) != len(batch):
+                raise StoreError(f"The {store.name} store gave {len(answers)} answers to {len(batch)} operations.")
         except StoreError as failure:
             self._fail(batch, failure)
         except Exception as failure:  # noqa: BLE001 -- whatever it is, it is one operation's and not its neighbours'
             await self._send_one_by_one(batch, failure)
+        except BaseException:
+            self._fail(batch, StoreUnavailableError(f"The pump of the {store.name} store was stopped."))
+            raise
         else:
             for waiting, answer in zip(batch, answers, strict=True):
                 self._deliver(waiting, answer)
 
     async def _send_one_by_one(self, batch: list[_Waiting], failure: Exception) -> None:
         """A batch that cannot be written as a whole: only its guilty operation shall fail."""
-        if len(batch) == 1:
-            log.error("The %s store could not run %r.", self._store.name, batch[0].operation, exc_info=failure)
-            error = StoreError(f"The {self._store.name} store could not run the operation: {failure!r}.")
-            error.__cause__ = failure
-            self._fail(batch, error)
+        if len(batch) > 1:
+            for waiting in batch:
+                if not waiting.future.done():
+                    await self._send([waiting])
             return
-        for waiting in batch:
-            await self._send([waiting])
+        (guilty,) = batch
+        log.error("The %s store could not run %s.", self._store.name, type(guilty.operation).__name__, exc_info=failure)
+        self._deliver(guilty, failure)
 
-    def _fail(self, batch: list[_Waiting], failure: StoreError) -> None:
+    def _fail(self, batch: Iterable[_Waiting], failure: StoreError) -> None:
         for waiting in batch:
             if not waiting.future.done():
                 # Each caller gets an exception of its own: tracebacks grow where they are raised.
-                error = type(failure)(*failure.args)
-                error.__cause__ = failure.__cause__ or failure
-                waiting.future.set_exception(error)
+                waiting.future.set_exception(_copy(failure))
 
     def _deliver(self, waiting: _Waiting, answer: Answer | Exception) -> None:
         future = waiting.future
         if future.done():
             self._abandoned(waiting.operation, answer)
-        elif isinstance(answer, Exception):
-            future.set_exception(answer if isinstance(answer, MeteringError) else StoreError(repr(answer)))
-        else:
+        elif not isinstance(answer, Exception):
             future.set_result(answer)
+        elif isinstance(answer, MeteringError):
+            future.set_exception(answer)
+        else:
+            error = StoreError(f"The {self._store.name} store could not run the operation: {answer!r}.")
+            error.__cause__ = answer
+            future.set_exception(error)
 
-    def _abandoned(self, operation: Operation, answer: Answer | Exception) -> None:
+    def _abandoned(self, operation: Operation, answer: object) -> None:
         """The caller is gone: what it would have owned is given back."""
         if isinstance(operation, Admit) and isinstance(answer, Decision) and answer.admitted:
-            loop = asyncio.get_running_loop()
-            future: asyncio.Future[Answer] = loop.create_future()
-            self._others.append(_Waiting(End(operation.id, None), future))
+            release = self._enqueue(End(operation.id, None))
+            release.add_done_callback(self._released)
+
+    def _released(self, release: asyncio.Future[Answer]) -> None:
+        if not release.cancelled() and release.exception() is not None:
+            log.warning("The hold of a caller that left stays until it expires: %s", release.exception())
+
+    # -- the end -------------------------------------------------------------------------------------------
 
     async def drain(self) -> None:
         """Wait until everything that was submitted has been sent and answered."""
-        if self._task is not None and not self._task.done():
+        if self._task is not None:
             await self._idle.wait()
 
     async def close(self) -> None:
-        """Drain, then stop."""
-        await self.drain()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-            self._task = None
+        """
+        Drain, then stop. Calling it again changes nothing; what is submitted later starts the pump again.
+
+        A caller that is cancelled meanwhile stops it at once: what still waits gets `StoreUnavailableError`.
+        """
+        try:
+            await self.drain()
+        finally:
+            if self._task is not None:
+                self._task.cancel()
+                await asyncio.wait([self._task])
+                self._task = None
 
 
 def _draw(queue: deque[_Waiting], most: int) -> list[_Waiting]:
@@ -189,3 +241,11 @@ def _draw(queue: deque[_Waiting], most: int) -> list[_Waiting]:
         if not waiting.future.done():
             drawn.append(waiting)
     return drawn
+
+
+def _copy(failure: StoreError) -> StoreError:
+    kinds = (StoreUnavailableError, StoreContendedError, StoreError)
+    kind = next(kind for kind in kinds if isinstance(failure, kind))
+    copy = kind(*failure.args)
+    copy.__cause__ = failure.__cause__ or failure
+    return copy

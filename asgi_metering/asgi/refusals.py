@@ -1,0 +1,84 @@
+"""
+Refusals of calls: what a call that was refused is answered, whole or inside a stream that has begun.
+
+Puts together what a call knows and what its route chose. Never sends anything, never decides whether to answer.
+"""
+
+from __future__ import annotations
+
+from asgi_metering.asgi.answers import Answer, AnswerOptions, answer
+from asgi_metering.asgi.problems import Customise, Rendered, ndjson_error, render, sse_error
+from asgi_metering.asgi.types import Message
+from asgi_metering.call import Call
+from asgi_metering.errors import MeteringError
+from asgi_metering.policies import ErrorShape
+from asgi_metering.sources import Allowance
+
+__all__ = ["in_band_error", "refusal_answer", "refusal_response"]
+
+LINES = frozenset({b"application/jsonl", b"application/jsonlines", b"application/ndjson", b"application/x-ndjson"})
+"""Media types of a JSON value per line; none is registered, so all of these are met."""
+
+EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
+"""What a server-sent event ends with: a blank line, by any of the three line ends."""
+
+
+def refusal_answer(call: Call, options: AnswerOptions) -> Answer:
+    """What is answered to a call that was refused. Raises `MeteringError` for one that was not."""
+    if call.refusal is None:
+        raise MeteringError(f"Call {call.id!r} was not refused, so there is no refusal to answer.")
+    charge = call.charge
+    sources = charge.sources if charge is not None else ()
+    by_name = {source.name: source.status for source in sources if isinstance(source, Allowance)}
+    return answer(
+        call.refusal,
+        call.decision,
+        unit=call.unit,
+        line=call.line,
+        plan=call.caller.plan if call.caller is not None else None,
+        allowance_status=402 if by_name.get(call.refusal.name) == 402 else 429,
+        options=options,
+    )
+
+
+def refusal_response(call: Call, options: AnswerOptions) -> Rendered:
+    """The whole response of a refused call, in the shape that its route chose; raises as `refusal_answer`."""
+    return render(refusal_answer(call, options), *_spelling(call))
+
+
+def in_band_error(call: Call, options: AnswerOptions, start: Message | None, latest: Message | None) -> bytes | None:
+    """
+    The refusal as the last event or line of a stream that has begun; None where its body has no place for one.
+
+    Of a compressed, sized or trailed body, and of any other type, nothing but a broken connection says that it is not
+    whole.
+
+    Args:
+        call: The refused call.
+        options: The application's choices.
+        start: How the stream began.
+        latest: What it sent last; None for nothing yet.
+    """
+    if start is None or start.get("trailers"):
+        return None
+    given = {bytes(name).lower(): bytes(value).lower() for name, value in start.get("headers", ())}
+    if b"content-length" in given or given.get(b"content-encoding", b"identity") != b"identity":
+        return None
+    media_type = given.get(b"content-type", b"").partition(b";")[0].strip()
+    sent = None if latest is None else bytes(latest.get("body", b""))
+    if media_type == b"text/event-stream":
+        mid_event = sent is not None and not sent.endswith(EVENT_ENDS)
+        return sse_error(refusal_answer(call, options), *_spelling(call), mid_event=mid_event)
+    if media_type in LINES:
+        mid_line = sent is not None and not sent.endswith(b"\n")
+        return ndjson_error(refusal_answer(call, options), *_spelling(call), mid_line=mid_line)
+    return None
+
+
+def _spelling(call: Call) -> tuple[ErrorShape, Customise | None]:
+    """The shape of the route's errors, and its hook."""
+    policy = call.policy
+    if policy is None:
+        return "problem", None
+    # The policy's charge and not the call's: who is not even known is refused before a price is pinned.
+    return policy.errors, policy.charge.customise if policy.charge is not None else None

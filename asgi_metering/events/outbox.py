@@ -1,0 +1,135 @@
+"""
+The outbox, seen from the exporter: what is claimed, acknowledged and counted there.
+
+Knows the store's operations for events and the form of a stored event. Never knows a sink.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, NamedTuple, TypeAlias, cast
+
+from asgi_metering.errors import StoreUnavailableError
+from asgi_metering.events.conventions import CORRECTS
+from asgi_metering.rules.decide import Answer
+from asgi_metering.rules.operations import Acknowledge, Claim, Operation
+from asgi_metering.rules.state import Event
+from asgi_metering.stores.contract import PendingEvents, Query, Snapshot
+from asgi_metering.usage.event import UsageEvent
+
+__all__ = ["COUNTED", "Backlog", "Dropped", "Outbox", "Read", "Submit", "read_event"]
+
+COUNTED: Final = 1_000
+"""Events that a look at the backlog counts at most."""
+
+Submit: TypeAlias = Callable[[Operation], Awaitable[Answer]]
+"""Runs an operation on the store: the pump's `submit`."""
+
+Read: TypeAlias = Callable[[Query], Awaitable[Snapshot]]
+"""Reads rows of the store: its `read`."""
+
+
+class Dropped(NamedTuple):
+    """
+    A usage event that is given up: what `on_drop` gets, the last chance to keep it elsewhere.
+
+    Attributes:
+        id: The event's id.
+        payload: As it was in the outbox, or the event's `to_dict`.
+        cause: ``"undecodable"``, or ``"rejected"`` by one sink while that sink took others.
+        sink: The sink that does not get it; None if none does.
+    """
+
+    id: str
+    payload: Mapping[str, Any]
+    cause: str
+    sink: str | None = None
+
+
+class Backlog(NamedTuple):
+    """
+    What waits in the outbox.
+
+    Attributes:
+        events: How many, counted up to `COUNTED`.
+        lag_s: Age of the oldest, by the store's clock; 0 when nothing waits.
+    """
+
+    events: int
+    lag_s: float
+
+
+def read_event(row: Event) -> UsageEvent:
+    """
+    Read the usage event of an outbox row.
+
+    The end of a call that comes after its automatic end is an event of its own, whose amount is the difference alone,
+    of either sign; its ``attributes["metering.corrects"]`` names the call.
+
+    Raises:
+        UsageError: The payload is no event.
+    """
+    payload = {**row.payload, "id": row.id}
+    if "event_of" in payload:
+        payload["attributes"] = {**payload.get("attributes", {}), CORRECTS: payload["event_of"]}
+    return UsageEvent.from_dict(payload)
+
+
+class Outbox:
+    """
+    The operations of one store that concern events.
+
+    Args:
+        submit: Runs an operation.
+        read: Reads rows; without it the backlog is not known.
+        timeout_s: For each answer.
+    """
+
+    def __init__(self, submit: Submit, read: Read | None, *, timeout_s: float) -> None:
+        self._submit = submit
+        self._read = read
+        self._timeout_s = timeout_s
+
+    async def claim(self, limit: int, lease_s: float) -> tuple[Event, ...]:
+        """
+        Take up to *limit* events for *lease_s* seconds.
+
+        Raises:
+            StoreUnavailableError: No answer came; what was claimed all the same comes back when its lease ends.
+        """
+        return cast("tuple[Event, ...]", await self._ask(Claim(limit, lease_s)))
+
+    async def acknowledge(self, ids: tuple[str, ...]) -> int:
+        """
+        Forget delivered events and return how many of them were still there.
+
+        Raises:
+            StoreUnavailableError: No answer came; asking again is safe.
+        """
+        return cast("int", await self._ask(Acknowledge(ids)))
+
+    async def backlog(self) -> Backlog | None:
+        """
+        Look at what waits, claimed events included; None where rows cannot be read.
+
+        Raises:
+            StoreUnavailableError: No answer came.
+        """
+        if self._read is None:
+            return None
+        snapshot = await self._read(PendingEvents(COUNTED))
+        rows = snapshot.state.events.values()
+        oldest = min((row.at for row in rows), default=snapshot.now)
+        return Backlog(len(rows), max(0.0, snapshot.now - oldest))
+
+    async def _ask(self, operation: Operation) -> Answer:
+        try:
+            async with asyncio.timeout(self._timeout_s) as limit:
+                return await self._submit(operation)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise StoreUnavailableError(
+                f"The store did not answer {type(operation).__name__} within {self._timeout_s} s. It is asked again."
+            ) from error

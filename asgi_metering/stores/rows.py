@@ -1,0 +1,183 @@
+"""
+Rows as columns: how a database keeps the rows that the rules work on, and gets them back unchanged.
+
+One mapping for all of them, built from the fields' types: amounts are integers, times are floats (infinity
+included), enums are their text, nested values are JSON text. Does not know any database.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
+
+from asgi_metering.receipts import Entry
+from asgi_metering.rules.state import Account, AllowanceWindow, Counter, Event, Grant, Hold, Lease, Table
+
+__all__ = ["MAPS", "RowMap"]
+
+Row = TypeVar("Row", bound="tuple[Any, ...]")
+
+_Codec = Callable[[Any], Any]
+
+
+class RowMap(Generic[Row]):
+    """
+    How one kind of row is kept.
+
+    Args:
+        table: The table's name.
+        row: The NamedTuple of the row; its fields are the columns.
+        key: The columns that identify a row.
+        derived: Further columns, computed from the row, for queries to look by.
+
+    Attributes:
+        fields: The columns that are the row, in its order.
+        columns: All of them: *fields*, then the derived ones.
+    """
+
+    def __init__(
+        self,
+        table: str,
+        row: type[Row],
+        key: tuple[str, ...],
+        derived: Mapping[str, Callable[[Row], Any]] = MappingProxyType({}),
+    ) -> None:
+        hints = get_type_hints(row)
+        self.table = table
+        self.row = row
+        self.key = key
+        self.fields: tuple[str, ...] = tuple(hints)
+        self.columns: tuple[str, ...] = (*hints, *derived)
+        self._derived = tuple(derived.values())
+        self._decoders = _only_some(_column_decoder(hint) for hint in hints.values())
+        self._encoders = _only_some(_column_encoder(hint) for hint in hints.values())
+
+    def encode(self, row: Row) -> list[Any]:
+        """
+        Turn *row* into what its columns keep, in their order.
+
+        Raises:
+            TypeError, ValueError: A mapping in it is not JSON-safe.
+        """
+        values: list[Any] = list(row)
+        for index, codec in self._encoders:
+            values[index] = codec(values[index])
+        for derive in self._derived:
+            values.append(derive(row))
+        return values
+
+    def decode(self, values: Sequence[Any]) -> Row:
+        """Turn what the columns of the fields keep, in their order, into the row."""
+        if self._decoders:
+            values = list(values)
+            for index, codec in self._decoders:
+                values[index] = codec(values[index])
+        return self.row(*values)
+
+
+def _only_some(codecs: Any) -> tuple[tuple[int, _Codec], ...]:
+    return tuple((index, codec) for index, codec in enumerate(codecs) if codec is not None)
+
+
+def _without_none(hint: Any) -> Any:
+    """The type behind ``X | None``; *hint* itself where it is no such union."""
+    if get_origin(hint) is UnionType:
+        (hint,) = [arm for arm in get_args(hint) if arm is not NoneType]
+    return hint
+
+
+def _is_nested(hint: Any) -> bool:
+    return get_origin(hint) in (tuple, Mapping) or hasattr(hint, "_fields")
+
+
+def _column_encoder(hint: Any) -> _Codec | None:
+    kind = _without_none(hint)
+    if _is_nested(kind):
+        return _text if kind is hint else _text_or_none
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        # A driver would look for an adapter of each enum it does not know; its text it takes as it is.
+        return str if kind is hint else _str_or_none
+    return None
+
+
+def _column_decoder(hint: Any) -> _Codec | None:
+    kind = _without_none(hint)
+    inner = _decoder(kind)
+    if _is_nested(kind):
+        return _optional(lambda text: inner(_loads(text)) if inner is not None else _loads(text))
+    return inner if kind is hint or inner is None else _optional(inner)
+
+
+def _decoder(kind: Any) -> _Codec | None:
+    """What turns a plain value into one of *kind*; None where it is one already."""
+    if hasattr(kind, "_fields"):
+        fields = _only_some(_decoder_or_none(hint) for hint in get_type_hints(kind).values())
+        return lambda values: _named(kind, values, fields)
+    if get_origin(kind) is tuple:
+        element = _decoder(get_args(kind)[0])
+        return tuple if element is None else lambda values: tuple([element(value) for value in values])
+    if isinstance(kind, type) and (kind is bool or issubclass(kind, StrEnum)):
+        return kind
+    return None
+
+
+def _decoder_or_none(hint: Any) -> _Codec | None:
+    kind = _without_none(hint)
+    decoder = _decoder(kind)
+    return decoder if kind is hint or decoder is None else _optional(decoder)
+
+
+def _named(kind: Any, values: list[Any], fields: tuple[tuple[int, _Codec], ...]) -> Any:
+    for index, codec in fields:
+        values[index] = codec(values[index])
+    return kind(*values)
+
+
+def _optional(codec: _Codec) -> _Codec:
+    return lambda value: None if value is None else codec(value)
+
+
+def _str_or_none(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{value!r} of type {type(value).__name__} is not JSON-safe. Convert it first.")
+
+
+_loads = json.JSONDecoder().decode
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False, default=_plain).encode
+
+
+def _text(value: Any) -> str:
+    """JSON text; a named tuple is the array of its fields."""
+    return _encode(value) if value else "{}" if isinstance(value, Mapping) else "[]"
+
+
+def _ended_at(hold: Hold) -> float | None:
+    return None if hold.receipt is None else hold.receipt.at
+
+
+MAPS: Mapping[str, RowMap[Any]] = {
+    rows.table: rows
+    for rows in (
+        RowMap[Any](Table.ACCOUNT, Account, ("payer", "unit")),
+        RowMap[Any](Table.GRANT, Grant, ("payer", "unit", "id")),
+        RowMap[Any](Table.HOLD, Hold, ("id",), {"ended_at": _ended_at}),
+        RowMap[Any](Table.ALLOWANCE, AllowanceWindow, ("payer", "unit", "name", "start")),
+        RowMap[Any](Table.COUNTER, Counter, ("key",)),
+        RowMap[Any](Table.LEASE, Lease, ("pool", "id")),
+        RowMap[Any](Table.ENTRY, Entry, ("payer", "unit", "number")),
+        RowMap[Any](Table.EVENT, Event, ("id",)),
+    )
+}
+"""By table name."""

@@ -1,0 +1,128 @@
+-- The rows of asgi_metering/rules/state.py, one table each, one column per field. What a column means is said there.
+--
+-- Amounts are INTEGER smallest parts. Times are REAL epoch seconds; 9e999 (infinity) is a time that does not come.
+-- Nested values are JSON text: a named tuple is the array of its fields. Flags are 0 and 1.
+
+CREATE TABLE account (
+    payer TEXT NOT NULL,
+    unit TEXT NOT NULL,
+    granted INTEGER NOT NULL,
+    settled INTEGER NOT NULL,
+    held INTEGER NOT NULL,
+    expired INTEGER NOT NULL,
+    debt INTEGER NOT NULL,
+    entries INTEGER NOT NULL,
+    next_change_at REAL NOT NULL,
+    next_due_at REAL NOT NULL,
+    seen_at REAL NOT NULL,
+    PRIMARY KEY (payer, unit)
+) WITHOUT ROWID;
+
+CREATE TABLE "grant" (
+    payer TEXT NOT NULL,
+    unit TEXT NOT NULL,
+    id TEXT NOT NULL,
+    amount INTEGER NOT NULL,
+    priority INTEGER NOT NULL,
+    effective_at REAL NOT NULL,
+    expires_at REAL NOT NULL,
+    number INTEGER NOT NULL,
+    kind TEXT NOT NULL,
+    actor TEXT NOT NULL,
+    settled INTEGER NOT NULL,
+    held INTEGER NOT NULL,
+    expired INTEGER NOT NULL,
+    begun INTEGER NOT NULL,
+    PRIMARY KEY (payer, unit, id)
+) WITHOUT ROWID;
+
+-- What admission looks through; spent and lapsed grants pile up beside it without slowing it down.
+CREATE INDEX grant_open ON "grant" (payer, unit) WHERE amount > settled + expired;
+
+CREATE TABLE hold (
+    position INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    payer TEXT NOT NULL,
+    unit TEXT NOT NULL,
+    amount INTEGER NOT NULL,
+    parts TEXT NOT NULL,
+    state TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    expires_at REAL NOT NULL,
+    due_at REAL NOT NULL,
+    ttl_s REAL NOT NULL,
+    grace_s REAL NOT NULL,
+    in_doubt TEXT NOT NULL,
+    line TEXT NOT NULL,
+    observed INTEGER NOT NULL,
+    windows TEXT NOT NULL,
+    pools TEXT NOT NULL,
+    facts TEXT NOT NULL,
+    receipt TEXT,
+    -- Derived from the receipt: until when an ended hold is kept depends on it.
+    ended_at REAL
+);
+
+-- An account's live holds, in the order in which the policy ends them.
+CREATE INDEX hold_live ON hold (payer, unit, due_at, id, expires_at) WHERE receipt IS NULL;
+
+-- All live holds, by deadline: what a sweep looks through.
+CREATE INDEX hold_overdue ON hold (expires_at) WHERE receipt IS NULL;
+
+CREATE INDEX hold_ended ON hold (ended_at) WHERE ended_at IS NOT NULL;
+
+CREATE TABLE allowance (
+    payer TEXT NOT NULL,
+    unit TEXT NOT NULL,
+    name TEXT NOT NULL,
+    start REAL NOT NULL,
+    "end" REAL NOT NULL,
+    settled INTEGER NOT NULL,
+    held INTEGER NOT NULL,
+    PRIMARY KEY (payer, unit, name, start)
+) WITHOUT ROWID;
+
+CREATE TABLE counter (
+    key TEXT NOT NULL PRIMARY KEY,
+    start REAL NOT NULL,
+    "end" REAL NOT NULL,
+    used INTEGER NOT NULL,
+    previous INTEGER NOT NULL
+) WITHOUT ROWID;
+
+-- When a counter stops mattering: a sliding window is still the past of the next one.
+CREATE INDEX counter_past ON counter ("end" + ("end" - start));
+
+CREATE TABLE lease (
+    pool TEXT NOT NULL,
+    id TEXT NOT NULL,
+    expires_at REAL NOT NULL,
+    PRIMARY KEY (pool, id)
+) WITHOUT ROWID;
+
+CREATE INDEX lease_dead ON lease (expires_at);
+
+CREATE TABLE entry (
+    payer TEXT NOT NULL,
+    unit TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    at REAL NOT NULL,
+    kind TEXT NOT NULL,
+    amount INTEGER NOT NULL,
+    ref TEXT NOT NULL,
+    line TEXT NOT NULL,
+    basis TEXT,
+    estimated INTEGER NOT NULL,
+    available INTEGER NOT NULL,
+    actor TEXT NOT NULL,
+    parts TEXT NOT NULL,
+    PRIMARY KEY (payer, unit, number)
+) WITHOUT ROWID;
+
+CREATE TABLE event (
+    position INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    at REAL NOT NULL,
+    payload TEXT NOT NULL,
+    claimed_until REAL NOT NULL
+);

@@ -1,0 +1,52 @@
+"""
+The statements that one row at a time is read and written with, built from the row maps.
+
+What looks for rows by anything but their key stands where it is used. Knows table and column names, and no rule.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from asgi_metering.rules.state import Table
+from asgi_metering.stores.rows import MAPS, RowMap
+
+__all__ = ["DELETE", "SELECT", "UPSERT", "select"]
+
+
+_TAKE_NEW = '"{0}" = excluded."{0}"'
+
+
+def _quoted(names: tuple[str, ...], form: str = '"{}"', between: str = ", ") -> str:
+    return between.join(form.format(name) for name in names)
+
+
+def select(table: str, rest: str) -> str:
+    """A query for whole rows of *table*, in the order of their fields; *rest* is everything behind the name."""
+    return f'SELECT {_quoted(MAPS[table].fields)} FROM "{table}" {rest}'  # noqa: S608 -- names of our own
+
+
+def _by_key(rows: RowMap[Any]) -> str:
+    return "WHERE " + _quoted(rows.key, '"{}" = ?', " AND ")
+
+
+def _upsert(rows: RowMap[Any]) -> str:
+    # An update keeps the row's position: what came first stays first.
+    rest = tuple(name for name in rows.columns if name not in rows.key)
+    return (
+        f'INSERT INTO "{rows.table}" ({_quoted(rows.columns)}) VALUES ({_quoted(rows.columns, "?")}) '  # noqa: S608
+        f"ON CONFLICT ({_quoted(rows.key)}) DO UPDATE SET {_quoted(rest, _TAKE_NEW)}"
+    )
+
+
+SELECT = {table: select(table, _by_key(rows)) for table, rows in MAPS.items()}
+"""One row by its key."""
+
+DELETE = {table: f'DELETE FROM "{table}" {_by_key(rows)}' for table, rows in MAPS.items()}  # noqa: S608
+"""One row by its key."""
+
+UPSERT = {table: _upsert(rows) for table, rows in MAPS.items() if table != Table.ENTRY}
+"""Write one row, new or changed."""
+
+INSERT_ENTRY = _upsert(MAPS[Table.ENTRY]).partition(" ON CONFLICT")[0]
+"""Write a ledger line. It is always new: a second one of its number is an error, never a change."""

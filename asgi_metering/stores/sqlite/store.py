@@ -1,0 +1,200 @@
+"""
+The SQLite store: one file, for one machine, any number of processes. Durable, and exact under concurrency (S0.17).
+
+A batch is one transaction that keeps other writers out from its first statement on, so the rules see the file as it
+is. Knows how batches and reads reach the file; what an operation does is decided in `rules`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeGuard
+
+from asgi_metering.errors import ConfigurationError, MeteringError, StoreUnavailableError
+from asgi_metering.rules.decide import Answer
+from asgi_metering.rules.operations import Operation
+from asgi_metering.stores.contract import Query, Snapshot, Store
+from asgi_metering.stores.sqlite.database import SYNCHRONOUS, Database
+from asgi_metering.stores.sqlite.reading import read
+from asgi_metering.stores.sqlite.thread import ConnectionThread, Turn
+from asgi_metering.stores.sqlite.working_copy import WorkingCopy
+
+__all__ = ["SQLiteStore"]
+
+
+class SQLiteStore(Store):
+    """
+    Metering state in one SQLite file.
+
+    Args:
+        path: The file, created at `open` when it is missing; its folder must exist. It holds nothing but metering.
+        synchronous: What a commit waits for. ``"FULL"``: what is acknowledged survives a power cut. ``"NORMAL"``:
+            faster, and a power cut may lose the last commits. ``"EXTRA"`` and ``"OFF"`` as in SQLite. A killed
+            process loses nothing with any of them.
+        clock: Answers epoch seconds; read inside the transaction. It is called from another thread.
+        busy_timeout_s: Seconds to wait while another process writes, before `StoreContendedError`.
+
+    Raises:
+        ConfigurationError: The path names no file, or a setting is not one of those above.
+
+    One thread writes and one reads, each with a connection of its own. A store belongs to the process that opened
+    it: after a fork, open it in the child.
+    """
+
+    name = "sqlite"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        synchronous: str = "FULL",
+        clock: Callable[[], float] = time.time,
+        busy_timeout_s: float = 5.0,
+    ) -> None:
+        if os.fspath(path) in ("", ":memory:"):
+            raise ConfigurationError(
+                f"{os.fspath(path)!r} names no file. Use the memory store where nothing needs to be kept."
+            )
+        if synchronous not in SYNCHRONOUS:
+            raise ConfigurationError(f"synchronous={synchronous!r} is unknown. Choose one of {SYNCHRONOUS}.")
+        if not busy_timeout_s >= 0:
+            raise ConfigurationError(f"busy_timeout_s={busy_timeout_s!r} is no time. Use seconds from 0 up.")
+        self._database = Database(Path(path), synchronous, busy_timeout_s)
+        self._clock = clock
+        self._opening = asyncio.Lock()
+        self._threads: tuple[ConnectionThread, ConnectionThread] | None = None
+        self._pid = 0
+
+    async def open(self) -> None:
+        """
+        See `Store.open`. Creates the file and its tables, or brings them up to date.
+
+        Raises:
+            ConfigurationError: The folder is missing, or the file is not a database, is another program's, or was
+                written by a newer version.
+            StoreUnavailableError: It cannot be opened or written.
+            StoreContendedError: Others keep it locked.
+        """
+        async with self._opening:
+            if self._threads is None:
+                self._threads = await self._open()
+                self._pid = os.getpid()
+
+    async def _open(self) -> tuple[ConnectionThread, ConnectionThread]:
+        opened = []
+        try:
+            for task, connect in (
+                ("writer", self._database.connect_writer),
+                ("reader", self._database.connect_reader),
+            ):
+                opened.append(ConnectionThread(f"asgi_metering {task} of {self._database.path.name}", connect))
+                await opened[-1].call(_connected)
+        except BaseException:
+            for thread in opened:
+                await thread.stop()
+            raise
+        return opened[0], opened[1]
+
+    async def close(self) -> None:
+        """See `Store.close`. Waits for what was handed over; the last process to close leaves a single file."""
+        async with self._opening:
+            if self._threads is not None:
+                # The reader first: the writer's, as the last connection, puts the log back into the file.
+                writer, reader = self._threads
+                self._threads = None
+                await reader.stop()
+                await writer.stop()
+
+    async def run(self, operations: Sequence[Operation]) -> list[Answer | Exception]:
+        """See `Store.run`. One transaction, in the writer's thread."""
+
+        def batch(turn: Turn[list[Answer | Exception]]) -> list[Answer | Exception]:
+            return self._batch(turn, operations)
+
+        writer, _ = self._opened()
+        return await writer.call(batch)
+
+    async def read(self, query: Query) -> Snapshot:
+        """See `Store.read`. Never waits for writers."""
+
+        def snapshot(turn: Turn[Snapshot]) -> Snapshot:
+            return self._snapshot(turn, query)
+
+        _, reader = self._opened()
+        return await reader.call(snapshot)
+
+    def _opened(self) -> tuple[ConnectionThread, ConnectionThread]:
+        path = str(self._database.path)
+        if self._threads is None:
+            raise StoreUnavailableError(f"The SQLite store {path!r} is not open. Await open() first.")
+        if self._pid != os.getpid():
+            raise StoreUnavailableError(
+                f"The SQLite store {path!r} was opened by process {self._pid}. Open it after the fork, in each child."
+            )
+        return self._threads
+
+    # -- in the threads ------------------------------------------------------------------------------------
+
+    def _batch(self, turn: Turn[list[Answer | Exception]], operations: Sequence[Operation]) -> list[Answer | Exception]:
+        connection, patiently = turn.connection, self._database.patiently
+        try:
+            turn.waits = True
+            patiently(lambda: connection.execute("BEGIN IMMEDIATE"))
+            turn.waits = False
+            answers = _decided(WorkingCopy(connection, self._clock()), operations)
+            turn.waits = True
+            patiently(lambda: connection.execute("COMMIT"))
+        except BaseException as error:
+            _roll_back(connection)
+            if _is_about_the_file(error):
+                raise self._database.meaning(error) from error
+            raise
+        return answers
+
+    def _snapshot(self, turn: Turn[Snapshot], query: Query) -> Snapshot:
+        connection = turn.connection
+        try:
+            return self._database.patiently(lambda: _at_one_instant(connection, query, self._clock))
+        except sqlite3.Error as error:
+            raise self._database.meaning(error) from error
+
+
+def _connected(turn: Turn[None]) -> None:
+    """The first job: that it runs is all that is asked."""
+
+
+def _decided(copy: WorkingCopy, operations: Sequence[Operation]) -> list[Answer | Exception]:
+    answers: list[Answer | Exception] = []
+    for operation in operations:
+        try:
+            answers.append(copy.run(operation))
+        except MeteringError as mistake:
+            answers.append(mistake)
+    copy.write()
+    return answers
+
+
+def _at_one_instant(connection: sqlite3.Connection, query: Query, clock: Callable[[], float]) -> Snapshot:
+    connection.execute("BEGIN")
+    try:
+        return Snapshot(clock(), read(connection, query))
+    finally:
+        _roll_back(connection)
+
+
+def _roll_back(connection: sqlite3.Connection) -> None:
+    if connection.in_transaction:
+        # Should it fail, the transaction stays open, and the thread drops the connection.
+        with suppress(sqlite3.Error):
+            connection.rollback()
+
+
+def _is_about_the_file(error: BaseException) -> TypeGuard[sqlite3.Error]:
+    """Whether the driver speaks of the file, and not of a value in one operation that it cannot write."""
+    return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError

@@ -1,0 +1,161 @@
+"""
+A thread that owns one connection, and the way to it from an event loop.
+
+A connection is made, used and closed in its own thread only. Jobs run in the order in which they are handed over;
+each answer costs one wake-up of the loop. Knows neither SQL nor metering.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, Final, Generic, TypeVar
+
+__all__ = ["ConnectionThread", "Turn"]
+
+Result = TypeVar("Result")
+
+STEP_ASIDE_AFTER_S: Final = 0.001
+"""A job that takes longer than this may be waiting for the interpreter rather than for the disk."""
+
+STEP_ASIDE_S: Final = 0.002
+"""How long the loop steps aside for a job that computes, at most."""
+
+GLIMPSE_S: Final = 0.00005
+"""How long it steps aside for one that waits: enough to take the interpreter, should the wait be over."""
+
+
+class Turn(Generic[Result]):
+    """
+    One job's turn in the thread.
+
+    Args:
+        job: What to do; None ends the thread.
+        loop: Where the answer is awaited.
+
+    Attributes:
+        connection: The thread's own.
+        waits: Set by the job while it waits for a lock or for the disk, and needs no interpreter.
+    """
+
+    __slots__ = ("_busy", "_future", "_loop", "_timer", "connection", "job", "waits")
+
+    connection: sqlite3.Connection
+
+    def __init__(self, job: Callable[[Turn[Result]], Result] | None, loop: asyncio.AbstractEventLoop) -> None:
+        self.job = job
+        self._loop = loop
+        self._future: asyncio.Future[Any] = loop.create_future()
+        self._busy = threading.Lock()
+        self._busy.acquire()
+        self.waits = False
+
+    async def answer(self) -> Result:
+        """
+        In the loop: wait for the answer.
+
+        The thread gives the interpreter up at each of SQLite's steps, and a loop that never sleeps would keep it from
+        then on: the job would take without bound. So while a job takes long, the loop steps aside for moments.
+        """
+        self._timer = self._loop.call_later(STEP_ASIDE_AFTER_S, self._step_aside)
+        try:
+            answer: Result = await self._future
+            return answer
+        finally:
+            self._timer.cancel()
+
+    def _step_aside(self) -> None:
+        if self.waits:
+            time.sleep(GLIMPSE_S)
+        elif self._busy.acquire(timeout=STEP_ASIDE_S):
+            self._busy.release()
+        self._timer = self._loop.call_later(STEP_ASIDE_AFTER_S, self._step_aside)
+
+    def finish(self, answer: Result | None, failure: BaseException | None) -> None:
+        """In the thread: send the answer to the loop."""
+        self._busy.release()
+        try:
+            self._loop.call_soon_threadsafe(self._deliver, answer, failure)
+        except RuntimeError:
+            # The loop has been closed: nobody waits any more. What was committed stays.
+            return
+
+    def _deliver(self, answer: Result | None, failure: BaseException | None) -> None:
+        if self._future.done():
+            return
+        if failure is None:
+            self._future.set_result(answer)
+        else:
+            self._future.set_exception(failure)
+
+
+class ConnectionThread:
+    """
+    Run jobs on a connection of their own.
+
+    Args:
+        name: The thread's name, for people.
+        connect: Makes the connection, in the thread, when the first job comes, or after one that broke it.
+    """
+
+    def __init__(self, name: str, connect: Callable[[], sqlite3.Connection]) -> None:
+        self._connect = connect
+        self._turns: SimpleQueue[Turn[Any]] = SimpleQueue()
+        # A daemon, so that an application that forgets to close its store still ends: a commit is whole or absent.
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    async def call(self, job: Callable[[Turn[Result]], Result]) -> Result:
+        """
+        Run *job* in the thread and return what it returns, or raise what it raises.
+
+        A caller that is cancelled no longer waits; its job still runs.
+        """
+        turn = Turn(job, asyncio.get_running_loop())
+        self._turns.put(turn)
+        return await turn.answer()
+
+    async def stop(self) -> None:
+        """Finish what was handed over, close the connection and end the thread."""
+        turn: Turn[None] = Turn(None, asyncio.get_running_loop())
+        self._turns.put(turn)
+        await turn.answer()
+        self._thread.join()
+
+    # -- in the thread -------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        connection: sqlite3.Connection | None = None
+        while True:
+            turn = self._turns.get()
+            if turn.job is None:
+                break
+            connection = self._serve(turn, connection)
+            # Its operations shall not outlive it while the thread waits for the next.
+            del turn
+        if connection is not None:
+            connection.close()
+        turn.finish(None, None)
+
+    def _serve(self, turn: Turn[Any], connection: sqlite3.Connection | None) -> sqlite3.Connection | None:
+        """Do one job and send its answer; return the connection for the next one."""
+        answer, failure = None, None
+        try:
+            if connection is None:
+                connection = self._connect()
+            turn.connection = connection
+            answer = turn.job(turn) if turn.job is not None else None
+        except BaseException as error:  # noqa: BLE001 -- it is the caller's, whatever it is
+            failure = error
+            if connection is not None and connection.in_transaction:
+                # Not even its rollback worked; the file's own recovery does that on the next connection.
+                connection.close()
+                connection = None
+        turn.finish(answer, failure)
+        # An error keeps the frames that it came through, and this one would keep the error.
+        failure = None
+        return connection

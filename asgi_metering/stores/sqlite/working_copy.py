@@ -1,0 +1,336 @@
+"""
+The working copy: the rows that one batch touches, loaded when an operation needs them, written together.
+
+Decides nothing: `rules.decide.run` does, on exactly the rows that it would look at in the whole state. What each
+operation looks at is said here, and held to the memory store by the differential tests. Knows nothing of
+transactions and threads.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from typing import Any
+
+from asgi_metering.receipts import Part, Source
+from asgi_metering.rules.decide import OVERDUE_PER_ADMISSION, Answer, run
+from asgi_metering.rules.hold import HoldState
+from asgi_metering.rules.operations import (
+    Acknowledge,
+    Admit,
+    AllowanceSource,
+    Claim,
+    End,
+    Operation,
+    PostGrant,
+    Renew,
+    Sweep,
+)
+from asgi_metering.rules.state import AccountKey, AllowanceKey, Change, Grant, Hold, Lease, State, Table
+from asgi_metering.stores.rows import MAPS
+from asgi_metering.stores.sqlite.statements import DELETE, INSERT_ENTRY, SELECT, UPSERT, select
+
+__all__ = ["WorkingCopy"]
+
+_OPEN_GRANTS = select(
+    Table.GRANT,
+    "INDEXED BY grant_open WHERE payer = ? AND unit = ? AND amount > settled + expired ORDER BY number",
+)
+_PAID_GRANTS = select(
+    Table.GRANT,
+    "WHERE payer = ? AND unit = ? AND settled > 0 ORDER BY priority DESC, expires_at DESC, number DESC",
+)
+_LIVE_LEASES = "SELECT id, expires_at FROM lease WHERE pool = ? AND expires_at > ?"
+_DEAD_LEASES = select(Table.LEASE, "WHERE expires_at <= ? ORDER BY expires_at LIMIT ?")
+_OVERDUE_HOLDS = select(
+    Table.HOLD,
+    "INDEXED BY hold_live WHERE receipt IS NULL AND payer = ? AND unit = ? AND expires_at <= ? "
+    "ORDER BY due_at, id LIMIT ?",
+)
+_NEXT_HOLD = select(
+    Table.HOLD,
+    "INDEXED BY hold_live WHERE receipt IS NULL AND payer = ? AND unit = ? AND expires_at > ? "
+    "ORDER BY expires_at LIMIT 1",
+)
+_OVERDUE_ACCOUNTS = (
+    "SELECT DISTINCT payer, unit FROM hold INDEXED BY hold_overdue WHERE receipt IS NULL AND expires_at <= ? "
+    "ORDER BY payer, unit"
+)
+# The first condition is for the index, the second is the rule's own, with its rounding.
+_OLD_HOLDS = select(
+    Table.HOLD,
+    "INDEXED BY hold_ended WHERE ended_at <= ?1 - ?2 + 1.0 AND ended_at + ?2 <= ?1 ORDER BY ended_at LIMIT ?3",
+)
+_PAST_COUNTERS = select(
+    Table.COUNTER,
+    'INDEXED BY counter_past WHERE "end" + ("end" - start) <= ? ORDER BY "end" + ("end" - start) LIMIT ?',
+)
+_FREE_EVENTS = select(Table.EVENT, "WHERE claimed_until <= ? ORDER BY position LIMIT ?")
+
+
+class WorkingCopy:
+    """
+    The rows of one batch.
+
+    Args:
+        connection: Inside a transaction that keeps other writers out.
+        now: The store's time for the whole batch.
+    """
+
+    __slots__ = ("_connection", "_deleted", "_entries", "_known", "_now", "_put", "_state")
+
+    def __init__(self, connection: sqlite3.Connection, now: float) -> None:
+        self._connection = connection
+        self._now = now
+        self._state = State()
+        self._known: set[tuple[Any, ...]] = set()
+        self._put: dict[str, dict[Any, Any]] = {table: {} for table in UPSERT}
+        self._deleted: dict[str, set[Any]] = {table: set() for table in UPSERT}
+        self._entries: list[list[Any]] = []
+
+    def run(self, operation: Operation) -> Answer:
+        """
+        Load what *operation* needs, decide it, and remember what it changes until `write`.
+
+        Raises:
+            MeteringError: It is a mistake; it has changed nothing.
+        """
+        self._load(operation)
+        written: list[Change] = []
+        try:
+            return run(self._state, operation, self._now, written)
+        finally:
+            self._remember(written)
+
+    # -- what changed --------------------------------------------------------------------------------------
+
+    def _remember(self, written: list[Change]) -> None:
+        for table, key, row in written:
+            if table == Table.ENTRY:
+                self._entries.append(MAPS[table].encode(row))
+                continue
+            if table == Table.GRANT:
+                key = (*key, row.id)
+            if row is None:
+                self._put[table].pop(key, None)
+                self._deleted[table].add(key)
+            else:
+                self._put[table][key] = row
+
+    def write(self) -> None:
+        """Write what has changed since the last call: of many changes to a row only the last."""
+        connection = self._connection
+        for table, keys in self._deleted.items():
+            if keys:
+                connection.executemany(DELETE[table], [key if type(key) is tuple else (key,) for key in keys])
+                keys.clear()
+        for table, rows in self._put.items():
+            if rows:
+                connection.executemany(UPSERT[table], map(MAPS[table].encode, rows.values()))
+                rows.clear()
+        if self._entries:
+            connection.executemany(INSERT_ENTRY, self._entries)
+            self._entries.clear()
+
+    # -- what each operation looks at ----------------------------------------------------------------------
+
+    def _load(self, operation: Operation) -> None:
+        match operation:
+            case Admit():
+                self._load_admit(operation)
+            case End():
+                self._load_end(operation)
+            case Renew():
+                self._load_hold(operation.id)
+            case PostGrant():
+                key = (operation.payer, operation.unit)
+                self._load_book(key)
+                self._load_grant(key, operation.id)
+            case Claim():
+                self._load_free_events(operation.limit)
+            case Acknowledge():
+                for event_id in operation.ids:
+                    self._load_event(event_id)
+            case Sweep():
+                self._load_sweep(operation)
+
+    def _load_admit(self, ask: Admit) -> None:
+        known = self._load_hold(ask.id)
+        if known is not None:
+            # A repeat: its answer tells what its source has left.
+            self._load_account_of(known)
+        key = (ask.payer, ask.unit)
+        self._load_book(key)
+        now = self._clamped(key)
+        account = self._state.accounts.get(key)
+        if account is not None and account.next_due_at <= now:
+            self._load_overdue(key, OVERDUE_PER_ADMISSION)
+        for limit in ask.limits:
+            self._load_counter(limit.key)
+        for lease in ask.leases:
+            self._load_pool(lease.pool)
+        for source in ask.sources:
+            if isinstance(source, AllowanceSource):
+                for start in source.boundaries[:-1]:
+                    self._load_allowance((*key, source.name, start))
+
+    def _load_end(self, ask: End) -> None:
+        hold = self._load_hold(ask.id)
+        if hold is None:
+            return
+        self._load_account_of(hold)
+        for pinned in hold.windows:
+            if pinned.meter in ask.actual:
+                self._load_counter(pinned.key)
+        first = hold.receipt
+        if first is not None and (ask.amount or 0) < first.amount:
+            # A late end that gives back.
+            self._load_paid((hold.payer, hold.unit), first.parts, first.amount)
+
+    def _load_account_of(self, hold: Hold) -> None:
+        """What an end of *hold* moves: its account, and the sources of its parts."""
+        key = (hold.payer, hold.unit)
+        self._load_book(key)
+        for part in hold.parts:
+            if part.source is Source.ALLOWANCE:
+                self._load_allowance((*key, part.name, part.start))
+            else:
+                self._load_grant(key, part.name)
+
+    def _load_paid(self, key: AccountKey, parts: Iterable[Part], amount: int) -> None:
+        """The grants that a charge is given back to; for debt, those that paid it since, closed ones included."""
+        for part in parts:
+            if part.source is Source.GRANT:
+                self._load_grant(key, part.name)
+            elif part.source is Source.DEBT:
+                left = amount
+                for grant in self._connection.execute(_PAID_GRANTS, key):
+                    left -= self._keep_grant(MAPS[Table.GRANT].decode(grant)).settled
+                    if left <= 0:
+                        break
+
+    def _load_overdue(self, key: AccountKey, limit: int) -> int:
+        """
+        The *limit* holds of an account that the policy looks at first, and what says when it must look next: the
+        first overdue hold behind them, and the first hold that is not overdue.
+
+        Returns how many of them it will change.
+        """
+        self.write()
+        now = self._clamped(key)
+        decode = MAPS[Table.HOLD].decode
+        overdue = list(map(decode, self._connection.execute(_OVERDUE_HOLDS, (*key, now, limit + 1))))
+        for hold in overdue:
+            self._keep_hold(hold)
+            self._load_account_of(hold)
+        for row in self._connection.execute(_NEXT_HOLD, (*key, now)):
+            self._keep_hold(decode(row))
+        return sum(1 for hold in overdue[:limit] if hold.due_at <= now or hold.state is HoldState.HELD)
+
+    def _load_sweep(self, ask: Sweep) -> None:
+        self.write()
+        now = self._now
+        connection = self._connection
+        left = ask.limit
+        for key in connection.execute(_OVERDUE_ACCOUNTS, (now,)).fetchall():
+            self._load_book(key)
+            left -= self._load_overdue(key, left)
+            if not left:
+                break
+        for row in connection.execute(_OLD_HOLDS, (now, ask.keep_holds_s, ask.limit)):
+            self._keep_hold(MAPS[Table.HOLD].decode(row))
+        for row in connection.execute(_DEAD_LEASES, (now, ask.limit)):
+            lease = Lease(*row)
+            self._state.apply([(Table.LEASE, (lease.pool, lease.id), lease)])
+        for row in connection.execute(_PAST_COUNTERS, (now, ask.limit)):
+            counter = MAPS[Table.COUNTER].decode(row)
+            if self._is_new(Table.COUNTER, counter.key):
+                self._state.counters[counter.key] = counter
+
+    def _load_free_events(self, limit: int) -> None:
+        """Events nobody has claimed, oldest first, and no others: what the batch appended came last."""
+        self.write()
+        self._state.events.clear()
+        for row in self._connection.execute(_FREE_EVENTS, (self._now, limit)):
+            event = MAPS[Table.EVENT].decode(row)
+            self._state.events[event.id] = event
+
+    # -- rows by key, each read once -----------------------------------------------------------------------
+
+    def _is_new(self, *what: Any) -> bool:
+        known = self._known
+        before = len(known)
+        known.add(what)
+        return len(known) > before
+
+    def _row(self, table: str, key: tuple[Any, ...]) -> Any:
+        found = self._connection.execute(SELECT[table], key).fetchone()
+        return None if found is None else MAPS[table].decode(found)
+
+    def _clamped(self, key: AccountKey) -> float:
+        account = self._state.accounts.get(key)
+        return self._now if account is None else max(self._now, account.seen_at)
+
+    def _load_book(self, key: AccountKey) -> None:
+        """The account and its open grants."""
+        if self._is_new(Table.ACCOUNT, key):
+            account = self._row(Table.ACCOUNT, key)
+            if account is not None:
+                self._state.accounts[key] = account
+                for row in self._connection.execute(_OPEN_GRANTS, key):
+                    self._keep_grant(MAPS[Table.GRANT].decode(row))
+
+    def _load_grant(self, key: AccountKey, grant_id: str) -> None:
+        if self._state.grant(key, grant_id) is None and self._is_new(Table.GRANT, key, grant_id):
+            grant = self._row(Table.GRANT, (*key, grant_id))
+            if grant is not None:
+                self._keep_grant(grant)
+
+    def _keep_grant(self, grant: Grant) -> Grant:
+        """Take in a grant as it is stored, unless the batch knows it already."""
+        key = (grant.payer, grant.unit)
+        known = self._state.grant(key, grant.id)
+        if known is not None:
+            return known
+        self._state.apply([(Table.GRANT, key, grant)])
+        return grant
+
+    def _load_hold(self, hold_id: str) -> Hold | None:
+        if self._is_new(Table.HOLD, hold_id):
+            hold = self._row(Table.HOLD, (hold_id,))
+            if hold is not None:
+                self._state.apply([(Table.HOLD, hold_id, hold)])
+        return self._state.holds.get(hold_id)
+
+    def _keep_hold(self, hold: Hold) -> None:
+        """Take in a hold as it is stored, unless the batch knows it already."""
+        if self._is_new(Table.HOLD, hold.id):
+            self._state.apply([(Table.HOLD, hold.id, hold)])
+
+    def _load_allowance(self, key: AllowanceKey) -> None:
+        if self._is_new(Table.ALLOWANCE, key):
+            window = self._row(Table.ALLOWANCE, key)
+            if window is not None:
+                self._state.allowances[key] = window
+
+    def _load_counter(self, key: str) -> None:
+        if self._is_new(Table.COUNTER, key):
+            counter = self._row(Table.COUNTER, (key,))
+            if counter is not None:
+                self._state.counters[key] = counter
+
+    def _load_pool(self, pool: str) -> None:
+        """The pool's live leases. What the batch has done to it already is newer than what is stored."""
+        if not self._is_new(Table.LEASE, pool):
+            return
+        put, deleted = self._put[Table.LEASE], self._deleted[Table.LEASE]
+        for call_id, expires_at in self._connection.execute(_LIVE_LEASES, (pool, self._now)):
+            key = (pool, call_id)
+            if key not in put and key not in deleted:
+                self._state.apply([(Table.LEASE, key, Lease(pool, call_id, expires_at))])
+
+    def _load_event(self, event_id: str) -> None:
+        if event_id not in self._state.events and event_id not in self._deleted[Table.EVENT]:
+            event = self._row(Table.EVENT, (event_id,))
+            if event is not None:
+                self._state.events[event_id] = event

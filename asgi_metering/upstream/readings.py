@@ -1,0 +1,148 @@
+"""
+The latest quota reading of each provider.
+
+Knows how readings of one provider replace each other, and who wants to hear of new ones. Never knows a call, a
+package or a raw header after it was read.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from asgi_metering.names import check_name
+from asgi_metering.quotas import DIALECTS, DialectRegistry, Reading
+
+__all__ = ["MAX_SERIES", "QuotaReadings"]
+
+MAX_SERIES = 256
+"""Pairs of provider and label that are kept: names come from code, so more of them means a name made from input."""
+
+_logger = logging.getLogger("asgi_metering.upstream")
+
+
+class QuotaReadings:
+    """
+    Keeps the newest reading per provider and, where one provider is called with several keys, per label.
+
+    Two responses seldom say the same amount, and they overtake each other. So a kept reading has two parts, and
+    each is that of the newest response that told it: the limits, all from one response, because numbers of
+    different models or endpoints do not belong together; and status, dialect and wait. A response that told only
+    ``retry-after`` is kept (S1.40) and leaves the limits known before it as they are; `Reading.limits_observed_at`
+    says how old they are. Newest is by the start of the request; at the same start, the later to arrive. In
+    whatever order responses arrive, the end is the same (S1.45). Only when the clock steps back does a reading
+    from its future yield.
+
+    Safe for several threads and event loops (S1.41); readings are immutable.
+
+    Args:
+        clock: Epoch seconds.
+        dialects: Header names that are understood.
+        on_reading: See `on_reading`.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.time,
+        dialects: DialectRegistry = DIALECTS,
+        on_reading: Iterable[Callable[[Reading], object]] = (),
+    ) -> None:
+        self._clock = clock
+        self._dialects = dialects
+        self._callbacks = tuple(on_reading)
+        self._lock = threading.Lock()
+        self._latest: dict[str, Reading] = {}
+
+    def record(
+        self,
+        provider: str,
+        headers: Iterable[tuple[bytes, bytes]],
+        status: int | None = None,
+        started_at: float | None = None,
+        *,
+        label: str | None = None,
+    ) -> Reading | None:
+        """
+        Read the headers of a response that just came, and keep what they say if it is new.
+
+        Args:
+            provider: Its name.
+            headers: Pairs as they came, any case.
+            status: HTTP status.
+            started_at: Epoch seconds at which the request was started; `None` means now.
+            label: Tells apart keys of one provider with quotas of their own. A name, never the key itself.
+
+        Returns:
+            What is now the latest reading if this response told something new, else `None`.
+
+        Raises:
+            ConfigurationError: The provider or the label is no name. Headers never raise.
+        """
+        series = _series(provider, label)
+        now = self._clock()
+        reading = self._dialects.read(headers, provider=provider, status=status, now=now, started_at=started_at)
+        if reading is None:
+            return None
+        with self._lock:
+            known = self._latest.get(series)
+            latest = reading if known is None else _merge(known, reading, now)
+            if latest == known:
+                return None
+            if known is None and len(self._latest) >= MAX_SERIES:
+                del self._latest[min(self._latest, key=lambda name: self._latest[name].observed_at)]
+            self._latest[series] = latest
+        self._tell(latest)
+        return latest
+
+    def latest(self, provider: str, *, label: str | None = None) -> Reading | None:
+        """Return the latest reading of *provider* under *label*, `None` if there is none."""
+        return self._latest.get(_series(provider, label))
+
+    def all(self) -> dict[str, Reading]:
+        """Return a copy of all latest readings, by ``"provider"`` or ``"provider/label"``."""
+        with self._lock:
+            return dict(self._latest)
+
+    def on_reading(self, callback: Callable[[Reading], object]) -> Callable[[Reading], object]:
+        """
+        Call *callback* with each new latest reading, on the path of the response, so it must not block.
+
+        What it raises is logged and disturbs neither the request nor other callbacks. With several threads two
+        calls may overtake each other: compare `Reading.observed_at`. Returns *callback*, to serve as a decorator.
+        """
+        with self._lock:
+            self._callbacks = (*self._callbacks, callback)
+        return callback
+
+    def _tell(self, reading: Reading) -> None:
+        for callback in self._callbacks:
+            try:
+                callback(reading)
+            except Exception:
+                _logger.exception("The callback %r failed on a reading of %r.", callback, reading.provider)
+
+
+def _series(provider: str, label: str | None) -> str:
+    check_name(provider, "provider")
+    # No name contains a slash.
+    return provider if label is None else f"{provider}/{check_name(label, 'quota label')}"
+
+
+def _merge(known: Reading, new: Reading, now: float) -> Reading:
+    """Return the newer part of each; see `QuotaReadings`."""
+    newest = new if _replaces(new.observed_at, known.observed_at, now) else known
+    if new.limits_observed_at is None:
+        limits_of = known
+    elif known.limits_observed_at is None or _replaces(new.limits_observed_at, known.limits_observed_at, now):
+        limits_of = new
+    else:
+        limits_of = known
+    return replace(newest, limits=limits_of.limits, limits_observed_at=limits_of.limits_observed_at)
+
+
+def _replaces(new: float, known: float, now: float) -> bool:
+    return new >= known or known > now

@@ -1,0 +1,94 @@
+"""
+The Gemini dialect: ``generateContent`` and ``streamGenerateContent``, as SSE or as one JSON array.
+
+Knows Gemini's fields. Never knows how a payload was framed.
+
+Sources: the types of google-genai 3.4 (``GenerateContentResponseUsageMetadata``): thoughts are counted beside the
+candidates, tool-use prompts beside the prompt, cached content within it. An early ``usageMetadata`` may hold no
+count at all, and a later one may leave out a field that an earlier one had.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Final
+
+from asgi_metering.usage.notes import Dialect, Json, Notes, as_object, compact, objects
+from asgi_metering.usage.values import TokenUsage
+
+__all__ = ["GENERATE"]
+
+_FIELDS: Final = {
+    "promptTokenCount": "prompt",
+    "toolUsePromptTokenCount": "tools",
+    "cachedContentTokenCount": "cached",
+    "candidatesTokenCount": "answer",
+    "responseTokenCount": "answer",  # the Live API's name
+    "thoughtsTokenCount": "thoughts",
+}
+
+
+def _claims(payload: Json) -> bool:
+    return "usageMetadata" in payload or ("candidates" in payload and "modelVersion" in payload)
+
+
+def _claims_usage(usage: Json) -> bool:
+    return any(name in usage for name in _FIELDS)
+
+
+def _note_usage(notes: Notes, usage: Json) -> bool:
+    for name, meaning in _FIELDS.items():
+        count = notes.count(usage.get(name))
+        if count is not None:
+            notes.counts[meaning] = count
+    for name in ("promptTokensDetails", "candidatesTokensDetails"):
+        audio = [detail.get("tokenCount") for detail in objects(usage.get(name)) if detail.get("modality") == "AUDIO"]
+        if audio:
+            notes.counts[name] = notes.count(audio[-1]) or 0
+    counts = notes.counts
+    asked = notes.plus(counts.get("prompt"), counts.get("tools"))
+    given = notes.plus(counts.get("answer"), counts.get("thoughts"))
+    if asked is not None or given is not None:
+        notes.usage = TokenUsage(
+            input=asked,
+            output=given,
+            cached=notes.part(counts.get("cached"), asked),
+            reasoning=counts.get("thoughts"),
+            audio=notes.plus(counts.get("promptTokensDetails"), counts.get("candidatesTokensDetails")),
+        )
+    return _claims_usage(usage)
+
+
+def _note(notes: Notes, payload: Json) -> None:
+    notes.identify(payload, model="modelVersion", response_id="responseId")
+    for candidate in objects(payload.get("candidates")):
+        notes.finish(candidate.get("finishReason"))
+    blocked = as_object(payload.get("promptFeedback")).get("blockReason")
+    notes.finish(blocked)
+    notes.complete = notes.complete or notes.finish_reason is not None
+    _note_usage(notes, as_object(payload.get("usageMetadata")))
+
+
+def _text(payload: Json) -> Iterator[str]:
+    for candidate in objects(payload.get("candidates")):
+        for part in objects(as_object(candidate.get("content")).get("parts")):
+            if isinstance(part.get("text"), str):
+                yield part["text"]
+            call = as_object(part.get("functionCall")).get("args")
+            if isinstance(call, dict):
+                yield compact(call)
+
+
+GENERATE: Final = Dialect(
+    name="gemini",
+    claims=_claims,
+    claims_usage=_claims_usage,
+    note=_note,
+    note_usage=_note_usage,
+    text=_text,
+    telling=re.compile(rb'"(?:usageMetadata|finishReason|blockReason)"'),
+    texty=re.compile(rb'"parts"'),
+    usage_key="usageMetadata",
+    trailing_model=True,
+)

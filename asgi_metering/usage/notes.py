@@ -1,0 +1,199 @@
+"""
+What a reader has gathered from one exchange, and how a dialect adds to it.
+
+Knows how untrusted JSON becomes counts, costs and labels. Never knows a provider's field names, nor bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from decimal import Context, Decimal
+from re import Pattern
+from typing import Any, Final, TypeAlias
+
+from asgi_metering.errors import UsageError
+from asgi_metering.usage.values import MAX_TOKENS, TokenUsage, UsageReport, read_count
+
+__all__ = ["Dialect", "Json", "Notes", "as_object", "compact", "first", "objects"]
+
+Json: TypeAlias = dict[str, Any]
+"""A parsed JSON object. Its values are untrusted: check a type before descending."""
+
+MAX_LABEL: Final = 200
+"""Characters of a model name, id or finish reason: longer ones are not names, and would swell every event."""
+
+MAX_COST: Final = Decimal(10**9)
+"""USD of one call: far above any real one, far below what arithmetic on it could hurt."""
+
+COST_DIGITS: Final = 40
+"""Digits and decimal places of a cost: 10**10 ticks a dollar need ten; a longer one is noise or an attack."""
+
+# Wide enough for COST_DIGITS; never the caller's own (mutable, global) context.
+_EXACT: Final = Context(prec=60)
+
+
+def as_object(value: object) -> Json:
+    """Return *value* if it is a JSON object, else an empty one: a missing branch has no fields."""
+    return value if isinstance(value, dict) else {}
+
+
+def objects(value: object) -> Iterator[Json]:
+    """Yield the objects of a JSON array, passing over everything else."""
+    if isinstance(value, list):
+        yield from (item for item in value if isinstance(item, dict))
+
+
+def compact(value: Json) -> str:
+    """Write a tool's input about as the model did; nothing if it is nested deeper than can be written."""
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+    except RecursionError:
+        return ""
+
+
+def first(*values: Any) -> Any:
+    """Return the first value that is not null."""
+    return next((value for value in values if value is not None), None)
+
+
+@dataclass(slots=True)
+class Notes:
+    """
+    The mutable state behind a `UsageReport`. One per exchange; a snapshot is taken from a `copy`.
+
+    `counts` belongs to dialects that merge field by field; the others replace `usage` as a whole. `recognised` tells
+    that a payload was of the dialect, `introduced` counts those parsed before the dialect and the model were known.
+    """
+
+    dialect: Dialect | None = None
+    usage: TokenUsage | None = None
+    model: str | None = None
+    response_id: str | None = None
+    finish_reason: str | None = None
+    cost: Decimal | None = None
+    complete: bool = False
+    error: bool = False
+    partial: bool = False
+    recognised: bool = False
+    introduced: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    problems: dict[str, None] = field(default_factory=dict)
+
+    def copy(self) -> Notes:
+        """Return notes that may change without changing these."""
+        return replace(self, counts=dict(self.counts), problems=dict(self.problems))
+
+    def flag(self, problem: str) -> None:
+        """Remember a problem by its code (see `UsageReport.problems`)."""
+        self.problems[problem] = None
+
+    def count(self, *values: object) -> int | None:
+        """
+        Read the first value that is not null as a count.
+
+        An impossible one is not reported and flagged: the call then falls back to its policy, and is never charged
+        an absurd amount.
+        """
+        try:
+            return read_count(first(*values))
+        except UsageError:
+            self.flag("invalid_count")
+            return None
+
+    def plus(self, *counts: int | None) -> int | None:
+        """Add the counts that are there; a sum above the bound is not reported and flagged."""
+        known = [count for count in counts if count is not None]
+        if sum(known) > MAX_TOKENS:
+            self.flag("invalid_count")
+            return None
+        return sum(known) if known else None
+
+    def part(self, part: int | None, whole: int | None) -> int | None:
+        """Lower a part to its whole where a provider reports more, and flag it."""
+        if part is None or whole is None or part <= whole:
+            return part
+        self.flag("part_exceeds_whole")
+        return whole
+
+    def charge(self, value: object, divisor: int = 1) -> None:
+        """Take *value* / *divisor* as the provider's own price in USD: the last wins, impossible ones are flagged."""
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int | Decimal):
+            self.flag("invalid_cost")
+            return
+        exact = Decimal(value)
+        in_range = exact.is_finite() and 0 <= exact <= MAX_COST * divisor
+        if not in_range or (
+            exact and (exact.adjusted() < -COST_DIGITS or len(exact.as_tuple().digits) > COST_DIGITS)
+        ):
+            self.flag("invalid_cost")
+            return
+        self.cost = _EXACT.divide(exact, Decimal(divisor)) if exact else Decimal(0)
+
+    def identify(self, source: Json, *, model: str = "model", response_id: str = "id") -> None:
+        """Take the model (the last one named) and the response id (the first one) from an object's fields."""
+        self.model = _label(source.get(model)) or self.model
+        self.response_id = self.response_id or _label(source.get(response_id))
+
+    def finish(self, reason: object) -> None:
+        """Take the finish reason; a null one says nothing."""
+        self.finish_reason = _label(reason) or self.finish_reason
+
+    def report(self) -> UsageReport | None:
+        """Freeze what is known; `None` when nothing was recognised (a dialect that was asked for is no sign)."""
+        named = (self.usage, self.model, self.response_id, self.finish_reason, self.cost)
+        if all(value is None for value in named) and not self.error and not (self.complete and self.recognised):
+            return None
+        return UsageReport(
+            usage=self.usage,
+            model=self.model,
+            response_id=self.response_id,
+            dialect=self.dialect.name if self.dialect is not None else None,
+            finish_reason=self.finish_reason,
+            cost=self.cost,
+            complete=self.complete,
+            error=self.error,
+            partial=self.partial,
+            problems=tuple(self.problems),
+        )
+
+
+def _label(value: object) -> str | None:
+    """Return a short printable string; anything else has no business on an event or in a metric."""
+    if isinstance(value, str) and 0 < len(value) <= MAX_LABEL and value.isprintable():
+        return value
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialect:
+    """
+    How one family of APIs speaks. A new provider is one of these in its own module, and one sample.
+
+    Args:
+        name: What `UsageReport.dialect` says, and what overrides detection.
+        claims: Whether a payload is of this family, by its own type marks (``object``, ``type``).
+        claims_usage: Whether a bare usage object is of this family's shape.
+        note: Add one payload (an event, a chunk or a whole body) to the notes.
+        note_usage: Add one bare usage object, cut out of a payload whose rest is lost; tell whether it counted.
+        text: The text that the model produced in one payload, in order.
+        telling: A payload that this pattern does not find cannot change the notes, so it is not parsed. Errors need
+            not be named.
+        texty: A payload that this pattern does not find has no text.
+        usage_key: The field that holds the usage object.
+        trailing_model: A large body names its model behind its content (embeddings do).
+    """
+
+    name: str
+    claims: Callable[[Json], bool]
+    claims_usage: Callable[[Json], bool]
+    note: Callable[[Notes, Json], None]
+    note_usage: Callable[[Notes, Json], bool]
+    text: Callable[[Json], Iterator[str]]
+    telling: Pattern[bytes]
+    texty: Pattern[bytes]
+    usage_key: str = "usage"
+    trailing_model: bool = False

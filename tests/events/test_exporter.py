@@ -1,0 +1,732 @@
+"""The exporter: claims, deliveries, acknowledgements, and everything that may go wrong between them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from typing import Any
+
+import pytest
+
+from asgi_metering.decisions import Decision
+from asgi_metering.errors import ConfigurationError, StoreUnavailableError
+from asgi_metering.events import conventions
+from asgi_metering.events.exporter import Exporter
+from asgi_metering.events.metrics import Meters
+from asgi_metering.events.outbox import Dropped
+from asgi_metering.receipts import Basis
+from asgi_metering.rules.operations import Acknowledge, Admit, Claim, Emit, End, PostGrant, Sweep, WalletSource
+from tests.events.support import Hanging, Outbox, Recorder, make_event, make_events
+from tests.harness.waiting import wait_until
+
+
+def test_deliver_an_event_and_acknowledge_it_when_every_sink_took_it() -> None:
+    """Both sinks get the event as it was written, and it leaves the outbox."""
+
+    async def main() -> None:
+        outbox, one, two = Outbox(), Recorder("one"), Recorder("two")
+        event = make_event()
+        await outbox.put([event])
+        assert await outbox.exporter([one, two]).run_once() == 1
+        assert one.taken == two.taken == [event]
+        assert await outbox.ids() == []
+
+    asyncio.run(main())
+
+
+def test_deliver_in_batches_of_the_size_asked_for_oldest_first() -> None:
+    """One pass claims one batch, in the order in which the events were written."""
+
+    async def main() -> None:
+        outbox, sink = Outbox(), Recorder()
+        await outbox.put(make_events(5))
+        exporter = outbox.exporter([sink], batch=2)
+        assert [await exporter.run_once() for _ in range(4)] == [2, 2, 1, 0]
+        assert sink.offers == [["call-1", "call-2"], ["call-3", "call-4"], ["call-5"]]
+
+    asyncio.run(main())
+
+
+def test_keep_events_in_the_outbox_without_sinks() -> None:
+    """Without a sink nothing is claimed, so another process's sinks still get everything."""
+
+    async def main() -> None:
+        outbox = Outbox()
+        await outbox.put([make_event()])
+        exporter = outbox.exporter([])
+        assert await exporter.run_once() == 0
+        assert await exporter.drain(1.0) == 1
+        assert await outbox.ids() == ["call-1"]
+
+    asyncio.run(main())
+
+
+def test_deliver_nothing_to_a_sink_that_nobody_reads() -> None:
+    """A disabled sink counts as having everything, and the others still get it (S2.4)."""
+
+    async def main() -> None:
+        outbox, off, on = Outbox(), Recorder("off"), Recorder("on")
+        off.enabled = False  # type: ignore[attr-defined]
+        await outbox.put(make_events(2))
+        exporter = outbox.exporter([off, on])
+        assert await exporter.run_once() == 2
+        assert (off.offers, on.ids, exporter.listening) == ([], ["call-1", "call-2"], True)
+
+    asyncio.run(main())
+
+
+def test_forget_events_unread_while_no_sink_is_enabled() -> None:
+    """Where nobody would see an event, none is even read, and the outbox does not grow; that may change any time."""
+
+    async def main() -> None:
+        outbox, sink, dropped = Outbox(), Recorder(), []
+        sink.enabled = False  # type: ignore[attr-defined]
+        exporter = outbox.exporter([sink], on_drop=dropped.append)
+        assert exporter.listening
+        await outbox.pump.submit(Emit((("unreadable", {}),)))
+        assert await exporter.run_once() == 1
+        assert (sink.offers, dropped, exporter.listening) == ([], [], False)
+        sink.enabled = True  # type: ignore[attr-defined]
+        await outbox.put([make_event()])
+        assert await exporter.run_once() == 1
+        assert (sink.ids, exporter.listening) == (["call-1"], True)
+
+    asyncio.run(main())
+
+
+def test_deliver_to_the_others_while_one_sink_fails() -> None:
+    """A failing sink keeps the event in the outbox, and the others get it once (S2.5)."""
+
+    async def main() -> None:
+        outbox, good, bad = Outbox(), Recorder("good"), Recorder("bad", refuse=lambda _: True)
+        await outbox.put(make_events(2))
+        exporter = outbox.exporter([good, bad])
+        assert await exporter.run_once() == 0
+        outbox.clock.advance(2.0)
+        await exporter.run_once()
+        assert good.ids == ["call-1", "call-2"]
+        assert bad.ids == []
+        assert await outbox.ids() == ["call-1", "call-2"]
+
+    asyncio.run(main())
+
+
+def test_deliver_again_with_the_same_ids_when_the_sink_recovers() -> None:
+    """What a sink refused comes again after its backoff, with the same ids, and only to that sink."""
+
+    async def main() -> None:
+        outbox, good, bad = Outbox(), Recorder("good"), Recorder("bad", refuse=lambda _: True)
+        await outbox.put(make_events(3))
+        exporter = outbox.exporter([good, bad])
+        await exporter.run_once()
+        bad.refuse = None
+        outbox.clock.advance(1.0)
+        assert await exporter.run_once() == 3
+        assert sorted(bad.ids) == good.ids == ["call-1", "call-2", "call-3"]
+        assert await outbox.ids() == []
+
+    asyncio.run(main())
+
+
+def test_deliver_again_after_the_lease_when_the_process_was_killed() -> None:
+    """Another exporter gets what a dead one had claimed, once the lease is over, and not before."""
+
+    async def main() -> None:
+        outbox, dead, heir = Outbox(), Recorder(refuse=lambda _: True), Recorder()
+        await outbox.put([make_event()])
+        await outbox.exporter([dead], lease_s=30.0).run_once()
+        exporter = outbox.exporter([heir])
+        assert await exporter.run_once() == 0
+        outbox.clock.advance(30.0)
+        assert await exporter.run_once() == 1
+        assert heir.ids == ["call-1"]
+
+    asyncio.run(main())
+
+
+def test_remember_who_took_an_event_over_the_end_of_its_lease() -> None:
+    """An event that is claimed again because one sink fails is not given again to the sink that took it."""
+
+    async def main() -> None:
+        outbox, good, bad = Outbox(), Recorder("good"), Recorder("bad", refuse=lambda _: True)
+        await outbox.put([make_event()])
+        exporter = outbox.exporter([good, bad], lease_s=30.0)
+        for _ in range(20):
+            await exporter.run_once()
+            outbox.clock.advance(31.0)
+        assert good.ids == ["call-1"]
+        bad.refuse = None
+        outbox.clock.advance(400.0)
+        assert await exporter.run_once() == 1
+        assert good.ids == bad.ids == ["call-1"]
+
+    asyncio.run(main())
+
+
+def test_claim_a_failing_sinks_backlog_once_per_backoff() -> None:
+    """The lease grows with the backoff, so that a dead sink does not have its backlog rewritten all the time."""
+
+    async def main() -> None:
+        outbox, good, bad = Outbox(), Recorder("good"), Recorder("bad", refuse=lambda _: True)
+        exporter = outbox.exporter([good, bad], lease_s=30.0)
+        await outbox.put(make_events(1))
+        for _ in range(12):
+            await exporter.run_once()
+            outbox.clock.advance(60.0)
+        outbox.seen.clear()
+        await outbox.put(make_events(1, start=2))
+        await exporter.run_once()
+        claims = [operation for operation in outbox.seen if isinstance(operation, Claim)]
+        assert len(claims) == 1
+        assert claims[0].lease_s > 100.0
+        assert good.ids == ["call-1", "call-2"]
+
+    asyncio.run(main())
+
+
+def test_claim_nothing_while_every_sink_backs_off() -> None:
+    """With no sink to ask, the store is not asked either."""
+
+    async def main() -> None:
+        outbox, bad = Outbox(), Recorder(refuse=lambda _: True)
+        await outbox.put([make_event()])
+        exporter = outbox.exporter([bad])
+        await exporter.run_once()
+        outbox.seen.clear()
+        assert await exporter.run_once() == 0
+        assert outbox.seen == []
+
+    asyncio.run(main())
+
+
+def test_drop_an_undecodable_event_with_an_alarm_and_deliver_the_rest(caplog: pytest.LogCaptureFixture) -> None:
+    """What cannot be read is logged, counted, handed to on_drop and acknowledged; its neighbours arrive (S2.7)."""
+
+    async def main() -> None:
+        outbox, sink, meters, dropped = Outbox(), Recorder(), Meters(), []
+        await outbox.pump.submit(Emit((("broken", {"line": "chat", "amount": "many"}),)))
+        await outbox.put([make_event()])
+        exporter = outbox.exporter([sink], meters=meters, on_drop=dropped.append)
+        assert await exporter.run_once() == 2
+        assert sink.ids == ["call-1"]
+        assert dropped == [Dropped("broken", {"line": "chat", "amount": "many"}, "undecodable")]
+        assert meters.totals("events_dropped") == {((conventions.CAUSE, "undecodable"), (conventions.SINK, "all")): 1}
+        assert await outbox.ids() == []
+
+    asyncio.run(main())
+    assert "'broken' cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("payload", [None, [], {"attributes": 3, "event_of": "c1"}], ids=repr)
+def test_drop_a_payload_of_any_shape(payload: Any) -> None:
+    """No payload, whatever a store gives back, stops the queue."""
+
+    async def main() -> None:
+        outbox, sink = Outbox(), Recorder()
+        await outbox.pump.submit(Emit((("broken", payload),)))
+        await outbox.put([make_event()])
+        assert await outbox.exporter([sink]).run_once() == 2
+        assert sink.ids == ["call-1"]
+
+    asyncio.run(main())
+
+
+def test_await_an_async_on_drop_and_survive_a_failing_one(caplog: pytest.LogCaptureFixture) -> None:
+    """on_drop may be async, may fail and may hang: the exporter goes on."""
+
+    async def main() -> None:
+        outbox, heard = Outbox(), []
+
+        async def on_drop(dropped: Dropped) -> None:
+            heard.append(dropped.id)
+            if dropped.id == "a":
+                raise ValueError("no pager")
+            if dropped.id == "b":
+                await asyncio.Event().wait()
+
+        await outbox.pump.submit(Emit((("a", {}), ("b", {}), ("c", {}))))
+        exporter = outbox.exporter([Recorder()], on_drop=on_drop, timeout_s=0.02)
+        assert await exporter.run_once() == 3
+        assert heard == ["a", "b", "c"]
+
+    asyncio.run(main())
+    assert "on_drop failed for the usage event 'a'" in caplog.text
+
+
+def test_charge_a_late_end_by_its_difference_alone() -> None:
+    """The event of a late settlement tells the difference and names the call that it corrects, so sums are right."""
+
+    async def main() -> None:
+        outbox, sink = Outbox(), Recorder()
+        run = outbox.pump.submit
+        await run(PostGrant("grant", "org_7", "credits", 1_000))
+        facts = {"started_at": 1_000.0, "outcome": "completed"}
+        ask = Admit(
+            "c1", "org_7", "credits", 100, 100, (WalletSource(),), in_doubt=Basis.HOLD, line="chat", facts=facts
+        )
+        decision = await run(ask)
+        assert isinstance(decision, Decision)
+        assert decision.admitted
+        outbox.clock.advance(600.0)
+        await run(Sweep())
+        await run(End("c1", 30, Basis.USAGE, event={"outcome": "completed"}))
+        assert await outbox.exporter([sink]).run_once() == 2
+        first, late = sink.taken
+        assert (first.amount, first.outcome) == (100, "aborted")
+        assert (late.id, late.amount, late.held) == ("c1:late", -70, 0)
+        assert late.attributes[conventions.CORRECTS] == "c1"
+
+    asyncio.run(main())
+
+
+def test_go_on_alone_with_a_slow_sink_and_serve_the_others() -> None:
+    """A sink that hangs is passed over after the patience; the others get batch after batch."""
+
+    async def main() -> None:
+        outbox, slow, quick = Outbox(), Hanging(), Recorder()
+        exporter = outbox.exporter([slow, quick], batch=2)
+        await outbox.put(make_events(4))
+        assert await exporter.run_once(patience_s=0.01) == 0
+        assert await exporter.run_once(patience_s=0.01) == 0
+        assert quick.ids == ["call-1", "call-2", "call-3", "call-4"]
+        slow.gate.set()
+        await exporter.drain(5.0)
+        assert sorted(slow.ids) == quick.ids
+        assert await outbox.ids() == []
+
+    asyncio.run(main())
+
+
+def test_stop_a_delivery_after_its_timeout(caplog: pytest.LogCaptureFixture) -> None:
+    """A sink that hangs counts as down after the timeout, and gets the event again later (S3.35)."""
+
+    async def main() -> None:
+        outbox, slow = Outbox(), Hanging()
+        exporter = outbox.exporter([slow], timeout_s=0.02)
+        await outbox.put([make_event()])
+        assert await exporter.run_once() == 0
+        slow.gate.set()
+        outbox.clock.advance(1.0)
+        assert await exporter.run_once() == 1
+        assert slow.ids == ["call-1"]
+
+    asyncio.run(main())
+    assert "within 0.02 s" in caplog.text
+
+
+def test_acknowledge_again_when_the_store_did_not_answer() -> None:
+    """Events that were delivered while the store went down are acknowledged later, and not delivered twice."""
+
+    async def main() -> None:
+        outbox = Outbox()
+
+        def break_store(_: object) -> None:
+            outbox.broken = StoreUnavailableError("gone")
+
+        sink = Recorder(refuse=break_store)
+        await outbox.put([make_event()])
+        exporter = outbox.exporter([sink])
+        with pytest.raises(StoreUnavailableError):
+            await exporter.run_once()
+        outbox.broken = sink.refuse = None
+        assert await exporter.run_once() == 1
+        assert sink.ids == ["call-1"]
+        assert await outbox.ids() == []
+
+    asyncio.run(main())
+
+
+def test_raise_unavailable_when_the_store_hangs() -> None:
+    """A store that never answers ends a pass after the timeout, as a store that cannot be reached."""
+
+    async def main() -> None:
+        async def never(_: object) -> Any:
+            await asyncio.Event().wait()
+
+        exporter = Exporter(never, [Recorder()], timeout_s=0.02)
+        with pytest.raises(StoreUnavailableError, match="did not answer Claim"):
+            await exporter.run_once()
+
+    asyncio.run(main())
+
+
+def test_pass_on_a_timeout_that_the_store_raised_itself() -> None:
+    """A TimeoutError of the store's own stays what it is."""
+
+    async def main() -> None:
+        async def refuse(_: object) -> Any:
+            raise TimeoutError("own")
+
+        with pytest.raises(TimeoutError, match="own"):
+            await Exporter(refuse, [Recorder()]).run_once()
+
+    asyncio.run(main())
+
+
+def test_lose_nothing_when_a_pass_is_cancelled() -> None:
+    """Cancelling a pass in the middle of a delivery neither loses nor repeats it: the next pass acknowledges."""
+
+    async def main() -> None:
+        outbox, slow = Outbox(), Hanging()
+        await outbox.put([make_event()])
+        exporter = outbox.exporter([slow])
+        one_pass = asyncio.create_task(exporter.run_once())
+        await slow.asked.wait()
+        one_pass.cancel()
+        await asyncio.wait([one_pass])
+        assert one_pass.cancelled()
+        slow.gate.set()
+        assert await exporter.drain(5.0) == 0
+        assert slow.ids == ["call-1"]
+        assert await outbox.ids() == []
+
+    asyncio.run(main())
+
+
+def test_keep_an_event_whose_delivery_was_cancelled() -> None:
+    """close() ends a delivery that hangs, and its event stays in the outbox for the next process."""
+
+    async def main() -> None:
+        outbox, slow = Outbox(), Hanging()
+        await outbox.put([make_event()])
+        exporter = outbox.exporter([slow])
+        await exporter.run_once(patience_s=0.01)
+        await exporter.close()
+        assert [task for task in asyncio.all_tasks() if "sink" in task.get_name()] == []
+        assert await outbox.ids() == ["call-1"]
+
+    asyncio.run(main())
+
+
+def test_show_a_sink_no_variable_of_a_request() -> None:
+    """A sink runs in an empty context, also if a request's task happened to run the pass."""
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="empty")
+
+    async def main() -> None:
+        outbox, seen = Outbox(), []
+        await outbox.put([make_event()])
+        variable.set("a request's")
+        await outbox.exporter([Recorder(refuse=lambda _: seen.append(variable.get()))]).run_once()
+        assert seen == ["empty"]
+
+    asyncio.run(main())
+
+
+# -- the worker --------------------------------------------------------------------------------------------
+
+
+def test_run_delivers_on_notify_and_ends_on_stop() -> None:
+    """The worker delivers what was there, then what notify announces, and ends soon after stop."""
+
+    async def main() -> None:
+        outbox, sink, delivered = Outbox(), Recorder(), asyncio.Event()
+        sink.refuse = lambda _: delivered.set()
+        exporter, stop = outbox.exporter([sink], interval_s=3_600.0), asyncio.Event()
+        await outbox.put([make_event(1)])
+        worker = asyncio.create_task(exporter.run(stop))
+        await delivered.wait()
+        delivered.clear()
+        await outbox.put([make_event(2)])
+        exporter.notify()
+        await delivered.wait()
+        stop.set()
+        await worker
+        assert sink.ids == ["call-1", "call-2"]
+
+    asyncio.run(main())
+
+
+def test_run_looks_into_the_outbox_unasked() -> None:
+    """Events that another process wrote are found by the timer."""
+
+    async def main() -> None:
+        outbox, sink, delivered = Outbox(), Recorder(), asyncio.Event()
+        sink.refuse = lambda _: delivered.set()
+        stop = asyncio.Event()
+        worker = asyncio.create_task(outbox.exporter([sink], interval_s=0.01).run(stop))
+        await asyncio.sleep(0)
+        await outbox.put([make_event()])
+        await delivered.wait()
+        stop.set()
+        await worker
+
+    asyncio.run(main())
+
+
+def test_run_takes_a_whole_backlog_without_waiting() -> None:
+    """Full batches follow one another at once, up to the last."""
+
+    async def main() -> None:
+        outbox, sink, done = Outbox(), Recorder(), asyncio.Event()
+        await outbox.put(make_events(10))
+        sink.refuse = lambda events: done.set() if events[-1].id == "call-10" else None
+        stop = asyncio.Event()
+        worker = asyncio.create_task(outbox.exporter([sink], batch=3, interval_s=3_600.0).run(stop))
+        await done.wait()
+        stop.set()
+        await worker
+        assert len(sink.ids) == 10
+
+    asyncio.run(main())
+
+
+def test_run_waits_for_more_before_it_claims() -> None:
+    """After a wake-up the worker lingers, so that what comes together is claimed together."""
+
+    async def main() -> None:
+        outbox, sink, done, stop = Outbox(), Recorder(), asyncio.Event(), asyncio.Event()
+        exporter = outbox.exporter([sink], interval_s=3_600.0, linger_s=0.2)
+        worker = asyncio.create_task(exporter.run(stop))
+        await asyncio.sleep(0)
+        sink.refuse = lambda _: done.set()
+        for number in range(5):
+            await outbox.put([make_event(number)])
+            exporter.notify()
+            await asyncio.sleep(0)
+        await done.wait()
+        stop.set()
+        await worker
+        assert len(sink.offers) == 1
+
+    asyncio.run(main())
+
+
+def test_drain_ends_a_worker_that_lingers() -> None:
+    """A shutdown in the middle of lingering delivers at once, and the worker ends."""
+
+    async def main() -> None:
+        outbox, sink = Outbox(), Recorder()
+        exporter = outbox.exporter([sink], interval_s=3_600.0, linger_s=3_600.0)
+        worker = asyncio.create_task(exporter.run(asyncio.Event()))
+        await asyncio.sleep(0)
+        await outbox.put([make_event()])
+        exporter.notify()
+        assert await exporter.drain(20.0) == 0
+        await worker
+        assert sink.ids == ["call-1"]
+
+    asyncio.run(main())
+
+
+def test_drain_waits_for_what_the_worker_has_just_claimed() -> None:
+    """A batch that the worker is claiming while the shutdown begins is delivered, not left to its lease."""
+
+    async def main() -> None:
+        outbox, sink, claiming, gate = Outbox(), Recorder(), asyncio.Event(), asyncio.Event()
+        await outbox.put([make_event()])
+        submit = outbox.submit
+
+        async def slowly(operation: Any) -> Any:
+            answer = await submit(operation)
+            if isinstance(operation, Claim):
+                claiming.set()
+                await gate.wait()
+            return answer
+
+        exporter = Exporter(slowly, [sink], clock=outbox.clock, read=outbox.store.read)
+        stop = asyncio.Event()
+        worker = asyncio.create_task(exporter.run(stop))
+        await claiming.wait()
+        stop.set()
+        drain = asyncio.create_task(exporter.drain(20.0))
+        await asyncio.sleep(0)
+        gate.set()
+        assert await drain == 0
+        await worker
+        assert sink.ids == ["call-1"]
+
+    asyncio.run(main())
+
+
+def test_run_acknowledges_what_a_slow_sink_took_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a sink that was left alone is done, the worker wakes and acknowledges."""
+    monkeypatch.setattr("asgi_metering.events.exporter.PATIENCE_S", 0.01)
+
+    async def main() -> None:
+        outbox, slow, stop = Outbox(), Hanging(), asyncio.Event()
+        await outbox.put([make_event()])
+        exporter = outbox.exporter([slow], interval_s=3_600.0)
+        acknowledged = asyncio.Event()
+        submit = outbox.pump.submit
+
+        async def watch(operation: Any, deadline_s: float | None = None) -> Any:
+            answer = await submit(operation, deadline_s)
+            if isinstance(operation, Acknowledge):
+                acknowledged.set()
+            return answer
+
+        outbox.pump.submit = watch  # type: ignore[method-assign]
+        worker = asyncio.create_task(exporter.run(stop))
+        await slow.asked.wait()
+        await asyncio.to_thread(wait_until, lambda: exporter._alone)
+        slow.gate.set()
+        await acknowledged.wait()
+        stop.set()
+        await worker
+        assert await outbox.ids() == []
+
+    asyncio.run(main())
+
+
+def test_run_survives_a_store_that_is_down(caplog: pytest.LogCaptureFixture) -> None:
+    """A store that is down, or broken in any other way, is logged, and events flow when it is back."""
+
+    async def main() -> None:
+        outbox, sink, delivered, stop = Outbox(), Recorder(), asyncio.Event(), asyncio.Event()
+        sink.refuse = lambda _: delivered.set()
+        await outbox.put([make_event()])
+        outbox.broken = StoreUnavailableError("the store is down")
+        exporter = outbox.exporter([sink], interval_s=0.01)
+        worker = asyncio.create_task(exporter.run(stop))
+        await asyncio.to_thread(wait_until, lambda: "the store is down" in caplog.text)
+        outbox.broken = RuntimeError("a bug")
+        await asyncio.to_thread(wait_until, lambda: "could not be taken out" in caplog.text)
+        outbox.broken = None
+        await delivered.wait()
+        stop.set()
+        await worker
+        assert sink.ids == ["call-1"]
+
+    with caplog.at_level(logging.WARNING, "asgi_metering.events"):
+        asyncio.run(main())
+
+
+def test_run_measures_the_backlog() -> None:
+    """The worker puts the outbox's size and age on the gauges."""
+
+    async def main() -> None:
+        outbox, meters, stop = Outbox(), Meters(), asyncio.Event()
+        seen: dict[str, float] = {}
+        meters.gauge = lambda name, value, **_: seen.update({name: value})  # type: ignore[method-assign]
+        await outbox.put(make_events(3))
+        outbox.clock.advance(7.0)
+        refused = asyncio.Event()
+        sink = Recorder(refuse=lambda _: refused.set() or True)
+        worker = asyncio.create_task(outbox.exporter([sink], meters=meters).run(stop))
+        await refused.wait()
+        stop.set()
+        await worker
+        assert seen == {"outbox_backlog": 3, "outbox_lag": 7.0}
+
+    asyncio.run(main())
+
+
+def test_backlog_is_unknown_without_read() -> None:
+    """Without a way to read rows there is no backlog to tell, and an empty outbox has no lag."""
+
+    async def main() -> None:
+        outbox = Outbox()
+        assert await outbox.exporter([], read=None).backlog() is None
+        assert await outbox.exporter([]).backlog() == (0, 0.0)
+
+    asyncio.run(main())
+
+
+# -- the end -----------------------------------------------------------------------------------------------
+
+
+def test_drain_delivers_everything_and_reports_nothing_left() -> None:
+    """Several batches leave in one drain."""
+
+    async def main() -> None:
+        outbox, sink = Outbox(), Recorder()
+        await outbox.put(make_events(7))
+        assert await outbox.exporter([sink], batch=3).drain(5.0) == 0
+        assert len(sink.ids) == 7
+
+    asyncio.run(main())
+
+
+def test_drain_reports_how_many_stay(caplog: pytest.LogCaptureFixture) -> None:
+    """What a dead sink did not take is counted, logged, and stays in the outbox (S2.21)."""
+
+    async def main() -> None:
+        outbox, good, bad = Outbox(), Recorder("good"), Recorder("bad", refuse=lambda _: True)
+        await outbox.put(make_events(4))
+        assert await outbox.exporter([good, bad]).drain(0.05) == 4
+        assert good.ids == ["call-1", "call-2", "call-3", "call-4"]
+        assert await outbox.ids() == good.ids
+
+    asyncio.run(main())
+    assert "4 usage events stay in the outbox" in caplog.text
+
+
+def test_drain_asks_a_sink_once_more_that_was_backing_off() -> None:
+    """Shutdown does not wait for a backoff: a sink that recovered gets its events."""
+
+    async def main() -> None:
+        outbox, sink = Outbox(), Recorder(refuse=lambda _: True)
+        await outbox.put(make_events(2))
+        exporter = outbox.exporter([sink])
+        await exporter.run_once()
+        sink.refuse = None
+        assert await exporter.drain(5.0) == 0
+        assert sorted(sink.ids) == ["call-1", "call-2"]
+
+    asyncio.run(main())
+
+
+def test_drain_stops_a_hanging_sink_at_the_deadline() -> None:
+    """A sink that hangs cannot hold the shutdown longer than it was given."""
+
+    async def main() -> None:
+        outbox, slow, quick = Outbox(), Hanging(), Recorder()
+        await outbox.put([make_event()])
+        exporter = outbox.exporter([slow, quick])
+        assert await exporter.drain(0.05) == 1
+        assert quick.ids == ["call-1"]
+        assert [task for task in asyncio.all_tasks() if "sink" in task.get_name()] == []
+
+    asyncio.run(main())
+
+
+def test_drain_with_a_dead_store_reports_what_it_holds(caplog: pytest.LogCaptureFixture) -> None:
+    """When the store is gone too, the drain ends at once and tells what it knows."""
+
+    async def main() -> None:
+        outbox, sink = Outbox(), Recorder(refuse=lambda _: True)
+        await outbox.put(make_events(2))
+
+        async def read(_: object) -> Any:
+            raise StoreUnavailableError("gone")
+
+        exporter = outbox.exporter([sink], read=read)
+        await exporter.run_once()
+        outbox.broken = StoreUnavailableError("gone")
+        assert await exporter.drain(5.0) == 2
+
+    asyncio.run(main())
+    assert "could not be read" in caplog.text
+
+
+def test_drain_without_read_reports_what_it_holds() -> None:
+    """Without *read* the number is that of the events in hand."""
+
+    async def main() -> None:
+        outbox = Outbox()
+        await outbox.put(make_events(3))
+        assert await outbox.exporter([Recorder(refuse=lambda _: True)], read=None).drain(0.05) == 3
+
+    asyncio.run(main())
+
+
+# -- misuse ------------------------------------------------------------------------------------------------
+
+
+def test_refuse_two_sinks_of_one_name() -> None:
+    """Names are how failures and drops are told apart, so they must differ."""
+    with pytest.raises(ConfigurationError, match="Two sinks are named 'same'"):
+        Outbox().exporter([Recorder("same"), Recorder("same")])
+
+
+def test_refuse_a_name_that_no_metric_could_carry() -> None:
+    """A sink's name is a metric attribute."""
+    with pytest.raises(ConfigurationError, match="sink name"):
+        Outbox().exporter([Recorder("a name")])
+
+
+def test_refuse_a_lease_that_a_slow_delivery_would_outlive() -> None:
+    """A lease shorter than three timeouts would have events delivered twice as a rule."""
+    with pytest.raises(ConfigurationError, match="at least 30"):
+        Outbox().exporter([Recorder()], lease_s=20.0)

@@ -1,0 +1,131 @@
+"""
+The books of a server, read from another process: its SQLite file, opened as any other process may.
+
+Knows the store's verbs and rows; nothing of servers. Starts no background of its own, so that nothing is swept,
+settled or delivered unless a test does it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from asgi_metering.receipts import Entry, EntryKind
+from asgi_metering.rules.conservation import discrepancies
+from asgi_metering.rules.operations import PostGrant, Sweep
+from asgi_metering.rules.state import Account, Hold
+from asgi_metering.stores.contract import AccountRows, EntriesAfter, EverythingKept, LiveHolds
+from asgi_metering.stores.sqlite import SQLiteStore
+from tests.harness.waiting import DEFAULT_TIMEOUT_S, wait_until
+
+__all__ = ["CREDIT", "Books", "Ended"]
+
+CREDIT = 1_000_000
+"""Smallest parts of one credit."""
+
+UNIT = "credits"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """
+    How one call ended, from its usage event and its line of the ledger; they have been found equal.
+
+    Attributes:
+        outcome: The cause.
+        reason: The row of the policy's table.
+        basis: What was charged on; ``"none"`` for nothing.
+        amount: Smallest parts charged.
+    """
+
+    outcome: str
+    reason: str
+    basis: str
+    amount: int
+
+
+class Books:
+    """
+    The books in the file *path*; it need not exist yet.
+
+    Args:
+        path: Of the server's store.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def url(self) -> str:
+        """For `Metering` and the command line."""
+        return f"sqlite:///{self.path}"
+
+    def ask(self, work: Callable[[SQLiteStore], Coroutine[Any, Any, T]]) -> T:
+        """Open the store, run *work* on it, close it."""
+
+        async def run() -> T:
+            store = SQLiteStore(self.path, synchronous="OFF")
+            await store.open()
+            try:
+                return await work(store)
+            finally:
+                await store.close()
+
+        return asyncio.run(run())
+
+    def grant(self, payer: str, credits: int) -> str:
+        """Give *payer* so many credits, once; returns *payer*."""
+        self.ask(lambda store: store.post([PostGrant(f"for-{payer}", payer, UNIT, credits * CREDIT)]))
+        return payer
+
+    def account(self, payer: str) -> Account:
+        """The account's row; its sums have been proven from its grants and holds."""
+        _, rows = self.ask(lambda store: store.read(AccountRows(payer, UNIT)))
+        key = (payer, UNIT)
+        grants = [*rows.grants.get(key, {}).values(), *rows.closed_grants.get(key, {}).values()]
+        assert discrepancies(rows.accounts[key], grants, rows.holds.values()) == []
+        return rows.accounts[key]
+
+    def holds(self, payer: str) -> list[Hold]:
+        """Its holds that have not ended, oldest first."""
+        _, rows = self.ask(lambda store: store.read(LiveHolds()))
+        return [hold for hold in rows.holds.values() if hold.payer == payer]
+
+    def charges(self, payer: str) -> list[Entry]:
+        """Its ledger without the grants, oldest first."""
+        _, rows = self.ask(lambda store: store.read(EntriesAfter(payer, UNIT)))
+        return [entry for entry in rows.entries.get((payer, UNIT), []) if entry.kind is not EntryKind.GRANT]
+
+    def events(self, payer: str) -> list[dict[str, Any]]:
+        """Its usage events in the outbox, oldest first: nobody collects them."""
+        _, rows = self.ask(lambda store: store.read(EverythingKept()))
+        return [dict(event.payload) for event in rows.events.values() if event.payload["payer"] == payer]
+
+    def sweep(self) -> None:
+        """End what is overdue by now, as any process's worker does from time to time."""
+        self.ask(lambda store: store.run([Sweep()]))
+
+    def ended(self, payer: str, count: int = 1, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[Ended]:
+        """
+        Wait until *count* calls of *payer* have ended, and prove its books.
+
+        One event per call, one line per charge and of the same amount, no hold left, and sums that are right.
+        """
+
+        def over() -> bool:
+            return len(self.events(payer)) >= count and not self.holds(payer)
+
+        wait_until(over, timeout_s=timeout_s, what=f"{count} calls of {payer} have ended")
+        events, charges = self.events(payer), self.charges(payer)
+        assert len({event["id"] for event in events}) == len(events) == count
+        by_call = {entry.ref: (entry.amount, entry.basis) for entry in charges}
+        assert len(by_call) == len(charges)
+        assert by_call == {event["id"]: (event["amount"], event["basis"]) for event in events if event["amount"]}
+        assert self.account(payer).settled == sum(entry.amount for entry in charges)
+        assert self.account(payer).held == 0
+        return [Ended(event["outcome"], event["reason"], event["basis"], event["amount"]) for event in events]
