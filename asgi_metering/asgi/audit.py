@@ -78,18 +78,26 @@ def audit(app: Any, features: frozenset[str], unenforced: frozenset[str], meteri
         metering: Of the layers in front; None does not compare it with that of layers further in.
     """
     report = Report(rows=list(routes_of(app)))
+    if metering is not None:
+        report.errors.extend(_other_meterings(report.rows, metering))
     for row in report.rows:
-        if metering is not None and any(layer.metering not in (None, metering) for layer in row.layers):
-            report.errors.append(
-                f"{row.path} is behind layers that do not share one Metering. Make one, and pass the same object to all "
-                f"of them."
-            )
         if row.policy is not None:
             covered = frozenset[str]().union(*(layer.features for layer in row.layers))
             report.errors.extend(_missing_layers(row, row.policy, features | unenforced | covered))
             report.errors.extend(_nested(row, row.policy))
     _check_reach(report)
     return report
+
+
+def _other_meterings(rows: list[Row], metering: Any) -> Iterator[str]:
+    """A sentence about the first route that is behind two."""
+    for row in rows:
+        if any(layer.metering not in (None, metering) for layer in row.layers):
+            yield (
+                f"{row.path} is behind layers that do not share one Metering. Make one, and pass the same object to "
+                f"all of them."
+            )
+            return
 
 
 def _missing_layers(row: Row, policy: EndpointPolicy, covered: frozenset[str]) -> Iterator[str]:

@@ -268,7 +268,7 @@ class _Metrics:
 
     def _tokens(self, event: UsageEvent) -> TokenUsage | None:
         counted = event.usage_source == _COUNTED_BY_TOKENIZER
-        return event.usage
+        return None if counted and not self._counted_tokens else event.usage
 
     def _model(self, event: UsageEvent) -> dict[str, Value | None]:
         model: dict[str, Value | None] = {

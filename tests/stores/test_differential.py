@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ class Pair:
     def __init__(self, folder: Path) -> None:
         self.clock = FakeClock()
         self.memory = MemoryStore(self.clock)
-        self.sqlite = SQLiteStore(folder / "pair.db", synchronous="OFF", clock=self.clock)
+        self._path = folder / "pair.db"
+        self.sqlite = SQLiteStore(self._path, synchronous="OFF", clock=self.clock)
         self._loop = asyncio.Runner()
         self._loop.run(self.sqlite.open())
 
@@ -60,6 +62,16 @@ class Pair:
 
         return self._loop.run(both())
 
+    def sweep_apart(self, sweep: Sweep, times: int) -> None:
+        """Sweep both, and compare how much they do each time, and what is left at the end."""
+
+        async def both() -> None:
+            for _ in range(times):
+                assert await self.sqlite.run([sweep]) == await self.memory.run([sweep])
+
+        self._loop.run(both())
+        self.run(sweep)
+
     def compare_reads(self, *queries: Any) -> None:
         """Read *queries* from both and compare what they found."""
 
@@ -70,6 +82,12 @@ class Pair:
                 assert tables(found.state) == tables(expected.state)
 
         self._loop.run(both())
+
+    def reopen(self) -> None:
+        """Close the file, and open it with a store of its own."""
+        self._loop.run(self.sqlite.close())
+        self.sqlite = SQLiteStore(self._path, synchronous="OFF", clock=self.clock)
+        self._loop.run(self.sqlite.open())
 
     def close(self) -> None:
         """Close the file and the loop."""
@@ -97,6 +115,11 @@ class BesideMemory(RuleBasedStateMachine):
         self.pair.clock.advance(seconds)
         self.pair.run(*data.draw(operations(self.pair.clock())))
 
+    @rule()
+    def reopen(self) -> None:
+        """Close the file and open it again."""
+        self.pair.reopen()
+
     @rule(call=st.sampled_from(("c0", "c1", "c2")))
     def read(self, call: str) -> None:
         """Read parts."""
@@ -109,14 +132,89 @@ class BesideMemory(RuleBasedStateMachine):
             self.folder.cleanup()
 
 
+@pytest.mark.timeout(600)  # Making a failure small takes minutes; passing takes seconds.
 def test_run_any_sequences_beside_memory() -> None:
     """Whatever is run, SQLite answers as memory does and keeps what memory keeps."""
     run_state_machine_as_test(
         BesideMemory,
         settings=settings(
-            max_examples=120,
+            max_examples=100,
             stateful_step_count=30,
             deadline=None,
+            database=None,
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+# What is too rare to be met by chance.
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    """Both stores, with one account of 1,000 units."""
+    pair = Pair(tmp_path)
+    pair.run(PostGrant("g", "p", "credits", 1_000))
+    yield pair
+    pair.close()
+
+
+def _call(call_id: str, amount: int = 10, payer: str = "p", ttl_s: float = 60.0, **more: Any) -> Admit:
+    return Admit(call_id, payer, "credits", amount, amount, (WalletSource(),), ttl_s=ttl_s, grace_s=10.0, **more)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_admit_into_an_account_with_many_overdue_calls(pair: Pair, together: bool) -> None:
+    """Admissions end as many overdue calls as in memory, the same first, and look again at the same time."""
+    calls = [_call(f"a{number:02}", ttl_s=50.0 + number % 7) for number in range(70)]
+    pair.run(*calls, *(Renew(f"a{number:02}", number % 11) for number in range(0, 70, 3)))
+    pair.clock.advance(63.0)
+    asked = [_call(f"b{number}") for number in range(8)]
+    for batch in [asked] if together else [[ask] for ask in asked]:
+        pair.run(*batch)
+    pair.clock.advance(5.0)
+    pair.run(_call("c"), Sweep())
+
+
+def test_sweep_accounts_a_few_calls_at_a_time(pair: Pair) -> None:
+    """A sweep with a small limit ends, and puts in doubt, the same calls of the same accounts as in memory."""
+    for payer in ("é", "Z", "q", "a"):
+        pair.run(PostGrant("g", payer, "credits", 100))
+        pair.run(*(_call(f"{payer}{number}", payer=payer, ttl_s=50.0 + 3 * number) for number in range(6)))
+    for seconds in (55.0, 8.0, 8.0, 30.0):
+        pair.clock.advance(seconds)
+        for limit in (1, 2, 3, 5):
+            pair.run(Sweep(limit))
+    pair.run(Sweep())
+
+
+def test_sweep_what_is_old_a_few_rows_at_a_time(pair: Pair) -> None:
+    """However few rows a sweep may forget, sweeps come to the same end as one that forgets all at once."""
+    leases = (LeaseAsk("a", "one", 9), LeaseAsk("b", "two", 9))
+    pair.run(*(_call(f"a{number}", leases=leases) for number in range(5)))
+    pair.run(*(End(f"a{number}", 5, Basis.USAGE) for number in range(3)))
+    pair.clock.advance(65.0)
+    pair.sweep_apart(Sweep(2, keep_holds_s=60.0), times=4)
+
+
+def test_give_a_late_charge_back_to_spent_grants(pair: Pair) -> None:
+    """A late end gives back to grants that were spent and closed since: those that it was charged to and those that
+    paid its debt, in memory's order."""
+    grants = [PostGrant(f"h{number}", "q", "credits", 10, priority=number % 2) for number in range(4)]
+    pair.run(grants[0], grants[1], _call("late", 5, payer="q"), Renew("late", 45))
+    pair.clock.advance(70.0)
+    pair.run(Sweep())
+    pair.run(grants[2])
+    pair.run(grants[3])
+    pair.run(PostGrant("h4", "q", "credits", 20))
+    pair.run(_call("other", 15, payer="q"), End("other", 15, Basis.USAGE))
+    pair.run(End("late", 7, Basis.USAGE), _call("next", 38, payer="q"))
+
+
+def test_give_a_late_charge_back_to_a_window(pair: Pair) -> None:
+    """A late end corrects the allowance window that its call began in, although nobody else asks about it."""
+    free = AllowanceSource("free", 50, (0.0, pair.clock() - 5.0, pair.clock() + 5.0, pair.clock() + 9e5))
+    pair.run(Admit("late", "p", "credits", 20, 20, (free,), ttl_s=60.0, grace_s=10.0), Renew("late", 15))
+    pair.clock.advance(70.0)
+    pair.run(Sweep())
+    pair.run(End("late", 7, Basis.USAGE))

@@ -95,6 +95,19 @@ def test_read_a_torn_event() -> None:
     assert (report.usage, report.dialect, report.problems) == (TokenUsage(9, 500), "openai-chat", ("clipped",))
 
 
+def test_count_the_output_of_a_torn_event() -> None:
+    """A running total found in a piece ends the seed, as a whole event would; a piece without one does not."""
+    started = {"type": "message_start", "message": {"model": "m", "usage": {"input_tokens": 25, "output_tokens": 1}}}
+    for piece, output, partial in ((b'{"output_tokens":15}', 15, False), (b'{"input_tokens":25}', 1, True)):
+        found = UsageReader("text/event-stream")
+        found.feed(sse(started))
+        found.gap()
+        found.feed(b'rn"},"usage":' + piece + b"}\n\n")
+        report = found.report()
+        assert report is not None
+        assert (report.usage, report.partial) == (TokenUsage(25, output), partial)
+
+
 @pytest.mark.parametrize("torn", [b'"usage":{"prompt_tokens":9', b'"usage":{}', b'"usage":{"x":1}', b"nothing", b""])
 def test_read_nothing_from_a_torn_event(torn: bytes) -> None:
     """A usage object that is cut, empty or of no shape that is known counts nothing."""
