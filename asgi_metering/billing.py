@@ -74,8 +74,7 @@ def _from_upstream(call: Call) -> Metered | None:
 
 
 def _from_body(call: Call) -> Metered | None:
-    reader = call.observer.read() if call.observer is not None else None
-    report = reader.report() if reader is not None else None
+    report = call.observer.report() if call.observer is not None else None
     if report is None or report.usage is None:
         return None
     return Metered(report.usage, "body", report.model, report.dialect, complete=not report.partial)
@@ -88,7 +87,7 @@ async def _observed(call: Call, known: Metered) -> Metered:
     """
     if known.complete:
         return known
-    reader = call.observer.read() if call.observer is not None else None
+    reader = call.observer.text_reader() if call.observer is not None else None
     text, extra_chars = "", 0
     if reader is not None:
         text = reader.text()

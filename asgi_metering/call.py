@@ -25,7 +25,7 @@ from asgi_metering.policies import ChargePolicy, EndpointPolicy
 from asgi_metering.prices import MAX_AFFORDABLE, FixedPrice, MeasuredPrice
 from asgi_metering.receipts import Receipt
 from asgi_metering.rules.ending import Cause
-from asgi_metering.usage import TokenUsage, UsageReader
+from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
 
 if TYPE_CHECKING:
     from asgi_metering.metering import Metering
@@ -109,8 +109,14 @@ class Origin(Protocol):
 class Observer(Protocol):
     """Watches the body that passes to the client, off its path."""
 
-    def read(self) -> UsageReader | None:
-        """Parse what has been kept so far and answer the reader; None when there is nothing to read."""
+    def digest(self) -> None:
+        """Read what was kept, if it is much; called now and then."""
+
+    def report(self) -> UsageReport | None:
+        """What the body has reported so far; None if nothing."""
+
+    def text_reader(self) -> UsageReader:
+        """The reader that has seen everything that passed and keeps its text."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -279,7 +279,7 @@ class Runtime:
 
     def _look_after(self, call: Call, now: float) -> None:
         if call.observer is not None:
-            call.observer.read()
+            call.observer.digest()
         age = time.time() - call.started_at
         if age > self._metering.max_call_s:
             # A send that never returns, or a handler that was forgotten (pitfall 27).

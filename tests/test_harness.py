@@ -17,6 +17,8 @@ from opentelemetry.exporter.otlp.proto.http import Compression
 from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
+from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord, ResourceLogs, ScopeLogs
 from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk._logs.export import SimpleLogRecordProcessor
 from opentelemetry.sdk.metrics import MeterProvider
@@ -39,7 +41,7 @@ from tests.harness.drive import (
 )
 from tests.harness.otlp import OtlpReceiver
 from tests.harness.servers import HOST, SERVER_KINDS, ServerKind, ServerProcess, serve, serve_in_thread
-from tests.harness.waiting import wait_until
+from tests.harness.waiting import DEFAULT_TIMEOUT_S, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -349,21 +351,26 @@ def test_refuse_an_export(receiver: OtlpReceiver) -> None:
     """A refused export is kept apart from the accepted ones, and carries the status and `retry-after`."""
     receiver.status, receiver.retry_after_s = 503, 7
     with pytest.raises(urllib.error.HTTPError) as refusal:
-        _post(receiver, "/v1/metrics", b"")
+        _post(receiver, "/v1/logs", _one_log_record())
     assert (refusal.value.code, refusal.value.headers["retry-after"]) == (503, "7")
     refusal.value.close()
     assert [request.status for request in receiver.requests] == [503]
-    assert list(receiver.metrics()) == []
+    assert list(receiver.log_records()) == []
+    receiver.status = 200
+    assert _post(receiver, "/v1/logs", _one_log_record()) == 200
+    assert [record.event_name for record in receiver.log_records()] == ["metering.usage"]
 
 
 def test_hold_an_export(receiver: OtlpReceiver) -> None:
-    """A held export has arrived but is not answered before it is released."""
+    """A held export has arrived but gets no answer, whatever the exporter's deadline, until it is released."""
+    receiver.hold()
+    with pytest.raises(TimeoutError):
+        _post(receiver, "/v1/logs", _one_log_record(), timeout_s=0.2)
+    assert len(receiver.wait_for("logs")) == 1
 
     async def run() -> None:
-        receiver.hold()
-        export = asyncio.ensure_future(asyncio.to_thread(_post, receiver, "/v1/logs", b""))
-        await asyncio.to_thread(receiver.wait_for, "logs")
-        assert not export.done()
+        export = asyncio.ensure_future(asyncio.to_thread(_post, receiver, "/v1/logs", _one_log_record()))
+        await asyncio.to_thread(receiver.wait_for, "logs", 2)
         receiver.release()
         assert await export == 200
 
@@ -393,11 +400,23 @@ def test_note_what_cannot_be_read(path: str, body: bytes, content_type: str, cod
         assert (refusal.value.code, len(receiver.malformed), receiver.requests) == (code, 1, [])
 
 
-def _post(receiver: OtlpReceiver, path: str, body: bytes, content_type: str = "application/x-protobuf") -> int:
+def _post(
+    receiver: OtlpReceiver,
+    path: str,
+    body: bytes,
+    content_type: str = "application/x-protobuf",
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> int:
     request = urllib.request.Request(receiver.url + path, body, {"content-type": content_type})
-    with urllib.request.urlopen(request) as response:
+    with urllib.request.urlopen(request, timeout=timeout_s) as response:
         code: int = response.status
         return code
+
+
+def _one_log_record() -> bytes:
+    record = LogRecord(event_name="metering.usage")
+    scoped = ResourceLogs(scope_logs=[ScopeLogs(log_records=[record])])
+    return ExportLogsServiceRequest(resource_logs=[scoped]).SerializeToString()
 
 
 # The in-process driver

@@ -1,18 +1,22 @@
 """
 The tap: keeps references to the chunks that pass to a client, for reading off the byte path.
 
-On the path it only appends a reference. Reading happens in blocks, from the worker: usage and text are parsed there.
-Never copies a chunk, never delays one, and what it keeps is bounded.
+On the path it only appends a reference. Usage is read when somebody asks for it, and the text of a stream only when
+it is needed to tell what was delivered: at heartbeats, and at the end of a stream that broke. Never copies a chunk,
+never delays one, and what it keeps is bounded.
 """
 
 from __future__ import annotations
 
-from asgi_metering.usage import UsageReader
+from asgi_metering.usage import UsageReader, UsageReport
 
 __all__ = ["Tap"]
 
+BLOCK = 262_144
+"""Bytes of references after which the worker reads them: most answers of models end before."""
+
 MAX_WAITING = 1_048_576
-"""Bytes of unread references per call: beyond it the middle is dropped, and text becomes an estimate."""
+"""Bytes of references that wait at most: beyond it the middle is dropped, and text becomes an estimate."""
 
 
 class Tap:
@@ -24,37 +28,55 @@ class Tap:
         dialect: The usage dialect where the shape would mislead; None detects it.
     """
 
-    __slots__ = ("_reader", "_waiting", "_waiting_bytes")
+    __slots__ = ("_bytes", "_chunks", "_for_text", "_for_usage", "_text_at", "_usage_at")
 
     def __init__(self, content_type: str | None, content_encoding: str | None, dialect: str | None) -> None:
-        self._reader = UsageReader(content_type, content_encoding, dialect, keep_text=True)
-        self._waiting: list[bytes] = []
-        self._waiting_bytes = 0
+        # Two readers of the same chunks: looking for usage alone skips what looking for text has to parse.
+        self._for_usage = UsageReader(content_type, content_encoding, dialect)
+        self._for_text = UsageReader(content_type, content_encoding, dialect, keep_text=True)
+        self._chunks: list[bytes] = []
+        self._bytes = 0
+        self._usage_at = 0
+        self._text_at = 0
 
     def keep(self, chunk: bytes) -> None:
         """Keep a reference to a chunk that was sent."""
-        self._waiting.append(chunk)
-        self._waiting_bytes += len(chunk)
-        if self._waiting_bytes > MAX_WAITING:
+        self._chunks.append(chunk)
+        self._bytes += len(chunk)
+        if self._bytes > MAX_WAITING:
             self._shed()
+
+    def digest(self) -> None:
+        """Read what waits, if it is a block; called from the worker now and then."""
+        if self._bytes >= BLOCK:
+            self.text_reader()
+
+    def report(self) -> UsageReport | None:
+        """What the body has reported so far; None if nothing."""
+        for at in range(self._usage_at, len(self._chunks)):
+            self._for_usage.feed(self._chunks[at])
+        self._usage_at = len(self._chunks)
+        return self._for_usage.report()
+
+    def text_reader(self) -> UsageReader:
+        """The reader that has seen every chunk and keeps its text."""
+        self.report()
+        for at in range(self._text_at, len(self._chunks)):
+            self._for_text.feed(self._chunks[at])
+        self._chunks.clear()
+        self._bytes = self._usage_at = self._text_at = 0
+        return self._for_text
 
     def _shed(self) -> None:
         """Nobody read for a while: the newest half stays, since final usage comes last."""
-        kept = 0
-        for at in range(len(self._waiting) - 1, -1, -1):
-            kept += len(self._waiting[at])
-            if kept > MAX_WAITING // 2:
-                break
-        dropped, self._waiting = self._waiting[:at], self._waiting[at:]
-        if dropped:
-            # The beginning of a body names its dialect and model, and carries some providers' input counts.
-            self._reader.feed(dropped[0])
-            self._reader.gap()
-        self._waiting_bytes = sum(map(len, self._waiting))
-
-    def read(self) -> UsageReader:
-        """Parse what waits, and answer the reader."""
-        waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        for chunk in waiting:
-            self._reader.feed(chunk)
-        return self._reader
+        self.report()
+        kept, at = 0, len(self._chunks)
+        while at > 0 and kept + len(self._chunks[at - 1]) <= MAX_WAITING // 2:
+            at -= 1
+            kept += len(self._chunks[at])
+        if self._text_at < at:
+            self._for_text.gap()
+        del self._chunks[:at]
+        self._usage_at = len(self._chunks)
+        self._text_at = 0
+        self._bytes = kept

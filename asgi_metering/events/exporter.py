@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from asgi_metering.errors import ConfigurationError, StoreError
-from asgi_metering.events.courier import MAX_BACKOFF_S, Courier
+from asgi_metering.events.courier import Courier
 from asgi_metering.events.custody import Custody
 from asgi_metering.events.metrics import Meters
 from asgi_metering.events.outbox import Backlog, Dropped, Outbox, Read, Submit, read_event
@@ -49,6 +49,9 @@ PATIENCE_S: Final = 1.0
 
 MEASURE_EVERY_S: Final = 30.0
 """Between looks at the backlog: each reads rows."""
+
+REMEMBER_S: Final = 3_600.0
+"""How long an id that does not come back is remembered: far longer than a sink's backlog is left alone."""
 
 CLOSE_S: Final = 1.0
 """For cancelled deliveries to end."""
@@ -117,7 +120,7 @@ class Exporter:
         self._interval_s = interval_s
         self._linger_s = linger_s
         self._clock = clock
-        self._custody = Custody(len(sinks), remember_s=2 * (lease_s + MAX_BACKOFF_S))
+        self._custody = Custody(len(sinks), remember_s=max(REMEMBER_S, 2 * lease_s))
         self._couriers = [
             Courier(
                 sink,

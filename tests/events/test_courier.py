@@ -94,6 +94,9 @@ def test_offer_a_rejected_event_alone_and_last() -> None:
         sink.refuse = None
         await desk.courier.turn([make_event(1), make_event(6), make_event(7)])
         assert sink.offers == [["call-6", "call-7"], ["call-1"]]
+        sink.offers.clear()
+        await desk.courier.turn([make_event(1), make_event(8)])
+        assert sink.offers == [["call-1", "call-8"]]
 
     asyncio.run(main())
 

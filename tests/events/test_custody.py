@@ -72,6 +72,9 @@ def test_note_what_was_taken_after_it_was_put_down() -> None:
     assert held.finished == ("call-1",)
     held.took(["call-1"], TWO, now=122)
     assert held.finished == ("call-1",)
+    held.forget(held.finished)
+    held.pick_up(make_event(), until=240)
+    assert (ids(held, ONE), ids(held, TWO)) == (["call-1"], ["call-1"])
 
 
 def test_forget_ids_that_do_not_come_back() -> None:

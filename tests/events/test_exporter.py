@@ -351,6 +351,21 @@ def test_raise_unavailable_when_the_store_hangs() -> None:
     asyncio.run(main())
 
 
+def test_acknowledge_once_when_the_store_answered() -> None:
+    """What was acknowledged is forgotten here too."""
+
+    async def main() -> None:
+        outbox = Outbox()
+        await outbox.put([make_event()])
+        exporter = outbox.exporter([Recorder()])
+        await exporter.run_once()
+        outbox.seen.clear()
+        await exporter.run_once()
+        assert [type(operation) for operation in outbox.seen] == [Claim]
+
+    asyncio.run(main())
+
+
 def test_pass_on_a_timeout_that_the_store_raised_itself() -> None:
     """A TimeoutError of the store's own stays what it is."""
 

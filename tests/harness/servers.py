@@ -263,21 +263,21 @@ def _environment(env: Mapping[str, str] | None, pythonpath: Sequence[Path]) -> d
 
 
 def _is_resource_tracker(pid: int) -> bool:
-    """multiprocessing's helper process, which runs no application."""
-    return b"resource_tracker" in _proc(pid, "cmdline")
+    """Whether it is multiprocessing's own helper process, which runs no application."""
+    try:
+        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether the process still holds its files; a zombie does not."""
-    # The state is the first field after the name, which stands in parentheses and may contain any.
-    return _proc(pid, "stat").rpartition(b") ")[2][:1] not in (b"", b"Z", b"X")
-
-
-def _proc(pid: int, name: str) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/{name}").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return b""
+    """Whether any thread of the process runs: its first may be a zombie while another still holds the sockets."""
+    states = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+            # The state follows the name, which stands in parentheses and may contain any byte.
+            states.append(stat.read_bytes().rpartition(b") ")[2][:1])
+    return any(state not in (b"Z", b"X") for state in states)
 
 
 class _AnnouncedServer(uvicorn.Server):

@@ -198,8 +198,7 @@ def test_sweep_what_is_old_a_few_rows_at_a_time(pair: Pair) -> None:
 
 
 def test_give_a_late_charge_back_to_spent_grants(pair: Pair) -> None:
-    """A late end gives back to grants that were spent and closed since: those that it was charged to and those that
-    paid its debt, in memory's order."""
+    """A late end gives back to grants that are spent by now: those that were charged, and those that paid its debt."""
     grants = [PostGrant(f"h{number}", "q", "credits", 10, priority=number % 2) for number in range(4)]
     pair.run(grants[0], grants[1], _call("late", 5, payer="q"), Renew("late", 45))
     pair.clock.advance(70.0)

@@ -122,7 +122,7 @@ def connection(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("table", list(MAPS))
 def test_columns_are_the_fields(connection: sqlite3.Connection, table: str) -> None:
-    """A table has the columns of its row, in their order, what is derived from it, and a position where order counts."""
+    """A table has its row's fields as columns, in their order, then what is derived; a position where order counts."""
     columns = [name for _, name, *_ in connection.execute(f'PRAGMA table_info("{table}")')]
     assert [name for name in columns if name != "position"] == list(MAPS[table].columns)
     assert MAPS[table].fields == MAPS[table].row._fields
