@@ -380,7 +380,7 @@ class Call:
         """
         from asgi_metering.decorators import gather
 
-        await self.gate(gather(policies, "current_call().admit()", {}), arguments)
+        await self.gate(gather(policies, "current_call.admit", arguments), arguments)
 
     def preset(self, caller: Caller, payer: str) -> None:
         """Say who calls and who pays, where no connection can be asked."""

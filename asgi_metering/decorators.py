@@ -13,7 +13,7 @@ import functools
 import inspect
 import re
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -336,9 +336,14 @@ def decorated() -> list[Guard]:
     return sorted(_DECORATED.values(), key=lambda guard: guard.policy.name)
 
 
-def gather(parts: Sequence[Any], name: str, parameters: Mapping[str, inspect.Parameter]) -> EndpointPolicy:
+def gather(parts: Sequence[Any], name: str, offered: Iterable[str]) -> EndpointPolicy:
     """
     One policy from parts, for what is no function: an app, an explicit gate. A bare amount is a fixed price.
+
+    Args:
+        parts: What the decorators take.
+        name: Names it in answers and audits.
+        offered: Names that callables of the parts may ask for, besides ``call``.
 
     Raises:
         ConfigurationError: No part at all, or parts that contradict each other.
@@ -346,6 +351,7 @@ def gather(parts: Sequence[Any], name: str, parameters: Mapping[str, inspect.Par
     if not parts:
         raise ConfigurationError(f"{name} got no policy. Give it billable(...) or rate_limited(...).")
     policy = EndpointPolicy(name)
+    parameters = {each: inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY) for each in offered}
     for part in parts:
         policy = _merged(policy, part if isinstance(part, Part) else billable(part), parameters, name)
     return policy
@@ -428,12 +434,23 @@ def _plain(endpoint: Any) -> Any:
 
 def _opening_in(values: Any) -> Opening | None:
     for value in values:
-        scope = getattr(value, "scope", None)
+        scope = _scope_of(value)
         if isinstance(scope, dict):
             opening = scope.get(SCOPE_KEY)
             if isinstance(opening, Opening):
                 return opening
     return None
+
+
+def _scope_of(value: Any) -> Any:
+    """The scope of a request or WebSocket, or of the request behind the context that MCP hands to its tools."""
+    if not hasattr(type(value), "request_context"):
+        return getattr(value, "scope", None)
+    try:
+        return value.request_context.request.scope
+    except (AttributeError, LookupError, ValueError):
+        # Tools run without a request too, over stdio.
+        return None
 
 
 # -- the wrappers ------------------------------------------------------------------------------------------

@@ -12,6 +12,10 @@ from asgi_metering.errors import ConfigurationError, NoCallError
 __all__ = ["MeteredApp", "metered_app"]
 
 
+OFFERED = ("scope",)
+"""What a policy's callables may ask for: an app has no arguments but these."""
+
+
 class MeteredApp:
     """
     An ASGI app behind the gate. Made by `metered_app`.
@@ -26,7 +30,7 @@ class MeteredApp:
             raise ConfigurationError(f"{app!r} is no ASGI app. Pass a callable of scope, receive and send.")
         self.app = app
         inner = getattr(app, "__name__", None) or type(app).__name__
-        self.policy = gather(parts, name or f"metered_app.{inner}", {})
+        self.policy = gather(parts, name or f"metered_app.{inner}", OFFERED)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Ask for admission before the app sees an HTTP request; other scopes pass untouched."""

@@ -18,7 +18,7 @@ from asgi_metering.asgi.fields import limit_fields
 from asgi_metering.asgi.refusals import in_band_error, refusal_response
 from asgi_metering.asgi.tap import Tap
 from asgi_metering.asgi.types import ASGIApp, Headers, Message, Receive, Scope, Send
-from asgi_metering.asgi.watch import Watch
+from asgi_metering.asgi.watch import ClientGone, Watch
 from asgi_metering.call import CURRENT, Call, CallRefused, Opening
 from asgi_metering.policies import ChargePolicy
 from asgi_metering.quotas import is_quota_header, read_quota
@@ -58,10 +58,6 @@ class ExchangeOptions:
     stop_on_disconnect: bool = False
 
 
-class ClientGone(OSError):  # noqa: N818 -- the field's name for it
-    """Raised from ``send`` to an app that would go on for a client that left."""
-
-
 async def run(
     app: ASGIApp, opening: Opening, scope: Scope, receive: Receive, send: Send, options: ExchangeOptions
 ) -> None:
@@ -77,7 +73,7 @@ async def run(
     spoke = False  # the app has sent something since its call was refused
     tap: Tap | None = None
     grace: asyncio.TimerHandle | None = None
-    watch = Watch(receive) if options.stop_on_disconnect else None
+    watch = Watch(scope, receive, send) if options.stop_on_disconnect else None
     inner_receive = watch.receive if watch is not None else receive
 
     def gone() -> None:
@@ -118,13 +114,10 @@ async def run(
     async def send_start(call: Call, message: Message) -> None:
         nonlocal started, begun, trailers, tap
         if call.deferred:
-            # A generator endpoint: it is asked for now, before its headers go out (pitfall 7). A refusal is answered
-            # even if its first step met it earlier: this start says nothing of it (pitfall 15).
-            try:
-                await call.ensure()
-            except CallRefused:
-                await refuse(call)
-                raise
+            # A generator endpoint: it is asked for now, before its headers go out (pitfall 7). A refusal rises even if
+            # its first step met it earlier, for this start says nothing of it (pitfall 15). It is answered when the
+            # app has unwound: the framework may cancel the task that sends, and would tear the answer in two.
+            await call.ensure()
         if call.is_refused:
             if message["status"] >= 500:
                 # The framework made a 500 of it; a handler's own 402, or its degraded 200, stays (pitfall 15).
@@ -175,6 +168,8 @@ async def run(
         last = not message.get("more_body", False) and not trailers
         if last:
             finish(call)
+        # What is sent to a client that was seen to leave reaches nobody: a framework's own 500, say.
+        reaches = call.cause is None
         handed_over = True
         try:
             await deliver(call, message)
@@ -184,7 +179,7 @@ async def run(
         finally:
             # Also when cancelled while the server's `send` waited for its buffer: the bytes are the server's then.
             if body and handed_over:
-                call.first_byte = True
+                call.first_byte = call.first_byte or reaches
                 if tap is not None:
                     tap.keep(body)
         unchecked += len(body)
@@ -201,15 +196,19 @@ async def run(
         )
         if last and call.admitted:
             finish(call)
+        reaches = call.cause is None
         await deliver(call, message)
         if call.admitted and kind != "http.response.trailers":
-            call.first_byte = True
+            call.first_byte = call.first_byte or reaches
 
     async def deliver(call: Call, message: Message) -> None:
-        if watch is not None and watch.is_gone and not finishing:
-            raise ClientGone("The client has left.")
         try:
-            await send(message)
+            if watch is None:
+                await send(message)
+            elif watch.is_gone and not finishing:
+                raise ClientGone("The client has left.")
+            else:
+                await watch.send(message)
         except OSError:
             call.see(Cause.CLIENT_GONE)
             raise

@@ -111,7 +111,7 @@ class Records:
                 told[attribute] = getattr(event.usage, axis)
         for name, value in event.attributes.items():
             # What the conventions name keeps its name, and never replaces what is said above.
-            told[name if name.startswith(names.NAMESPACES) else names.EXTRA + name] = value
+            told.setdefault(name if name.startswith(names.NAMESPACES) else names.EXTRA + name, value)
         return {
             str(sendable(name, MAX_TEXT)): sendable(value, MAX_TEXT)
             for name, value in told.items()

@@ -163,14 +163,17 @@ class Pump:
                 raise StoreError(f"The {store.name} store gave {len(answers)} answers to {len(batch)} operations.")
         except StoreError as failure:
             self._fail(batch, failure)
+            return
         except Exception as failure:  # noqa: BLE001 -- whatever it is, it is one operation's and not its neighbours'
-            await self._send_one_by_one(batch, failure)
+            unwritable = failure
         except BaseException:
             self._fail(batch, StoreUnavailableError(f"The pump of the {store.name} store was stopped."))
             raise
         else:
             for waiting, answer in zip(batch, answers, strict=True):
                 self._deliver(waiting, answer)
+            return
+        await self._send_one_by_one(batch, unwritable)
 
     async def _send_one_by_one(self, batch: list[_Waiting], failure: Exception) -> None:
         """A batch that cannot be written as a whole: only its guilty operation shall fail."""

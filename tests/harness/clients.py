@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 import h2.config
 import h2.connection
 import h2.events
+import h2.settings
 import h11
 
 from tests.harness.servers import HOST
@@ -217,8 +218,8 @@ class Http2Client(_Socket):
         port: On loopback.
         timeout_s: Bound of every single read, write and connect.
         receive_buffer: ``SO_RCVBUF`` in bytes.
-        window: The stream window in bytes that is announced. It is refilled as bytes are handed to the test:
-            a test that stops reading stalls the stream after that many bytes.
+        window: The window in bytes that is announced for each stream. It is refilled as the test reads, on whatever
+            stream: a test that stops reading stalls every stream after at most that many bytes.
 
     Attributes:
         ended: By stream id, how its response ended.
@@ -233,7 +234,9 @@ class Http2Client(_Socket):
         self._heads: dict[int, ResponseHead] = {}
         self._unread: dict[int, bytes] = {}
         self._wire = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding="utf-8"))
-        self._wire.local_settings.initial_window_size = window
+        self._wire.local_settings = h2.settings.Settings(
+            client=True, initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window}
+        )
         self._wire.initiate_connection()
         self._flush()
 
@@ -273,17 +276,13 @@ class Http2Client(_Socket):
         while len(self._unread[stream]) < size and self._read(stream):
             pass
         taken, self._unread[stream] = self._unread[stream][:size], self._unread[stream][size:]
-        if taken and stream not in self.ended:
-            self._wire.acknowledge_received_data(len(taken), stream)
-            self._flush()
         return taken
 
     def read_rest(self, stream: int) -> bytes:
         """Read *stream* to its end, however it comes; see `ended`."""
-        parts = []
-        while part := self.read_body(stream, _READ_BYTES if stream in self.ended else 1):
-            parts.append(part)
-        return b"".join(parts)
+        while self._read(stream):
+            pass
+        return self.read_body(stream, len(self._unread[stream]))
 
     def reset_stream(self, stream: int) -> None:
         """Leave one stream by RST_STREAM (CANCEL); the connection stays."""
@@ -313,9 +312,7 @@ class Http2Client(_Socket):
             self._heads[event.stream_id] = ResponseHead(int(fields[0][1]), fields[1:])
         elif isinstance(event, h2.events.DataReceived):
             self._unread[event.stream_id] += event.data
-            padding = event.flow_controlled_length - len(event.data)
-            if padding:
-                self._wire.acknowledge_received_data(padding, event.stream_id)
+            self._wire.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
         elif isinstance(event, h2.events.StreamEnded):
             self.ended.setdefault(event.stream_id, "complete")
         elif isinstance(event, h2.events.StreamReset):

@@ -272,12 +272,16 @@ def _is_resource_tracker(pid: int) -> bool:
 
 def _is_alive(pid: int) -> bool:
     """Whether any thread of the process runs: its first may be a zombie while another still holds the sockets."""
-    states = []
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
-            # The state follows the name, which stands in parentheses and may contain any byte.
-            states.append(stat.read_bytes().rpartition(b") ")[2][:1])
-    return any(state not in (b"Z", b"X") for state in states)
+    return any(_state(stat) not in ("", "Z", "X") for stat in Path(f"/proc/{pid}/task").glob("*/stat"))
+
+
+def _state(stat: Path) -> str:
+    """The scheduler's letter for one thread, or "" if it is gone."""
+    try:
+        # It follows the name, which stands in parentheses and may contain anything.
+        return stat.read_text(errors="replace").rpartition(") ")[2][:1]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 class _AnnouncedServer(uvicorn.Server):

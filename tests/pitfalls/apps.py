@@ -22,13 +22,23 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asgi_metering import Metering, MeteringMiddleware, billable, metered_app
 
-__all__ = ["FASTAPI_KINDS", "GENERATORS", "HOW", "PRICE", "STARLETTE_KINDS", "How", "fastapi_app", "installed", "starlette_app"]
+__all__ = [
+    "FASTAPI_KINDS",
+    "GENERATORS",
+    "HOW",
+    "PRICE",
+    "STARLETTE_KINDS",
+    "How",
+    "fastapi_app",
+    "installed",
+    "starlette_app",
+]
 
 PRICE = 2
 
 GENERATORS = ("async-sse", "sync-sse", "async-jsonl", "sync-jsonl", "async-raw", "sync-raw")
 FASTAPI_KINDS = ("async", "sync", *GENERATORS)
-STARLETTE_KINDS = ("async", "sync", "class/async", "class/sync", "stream", "mounted/app", "mounted/class")
+STARLETTE_KINDS = ("async", "sync", "class/async", "class/sync", "stream", "mounted/app/", "mounted/class")
 
 How = Literal["added", "wrapped"]
 HOW: tuple[How, ...] = ("added", "wrapped")
@@ -39,7 +49,7 @@ def installed(app: Any, metering: Metering, how: How) -> ASGIApp:
     if how == "wrapped":
         return MeteringMiddleware(app, metering)
     app.add_middleware(MeteringMiddleware, metering=metering)
-    return app  # type: ignore[no-any-return]
+    return app
 
 
 def fastapi_app(ran: list[str]) -> FastAPI:
@@ -138,7 +148,7 @@ def starlette_app(ran: list[str]) -> Starlette:
         return StarletteStream(chunks())
 
     async def plain(scope: Scope, receive: Receive, send: Send) -> None:
-        ran.append("mounted/app")
+        ran.append("mounted/app/")
         await PlainTextResponse("one")(scope, receive, send)
 
     class Whole(HTTPEndpoint):

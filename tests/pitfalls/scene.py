@@ -8,13 +8,14 @@ event loop, in process, with the lifespan of the application around it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from starlette.requests import HTTPConnection
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asgi_metering import Caller, Metering
 from asgi_metering.receipts import Balance
@@ -112,8 +113,8 @@ class Scene:
         self.metering = Metering(self.books, identify=identify, sinks=())
         self.grant(ANN, 100)
 
-    def grant(self, payer: str, credits: int) -> None:
-        MemoryStore.run_now(self.books, PostGrant(f"for-{payer}", payer, "credits", credits * CREDIT))
+    def grant(self, payer: str, amount: int) -> None:
+        MemoryStore.run_now(self.books, PostGrant(f"for-{payer}", payer, "credits", amount * CREDIT))
 
     async def balance(self, payer: str = ANN) -> Balance:
         return await self.metering.balance(payer)
@@ -131,7 +132,7 @@ class Scene:
     def events(self) -> list[dict[str, Any]]:
         """Usage events that nobody has fetched yet."""
         snapshot = asyncio.run(self.books.read(PendingEvents()))
-        return [dict(row.body) for row in snapshot.state.events.values()]
+        return [dict(row.payload) for row in snapshot.state.events.values()]
 
 
 async def make(app: ASGIApp, visits: Sequence[Visit]) -> list[Drive]:
@@ -146,6 +147,18 @@ def visit(app: ASGIApp, *visits: Visit) -> list[Drive]:
             return await make(app, visits)
 
     return asyncio.run(story())
+
+
+def http_only(app: ASGIApp) -> ASGIApp:
+    """Let a plain application of a few lines say that it has no lifespan."""
+
+    @functools.wraps(app)
+    async def without_lifespan(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError("This application has no lifespan.")
+        await app(scope, receive, send)
+
+    return without_lifespan
 
 
 def field_of(ended: Drive, name: str) -> str | None:

@@ -7,6 +7,7 @@ import gzip
 import json
 import zlib
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from asgi_metering import TokenUsage, billable, current_call, metered_app, rate_limited
+from asgi_metering import (
+    Metering,
+    MeteringMiddleware,
+    TokenUsage,
+    billable,
+    current_call,
+    metered_app,
+    rate_limited,
+)
 from asgi_metering.call import CURRENT
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.prices import per_token
@@ -112,33 +121,44 @@ def test_settles_a_file(tmp_path: Path) -> None:
     asyncio.run(play())
 
 
+class StuckAt(MemoryStore):
+    """A store that answers operations of one kind only when it is let."""
+
+    immediate = False
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self._kind = kind
+        self.asked = asyncio.Event()
+        self.answer = asyncio.Event()
+        self.answered = asyncio.Event()
+
+    async def run(self, operations: Any) -> Any:
+        stuck = any(isinstance(operation, self._kind) for operation in operations)
+        if stuck:
+            self.asked.set()
+            await self.answer.wait()
+        answers = await super().run(operations)
+        if stuck:
+            self.answered.set()
+        return answers
+
+
 def test_never_awaits_the_ledger_in_send() -> None:
     """Pitfall 22: while the store is stuck with a call's end, the client has its whole response and the app returns."""
-
-    class StuckAtEnds(MemoryStore):
-        immediate = False
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.free = asyncio.Event()
-
-        async def run(self, operations: Any) -> Any:
-            if any(isinstance(operation, End) for operation in operations):
-                await self.free.wait()
-            return await super().run(operations)
 
     @billable(2)
     async def endpoint(_request: Request) -> StreamingResponse:
         return sse(events("a"))
 
     async def play() -> None:
-        store = StuckAtEnds()
+        store = StuckAt(End)
         async with staged(starlette(endpoint), store=store) as stage:
             ended = await drive(stage.app, http_scope("/"))
             assert ended.outcome == "returned"
             assert ended.complete.is_set()
             assert await stage.charges() == []
-            store.free.set()
+            store.answer.set()
             await stage.booked()
             assert await stage.basis() == ("usage",)
 
@@ -377,22 +397,33 @@ def test_watch_sees_the_client_leave_an_app_that_never_looks() -> None:
 
 
 def test_watch_gives_the_app_every_message_in_order() -> None:
-    """Pitfall 27: reading ahead takes no message from the app."""
-    received: list[Any] = []
+    """Pitfall 27: a server whose messages come once each gives every one of them to the app, read ahead or not."""
+    received: list[str] = []
 
     async def app(_scope: Any, receive: Any, send: Any) -> None:
-        received.append(await receive())
-        received.append(await receive())
+        received.append((await receive())["type"])
+        received.append((await receive())["type"])
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"a", "more_body": True})
-        received.append(await receive())
-        received.append(await receive())
+        await asyncio.sleep(0)
+        received.append((await receive())["type"])
 
     async def play() -> None:
         async with staged(metered_app(plain(app), billable(2)), layer={"stop_on_disconnect": True}) as stage:
-            await stage.drive(body=[b"one", b"two"], disconnect_at=2)
-            assert [message.get("body") for message in received] == [b"one", b"two", None, None]
-            assert [message["type"] for message in received[2:]] == ["http.disconnect"] * 2
+            server: asyncio.Queue[Any] = asyncio.Queue()
+            for message in (
+                {"type": "http.request", "body": b"one", "more_body": True},
+                {"type": "http.request", "body": b"two", "more_body": False},
+                {"type": "http.disconnect"},
+            ):
+                server.put_nowait(message)
+
+            async def send(_message: Any) -> None:
+                await asyncio.sleep(0)
+
+            async with asyncio.timeout(5):
+                await stage.app(http_scope("/", "POST"), server.get, send)
+            assert received == ["http.request", "http.request", "http.disconnect"]
 
     asyncio.run(play())
 
@@ -439,32 +470,19 @@ def test_client_gone_by_message_or_by_os_error(spec_version: str) -> None:
 def test_admission_whose_caller_was_cancelled_is_given_back() -> None:
     """Pitfall 29: cancelled between the question to the store and its answer, the hold is released by its id."""
 
-    class Slow(MemoryStore):
-        immediate = False
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.asked = asyncio.Event()
-            self.answer = asyncio.Event()
-
-        async def run(self, operations: Any) -> Any:
-            if any(isinstance(operation, Admit) for operation in operations):
-                self.asked.set()
-                await self.answer.wait()
-            return await super().run(operations)
-
     @billable(2)
     async def endpoint(_request: Request) -> JSONResponse:
         raise AssertionError("The endpoint must not run.")
 
     async def play() -> None:
-        store = Slow()
+        store = StuckAt(Admit)
         async with staged(starlette(endpoint), store=store) as stage, Drive(stage.app, http_scope("/")) as run:
             await store.asked.wait()
             assert run.task is not None
             run.task.cancel()
             await run.ended()
             store.answer.set()
+            await store.answered.wait()
             await stage.booked()
             balance = await stage.metering.balance(PAYER)
             assert (balance.held, balance.settled) == (0, 0)
@@ -497,24 +515,35 @@ def test_background_tasks_do_not_inherit_a_requests_variables() -> None:
     """Pitfall 30: a worker started by a request knows nothing of that request, or it would keep it alive."""
     seen: list[Any] = []
 
-    @billable(2)
-    async def endpoint(_request: Request) -> JSONResponse:
-        return JSONResponse({})
-
     async def play() -> None:
+        # Nothing has used this metering before: the request itself starts its background.
         sinks = [CallbackSink(lambda _events: seen.append(CURRENT.get()))]
-        async with staged(starlette(endpoint), with_lifespan=False, sinks=sinks) as stage:
-            await stage.drive()
-            # The exporter's task was started by that request, and delivers its event.
-            await within(5, lambda: bool(seen))
-            assert seen == [None]
+        metering = Metering(identify=lambda _connection: Caller(PAYER), sinks=sinks)
+        free = metered_app(plain(answering), rate_limited("10/minute"), billable(0))
+        await drive(MeteringMiddleware(free, metering=metering), http_scope("/"))
+        # The exporter's task was started by that request, and delivers its event.
+        await within(5, lambda: bool(seen))
+        assert seen == [None]
+        await metering.stop()
 
     asyncio.run(play())
 
 
+async def answering(_scope: Any, _receive: Any, send: Any) -> None:
+    """An app that answers nothing."""
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body"})
+
+
 def test_shutdown_waits_for_a_stream_in_flight() -> None:
-    """Pitfall 31: lifespan.shutdown is held until the calls in flight have ended and are booked."""
+    """Pitfall 31: the app hears of its shutdown only when the calls in flight have ended: its pools are open still."""
     free = asyncio.Event()
+    closed_while_streaming: list[bool] = []
+
+    @asynccontextmanager
+    async def pools(_app: Any) -> AsyncIterator[None]:
+        yield
+        closed_while_streaming.append(not free.is_set())
 
     @billable(2)
     async def endpoint(_request: Request) -> StreamingResponse:
@@ -526,12 +555,12 @@ def test_shutdown_waits_for_a_stream_in_flight() -> None:
         return StreamingResponse(body())
 
     async def play() -> None:
-        async with staged(starlette(endpoint)) as stage:
+        async with staged(Starlette(routes=[Route("/", endpoint)], lifespan=pools)) as stage:
             run = Drive(stage.app, http_scope("/"))
             await run.__aenter__()
             await within(5, lambda: len(run.log) >= 2)
             asyncio.get_running_loop().call_later(0.05, free.set)
-        # The lifespan is over here, and not before the stream was.
+        assert closed_while_streaming == [False]
         assert await run.ended() == "returned"
         assert await stage.basis() == ("usage",)
         await run.__aexit__()
@@ -570,8 +599,14 @@ def test_without_a_lifespan_the_request_waits_for_its_own_end() -> None:
         return sse(events("a"))
 
     async def play() -> None:
-        async with staged(starlette(endpoint), with_lifespan=False) as stage:
-            await drive(stage.app, http_scope("/"))
+        store = StuckAt(End)
+        async with staged(starlette(endpoint), with_lifespan=False, store=store) as stage:
+            async with Drive(stage.app, http_scope("/")) as run:
+                await store.asked.wait()
+                assert run.complete.is_set()
+                assert run.outcome is None
+                store.answer.set()
+                assert await run.ended() == "returned"
             assert await stage.basis() == ("usage",)
 
     asyncio.run(play())

@@ -16,8 +16,8 @@ path                answer
 ``/slow``           2 credits: JSON, once ``until`` is a file in the folder of gates
 ``/upload``         2 credits: the length of the body, which the endpoint reads
 ``/told``           1 credit a token: a call that reports 7 tokens at once, and answers as ``/slow``
-``/raw/burst``      2 credits: no framework, 64 KiB chunks (``n``) in a loop that never looks for the client
-``/raw/trailers``   2 credits: no framework, a body that announces trailers, and then the trailers
+``/raw/burst/``     2 credits: no framework, 64 KiB chunks (``n``) in a loop that never looks for the client
+``/raw/trailers/``  2 credits: no framework, a body that announces trailers, and then the trailers
 ==================  ======================================================================================
 
 Under ``/watched`` the same routes are behind a layer with ``stop_on_disconnect=True``.

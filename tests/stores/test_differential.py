@@ -176,6 +176,18 @@ def test_admit_into_an_account_with_many_overdue_calls(pair: Pair, together: boo
     pair.run(_call("c"), Sweep())
 
 
+@pytest.mark.parametrize("operation", [_call("b"), Sweep()])
+def test_end_what_was_overdue_before_the_clock_stepped_back(pair: Pair, operation: Operation) -> None:
+    """What is overdue is decided by the latest time that the account has seen, as in memory."""
+    pair.run(_call("a"), _call("other", payer="p", ttl_s=500.0), _call("slot", 0, leases=(LeaseAsk("a", "one", 9),)))
+    pair.clock.advance(100.0)
+    pair.run(PostGrant("g2", "p", "credits", 1))
+    pair.clock.advance(-38.0)
+    pair.run(operation)
+    pair.clock.advance(-50.0)
+    pair.run(operation)
+
+
 def test_sweep_accounts_a_few_calls_at_a_time(pair: Pair) -> None:
     """A sweep with a small limit ends, and puts in doubt, the same calls of the same accounts as in memory."""
     for payer in ("é", "Z", "q", "a"):

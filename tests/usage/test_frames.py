@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from asgi_metering.usage import frames as module
 from asgi_metering.usage.frames import (
     HEAD,
     MAX_PAYLOAD,
@@ -180,6 +181,19 @@ def test_drop_an_event_of_too_many_lines() -> None:
     assert frames.feed(line * 2000) == []
     assert frames.pending() is None
     assert frames.feed(b"data: more\n\ndata: a\n\n") == [Payload(b"a")]
+
+
+@pytest.mark.parametrize("line", [b"data\n", b"data:\n", b"data: x\n"])
+def test_drop_an_event_of_tiny_lines(line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty data lines count as well: an event of nothing but them is bounded."""
+    monkeypatch.setattr(module, "MAX_PAYLOAD", 100)
+    frames = EventFrames()
+    fitting = 100 // len(line.removeprefix(b"data").removeprefix(b": ").replace(b":", b""))
+    frames.feed(line * fitting)
+    assert frames.pending() is not None
+    frames.feed(line)
+    assert frames.pending() is None
+    assert frames.feed(b"\ndata: a\n\n") == [Payload(b"a")]
 
 
 def test_drop_what_follows_a_clipped_line() -> None:

@@ -9,7 +9,9 @@ import pytest
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
 from asgi_metering.usage.dialects import DIALECTS, detect, detect_usage, named
+from asgi_metering.usage.notes import Notes
 from tests.usage.test_openai import body, stream
+from tests.usage.vectors import read
 
 
 def gemini(*usages: Any, **fields: Any) -> UsageReport:
@@ -75,6 +77,15 @@ def test_read_ollamas_last_line() -> None:
     assert ollama(done=True, eval_count=282).usage == TokenUsage(None, 282)
     assert ollama(done=False).usage is None
     assert ollama(embeddings=[[0.1]], prompt_eval_count=8).usage == TokenUsage(8, 0)
+
+
+def test_end_ollamas_lines() -> None:
+    """Only the line that is done ends the stream."""
+    going, done = b'{"model":"o","done":false}\n', b'{"model":"o","done":true,"eval_count":1}\n'
+    for data, complete in ((going, False), (going + done, True), (done + going, True)):
+        report = read([data], "application/x-ndjson").report()
+        assert report is not None
+        assert report.complete is complete
 
 
 @pytest.mark.parametrize(
@@ -155,7 +166,20 @@ def test_detect_the_dialect_of_a_bare_usage() -> None:
         found = detect_usage(usage)
         assert found is not None
         assert found.name == name
+        notes = Notes()
+        assert found.note_usage(notes, usage)
+        assert not found.note_usage(notes, {})
     assert detect_usage({}) is None
+
+
+@pytest.mark.parametrize(
+    "usage", [{"prompt_eval_count": 1}, {"eval_count": 1}, {"prompt_eval_count": 0, "eval_count": 0}]
+)
+def test_count_any_side_of_ollama(usage: dict[str, int]) -> None:
+    """Either count is a report, also as zero."""
+    notes = Notes()
+    assert named("ollama").note_usage(notes, usage)
+    assert notes.usage == TokenUsage(usage.get("prompt_eval_count"), usage.get("eval_count"))
 
 
 def test_override_the_detection() -> None:

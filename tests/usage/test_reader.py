@@ -357,6 +357,7 @@ def test_stay_with_a_dialect_that_has_counted() -> None:
 
 def test_keep_text_up_to_a_bound() -> None:
     """Text is kept up to the bound, to the character, and counted beyond it, pending events included."""
+    assert not stream(delta(content="x" * MAX_TEXT), keep_text=True).text_truncated
     part = "x" * 30_000
     found = stream(*[delta(content=part)] * 7, keep_text=True)
     assert found.text() == "x" * MAX_TEXT
