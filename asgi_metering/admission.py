@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from asgi_metering.amounts import exact_amount
+from asgi_metering.amounts import Unit, exact_amount
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import ConfigurationError, IdentityError, MeteringError, PayerError, StoreError
 from asgi_metering.estimates import estimate_arguments
@@ -38,7 +38,7 @@ from asgi_metering.usage import TokenUsage
 if TYPE_CHECKING:
     from asgi_metering.call import Call
 
-__all__ = ["admit"]
+__all__ = ["admit", "check_amounts", "usage_of"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -182,6 +182,27 @@ def _amounts(call: Call) -> tuple[int, int]:
     if charge.hold.at_least is None:
         return amount, amount
     return amount, min(amount, call.unit.parts(charge.hold.at_least, "least hold"))
+
+
+def check_amounts(charge: ChargePolicy, unit: Unit) -> None:
+    """
+    Check that *unit* can count every amount that *charge* names: before the first paying request, not on it.
+
+    Raises:
+        AmountError: One is too fine or too large.
+    """
+    if isinstance(charge.price, FixedPrice):
+        unit.parts(charge.price.amount, "price")
+    estimate = charge.hold.estimate
+    if estimate is not None and not isinstance(estimate, From | TokenUsage):
+        unit.round(unit.exact(estimate, "hold"))
+    if charge.hold.at_least is not None:
+        unit.parts(charge.hold.at_least, "least hold")
+    for source in charge.sources:
+        if isinstance(source, Allowance):
+            limits = source.limit.values() if isinstance(source.limit, Mapping) else (source.limit,)
+            for limit in limits:
+                unit.parts(limit, f"allowance {source.name!r}")
 
 
 # -- the operation -----------------------------------------------------------------------------------------

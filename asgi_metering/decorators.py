@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any, TypeVar
 
+from asgi_metering.admission import check_amounts
 from asgi_metering.amounts import Unit
 from asgi_metering.call import CURRENT, SCOPE_KEY, Call, Opening
 from asgi_metering.errors import ConfigurationError, NoCallError
@@ -37,8 +38,10 @@ from asgi_metering.policies import (
 from asgi_metering.prices import MeasuredPrice
 from asgi_metering.rates import parse_limit
 from asgi_metering.receipts import Basis
+from asgi_metering.rules.calendars import zone as find_zone
 from asgi_metering.rules.ending import END_OF_CALL, EndPolicy, Situation
-from asgi_metering.sources import PaymentSource, Wallet
+from asgi_metering.sources import Allowance, PaymentSource, Wallet
+from asgi_metering.usage.dialects import named
 
 __all__ = ["Guard", "billable", "decorated", "gather", "guard_of", "rate_limited"]
 
@@ -105,7 +108,8 @@ def billable(
         grace_s: Seconds in doubt before the policy ends a hold.
 
     Raises:
-        AmountError: A price or hold that is a float, negative, NaN or too large.
+        AmountError: A price or hold that is a float, negative, NaN or too large, or too fine for *unit*. Without a
+            *unit* the metering's own is asked when the application starts.
         ConfigurationError: Anything else that cannot work, at import.
     """
     chosen = {
@@ -120,32 +124,46 @@ def billable(
     read = read_price(price)
     if hold is not None and not isinstance(read, MeasuredPrice):
         raise ConfigurationError("A fixed price holds itself. Leave out hold=, or use a measured price.")
-    if errors not in ERROR_SHAPES:
-        raise ConfigurationError(f"errors={errors!r} is not a shape. Use one of {', '.join(ERROR_SHAPES)}.")
-    for name, seconds in {"ttl_s": ttl_s, "grace_s": grace_s}.items():
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MAX_TTL_S:
-            raise ConfigurationError(f"{name}={seconds!r} is not a number of seconds above 0, up to {MAX_TTL_S}.")
-    return Part(
-        charge=ChargePolicy(
-            price=read,
-            line="" if line is None else check_line(line),
-            end=EndPolicy({row: _basis(row, basis) for row, basis in chosen.items() if basis is not None}),
-            unit=unit,
-            hold=read_hold(hold),
-            sources=_sources(sources),
-            payer=None if payer is None else From(payer, "payer"),
-            errors=errors,
-            customise=customise,
-            dialect=usage,
-            forward_quota_headers=forward_quota_headers,
-            ttl_s=float(ttl_s),
-            grace_s=float(grace_s),
-        )
+    _check_errors(errors)
+    _check_seconds(ttl_s=ttl_s, grace_s=grace_s)
+    for name, function in {"payer": payer, "customise": customise}.items():
+        if function is not None and not callable(function):
+            raise ConfigurationError(f"{name}={function!r} cannot be called. Pass a function.")
+    if unit is not None and not isinstance(unit, Unit):
+        raise ConfigurationError(f"unit={unit!r} is no Unit. Declare one: Unit('credits', scale=6).")
+    charge = ChargePolicy(
+        price=read,
+        line="" if line is None else check_line(line),
+        end=EndPolicy({row: _basis(row, basis) for row, basis in chosen.items() if basis is not None}),
+        unit=unit,
+        hold=read_hold(hold),
+        sources=_sources(sources),
+        payer=None if payer is None else From(payer, "payer"),
+        errors=errors,
+        customise=customise,
+        dialect=None if usage is None else named(usage).name,
+        forward_quota_headers=forward_quota_headers,
+        ttl_s=float(ttl_s),
+        grace_s=float(grace_s),
     )
+    if unit is not None:
+        check_amounts(charge, unit)
+    return Part(charge=charge)
 
 
 MAX_TTL_S = 86_400
 """A day: a hold that lives longer without a sign of life is not a hold."""
+
+
+def _check_errors(errors: str) -> None:
+    if errors not in ERROR_SHAPES:
+        raise ConfigurationError(f"errors={errors!r} is not a shape. Use one of {', '.join(ERROR_SHAPES)}.")
+
+
+def _check_seconds(**spans: float) -> None:
+    for name, seconds in spans.items():
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MAX_TTL_S:
+            raise ConfigurationError(f"{name}={seconds!r} is not a number of seconds above 0, up to {MAX_TTL_S}.")
 
 
 def rate_limited(
@@ -179,8 +197,9 @@ def rate_limited(
     """
     if not limits and concurrency is None and global_concurrency is None:
         raise ConfigurationError("rate_limited() limits nothing. Give it '60/minute', say, or concurrency=4.")
-    if errors not in ERROR_SHAPES:
-        raise ConfigurationError(f"errors={errors!r} is not a shape. Use one of {', '.join(ERROR_SHAPES)}.")
+    _check_errors(errors)
+    # Unknown zones are refused here; windows are made when a call comes.
+    find_zone(zone)
     if not callable(key) and key not in KEYS:
         raise ConfigurationError(f"key={key!r} is not known. Use one of {', '.join(KEYS)}, or a function.")
     if not callable(cost) and (type(cost) is not int or cost < 0):
@@ -223,6 +242,11 @@ def _sources(sources: Sequence[PaymentSource] | None) -> tuple[PaymentSource, ..
         return (Wallet(),)
     if not sources:
         raise ConfigurationError("sources=[] leaves nothing to pay with. Leave it out, or name a source.")
+    for source in sources:
+        if not isinstance(source, PaymentSource):
+            raise ConfigurationError(f"{source!r} is no source. Use Wallet() or Allowance(...).")
+        if isinstance(source, Allowance):
+            find_zone(source.zone)
     return tuple(sources)
 
 

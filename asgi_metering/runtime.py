@@ -47,6 +47,9 @@ RETRY_FIRST_S = 0.1
 RETRY_LAST_S = 5.0
 """An end that the store did not take is tried again after these, doubling."""
 
+BOOK_S = 5.0
+"""What the drain still gives the store to book the ends after the calls are over (S2.21)."""
+
 MAX_QUEUED_ENDS = 100_000
 """Ends that may wait for a dead store in memory; beyond it they are left to their holds' expiry, with an alarm."""
 
@@ -143,8 +146,12 @@ class Runtime:
             call.see(Cause.ABORTED)
             self.finish(call)
         left = max(DRAIN_STEP_S, deadline - self.loop.time())
+        return await self.booked(left + BOOK_S)
+
+    async def booked(self, timeout_s: float = BOOK_S) -> int:
+        """Wait until every end that was queued is booked, at most *timeout_s*; returns how many are not."""
         try:
-            await asyncio.wait_for(self._quiet.wait(), left + BOOK_S)
+            await asyncio.wait_for(self._quiet.wait(), timeout_s)
         except TimeoutError:
             log.error("%d ends were not booked before the shutdown; their holds go in doubt.", self.busy)
         return self.busy
@@ -304,9 +311,6 @@ class Runtime:
 
 DRAIN_STEP_S = 0.02
 """How often the drain looks whether the calls in flight are over."""
-
-BOOK_S = 5.0
-"""What the drain still gives the store to book the ends after the calls are over (S2.21)."""
 
 EXPORT_S = 5.0
 """What a shutdown gives the exporters; what they do not take stays in the outbox."""

@@ -12,7 +12,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from asgi_metering.admission import check_amounts
+from asgi_metering.amounts import Unit
 from asgi_metering.decorators import Guard, decorated, guard_of
+from asgi_metering.errors import AmountError
 from asgi_metering.metering import ALL_FEATURES
 from asgi_metering.policies import EndpointPolicy
 
@@ -75,7 +78,8 @@ def audit(app: Any, features: frozenset[str], unenforced: frozenset[str], meteri
         app: Any ASGI app; without a route table there is nothing to find.
         features: What the layers enable.
         unenforced: What may run without its layer.
-        metering: Of the layers in front; None does not compare it with that of layers further in.
+        metering: Of the layers in front: layers further in must have the same, and its unit must be able to count the
+            prices. None checks neither.
     """
     report = Report(rows=list(routes_of(app)))
     if metering is not None:
@@ -85,6 +89,8 @@ def audit(app: Any, features: frozenset[str], unenforced: frozenset[str], meteri
             covered = frozenset[str]().union(*(layer.features for layer in row.layers))
             report.errors.extend(_missing_layers(row, row.policy, features | unenforced | covered))
             report.errors.extend(_nested(row, row.policy))
+            if metering is not None:
+                report.errors.extend(_uncountable(row, row.policy, metering.unit))
     _check_reach(report)
     return report
 
@@ -111,6 +117,16 @@ def _missing_layers(row: Row, policy: EndpointPolicy, covered: frozenset[str]) -
             f"{row.path} ({policy.name}) is @rate_limited, but no layer enforces rates. Add RateLimitMiddleware or "
             f'MeteringMiddleware, or say unenforced="allow".'
         )
+
+
+def _uncountable(row: Row, policy: EndpointPolicy, unit: Unit) -> Iterator[str]:
+    charge = policy.charge
+    if charge is None:
+        return
+    try:
+        check_amounts(charge, charge.unit or unit)
+    except AmountError as failure:
+        yield f"{row.path} ({policy.name}) cannot be charged. {failure}"
 
 
 def _nested(row: Row, policy: EndpointPolicy) -> Iterator[str]:

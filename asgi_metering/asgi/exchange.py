@@ -189,6 +189,7 @@ async def run(
 
     async def send_other(call: Call, message: Message, kind: str) -> None:
         """A file by path is one message and the end; trailers end a response that announced them (pitfall 36)."""
+        nonlocal latest
         last = (
             (kind == "http.response.trailers" and not message.get("more_trailers", False))
             or (kind == "http.response.pathsend" and not trailers)
@@ -198,7 +199,9 @@ async def run(
             finish(call)
         reaches = call.cause is None
         await deliver(call, message)
-        if call.admitted and kind != "http.response.trailers":
+        if not call.admitted:
+            latest = message
+        elif kind != "http.response.trailers":
             call.first_byte = call.first_byte or reaches
 
     async def deliver(call: Call, message: Message) -> None:
@@ -298,6 +301,9 @@ async def _close_inline(call: Call, close: object, opening: Opening) -> None:
     if not runtime.managed and call.receipt is None and call.has_hold:
         # Nobody will hold a shutdown for us, so this task stays until the end is booked (pitfall 32).
         await asyncio.shield(call.expects_ending())
+        if call.cause is Cause.ABORTED:
+            # daphne stops when the first of the calls that it cancelled is over, and not when the last one is.
+            await asyncio.shield(runtime.booked())
 
 
 def _cause_of(failure: BaseException, finishing: bool) -> Cause:

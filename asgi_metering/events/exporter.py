@@ -203,7 +203,8 @@ class Exporter:
 
     def _start(self, courier: Courier) -> asyncio.Task[None] | None:
         events = self._custody.missing(courier.bit)
-        if not events:
+        # Another pass may have started it while this one claimed.
+        if not events or courier in self._turns:
             return None
         if not is_enabled(courier.sink):
             self._took(courier, events)

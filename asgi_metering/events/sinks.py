@@ -77,7 +77,7 @@ class OneCall:
             Exception: Whatever *function* raises.
         """
         loop = asyncio.get_running_loop()
-        if False:
+        if loop in self._running:
             raise TimeoutError(f"The last call of sink {self._name!r} still runs. Give what it calls a timeout.")
         call = self._running[loop] = loop.create_task(asyncio.to_thread(function, tuple(events)))
         call.add_done_callback(self._ended)

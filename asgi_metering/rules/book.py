@@ -191,12 +191,12 @@ class Book:
         spent = []
         left = amount
         for grant in self._spendable():
-            if not left:
-                break
             take = min(grant.free, left)
             self._touched[grant.id] = grant.moved(settled=take)
             spent.append(Part(_GRANT, grant.id, 0.0, take))
             left -= take
+            if not left:
+                break
         if left:
             self.debt += left
             spent.append(Part(_DEBT, "", 0.0, left))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
+from functools import lru_cache
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
@@ -22,6 +23,9 @@ Row = TypeVar("Row", bound="tuple[Any, ...]")
 
 _Codec = Callable[[Any], Any]
 
+CODED_TUPLES = 512
+"""Tuples, and texts of tuples, remembered for each column that keeps them: a few hundred bytes each."""
+
 
 class RowMap(Generic[Row]):
     """
@@ -32,10 +36,12 @@ class RowMap(Generic[Row]):
         row: The NamedTuple of the row; its fields are the columns.
         key: The columns that identify a row.
         derived: Further columns, computed from the row, for queries to look by.
+        changing: The fields that may change in the row's life; all but the key where it is left out.
 
     Attributes:
         fields: The columns that are the row, in its order.
         columns: All of them: *fields*, then the derived ones.
+        changing: The columns that may change: of *fields*, then the derived ones.
     """
 
     def __init__(
@@ -44,6 +50,7 @@ class RowMap(Generic[Row]):
         row: type[Row],
         key: tuple[str, ...],
         derived: Mapping[str, Callable[[Row], Any]] = MappingProxyType({}),
+        changing: tuple[str, ...] = (),
     ) -> None:
         hints = get_type_hints(row)
         self.table = table
@@ -51,7 +58,9 @@ class RowMap(Generic[Row]):
         self.key = key
         self.fields: tuple[str, ...] = tuple(hints)
         self.columns: tuple[str, ...] = (*hints, *derived)
+        self.changing: tuple[str, ...] = (*(changing or (name for name in hints if name not in key)), *derived)
         self._derived = tuple(derived.values())
+        self._changes = [(self.fields.index(name), _column_encoder(hints[name])) for name in changing]
         self._decoders = _only_some(_column_decoder(hint) for hint in hints.values())
         self._encoders = _only_some(_column_encoder(hint) for hint in hints.values())
 
@@ -67,6 +76,14 @@ class RowMap(Generic[Row]):
             values[index] = codec(values[index])
         for derive in self._derived:
             values.append(derive(row))
+        return values
+
+    def encode_change(self, row: Row) -> list[Any]:
+        """Turn what of *row* may change into what its columns keep, then its key."""
+        values: list[Any] = [row[index] if codec is None else codec(row[index]) for index, codec in self._changes]
+        for derive in self._derived:
+            values.append(derive(row))
+        values.extend([getattr(row, name) for name in self.key])
         return values
 
     def decode(self, values: Sequence[Any]) -> Row:
@@ -95,6 +112,8 @@ def _is_nested(hint: Any) -> bool:
 
 def _column_encoder(hint: Any) -> _Codec | None:
     kind = _without_none(hint)
+    if get_origin(kind) is tuple:
+        return _remembering(_text)
     if _is_nested(kind):
         return _text if kind is hint else _text_or_none
     if isinstance(kind, type) and issubclass(kind, StrEnum):
@@ -106,6 +125,8 @@ def _column_encoder(hint: Any) -> _Codec | None:
 def _column_decoder(hint: Any) -> _Codec | None:
     kind = _without_none(hint)
     inner = _decoder(kind)
+    if get_origin(kind) is tuple:
+        return _remembering(lambda text: inner(_loads(text)) if inner is not None else None)
     if _is_nested(kind):
         return _optional(lambda text: inner(_loads(text)) if inner is not None else _loads(text))
     return inner if kind is hint or inner is None else _optional(inner)
@@ -148,6 +169,11 @@ def _text_or_none(value: Any) -> str | None:
     return None if value is None else _text(value)
 
 
+def _remembering(codec: _Codec) -> _Codec:
+    """The tuples of a hold and of a ledger line are few and come again: most calls are paid from one grant."""
+    return lru_cache(maxsize=CODED_TUPLES)(codec)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
@@ -167,12 +193,15 @@ def _ended_at(hold: Hold) -> float | None:
     return None if hold.receipt is None else hold.receipt.at
 
 
+_CHANGING = ("state", "expires_at", "due_at", "observed", "receipt")
+"""What the rules change of a hold. What was decided at its admission, most of it nested, is written once."""
+
 MAPS: Mapping[str, RowMap[Any]] = {
     rows.table: rows
     for rows in (
         RowMap[Any](Table.ACCOUNT, Account, ("payer", "unit")),
         RowMap[Any](Table.GRANT, Grant, ("payer", "unit", "id")),
-        RowMap[Any](Table.HOLD, Hold, ("id",), {"ended_at": _ended_at}),
+        RowMap[Any](Table.HOLD, Hold, ("id",), {"ended_at": _ended_at}, _CHANGING),
         RowMap[Any](Table.ALLOWANCE, AllowanceWindow, ("payer", "unit", "name", "start")),
         RowMap[Any](Table.COUNTER, Counter, ("key",)),
         RowMap[Any](Table.LEASE, Lease, ("pool", "id")),

@@ -126,9 +126,7 @@ class Notes:
             return
         exact = Decimal(value)
         in_range = exact.is_finite() and 0 <= exact <= MAX_COST * divisor
-        if not in_range or (
-            exact and (exact.adjusted() < -COST_DIGITS or len(exact.as_tuple().digits) > COST_DIGITS)
-        ):
+        if not in_range or (exact and (exact.adjusted() < -COST_DIGITS or len(exact.as_tuple().digits) > COST_DIGITS)):
             self.flag("invalid_cost")
             return
         self.cost = _EXACT.divide(exact, Decimal(divisor)) if exact else Decimal(0)

@@ -278,8 +278,10 @@ def test_report_a_rejected_event_as_dropped(caplog: pytest.LogCaptureFixture) ->
         outbox, dropped = Outbox(), []
         good, picky = Recorder("good"), Recorder("picky", refuse=refuse_ids("call-1"))
         await outbox.put(make_events(2))
-        exporter = outbox.exporter([good, picky], on_drop=dropped.append, max_rejections=1)
+        meters = Meters()
+        exporter = outbox.exporter([good, picky], on_drop=dropped.append, max_rejections=1, meters=meters)
         assert await exporter.run_once() == 2
+        assert meters.totals("events_dropped") == {(("metering.cause", "rejected"), ("metering.sink", "picky")): 1}
         assert [(lost.id, lost.cause, lost.sink) for lost in dropped] == [("call-1", "rejected", "picky")]
         assert UsageEvent.from_dict(dropped[0].payload) == make_event(1)
         assert sorted(good.ids) == ["call-1", "call-2"]

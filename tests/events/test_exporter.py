@@ -399,6 +399,35 @@ def test_lose_nothing_when_a_pass_is_cancelled() -> None:
     asyncio.run(main())
 
 
+def test_deliver_once_when_two_passes_overlap() -> None:
+    """A pass of a shutdown beside one of the worker gives no sink two deliveries at a time, and nothing twice."""
+
+    async def main() -> None:
+        outbox, running, most = Outbox(), [], []
+
+        class Single(Recorder):
+            async def deliver(self, events: Any) -> None:
+                running.append(events)
+                most.append(len(running))
+                await asyncio.sleep(0)
+                running.remove(events)
+                await super().deliver(events)
+
+        async def submit(operation: Any) -> Any:
+            await asyncio.sleep(0)
+            return await outbox.submit(operation)
+
+        sink = Single()
+        await outbox.put(make_events(4))
+        exporter = Exporter(submit, [sink], batch=2, clock=outbox.clock)
+        await asyncio.gather(*(exporter.run_once() for _ in range(4)))
+        assert await exporter.drain(5.0) == 0
+        assert sorted(sink.ids) == ["call-1", "call-2", "call-3", "call-4"]
+        assert set(most) == {1}
+
+    asyncio.run(main())
+
+
 def test_keep_an_event_whose_delivery_was_cancelled() -> None:
     """close() ends a delivery that hangs, and its event stays in the outbox for the next process."""
 

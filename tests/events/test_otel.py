@@ -25,6 +25,7 @@ from asgi_metering.usage.event import UsageEvent
 from asgi_metering.usage.values import TokenUsage
 from tests.events.providers import Telemetry, telemetry
 from tests.events.support import TRACE, make_event, make_events
+from tests.harness.waiting import DEFAULT_TIMEOUT_S
 
 PLACE = ((names.BASIS, "usage"), (names.LINE, "chat"), (names.OUTCOME, "completed"), (names.UNIT, "credits"))
 
@@ -479,7 +480,7 @@ def test_wait_for_the_sdk_before_its_queue_overflows(caplog: pytest.LogCaptureFi
 
     def slow_in_the_background(batch: Any) -> Any:
         if threading.current_thread().name.startswith("Otel"):
-            gate.wait()
+            gate.wait(DEFAULT_TIMEOUT_S)
         return export(batch)
 
     exporter.export = slow_in_the_background  # type: ignore[method-assign]

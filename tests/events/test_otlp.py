@@ -25,7 +25,7 @@ from asgi_metering.events.otel import OTelSink
 from asgi_metering.events.otlp import OTLPLogSink
 from tests.events.support import TRACE, Outbox, Recorder, make_event, make_events
 from tests.harness.otlp import OtlpReceiver
-from tests.harness.waiting import wait_until
+from tests.harness.waiting import DEFAULT_TIMEOUT_S, wait_until
 
 NEVER_MS = 3_600_000
 
@@ -197,7 +197,7 @@ def test_refuse_a_batch_while_the_last_export_runs() -> None:
     class Stuck:
         def export(self, batch: object) -> Result:
             entered.set()
-            gate.wait()
+            gate.wait(DEFAULT_TIMEOUT_S)
             return Result()
 
     async def main() -> None:

@@ -13,7 +13,7 @@ from asgi_metering.errors import ConfigurationError
 from asgi_metering.events.sinks import CallbackSink, Sink
 from asgi_metering.usage.event import UsageEvent
 from tests.events.support import make_event, make_events
-from tests.harness.waiting import wait_until
+from tests.harness.waiting import DEFAULT_TIMEOUT_S, wait_until
 
 
 def test_call_a_plain_function_in_a_thread_with_a_tuple() -> None:
@@ -76,7 +76,7 @@ def test_refuse_the_next_batch_while_a_call_still_runs() -> None:
     def hang(events: Sequence[UsageEvent]) -> None:
         calls.append(events[0].id)
         entered.set()
-        gate.wait()
+        gate.wait(DEFAULT_TIMEOUT_S)
         raise LookupError("too late for anybody to see")
 
     async def main() -> None:

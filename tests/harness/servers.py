@@ -117,11 +117,10 @@ class ServerProcess:
         self._signal(signal.SIGTERM, whole_group=whole_group)
 
     def kill(self) -> None:
-        """Send SIGKILL to every process of the server at once, and wait until all are dead and their sockets closed."""
+        """Send SIGKILL to the main process and every worker, and wait until all are dead and their sockets closed."""
         children = self._children()
-        self._signal(signal.SIGKILL, whole_group=True)
-        self.wait()
-        wait_until(lambda: not any(map(_is_alive, children)), what=f"the workers of {self.kind} are dead")
+        self.process.kill()
+        self._bury(children)
 
     def wait(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
         """
@@ -139,12 +138,26 @@ class ServerProcess:
         """End it, by SIGTERM and after *grace_s* seconds by SIGKILL, with all its children. Idempotent."""
         if self._log.closed:
             return
+        children = self._children()
         self.terminate()
-        with contextlib.suppress(TimeoutError):
+        try:
             self.wait(timeout_s=grace_s)
-        self.kill()
+        except TimeoutError:
+            self.process.kill()
+        self._bury(children)
         self._output = self.output()
         self._log.close()
+
+    def _bury(self, children: list[int]) -> None:
+        """Kill the workers and wait; multiprocessing's helper then removes their semaphores and ends by itself."""
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                # A number that was given to a stranger meanwhile is in another group.
+                if not _is_resource_tracker(pid) and os.getpgid(pid) == self.process.pid:
+                    os.kill(pid, signal.SIGKILL)
+        self.wait()
+        wait_until(lambda: not any(map(_is_alive, children)), what=f"the processes of {self.kind} are dead")
+        self._signal(signal.SIGKILL, whole_group=True)
 
     def _children(self) -> list[int]:
         try:

@@ -20,6 +20,7 @@ from starlette.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from asgi_metering import (
+    Caller,
     Metering,
     MeteringMiddleware,
     TokenUsage,

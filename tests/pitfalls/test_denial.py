@@ -37,6 +37,7 @@ BODY = "http.response.body"
 
 
 def kinds(ended: Drive) -> list[str]:
+    """What was sent, by type."""
     return [message["type"] for message in ended.log]
 
 
@@ -71,15 +72,17 @@ class Stopped(BaseException):
     """What an inner middleware may make of any exception."""
 
 
-class Translated(Exception):
+class TranslatedError(Exception):
     """The same, as a plain exception."""
 
 
 def group(refusal: CallRefused) -> BaseException:
+    """The refusal in a group in a group."""
     return ExceptionGroup("group", [refusal, ExceptionGroup("inner", [refusal])])
 
 
 def base_group(refusal: CallRefused) -> BaseException:
+    """The refusal beside what it became, in a group that is no exception."""
     stopped = Stopped()
     stopped.__cause__ = refusal
     return BaseExceptionGroup("group", [refusal, stopped])
@@ -89,12 +92,14 @@ TRANSLATIONS: dict[str, Callable[[CallRefused], BaseException]] = {
     "itself": lambda refusal: refusal,
     "group": group,
     "base-group": base_group,
-    "exception": lambda refusal: Translated(),
+    "exception": lambda refusal: TranslatedError(),
     "base-exception": lambda refusal: Stopped(),
 }
 
 
 def translating(app: ASGIApp, translate: Callable[[CallRefused], BaseException]) -> ASGIApp:
+    """A middleware that makes something else of refusals."""
+
     async def translated(scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await app(scope, receive, send)
@@ -150,7 +155,7 @@ def test_answer_and_still_raise_what_has_nothing_to_do_with_it(scene: Scene) -> 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, asyncio.CancelledError, GeneratorExit])
 def test_let_through_who_wants_to_stop(stop: type[BaseException], scene: Scene) -> None:
-    """Pitfall 13: a cancellation or the end of the process is no refusal, even if it comes of one, alone or in a group."""
+    """Pitfall 13: a cancellation or the end of the process is no refusal, alone or in a group."""
 
     async def raising(failure: BaseException, sent: list[Message]) -> None:
         @http_only
@@ -179,14 +184,18 @@ def test_let_through_who_wants_to_stop(stop: type[BaseException], scene: Scene) 
 
 
 def bare(routes: list[Any]) -> Starlette:
+    """Starlette as it is."""
     return Starlette(routes=routes)
 
 
 def debugging(routes: list[Any]) -> Starlette:
+    """Starlette with tracebacks for developers."""
     return Starlette(routes=routes, debug=True)
 
 
 def catching_all(routes: list[Any]) -> Starlette:
+    """Starlette with a 500 of the application's own."""
+
     async def handler(request: Request, failure: Exception) -> JSONResponse:
         return JSONResponse({"error": "internal"}, status_code=500)
 
@@ -201,7 +210,7 @@ FRAMEWORKS = {"bare": bare, "debug": debugging, "catch-all": catching_all}
 def test_answer_instead_of_a_frameworks_500(
     framework: str, how: How, scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Pitfalls 14, 15, 17: the framework's 500 never reaches the client, nor its exception the server, nor a log line."""
+    """Pitfalls 14, 15, 17: the framework's 500 reaches no client, its exception no server and no log."""
     app = FRAMEWORKS[framework]([Route("/", paid_endpoint)])
     (ended,) = visit(installed(app, scene.metering, how), REFUSED)
     refused_whole(ended)
@@ -210,7 +219,7 @@ def test_answer_instead_of_a_frameworks_500(
 
 @pytest.mark.parametrize("how", HOW)
 def test_answer_for_a_mounted_sub_application(how: How, scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
-    """Pitfall 14: a mounted FastAPI has its own error middleware, which answers 500 and raises again; neither is seen."""
+    """Pitfall 14: a mounted FastAPI's own error middleware answers 500 and raises again; neither is seen."""
     outer = FastAPI()
     outer.mount("/sub", fastapi_app([]))
     refused, admitted = visit(
@@ -446,6 +455,8 @@ async def events(request: Request) -> StreamingResponse:
 
 
 def own_handler(app: Starlette) -> None:
+    """Add a handler for refusals."""
+
     async def handler(request: Request, failure: Exception) -> JSONResponse:
         return JSONResponse({}, 402)
 
@@ -453,6 +464,8 @@ def own_handler(app: Starlette) -> None:
 
 
 def base_http(app: Starlette) -> None:
+    """Add a middleware that fabricates clean ends."""
+
     async def dispatch(request: Request, call_next: Callable[[Request], Awaitable[Any]]) -> Any:
         return await call_next(request)
 
@@ -465,7 +478,7 @@ def base_http(app: Starlette) -> None:
 def test_end_a_frameworks_stream_with_its_own_error(
     how: How, inside: Callable[[Starlette], None], spec_version: str, scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Pitfall 18: the same in Starlette, also where a handler cannot answer any more and where an end is fabricated."""
+    """Pitfall 18: the same in Starlette, also where a handler comes too late and where an end is fabricated."""
     app = Starlette(routes=[Route("/", events)])
     inside(app)
     refused, admitted = visit(
@@ -552,7 +565,7 @@ def test_charge_what_was_admitted_after_the_start(scene: Scene) -> None:
 
 
 def test_charge_what_was_admitted_after_the_end(scene: Scene) -> None:
-    """S4.6: metered work in a background task of a response that is out already is charged as completed, not as aborted."""
+    """S4.6: metered work in a background task, after the response, is charged as completed and not as aborted."""
 
     async def work() -> None:
         await current_call().admit(PRICE)
@@ -636,7 +649,7 @@ def test_let_an_own_hook_rewrite_every_refusal(scene: Scene) -> None:
 
 
 def test_fail_loudly_on_what_is_no_refusal(scene: Scene) -> None:
-    """Pitfall 13: an error of the application that has nothing to do with the gate is not touched, and nothing is held."""
+    """Pitfall 13: an application's error that has nothing to do with the gate is its own, and nothing is held."""
 
     @billable(PRICE)
     async def endpoint(request: Request) -> PlainTextResponse:

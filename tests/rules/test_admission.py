@@ -603,6 +603,8 @@ def test_answer_the_first_decision_again(source: str | None) -> None:
     world = World()
     world.grant(10)
     sources = {"wallet": (WALLET,), "free": (world.free(9),), None: ()}[source]
+    world.admit(2, "before", sources=(WALLET if source == "wallet" else world.free(9),))
+    world.end("before", 1)
     ask = world.ask(4 if source else 0, "c", sources=sources, leases=(slots(1),), limits=(fixed(1),))
     first = world.run(ask)
     before = snapshot(world.state)

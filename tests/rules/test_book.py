@@ -247,6 +247,18 @@ def test_settle_more_than_held_from_other_grants_in_burn_order() -> None:
     assert world.sums() == (14, 12, 0, 0, 0)
 
 
+def test_settle_more_than_held_from_no_more_grants_than_needed() -> None:
+    """An overshoot that one grant covers touches no other."""
+    world = World()
+    world.grant(5, "a")
+    world.grant(5, "b")
+    world.grant(5, "c")
+    world.admit(5, "call")
+    receipt = world.end("call", 10)
+    assert from_grants(receipt.parts) == [("a", 5), ("b", 5)]
+    assert world.spent("c") == ((0, 0, 0),)
+
+
 def test_settle_more_than_anybody_has_as_debt() -> None:
     """Usage is never lost because a hold was too small: the rest is debt, and available is negative by it (S3.7)."""
     world = World()

@@ -65,8 +65,7 @@ def test_admit_up_to_the_limit_and_no_further() -> None:
         0,
         3,
     )
-    assert refusal.retry_after_s == 40.0
-    assert not refusal.transient
+    assert (refusal.retry_after_s, refusal.held, refusal.transient) == (40.0, 0, False)
 
 
 def test_take_the_cost_of_a_call() -> None:
@@ -94,7 +93,7 @@ def test_refuse_for_good_what_is_above_the_limit_itself(limit: LimitAsk) -> None
     refusal = world.refused(limits=(limit,))
     assert refusal.reason is Reason.EXCEEDS_LIMIT
     assert (refusal.required, refusal.limit, refusal.available) == (limit.cost, limit.limit, limit.limit)
-    assert refusal.retry_after_s is None
+    assert (refusal.held, refusal.retry_after_s, refusal.transient) == (0, None, False)
 
 
 def test_report_what_never_fits_before_what_has_to_wait() -> None:

@@ -8,16 +8,19 @@ path                answer
 ==================  ======================================================================================
 ``/json``           2 credits: JSON at once
 ``/limited``        2 credits, and two calls an hour
-``/file``           2 credits: a file of 200,000 bytes
+``/file``           2 credits: a file
 ``/words``          1 credit a token: a chat stream of ``n`` words, ``pause_ms`` apart, with its usage at the end
-``/brief``          the same on a hold of 3 s (2 s, and 1 s of grace), for processes that die
+``/brief``          the same on a hold that lives for 1 s without a heartbeat
 ``/torn``           1 credit a token: two words and half an event, and nothing more until the client leaves
-``/burst``          1 credit a token: words as fast as the server takes them; the generator never waits
+``/burst``          1 credit a token: ``n`` words as fast as the server takes them; the generator never waits
 ``/slow``           2 credits: JSON, once ``until`` is a file in the folder of gates
+``/slow/brief``     the same on a hold that lives for 1 s without a heartbeat
+``/told``           1 credit a token: the endpoint reports 7 tokens at once, and answers as ``/slow``
 ``/upload``         2 credits: the length of the body, which the endpoint reads
-``/told``           1 credit a token: a call that reports 7 tokens at once, and answers as ``/slow``
-``/raw/burst/``     2 credits: no framework, 64 KiB chunks (``n``) in a loop that never looks for the client
-``/raw/trailers/``  2 credits: no framework, a body that announces trailers, and then the trailers
+``/raw/burst/``     2 credits: no framework, ``n`` chunks of 64 KiB in a loop that never looks for the client
+``/raw/ticks/``     2 credits: no framework, 16 KiB every 5 ms, without end and without looking
+``/raw/trailers/``  2 credits: no framework, a body, and trailers behind it where the server has them
+``/desk``           free: what ``payer`` has, after a grant of ``credits`` if there are any
 ==================  ======================================================================================
 
 Under ``/watched`` the same routes are behind a layer with ``stop_on_disconnect=True``.
@@ -39,9 +42,18 @@ from starlette.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.types import Receive, Scope, Send
 
-from asgi_metering import Caller, Metering, MeteringMiddleware, TokenUsage, billable, current_call, metered_app
-from asgi_metering import rate_limited as limited
+from asgi_metering import (
+    Caller,
+    Metering,
+    MeteringMiddleware,
+    TokenUsage,
+    billable,
+    current_call,
+    metered_app,
+    rate_limited,
+)
 from asgi_metering.prices import per_token
+from asgi_metering.receipts import EntryKind
 from tests.harness.apps import note
 
 __all__ = ["FILE_BYTES", "GATES", "HOLD", "OPTIONS", "STORE", "app", "delta"]
@@ -58,8 +70,11 @@ _CHUNK = b"x" * 65_536
 _PER_TOKEN: dict[str, Any] = {"hold": HOLD, "line": "words"}
 
 
+_BRIEF: dict[str, Any] = {"ttl_s": 1}
+
+
 def who(connection: HTTPConnection) -> Caller | None:
-    """The key is the caller."""
+    """The key names the caller."""
     key = connection.headers.get("x-api-key")
     return Caller(key) if key else None
 
@@ -86,7 +101,7 @@ async def plain(request: Request) -> JSONResponse:
     return JSONResponse({"pid": os.getpid()})
 
 
-@limited("2/hour")
+@rate_limited("2/hour")
 @billable(2)
 async def twice(request: Request) -> JSONResponse:
     """A fixed price, and a limit."""
@@ -102,7 +117,7 @@ async def file(_request: Request) -> FileResponse:
     return FileResponse(path)
 
 
-async def _words(request: Request) -> StreamingResponse:
+def _words(request: Request) -> StreamingResponse:
     count, pause_s = int(request.query_params["n"]), int(request.query_params.get("pause_ms", "0")) / 1_000
 
     async def body() -> AsyncIterator[bytes]:
@@ -114,15 +129,16 @@ async def _words(request: Request) -> StreamingResponse:
     return _sse(body())
 
 
-words = billable(per_token(output=1), **_PER_TOKEN)(_words)
+@billable(per_token(output=1), **_PER_TOKEN)
+async def words(request: Request) -> StreamingResponse:
+    """A stream."""
+    return _words(request)
 
 
+@billable(per_token(output=1), **_PER_TOKEN, **_BRIEF)
 async def brief(request: Request) -> StreamingResponse:
-    """Words on a short hold."""
-    return await _words(request)
-
-
-brief = billable(per_token(output=1), ttl_s=2, grace_s=1, **_PER_TOKEN)(brief)
+    """A stream on a short hold."""
+    return _words(request)
 
 
 @billable(per_token(output=1), **_PER_TOKEN)
@@ -145,15 +161,17 @@ async def burst(request: Request) -> StreamingResponse:
     async def body() -> AsyncIterator[bytes]:
         count = int(request.query_params["n"])
         event = delta(" word") + b":" + b"x" * 16_384 + b"\n\n"
-        for _ in range(count):
+        for number in range(count):
+            if number % 8 == 0:
+                note("burst", key=request.headers.get("x-api-key"))
             yield event
         yield _ending(count)
 
     return _sse(body())
 
 
-async def _gate(request: Request) -> None:
-    path = Path(os.environ[GATES]) / request.query_params["until"]
+async def _gate(until: str) -> None:
+    path = Path(os.environ[GATES]) / until
     note("waits", until=path.name)
     while not path.exists():
         await asyncio.sleep(0.01)
@@ -162,8 +180,14 @@ async def _gate(request: Request) -> None:
 @billable(2)
 async def slow(request: Request) -> JSONResponse:
     """An endpoint that takes its time before it answers."""
-    await _gate(request)
-    note("ran", path="/slow", key=request.headers.get("x-api-key"))
+    await _gate(request.query_params["until"])
+    return JSONResponse({})
+
+
+@billable(2, **_BRIEF)
+async def slow_brief(request: Request) -> JSONResponse:
+    """The same on a short hold."""
+    await _gate(request.query_params["until"])
     return JSONResponse({})
 
 
@@ -171,35 +195,61 @@ async def slow(request: Request) -> JSONResponse:
 async def told(request: Request) -> JSONResponse:
     """Usage is known before the answer is."""
     current_call().record(TokenUsage(input=0, output=7))
-    await _gate(request)
+    await _gate(request.query_params["until"])
     return JSONResponse({})
 
 
 @billable(2)
 async def upload(request: Request) -> JSONResponse:
     """An endpoint that reads the body."""
-    note("waits", until=request.headers.get("x-api-key"))
+    note("uploads", key=request.headers.get("x-api-key"))
     return JSONResponse({"length": len(await request.body())})
 
 
+def _query(scope: Scope, name: str) -> str:
+    return parse_qs(scope["query_string"].decode())[name][0]
+
+
 async def _raw_burst(scope: Scope, receive: Receive, send: Send) -> None:
-    count = int(parse_qs(scope["query_string"].decode())["n"][0])
+    count = int(_query(scope, "n"))
     await send({"type": "http.response.start", "status": 200, "headers": []})
     for _ in range(count):
         await send({"type": "http.response.body", "body": _CHUNK, "more_body": True})
     await send({"type": "http.response.body"})
 
 
+async def _raw_ticks(scope: Scope, receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    try:
+        while True:
+            await send({"type": "http.response.body", "body": _CHUNK[:16_384], "more_body": True})
+            await asyncio.sleep(0.005)
+    except OSError as error:
+        note("stopped", by=type(error).__name__, key=dict(scope["headers"])[b"x-api-key"].decode())
+        raise
+
+
 async def _raw_trailers(scope: Scope, receive: Receive, send: Send) -> None:
     trailers = "http.response.trailers" in scope.get("extensions", {})
     await send({"type": "http.response.start", "status": 200, "headers": [], "trailers": trailers})
     await send({"type": "http.response.body", "body": b"body"})
-    note("body", key=dict(scope["headers"]).get(b"x-api-key", b"").decode())
+    note("trailers", announced=trailers)
     if trailers:
         await send({"type": "http.response.trailers", "headers": [(b"x-sum", b"4")]})
 
 
-ROUTES = [
+async def desk(request: Request) -> JSONResponse:
+    """What another process reads from the file, for stores that have none."""
+    payer = request.query_params["payer"]
+    if "credits" in request.query_params:
+        await metering.grant(payer, request.query_params["credits"], id=f"for-{payer}")
+    balance = await metering.balance(payer)
+    lines = [entry async for entry in metering.statement(payer)]
+    charges = [[entry.basis, entry.amount] for entry in lines if entry.kind is not EntryKind.GRANT]
+    return JSONResponse({"held": balance.held, "charges": charges, "wrong": await metering.check()})
+
+
+_ROUTES = [
     Route("/json", plain, methods=["GET", "POST", "OPTIONS"]),
     Route("/limited", twice),
     Route("/file", file),
@@ -208,16 +258,19 @@ ROUTES = [
     Route("/torn", torn),
     Route("/burst", burst),
     Route("/slow", slow),
+    Route("/slow/brief", slow_brief),
     Route("/told", told),
     Route("/upload", upload, methods=["POST"]),
     Mount("/raw/burst", metered_app(_raw_burst, billable(2, line="raw"))),
+    Mount("/raw/ticks", metered_app(_raw_ticks, billable(2, line="raw"))),
     Mount("/raw/trailers", metered_app(_raw_trailers, billable(2, line="raw"))),
+    Route("/desk", desk),
 ]
 
 metering = Metering(
     os.environ.get(STORE, "memory://"), identify=who, sinks=(), **json.loads(os.environ.get(OPTIONS, "{}"))
 )
-_routes = Starlette(routes=[*ROUTES, Mount("/watched", routes=ROUTES)])
+_routes = Starlette(routes=[*_ROUTES, Mount("/watched", routes=_ROUTES)])
 _plain = MeteringMiddleware(_routes, metering=metering)
 _watched = MeteringMiddleware(_routes, metering=metering, stop_on_disconnect=True)
 

@@ -8,6 +8,7 @@ settled or delivered unless a test does it.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,11 +66,11 @@ class Books:
         """For `Metering` and the command line."""
         return f"sqlite:///{self.path}"
 
-    def ask(self, work: Callable[[SQLiteStore], Coroutine[Any, Any, T]]) -> T:
+    def ask(self, work: Callable[[SQLiteStore], Coroutine[Any, Any, T]], clock: Callable[[], float] = time.time) -> T:
         """Open the store, run *work* on it, close it."""
 
         async def run() -> T:
-            store = SQLiteStore(self.path, synchronous="OFF")
+            store = SQLiteStore(self.path, synchronous="OFF", clock=clock)
             await store.open()
             try:
                 return await work(store)
@@ -78,9 +79,9 @@ class Books:
 
         return asyncio.run(run())
 
-    def grant(self, payer: str, credits: int) -> str:
-        """Give *payer* so many credits, once; returns *payer*."""
-        self.ask(lambda store: store.post([PostGrant(f"for-{payer}", payer, UNIT, credits * CREDIT)]))
+    def grant(self, payer: str, whole: int) -> str:
+        """Give *payer* so many whole credits, once; returns *payer*."""
+        self.ask(lambda store: store.post([PostGrant(f"for-{payer}", payer, UNIT, whole * CREDIT)]))
         return payer
 
     def account(self, payer: str) -> Account:
@@ -106,9 +107,9 @@ class Books:
         _, rows = self.ask(lambda store: store.read(EverythingKept()))
         return [dict(event.payload) for event in rows.events.values() if event.payload["payer"] == payer]
 
-    def sweep(self) -> None:
-        """End what is overdue by now, as any process's worker does from time to time."""
-        self.ask(lambda store: store.run([Sweep()]))
+    def sweep(self, at: float) -> None:
+        """Look after what is overdue at the time *at*, as any process's worker does now and then."""
+        self.ask(lambda store: store.run([Sweep()]), clock=lambda: at)
 
     def ended(self, payer: str, count: int = 1, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[Ended]:
         """

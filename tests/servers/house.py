@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tests.harness import apps
-from tests.harness.clients import HttpClient, ResponseHead
+from tests.harness.clients import Http2Client, HttpClient, ResponseHead
 from tests.harness.servers import ServerKind, ServerProcess, serve
 from tests.harness.waiting import wait_until
 from tests.servers.app import GATES, OPTIONS, STORE
@@ -39,11 +39,13 @@ class House:
         server: The process.
         books: Of its store.
         folder: Of its log and its gates.
+        clients: Every connection that was made, to be closed at the end at the latest.
     """
 
     server: ServerProcess
     books: Books
     folder: Path
+    clients: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
 
     @property
     def kind(self) -> ServerKind:
@@ -51,8 +53,12 @@ class House:
         return self.server.kind
 
     def client(self, **options: Any) -> HttpClient:
-        """A connection."""
-        return HttpClient(self.server.port, **options)
+        """A connection; it is closed at the end at the latest."""
+        return self.clients.enter_context(HttpClient(self.server.port, **options))
+
+    def client2(self) -> Http2Client:
+        """The same in HTTP/2, where the server speaks it."""
+        return self.clients.enter_context(Http2Client(self.server.port))
 
     def ask(
         self,
@@ -109,7 +115,9 @@ def house(kind: ServerKind, folder: Path, *, app: str = APP, **options: Any) -> 
         apps.LOG_VARIABLE: str(folder / "log"),
     }
     with serve(app, kind, env=env, **options) as server:
-        yield House(server, books, folder)
+        running = House(server, books, folder)
+        with running.clients:
+            yield running
     wait_until(lambda: not _alive(server.process.pid), what=f"every process of {kind} is gone")
 
 

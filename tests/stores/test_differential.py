@@ -39,15 +39,23 @@ from tests.stores.operations import CLOCK_STEPS_S, comparable, operations
 
 
 class Pair:
-    """Both stores, on one clock, and a loop to run them on."""
+    """Both stores, on one clock, and a loop to run them on. SQLite's file is written by two stores in turn."""
 
     def __init__(self, folder: Path) -> None:
         self.clock = FakeClock()
         self.memory = MemoryStore(self.clock)
         self._path = folder / "pair.db"
-        self.sqlite = SQLiteStore(self._path, synchronous="OFF", clock=self.clock)
         self._loop = asyncio.Runner()
-        self._loop.run(self.sqlite.open())
+        self.sqlite, self._other = self._opened(), self._opened()
+
+    def _opened(self) -> SQLiteStore:
+        store = SQLiteStore(self._path, synchronous="OFF", clock=self.clock)
+        self._loop.run(store.open())
+        return store
+
+    def swap(self) -> None:
+        """From now on, the other store on the same file works."""
+        self.sqlite, self._other = self._other, self.sqlite
 
     def run(self, *batch: Operation) -> list[Any]:
         """Run *batch* on both, compare, and return the answers."""
@@ -84,19 +92,22 @@ class Pair:
         self._loop.run(both())
 
     def reopen(self) -> None:
-        """Close the file, and open it with a store of its own."""
+        """Close the file for good, and open it again."""
+        self._close_files()
+        self.sqlite, self._other = self._opened(), self._opened()
+
+    def _close_files(self) -> None:
         self._loop.run(self.sqlite.close())
-        self.sqlite = SQLiteStore(self._path, synchronous="OFF", clock=self.clock)
-        self._loop.run(self.sqlite.open())
+        self._loop.run(self._other.close())
 
     def close(self) -> None:
         """Close the file and the loop."""
-        self._loop.run(self.sqlite.close())
+        self._close_files()
         self._loop.close()
 
 
 class BesideMemory(RuleBasedStateMachine):
-    """Random sequences on both stores, the clock moving between them, and the file closed and opened again."""
+    """Random sequences on both stores; between them the clock moves, others write, and the file is opened again."""
 
     @initialize()
     def begin(self) -> None:
@@ -114,6 +125,11 @@ class BesideMemory(RuleBasedStateMachine):
         """Let time pass, or step back, and run one sequence."""
         self.pair.clock.advance(seconds)
         self.pair.run(*data.draw(operations(self.pair.clock())))
+
+    @rule()
+    def swap(self) -> None:
+        """Let the other one of the two stores on the file work."""
+        self.pair.swap()
 
     @rule()
     def reopen(self) -> None:

@@ -265,6 +265,27 @@ def test_open_locked_by_another_connection(path: Path) -> None:
     play(path, _nothing)
 
 
+def test_open_waits_for_a_lock(path: Path) -> None:
+    """Opening a file that is locked for a moment, by somebody who opens or closes it, waits for that moment."""
+    play(path, _nothing)
+
+    async def scene() -> None:
+        holder = sqlite3.connect(path, isolation_level=None)
+        holder.execute("PRAGMA locking_mode = EXCLUSIVE")
+        holder.execute("BEGIN IMMEDIATE")
+        holder.execute("PRAGMA user_version = 1")
+        store = SQLiteStore(path, synchronous="OFF", busy_timeout_s=60.0)
+        opening = asyncio.ensure_future(store.open())
+        await asyncio.sleep(0.01)
+        assert not opening.done()
+        holder.execute("COMMIT")
+        holder.close()
+        await opening
+        await store.close()
+
+    asyncio.run(scene())
+
+
 def _as_nobody(target: Callable[[str, Any], None], path: Path) -> list[str]:
     """Run *target* in a process without special rights, and return what it said."""
     context = multiprocessing.get_context("spawn")
@@ -396,7 +417,9 @@ def test_run_what_cannot_be_written(path: Path) -> None:
         with pytest.raises(OverflowError):
             await store.run([grant(), PostGrant("g2", "p", "credits", 1, priority=2**70)])
         assert (await store.read(EverythingKept())).state.accounts == {}
-        await store.run([grant()])
+        # Nor does the store remember what it had decided.
+        (receipt,) = await store.post([grant()])
+        assert receipt.applied
 
     play(path, scene)
 

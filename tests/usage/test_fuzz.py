@@ -80,7 +80,7 @@ def cut(data: bytes, borders: list[int]) -> list[bytes]:
 
 
 @given(st.lists(st.binary(max_size=200), max_size=8), st.integers(-1, 8), MEDIA, CODINGS, NAMED)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_read_random_bytes(
     chunks: list[bytes], gap: int, media: str | None, coding: str | None, dialect: str | None
 ) -> None:
@@ -89,7 +89,7 @@ def test_read_random_bytes(
 
 
 @given(st.lists(DOCUMENTS, min_size=1, max_size=6), st.lists(st.integers(0), max_size=5), st.integers(-1, 6), NAMED)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_read_random_json(documents: list[Any], borders: list[int], gap: int, dialect: str | None) -> None:
     """Random JSON of the right words never raises; what is reported is within its bounds."""
     lines = [json.dumps(document).encode() for document in documents]
@@ -112,7 +112,7 @@ def test_read_random_json(documents: list[Any], borders: list[int], gap: int, di
     st.lists(st.integers(0), max_size=4),
     st.integers(-1, 5),
 )
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_read_damaged_samples(name: str, damage: list[tuple[int, bytes]], borders: list[int], gap: int) -> None:
     """Samples with bytes changed, cut anywhere, with a gap, never raise."""
     data = bytearray(body(name))

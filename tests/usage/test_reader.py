@@ -340,6 +340,14 @@ def test_parse_only_what_may_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(parsed) == INTRODUCTION + 1
 
 
+def test_look_for_the_model_in_the_first_events() -> None:
+    """The model is taken from an event that holds nothing else, behind one that showed the dialect."""
+    named = {"type": "response.in_progress", "response": {"model": "m", "usage": None}}
+    report = stream({"type": "response.output_text.delta", "delta": "a"}, named).report()
+    assert report is not None
+    assert (report.dialect, report.model) == ("openai-responses", "m")
+
+
 def test_give_way_to_a_dialect_that_knows_the_payload() -> None:
     """An application's own event that looks like another family does not hide the real one."""
     mine = {"type": "message_start", "id": 1}

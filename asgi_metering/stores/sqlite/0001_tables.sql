@@ -63,11 +63,9 @@ CREATE TABLE hold (
     ended_at REAL
 );
 
--- An account's live holds, in the order in which the policy ends them.
+-- Live holds by account, in the order in which the policy ends them. There are as many as calls in flight, so that a
+-- sweep looks through all of them here.
 CREATE INDEX hold_live ON hold (payer, unit, due_at, id, expires_at) WHERE receipt IS NULL;
-
--- All live holds, by deadline: what a sweep looks through.
-CREATE INDEX hold_overdue ON hold (expires_at) WHERE receipt IS NULL;
 
 CREATE INDEX hold_ended ON hold (ended_at) WHERE ended_at IS NOT NULL;
 

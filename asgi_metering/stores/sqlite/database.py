@@ -95,9 +95,7 @@ class Database:
         self._check_place()
         connection = self._connect()
         try:
-            connection.execute(f"PRAGMA synchronous = {self._synchronous}")
-            connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_KEPT}")
-            self.patiently(lambda: _prepare(connection, self.path))
+            self.patiently(lambda: self._prepare(connection))
         except BaseException as error:
             connection.close()
             if isinstance(error, sqlite3.Error):
@@ -123,6 +121,12 @@ class Database:
         except sqlite3.Error as error:
             raise self.meaning(error) from error
 
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        # First of all, so that making a file waits for the disk as little, or as much, as using it.
+        connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+        connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_KEPT}")
+        _make_ours(connection, self.path)
+
     def _check_place(self) -> None:
         folder = self.path.parent
         if not folder.is_dir():
@@ -141,8 +145,8 @@ class Database:
                 system,
             )
 
-    def patiently(self, action: Callable[[], Result]) -> Result:
-        """Do *action*, again and again while others keep the file locked, up to the timeout."""
+    def patiently(self, action: Callable[[], Result], pause: Callable[[float], None] = time.sleep) -> Result:
+        """Do *action*, again and again while others keep the file locked, up to the timeout, with a *pause* between."""
         deadline = time.monotonic() + self._busy_timeout_s
         while True:
             try:
@@ -150,7 +154,7 @@ class Database:
             except sqlite3.OperationalError as error:
                 if _primary(error) not in _BUSY or time.monotonic() >= deadline:
                     raise
-            time.sleep(random.uniform(*LOCK_PAUSE_S))  # noqa: S311 -- spreads attempts, hides nothing
+            pause(random.uniform(*LOCK_PAUSE_S))  # noqa: S311 -- spreads attempts, hides nothing
 
     def _unusable(self, error: sqlite3.Error) -> MeteringError:
         if _primary(error) == sqlite3.SQLITE_NOTADB:
@@ -187,7 +191,7 @@ def _primary(error: sqlite3.Error) -> int:
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
-def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+def _make_ours(connection: sqlite3.Connection, path: Path) -> None:
     """Check whose file it is, switch it to write-ahead logging, and run the schema steps that it lacks."""
     version = _checked_version(connection, path)
     (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()

@@ -27,7 +27,7 @@ _ALLOWANCES_OF = select(Table.ALLOWANCE, "WHERE payer = ? AND unit = ? ORDER BY 
 _ACCOUNTS_AFTER = select(Table.ACCOUNT, "WHERE (payer, unit) > (?, ?) ORDER BY payer, unit LIMIT ?")
 _ENTRIES_AFTER = select(Table.ENTRY, "WHERE payer = ? AND unit = ? AND number > ? ORDER BY number LIMIT ?")
 # By the index of live holds: in the order of the table it would step over every ended one that is kept.
-_LIVE_HOLDS = select(Table.HOLD, "INDEXED BY hold_overdue WHERE receipt IS NULL ORDER BY position LIMIT ?")
+_LIVE_HOLDS = select(Table.HOLD, "INDEXED BY hold_live WHERE receipt IS NULL ORDER BY position LIMIT ?")
 _PENDING_EVENTS = select(Table.EVENT, "ORDER BY position LIMIT ?")
 
 _IN_ORDER = {Table.HOLD: "ORDER BY position", Table.EVENT: "ORDER BY position", Table.GRANT: "ORDER BY number"}

@@ -11,7 +11,7 @@ from typing import Any
 from asgi_metering.rules.state import Table
 from asgi_metering.stores.rows import MAPS, RowMap
 
-__all__ = ["DELETE", "SELECT", "UPSERT", "select"]
+__all__ = ["DELETE", "INSERT_ENTRY", "SELECT", "UPDATE_HOLD", "UPSERT", "select"]
 
 
 _TAKE_NEW = '"{0}" = excluded."{0}"'
@@ -28,6 +28,11 @@ def select(table: str, rest: str) -> str:
 
 def _by_key(rows: RowMap[Any]) -> str:
     return "WHERE " + _quoted(rows.key, '"{}" = ?', " AND ")
+
+
+def _update(rows: RowMap[Any]) -> str:
+    changes = _quoted(rows.changing, '"{}" = ?')
+    return f'UPDATE "{rows.table}" SET {changes} {_by_key(rows)}'  # noqa: S608
 
 
 def _upsert(rows: RowMap[Any]) -> str:
@@ -47,6 +52,9 @@ DELETE = {table: f'DELETE FROM "{table}" {_by_key(rows)}' for table, rows in MAP
 
 UPSERT = {table: _upsert(rows) for table, rows in MAPS.items() if table != Table.ENTRY}
 """Write one row, new or changed."""
+
+UPDATE_HOLD = _update(MAPS[Table.HOLD])
+"""What may change of a hold that is stored."""
 
 INSERT_ENTRY = _upsert(MAPS[Table.ENTRY]).partition(" ON CONFLICT")[0]
 """Write a ledger line. It is always new: a second one of its number is an error, never a change."""

@@ -70,6 +70,7 @@ class SQLiteStore(Store):
         self._opening = asyncio.Lock()
         self._threads: tuple[ConnectionThread, ConnectionThread] | None = None
         self._pid = 0
+        self._copy: WorkingCopy | None = None
 
     async def open(self) -> None:
         """
@@ -108,8 +109,11 @@ class SQLiteStore(Store):
                 # The reader first: the writer's, as the last connection, puts the log back into the file.
                 writer, reader = self._threads
                 self._threads = None
-                await reader.stop()
-                await writer.stop()
+                try:
+                    await reader.stop()
+                finally:
+                    await writer.stop()
+                    self._copy = None
 
     async def run(self, operations: Sequence[Operation]) -> list[Answer | Exception]:
         """See `Store.run`. One transaction, in the writer's thread."""
@@ -144,18 +148,24 @@ class SQLiteStore(Store):
     def _batch(self, turn: Turn[list[Answer | Exception]], operations: Sequence[Operation]) -> list[Answer | Exception]:
         connection, patiently = turn.connection, self._database.patiently
         try:
+            patiently(lambda: connection.execute("BEGIN IMMEDIATE"), turn.sleep)
+            copy = self._taken_copy(connection)
+            copy.begin(self._clock())
+            answers = _decided(copy, operations)
             turn.waits = True
-            patiently(lambda: connection.execute("BEGIN IMMEDIATE"))
-            turn.waits = False
-            answers = _decided(WorkingCopy(connection, self._clock()), operations)
-            turn.waits = True
-            patiently(lambda: connection.execute("COMMIT"))
+            patiently(lambda: connection.execute("COMMIT"), turn.sleep)
+            self._copy = copy
         except BaseException as error:
             _roll_back(connection)
             if _is_about_the_file(error):
                 raise self._database.meaning(error) from error
             raise
         return answers
+
+    def _taken_copy(self, connection: sqlite3.Connection) -> WorkingCopy:
+        """The copy of the last batch, if it went well and was of this connection. Should this one fail, it is lost."""
+        copy, self._copy = self._copy, None
+        return copy if copy is not None and copy.connection is connection else WorkingCopy(connection)
 
     def _snapshot(self, turn: Turn[Snapshot], query: Query) -> Snapshot:
         connection = turn.connection

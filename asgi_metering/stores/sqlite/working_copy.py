@@ -1,5 +1,5 @@
 """
-The working copy: the rows that one batch touches, loaded when an operation needs them, written together.
+The working copy: the rows that batches touch, loaded when an operation needs them, written together.
 
 Decides nothing: `rules.decide.run` does, on exactly the rows that it would look at in the whole state. What each
 operation looks at is said here, and held to the memory store by the differential tests. Knows nothing of
@@ -26,11 +26,16 @@ from asgi_metering.rules.operations import (
     Renew,
     Sweep,
 )
-from asgi_metering.rules.state import AccountKey, AllowanceKey, Change, Grant, Hold, Lease, State, Table
+from asgi_metering.rules.state import NEVER, AccountKey, AllowanceKey, Change, Grant, Hold, Lease, State, Table
 from asgi_metering.stores.rows import MAPS
-from asgi_metering.stores.sqlite.statements import DELETE, INSERT_ENTRY, SELECT, UPSERT, select
+from asgi_metering.stores.sqlite.statements import DELETE, INSERT_ENTRY, SELECT, UPDATE_HOLD, UPSERT, select
 
 __all__ = ["WorkingCopy"]
+
+MAX_KNOWN = 5_000
+"""Keys that a copy knows before it forgets everything: some megabytes, and reading the busy ones again is cheap."""
+
+_encode_entry = MAPS[Table.ENTRY].encode
 
 _OPEN_GRANTS = select(
     Table.GRANT,
@@ -53,7 +58,7 @@ _NEXT_HOLD = select(
     "ORDER BY expires_at LIMIT 1",
 )
 _OVERDUE_ACCOUNTS = (
-    "SELECT DISTINCT payer, unit FROM hold INDEXED BY hold_overdue WHERE receipt IS NULL AND expires_at <= ? "
+    "SELECT DISTINCT payer, unit FROM hold INDEXED BY hold_live WHERE receipt IS NULL AND expires_at <= ? "
     "ORDER BY payer, unit"
 )
 # The first condition is for the index, the second is the rule's own, with its rounding.
@@ -70,23 +75,46 @@ _FREE_EVENTS = select(Table.EVENT, "WHERE claimed_until <= ? ORDER BY position L
 
 class WorkingCopy:
     """
-    The rows of one batch.
+    The rows of one connection's batches.
+
+    Rows stay from one batch to the next as long as nobody else has written to the file, so that a busy account is
+    not read again for each of its batches.
 
     Args:
-        connection: Inside a transaction that keeps other writers out.
-        now: The store's time for the whole batch.
+        connection: The only one that writes what this copy decides.
     """
 
-    __slots__ = ("_connection", "_deleted", "_entries", "_known", "_now", "_put", "_state")
+    __slots__ = ("_deleted", "_entries", "_known", "_now", "_put", "_state", "_stored", "_version", "connection")
 
-    def __init__(self, connection: sqlite3.Connection, now: float) -> None:
-        self._connection = connection
-        self._now = now
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+        self._version: int | None = None
+        self._forget()
+
+    def _forget(self) -> None:
         self._state = State()
         self._known: set[tuple[Any, ...]] = set()
+        self._stored: set[str] = set()
         self._put: dict[str, dict[Any, Any]] = {table: {} for table in UPSERT}
         self._deleted: dict[str, set[Any]] = {table: set() for table in UPSERT}
         self._entries: list[list[Any]] = []
+        self._now = -NEVER
+
+    def begin(self, now: float) -> None:
+        """
+        Start a batch, inside a transaction that keeps other writers out.
+
+        Args:
+            now: The store's time for the whole batch.
+        """
+        (version,) = self.connection.execute("PRAGMA data_version").fetchone()
+        # A clock that stepped back sees leases alive that were dead, and not looked at, before.
+        if version != self._version or now < self._now or len(self._known) > MAX_KNOWN:
+            self._forget()
+            self._version = version
+        self._now = now
+        self._state.entries.clear()
+        self._state.events.clear()
 
     def run(self, operation: Operation) -> Answer:
         """
@@ -105,32 +133,43 @@ class WorkingCopy:
     # -- what changed --------------------------------------------------------------------------------------
 
     def _remember(self, written: list[Change]) -> None:
+        put, deleted = self._put, self._deleted
         for table, key, row in written:
             if table == Table.ENTRY:
-                self._entries.append(MAPS[table].encode(row))
-                continue
-            if table == Table.GRANT:
-                key = (*key, row.id)
-            if row is None:
-                self._put[table].pop(key, None)
-                self._deleted[table].add(key)
+                self._entries.append(_encode_entry(row))
+            elif row is None:
+                put[table].pop(key, None)
+                deleted[table].add(key)
             else:
-                self._put[table][key] = row
+                put[table][(*key, row.id) if table == Table.GRANT else key] = row
 
     def write(self) -> None:
         """Write what has changed since the last call: of many changes to a row only the last."""
-        connection = self._connection
+        connection = self.connection
         for table, keys in self._deleted.items():
             if keys:
                 connection.executemany(DELETE[table], [key if type(key) is tuple else (key,) for key in keys])
+                if table == Table.HOLD:
+                    self._stored -= keys
                 keys.clear()
         for table, rows in self._put.items():
             if rows:
-                connection.executemany(UPSERT[table], map(MAPS[table].encode, rows.values()))
+                if table == Table.HOLD:
+                    self._write_holds(rows)
+                else:
+                    connection.executemany(UPSERT[table], map(MAPS[table].encode, rows.values()))
                 rows.clear()
         if self._entries:
             connection.executemany(INSERT_ENTRY, self._entries)
             self._entries.clear()
+
+    def _write_holds(self, rows: dict[str, Hold]) -> None:
+        stored, holds = self._stored, MAPS[Table.HOLD]
+        changed = [holds.encode_change(row) for key, row in rows.items() if key in stored]
+        new = [holds.encode(row) for key, row in rows.items() if key not in stored]
+        self.connection.executemany(UPDATE_HOLD, changed)
+        self.connection.executemany(UPSERT[Table.HOLD], new)
+        stored.update(rows)
 
     # -- what each operation looks at ----------------------------------------------------------------------
 
@@ -204,7 +243,7 @@ class WorkingCopy:
                 self._load_grant(key, part.name)
             elif part.source is Source.DEBT:
                 left = amount
-                for grant in self._connection.execute(_PAID_GRANTS, key):
+                for grant in self.connection.execute(_PAID_GRANTS, key):
                     left -= self._keep_grant(MAPS[Table.GRANT].decode(grant)).settled
                     if left <= 0:
                         break
@@ -219,18 +258,18 @@ class WorkingCopy:
         self.write()
         now = self._clamped(key)
         decode = MAPS[Table.HOLD].decode
-        overdue = list(map(decode, self._connection.execute(_OVERDUE_HOLDS, (*key, now, limit + 1))))
+        overdue = list(map(decode, self.connection.execute(_OVERDUE_HOLDS, (*key, now, limit + 1))))
         for hold in overdue:
             self._keep_hold(hold)
             self._load_account_of(hold)
-        for row in self._connection.execute(_NEXT_HOLD, (*key, now)):
+        for row in self.connection.execute(_NEXT_HOLD, (*key, now)):
             self._keep_hold(decode(row))
         return sum(1 for hold in overdue[:limit] if hold.due_at <= now or hold.state is HoldState.HELD)
 
     def _load_sweep(self, ask: Sweep) -> None:
         self.write()
         now = self._now
-        connection = self._connection
+        connection = self.connection
         left = ask.limit
         for key in connection.execute(_OVERDUE_ACCOUNTS, (now,)).fetchall():
             self._load_book(key)
@@ -251,7 +290,7 @@ class WorkingCopy:
         """Events nobody has claimed, oldest first, and no others: what the batch appended came last."""
         self.write()
         self._state.events.clear()
-        for row in self._connection.execute(_FREE_EVENTS, (self._now, limit)):
+        for row in self.connection.execute(_FREE_EVENTS, (self._now, limit)):
             event = MAPS[Table.EVENT].decode(row)
             self._state.events[event.id] = event
 
@@ -264,7 +303,7 @@ class WorkingCopy:
         return len(known) > before
 
     def _row(self, table: str, key: tuple[Any, ...]) -> Any:
-        found = self._connection.execute(SELECT[table], key).fetchone()
+        found = self.connection.execute(SELECT[table], key).fetchone()
         return None if found is None else MAPS[table].decode(found)
 
     def _clamped(self, key: AccountKey) -> float:
@@ -277,7 +316,7 @@ class WorkingCopy:
             account = self._row(Table.ACCOUNT, key)
             if account is not None:
                 self._state.accounts[key] = account
-                for row in self._connection.execute(_OPEN_GRANTS, key):
+                for row in self.connection.execute(_OPEN_GRANTS, key):
                     self._keep_grant(MAPS[Table.GRANT].decode(row))
 
     def _load_grant(self, key: AccountKey, grant_id: str) -> None:
@@ -299,13 +338,17 @@ class WorkingCopy:
         if self._is_new(Table.HOLD, hold_id):
             hold = self._row(Table.HOLD, (hold_id,))
             if hold is not None:
-                self._state.apply([(Table.HOLD, hold_id, hold)])
+                self._take(hold)
         return self._state.holds.get(hold_id)
 
     def _keep_hold(self, hold: Hold) -> None:
         """Take in a hold as it is stored, unless the batch knows it already."""
         if self._is_new(Table.HOLD, hold.id):
-            self._state.apply([(Table.HOLD, hold.id, hold)])
+            self._take(hold)
+
+    def _take(self, hold: Hold) -> None:
+        self._state.apply([(Table.HOLD, hold.id, hold)])
+        self._stored.add(hold.id)
 
     def _load_allowance(self, key: AllowanceKey) -> None:
         if self._is_new(Table.ALLOWANCE, key):
@@ -324,7 +367,7 @@ class WorkingCopy:
         if not self._is_new(Table.LEASE, pool):
             return
         put, deleted = self._put[Table.LEASE], self._deleted[Table.LEASE]
-        for call_id, expires_at in self._connection.execute(_LIVE_LEASES, (pool, self._now)):
+        for call_id, expires_at in self.connection.execute(_LIVE_LEASES, (pool, self._now)):
             key = (pool, call_id)
             if key not in put and key not in deleted:
                 self._state.apply([(Table.LEASE, key, Lease(pool, call_id, expires_at))])

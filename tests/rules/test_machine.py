@@ -1,0 +1,327 @@
+"""
+Whatever is done to accounts, in whatever order and at whatever times: the books balance after every step.
+
+A Hypothesis machine runs every operation, with repeats, opposites, late ends, expiries and clocks that step back,
+and after each step proves what must always hold (S3.4, S3.12, S3.13, X.7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from asgi_metering.decisions import Decision, Reason
+from asgi_metering.errors import ConfigurationError, IdempotencyConflictError
+from asgi_metering.receipts import Basis, EndedBy, Part, Receipt
+from asgi_metering.rules.hold import is_live
+from asgi_metering.rules.operations import (
+    Acknowledge,
+    Admit,
+    AllowanceSource,
+    Claim,
+    Emit,
+    End,
+    LeaseAsk,
+    LimitAsk,
+    PostGrant,
+    Renew,
+    SourceAsk,
+    Sweep,
+)
+from asgi_metering.rules.settlement import end_overdue
+from asgi_metering.rules.state import NEVER, Account, Hold, State
+from tests.rules.world import DAY_S, WALLET, World, calendar, days, fixed, imbalances, sliding, slots, snapshot
+
+PAYERS = ("ada", "bob")
+CALLS = tuple(f"c{number}" for number in range(12))
+GRANTS = tuple(f"g{number}" for number in range(8))
+LIMITS = {"k": 5, "s": 6, "d": 7}
+"""The limit of each counter that counts requests: it is never exceeded."""
+
+payers = st.sampled_from(PAYERS)
+calls = st.sampled_from(CALLS)
+amounts = st.integers(0, 30)
+charges = st.one_of(st.none(), st.integers(0, 40))
+
+
+class Books(RuleBasedStateMachine):
+    """Two payers, a dozen calls that come again and again, and a clock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        self.receipts: dict[str, Receipt] = {}
+
+    # -- time ------------------------------------------------------------------------------------------------
+
+    @rule(seconds=st.sampled_from([0.25, 1.0, 10.0, 31.0, 65.0, 400.0, DAY_S]))
+    def wait(self, seconds: float) -> None:
+        """Time passes."""
+        self.world.wait(seconds)
+
+    @rule(seconds=st.sampled_from([1.0, 45.0]))
+    def step_back(self, seconds: float) -> None:
+        """The store's clock is set back."""
+        self.world.wait(-seconds)
+
+    # -- grants ----------------------------------------------------------------------------------------------
+
+    @rule(
+        grant=st.sampled_from(GRANTS),
+        payer=payers,
+        amount=st.integers(0, 50),
+        priority=st.integers(-1, 1),
+        starts_in=st.sampled_from([None, -5.0, 0.0, 40.0]),
+        lasts=st.sampled_from([30.0, 100.0, NEVER]),
+    )
+    def give(self, grant: str, payer: str, amount: int, priority: int, starts_in: float | None, lasts: float) -> None:
+        """Units are given, once per id; the same id with another body changes nothing."""
+        world = self.world
+        before = snapshot(world.state)
+        known = world.state.grant((payer, "credits"), grant)
+        begins = None if starts_in is None else world.now + starts_in
+        ask = PostGrant(grant, payer, "credits", amount, priority, begins, world.now + (starts_in or 0.0) + lasts)
+        try:
+            receipt = world.run(ask)
+        except (IdempotencyConflictError, ConfigurationError):
+            assert snapshot(world.state) == before
+            return
+        assert receipt.applied is (known is None)
+        assert 0 <= receipt.paid_debt <= amount
+
+    @rule(grant=st.sampled_from(GRANTS), payer=payers)
+    def give_again(self, grant: str, payer: str) -> None:
+        """The same grant again changes nothing."""
+        known = self.world.state.grant((payer, "credits"), grant)
+        if known is None:
+            return
+        before = snapshot(self.world.state)
+        again = PostGrant(
+            grant, payer, "credits", known.amount, known.priority, known.effective_at, known.expires_at, known.kind
+        )
+        assert self.world.run(again).applied is False
+        assert snapshot(self.world.state) == before
+
+    # -- admission -------------------------------------------------------------------------------------------
+
+    @rule(
+        call=calls,
+        payer=payers,
+        amount=amounts,
+        least=amounts,
+        sources=st.sampled_from(["wallet", "free", "free, wallet", "wallet, trial", "stale, wallet", "none"]),
+        limits=st.lists(st.sampled_from("ksdt"), max_size=3, unique=True),
+        pools=st.lists(st.sampled_from(["one", "two"]), max_size=2, unique=True),
+        grace_s=st.sampled_from([0.0, 20.0]),
+        in_doubt=st.sampled_from([Basis.OBSERVED, Basis.HOLD, Basis.NONE]),
+    )
+    def admit(
+        self,
+        call: str,
+        payer: str,
+        amount: int,
+        least: int,
+        sources: str,
+        limits: list[str],
+        pools: list[str],
+        grace_s: float,
+        in_doubt: Basis,
+    ) -> None:
+        """A call asks for admission: it gets everything or nothing, and never what is not there."""
+        world = self.world
+        ask = Admit(
+            call,
+            payer,
+            "credits",
+            amount,
+            min(amount, least),
+            tuple(self._sources(sources)),
+            tuple(self._limits(limits)),
+            tuple(self._pools(pools)),
+            30.0,
+            grace_s,
+            in_doubt,
+            facts={"n": 1},
+        )
+        known = call in world.state.holds
+        # What an admission ends on its way is done before, so that the rest is its own.
+        now = max(world.now, self._account(payer).seen_at)
+        end_overdue(world.state, (payer, "credits"), now, 100)
+        before, was = snapshot(world.state), self._account(payer)
+        decision = world.run(ask)
+        assert isinstance(decision, Decision)
+        if known or not decision.admitted:
+            assert snapshot(world.state) == before
+            self._explains(ask, decision)
+            return
+        assert decision.now == now
+        assert not amount or ask.minimum <= decision.held <= amount
+        if decision.source == "wallet" and decision.held:
+            assert decision.available == self._account(payer).available >= 0
+            assert was.available <= was.granted - was.settled - was.expired - was.held
+        for lease in ask.leases:
+            live = [row for row in world.state.leases[lease.pool].values() if row.expires_at > now]
+            assert len(live) <= lease.limit
+
+    def _explains(self, ask: Admit, decision: Decision) -> None:
+        refusal = decision.refusal
+        if refusal is None:
+            return
+        assert refusal.available is not None
+        assert refusal.available >= 0
+        if refusal.retry_after_s is not None:
+            assert refusal.retry_after_s > 0
+        if refusal.reason in (Reason.CREDITS, Reason.ALLOWANCE):
+            assert (
+                refusal.required == ask.minimum > refusal.available or not ask.sources or self._account(ask.payer).debt
+            )
+
+    def _sources(self, wanted: str) -> Iterator[SourceAsk]:
+        now = self.world.now
+        offered: dict[str, SourceAsk] = {
+            "wallet": WALLET,
+            "free": AllowanceSource("free", 40, days(now)),
+            "trial": AllowanceSource("trial", 10, days(now)),
+            "stale": AllowanceSource("free", 40, days(now - 9 * DAY_S)),
+        }
+        return (offered[name] for name in wanted.split(", ") if name != "none")
+
+    def _limits(self, keys: list[str]) -> Iterator[LimitAsk]:
+        offered = {
+            "k": fixed(LIMITS["k"], 60.0, key="k"),
+            "s": sliding(LIMITS["s"], 60.0, key="s", cost=2),
+            "d": calendar(LIMITS["d"], self.world.now, key="d"),
+            "t": sliding(100, 50.0, key="t", meter="tokens", cost=20),
+        }
+        return (offered[key] for key in keys)
+
+    def _pools(self, pools: list[str]) -> Iterator[LeaseAsk]:
+        return (slots({"one": 1, "two": 2}[pool], pool) for pool in pools)
+
+    # -- ends ------------------------------------------------------------------------------------------------
+
+    @rule(call=calls, observed=st.integers(0, 40))
+    def beat(self, call: str, observed: int) -> None:
+        """A heartbeat keeps a live hold alive, and nothing else."""
+        hold = self.world.state.holds.get(call)
+        lives = self.world.run(Renew(call, observed))
+        assert lives is (hold is not None and is_live(hold.state))
+
+    @rule(call=calls, amount=charges, by=st.sampled_from(EndedBy), tokens=st.one_of(st.none(), st.integers(0, 90)))
+    def end(self, call: str, amount: int | None, by: EndedBy, tokens: int | None) -> None:
+        """Whoever ends a hold first wins; who comes later gets that receipt, and charges at most the difference."""
+        world = self.world
+        hold = world.state.holds.get(call)
+        before = snapshot(world.state)
+        actual = {} if tokens is None else {"tokens": tokens}
+        receipt = world.run(End(call, amount, Basis.USAGE, by=by, actual=actual, event={"n": 2}))
+        assert receipt.known is (hold is not None)
+        if hold is None:
+            assert snapshot(world.state) == before
+            return
+        assert receipt.applied is (hold.receipt is None)
+        if receipt.applied:
+            assert receipt.amount == sum(part.amount for part in receipt.parts) == (amount or 0)
+            return
+        assert hold.receipt is not None
+        assert receipt._replace(applied=True, late=None) == hold.receipt._replace(late=None)
+        if hold.receipt.late is not None or by is not EndedBy.CALL or hold.receipt.ended_by is EndedBy.CALL:
+            assert snapshot(world.state) == before
+        elif hold.receipt.ended_by is EndedBy.POLICY:
+            assert receipt.late == (amount or 0) - hold.receipt.amount
+
+    @rule(limit=st.sampled_from([1, 3, 500]), keep_s=st.sampled_from([120.0, 7 * DAY_S]))
+    def sweep(self, limit: int, keep_s: float) -> None:
+        """A sweep ends what is overdue and forgets what is old."""
+        self.world.run(Sweep(limit, keep_s))
+        self.receipts = {call: receipt for call, receipt in self.receipts.items() if call in self.world.state.holds}
+
+    # -- the outbox ------------------------------------------------------------------------------------------
+
+    @rule(event=st.sampled_from(["e0", "e1"]))
+    def emit(self, event: str) -> None:
+        """Free work appends its event."""
+        assert self.world.run(Emit(((event, {}),))) == 1
+
+    @precondition(lambda self: self.world.state.events)
+    @rule(limit=st.integers(1, 3), acknowledge=st.booleans())
+    def deliver(self, limit: int, acknowledge: bool) -> None:
+        """A deliverer claims events and perhaps acknowledges them; claimed ones are nobody else's meanwhile."""
+        claimed = self.world.run(Claim(limit, 20.0))
+        assert len(claimed) <= limit
+        ids = {event.id for event in claimed}
+        assert not ids & {event.id for event in self.world.run(Claim(100, 20.0))}
+        if acknowledge:
+            assert self.world.run(Acknowledge(tuple(ids))) == len(ids)
+
+    # -- what must always hold -------------------------------------------------------------------------------
+
+    def _account(self, payer: str) -> Account:
+        return self.world.account(payer)
+
+    @invariant()
+    def books_balance(self) -> None:
+        """Every sum is proven by its rows and by the ledger."""
+        assert imbalances(self.world.state) == []
+
+    @invariant()
+    def a_hold_ends_once(self) -> None:
+        """The first receipt of a hold stays as it was for ever; only what came late is added to it, once."""
+        for hold in self.world.state.holds.values():
+            assert is_live(hold.state) is (hold.receipt is None)
+            if hold.receipt is None:
+                assert hold.id not in self.receipts
+                continue
+            first = self.receipts.setdefault(hold.id, hold.receipt)
+            assert hold.receipt._replace(late=None) == first._replace(late=None)
+            if first.late is not None:
+                assert hold.receipt.late == first.late
+            self.receipts[hold.id] = hold.receipt
+
+    @invariant()
+    def what_is_held_is_in_its_parts(self) -> None:
+        """A hold's amount is that of its parts, whatever became of it."""
+        for hold in self.world.state.holds.values():
+            assert hold.amount == _total(hold.parts)
+
+    @invariant()
+    def limits_are_never_exceeded(self) -> None:
+        """A counter of requests stays within its limit, whatever clocks and corrections do."""
+        for key, limit in LIMITS.items():
+            counter = self.world.state.counters.get(key)
+            assert counter is None or counter.used <= limit
+
+    @invariant()
+    def slots_belong_to_live_holds(self) -> None:
+        """A slot in use names a call that has not ended."""
+        state = self.world.state
+        for pool, leases in state.leases.items():
+            for call, lease in leases.items():
+                assert (lease.pool, lease.id) == (pool, call)
+                assert call in _live(state)
+
+    @invariant()
+    def bounds_are_never_late(self) -> None:
+        """No grant begins or lapses, and no hold falls due, before the account says that it should be looked at."""
+        for key, account in self.world.state.accounts.items():
+            for grant in self.world.state.grants.get(key, {}).values():
+                turn = grant.expires_at if grant.begun else grant.effective_at
+                assert account.next_change_at <= turn or (grant.begun and turn <= account.seen_at)
+            for hold in self.world.state.live_holds(key):
+                if _total(hold.parts):
+                    assert account.next_due_at <= hold.due_at
+
+
+def _total(parts: tuple[Part, ...]) -> int:
+    return sum(part.amount for part in parts)
+
+
+def _live(state: State) -> dict[str, Hold]:
+    return {hold.id: hold for hold in state.holds.values() if hold.receipt is None}
+
+
+TestBooks = Books.TestCase
+TestBooks.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
