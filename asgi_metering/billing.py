@@ -216,7 +216,7 @@ def _actual(used: Metered, row: Situation) -> dict[str, int]:
 
 def _event(call: Call, used: Metered, seen: Sighting, row: Situation) -> dict[str, Any] | None:
     """What the usage event says of the end; None where nobody wants events of this call."""
-    if call.charge is None or "events" not in call.opening.features:
+    if call.charge is None or "events" not in call.opening.features or not call.metering.sinks:
         return None
     told: dict[str, Any] = {
         "outcome": _outcome(seen),

@@ -112,7 +112,7 @@ class Metering:
         self.new_id = new_id or _new_id
         self.quotas = QuotaReadings()
         self.meters = Meters()
-        self.sinks: tuple[Sink, ...] = _default_sinks() if sinks is None else tuple(sinks)
+        self.sinks: tuple[Sink, ...] = _default_sinks(unit) if sinks is None else tuple(sinks)
         self._identify = identify
         self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
@@ -427,11 +427,11 @@ class Metering:
             )
 
 
-def _default_sinks() -> tuple[Sink, ...]:
+def _default_sinks(unit: Unit) -> tuple[Sink, ...]:
     # OpenTelemetry is imported only where events go to it.
     from asgi_metering.events.otel import OTelSink
 
-    return (OTelSink(),)
+    return (OTelSink(units=(unit,)),)
 
 
 def _store_down(given: Mapping[str, StoreDown]) -> Mapping[str, StoreDown]:

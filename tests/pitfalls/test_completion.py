@@ -401,27 +401,25 @@ def test_watch_gives_the_app_every_message_in_order() -> None:
     """Pitfall 27: a server whose messages come once each gives every one of them to the app, read ahead or not."""
     received: list[str] = []
 
-    async def app(_scope: Any, receive: Any, send: Any) -> None:
-        received.append((await receive())["type"])
-        received.append((await receive())["type"])
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"a", "more_body": True})
-        await asyncio.sleep(0)
-        received.append((await receive())["type"])
-
     async def play() -> None:
-        async with staged(metered_app(plain(app), billable(2)), layer={"stop_on_disconnect": True}) as stage:
-            server: asyncio.Queue[Any] = asyncio.Queue()
-            for message in (
-                {"type": "http.request", "body": b"one", "more_body": True},
-                {"type": "http.request", "body": b"two", "more_body": False},
-                {"type": "http.disconnect"},
-            ):
-                server.put_nowait(message)
+        server: asyncio.Queue[Any] = asyncio.Queue()
 
-            async def send(_message: Any) -> None:
+        async def app(_scope: Any, receive: Any, send: Any) -> None:
+            received.extend([(await receive())["type"], (await receive())["type"]])
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"a", "more_body": True})
+            server.put_nowait({"type": "http.disconnect"})
+            # Whoever reads ahead has read it by now.
+            for _ in range(5):
                 await asyncio.sleep(0)
+            received.append((await receive())["type"])
 
+        async def send(_message: Any) -> None:
+            await asyncio.sleep(0)
+
+        async with staged(metered_app(plain(app), billable(2)), layer={"stop_on_disconnect": True}) as stage:
+            server.put_nowait({"type": "http.request", "body": b"one", "more_body": True})
+            server.put_nowait({"type": "http.request", "body": b"two", "more_body": False})
             async with asyncio.timeout(5):
                 await stage.app(http_scope("/", "POST"), server.get, send)
             assert received == ["http.request", "http.request", "http.disconnect"]

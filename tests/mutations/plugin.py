@@ -1,0 +1,110 @@
+"""
+The pytest plugin of a mutated run: changes one module's source text as it is imported, and writes down what failed.
+
+Loaded by ``-p tests.mutations.plugin`` before any conftest, so that nothing of the package is imported yet. Knows one
+change, out of the environment, and nothing of what it is for.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+import pytest
+
+__all__ = ["CHANGE", "REPORT", "install"]
+
+CHANGE = "MUTATION_CHANGE"
+"""JSON of ``module``, ``old`` and ``new``; absent: nothing is changed."""
+
+REPORT = "MUTATION_REPORT"
+"""The file that the outcome of each test is written to, as JSON."""
+
+
+class MutantLoader(importlib.machinery.SourceFileLoader):
+    """Loads one module with its text changed, past every cache of bytecode."""
+
+    def __init__(self, name: str, path: str, old: str, new: str) -> None:
+        super().__init__(name, path)
+        self.old = old
+        self.new = new
+        self.applied = False
+
+    def get_code(self, fullname: str) -> CodeType:
+        source = Path(self.path).read_text(encoding="utf-8")
+        found = source.count(self.old)
+        if found != 1:
+            raise pytest.UsageError(f"The snippet occurs {found} times in {fullname}, not once: {self.old!r}")
+        self.applied = True
+        return compile(source.replace(self.old, self.new), self.path, "exec", dont_inherit=True)
+
+
+class MutantFinder:
+    """Hands one module to its loader, and leaves all others alone."""
+
+    def __init__(self, module: str, old: str, new: str) -> None:
+        self.module = module
+        spec = importlib.machinery.PathFinder.find_spec
+        self._find = spec
+        self._old, self._new = old, new
+        self.loader: MutantLoader | None = None
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.module:
+            return None
+        spec = self._find(fullname, path, target)
+        if spec is None or spec.origin is None:
+            raise pytest.UsageError(f"There is no module {fullname!r} to change.")
+        self.loader = MutantLoader(fullname, spec.origin, self._old, self._new)
+        spec.loader = self.loader
+        return spec
+
+
+def install(change: dict[str, str]) -> MutantFinder:
+    """Put the change in the way of the import of its module, which must still be to come."""
+    if change["module"] in sys.modules:
+        raise pytest.UsageError(f"{change['module']} was imported before it could be changed.")
+    finder = MutantFinder(change["module"], change["old"], change["new"])
+    sys.meta_path.insert(0, finder)
+    return finder
+
+
+_finder = install(json.loads(os.environ[CHANGE])) if CHANGE in os.environ else None
+_outcomes: dict[str, dict[str, Any]] = {}
+_failed_to_collect: list[str] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """Keep of each test the first phase that was not passed, and what was raised in it."""
+    report = yield
+    if report.when == "call" or report.outcome != "passed":
+        raised = None if call.excinfo is None else call.excinfo.typename
+        kept = _outcomes.setdefault(item.nodeid, {"outcome": report.outcome, "when": report.when, "raised": raised})
+        if kept["outcome"] == "passed" != report.outcome:
+            kept.update(outcome=report.outcome, when=report.when, raised=raised)
+    return report
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Keep what could not even be collected."""
+    if report.failed:
+        _failed_to_collect.append(f"{report.nodeid}: {report.longreprtext[-500:]}")
+
+
+def pytest_sessionfinish() -> None:
+    """Write down what happened, and whether the change was there at all."""
+    report = {
+        "applied": _finder is None or (_finder.loader is not None and _finder.loader.applied),
+        "collection": _failed_to_collect,
+        "tests": _outcomes,
+    }
+    Path(os.environ[REPORT]).write_text(json.dumps(report), encoding="utf-8")

@@ -1,0 +1,88 @@
+"""
+The server of mutated runs: imports what every run needs once, and forks a pytest for each that is asked for.
+
+Reads one JSON object a line from its input (``id``, ``change``, ``tests``, ``directory``) and writes the id back when
+the run has ended; output and report of the run are files in the directory. Never imports the package itself: that is
+what the runs change.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.mutations.plugin import CHANGE, REPORT
+
+__all__ = ["OPTIONS", "PRELOADED", "main"]
+
+PRELOADED = (
+    "_pytest.assertion.rewrite",
+    "_pytest.capture",
+    "_pytest.logging",
+    "_pytest.python",
+    "_pytest.terminal",
+    "anyio._backends._asyncio",
+    "anyio.pytest_plugin",
+    "asyncio",
+    "fastapi",
+    "fastapi.sse",
+    "httpx2",
+    "hypothesis",
+    "limits",
+    "opentelemetry.metrics",
+    "opentelemetry.trace",
+    "pydantic",
+    "pytest_timeout",
+    "starlette.applications",
+    "starlette.middleware.gzip",
+    "tests.harness.drive",
+    "zoneinfo",
+)
+"""Imported before the fork: together they take longer than most runs."""
+
+OPTIONS = ("-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=30", "-p", "tests.mutations.plugin")
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    if any(name.partition(".")[0] == "asgi_metering" for name in sys.modules):
+        raise RuntimeError("The package was imported before anything could be changed.")
+    del sys.modules["tests.mutations.plugin"]
+    # Nobody waits for the runs here, and none may stay a zombie.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if os.fork() == 0:
+            _run(asked)
+
+
+def _run(asked: dict[str, Any]) -> None:
+    """Be the run, write its id, and end the process without another word."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    directory = Path(asked["directory"])
+    answers = os.dup(1)
+    output = os.open(directory / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ[REPORT] = str(directory / "report.json")
+    if asked["change"] is not None:
+        os.environ[CHANGE] = json.dumps(asked["change"])
+    try:
+        import pytest
+
+        pytest.main([*OPTIONS, *asked["tests"]])
+    finally:
+        sys.stdout.flush()
+        os.write(answers, f"{asked['id']}\n".encode())
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The tests of the pitfalls fail when the handling of their pitfall is switched off, and pass when it is not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.mutations import completion, denial, gate
+from tests.mutations.entries import Mutation
+from tests.mutations.running import Runs
+
+MUTATIONS: tuple[Mutation, ...] = (*gate.MUTATIONS, *denial.MUTATIONS, *completion.MUTATIONS)
+
+CALLS = "tests/pitfalls/test_calls.py::"
+ENOUGH = f"{CALLS}test_say_that_no_call_runs"
+"""A test of a few lines, for the runs that try the runs themselves."""
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[Runs]:
+    """One server for all."""
+    with Runs() as server:
+        yield server
+
+
+def names() -> list[str]:
+    """One name per entry; of equal ones the later are numbered."""
+    seen: list[str] = []
+    for mutation in MUTATIONS:
+        seen.append(mutation.id if mutation.id not in seen else f"{mutation.id}-{len(seen)}")
+    return seen
+
+
+NAMES = names()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_turn_red_without_the_handling(name: str, runs: Runs) -> None:
+    """Each named test fails, in its body and not by accident, in code that does not handle its pitfall."""
+    at = NAMES.index(name)
+    mutation = MUTATIONS[at]
+    runs.begin(name, mutation, mutation.tests)
+    if at + 1 < len(NAMES) and "PYTEST_XDIST_WORKER" not in os.environ:
+        # The one after, meanwhile; among several workers it may be another's.
+        runs.begin(NAMES[at + 1], MUTATIONS[at + 1], MUTATIONS[at + 1].tests)
+    run = runs.result(name, mutation, mutation.tests)
+    assert run.why_not_red() == ""
+
+
+def test_stay_green_with_all_handling(runs: Runs) -> None:
+    """Every test that a mutation names passes in the code as it is, in the same kind of run."""
+    tests = tuple(sorted({test for mutation in MUTATIONS for test in mutation.tests}))
+    run = runs.result("unchanged", None, tests)
+    assert run.is_green, run.output[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("no such text anywhere", "pass", "occurs 0 times in asgi_metering.call, not once"),
+        ("self", "pass", "times in asgi_metering.call, not once"),
+        ("def current_call() -> Call:", "def current_call() -> Call", "SyntaxError"),
+        ("    opening = CURRENT.get()\n", "    opening = nowhere\n", "Failed for another reason"),
+        ("How far a call's admission is.", "How near a call's admission is.", "Not noticed by"),
+    ],
+    ids=["absent", "ambiguous", "no-python", "no-name", "harmless"],
+)
+def test_tell_a_mutation_that_proves_nothing(
+    old: str, new: str, reason: str, runs: Runs, request: pytest.FixtureRequest
+) -> None:
+    """A snippet that is not there once, that breaks the module, or that changes nothing is no proof of any test."""
+    mutation = Mutation(0, "nothing", "asgi_metering.call", old, new, (ENOUGH,))
+    run = runs.result(request.node.callspec.id, mutation, mutation.tests)
+    assert reason in run.why_not_red()
+    assert not (run.is_green and reason != "Not noticed by")
+
+
+def test_tell_a_module_that_no_test_imports(runs: Runs) -> None:
+    """A change of a module that the named test never imports is no proof either."""
+    mutation = Mutation(0, "elsewhere", "asgi_metering.cli", '"""', "'''", (ENOUGH,))
+    run = runs.result("elsewhere", mutation, mutation.tests)
+    assert not run.applied
+    assert "It did not run as it should" in run.why_not_red()
+
+
+def test_cover_every_pitfall_of_the_gate_and_of_ends() -> None:
+    """Each pitfall of the list that this package handles by itself has at least one mutation."""
+    adapters_and_other_protocols = {10, 11, 17, 19, 20, 34}
+    wanted = set(range(1, 40)) - adapters_and_other_protocols
+    assert wanted - {mutation.pitfall for mutation in MUTATIONS} == set()
