@@ -232,6 +232,8 @@ def test_recover_when_the_extra_is_installed(unloaded: None, monkeypatch: pytest
         (gzip.compress(b"IQ== 0\n")[:12] + b"\xff" * 20, "is no gzip file"),
         (gzip.compress(b"IQ== 0\n"), "has SHA-256"),
     ],
+    # Packed bytes carry the time, and a test's name must not.
+    ids=["missing", "no gzip", "cut short", "broken inside", "another one"],
 )
 def test_refuse_a_damaged_vocabulary(
     packed: bytes | None, how: str, unloaded: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

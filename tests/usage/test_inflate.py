@@ -68,7 +68,7 @@ def test_refuse_an_unknown_coding(header: str) -> None:
     assert list(decoder.feed(b"data: a\n\n")) == []
 
 
-@pytest.mark.parametrize("broken", [b"not gzip at all", gzip.compress(PLAIN)[:5000] + NOISE])
+@pytest.mark.parametrize("broken", [b"not gzip at all", gzip.compress(PLAIN)[:5000] + NOISE], ids=["no gzip", "noise"])
 def test_stop_at_a_broken_body(broken: bytes) -> None:
     """A body that breaks off keeps what came before, and stays failed."""
     decoder = Inflate("gzip")
