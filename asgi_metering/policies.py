@@ -282,11 +282,6 @@ class EndpointPolicy:
             return self.charge.errors
         return self.rates[0].errors if self.rates else "problem"
 
-    @property
-    def needs_identity(self) -> bool:
-        """Whether nobody can be served without knowing who calls."""
-        return self.charge is not None
-
     def callables(self) -> tuple[From, ...]:
         """Everything that is computed from the endpoint's arguments."""
         charge = self.charge.callables() if self.charge is not None else ()

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,16 @@ PRELOADED = (
 )
 """Imported before the fork: together they take longer than most runs."""
 
-OPTIONS = ("-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=30", "-p", "tests.mutations.plugin")
+OPTIONS = (
+    "-q",
+    "--no-header",
+    "--timeout=30",
+    # Plugins that were imported before the fork have their own assertions as they are.
+    "-Wignore::pytest.PytestAssertRewriteWarning",
+    *("-p", "no:cacheprovider"),
+    *("-p", "no:xdist"),
+    *("-p", "tests.mutations.plugin"),
+)
 
 
 def main() -> None:
@@ -78,6 +88,9 @@ def _run(asked: dict[str, Any]) -> None:
         import pytest
 
         pytest.main([*OPTIONS, *asked["tests"]])
+    except BaseException:
+        # Whatever it is, it belongs to the run and must not come back to the server's loop.
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os.write(answers, f"{asked['id']}\n".encode())

@@ -18,12 +18,12 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asgi_metering import Caller, Metering
+from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.receipts import Balance
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, Emit, End, Operation, PostGrant
-from asgi_metering.stores.contract import PendingEvents
 from asgi_metering.stores.memory import MemoryStore
-from asgi_metering.usage import TokenUsage
+from asgi_metering.usage import TokenUsage, UsageEvent
 from tests.harness.drive import Drive, body, drive, headers, http_scope, lifespan
 
 __all__ = ["ANN", "CREDIT", "POOR", "TOKENS", "Books", "Scene", "SlowBooks", "Visit", "field_of", "visit"]
@@ -104,14 +104,24 @@ def identify(connection: HTTPConnection) -> Caller | None:
 
 @dataclass
 class Scene:
-    """A metering over `Books`, with ann's credits in them."""
+    """
+    A metering over `Books`, with ann's credits in them.
+
+    With ``tells`` its usage events come into `told`, and the books are asked for them now and then.
+    """
 
     books: Books = field(default_factory=Books)
+    tells: bool = False
+    told: list[UsageEvent] = field(default_factory=list)
     metering: Metering = field(init=False)
 
     def __post_init__(self) -> None:
-        self.metering = Metering(self.books, identify=identify, sinks=())
+        sinks = (CallbackSink(self._take, "told"),) if self.tells else ()
+        self.metering = Metering(self.books, identify=identify, sinks=sinks)
         self.grant(ANN, 100)
+
+    async def _take(self, events: Sequence[UsageEvent]) -> None:
+        self.told.extend(events)
 
     def grant(self, payer: str, amount: int) -> None:
         MemoryStore.run_now(self.books, PostGrant(f"for-{payer}", payer, "credits", amount * CREDIT))
@@ -128,11 +138,6 @@ class Scene:
     async def _balance_once(self, payer: str) -> Balance:
         async with self.metering:
             return await self.metering.balance(payer)
-
-    def events(self) -> list[dict[str, Any]]:
-        """Usage events that nobody has fetched yet."""
-        snapshot = asyncio.run(self.books.read(PendingEvents()))
-        return [dict(row.payload) for row in snapshot.state.events.values()]
 
 
 async def make(app: ASGIApp, visits: Sequence[Visit]) -> list[Drive]:

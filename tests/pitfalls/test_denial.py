@@ -546,8 +546,9 @@ def test_still_raise_what_else_broke_a_refused_stream(scene: Scene) -> None:
     assert isinstance(ended.exception, KeyError)
 
 
-def test_charge_what_was_admitted_after_the_start(scene: Scene) -> None:
+def test_charge_what_was_admitted_after_the_start() -> None:
     """S4.6: an explicit gate inside a stream is charged by the usage that passes after it, and its status is told."""
+    scene = Scene(tells=True)
     usage = b'data: {"usage":{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7},"choices":[]}\n\n'
 
     @http_only
@@ -560,12 +561,13 @@ def test_charge_what_was_admitted_after_the_start(scene: Scene) -> None:
     (ended,) = visit(MeteringMiddleware(app, scene.metering), Visit())
     assert ended.exception is None
     assert scene.settled() == 11
-    (event,) = scene.events()
-    assert (event["status"], event["outcome"]) == (200, "completed")
+    (event,) = scene.told
+    assert (event.status, event.outcome) == (200, "completed")
 
 
-def test_charge_what_was_admitted_after_the_end(scene: Scene) -> None:
+def test_charge_what_was_admitted_after_the_end() -> None:
     """S4.6: metered work in a background task, after the response, is charged as completed and not as aborted."""
+    scene = Scene(tells=True)
 
     async def work() -> None:
         await current_call().admit(PRICE)
@@ -577,8 +579,8 @@ def test_charge_what_was_admitted_after_the_end(scene: Scene) -> None:
     (ended,) = visit(app, Visit())
     assert status(ended.log) == 202
     assert scene.settled() == PRICE
-    (event,) = scene.events()
-    assert (event["status"], event["outcome"]) == (202, "completed")
+    (event,) = scene.told
+    assert (event.status, event.outcome) == (202, "completed")
 
 
 # -- pitfall 21: HEAD and CORS -----------------------------------------------------------------------------

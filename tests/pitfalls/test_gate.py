@@ -36,7 +36,7 @@ from tests.pitfalls.apps import (
     installed,
     starlette_app,
 )
-from tests.pitfalls.scene import ANN, POOR, Scene, SlowBooks, Visit, field_of, problem, visit
+from tests.pitfalls.scene import ANN, POOR, Scene, SlowBooks, Visit, field_of, http_only, problem, visit
 
 
 def starlette(*routes: tuple[str, Callable[..., Any]]) -> Starlette:
@@ -138,6 +138,23 @@ def test_refuse_a_generator_whose_first_step_met_the_refusal(scene: Scene, ran: 
 
     (ended,) = visit(MeteringMiddleware(app, scene.metering), Visit(caller=POOR))
     assert (status(ended.log), ran) == (402, [])
+
+
+def test_refuse_a_sync_generator_whose_first_step_met_the_refusal(scene: Scene, ran: list[str]) -> None:
+    """Pitfall 7: the first step of a sync generator, in a thread, asks and is refused before any response begins."""
+
+    @billable(PRICE)
+    def numbers() -> Iterator[str]:
+        ran.append("numbers")
+        yield "1"
+
+    @http_only
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.to_thread(list, numbers())
+
+    (ended,) = visit(MeteringMiddleware(app, scene.metering), Visit(caller=POOR))
+    assert (status(ended.log), ran) == (402, [])
+    assert ended.exception is None
 
 
 def test_close_a_gated_generator_with_its_consumer(scene: Scene) -> None:

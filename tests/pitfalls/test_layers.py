@@ -84,8 +84,9 @@ def with_layers(app: Starlette, metering: Metering, names: tuple[str, ...], **op
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("subset", SUBSETS, ids="-".join)
-def test_do_exactly_what_the_layers_enable(subset: tuple[str, ...], order: str, scene: Scene) -> None:
+def test_do_exactly_what_the_layers_enable(subset: tuple[str, ...], order: str) -> None:
     """X.1: of all subsets in several orders, what is enforced, captured and told is the union of the layers."""
+    scene = Scene(tells=True)
     app = with_layers(routed(), scene.metering, ORDERS[order](subset), unenforced="allow")
     ended = visit(app, Visit(), Visit(), Visit(), Visit(caller=POOR))
     rates, credits_, quotas, events = (name in subset for name in ("rates", "credits", "quotas", "events"))
@@ -100,13 +101,14 @@ def test_do_exactly_what_the_layers_enable(subset: tuple[str, ...], order: str, 
         assert ("metering-available" in names) is credits_
         assert ("x-ratelimit-limit-requests" in names) is not quotas
     assert bool(scene.metering.quotas.all()) is quotas
-    assert len(scene.events()) == (passed if events else 0)
+    assert len(scene.told) == (passed if events else 0)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("subset", SUBSETS, ids="-".join)
-def test_share_one_admission_between_layers(subset: tuple[str, ...], order: str, scene: Scene) -> None:
+def test_share_one_admission_between_layers(subset: tuple[str, ...], order: str) -> None:
     """X.1: however many layers there are, a request is asked for at most once, and ended at most once."""
+    scene = Scene(tells=True)
     app = with_layers(routed(), scene.metering, ORDERS[order](subset), unenforced="allow")
     visit(app, Visit())
     enforcing = bool({"rates", "credits"} & set(subset))
@@ -229,22 +231,19 @@ def test_see_the_layers_of_a_mounted_application(where: str, scene: Scene) -> No
     assert scene.settled() == 2 * PRICE
 
 
-@pytest.mark.parametrize("how", ["stacked", "wrapped", "sub-app"])
+@pytest.mark.parametrize("how", ["stacked", "wrapped", "sub-app", "plain"])
 def test_refuse_to_start_with_two_meterings(how: str, scene: Scene) -> None:
     """DESIGN 2: two different `metering` objects in one stack fail at startup, with the mend."""
     other = Scene().metering
-    app = routed()
-    if how == "sub-app":
-        with_layers(app, other, ("credits",))
-        app = Starlette(routes=[Mount("/m", app)])
-    else:
-        with_layers(app, other, ("credits",))
-    outer: ASGIApp
-    if how == "stacked":
-        outer = with_layers(app, scene.metering, ("rates",))
-    else:
-        outer = RateLimitMiddleware(app, scene.metering)
-    said = asyncio.run(refused_start(outer))
+    apps: dict[str, Callable[[], ASGIApp]] = {
+        "stacked": lambda: with_layers(with_layers(routed(), other, ("credits",)), scene.metering, ("rates",)),
+        "wrapped": lambda: RateLimitMiddleware(with_layers(routed(), other, ("credits",)), scene.metering),
+        "sub-app": lambda: RateLimitMiddleware(
+            Starlette(routes=[Mount("/m", with_layers(routed(), other, ("credits",)))]), scene.metering
+        ),
+        "plain": lambda: RateLimitMiddleware(CreditGateMiddleware(hiding(routed()), other), scene.metering),
+    }
+    said = asyncio.run(refused_start(apps[how]()))
     assert "do not share one Metering" in said
     assert "pass the same object to all of them" in said
 

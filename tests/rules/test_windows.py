@@ -128,6 +128,14 @@ def test_tell_every_limit_in_policy_order_also_when_refused() -> None:
     assert refused.refusal.name == "b"
 
 
+@pytest.mark.parametrize("amount", [0, 4])
+def test_tell_what_is_left_after_the_call_itself(amount: int) -> None:
+    """The answer to an admitted call counts that call already, whether it holds units or not."""
+    world = World()
+    world.grant(10)
+    assert state_of(world.admit(amount, limits=(fixed(5, cost=2),))).remaining == 3
+
+
 def test_keep_a_fixed_window_when_the_clock_steps_back() -> None:
     """A clock that steps back stays in the window it had reached: nothing is counted twice, nothing is forgotten."""
     world = World()

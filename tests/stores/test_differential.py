@@ -39,9 +39,16 @@ from tests.stores.operations import CLOCK_STEPS_S, comparable, operations
 
 
 class Pair:
-    """Both stores, on one clock, and a loop to run them on. SQLite's file is written by two stores in turn."""
+    """
+    Both stores, on one clock, and a loop to run them on. SQLite's file is written by two stores in turn.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Where the file is.
+        forgets: Whether SQLite reads every row again for every batch, instead of keeping what nobody else changed.
+    """
+
+    def __init__(self, folder: Path, forgets: bool) -> None:
+        self._forgets = forgets
         self.clock = FakeClock()
         self.memory = MemoryStore(self.clock)
         self._path = folder / "pair.db"
@@ -59,6 +66,8 @@ class Pair:
 
     def run(self, *batch: Operation) -> list[Any]:
         """Run *batch* on both, compare, and return the answers."""
+        if self._forgets:
+            self.sqlite._copy = None
 
         async def both() -> list[Any]:
             expected = comparable(await self.memory.run(batch))
@@ -109,11 +118,11 @@ class Pair:
 class BesideMemory(RuleBasedStateMachine):
     """Random sequences on both stores; between them the clock moves, others write, and the file is opened again."""
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(forgets=st.booleans())
+    def begin(self, forgets: bool) -> None:
         """Open both."""
         self.folder = tempfile.TemporaryDirectory()
-        self.pair = Pair(Path(self.folder.name))
+        self.pair = Pair(Path(self.folder.name), forgets)
 
     @rule(data=st.data())
     def run(self, data: st.DataObject) -> None:
@@ -166,10 +175,10 @@ def test_run_any_sequences_beside_memory() -> None:
 # What is too rare to be met by chance.
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Pair]:
+@pytest.fixture(params=["keeps", "forgets"])
+def pair(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Pair]:
     """Both stores, with one account of 1,000 units."""
-    pair = Pair(tmp_path)
+    pair = Pair(tmp_path, request.param == "forgets")
     pair.run(PostGrant("g", "p", "credits", 1_000))
     yield pair
     pair.close()
@@ -202,6 +211,18 @@ def test_end_what_was_overdue_before_the_clock_stepped_back(pair: Pair, operatio
     pair.run(operation)
     pair.clock.advance(-50.0)
     pair.run(operation)
+
+
+def test_slot_that_lives_again_when_the_clock_steps_back(pair: Pair) -> None:
+    """A slot that was free by time is taken again when the clock steps back before its time, as in memory."""
+    leases = (LeaseAsk("a", "one", 1),)
+    pair.run(_call("a", 0, ttl_s=5.0, leases=leases))
+    pair.swap()
+    pair.clock.advance(10.0)
+    pair.run(_call("b", 0, leases=leases), End("b", None))
+    pair.clock.advance(-8.0)
+    (decision,) = pair.run(_call("c", 0, leases=leases))
+    assert not decision.admitted
 
 
 def test_sweep_accounts_a_few_calls_at_a_time(pair: Pair) -> None:

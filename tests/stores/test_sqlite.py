@@ -23,9 +23,10 @@ from asgi_metering.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from asgi_metering.rules.operations import Admit, Emit, PostGrant, WalletSource
+from asgi_metering.receipts import Basis
+from asgi_metering.rules.operations import Admit, Emit, End, PostGrant, WalletSource
 from asgi_metering.stores.contract import AccountRows, EverythingKept, PendingEvents
-from asgi_metering.stores.sqlite import SQLiteStore, thread
+from asgi_metering.stores.sqlite import SQLiteStore, thread, working_copy
 from asgi_metering.stores.sqlite.database import APPLICATION_ID, SCHEMA_VERSION, SYNCHRONOUS, network_file_system
 from asgi_metering.stores.sqlite.thread import ConnectionThread, Turn
 from asgi_metering.testing.clock import FakeClock
@@ -404,6 +405,8 @@ def test_run_what_cannot_be_written(path: Path) -> None:
     ]
 
     async def scene(store: SQLiteStore) -> None:
+        assert store._threads is not None
+        connection = await store._threads[0].call(lambda turn: turn.connection)
         for told, error in events:
             if error is None:
                 await store.run([Emit((("e", told),))])
@@ -420,6 +423,7 @@ def test_run_what_cannot_be_written(path: Path) -> None:
         # Nor does the store remember what it had decided.
         (receipt,) = await store.post([grant()])
         assert receipt.applied
+        assert await store._threads[0].call(lambda turn: turn.connection) is connection
 
     play(path, scene)
 
@@ -631,6 +635,25 @@ def test_thread_makes_a_new_connection_when_the_old_one_broke(path: Path) -> Non
         await owner.stop()
 
     asyncio.run(scene())
+
+
+def test_keep_no_more_rows_than_a_bound(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a store keeps of its file between batches is bounded, however many calls, events and lines go through."""
+    monkeypatch.setattr(working_copy, "MAX_KNOWN", 20)
+
+    async def scene(store: SQLiteStore) -> None:
+        await store.run([grant()])
+        for number in range(60):
+            call = Admit(f"c{number}", "p", "credits", 1, 1, (WalletSource(),))
+            await store.run([call, End(f"c{number}", 1, Basis.USAGE, event={"outcome": "completed"})])
+            copy: Any = store._copy
+            assert len(copy._known) <= 25
+            assert len(copy._state.holds) <= 20
+            assert len(copy._state.events) == 1
+            assert sum(map(len, copy._state.entries.values())) == 1
+        assert await available(store) == 40
+
+    play(path, scene)
 
 
 # -- time --------------------------------------------------------------------------------------------------

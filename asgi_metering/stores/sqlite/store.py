@@ -163,9 +163,9 @@ class SQLiteStore(Store):
         return answers
 
     def _taken_copy(self, connection: sqlite3.Connection) -> WorkingCopy:
-        """The copy of the last batch, if it went well and was of this connection. Should this one fail, it is lost."""
+        """The copy of the last batch, if it went well. Should this one fail, what it decided is lost with its copy."""
         copy, self._copy = self._copy, None
-        return copy if copy is not None and copy.connection is connection else WorkingCopy(connection)
+        return WorkingCopy(connection) if copy is None else copy
 
     def _snapshot(self, turn: Turn[Snapshot], query: Query) -> Snapshot:
         connection = turn.connection

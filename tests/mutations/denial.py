@@ -1,0 +1,242 @@
+"""How each handling of a refusal on its way out is switched off, and which test of it must turn red."""
+
+from __future__ import annotations
+
+from tests.mutations.entries import Mutation
+
+__all__ = ["MUTATIONS"]
+
+EXCHANGE = "asgi_metering.asgi.exchange"
+REFUSALS = "asgi_metering.asgi.refusals"
+
+
+def _tests(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/pitfalls/test_denial.py::{name}" for name in names)
+
+
+ANSWERS = (
+    Mutation(
+        13,
+        "only a plain refusal is answered",
+        EXCHANGE,
+        "        if call.is_refused:\n            # Decided",
+        "        if isinstance(failure, CallRefused):\n            # Decided",
+        _tests(
+            "test_answer_whatever_the_refusal_became[group]",
+            "test_answer_whatever_the_refusal_became[base-group]",
+            "test_answer_whatever_the_refusal_became[exception]",
+            "test_answer_whatever_the_refusal_became[base-exception]",
+        ),
+    ),
+    Mutation(
+        13,
+        "groups are raised again",
+        EXCHANGE,
+        "            return all(_is_refusal(inner) for inner in failure.exceptions)\n",
+        "            return False\n",
+        _tests("test_answer_whatever_the_refusal_became[group]"),
+    ),
+    Mutation(
+        13,
+        "translations are raised again",
+        EXCHANGE,
+        "        failure = failure.__cause__\n",
+        "        failure = None\n",
+        _tests("test_answer_whatever_the_refusal_became[exception]"),
+    ),
+    Mutation(
+        13,
+        "a swallowed refusal is not answered",
+        EXCHANGE,
+        "opening.call.is_refused and not started:\n",
+        "opening.call.is_refused and False:\n",
+        _tests("test_answer_a_refusal_that_somebody_kept_silent_of"),
+    ),
+    Mutation(
+        13,
+        "a refusal hides every bug",
+        EXCHANGE,
+        "await answer_refusal(call) and _is_refusal(failure):\n",
+        "await answer_refusal(call):\n",
+        _tests(
+            "test_answer_and_still_raise_what_has_nothing_to_do_with_it",
+            "test_still_raise_what_else_broke_a_refused_stream",
+        ),
+    ),
+    Mutation(
+        13,
+        "a refusal holds up who wants to stop",
+        EXCHANGE,
+        "            if not _stops(failure) and await answer_refusal(call)",
+        "            if await answer_refusal(call)",
+        _tests(
+            "test_let_through_who_wants_to_stop[CancelledError]",
+            "test_let_through_who_wants_to_stop[KeyboardInterrupt]",
+        ),
+    ),
+    Mutation(
+        14,
+        "the refusal is raised again after its answer",
+        EXCHANGE,
+        "        if swapped:\n            return True\n",
+        "        if swapped:\n            return False\n",
+        _tests(
+            "test_answer_instead_of_a_frameworks_500[bare-wrapped]",
+            "test_answer_for_a_mounted_sub_application[added]",
+        ),
+    ),
+    Mutation(
+        15,
+        "a 500 stays",
+        EXCHANGE,
+        '            if message["status"] >= 500:\n',
+        "            if False:\n",
+        _tests(
+            "test_answer_instead_of_a_frameworks_500[bare-wrapped]",
+            "test_answer_instead_of_a_frameworks_500[debug-wrapped]",
+            "test_answer_instead_of_a_frameworks_500[catch-all-wrapped]",
+            "test_replace_an_own_handlers_500[added]",
+        ),
+    ),
+    Mutation(
+        15,
+        "an own answer does not stay",
+        EXCHANGE,
+        '            if message["status"] >= 500:\n',
+        "            if True:\n",
+        _tests(
+            "test_keep_the_answer_of_an_own_handler[402-added]",
+            "test_keep_the_answer_of_an_own_handler[200-wrapped]",
+            "test_keep_what_an_endpoint_makes_of_its_explicit_gate",
+            "test_keep_an_http_exception_made_of_a_refusal",
+        ),
+    ),
+    Mutation(
+        16,
+        "messages pass after the swap",
+        EXCHANGE,
+        "        if swapped:\n            raise CallRefused(",
+        "        if False:\n            raise CallRefused(",
+        _tests(
+            "test_raise_from_every_send_after_the_swap[http.response.start]",
+            "test_raise_from_every_send_after_the_swap[http.response.body0]",
+            "test_raise_from_every_send_after_the_swap[http.response.pathsend]",
+            "test_raise_from_every_send_after_the_swap[http.response.zerocopysend]",
+            "test_raise_from_every_send_after_the_swap[http.response.trailers]",
+            "test_skip_the_background_of_a_replaced_answer",
+        ),
+    ),
+    Mutation(
+        21,
+        "a HEAD has a body",
+        EXCHANGE,
+        '        body = b"" if scope["method"] == "HEAD" else rendered.body\n',
+        "        body = rendered.body\n",
+        _tests("test_send_no_body_with_a_refused_head[HEAD]"),
+    ),
+    Mutation(
+        0,
+        "the hook misses who is unknown",
+        REFUSALS,
+        "policy.charge.customise if policy.charge is not None else None",
+        "call.charge.customise if call.charge is not None else None",
+        _tests("test_let_an_own_hook_rewrite_every_refusal"),
+    ),
+)
+
+STREAMS = (
+    Mutation(
+        18,
+        "a begun response is answered anew",
+        EXCHANGE,
+        "        if not started:\n            await refuse(call)\n            return True\n",
+        "        await refuse(call)\n        return True\n",
+        _tests(
+            "test_break_a_body_that_has_no_place_for_an_error[text]",
+            "test_end_an_event_stream_with_its_own_error[between]",
+        ),
+    ),
+    Mutation(
+        18,
+        "a stream just breaks",
+        EXCHANGE,
+        "        if error is None:\n            return False\n",
+        "        return False\n",
+        _tests(
+            "test_end_an_event_stream_with_its_own_error[nothing-yet]",
+            "test_end_lines_of_json_with_their_own_error[application/jsonl-between]",
+        ),
+    ),
+    Mutation(
+        18,
+        "a fabricated end is taken for the end",
+        EXCHANGE,
+        "            error = None if spoke or not _is_last(message) else in_band_error(",
+        "            error = None if True else in_band_error(",
+        _tests("test_end_a_frameworks_stream_with_its_own_error[added-base-http-2.3]"),
+    ),
+    Mutation(
+        18,
+        "a stream's own words are not heard",
+        EXCHANGE,
+        '            spoke = spoke or bool(message.get("body"))\n',
+        "",
+        _tests(
+            "test_keep_what_a_stream_says_of_its_refusal[return]",
+            "test_keep_what_a_stream_says_of_its_refusal[raise]",
+        ),
+    ),
+    Mutation(
+        18,
+        "an ended stream gets more",
+        EXCHANGE,
+        "        error = None if over or spoke else in_band_error(",
+        "        error = None if spoke else in_band_error(",
+        _tests("test_raise_a_refusal_after_the_end"),
+    ),
+    Mutation(
+        18,
+        "plain text is written into compressed and sized bodies",
+        REFUSALS,
+        '    if b"content-length" in given or',
+        "    if False and",
+        _tests(
+            "test_break_a_body_that_has_no_place_for_an_error[compressed]",
+            "test_break_a_body_that_has_no_place_for_an_error[sized]",
+        ),
+    ),
+    Mutation(
+        18,
+        "promised trailers never come",
+        REFUSALS,
+        '    if start is None or start.get("trailers"):\n',
+        "    if start is None:\n",
+        _tests("test_break_a_stream_that_promised_trailers"),
+    ),
+    Mutation(
+        18,
+        "a half event swallows the error",
+        REFUSALS,
+        "        mid_event = sent is not None and not sent.endswith(EVENT_ENDS)\n",
+        "        mid_event = False\n",
+        _tests("test_end_an_event_stream_with_its_own_error[inside]"),
+    ),
+    Mutation(
+        18,
+        "a late admission sees nothing of its response",
+        EXCHANGE,
+        "            catch_up(call, begun)\n        kind",
+        "            pass\n        kind",
+        _tests("test_charge_what_was_admitted_after_the_start"),
+    ),
+    Mutation(
+        18,
+        "work after the response is aborted",
+        EXCHANGE,
+        "                finishing = finishing or (latest is not None and _is_last(latest))\n",
+        "",
+        _tests("test_charge_what_was_admitted_after_the_end"),
+    ),
+)
+
+MUTATIONS = (*ANSWERS, *STREAMS)

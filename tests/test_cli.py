@@ -1,0 +1,387 @@
+"""The command line: what each command prints for people and for programs, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asgi_metering import Metering
+from asgi_metering.cli import main
+from asgi_metering.rules.operations import Admit, WalletSource
+
+GRANT = ("grant", "ann", "12.5", "--id", "payment-1")
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty file, named to every command by the environment, as an operator has it."""
+    url = f"sqlite:///{tmp_path}/metering.db?synchronous=OFF"
+    monkeypatch.setenv("ASGI_METERING_STORE", url)
+    return url
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command and return its exit code, its output and its errors."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        try:
+            code = main(arguments)
+        except SystemExit as exit_:  # argparse's own mistakes
+            code = int(str(exit_.code))
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def rows(answer: tuple[int, str, str]) -> Any:
+    """What a program reads of a command that did what was asked."""
+    code, output, errors = answer
+    assert (code, errors) == (0, "")
+    return json.loads(output)
+
+
+def table(answer: tuple[int, str, str]) -> list[list[str]]:
+    """The cells of a table, its head first, of a command that did what was asked."""
+    code, output, errors = answer
+    assert (code, errors) == (0, "")
+    return [line.split() for line in output.splitlines()]
+
+
+def charge(store: str, payer: str, amount: str) -> None:
+    """Run one call of the line ``search`` to its end."""
+
+    async def work() -> None:
+        async with Metering(store, sinks=()) as metering, metering.charge(payer=payer, line="search", price=amount):
+            pass
+
+    asyncio.run(work())
+
+
+# What operators do
+
+
+@pytest.mark.usefixtures("store")
+def test_grant_once(run: Run) -> None:
+    """A grant shows what it gave and what there is now; its repeat is not applied and changes nothing."""
+    head = ["id", "granted", "applied", "available"]
+    assert table(run(*GRANT)) == [head, ["payment-1", "12.5", "True", "12.5"]]
+    assert table(run(*GRANT)) == [head, ["payment-1", "12.5", "False", "12.5"]]
+
+
+@pytest.mark.usefixtures("store")
+def test_grant_for_programs(run: Run) -> None:
+    """With --json the same is read by programs, amounts as text so that no digit is lost."""
+    (row,) = rows(run(*GRANT, "--json"))
+    assert row == {"id": "payment-1", "granted": "12.5", "applied": True, "available": "12.5"}
+
+
+@pytest.mark.usefixtures("store")
+def test_grant_with_an_end_and_a_priority(run: Run) -> None:
+    """Priority, expiry and actor are the grant's: the same id with another priority is another grant, and refused."""
+    options = ("--priority", "5", "--expires", "2100-01-01T00:00:00+01:00", "--actor", "stripe")
+    assert rows(run(*GRANT, *options, "--json"))[0]["applied"] is True
+    assert rows(run(*GRANT, *options, "--json"))[0]["applied"] is False
+    code, output, errors = run(*GRANT, "--priority", "6", *options[2:])
+    assert (code, output) == (2, "")
+    assert "'payment-1' exists with priority=5, and came again with priority=6" in errors
+
+
+@pytest.mark.usefixtures("store")
+def test_grant_in_a_unit_of_its_own(run: Run) -> None:
+    """A unit has books of its own, and counts in its own parts."""
+    run(*GRANT)
+    assert rows(run("grant", "ann", "7", "--id", "payment-1", "--unit", "usd_micros:0", "--json"))[0]["granted"] == "7"
+    assert rows(run("balance", "ann", "--unit", "usd_micros:0", "--json"))[0]["available"] == "7"
+    assert rows(run("balance", "ann", "--json"))[0]["available"] == "12.5"
+
+
+def test_balance_of_an_account(run: Run, store: str) -> None:
+    """A balance shows the numbers of which it is the difference, in whole units."""
+    run(*GRANT)
+    charge(store, "ann", "2")
+    head = ["granted", "settled", "held", "expired", "available", "debt"]
+    assert table(run("balance", "ann")) == [head, ["12.5", "2", "0", "0", "10.5", "0"]]
+    assert rows(run("balance", "ann", "--json")) == [
+        {"granted": "12.5", "settled": "2", "held": "0", "expired": "0", "available": "10.5", "debt": "0"}
+    ]
+
+
+@pytest.mark.usefixtures("store")
+def test_balance_of_nobody(run: Run) -> None:
+    """An unknown account has zeros."""
+    assert set(rows(run("balance", "nobody", "--json"))[0].values()) == {"0"}
+
+
+def test_statement_of_an_account(run: Run, store: str) -> None:
+    """A statement has a line for each grant and each charge, with what was left after it."""
+    run(*GRANT)
+    charge(store, "ann", "2")
+    grant, charged = rows(run("statement", "ann", "--json"))
+    assert {**grant, "at": ""} == {
+        "number": 1,
+        "at": "",
+        "kind": "grant",
+        "amount": "12.5",
+        "line": "",
+        "basis": "",
+        "available": "12.5",
+        "ref": "payment-1",
+    }
+    assert {**charged, "at": "", "ref": ""} == {
+        "number": 2,
+        "at": "",
+        "kind": "settle",
+        "amount": "2",
+        "line": "search",
+        "basis": "usage",
+        "available": "10.5",
+        "ref": "",
+    }
+    head, _, line = table(run("statement", "ann"))
+    assert head == ["number", "at", "kind", "amount", "line", "basis", "available", "ref"]
+    assert line == ["2", charged["at"], "settle", "2", "search", "usage", "10.5", charged["ref"]]
+    assert charged["at"].endswith("+00:00")
+
+
+def test_holds_in_flight(run: Run, store: str) -> None:
+    """A hold that has not ended is shown with its payer, line, amount and state."""
+    run(*GRANT)
+    assert rows(run("holds", "--json")) == []
+
+    async def hold() -> None:
+        async with Metering(store, sinks=()) as metering:
+            ask = Admit("call-1", "ann", "credits", 3_000_000, 3_000_000, (WalletSource(),), line="chat")
+            assert (await metering.decide(ask)).admitted
+
+    asyncio.run(hold())
+    head, line = table(run("holds"))
+    assert head == ["id", "payer", "line", "amount", "state", "since"]
+    assert line[:5] == ["call-1", "ann", "chat", "3", "held"]
+    (row,) = rows(run("holds", "--json"))
+    assert (row["id"], row["amount"], row["state"]) == ("call-1", "3", "held")
+
+
+def test_check_books_that_balance(run: Run, store: str) -> None:
+    """Books that balance are said to, with 0."""
+    run(*GRANT)
+    charge(store, "ann", "2")
+    assert run("check") == (0, "The books balance.\n", "")
+    assert rows(run("check", "--json")) == {"balanced": True, "discrepancies": []}
+
+
+@pytest.mark.usefixtures("store")
+def test_check_books_that_do_not_balance(run: Run, tmp_path: Path) -> None:
+    """A number that somebody has changed is named with what its rows prove, and the exit code is 1."""
+    run(*GRANT)
+    with sqlite3.connect(tmp_path / "metering.db") as connection:
+        connection.execute("UPDATE account SET settled = 7 WHERE payer = 'ann'")
+    connection.close()
+    code, output, errors = run("check")
+    assert (code, output, errors) == (
+        1,
+        "'ann' in 'credits': settled is 7 in the account and 0 in its rows.\n",
+        "",
+    )
+    code, output, _ = run("check", "--json")
+    assert (code, json.loads(output)["balanced"]) == (1, False)
+
+
+# The audit
+
+MAIN = """
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from asgi_metering import billable, rate_limited
+from asgi_metering.prices import per_token
+
+@rate_limited("60/minute", "5000/day")
+@billable("0.5", on_disconnect="none")
+async def search(request): ...
+
+@billable(per_token(output=1))
+async def chat(request): ...
+
+async def health(request): ...
+
+def plain(request): ...
+
+gated = billable(2)(plain)
+
+app = Starlette(routes=[Route("/search", search, methods=["POST"]), Route("/chat", chat), Route("/health", health)])
+wrong = Starlette(routes=[Route("/plain", plain)])
+"""
+
+
+@pytest.fixture
+def audited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The module of an application in the current folder, by a name that no other test uses."""
+    name = f"audited_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(MAIN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return name
+
+
+def test_routes_of_an_application(run: Run, audited: str) -> None:
+    """Each route is shown with its line, price and limits; unmetered ones too, so that none is forgotten."""
+    code, output, errors = run("routes", f"{audited}:app")
+    assert (code, errors) == (0, "")
+    assert [line.split() for line in output.splitlines()] == [
+        ["path", "methods", "line", "price", "limits"],
+        ["/search", "POST", "search", "0.5", "60/minute,", "5000/day"],
+        ["/chat", "GET,HEAD", "chat", "TokenPrice"],
+        ["/health", "GET,HEAD"],
+        ["!", f"{audited}.plain", "is", "decorated,", "but", "no", "route", "reaches", "it."],
+    ]
+
+
+def test_routes_for_programs(run: Run, audited: str) -> None:
+    """With --json each metered route also says what it charges however a call ends."""
+    found = rows(run("routes", f"{audited}:app", "--json"))
+    search, chat, health = found["routes"]
+    assert (search["end"]["client gone after the first byte"], chat["end"]["cut"]) == ("none", "observed")
+    assert "end" not in health
+    assert (found["errors"], found["warnings"]) == ([], [f"{audited}.plain is decorated, but no route reaches it."])
+
+
+def test_routes_that_are_decorated_in_vain(run: Run, audited: str) -> None:
+    """A route that runs ungated is named with its mend, and the exit code is 1."""
+    code, output, _ = run("routes", f"{audited}:wrong")
+    assert code == 1
+    assert f"! /plain runs {audited}.plain ungated: its metering decorators stand above the route's own." in output
+
+
+@pytest.mark.parametrize(
+    ("target", "sentence"),
+    [
+        ("main", "'main' names no application. Write module:attribute, such as main:app."),
+        ("no_such_module:app", "'no_such_module:app' cannot be imported: No module named 'no_such_module'."),
+        ("json:app", "'json:app' cannot be imported: module 'json' has no attribute 'app'."),
+    ],
+)
+def test_routes_of_what_is_not_there(run: Run, audited: str, target: str, sentence: str) -> None:
+    """An application that cannot be found is a mistake in the arguments."""
+    assert run("routes", target) == (2, "", f"asgi-metering: {sentence}\n")
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("grant", "ann", "abc", "--id", "x"), "The grant 'abc' is not a number. Write whole units, such as '0.25'."),
+        (("grant", "ann", "0", "--id", "x"), "Grant 'x' of '0' gives nothing. Grant more than 0."),
+        (("grant", "ann", "-5", "--id", "x"), "The grant '-5' is negative. Amounts start at 0."),
+        (("grant", "ann", "0.1234567", "--id", "x"), "finer than unit 'credits' counts (6 digits after the point)."),
+        (("grant", "", "1", "--id", "x"), "The payer has 0 characters; 1 to 255 are allowed."),
+        (("grant", "ann", "1", "--id", "x", "--expires", "2001-01-01T00:00:00Z"), "Give it a later expiry."),
+        (("balance", "ann", "--unit", "credits"), "--unit 'credits' is not name:scale, such as credits:6."),
+        (("balance", "ann", "--unit", "credits:99"), "The scale 99 of unit 'credits' is not an int from 0 to 12."),
+        (("balance", "ann", "--store", "mysql://db"), "has the scheme 'mysql'. Use one of: memory://, "),
+        (("balance", "ann", "--store", "sqlite://"), "The store URL 'sqlite://' names no file."),
+        (("balance", "ann", "--store", "memory://"), "The memory store keeps nothing between commands."),
+        (("check", "--store", "memory://"), "Name a durable one."),
+        (("holds", "--store", "sqlite:////no/such/folder/m.db"), "The folder '/no/such/folder'"),
+    ],
+)
+@pytest.mark.usefixtures("store")
+def test_tell_a_mistake(run: Run, arguments: tuple[str, ...], sentence: str) -> None:
+    """A mistake is told in one line with its mend, on the error stream, and ends with 2."""
+    code, output, errors = run(*arguments)
+    assert (code, output) == (2, "")
+    assert errors.startswith("asgi-metering: ")
+    assert sentence in errors
+    assert errors.count("\n") == 1
+
+
+def test_tell_that_a_file_is_something_else(run: Run, tmp_path: Path) -> None:
+    """A file of another kind is named, and not one byte of it is changed."""
+    notes = tmp_path / "notes.txt"
+    notes.write_text("Nobody shall write here. " * 100)
+    code, output, errors = run("statement", "ann", "--store", f"sqlite:///{notes}")
+    assert (code, output) == (2, "")
+    assert f"'{notes}' is not a SQLite database." in errors
+    assert notes.read_text() == "Nobody shall write here. " * 100
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.usefixtures("store")
+def test_tell_a_grant_that_conflicts(run: Run) -> None:
+    """The same id with another amount names both amounts and changes nothing."""
+    run(*GRANT)
+    code, output, errors = run("grant", "ann", "13", "--id", "payment-1")
+    assert (code, output) == (2, "")
+    assert "'payment-1' exists with amount=12500000, and came again with amount=13000000." in errors
+    assert rows(run("balance", "ann", "--json"))[0]["granted"] == "12.5"
+
+
+@pytest.mark.parametrize("command", [("balance", "ann"), ("check",), ("grant", "ann", "1", "--id", "x")])
+def test_tell_that_no_store_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:
+    """Without --store and without the environment nothing is guessed."""
+    monkeypatch.delenv("ASGI_METERING_STORE", raising=False)
+    code, output, errors = run(*command)
+    assert (code, output) == (2, "")
+    assert errors == (
+        "asgi-metering: No store is named. Pass --store sqlite:///metering.db, or set ASGI_METERING_STORE.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "the following arguments are required: COMMAND"),
+        (("pay",), "invalid choice: 'pay'"),
+        (("balance",), "the following arguments are required: payer"),
+        (("grant", "ann", "1"), "the following arguments are required: --id"),
+        (("grant", "ann", "1", "--id", "x", "--priority", "high"), "invalid int value: 'high'"),
+        (("grant", "ann", "1", "--id", "x", "--expires", "2030-01-01"), "'2030-01-01' has no zone"),
+        (("grant", "ann", "1", "--id", "x", "--expires", "tomorrow"), "'tomorrow'"),
+    ],
+)
+@pytest.mark.usefixtures("store")
+def test_tell_how_to_use_a_command(run: Run, arguments: tuple[str, ...], sentence: str) -> None:
+    """What is no command, or lacks a part, is told with the usage, and ends with 2."""
+    code, output, errors = run(*arguments)
+    assert (code, output) == (2, "")
+    assert errors.startswith("usage: asgi-metering")
+    assert sentence in errors
+
+
+def test_tell_what_the_demo_needs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its server the demo names the extra to install."""
+    for module in ("run", "servers"):
+        monkeypatch.delitem(sys.modules, f"asgi_metering.demo.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    code, output, errors = run("demo")
+    assert (code, output) == (2, "")
+    assert "The demo" in errors
+    assert "asgi-metering[demo]" in errors
+
+
+def test_run_as_a_command(tmp_path: Path) -> None:
+    """The installed command exits with what `main` returns, and a mistake shows no traceback."""
+    command = Path(sys.executable).parent / "asgi-metering"
+    good, bad = (
+        subprocess.run([command, *GRANT, "--store", url], capture_output=True, text=True, timeout=60, check=False)
+        for url in (f"sqlite:///{tmp_path}/metering.db", "mysql://secret:password@db")
+    )
+    assert (good.returncode, good.stderr) == (0, "")
+    assert good.stdout.splitlines()[0].split() == ["id", "granted", "applied", "available"]
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.startswith("asgi-metering: The store URL 'mysql://***@db'")
+    assert "password" not in bad.stderr
+    assert "Traceback" not in bad.stderr
