@@ -93,7 +93,7 @@ async def _decide(
         if decision.stale_calendar:
             raise StoreError(f"The store's time {decision.now} does not fit any calendar around it.")
     except StoreError as failure:
-        _store_down(call, charge, failure)
+        _store_down(call, charge, rates, failure)
         return
     if decision.refusal is not None:
         raise call.refused(decision.refusal, decision)
@@ -103,14 +103,15 @@ async def _decide(
     call.ttl_s = asked.ttl_s
 
 
-def _store_down(call: Call, charge: ChargePolicy | None, failure: StoreError) -> None:
+def _store_down(call: Call, charge: ChargePolicy | None, rates: tuple[RatePolicy, ...], failure: StoreError) -> None:
     """No answer: the strictest layer of the route says what that means (X.6)."""
     metering = call.metering
     metering.meters.count("store_failures", line=call.line)
     log.warning("The store gave no answer for call %s: %s", call.id, failure)
-    layer = "credits" if charge is not None else "rates"
-    if metering.on_store_down[layer] == "deny":
-        raise call.refused(Refusal(Reason.STORE_DOWN, layer)) from failure
+    layers = {"credits": charge is not None and not call.exempt, "rates": bool(rates)}
+    for layer, asked in layers.items():
+        if asked and metering.on_store_down[layer] == "deny":
+            raise call.refused(Refusal(Reason.STORE_DOWN, layer)) from failure
     call.exempt = True
     call.decision = Decision(call.id, time.time())
 

@@ -72,7 +72,8 @@ class Receipt(NamedTuple):
         at: The store's time, epoch seconds.
         entry: Number of the ledger entry; None when nothing was charged.
         applied: False when the hold had ended before: this is then the first receipt, unchanged.
-        late: Amount (either sign) of the linked entry that a first settlement after an automatic end posted.
+        late: What the call's own end, coming after an automatic one, charged on top (either sign), as a linked entry;
+            0 where it agreed with that, or came after a person's end. None while it has not come.
         known: False when the store has no such hold, live or kept: nothing happened.
     """
 
@@ -112,7 +113,8 @@ class Entry(NamedTuple):
         number: 1, 2, 3... without gaps within the account.
         at: The store's time, epoch seconds.
         kind: What happened.
-        amount: Smallest parts. What the account gained or lost follows from *kind*; a late entry has a sign.
+        amount: Smallest parts. What the account gained or lost follows from *kind*; a late entry has a sign. What an
+            allowance paid (its *parts* say so) is listed and moves none of the account's sums.
         ref: Id of the grant or call behind it.
         line: The billing line, for charges.
         basis: What a charge was based on.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from asgi_metering.admission import check_amounts
 from asgi_metering.amounts import Unit
-from asgi_metering.decorators import Guard, decorated, guard_of
+from asgi_metering.decorators import decorated, guard_of
 from asgi_metering.errors import AmountError
 from asgi_metering.metering import ALL_FEATURES
 from asgi_metering.policies import EndpointPolicy
@@ -139,7 +139,8 @@ def _nested(row: Row, policy: EndpointPolicy) -> Iterator[str]:
 
 def _check_reach(report: Report) -> None:
     """Decorators that never see a request: above the route's decorator (pitfall 4), or on no route at all (X.5)."""
-    reached = {guard.policy.name: guard for row in report.rows for guard in _guards(row.endpoint)}
+    guards = (guard_of(row.endpoint) for row in report.rows)
+    reached = {guard.policy.name: guard for guard in guards if guard is not None}
     bare = {id(inspect.unwrap(row.endpoint)): row for row in report.rows if row.policy is None}
     modules = {getattr(row.endpoint, "__module__", None) for row in report.rows}
     # An application that a function builds may have been built before: those endpoints are the other one's.
@@ -156,17 +157,6 @@ def _check_reach(report: Report) -> None:
             )
         elif getattr(guard.endpoint, "__module__", None) in modules and name.partition("#")[0] not in twins:
             report.warnings.append(f"{name} is decorated, but no route reaches it.")
-
-
-def _guards(endpoint: Any) -> Iterator[Guard]:
-    guard = guard_of(endpoint)
-    if guard is not None:
-        yield guard
-    if isinstance(endpoint, type):
-        for name in dir(endpoint):
-            method_guard = guard_of(getattr(endpoint, name, None))
-            if method_guard is not None:
-                yield method_guard
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,13 +228,13 @@ def _route_rows(route: Any, place: _Place) -> Iterator[Row]:
     path = place.prefix + getattr(route, "path", "")
     endpoint = getattr(route, "endpoint", None)
     inner = getattr(route, "app", None)
-    if endpoint is None:
-        if inner is not None:
-            if _policy_of(inner) is None:
-                yield place.row(path, (), inner, None)
-            yield from _walk(inner, place.below(path))
+    if endpoint is None and inner is not None and not isinstance(inner, type):
+        if _policy_of(inner) is None:
+            yield place.row(path, (), inner, None)
+        yield from _walk(inner, place.below(path))
         return
     place = replace(place, layers=(*place.layers, *_layers_around(inner)))
+    endpoint = endpoint or inner
     if isinstance(endpoint, type):
         yield from _class_rows(path, endpoint, place)
         return

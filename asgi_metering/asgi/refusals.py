@@ -11,7 +11,7 @@ from asgi_metering.asgi.problems import Customise, Rendered, ndjson_error, rende
 from asgi_metering.asgi.types import Message
 from asgi_metering.call import Call
 from asgi_metering.errors import MeteringError
-from asgi_metering.policies import ErrorShape
+from asgi_metering.policies import EndpointPolicy, ErrorShape
 from asgi_metering.sources import Allowance
 
 __all__ = ["in_band_error", "refusal_answer", "refusal_response"]
@@ -77,8 +77,6 @@ def in_band_error(call: Call, options: AnswerOptions, start: Message | None, lat
 
 def _spelling(call: Call) -> tuple[ErrorShape, Customise | None]:
     """The shape of the route's errors, and its hook."""
-    policy = call.policy
-    if policy is None:
-        return "problem", None
+    policy = call.policy or EndpointPolicy("")
     # The policy's charge and not the call's: who is not even known is refused before a price is pinned.
     return policy.errors, policy.charge.customise if policy.charge is not None else None

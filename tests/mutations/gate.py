@@ -157,7 +157,7 @@ STARTUP = (
         4,
         "the audit does not enter mounts",
         AUDIT,
-        "            yield from _walk(inner, place.below(path))\n",
+        "        yield from _walk(inner, place.below(path))\n",
         "",
         _in("startup", "test_refuse_to_start_with_decorators_in_the_wrong_order[mount-added]"),
     ),
@@ -466,6 +466,14 @@ LAYERS = (
         'if call.charge is None or "events" not in call.opening.features or',
         "if call.charge is None or",
         _in("layers", "test_do_exactly_what_the_layers_enable[credits-up]"),
+    ),
+    Mutation(
+        0,
+        "the money alone answers for a dead store",
+        "asgi_metering.admission",
+        ', "rates": bool(rates)}\n',
+        "}\n",
+        _in("frameworks", "test_let_the_strictest_layer_answer_for_a_dead_store[allow-deny]"),
     ),
     Mutation(
         0,

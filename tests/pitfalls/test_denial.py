@@ -21,10 +21,12 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asgi_metering import CallRefused, MeteringMiddleware, billable, current_call, rate_limited
+from asgi_metering.asgi.answers import DEFAULT_OPTIONS
 from asgi_metering.asgi.exchange import ExchangeOptions, run
 from asgi_metering.asgi.origin import HTTPOrigin
+from asgi_metering.asgi.refusals import refusal_answer
 from asgi_metering.call import Opening
-from asgi_metering.errors import ConfigurationError
+from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.metering import ALL_FEATURES
 from asgi_metering.prices import per_token
 from tests.harness.drive import Drive, body, drive, headers, status
@@ -661,3 +663,10 @@ def test_fail_loudly_on_what_is_no_refusal(scene: Scene) -> None:
     assert status(ended.log) == 500
     assert isinstance(ended.exception, ConfigurationError)
     assert scene.settled() == 0
+
+
+def test_answer_no_refusal_that_was_none(scene: Scene) -> None:
+    """Pitfall 13: asking for the answer of a call that was not refused is a mistake with a sentence."""
+    call = Opening(scene.metering, ALL_FEATURES, None).open_call()
+    with pytest.raises(MeteringError, match="was not refused"):
+        refusal_answer(call, DEFAULT_OPTIONS)

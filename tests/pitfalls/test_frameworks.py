@@ -23,6 +23,7 @@ from starlette.routing import Host, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asgi_metering import (
+    Metering,
     MeteringMiddleware,
     TokenUsage,
     billable,
@@ -32,11 +33,25 @@ from asgi_metering import (
     up_to,
 )
 from asgi_metering.call import Call
-from asgi_metering.errors import PayerError
+from asgi_metering.errors import PayerError, StoreUnavailableError
 from asgi_metering.prices import per_token
+from asgi_metering.rules.decide import Answer
+from asgi_metering.rules.operations import Operation
 from tests.harness.drive import Drive, body, drive, status
 from tests.pitfalls.apps import GENERATORS, HOW, PRICE, How, fastapi_app, installed
-from tests.pitfalls.scene import ANN, CREDIT, POOR, Scene, Visit, field_of, http_only, problem, visit
+from tests.pitfalls.scene import (
+    ANN,
+    CREDIT,
+    POOR,
+    Books,
+    Scene,
+    Visit,
+    field_of,
+    http_only,
+    identify,
+    problem,
+    visit,
+)
 
 BOB = "bob"
 
@@ -487,6 +502,29 @@ def test_ask_at_an_exact_point_with_arguments(scene: Scene) -> None:
     assert [status(each.log) for each in ended] == [200, 429]
     assert scene.books.admissions[0].line == "exact"
     assert scene.settled() == 3
+
+
+class DownBooks(Books):
+    """Books of a store that gives no answer."""
+
+    def run_now(self, operation: Operation) -> Answer:
+        raise StoreUnavailableError("It is down.")
+
+
+LAYER_ANSWERS = list(itertools.product(("deny", "allow"), repeat=2))
+
+
+@pytest.mark.parametrize(("money", "rates"), LAYER_ANSWERS, ids="-".join)
+def test_let_the_strictest_layer_answer_for_a_dead_store(money: str, rates: str) -> None:
+    """X.6: with the store down a route is refused with 503 if any of its own layers denies, whichever that is."""
+    metering = Metering(DownBooks(), identify=identify, sinks=(), on_store_down={"credits": money, "rates": rates})
+    app = FastAPI()
+    app.add_api_route("/paid", billable(PRICE)(unit_endpoint()))
+    app.add_api_route("/counted", rate_limited("9/day")(unit_endpoint()))
+    app.add_api_route("/both", rate_limited("9/day")(billable(PRICE)(unit_endpoint())))
+    ended = visit(installed(app, metering, "added"), Visit("/paid"), Visit("/counted"), Visit("/both"))
+    denied = (money == "deny", rates == "deny", "deny" in (money, rates))
+    assert [status(each.log) for each in ended] == [503 if deny else 200 for deny in denied]
 
 
 @pytest.mark.parametrize("identity", ["down", "wrong"])

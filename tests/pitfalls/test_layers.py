@@ -164,13 +164,9 @@ def test_refuse_to_start_without_a_layer(subset: tuple[str, ...], sentence: str,
     assert "lifespan.startup.failed" in said
 
 
-@pytest.mark.parametrize("how", ["mount", "around", "route", "class", "partly"])
+@pytest.mark.parametrize("how", ["mount", "around", "route", "class", "mounted-class", "partly"])
 def test_refuse_to_start_wherever_the_policy_is(how: str, scene: Scene) -> None:
     """X.1: a missing layer is found for whole apps, class methods and apps behind other middleware as well."""
-
-    @http_only
-    async def plain(scope: Scope, receive: Receive, send: Send) -> None:
-        raise AssertionError("It ran.")
 
     class Endpoint(HTTPEndpoint):
         @billable(PRICE)
@@ -178,14 +174,21 @@ def test_refuse_to_start_wherever_the_policy_is(how: str, scene: Scene) -> None:
             raise AssertionError("It ran.")
 
     apps: dict[str, Callable[[], ASGIApp]] = {
-        "mount": lambda: Starlette(routes=[Mount("/m", metered_app(plain, billable(PRICE)))]),
-        "around": lambda: metered_app(plain, billable(PRICE)),
-        "route": lambda: Starlette(routes=[Route("/m", metered_app(plain, billable(PRICE)))]),
+        "mount": lambda: Starlette(routes=[Mount("/m", metered_app(nothing, billable(PRICE)))]),
+        "around": lambda: metered_app(nothing, billable(PRICE)),
+        "route": lambda: Starlette(routes=[Route("/m", metered_app(nothing, billable(PRICE)))]),
         "class": lambda: Starlette(routes=[Route("/m", Endpoint)]),
+        "mounted-class": lambda: Starlette(routes=[Mount("/m", Endpoint)]),
         "partly": lambda: hiding(routed()),
     }
     said = asyncio.run(refused_start(RateLimitMiddleware(apps[how](), scene.metering)))
     assert "is @billable, but no layer enforces credits" in said
+
+
+@http_only
+async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
+    """An application that nothing should reach."""
+    raise AssertionError("It ran.")
 
 
 def hiding(app: ASGIApp) -> ASGIApp:
@@ -241,7 +244,7 @@ def test_refuse_to_start_with_two_meterings(how: str, scene: Scene) -> None:
         "sub-app": lambda: RateLimitMiddleware(
             Starlette(routes=[Mount("/m", with_layers(routed(), other, ("credits",)))]), scene.metering
         ),
-        "plain": lambda: RateLimitMiddleware(CreditGateMiddleware(hiding(routed()), other), scene.metering),
+        "plain": lambda: RateLimitMiddleware(CreditGateMiddleware(nothing, other), scene.metering),
     }
     said = asyncio.run(refused_start(apps[how]()))
     assert "do not share one Metering" in said

@@ -55,11 +55,12 @@ from asgi_metering import (
 from asgi_metering.prices import per_token
 from asgi_metering.receipts import EntryKind
 from tests.harness.apps import note
+from tests.servers.books import deliver_to
 
-__all__ = ["FILE_BYTES", "GATES", "HOLD", "OPTIONS", "STORE", "app", "delta"]
+__all__ = ["EVENTS", "FILE_BYTES", "GATES", "HOLD", "OPTIONS", "STORE", "app"]
 
-STORE, GATES, OPTIONS = "SERVERS_STORE", "SERVERS_GATES", "SERVERS_OPTIONS"
-"""Variables: the store's URL, a folder, and arguments of `Metering` as JSON."""
+STORE, EVENTS, GATES, OPTIONS = "SERVERS_STORE", "SERVERS_EVENTS", "SERVERS_GATES", "SERVERS_OPTIONS"
+"""Variables: the store's URL, the file for usage events, a folder, and arguments of `Metering` as JSON."""
 
 HOLD = 1_000
 """What a call that is charged per token sets aside, in credits."""
@@ -268,7 +269,10 @@ _ROUTES = [
 ]
 
 metering = Metering(
-    os.environ.get(STORE, "memory://"), identify=who, sinks=(), **json.loads(os.environ.get(OPTIONS, "{}"))
+    os.environ.get(STORE, "memory://"),
+    identify=who,
+    sinks=[deliver_to(Path(os.environ[EVENTS]))] if EVENTS in os.environ else (),
+    **json.loads(os.environ.get(OPTIONS, "{}")),
 )
 _routes = Starlette(routes=[*_ROUTES, Mount("/watched", routes=_ROUTES)])
 _plain = MeteringMiddleware(_routes, metering=metering)

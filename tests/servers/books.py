@@ -1,5 +1,6 @@
 """
-The books of a server, read from another process: its SQLite file, opened as any other process may.
+The books of a server, read from another process: its SQLite file, opened as any other process may, and the file where
+the server delivers its usage events.
 
 Knows the store's verbs and rows; nothing of servers. Starts no background of its own, so that nothing is swept,
 settled or delivered unless a test does it.
@@ -8,21 +9,25 @@ settled or delivered unless a test does it.
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.receipts import Entry, EntryKind
 from asgi_metering.rules.conservation import discrepancies
 from asgi_metering.rules.operations import PostGrant, Sweep
 from asgi_metering.rules.state import Account, Hold
-from asgi_metering.stores.contract import AccountRows, EntriesAfter, EverythingKept, LiveHolds
+from asgi_metering.stores.contract import AccountRows, EntriesAfter, LiveHolds, PendingEvents
 from asgi_metering.stores.sqlite import SQLiteStore
+from asgi_metering.usage.event import UsageEvent
 from tests.harness.waiting import DEFAULT_TIMEOUT_S, wait_until
 
-__all__ = ["CREDIT", "Books", "Ended"]
+__all__ = ["CREDIT", "Books", "Ended", "deliver_to"]
 
 CREDIT = 1_000_000
 """Smallest parts of one credit."""
@@ -30,6 +35,19 @@ CREDIT = 1_000_000
 UNIT = "credits"
 
 T = TypeVar("T")
+
+
+def deliver_to(path: Path) -> CallbackSink:
+    """A sink of usage events: a line of *path* for each, whole, whichever process writes."""
+
+    async def append(events: Sequence[UsageEvent]) -> None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, "".join(json.dumps(event.to_dict()) + "\n" for event in events).encode())
+        finally:
+            os.close(descriptor)
+
+    return CallbackSink(append)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +78,11 @@ class Books:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @property
+    def delivered(self) -> Path:
+        """Where the server delivers its usage events."""
+        return self.path.with_suffix(".events")
 
     @property
     def url(self) -> str:
@@ -103,9 +126,19 @@ class Books:
         return [entry for entry in rows.entries.get((payer, UNIT), []) if entry.kind is not EntryKind.GRANT]
 
     def events(self, payer: str) -> list[dict[str, Any]]:
-        """Its usage events in the outbox, oldest first: nobody collects them."""
-        _, rows = self.ask(lambda store: store.read(EverythingKept()))
-        return [dict(event.payload) for event in rows.events.values() if event.payload["payer"] == payer]
+        """Its usage events, oldest first: those that were delivered, each once, and those that still wait for it."""
+        # In this order: an event leaves the outbox after it was delivered.
+        waiting = self.waiting()
+        lines = self.delivered.read_text().splitlines() if self.delivered.exists() else []
+        found = {event["id"]: event for event in map(json.loads, lines)}
+        assert len(found) == len(lines)
+        found |= {event["id"]: event for event in waiting}
+        return [event for event in found.values() if event["payer"] == payer]
+
+    def waiting(self) -> list[dict[str, Any]]:
+        """The events in the outbox, oldest first, of all payers."""
+        _, rows = self.ask(lambda store: store.read(PendingEvents()))
+        return [{**event.payload, "id": event.id} for event in rows.events.values()]
 
     def sweep(self, at: float) -> None:
         """Look after what is overdue at the time *at*, as any process's worker does now and then."""

@@ -17,7 +17,7 @@ from tests.harness import apps
 from tests.harness.clients import Http2Client, HttpClient, ResponseHead
 from tests.harness.servers import ServerKind, ServerProcess, serve
 from tests.harness.waiting import wait_until
-from tests.servers.app import GATES, OPTIONS, STORE
+from tests.servers.app import EVENTS, GATES, OPTIONS, STORE
 from tests.servers.books import Books
 
 __all__ = ["APP", "House", "house", "key"]
@@ -110,6 +110,7 @@ def house(kind: ServerKind, folder: Path, *, app: str = APP, **options: Any) -> 
     books = Books(folder / "metering.db")
     env = {
         STORE: f"{books.url}?synchronous=OFF",
+        EVENTS: str(books.delivered),
         GATES: str(folder),
         OPTIONS: json.dumps(options.pop("metering", {})),
         apps.LOG_VARIABLE: str(folder / "log"),

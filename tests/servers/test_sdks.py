@@ -15,7 +15,7 @@ from asgi_metering.demo.gateway import PRICE, gateway, who
 from asgi_metering.testing import Provider
 from asgi_metering.usage import TokenUsage
 from tests.harness.servers import serve_in_thread
-from tests.servers.books import CREDIT, Books, Ended
+from tests.servers.books import CREDIT, Books, Ended, deliver_to
 
 MESSAGES: Any = [{"role": "user", "content": "Tell me about metering."}]
 
@@ -42,7 +42,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """The demo's gateway behind uvicorn, in front of the bundled provider behind another."""
     books = Books(tmp_path_factory.mktemp("gateway") / "metering.db")
     provider = Provider()
-    metering = Metering(f"{books.url}?synchronous=OFF", identify=who, sinks=())
+    metering = Metering(f"{books.url}?synchronous=OFF", identify=who, sinks=[deliver_to(books.delivered)])
     with serve_in_thread(provider) as upstream, serve_in_thread(gateway(metering, upstream.url)) as server:
         yield Gateway(server.url, books, provider)
 

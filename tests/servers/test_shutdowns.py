@@ -94,7 +94,9 @@ def killed(kind: ServerKind, folder: Path) -> Books:
 
 Scene = tuple[Callable[[ServerKind, Path], Books], ServerKind]
 
-BOOKED: list[Scene] = [(terminated, "uvicorn-h11"), (terminated, "hypercorn"), (terminated, "daphne")]
+WITH_LIFESPAN: list[Scene] = [(terminated, "uvicorn-h11"), (terminated, "hypercorn")]
+
+BOOKED: list[Scene] = [*WITH_LIFESPAN, (terminated, "daphne")]
 
 IN_DOUBT: list[Scene] = [
     (outlasted, "granian"),
@@ -145,6 +147,13 @@ def test_stop_books_what_runs(books: Books) -> None:
     stream, slow = ends(books)
     assert stream == Ended("aborted", ABORTED, "observed", stream.amount)
     assert slow == Ended("aborted", ABORTED, "none", 0)
+
+
+@pytest.mark.parametrize("books", WITH_LIFESPAN, indirect=True, ids=_name)
+def test_stop_delivers_what_was_booked(books: Books) -> None:
+    """Where a lifespan holds the shutdown, the usage events of the last calls have left the outbox as well (S2.21)."""
+    assert len(books.delivered.read_text().splitlines()) == 2
+    assert books.waiting() == []
 
 
 @pytest.mark.parametrize("books", IN_DOUBT, indirect=True, ids=_name)

@@ -322,12 +322,13 @@ def open_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_open_a_file_that_may_not_be_written(open_folder: Path) -> None:
+@pytest.mark.parametrize("folder_mode", [0o555, 0o777])
+def test_open_a_file_that_may_not_be_written(open_folder: Path, folder_mode: int) -> None:
     """A read-only file is refused when it is opened, not at the first paying request."""
     path = open_folder / "metering.db"
     play(path, _nothing)
     path.chmod(0o444)
-    open_folder.chmod(0o555)
+    open_folder.chmod(folder_mode)
     (said,) = _as_nobody(_open_and_tell, path)
     assert said == (
         f"StoreUnavailableError: The SQLite file {str(path)!r} cannot be written. "
@@ -556,12 +557,15 @@ def test_run_answers_although_the_caller_left(path: Path) -> None:
     """A caller that is cancelled while its batch is away harms nobody: the batch is done, the next one is answered."""
 
     async def scene(store: SQLiteStore) -> None:
+        complaints: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
         task = asyncio.ensure_future(store.run([grant()]))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         assert [getattr(answer, "applied", None) for answer in await store.run([grant()])] == [False]
+        assert complaints == []
 
     play(path, scene)
 

@@ -193,27 +193,21 @@ def _primary(error: sqlite3.Error) -> int:
 
 def _make_ours(connection: sqlite3.Connection, path: Path) -> None:
     """Check whose file it is, switch it to write-ahead logging, and run the schema steps that it lacks."""
-    version = _checked_version(connection, path)
+    _checked_version(connection, path)
     (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
     if mode != "wal":
         raise ConfigurationError(
             f"The SQLite file {str(path)!r} cannot use a write-ahead log (it stays at {mode!r}): its file system "
             f"shares no memory between processes. Put it on a local disk."
         )
-    if version == SCHEMA_VERSION:
-        return
     connection.execute("BEGIN IMMEDIATE")
-    try:
-        # Another process may have been first.
+    with connection:
         for number in range(_checked_version(connection, path) + 1, SCHEMA_VERSION + 1):
             for statement in _statements(number):
                 connection.execute(statement)
+        # Also when there was nothing to do: a file that cannot be written shall be found out now.
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        connection.execute("COMMIT")
-    except BaseException:
-        connection.rollback()
-        raise
 
 
 def _checked_version(connection: sqlite3.Connection, path: Path) -> int:

@@ -1,0 +1,215 @@
+"""The shipped suite itself: it notices stores that break a rule, and is easy to run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from asgi_metering.rules.decide import Answer
+from asgi_metering.rules.operations import Acknowledge, Admit, End, LimitAsk, Operation, PostGrant, Renew, Sweep
+from asgi_metering.stores.contract import Query, Snapshot, Store
+from asgi_metering.stores.memory import MemoryStore
+from asgi_metering.testing.clock import NOON, FakeClock
+from asgi_metering.testing.conformance import StoreConformance
+
+
+def suite_for(kind: Callable[[FakeClock], Store]) -> StoreConformance:
+    """The suite, on stores of one kind."""
+
+    class Suite(StoreConformance):
+        async def make_store(self, clock: FakeClock) -> Store:
+            return kind(clock)
+
+    return Suite()
+
+
+def failures(suite: StoreConformance) -> set[str]:
+    """The names of the suite's tests that fail."""
+    failed = set()
+    for name, test in inspect.getmembers(suite, inspect.ismethod):
+        if name.startswith("test_"):
+            try:
+                test()
+            except Exception:
+                failed.add(name.removeprefix("test_"))
+    return failed
+
+
+class Changing(MemoryStore):
+    """A store that changes each operation before it runs it."""
+
+    def changed(self, operation: Operation) -> Operation | None:
+        """What is run instead; None runs nothing."""
+        return operation
+
+    async def run(self, operations: Sequence[Operation]) -> list[Answer | Exception]:
+        """Run the changed operations."""
+        changed = [self.changed(operation) for operation in operations]
+        return await super().run([operation for operation in changed if operation is not None])
+
+
+class Generous(Changing):
+    """It admits for one unit less than was asked."""
+
+    def changed(self, operation: Operation) -> Operation:
+        """Ask for less."""
+        if isinstance(operation, Admit) and operation.minimum:
+            return operation._replace(minimum=operation.minimum - 1)
+        return operation
+
+
+class Silent(Changing):
+    """It loses the events of ends."""
+
+    def changed(self, operation: Operation) -> Operation:
+        """Tell nothing."""
+        return operation._replace(event=None) if isinstance(operation, End) else operation
+
+
+class Shortsighted(Changing):
+    """It looks at the first limit only."""
+
+    def changed(self, operation: Operation) -> Operation:
+        """Forget the others."""
+        return operation._replace(limits=operation.limits[:1]) if isinstance(operation, Admit) else operation
+
+
+class Weightless(Changing):
+    """It does not correct weighted limits."""
+
+    def changed(self, operation: Operation) -> Operation:
+        """Correct nothing."""
+        return operation._replace(actual={}) if isinstance(operation, End) else operation
+
+
+class Deaf(Changing):
+    """It does not hear what was observed."""
+
+    def changed(self, operation: Operation) -> Operation:
+        """Observe nothing."""
+        return operation._replace(observed=0) if isinstance(operation, Renew) else operation
+
+
+class Forgetful(Changing):
+    """It forgets who was acknowledged, and gives grants new ids."""
+
+    grants = 0
+
+    def changed(self, operation: Operation) -> Operation:
+        """Change ids."""
+        if isinstance(operation, PostGrant):
+            self.grants += 1
+            return operation._replace(id=f"{operation.id} {self.grants}")
+        return Acknowledge(()) if isinstance(operation, Acknowledge) else operation
+
+
+class Thorough(Changing):
+    """It sweeps without a bound."""
+
+    def changed(self, operation: Operation) -> Operation:
+        """Sweep everything."""
+        return operation._replace(limit=10_000) if isinstance(operation, Sweep) else operation
+
+
+class Calendarless(Changing):
+    """It takes a calendar's windows for fixed ones."""
+
+    def changed(self, operation: Operation) -> Operation:
+        """Forget the boundaries."""
+        if isinstance(operation, Admit):
+            limits = tuple(LimitAsk(*limit[:2], "fixed", *limit[3:]) for limit in operation.limits)  # type: ignore[arg-type]
+            return operation._replace(limits=limits)
+        return operation
+
+
+class Partial(MemoryStore):
+    """It takes from the limits although the call cannot pay."""
+
+    async def run(self, operations: Sequence[Operation]) -> list[Answer | Exception]:
+        """Take from the limits first."""
+        answers: list[Answer | Exception] = []
+        for operation in operations:
+            if isinstance(operation, Admit) and operation.limits:
+                await super().run([operation._replace(id=f"{operation.id} counted", amount=0, minimum=0, leases=())])
+                operation = operation._replace(limits=())
+            answers.extend(await super().run([operation]))
+        return answers
+
+
+class Restless(MemoryStore):
+    """Looking at it renews what lives."""
+
+    async def read(self, query: Query) -> Snapshot:
+        """Renew, then read."""
+        found = await super().read(query)
+        await self.run([Renew(hold_id) for hold_id in found.state.holds])
+        return await super().read(query)
+
+
+@pytest.mark.parametrize(
+    ("kind", "noticed"),
+    [
+        (Generous, "admit_one_unit_too_much"),
+        (Silent, "end_writes_its_event_in_the_same_step"),
+        (Shortsighted, "refuse_by_one_of_several_limits"),
+        (Weightless, "end_corrects_what_a_weighted_limit_counted"),
+        (Deaf, "late_end_gives_back_what_was_too_much"),
+        (Forgetful, "grant_twice"),
+        (Thorough, "sweep_a_few_at_a_time"),
+        (Calendarless, "calendar_window_ends_at_its_boundary"),
+        (Partial, "refuse_by_credits_takes_from_no_limit_and_no_pool"),
+        (Restless, "read_renews_nothing"),
+        (lambda clock: MemoryStore(), "fixed_window_begins_at_the_first_hit"),
+        (lambda clock: MemoryStore(FakeClock(clock())), "hold_goes_in_doubt_and_still_counts"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_suite_notices_a_store_that(kind: Callable[[FakeClock], Store], noticed: str) -> None:
+    """A store that breaks a rule fails the test that says the rule."""
+    with pytest.raises(AssertionError):
+        getattr(suite_for(kind), f"test_{noticed}")()
+
+
+def test_suite_passes_without_a_test_runner() -> None:
+    """The suite needs no plug-in and no fixture: its tests are methods without arguments, each with its rule."""
+    suite = suite_for(MemoryStore)
+    assert failures(suite) == set()
+    tests = [test for name, test in inspect.getmembers(suite, inspect.ismethod) if name.startswith("test_")]
+    assert len(tests) > 100
+    assert all(not inspect.signature(test).parameters and test.__doc__ for test in tests)
+
+
+def test_suite_without_a_store() -> None:
+    """Who forgets to say how a store is made is told so."""
+    with pytest.raises(NotImplementedError, match=r"StoreConformance must say how its store is made"):
+        StoreConformance().test_grant_twice()
+
+
+def test_suite_closes_its_stores() -> None:
+    """Every store that a test opened is closed, also when the test fails."""
+    opened: list[str] = []
+
+    class Counting(Generous):
+        async def close(self) -> None:
+            opened.remove("store")
+
+    def make(clock: FakeClock) -> Store:
+        opened.append("store")
+        return Counting(clock)
+
+    suite = suite_for(make)
+    with pytest.raises(AssertionError):
+        suite.test_admit_one_unit_too_much()
+    suite.test_run_together_as_one_by_one()
+    assert opened == []
+
+
+def test_clock_moves_when_it_is_told() -> None:
+    """A fake clock stands still until it is moved, forward or back."""
+    clock = FakeClock()
+    assert (clock(), clock()) == (NOON, NOON)
+    assert clock.advance(1.5) == clock() == NOON + 1.5
+    assert clock.advance(-2.0) == NOON - 0.5
+    assert repr(FakeClock(7.0)) == "FakeClock(7.0)"
