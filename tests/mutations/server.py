@@ -49,7 +49,8 @@ PRELOADED = (
 OPTIONS = (
     "-q",
     "--no-header",
-    "--timeout=30",
+    # Many a mutation shows by waiting for ever; no test of a pitfall takes a tenth of this.
+    "--timeout=10",
     # Plugins that were imported before the fork have their own assertions as they are.
     "-Wignore::pytest.PytestAssertRewriteWarning",
     *("-p", "no:cacheprovider"),

@@ -514,7 +514,7 @@ class DownBooks(Books):
 LAYER_ANSWERS = list(itertools.product(("deny", "allow"), repeat=2))
 
 
-@pytest.mark.parametrize(("money", "rates"), LAYER_ANSWERS, ids="-".join)
+@pytest.mark.parametrize(("money", "rates"), LAYER_ANSWERS)
 def test_let_the_strictest_layer_answer_for_a_dead_store(money: str, rates: str) -> None:
     """X.6: with the store down a route is refused with 503 if any of its own layers denies, whichever that is."""
     metering = Metering(DownBooks(), identify=identify, sinks=(), on_store_down={"credits": money, "rates": rates})

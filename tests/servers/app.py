@@ -111,8 +111,9 @@ async def twice(request: Request) -> JSONResponse:
 
 
 @billable(2)
-async def file(_request: Request) -> FileResponse:
+async def file(request: Request) -> FileResponse:
     """A file, by its path where the server takes one."""
+    note("file", by_path="http.response.pathsend" in request.scope.get("extensions", {}))
     path = Path(os.environ[GATES]) / "file"
     path.write_bytes(b"x" * FILE_BYTES)
     return FileResponse(path)
@@ -208,7 +209,8 @@ async def upload(request: Request) -> JSONResponse:
 
 
 def _query(scope: Scope, name: str) -> str:
-    return parse_qs(scope["query_string"].decode())[name][0]
+    value: str = parse_qs(scope["query_string"].decode())[name][0]
+    return value
 
 
 async def _raw_burst(scope: Scope, receive: Receive, send: Send) -> None:

@@ -27,7 +27,7 @@ from asgi_metering.stores.sqlite import SQLiteStore
 from asgi_metering.usage.event import UsageEvent
 from tests.harness.waiting import DEFAULT_TIMEOUT_S, wait_until
 
-__all__ = ["CREDIT", "Books", "Ended", "deliver_to"]
+__all__ = ["CREDIT", "Books", "Ended", "deliver_to", "read_lines"]
 
 CREDIT = 1_000_000
 """Smallest parts of one credit."""
@@ -66,6 +66,16 @@ class Ended:
     reason: str
     basis: str
     amount: int
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """
+    The JSON objects of a file that others append lines to; none if it is not there yet.
+
+    What is being written may be seen in part: only whole lines count.
+    """
+    written = path.read_bytes() if path.exists() else b""
+    return [json.loads(line) for line in written[: written.rfind(b"\n") + 1].splitlines()]
 
 
 class Books:
@@ -129,9 +139,9 @@ class Books:
         """Its usage events, oldest first: those that were delivered, each once, and those that still wait for it."""
         # In this order: an event leaves the outbox after it was delivered.
         waiting = self.waiting()
-        lines = self.delivered.read_text().splitlines() if self.delivered.exists() else []
-        found = {event["id"]: event for event in map(json.loads, lines)}
-        assert len(found) == len(lines)
+        delivered = read_lines(self.delivered)
+        found = {event["id"]: event for event in delivered}
+        assert len(found) == len(delivered)
         found |= {event["id"]: event for event in waiting}
         return [event for event in found.values() if event["payer"] == payer]
 

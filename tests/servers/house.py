@@ -18,7 +18,7 @@ from tests.harness.clients import Http2Client, HttpClient, ResponseHead
 from tests.harness.servers import ServerKind, ServerProcess, serve
 from tests.harness.waiting import wait_until
 from tests.servers.app import EVENTS, GATES, OPTIONS, STORE
-from tests.servers.books import Books
+from tests.servers.books import Books, read_lines
 
 __all__ = ["APP", "House", "house", "key"]
 
@@ -84,8 +84,8 @@ class House:
 
     def notes(self, event: str, **fields: object) -> list[dict[str, Any]]:
         """What the application wrote down of this kind, with these fields."""
-        lines = apps.read_log(self.folder / "log", event)
-        return [line for line in lines if line.items() >= fields.items()]
+        wanted = {"event": event, **fields}.items()
+        return [line for line in read_lines(self.folder / "log") if line.items() >= wanted]
 
     def wait_for(self, event: str, **fields: object) -> None:
         """Wait until the application wrote that down."""

@@ -50,6 +50,7 @@ def test_charges_a_file(each: House) -> None:
     payer = each.books.grant("file", 10)
     head, body = each.ask("/file", payer)
     assert (head.status, len(body)) == (200, FILE_BYTES)
+    assert each.notes("file", by_path=each.kind == "granian")
     assert each.books.ended(payer) == [PAID]
 
 

@@ -16,7 +16,7 @@ from asgi_metering.rules.hold import HoldState
 from tests.harness.servers import ServerKind
 from tests.harness.waiting import wait_until
 from tests.servers.app import HOLD
-from tests.servers.books import CREDIT, Books, Ended
+from tests.servers.books import CREDIT, Books, Ended, read_lines
 from tests.servers.house import House, house, key
 
 PAYER = "ann"
@@ -152,7 +152,7 @@ def test_stop_books_what_runs(books: Books) -> None:
 @pytest.mark.parametrize("books", WITH_LIFESPAN, indirect=True, ids=_name)
 def test_stop_delivers_what_was_booked(books: Books) -> None:
     """Where a lifespan holds the shutdown, the usage events of the last calls have left the outbox as well (S2.21)."""
-    assert len(books.delivered.read_text().splitlines()) == 2
+    assert len(read_lines(books.delivered)) == 2
     assert books.waiting() == []
 
 
@@ -171,7 +171,8 @@ def test_die_leaves_calls_in_doubt(books: Books) -> None:
     expired, due = max(hold.expires_at for hold in last), max(hold.due_at for hold in last)
     books.sweep(expired)
     assert [hold.state for hold in books.holds(PAYER)] == [HoldState.IN_DOUBT] * 2
-    assert books.events(PAYER) == books.charges(PAYER) == []
+    assert books.events(PAYER) == []
+    assert books.charges(PAYER) == []
     assert books.account(PAYER).held == (HOLD + 2) * CREDIT
     books.sweep(due)
     stream, slow = ends(books)

@@ -583,6 +583,10 @@ def test_drain_waits_for_what_was_submitted() -> None:
 
     async def scene(store: GatedStore, pump: Pump) -> None:
         await pump.drain()
+        store.gate.set()
+        await pump.submit(Emit(()))
+        await pump.drain()
+        store.gate.clear()
         gone, stays = submit(pump, ask("gone", 3), ask("stays", 4))
         await turns()
         gone.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -156,6 +157,13 @@ def test_derive_when_a_call_ended() -> None:
     index = MAPS[Table.HOLD].columns.index("ended_at")
     assert MAPS[Table.HOLD].encode(hold)[index] is None
     assert MAPS[Table.HOLD].encode(hold.ended(HoldState.SETTLED, receipt))[index] == 7.5
+
+
+def test_write_facts_that_are_read_only() -> None:
+    """A mapping that cannot be changed is written as any other, wherever it stands."""
+    facts = MappingProxyType({"attributes": MappingProxyType({"n": 1})})
+    event = Event("e", 0.0, facts)
+    assert MAPS[Table.EVENT].decode(MAPS[Table.EVENT].encode(event)) == Event("e", 0.0, {"attributes": {"n": 1}})
 
 
 @pytest.mark.parametrize("facts", [{"when": object()}, {"tags": {"a", "b"}}, {"raw": b"bytes"}])

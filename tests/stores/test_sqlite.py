@@ -6,6 +6,7 @@ import asyncio
 import logging
 import multiprocessing
 import os
+import resource
 import sqlite3
 import tempfile
 import threading
@@ -26,7 +27,7 @@ from asgi_metering.errors import (
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.operations import Admit, Emit, End, PostGrant, WalletSource
 from asgi_metering.stores.contract import AccountRows, EverythingKept, PendingEvents
-from asgi_metering.stores.sqlite import SQLiteStore, thread, working_copy
+from asgi_metering.stores.sqlite import SQLiteStore, database, thread, working_copy
 from asgi_metering.stores.sqlite.database import APPLICATION_ID, SCHEMA_VERSION, SYNCHRONOUS, network_file_system
 from asgi_metering.stores.sqlite.thread import ConnectionThread, Turn
 from asgi_metering.testing.clock import FakeClock
@@ -237,10 +238,49 @@ def test_open_a_newer_schema(path: Path) -> None:
     assert str(error).endswith("Upgrade asgi_metering.")
 
 
+def test_open_where_no_log_can_be_kept() -> None:
+    """A database that cannot have a write-ahead log is refused: processes could not share it."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    with pytest.raises(ConfigurationError, match=r"cannot use a write-ahead log \(it stays at 'memory'\)"):
+        database._make_ours(connection, Path("metering.db"))
+    connection.close()
+
+
+def test_open_without_a_free_file_handle(path: Path) -> None:
+    """A process that has no file handle left is told that the file cannot be opened; nothing hangs."""
+    play(path, _nothing)
+    context = multiprocessing.get_context("spawn")
+    said = context.SimpleQueue()
+    process = context.Process(target=_open_without_handles, args=(str(path), said))
+    process.start()
+    process.join()
+    assert said.get().startswith(f"StoreUnavailableError: The SQLite file {str(path)!r} cannot be opened.")
+
+
+def _open_without_handles(path: str, said: Any) -> None:
+    store = SQLiteStore(path, synchronous="OFF")
+    loop = asyncio.new_event_loop()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (8, hard))
+    held = []
+    try:
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        pass
+    try:
+        loop.run_until_complete(store.open())
+    except Exception as error:
+        failure = error
+    for handle in held:
+        os.close(handle)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    said.put(f"{type(failure).__name__}: {failure}")
+    loop.close()
+
+
 def test_open_a_schema_that_was_left_half_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A schema step is one transaction: what fails in its middle leaves an empty file, and the next opening works."""
-    from asgi_metering.stores.sqlite import database
-
     whole = database._statements
     monkeypatch.setattr(database, "_statements", lambda number: [*list(whole(number))[:3], "CREATE TABLE broken ("])
     failure_to_open(path)
@@ -468,8 +508,6 @@ def test_run_past_the_limit_of_a_files_size(path: Path) -> None:
 
 
 def _write_into_a_wall(path: str, said: Any) -> None:
-    import resource
-
     async def scene(store: SQLiteStore) -> None:
         await store.run([grant()])
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -756,8 +794,6 @@ def test_open_on_a_network_file_system(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A file on a network file system is opened, with a warning that says what to do instead."""
-    from asgi_metering.stores.sqlite import database
-
     monkeypatch.setattr(database, "network_file_system", lambda path, mounts: "nfs4")
     with caplog.at_level(logging.WARNING):
         play(path, _nothing)

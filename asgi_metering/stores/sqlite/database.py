@@ -101,6 +101,7 @@ class Database:
             if isinstance(error, sqlite3.Error):
                 raise self._unusable(error) from error
             raise
+        self._warn_of_network()
         return connection
 
     def connect_reader(self) -> sqlite3.Connection:
@@ -135,8 +136,13 @@ class Database:
             )
         if self.path.is_dir():
             raise ConfigurationError(f"{str(self.path)!r} is a folder, not a SQLite file. Name a file in it.")
-        mounts = Path("/proc/self/mounts")
-        system = network_file_system(self.path, mounts.read_text("utf-8", "replace")) if mounts.is_file() else None
+
+    def _warn_of_network(self) -> None:
+        try:
+            system = network_file_system(self.path, Path("/proc/self/mounts").read_text("utf-8", "replace"))
+        except OSError:
+            # Not Linux, or nothing may be read there: what cannot be told is not guessed at.
+            return
         if system is not None:
             log.warning(
                 "The SQLite file %r is on a network file system (%s), where locks between machines are not reliable. "

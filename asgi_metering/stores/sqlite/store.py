@@ -7,9 +7,9 @@ is. Knows how batches and reads reach the file; what an operation does is decide
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -65,9 +65,9 @@ class SQLiteStore(Store):
             raise ConfigurationError(f"synchronous={synchronous!r} is unknown. Choose one of {SYNCHRONOUS}.")
         if not busy_timeout_s >= 0:
             raise ConfigurationError(f"busy_timeout_s={busy_timeout_s!r} is no time. Use seconds from 0 up.")
-        self._database = Database(Path(path), synchronous, busy_timeout_s)
+        self._database = Database(Path(path).absolute(), synchronous, busy_timeout_s)
         self._clock = clock
-        self._opening = asyncio.Lock()
+        self._opening = threading.Lock()
         self._threads: tuple[ConnectionThread, ConnectionThread] | None = None
         self._pid = 0
         self._copy: WorkingCopy | None = None
@@ -82,38 +82,41 @@ class SQLiteStore(Store):
             StoreUnavailableError: It cannot be opened or written.
             StoreContendedError: Others keep it locked.
         """
-        async with self._opening:
-            if self._threads is None:
-                self._threads = await self._open()
-                self._pid = os.getpid()
-
-    async def _open(self) -> tuple[ConnectionThread, ConnectionThread]:
-        opened = []
+        threads = self._started()
         try:
-            for task, connect in (
-                ("writer", self._database.connect_writer),
-                ("reader", self._database.connect_reader),
-            ):
-                opened.append(ConnectionThread(f"asgi_metering {task} of {self._database.path.name}", connect))
-                await opened[-1].call(_connected)
+            for thread in threads:
+                await thread.call(_connected)
         except BaseException:
-            for thread in opened:
-                await thread.stop()
+            await self._stop(threads)
             raise
-        return opened[0], opened[1]
+
+    def _started(self) -> tuple[ConnectionThread, ConnectionThread]:
+        """The threads, of which there is one pair however many loops open the store at the same time."""
+        with self._opening:
+            if self._threads is None:
+                file = self._database.path.name
+                self._threads = (
+                    ConnectionThread(f"asgi_metering writer of {file}", self._database.connect_writer),
+                    ConnectionThread(f"asgi_metering reader of {file}", self._database.connect_reader),
+                )
+                self._pid = os.getpid()
+            return self._threads
+
+    async def _stop(self, threads: tuple[ConnectionThread, ConnectionThread]) -> None:
+        with self._opening:
+            if self._threads is threads:
+                self._threads = None
+        writer, reader = threads
+        try:
+            # The reader first: the writer's, as the last connection, puts the log back into the file.
+            await reader.stop()
+        finally:
+            await writer.stop()
 
     async def close(self) -> None:
         """See `Store.close`. Waits for what was handed over; the last process to close leaves a single file."""
-        async with self._opening:
-            if self._threads is not None:
-                # The reader first: the writer's, as the last connection, puts the log back into the file.
-                writer, reader = self._threads
-                self._threads = None
-                try:
-                    await reader.stop()
-                finally:
-                    await writer.stop()
-                    self._copy = None
+        if self._threads is not None:
+            await self._stop(self._threads)
 
     async def run(self, operations: Sequence[Operation]) -> list[Answer | Exception]:
         """See `Store.run`. One transaction, in the writer's thread."""

@@ -2,7 +2,7 @@
 A thread that owns one connection, and the way to it from an event loop.
 
 A connection is made, used and closed in its own thread only. Jobs run in the order in which they are handed over;
-each answer costs one wake-up of the loop. Knows neither SQL nor metering.
+each answer costs one wake-up of the loop. Knows no SQL and no metering.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, Final, Generic, TypeVar
+
+from asgi_metering.errors import StoreUnavailableError
 
 __all__ = ["ConnectionThread", "Turn"]
 
@@ -111,24 +113,36 @@ class ConnectionThread:
     def __init__(self, name: str, connect: Callable[[], sqlite3.Connection]) -> None:
         self._connect = connect
         self._turns: SimpleQueue[Turn[Any]] = SimpleQueue()
+        self._handing_over = threading.Lock()
+        self._ended = False
         # A daemon, so that an application that forgets to close its store still ends: a commit is whole or absent.
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     async def call(self, job: Callable[[Turn[Result]], Result]) -> Result:
         """
-        Run *job* in the thread and return what it returns, or raise what it raises.
+        Run *job* in the thread and return what it returns, or raise what it raises. From any loop, in any thread.
 
         A caller that is cancelled no longer waits; its job still runs.
+
+        Raises:
+            StoreUnavailableError: The thread has been stopped.
         """
         turn = Turn(job, asyncio.get_running_loop())
-        self._turns.put(turn)
+        with self._handing_over:
+            if self._ended:
+                raise StoreUnavailableError(f"The thread {self._thread.name!r} has ended. Await open() first.")
+            self._turns.put(turn)
         return await turn.answer()
 
     async def stop(self) -> None:
-        """Finish what was handed over, close the connection and end the thread."""
+        """Finish what was handed over, close the connection and end the thread. Again changes nothing."""
         turn: Turn[None] = Turn(None, asyncio.get_running_loop())
-        self._turns.put(turn)
+        with self._handing_over:
+            if self._ended:
+                return
+            self._ended = True
+            self._turns.put(turn)
         await turn.answer()
         self._thread.join()
 

@@ -130,6 +130,7 @@ class Ending(Suite):
         await scene.admit("a", 30, facts={"caller": "key_1", "outcome": "none"})
         assert await scene.events() == []
         await scene.settle("a", 12, event={"outcome": "completed"})
+        assert [event["id"] for event in await scene.events()] == ["a"]
         (event,) = await scene.events()
         assert event["caller"] == "key_1"
         assert event["outcome"] == "completed"
