@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from asgi_metering.receipts import Basis
-from asgi_metering.rules.operations import Admit, End, PostGrant, WalletSource
+from asgi_metering.rules.operations import Admit, PostGrant, WalletSource
 from asgi_metering.stores import memory
 from asgi_metering.stores.contract import EntriesAfter, EverythingKept
 from asgi_metering.stores.memory import MemoryStore
@@ -37,10 +36,10 @@ def test_run_an_operation_that_breaks_a_rule_in_the_middle() -> None:
     async def scene() -> None:
         store = MemoryStore(FakeClock())
         await store.post([PostGrant("g", "p", "credits", 100)])
-        wrong: Any = "not an amount"
-        asks = [Admit(call, "p", "credits", 10, 10, (WalletSource(),)) for call in ("a", "b")]
-        answers = await store.run([asks[0], End("a", wrong, Basis.USAGE), asks[1]])
-        assert isinstance(answers[1], Exception)
+        wrong: Any = "soon"
+        asks = [Admit(call, "p", "credits", 10, 10, (WalletSource(),)) for call in ("a", "b", "c")]
+        answers = await store.run([asks[0], asks[1]._replace(ttl_s=wrong), asks[2]])
+        assert isinstance(answers[1], TypeError)
         state = (await store.read(EverythingKept())).state
         assert state.accounts["p", "credits"].held == 20
 

@@ -155,9 +155,10 @@ def test_open_again_finds_everything(path: Path) -> None:
         await store.close()
         await store.open()
         assert await available(store) == 100
+        await store.run([grant("g2")])
 
     async def second(store: SQLiteStore) -> None:
-        assert await available(store) == 100
+        assert await available(store) == 200
 
     play(path, first)
     play(path, second)
@@ -171,6 +172,70 @@ def test_open_at_once_by_several_callers(path: Path) -> None:
         store = SQLiteStore(path, synchronous="OFF")
         await asyncio.gather(*(store.open() for _ in range(5)))
         assert threading.active_count() == before + 2
+        await store.close()
+
+    asyncio.run(scene())
+
+
+def test_open_and_use_in_several_loops(path: Path) -> None:
+    """Event loops in several threads open and use one store at the same time, with one pair of threads."""
+    before = threading.active_count()
+    store = SQLiteStore(path, synchronous="OFF", busy_timeout_s=60.0)
+    start = threading.Barrier(4)
+    most: list[int] = []
+
+    def use(name: str) -> None:
+        async def scene() -> None:
+            await store.open()
+            for number in range(20):
+                await store.post([grant(f"{name}.{number}", 1)])
+            most.append(threading.active_count())
+
+        start.wait()
+        asyncio.run(scene())
+
+    users = [threading.Thread(target=use, args=(f"loop{number}",)) for number in range(4)]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join()
+    assert max(most) <= before + len(users) + 2
+
+    async def last() -> None:
+        assert await available(store) == 80
+        await store.close()
+
+    asyncio.run(last())
+    assert threading.active_count() == before
+
+
+def test_cancel_an_opening_of_an_open_store(path: Path) -> None:
+    """Who gives up opening a store that is open already, or that others are opening, closes it for nobody."""
+
+    async def scene(store: SQLiteStore) -> None:
+        second = asyncio.ensure_future(store.open())
+        await asyncio.sleep(0)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        await store.run([grant()])
+
+    play(path, scene)
+
+
+def test_cancel_the_first_opening(path: Path) -> None:
+    """Who gives up the first opening leaves no thread behind, and the next one opens the store."""
+    before = threading.active_count()
+
+    async def scene() -> None:
+        store = SQLiteStore(path, synchronous="OFF")
+        first = asyncio.ensure_future(store.open())
+        await asyncio.sleep(0)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert threading.active_count() == before
+        await store.open()
         await store.close()
 
     asyncio.run(scene())
@@ -573,7 +638,8 @@ def test_use_after_a_fork(path: Path) -> None:
         os.close(reads)
         _bury(child)
         assert b"was opened by process" in said
-        assert await available(store) == 100
+        assert await available(store) == 200
+        await store.run([grant("g2")])
 
     play(path, scene)
 
@@ -583,11 +649,20 @@ def _bury(child: int) -> None:
 
 
 def _use_and_tell(store: SQLiteStore, writes: int) -> NoReturn:
-    """In the child: use the store up to where it would wait for its thread."""
+    """In the child: use the store as it is, and then open it in a loop and a thread of the child's own."""
     try:
         store.run([grant()]).send(None)
     except StoreUnavailableError as error:
         os.write(writes, str(error).encode())
+
+    async def scene() -> None:
+        await store.open()
+        await store.run([grant("of the child")])
+        await store.close()
+
+    own = threading.Thread(target=asyncio.run, args=(scene(),))
+    own.start()
+    own.join()
     os._exit(0)
 
 
@@ -653,6 +728,19 @@ def test_close_while_it_works(path: Path) -> None:
         assert await available(store) == 2_000
 
     play(path, scene)
+
+
+def test_hand_over_to_a_thread_that_has_ended(path: Path) -> None:
+    """A job that comes after the end is refused instead of waiting for ever; stopping again does nothing."""
+
+    async def scene() -> None:
+        owner = ConnectionThread("test", lambda: sqlite3.connect(path))
+        await owner.stop()
+        await owner.stop()
+        with pytest.raises(StoreUnavailableError, match="The thread 'test' has ended"):
+            await owner.call(lambda turn: None)
+
+    asyncio.run(scene())
 
 
 def test_thread_makes_a_new_connection_when_the_old_one_broke(path: Path) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeGuard
+from typing import TypeAlias, TypeGuard
 
 from asgi_metering.errors import ConfigurationError, MeteringError, StoreUnavailableError
 from asgi_metering.rules.decide import Answer
@@ -26,6 +26,9 @@ from asgi_metering.stores.sqlite.thread import ConnectionThread, Turn
 from asgi_metering.stores.sqlite.working_copy import WorkingCopy
 
 __all__ = ["SQLiteStore"]
+
+_Threads: TypeAlias = tuple[ConnectionThread, ConnectionThread]
+"""The writer's and the reader's."""
 
 
 class SQLiteStore(Store):
@@ -43,8 +46,8 @@ class SQLiteStore(Store):
     Raises:
         ConfigurationError: The path names no file, or a setting is not one of those above.
 
-    One thread writes and one reads, each with a connection of its own. A store belongs to the process that opened
-    it: after a fork, open it in the child.
+    One thread writes and one reads, each with a connection of its own; any number of event loops may use them. A
+    store belongs to the process that opened it: after a fork, open it in the child.
     """
 
     name = "sqlite"
@@ -68,7 +71,7 @@ class SQLiteStore(Store):
         self._database = Database(Path(path).absolute(), synchronous, busy_timeout_s)
         self._clock = clock
         self._opening = threading.Lock()
-        self._threads: tuple[ConnectionThread, ConnectionThread] | None = None
+        self._threads: _Threads | None = None
         self._pid = 0
         self._copy: WorkingCopy | None = None
 
@@ -82,27 +85,29 @@ class SQLiteStore(Store):
             StoreUnavailableError: It cannot be opened or written.
             StoreContendedError: Others keep it locked.
         """
-        threads = self._started()
+        threads, is_first = self._started()
         try:
             for thread in threads:
                 await thread.call(_connected)
         except BaseException:
-            await self._stop(threads)
+            if is_first:
+                await self._stop(threads)
             raise
 
-    def _started(self) -> tuple[ConnectionThread, ConnectionThread]:
-        """The threads, of which there is one pair however many loops open the store at the same time."""
+    def _started(self) -> tuple[_Threads, bool]:
+        """The threads, one pair however many loops open the store at once, and whether this call made them."""
         with self._opening:
-            if self._threads is None:
-                file = self._database.path.name
-                self._threads = (
-                    ConnectionThread(f"asgi_metering writer of {file}", self._database.connect_writer),
-                    ConnectionThread(f"asgi_metering reader of {file}", self._database.connect_reader),
-                )
-                self._pid = os.getpid()
-            return self._threads
+            if self._threads is not None and self._pid == os.getpid():
+                return self._threads, False
+            database = self._database
+            self._threads = (
+                ConnectionThread(f"asgi_metering writer of {database.path.name}", database.connect_writer),
+                ConnectionThread(f"asgi_metering reader of {database.path.name}", database.connect_reader),
+            )
+            self._pid = os.getpid()
+            return self._threads, True
 
-    async def _stop(self, threads: tuple[ConnectionThread, ConnectionThread]) -> None:
+    async def _stop(self, threads: _Threads) -> None:
         with self._opening:
             if self._threads is threads:
                 self._threads = None
@@ -136,7 +141,7 @@ class SQLiteStore(Store):
         _, reader = self._opened()
         return await reader.call(snapshot)
 
-    def _opened(self) -> tuple[ConnectionThread, ConnectionThread]:
+    def _opened(self) -> _Threads:
         path = str(self._database.path)
         if self._threads is None:
             raise StoreUnavailableError(f"The SQLite store {path!r} is not open. Await open() first.")
@@ -166,9 +171,9 @@ class SQLiteStore(Store):
         return answers
 
     def _taken_copy(self, connection: sqlite3.Connection) -> WorkingCopy:
-        """The copy of the last batch, if it went well. Should this one fail, what it decided is lost with its copy."""
+        """The copy of this connection's last batch, if it went well. Should this one fail, its copy is lost."""
         copy, self._copy = self._copy, None
-        return WorkingCopy(connection) if copy is None else copy
+        return copy if copy is not None and copy.connection is connection else WorkingCopy(connection)
 
     def _snapshot(self, turn: Turn[Snapshot], query: Query) -> Snapshot:
         connection = turn.connection

@@ -84,10 +84,10 @@ class WorkingCopy:
         connection: The only one that writes what this copy decides.
     """
 
-    __slots__ = ("_connection", "_deleted", "_entries", "_known", "_now", "_put", "_state", "_stored", "_version")
+    __slots__ = ("_deleted", "_entries", "_known", "_now", "_put", "_state", "_stored", "_version", "connection")
 
     def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
+        self.connection = connection
         self._version: int | None = None
         self._forget()
 
@@ -107,7 +107,7 @@ class WorkingCopy:
         Args:
             now: The store's time for the whole batch.
         """
-        (version,) = self._connection.execute("PRAGMA data_version").fetchone()
+        (version,) = self.connection.execute("PRAGMA data_version").fetchone()
         # A clock that stepped back sees leases alive that were dead, and not looked at, before.
         if version != self._version or now < self._now or len(self._known) > MAX_KNOWN:
             self._forget()
@@ -145,7 +145,7 @@ class WorkingCopy:
 
     def write(self) -> None:
         """Write what has changed since the last call: of many changes to a row only the last."""
-        connection = self._connection
+        connection = self.connection
         for table, keys in self._deleted.items():
             if keys:
                 connection.executemany(DELETE[table], [key if type(key) is tuple else (key,) for key in keys])
@@ -167,8 +167,8 @@ class WorkingCopy:
         stored, holds = self._stored, MAPS[Table.HOLD]
         changed = [holds.encode_change(row) for key, row in rows.items() if key in stored]
         new = [holds.encode(row) for key, row in rows.items() if key not in stored]
-        self._connection.executemany(UPDATE_HOLD, changed)
-        self._connection.executemany(UPSERT[Table.HOLD], new)
+        self.connection.executemany(UPDATE_HOLD, changed)
+        self.connection.executemany(UPSERT[Table.HOLD], new)
         stored.update(rows)
 
     # -- what each operation looks at ----------------------------------------------------------------------
@@ -243,7 +243,7 @@ class WorkingCopy:
                 self._load_grant(key, part.name)
             elif part.source is Source.DEBT:
                 left = amount
-                for grant in self._connection.execute(_PAID_GRANTS, key):
+                for grant in self.connection.execute(_PAID_GRANTS, key):
                     left -= self._keep_grant(MAPS[Table.GRANT].decode(grant)).settled
                     if left <= 0:
                         break
@@ -258,18 +258,18 @@ class WorkingCopy:
         self.write()
         now = self._clamped(key)
         decode = MAPS[Table.HOLD].decode
-        overdue = list(map(decode, self._connection.execute(_OVERDUE_HOLDS, (*key, now, limit + 1))))
+        overdue = list(map(decode, self.connection.execute(_OVERDUE_HOLDS, (*key, now, limit + 1))))
         for hold in overdue:
             self._keep_hold(hold)
             self._load_account_of(hold)
-        for row in self._connection.execute(_NEXT_HOLD, (*key, now)):
+        for row in self.connection.execute(_NEXT_HOLD, (*key, now)):
             self._keep_hold(decode(row))
         return sum(1 for hold in overdue[:limit] if hold.due_at <= now or hold.state is HoldState.HELD)
 
     def _load_sweep(self, ask: Sweep) -> None:
         self.write()
         now = self._now
-        connection = self._connection
+        connection = self.connection
         left = ask.limit
         for key in connection.execute(_OVERDUE_ACCOUNTS, (now,)).fetchall():
             self._load_book(key)
@@ -290,7 +290,7 @@ class WorkingCopy:
         """Events nobody has claimed, oldest first, and no others: what the batch appended came last."""
         self.write()
         self._state.events.clear()
-        for row in self._connection.execute(_FREE_EVENTS, (self._now, limit)):
+        for row in self.connection.execute(_FREE_EVENTS, (self._now, limit)):
             event = MAPS[Table.EVENT].decode(row)
             self._state.events[event.id] = event
 
@@ -303,7 +303,7 @@ class WorkingCopy:
         return len(known) > before
 
     def _row(self, table: str, key: tuple[Any, ...]) -> Any:
-        found = self._connection.execute(SELECT[table], key).fetchone()
+        found = self.connection.execute(SELECT[table], key).fetchone()
         return None if found is None else MAPS[table].decode(found)
 
     def _clamped(self, key: AccountKey) -> float:
@@ -316,7 +316,7 @@ class WorkingCopy:
             account = self._row(Table.ACCOUNT, key)
             if account is not None:
                 self._state.accounts[key] = account
-                for row in self._connection.execute(_OPEN_GRANTS, key):
+                for row in self.connection.execute(_OPEN_GRANTS, key):
                     self._keep_grant(MAPS[Table.GRANT].decode(row))
 
     def _load_grant(self, key: AccountKey, grant_id: str) -> None:
@@ -367,7 +367,7 @@ class WorkingCopy:
         if not self._is_new(Table.LEASE, pool):
             return
         put, deleted = self._put[Table.LEASE], self._deleted[Table.LEASE]
-        for call_id, expires_at in self._connection.execute(_LIVE_LEASES, (pool, self._now)):
+        for call_id, expires_at in self.connection.execute(_LIVE_LEASES, (pool, self._now)):
             key = (pool, call_id)
             if key not in put and key not in deleted:
                 self._state.apply([(Table.LEASE, key, Lease(pool, call_id, expires_at))])
