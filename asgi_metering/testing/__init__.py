@@ -1,5 +1,5 @@
 """
-What helps a user's own tests: a model provider without a network or a bill.
+What helps a user's own tests: a model provider, a clock, the suite that a store has to pass, a gate that stays open.
 
 Knows where each part lives and imports it on first use. Never imported by the package itself.
 """
@@ -10,13 +10,19 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from asgi_metering.testing.clock import FakeClock
+    from asgi_metering.testing.conformance import StoreConformance
     from asgi_metering.testing.provider import Provider, SeenRequest
+    from asgi_metering.testing.unmetered import unmetered
 
-__all__ = ["Provider", "SeenRequest"]
+__all__ = ["FakeClock", "Provider", "SeenRequest", "StoreConformance", "unmetered"]
 
 _HOMES = {
+    "FakeClock": "asgi_metering.testing.clock",
     "Provider": "asgi_metering.testing.provider",
     "SeenRequest": "asgi_metering.testing.provider",
+    "StoreConformance": "asgi_metering.testing.conformance",
+    "unmetered": "asgi_metering.testing.unmetered",
 }
 
 
