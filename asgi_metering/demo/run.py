@@ -57,7 +57,8 @@ async def _play(stage: Stage) -> int:
             failed += 1
             print(f"    FAILED: {failure}\n")
         else:
-            print("".join(f"      {line}\n" for line in shown.splitlines()))
+            # At once, also into a pipe: a person reads along.
+            print("".join(f"      {line}\n" for line in shown.splitlines()), flush=True)
     print(f"{len(STEPS) - failed} of {len(STEPS)} steps did what they say.")
     return failed
 
@@ -76,6 +77,7 @@ The gateway stays up; Ctrl-C ends it. Try:
        -d '{{"model": "claude-echo", "max_tokens": 50, "messages": [{{"role": "user", "content": "Hi"}}]}}'
 
   curl -i {url}/v1/chat/completions -H 'authorization: Bearer key-nobody' -d '{{}}'
-"""
+""",
+        flush=True,
     )
     await asyncio.Event().wait()
