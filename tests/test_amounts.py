@@ -5,6 +5,7 @@ from __future__ import annotations
 import decimal
 import sys
 from collections.abc import Iterator
+from dataclasses import FrozenInstanceError
 from decimal import Decimal
 from enum import IntEnum
 
@@ -62,6 +63,14 @@ def test_refuse_a_unit_whose_scale_is_not_0_to_12(scale: object) -> None:
 def test_accept_the_edges_of_the_scale(scale: int) -> None:
     """Both ends of the range are units."""
     assert Unit("usd", scale).parts(1) == 10**scale
+
+
+def test_never_change_a_unit() -> None:
+    """A unit is a value: what was counted in it keeps its meaning."""
+    unit = Unit("usd", 2)
+    with pytest.raises(FrozenInstanceError):
+        unit.scale = 3  # type: ignore[misc]
+    assert not hasattr(unit, "__dict__")
 
 
 def test_refuse_a_unit_without_a_usable_name() -> None:

@@ -124,6 +124,7 @@ class Store(abc.ABC):
 
         Raises:
             StoreUnavailableError: It cannot be reached.
+            StoreContendedError: Others keep it locked.
             ConfigurationError: It is not usable as configured.
         """
 
@@ -146,7 +147,8 @@ class Store(abc.ABC):
                 same id is safe.
             StoreContendedError: Bounded retries against other writers are spent; nothing happened.
             Exception: The sequence as a whole was rolled back, for instance because one operation cannot be written.
-                Running the operations one at a time finds the guilty one.
+                Running the operations one at a time finds the guilty one. A store whose operations do not share one
+                fate answers it at its index instead.
 
         Round trips: one for the whole sequence, where the store has round trips.
         """

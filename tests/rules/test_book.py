@@ -425,6 +425,22 @@ def test_give_back_to_a_grant_that_was_used_up() -> None:
     assert world.sums() == (10, 4, 0, 6, 0)
 
 
+def test_await_the_expiry_of_a_grant_that_opened_again() -> None:
+    """Units that come back to a closed grant lapse in time, also if nothing else was awaited."""
+
+    def forget(world: World) -> None:
+        world.grant(5, "other", ends_in=20)
+        world.wait(20)
+        world.grant(0, "look")
+        assert world.account().next_change_at == NEVER
+
+    world = overcharged(gives(ends_in=500), 10, forget)
+    world.end("c", 4)
+    assert world.account().next_change_at == world.a_grant().expires_at
+    world.wait(500)
+    assert world.refused(1).available == 0
+
+
 def test_give_back_to_a_grant_that_expired() -> None:
     """What returns to an expired grant lowers settled and raises expired: it lapses at once."""
     world = overcharged(gives(ends_in=100), 10, lambda world: world.wait(100))
@@ -536,7 +552,8 @@ def test_write_what_is_left_on_every_line() -> None:
     first, second = world.entries()
     assert (first.number, first.available, first.actor, first.ref) == (1, 10, "ops", "gift")
     assert (second.number, second.available, second.line, second.ref) == (2, 7, "chat", "c")
-    assert second.estimated
+    assert (first.estimated, second.estimated) == (False, True)
+    assert (first.basis, first.parts, first.line) == (None, (), "")
     assert second.at == world.now
 
 

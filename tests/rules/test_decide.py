@@ -7,11 +7,23 @@ from typing import Any
 import pytest
 
 from asgi_metering.errors import AmountError, ConfigurationError
-from asgi_metering.receipts import Basis, Part, Source
+from asgi_metering.receipts import Basis, EndedBy, Part, Source
 from asgi_metering.rules.decide import run
 from asgi_metering.rules.hold import HoldState
-from asgi_metering.rules.operations import Acknowledge, Claim, Emit, End, PostGrant, Sweep
-from asgi_metering.rules.state import Account, Counter, Event, Grant, Hold, Lease, State, Table
+from asgi_metering.rules.operations import (
+    Acknowledge,
+    Admit,
+    Claim,
+    Emit,
+    End,
+    LeaseAsk,
+    LimitAsk,
+    PostGrant,
+    Renew,
+    Sweep,
+    WindowKind,
+)
+from asgi_metering.rules.state import Account, Change, Counter, Event, Grant, Hold, Lease, State, Table
 from tests.rules.world import World, calendar, fixed, imbalances, sliding, slots, snapshot
 
 ADA = ("ada", "credits")
@@ -130,10 +142,36 @@ def test_sweep_a_bounded_number_of_holds_over_all_accounts() -> None:
             world.admit(1, f"p{number}-{call}", payer=f"p{number}", ttl_s=60, grace_s=0)
     world.wait(60)
     left = []
-    for _ in range(5):
+    for turn in range(5):
         world.run(Sweep(limit=3))
+        if not turn:
+            # Behind the bound nobody's account is even looked at.
+            assert {key for table, key, _ in world.written if table == Table.ACCOUNT} == {
+                ("p0", "credits"),
+                ("p1", "credits"),
+            }
         left.append(sum(1 for hold in world.state.holds.values() if hold.receipt is None))
     assert left == [7, 4, 1, 0, 0]
+
+
+def test_sweep_each_hold_for_one() -> None:
+    """A sweep ends as many holds as its limit says, also one in each account."""
+    world = World()
+    for number in range(5):
+        world.admit(0, f"c{number}", payer=f"p{number}", leases=(slots(9),), ttl_s=60, grace_s=0)
+    world.wait(60)
+    world.run(Sweep(limit=2))
+    assert sum(1 for hold in world.state.holds.values() if hold.receipt is not None) == 2
+
+
+def test_count_only_what_the_sweep_itself_did() -> None:
+    """A sweep in a batch counts its own changes and not those of the operations before it."""
+    world = World()
+    world.admit(0, "c", leases=(slots(9),), ttl_s=60, grace_s=60)
+    world.wait(60)
+    written: list[Change] = [(Table.EVENT, "before", None)]
+    assert run(world.state, Sweep(), world.now, written) == 2
+    assert len(written) == 3
 
 
 def test_sweep_past_holds_that_only_wait() -> None:
@@ -273,6 +311,19 @@ def test_move_units_and_nothing_else() -> None:
     world = World()
     receipt = world.end("nobody", 1)
     assert hold.ended(HoldState.SETTLED, receipt) == hold._replace(state=HoldState.SETTLED, receipt=receipt)
+
+
+def test_ask_for_no_more_than_is_said() -> None:
+    """What an operation or a new row does not say is nothing: nothing observed, estimated, held, spent or claimed."""
+    assert Renew("c") == Renew("c", 0)
+    assert End("c", 1) == End("c", 1, Basis.NONE, False, EndedBy.CALL, {}, None)
+    assert Event("e", 5.0, {}) == Event("e", 5.0, {}, 0.0)
+    ask = LimitAsk("n", "k", WindowKind.FIXED, 5, 60.0)
+    assert ask == LimitAsk("n", "k", WindowKind.FIXED, 5, 60.0, 1, "requests", ())
+    assert LeaseAsk("n", "pool", 1).level == "caller"
+    assert Admit("c", "p", "u", 1, 1) == Admit("c", "p", "u", 1, 1, (), (), (), 60.0, 30.0, Basis.OBSERVED, "", {})
+    hold = Hold("h", "p", "u", 0, (), HoldState.HELD, 0.0, 0.0, 0.0, 0.0, 0.0, "none")
+    assert (hold.line, hold.observed, hold.windows, hold.pools, hold.facts, hold.receipt) == ("", 0, (), (), {}, None)
 
 
 def test_list_live_holds_of_one_account() -> None:

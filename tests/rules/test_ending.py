@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
 from itertools import product
 
 import pytest
@@ -131,6 +132,14 @@ def test_find_the_row_of_every_end(seen: Sighting) -> None:
 def test_give_precedence_to_the_stronger_sign(seen: Sighting, row: Situation) -> None:
     """The cases of DESIGN "End of call" and S4.10, each named: a clean 200 that was marked as failed is a failure."""
     assert situation(seen) is row
+
+
+@pytest.mark.parametrize(("value", "field"), [(Sighting(COMPLETED), "status"), (DEFAULT_END_POLICY, "chosen")])
+def test_never_change_what_was_seen_or_chosen(value: Sighting | EndPolicy, field: str) -> None:
+    """Sightings and policies are values; the default policy is everybody's."""
+    with pytest.raises(FrozenInstanceError):
+        setattr(value, field, None)
+    assert not hasattr(value, "__dict__")
 
 
 def test_assume_nothing_of_an_end_that_was_not_seen() -> None:

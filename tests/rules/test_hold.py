@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from asgi_metering.receipts import EndedBy
+from asgi_metering.receipts import Basis, EndedBy, Receipt
 from asgi_metering.rules.hold import TRANSITIONS, HoldEvent, HoldState, diagram, is_live, next_state
 from asgi_metering.rules.state import State
 from tests.rules.world import World, imbalances, snapshot
@@ -128,7 +128,21 @@ def test_answer_an_unknown_id_without_an_exception() -> None:
     """An end or heartbeat of a call that no hold is known of changes nothing and says so (S3.14)."""
     world = World()
     receipt = world.end("nobody", 5, by=EndedBy.PERSON)
-    assert (receipt.known, receipt.applied, receipt.amount, receipt.entry) == (False, False, 0, None)
-    assert (receipt.id, receipt.ended_by, receipt.at) == ("nobody", EndedBy.PERSON, world.now)
+    assert receipt == Receipt(
+        "nobody",
+        "",
+        "",
+        0,
+        0,
+        Basis.NONE,
+        False,
+        EndedBy.PERSON,
+        (),
+        None,
+        world.now,
+        None,
+        applied=False,
+        known=False,
+    )
     assert world.beat("nobody") is False
     assert snapshot(world.state) == snapshot(State())

@@ -433,6 +433,7 @@ def test_post_one_late_entry_of_the_difference(actual: int | None, late: int) ->
     line = world.entries()[-1]
     assert (line.kind, line.amount, line.ref, line.line) == (LATE, late, "c", "chat")
     assert line.basis is (Basis.NONE if actual is None else Basis.USAGE)
+    assert line.parts == ((Part(Source.GRANT, "gift", 0.0, late),) if late > 0 else ())
     before = snapshot(world.state)
     assert world.end("c", 15).late == late
     assert world.end("c", None).late == late

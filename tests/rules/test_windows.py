@@ -215,6 +215,7 @@ def test_weigh_the_window_before_by_what_is_left_of_it() -> None:
     seen = look(sliding(10), world.counter(), world.now)
     assert seen is not None
     assert seen.used == floor(4 * 45 / 60) == 3
+    assert (seen.fits, seen.retry_after_s, seen.left_s) == (True, 0.0, 45.0)
     assert state_of(hit(world, sliding(10))).remaining == 6
     assert world.counter() == Counter("k", MIDNIGHT + 60, MIDNIGHT + 120, 1, 4)
 
@@ -534,6 +535,14 @@ def test_hold_nothing_for_calls_that_only_count_requests() -> None:
     world.admit(0, "b", limits=(fixed(2),), leases=(slots(1),))
     assert world.hold("b").parts == ()
     assert world.hold("b").windows == ()
+
+
+def test_wait_for_nothing_where_a_call_fits() -> None:
+    """What fits now waits for no time, in any kind of window."""
+    for ask in (fixed(5), sliding(5), calendar(5, MIDNIGHT)):
+        seen = look(ask, None, MIDNIGHT)
+        assert seen is not None
+        assert (seen.fits, seen.retry_after_s, seen.before) == (True, 0.0, 5)
 
 
 def test_wait_forever_for_what_never_fits() -> None:

@@ -202,14 +202,13 @@ def test_admit_into_an_account_with_many_overdue_calls(pair: Pair, together: boo
 
 
 @pytest.mark.parametrize("operation", [_call("b"), Sweep()])
-def test_end_what_was_overdue_before_the_clock_stepped_back(pair: Pair, operation: Operation) -> None:
+@pytest.mark.parametrize("back_s", [-50.0, -38.0])
+def test_end_what_was_overdue_before_the_clock_stepped_back(pair: Pair, operation: Operation, back_s: float) -> None:
     """What is overdue is decided by the latest time that the account has seen, as in memory."""
-    pair.run(_call("a"), _call("other", payer="p", ttl_s=500.0), _call("slot", 0, leases=(LeaseAsk("a", "one", 9),)))
+    pair.run(*(_call(f"a{ttl_s}", ttl_s=ttl_s) for ttl_s in (60.0, 80.0, 85.0, 90.0, 500.0)))
     pair.clock.advance(100.0)
     pair.run(PostGrant("g2", "p", "credits", 1))
-    pair.clock.advance(-38.0)
-    pair.run(operation)
-    pair.clock.advance(-50.0)
+    pair.clock.advance(back_s)
     pair.run(operation)
 
 

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import resource
+import signal
 import sqlite3
 import tempfile
 import threading
@@ -650,6 +651,9 @@ def _bury(child: int) -> None:
 
 def _use_and_tell(store: SQLiteStore, writes: int) -> NoReturn:
     """In the child: use the store as it is, and then open it in a loop and a thread of the child's own."""
+    # Should it hang, it ends by itself: nobody else would end it.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(20)
     try:
         store.run([grant()]).send(None)
     except StoreUnavailableError as error:
@@ -824,6 +828,29 @@ def test_step_aside_for_a_job_that_computes(path: Path, monkeypatch: pytest.Monk
         assert store._threads is not None
         asyncio.get_running_loop().call_later(0.005, turned.set)
         assert await store._threads[0].call(lambda turn: turned.wait(0.2)) is False
+
+    play(path, scene)
+
+
+def test_step_aside_for_the_first_in_line_only(path: Path) -> None:
+    """However many jobs stand behind the one that is on, the loop stops for that one, and then for the next."""
+
+    async def scene(store: SQLiteStore) -> None:
+        assert store._threads is not None
+        writer = store._threads[0]
+        gates = [threading.Event() for _ in range(4)]
+
+        def blocked(gate: threading.Event) -> Callable[[Turn[bool]], bool]:
+            return lambda turn: gate.wait()
+
+        jobs = [asyncio.ensure_future(writer.call(blocked(gate))) for gate in gates]
+        await asyncio.sleep(0)
+        for job, gate in zip(jobs, gates, strict=True):
+            ahead = list(writer._standing)
+            assert [turn.is_on for turn in ahead] == [True] + [False] * (len(ahead) - 1)
+            gate.set()
+            await job
+        assert not writer._standing
 
     play(path, scene)
 

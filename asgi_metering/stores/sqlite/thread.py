@@ -11,6 +11,7 @@ import asyncio
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, Final, Generic, TypeVar
@@ -41,10 +42,11 @@ class Turn(Generic[Result]):
 
     Attributes:
         connection: The thread's own.
+        is_on: Whether it is this turn's time; the others stand behind it.
         waits: Set by the job while it waits for a lock or for the disk, and needs no interpreter.
     """
 
-    __slots__ = ("_busy", "_future", "_loop", "_timer", "connection", "job", "waits")
+    __slots__ = ("_busy", "_future", "_loop", "_timer", "connection", "is_on", "job", "waits")
 
     connection: sqlite3.Connection
 
@@ -54,6 +56,7 @@ class Turn(Generic[Result]):
         self._future: asyncio.Future[Any] = loop.create_future()
         self._busy = threading.Lock()
         self._busy.acquire()
+        self.is_on = False
         self.waits = False
 
     def sleep(self, seconds: float) -> None:
@@ -79,7 +82,7 @@ class Turn(Generic[Result]):
     def _step_aside(self) -> None:
         if self.waits:
             time.sleep(GLIMPSE_S)
-        elif self._busy.acquire(timeout=STEP_ASIDE_S):
+        elif self.is_on and self._busy.acquire(timeout=STEP_ASIDE_S):
             self._busy.release()
         self._timer = self._loop.call_later(STEP_ASIDE_AFTER_S, self._step_aside)
 
@@ -113,6 +116,7 @@ class ConnectionThread:
     def __init__(self, name: str, connect: Callable[[], sqlite3.Connection]) -> None:
         self._connect = connect
         self._turns: SimpleQueue[Turn[Any]] = SimpleQueue()
+        self._standing: deque[Turn[Any]] = deque()
         self._handing_over = threading.Lock()
         self._ended = False
         # A daemon, so that an application that forgets to close its store still ends: a commit is whole or absent.
@@ -132,7 +136,7 @@ class ConnectionThread:
         with self._handing_over:
             if self._ended:
                 raise StoreUnavailableError(f"The thread {self._thread.name!r} has ended. Await open() first.")
-            self._turns.put(turn)
+            self._put(turn)
         return await turn.answer()
 
     async def stop(self) -> None:
@@ -142,9 +146,15 @@ class ConnectionThread:
             if self._ended:
                 return
             self._ended = True
-            self._turns.put(turn)
+            self._put(turn)
         await turn.answer()
         self._thread.join()
+
+    def _put(self, turn: Turn[Any]) -> None:
+        # By itself the thread could not say so: it may not even get the interpreter to begin.
+        self._standing.append(turn)
+        self._standing[0].is_on = True
+        self._turns.put(turn)
 
     # -- in the thread -------------------------------------------------------------------------------------
 
@@ -175,6 +185,10 @@ class ConnectionThread:
                 # Not even its rollback worked; the file's own recovery does that on the next connection.
                 connection.close()
                 connection = None
+        with self._handing_over:
+            self._standing.popleft()
+            if self._standing:
+                self._standing[0].is_on = True
         turn.finish(answer, failure)
         # An error keeps the frames that it came through, and this one would keep the error.
         failure = None
