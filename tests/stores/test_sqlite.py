@@ -26,7 +26,7 @@ from asgi_metering.errors import (
     StoreUnavailableError,
 )
 from asgi_metering.receipts import Basis
-from asgi_metering.rules.operations import Admit, Emit, End, PostGrant, WalletSource
+from asgi_metering.rules.operations import Admit, Emit, End, PostGrant, Renew, Sweep, WalletSource
 from asgi_metering.stores.contract import AccountRows, EverythingKept, PendingEvents
 from asgi_metering.stores.sqlite import SQLiteStore, database, thread, working_copy
 from asgi_metering.stores.sqlite.database import APPLICATION_ID, SCHEMA_VERSION, SYNCHRONOUS, network_file_system
@@ -913,3 +913,29 @@ def test_open_on_a_network_file_system(
     with caplog.at_level(logging.WARNING):
         play(path, _nothing)
     assert "is on a network file system (nfs4)" in caplog.text
+
+
+def test_give_back_to_a_spent_grant_after_reopening(tmp_path: Path) -> None:
+    """A late end finds the spent grant that paid another call's debt in the file, and not only among kept rows."""
+    clock = FakeClock()
+
+    async def play() -> None:
+        store = SQLiteStore(tmp_path / "books.db", clock=clock)
+        await store.open()
+        await store.post([PostGrant("first", "p", "c", 10, 5)])
+        for call, observed in (("a", 8), ("b", 5)):
+            await store.admit([Admit(call, "p", "c", 5, 5, (WalletSource(),), ttl_s=60, grace_s=30)])
+            await store.renew([Renew(call, observed)])
+        clock.advance(100)
+        await store.run([Sweep()])
+        await store.post([PostGrant("second", "p", "c", 3)])
+        await store.end([End("a", None)])
+        await store.close()
+        await store.open()
+        (receipt,) = await store.end([End("b", None)])
+        assert receipt.late == -5
+        rows = (await store.read(AccountRows("p", "c"))).state
+        assert rows.accounts["p", "c"].available == 13
+        await store.close()
+
+    asyncio.run(play())

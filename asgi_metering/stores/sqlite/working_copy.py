@@ -237,16 +237,22 @@ class WorkingCopy:
                 self._load_grant(key, part.name)
 
     def _load_paid(self, key: AccountKey, parts: Iterable[Part], amount: int) -> None:
-        """The grants that a charge is given back to; for debt, those that paid it since, closed ones included."""
+        """
+        The grants that a charge is given back to: its own, and those that paid debt since, closed ones included.
+
+        A charge without debt needs the latter too: another charge's paid debt may have been given back to its grant.
+        """
+        sources = {part.source for part in parts}
         for part in parts:
             if part.source is Source.GRANT:
                 self._load_grant(key, part.name)
-            elif part.source is Source.DEBT:
-                left = amount
-                for grant in self.connection.execute(_PAID_GRANTS, key):
-                    left -= self._keep_grant(MAPS[Table.GRANT].decode(grant)).settled
-                    if left <= 0:
-                        break
+        if Source.ALLOWANCE in sources:
+            return
+        left = amount
+        for grant in self.connection.execute(_PAID_GRANTS, key):
+            left -= self._keep_grant(MAPS[Table.GRANT].decode(grant)).settled
+            if left <= 0:
+                break
 
     def _load_overdue(self, key: AccountKey, limit: int) -> int:
         """

@@ -299,6 +299,22 @@ class Doubting(Suite):
         assert (account.settled, account.debt, account.available) == (15, 0, 25)
         assert (await scene.grant_row("grant_2")).free == 25
 
+    @scenario
+    async def test_late_end_of_a_grant_that_another_gave_back_to(self, scene: Scene) -> None:
+        """Two late ends give back in full, also where the first took its paid debt from the other's grant."""
+        await scene.grant(10, priority=5)
+        for call, observed in (("a", 8), ("b", 5)):
+            await scene.admit(call, 5, in_doubt=Basis.OBSERVED)
+            await scene.one(Renew(call, observed))
+        scene.clock.advance(LIFE_S + GRACE_S)
+        await scene.one(Sweep())
+        await scene.grant(3, "grant_2", priority=0)
+        assert (await scene.grant_row("grant_2")).settled == 3
+        assert (await scene.release("a")).late == -8
+        assert (await scene.release("b")).late == -5
+        account = await scene.account()
+        assert (account.settled, account.debt, account.available) == (0, 0, 13)
+
     @staticmethod
     async def _let_the_policy_end(scene: Scene, observed: int) -> None:
         await scene.grant(100)
