@@ -223,7 +223,7 @@ def _event(call: Call, used: Metered, seen: Sighting, row: Situation) -> dict[st
         "reason": call.failure or row.value,
         "status": call.status,
         "usage_source": used.source,
-        "model": used.model or (call.models[-1] if call.models else None),
+        "model": used.model,
         "provider": used.provider,
     }
     if used.usage is not None:

@@ -245,7 +245,6 @@ class Call:
         "id",
         "last_beat",
         "line",
-        "models",
         "observed_parts",
         "observer",
         "opening",
@@ -293,7 +292,6 @@ class Call:
         self.observed_parts = 0
         self.reports: list[Reported] = []
         self.exchanges: list[tuple[str, UsageReader, int]] = []
-        self.models: list[str] = []
         self.receipt: Receipt | None = None
         self.started_at = time.time()
         self.last_beat = 0.0

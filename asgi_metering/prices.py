@@ -14,7 +14,7 @@ from asgi_metering.amounts import Amount, exact_amount
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.usage import TokenUsage
 
-__all__ = ["FixedPrice", "MeasuredPrice", "TokenPrice", "per_million_tokens", "per_thousand_tokens", "per_token"]
+__all__ = ["FixedPrice", "MeasuredPrice", "TokenPrice", "per_million_tokens", "per_token"]
 
 _EXACT = Context(prec=60)
 _FLOOR = Context(prec=60, rounding=ROUND_FLOOR)
@@ -135,18 +135,6 @@ def per_million_tokens(
 ) -> TokenPrice:
     """Price tokens by the million, in whole units: the way providers print their lists. Floats are refused."""
     return _token_price(1_000_000, input, output, cached, cache_write, reasoning)
-
-
-def per_thousand_tokens(
-    *,
-    input: Amount = 0,
-    output: Amount = 0,
-    cached: Amount | None = None,
-    cache_write: Amount | None = None,
-    reasoning: Amount | None = None,
-) -> TokenPrice:
-    """Price tokens by the thousand, in whole units. Floats are refused."""
-    return _token_price(1_000, input, output, cached, cache_write, reasoning)
 
 
 def per_token(

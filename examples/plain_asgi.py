@@ -43,7 +43,7 @@ paid_thumbnails = metered_app(thumbnails, billable("0.5", line="thumbnail"), rat
 async def router(scope, receive, send):
     """Two paths; everything else, a lifespan too, is not ours."""
     if scope["type"] != "http":
-        raise NotImplementedError(scope["type"])
+        raise ValueError(f"Only HTTP is served here, not {scope['type']!r}.")
     chosen = paid_thumbnails if scope["path"].startswith("/thumbnails") else reports
     await chosen(scope, receive, send)
 
