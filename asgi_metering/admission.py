@@ -200,6 +200,7 @@ def check_amounts(charge: ChargePolicy, unit: Unit) -> None:
     if charge.hold.at_least is not None:
         unit.parts(charge.hold.at_least, "least hold")
     for source in charge.sources:
+        source.warning_level(unit)
         if isinstance(source, Allowance):
             limits = source.limit.values() if isinstance(source.limit, Mapping) else (source.limit,)
             for limit in limits:

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.decisions import Decision, Refusal
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CURRENT",
     "SCOPE_KEY",
+    "BalanceStatus",
     "Call",
     "CallRefused",
     "Caller",
@@ -44,6 +45,9 @@ __all__ = [
 ]
 
 log = logging.getLogger("asgi_metering")
+
+BalanceStatus: TypeAlias = Literal["ok", "warning", "blocked"]
+"""How what is left of a balance is to be taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,6 +485,31 @@ class Call:
     def needs_end(self) -> bool:
         """Whether its end has to be told to the ledger, or to the audit of free work."""
         return self.has_hold or self.charge is not None
+
+    @property
+    def warning_level(self) -> int | None:
+        """Smallest parts of the paying source below which what is left is worth a warning; None: never (S3.6)."""
+        if self.decision is None or self.charge is None or self.decision.source is None:
+            return None
+        plan = self.caller.plan if self.caller is not None else None
+        for source in self.charge.sources:
+            if source.name == self.decision.source:
+                return source.warning_level(self.unit, plan)
+        return None
+
+    @property
+    def balance_status(self) -> BalanceStatus:
+        """
+        How the paying source stands after this call's hold: ``ok``, ``warning`` or ``blocked``.
+
+        ``blocked``: nothing is left for another call, although this one was let in. ``ok`` where nothing was held.
+        Responses say the same in ``Metering-Available``. Source: S3.6.
+        """
+        available = self.decision.available if self.decision is not None else None
+        if available is None:
+            return "ok"
+        level = self.warning_level
+        return "blocked" if available <= 0 else "warning" if level is not None and available < level else "ok"
 
     @property
     def is_refused(self) -> bool:

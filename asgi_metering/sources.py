@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
-from asgi_metering.amounts import Amount, exact_amount
+from asgi_metering.amounts import Amount, Unit, exact_amount
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.names import check_name
 
-__all__ = ["Allowance", "PaymentSource", "Wallet"]
+__all__ = ["WALLET", "Allowance", "PaymentSource", "Wallet"]
+
+WALLET = "wallet"
+"""What decisions and header fields call the payer's grants."""
 
 PERIODS = ("day", "month")
 """Windows that an allowance may have."""
@@ -22,7 +25,27 @@ PERIODS = ("day", "month")
 
 @dataclass(frozen=True, slots=True)
 class Wallet:
-    """The payer's grants, in burn order. The default source."""
+    """
+    The payer's grants, in burn order. The default source.
+
+    Args:
+        warn_below: Whole units below which what is left is worth a warning; None never warns (S3.6).
+
+    Raises:
+        AmountError: *warn_below* is no usable amount.
+    """
+
+    name: ClassVar[str] = WALLET
+
+    warn_below: Amount | None = None
+
+    def __post_init__(self) -> None:
+        if self.warn_below is not None:
+            exact_amount(self.warn_below, "warning level")
+
+    def warning_level(self, unit: Unit, plan: str | None = None) -> int | None:
+        """Smallest parts below which what is left is worth a warning; None: never. The same for every *plan*."""
+        return None if self.warn_below is None else unit.parts(self.warn_below, "warning level")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +60,14 @@ class Allowance:
         name: Names the bucket; routes that use the same name share it (S0.9, S4.11).
         zone: IANA name of the zone whose calendar counts (S0.5).
         status: What a spent allowance answers: 429, or 402.
+        warn_at: Percent of the limit, used or held, from which on responses warn; 100 never does.
 
     Raises:
-        ConfigurationError: Another period or status, an empty mapping, a name with other characters.
+        ConfigurationError: Another period or status, an empty mapping, a name with other characters, a percentage
+            that is not an int from 1 to 100.
         AmountError: An amount that is not usable.
 
-    Source: S0.1, S0.2, S0.5, S0.9, S4.1, S4.13.
+    Source: S0.1, S0.2, S0.5, S0.9, S3.6, S4.1, S4.13.
     """
 
     limit: Amount | Mapping[str, Amount]
@@ -50,9 +75,15 @@ class Allowance:
     name: str = "allowance"
     zone: str = "UTC"
     status: int = 429
+    warn_at: int = 80
 
     def __post_init__(self) -> None:
-        check_name(self.name, "allowance name")
+        if check_name(self.name, "allowance name") == WALLET:
+            raise ConfigurationError(f"An allowance cannot be named {WALLET!r}: answers call the grants so. Rename it.")
+        if type(self.warn_at) is not int or not 1 <= self.warn_at <= 100:
+            raise ConfigurationError(
+                f"Allowance {self.name!r} cannot warn at {self.warn_at!r} percent. Use an int from 1 to 100."
+            )
         if self.per not in PERIODS:
             raise ConfigurationError(f"An allowance per {self.per!r} is not known. Use one of {', '.join(PERIODS)}.")
         if self.status not in (402, 429):
@@ -72,6 +103,17 @@ class Allowance:
         if plan is not None and plan in self.limit:
             return self.limit[plan]
         return min(self.limit.values(), key=exact_amount)
+
+    def warning_level(self, unit: Unit, plan: str | None = None) -> int | None:
+        """
+        Smallest parts below which what is left to *plan* is worth a warning; None: never.
+
+        Used and held reach the whole part of `warn_at` percent of the limit there (S3.6: ``int(limit * 0.8)``).
+        """
+        if self.warn_at == 100:
+            return None
+        limit = unit.parts(self.limit_for(plan), f"allowance {self.name!r}")
+        return limit - limit * self.warn_at // 100 + 1
 
 
 PaymentSource: TypeAlias = Wallet | Allowance

@@ -13,6 +13,8 @@ import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
 
+from starlette.requests import ClientDisconnect
+
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.fields import limit_fields
 from asgi_metering.asgi.refusals import in_band_error, refusal_response
@@ -51,7 +53,8 @@ class ExchangeOptions:
 
     Attributes:
         answers: How refusals look.
-        stop_on_disconnect: Watch for a client that left and raise `OSError` from ``send`` (pitfalls 27, 28).
+        stop_on_disconnect: Watch for a client that left and raise `OSError` from ``send`` (pitfalls 27, 28). The
+            server does not hear of it.
     """
 
     answers: AnswerOptions = DEFAULT_OPTIONS
@@ -273,6 +276,9 @@ async def run(
                 return
             raise
         call.see(_cause_of(failure, finishing))
+        if watch is not None and watch.is_gone and _is_departure(failure):
+            # We raised it to stop the app. To the server it is news of nothing, and would fill its log with errors.
+            return
         raise
     finally:
         CURRENT.reset(token)
@@ -323,6 +329,13 @@ def _is_refusal(failure: BaseException | None) -> bool:
     return False
 
 
+def _is_departure(failure: BaseException) -> bool:
+    """Whether *failure* says only that the client left: our word for it, Starlette's, or a group of these."""
+    if isinstance(failure, BaseExceptionGroup):
+        return all(_is_departure(inner) for inner in failure.exceptions)
+    return isinstance(failure, ClientGone | ClientDisconnect)
+
+
 def _stops(failure: BaseException) -> bool:
     """Whether somebody wants the task or the process to end, which no answer may hold up."""
     if isinstance(failure, BaseExceptionGroup):
@@ -346,7 +359,11 @@ def dress(call: Call, message: Message, scope: Scope, options: ExchangeOptions) 
     charge = call.policy.charge if call.policy is not None else None
     if charge is not None and "quotas" in call.opening.features:
         given = _capture(call, charge, given, message["status"])
-    fields = limit_fields(call.decision, call.unit, options.answers.names) if call.decision is not None else []
+    fields = (
+        limit_fields(call.decision, call.unit, options.answers.names, warn_below=call.warning_level)
+        if call.decision is not None
+        else []
+    )
     if fields:
         ours = {name for name, _ in fields}
         given = [field for field in given if field[0].lower() not in ours]

@@ -29,7 +29,6 @@ __all__ = [
     "retry_after_field",
     "safe_name",
     "sf_string",
-    "warning_level",
     "whole_seconds",
 ]
 
@@ -155,7 +154,7 @@ def limit_fields(
         unit: The unit of the decision's amounts.
         names: What the fields are called.
         failing: Name of the window that refused, if one did.
-        warn_below: Smallest parts below which what is left is worth a warning; see `warning_level`.
+        warn_below: Smallest parts below which what is left is worth a warning; None never warns.
 
     Source: draft-ietf-httpapi-ratelimit-headers-10, RFC 9651, S2.33, S3.6.
     """
@@ -256,15 +255,6 @@ def retry_after_field(seconds: int, names: HeaderNames = DEFAULT_NAMES) -> Field
     """Return ``Retry-After`` as delay-seconds (RFC 9110 section 10.2.3), or nothing if it is switched off."""
     name = names._wire[5]
     return [] if name is None else [(name, b"%d" % _bounded(seconds))]
-
-
-def warning_level(limit: int, percent: int = 80) -> int:
-    """
-    Return the *warn_below* at which `limit_fields` warns: from *percent* of *limit* (smallest parts) used or held on.
-
-    Source: S3.6 (a warning from ``int(limit * 0.8)`` on), in whole numbers.
-    """
-    return limit - limit * percent // 100 + 1
 
 
 def whole_seconds(seconds: float) -> int | None:

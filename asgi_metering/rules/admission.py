@@ -19,6 +19,7 @@ from asgi_metering.rules.hold import HoldState
 from asgi_metering.rules.operations import Admit, AllowanceSource, LeaseAsk
 from asgi_metering.rules.state import AllowanceWindow, Change, Hold, Lease, PinnedWindow, State, Table
 from asgi_metering.rules.windows import Look, look, window_state
+from asgi_metering.sources import WALLET
 
 __all__ = ["admit"]
 
@@ -87,7 +88,7 @@ def _repeat(state: State, ask: Admit, hold: Hold, now: float) -> Decision:
     part = hold.parts[0]
     if part.source is not Source.ALLOWANCE:
         account = state.accounts[hold.payer, hold.unit]
-        return Decision(hold.id, now, held=hold.amount, available=account.available, source="wallet")
+        return Decision(hold.id, now, held=hold.amount, available=account.available, source=WALLET)
     window = state.allowances.get((hold.payer, hold.unit, part.name, part.start))
     limits = [
         source.limit for source in ask.sources if isinstance(source, AllowanceSource) and source.name == part.name
@@ -167,7 +168,7 @@ def _from_wallet(state: State, ask: Admit, now: float) -> _Taken | _Dry:
             )
         )
     parts = book.hold(amount)
-    return _Taken(parts, amount, available - amount, "wallet", book.changes(now + ask.ttl_s))
+    return _Taken(parts, amount, available - amount, WALLET, book.changes(now + ask.ttl_s))
 
 
 def _from_allowance(state: State, ask: Admit, source: AllowanceSource, now: float) -> _Taken | _Dry:

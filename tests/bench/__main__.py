@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 from asgi_metering import billable, metered_app, rate_limited
+from asgi_metering.events.sinks import CallbackSink
 from tests.bench import subjects as s
 from tests.bench.drive import Subject, measure, ratios, table
 
@@ -23,6 +24,8 @@ CHUNKS = 2_000
 async def requests_table(routes: int, rounds: int, requests: int) -> str:
     """Added CPU per request."""
     made = await s.metering(sinks=())
+    # With a sink: without one nobody would want the events, and none would be written.
+    telling = await s.metering(sinks=(CallbackSink(s.forget, "forgotten"),))
     three, one = s.PLENTY, s.PLENTY[:1]
     bare = s.application(s.plain, routes)
     subjects = [
@@ -34,8 +37,8 @@ async def requests_table(routes: int, rounds: int, requests: int) -> str:
         ),
         _ours("asgi_metering, 1 limit", made, s.limited_by_us(one), routes),
         _ours("asgi_metering, 3 limits", made, s.limited_by_us(three), routes),
-        _ours("asgi_metering, 1 limit, lease, hold, settlement, event", made, s.paid_by_us(one), routes),
-        _ours("asgi_metering, 3 limits, lease, hold, settlement, event", made, s.paid_by_us(three), routes),
+        _ours("asgi_metering, 1 limit, lease, hold, settlement, event", telling, s.paid_by_us(one), routes),
+        _ours("asgi_metering, 3 limits, lease, hold, settlement, event", telling, s.paid_by_us(three), routes),
         _app("limits, 1 limit", s.application(s.limits_called_directly(one), routes)),
         _app("limits, 3 limits", s.application(s.limits_called_directly(three), routes)),
         _app("slowapi decorator, 1 limit", s.slowapi_decorator(one, routes)),
@@ -46,6 +49,7 @@ async def requests_table(routes: int, rounds: int, requests: int) -> str:
     rows = await measure(subjects, rounds=rounds, requests=requests)
     over = ratios(subjects, "limits, 3 limits", "bare Starlette")
     await made.stop()
+    await telling.stop()
     return table(f"Per request, {routes} route(s), the last hit", rows, over, "limits with 3 limits", "us")
 
 

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -429,21 +430,61 @@ def test_watch_gives_the_app_every_message_in_order() -> None:
 
 def test_endless_stream_is_stopped_once_the_client_has_left() -> None:
     """Pitfall 28: an app that never listens goes on for ever, unless `send` raises once the client is gone."""
+    stopped: list[Exception] = []
 
     async def app(_scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        while True:
-            await send({"type": "http.response.body", "body": b"tick", "more_body": True})
+        try:
+            while True:
+                await send({"type": "http.response.body", "body": b"tick", "more_body": True})
+        except OSError as failure:
+            stopped.append(failure)
+            raise
 
     async def play() -> None:
         async with staged(metered_app(plain(app), billable(2)), layer={"stop_on_disconnect": True}) as stage:
             ended = await stage.drive(disconnect_at=5)
-            assert isinstance(ended.exception, OSError)
+            assert len(stopped) == 1
             assert len(ended.log) < 50
+            # The server has seen the client leave itself; an error from us would only fill its log.
+            assert ended.outcome == "returned"
             assert await stage.outcomes() == ["client_gone"]
 
     asyncio.run(play())
+
+
+@pytest.mark.parametrize("kind", ["starlette", "grouped", "its own"])
+def test_only_the_departure_is_kept_from_the_server(kind: str) -> None:
+    """Pitfall 28: what frameworks make of our `OSError` ends here, and an application's own failure rises."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def ticks() -> AsyncIterator[bytes]:
+            try:
+                while True:
+                    yield b"tick"
+                    await asyncio.sleep(0)
+            finally:
+                if kind == "its own":
+                    raise RuntimeError("The application's own cleanup failed.")
+
+        if kind == "grouped":
+            async with anyio.create_task_group() as group:
+                group.start_soon(StreamingResponse(ticks()), scope, _never, send)
+        else:
+            await StreamingResponse(ticks())({**scope, "asgi": {"spec_version": "2.4"}}, receive, send)
+
+    async def play() -> None:
+        async with staged(metered_app(plain(app), billable(2)), layer={"stop_on_disconnect": True}) as stage:
+            ended = await stage.drive(disconnect_at=5)
+            assert ended.outcome == ("raised" if kind == "its own" else "returned")
+            assert await stage.outcomes() == ["client_gone"]
+
+    asyncio.run(play())
+
+
+async def _never() -> Any:
+    await asyncio.Event().wait()
 
 
 @pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
