@@ -285,7 +285,7 @@ class Call:
         self.deferred = False
         self._gate = _Gate.OPEN
         self._decided: asyncio.Future[None] | None = None
-        self._endings: list[asyncio.Future[Receipt | None]] = []
+        self._endings: list[asyncio.Future[Receipt | None]] | None = []
         self.cause: Cause | None = None
         self.status: int | None = None
         self.first_byte = False
@@ -522,18 +522,21 @@ class Call:
             self.cause = cause
 
     def expects_ending(self) -> asyncio.Future[Receipt | None]:
-        """A future of the receipt, for who has to wait for the end."""
+        """A future of the receipt, for who has to wait for the end; None where the end could not be booked."""
         future: asyncio.Future[Receipt | None] = asyncio.get_running_loop().create_future()
-        self._endings.append(future)
+        if self._endings is None:
+            future.set_result(self.receipt)
+        else:
+            self._endings.append(future)
         return future
 
     def ended(self, receipt: Receipt | None) -> None:
         """The ledger has answered."""
         self.receipt = receipt
-        for future in self._endings:
+        endings, self._endings = self._endings, None
+        for future in endings or ():
             if not future.done():
                 future.set_result(receipt)
-        self._endings.clear()
 
 
 async def ask_admission(call: Call, arguments: Mapping[str, Any]) -> None:
