@@ -1,21 +1,25 @@
 """
 The command line: thin over `Metering`. Tables for people, ``--json`` for programs.
 
-Every command but ``demo`` and ``routes`` opens the store that ``--store`` or ``ASGI_METERING_STORE`` names.
+Every command but ``demo`` and ``routes`` opens the store that ``--store`` or ``ASGI_METERING_STORE`` names; only
+``grant`` makes a new one. Every command but ``demo`` has ``--json``, whose output is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.errors import ConfigurationError, MeteringError, MissingExtraError
@@ -24,33 +28,69 @@ from asgi_metering.metering import ALL_FEATURES, Metering
 __all__ = ["main"]
 
 
+EXIT_CODES = """\
+exit codes:
+  0    it did what was asked
+  1    what it checked is not so: errors of routes, books that do not balance, a step of the demo
+  2    it could not be done: a mistake in the arguments or set-up, or no answer from the store
+  130  Ctrl-C
+  141  whoever read the output left
+"""
+
+MAX_PORT = 65_535
+
+MAX_SHOWN = 300
+"""Characters of a foreign error that one line repeats."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """
-    Run one command.
+    Run one command, and return its exit code: see `EXIT_CODES`.
 
-    Returns:
-        0 when it did what was asked; 1 when what it checked is not so; 2 for a mistake in the arguments or set-up.
+    Answers go to the standard output, mistakes in one line to the standard error.
     """
     given = _parser().parse_args(arguments)
     try:
-        return int(given.run(given))
+        code = int(given.run(given))
+        # Now, and not when the interpreter ends, where a reader that has left would show as a traceback.
+        sys.stdout.flush()
     except MeteringError as failure:
         print(f"asgi-metering: {failure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="asgi-metering", description=__doc__.splitlines()[1])
+    parser = argparse.ArgumentParser(
+        prog="asgi-metering",
+        description=__doc__.splitlines()[1],
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser("demo", help="play the demo: a gateway, a provider, a client, a ledger")
+
+    def command_of(name: str, help_text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=help_text,
+            description=help_text[0].upper() + help_text[1:] + ".",
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    demo = command_of("demo", "play the demo: a gateway, a provider, a client, a ledger")
     demo.add_argument("--serve", action="store_true", help="keep the gateway up afterwards")
-    demo.add_argument("--port", type=int, default=0, help="the gateway's port; a free one by default")
+    demo.add_argument("--port", type=_port, default=0, help="the gateway's port; a free one by default")
     demo.set_defaults(run=_demo)
-    routes = commands.add_parser("routes", help="audit an application: which route is metered how")
+    routes = command_of("routes", "audit an application: which route is metered how")
     routes.add_argument("app", help="module:attribute of the ASGI application")
-    routes.add_argument("--json", action="store_true")
+    routes.add_argument("--json", action="store_true", help="print JSON")
+    routes.add_argument("-v", "--verbose", action="store_true", help="show the traceback of a failing import")
     routes.set_defaults(run=_routes)
     for name, run, help_text in (
         ("grant", _grant, "give units to a payer"),
@@ -59,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         ("holds", _holds, "holds that have not ended"),
         ("check", _check, "prove that the books balance"),
     ):
-        command = commands.add_parser(name, help=help_text)
+        command = command_of(name, help_text)
         _store_options(command)
         command.set_defaults(run=run)
         if name in ("grant", "balance", "statement"):
@@ -68,22 +108,35 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("amount", help="whole units, such as 12.5")
             command.add_argument("--id", required=True, help="the payment's id: the same id grants once")
             command.add_argument("--priority", type=int, default=0)
-            command.add_argument("--expires", type=_moment, help="ISO 8601, with a zone")
+            command.add_argument("--expires", type=_moment, help="when what is left lapses: ISO 8601 with a zone")
             command.add_argument("--actor", default="cli")
     return parser
 
 
 def _store_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--store", default=os.environ.get("ASGI_METERING_STORE"), help="store URL")
+    command.add_argument(
+        "--store", default=os.environ.get("ASGI_METERING_STORE"), help="store URL; ASGI_METERING_STORE by default"
+    )
     command.add_argument("--unit", default=f"{CREDITS.name}:{CREDITS.scale}", help="name:scale of the unit")
-    command.add_argument("--json", action="store_true")
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _moment(text: str) -> datetime:
-    moment = datetime.fromisoformat(text)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a date and time. Write 2027-01-01T00:00:00+00:00, say."
+        ) from None
     if moment.tzinfo is None:
-        raise argparse.ArgumentTypeError(f"{text!r} has no zone; write 2027-01-01T00:00:00+00:00")
+        raise argparse.ArgumentTypeError(f"{text!r} has no zone. Write 2027-01-01T00:00:00+00:00, say.")
     return moment
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > MAX_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port. Use a number up to {MAX_PORT}; 0 takes a free one.")
+    return int(text)
 
 
 def _demo(given: argparse.Namespace) -> int:
@@ -100,7 +153,9 @@ def _demo(given: argparse.Namespace) -> int:
 def _routes(given: argparse.Namespace) -> int:
     from asgi_metering.asgi.audit import audit
 
-    report = audit(_load(given.app), ALL_FEATURES, frozenset())
+    report = audit(_load(given.app, verbose=given.verbose), ALL_FEATURES, frozenset())
+    if not report.rows:
+        report.warnings.append(f"{given.app} has no route table that can be read, so nothing was checked.")
     rows = [_route(row) for row in report.rows]
     if given.json:
         print(json.dumps({"routes": rows, "errors": report.errors, "warnings": report.warnings}, indent=2))
@@ -135,21 +190,67 @@ def _price(price: Any) -> str:
     return format(price.amount, "f") if isinstance(price, FixedPrice) else type(price).__name__
 
 
-def _load(target: str) -> Any:
+def _load(target: str, *, verbose: bool) -> Any:
+    """
+    Import what *target* names.
+
+    Raises:
+        ConfigurationError: It is not there, or its module failed: in one line with the place, since most mistakes are
+            seen from there. With *verbose* the traceback comes before it, on the standard error.
+    """
     module, _, attribute = target.partition(":")
-    if not attribute:
+    if not module or not attribute:
         raise ConfigurationError(f"{target!r} names no application. Write module:attribute, such as main:app.")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as missing:
-        raise ConfigurationError(f"{target!r} cannot be imported: {missing}.") from missing
+        # What a module prints while it is imported is no part of our answer.
+        with contextlib.redirect_stdout(sys.stderr):
+            imported = importlib.import_module(module)
+    except ModuleNotFoundError as missing:
+        if missing.name is None or not f"{module}.".startswith(f"{missing.name}."):
+            raise _import_failed(target, missing, verbose=verbose) from missing
+        raise ConfigurationError(f"{target!r} cannot be imported: {missing}. Look at its spelling.") from missing
+    except (Exception, SystemExit) as failure:
+        raise _import_failed(target, failure, verbose=verbose) from failure
+    try:
+        return getattr(imported, attribute)
+    except AttributeError as missing:
+        raise ConfigurationError(f"{target!r} cannot be imported: {missing}. Look at its spelling.") from missing
+
+
+def _import_failed(target: str, failure: BaseException, *, verbose: bool) -> ConfigurationError:
+    mend = "Mend that module."
+    if verbose:
+        traceback.print_exception(failure)
+    else:
+        mend = "Mend that module; --verbose shows the traceback."
+    said = " ".join(str(failure).split())
+    said = said if len(said) <= MAX_SHOWN else f"{said[:MAX_SHOWN]}..."
+    return ConfigurationError(
+        f"{target!r} cannot be imported, since its code raised {type(failure).__name__}{_place(failure)}: "
+        f"{said or 'without a word'}{'' if said.endswith('.') else '.'} {mend}"
+    )
+
+
+def _place(failure: BaseException) -> str:
+    """Where the user's own code was: the innermost line that belongs neither to Python nor to a package."""
+    if isinstance(failure, SyntaxError):
+        # Its words name the line already.
+        return ""
+    steps = traceback.extract_tb(failure.__traceback__)
+    own = [
+        step
+        for step in steps
+        if Path(step.filename).is_relative_to(Path.cwd()) and "site-packages" not in step.filename
+    ]
+    return f" at {Path(own[-1].filename).relative_to(Path.cwd())}, line {own[-1].lineno}" if own else ""
 
 
 # -- the ledger --------------------------------------------------------------------------------------------
 
 
-def _metering(given: argparse.Namespace) -> tuple[Metering, Unit]:
+def _metering(given: argparse.Namespace, *, makes: bool = False) -> tuple[Metering, Unit]:
+    """The metering of the named store; one that is not there yet is an error unless the command *makes* it."""
     if not given.store:
         raise ConfigurationError("No store is named. Pass --store sqlite:///metering.db, or set ASGI_METERING_STORE.")
     name, _, scale = given.unit.partition(":")
@@ -159,11 +260,23 @@ def _metering(given: argparse.Namespace) -> tuple[Metering, Unit]:
     metering = Metering(given.store, unit=unit, sinks=())
     if not metering.store.durable:
         raise ConfigurationError(f"The {metering.store.name} store keeps nothing between commands. Name a durable one.")
+    if not makes:
+        _check_there(given.store)
     return metering, unit
 
 
+def _check_there(url: str) -> None:
+    """Refuse a database that is not there: opening it would make it, and show the empty books of a mistyped name."""
+    parts = urlsplit(url)
+    file = Path(unquote(parts.path)[1:])
+    if parts.scheme == "sqlite" and not file.exists():
+        raise ConfigurationError(
+            f"There is no database '{file}'. Look at its spelling; the first grant or the application makes one."
+        )
+
+
 def _grant(given: argparse.Namespace) -> int:
-    metering, unit = _metering(given)
+    metering, unit = _metering(given, makes=True)
 
     async def run() -> Any:
         async with metering:

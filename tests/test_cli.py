@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -120,7 +123,8 @@ def test_balance_of_an_account(run: Run, store: str) -> None:
 
 @pytest.mark.usefixtures("store")
 def test_balance_of_nobody(run: Run) -> None:
-    """An unknown account has zeros."""
+    """An unknown account of a database that is there has zeros."""
+    run(*GRANT)
     assert set(rows(run("balance", "nobody", "--json"))[0].values()) == {"0"}
 
 
@@ -268,13 +272,73 @@ def test_routes_that_are_decorated_in_vain(run: Run, audited: str) -> None:
     ("target", "sentence"),
     [
         ("main", "'main' names no application. Write module:attribute, such as main:app."),
-        ("no_such_module:app", "'no_such_module:app' cannot be imported: No module named 'no_such_module'."),
-        ("json:app", "'json:app' cannot be imported: module 'json' has no attribute 'app'."),
+        (
+            "no_such_module:app",
+            "'no_such_module:app' cannot be imported: No module named 'no_such_module'. Look at its spelling.",
+        ),
+        (
+            "json.no.such:app",
+            "'json.no.such:app' cannot be imported: No module named 'json.no'. Look at its spelling.",
+        ),
+        ("json:app", "'json:app' cannot be imported: module 'json' has no attribute 'app'. Look at its spelling."),
+        (":app", "':app' names no application. Write module:attribute, such as main:app."),
     ],
 )
 def test_routes_of_what_is_not_there(run: Run, audited: str, target: str, sentence: str) -> None:
     """An application that cannot be found is a mistake in the arguments."""
     assert run("routes", target) == (2, "", f"asgi-metering: {sentence}\n")
+
+
+FAILING = {
+    "value": (
+        "def setting():\n    raise ValueError('SECRET_KEY is\\n  missing')\n\nsetting()\n",
+        "raised ValueError at {name}.py, line 2: SECRET_KEY is missing.",
+    ),
+    "silent": ("assert False\n", "raised AssertionError at {name}.py, line 1: without a word."),
+    "exit": ("import sys\nsys.exit('no settings.')\n", "raised SystemExit at {name}.py, line 2: no settings. Mend"),
+    "syntax": ("app = (\n", "raised SyntaxError: '(' was never closed ({name}.py, line 1)."),
+    "import": (
+        "import no_such_driver\n",
+        "raised ModuleNotFoundError at {name}.py, line 1: No module named 'no_such_d",
+    ),
+    "ours": (
+        "from asgi_metering import billable\n\n@billable(0.25)\ndef f(): ...\n",
+        "raised AmountError at {name}.py, line 3: The price 0.25 is a float. Write it as a str",
+    ),
+    "long": ("raise RuntimeError('x' * 5000)\n", "line 1: " + "x" * 300 + "... Mend that module"),
+}
+
+
+@pytest.mark.parametrize("failing", FAILING)
+def test_routes_of_a_module_that_fails(run: Run, audited: str, tmp_path: Path, failing: str) -> None:
+    """Whatever an application's module raises is told in one line with its place, and in full with --verbose."""
+    name, (source, sentence) = f"failing_{audited}_{failing}", FAILING[failing]
+    (tmp_path / f"{name}.py").write_text(source)
+    code, output, errors = run("routes", f"{name}:app")
+    assert (code, output) == (2, "")
+    assert errors.startswith(f"asgi-metering: '{name}:app' cannot be imported, since its code ")
+    assert sentence.format(name=name) in errors
+    assert errors.endswith(" Mend that module; --verbose shows the traceback.\n")
+    assert errors.count("\n") == 1
+    code, output, errors = run("routes", f"{name}:app", "--verbose")
+    assert (code, output) == (2, "")
+    assert f'{name}.py", line ' in errors
+    assert errors.splitlines()[-1].startswith(f"asgi-metering: '{name}:app' cannot be imported")
+
+
+def test_routes_of_a_module_that_prints(run: Run, audited: str, tmp_path: Path) -> None:
+    """What a module prints while it is imported goes to the error stream, and leaves the JSON whole."""
+    (tmp_path / f"loud_{audited}.py").write_text(f"print('Hello!')\nfrom {audited} import app\n")
+    code, output, errors = run("routes", f"loud_{audited}:app", "--json")
+    assert (code, errors) == (0, "Hello!\n")
+    assert len(json.loads(output)["routes"]) == 3
+
+
+def test_routes_of_what_has_no_route_table(run: Run, audited: str) -> None:
+    """Where nothing can be checked that is said, so that silence never looks like a proof."""
+    code, output, _ = run("routes", f"{audited}:plain")
+    assert code == 0
+    assert f"! {audited}:plain has no route table that can be read, so nothing was checked." in output
 
 
 # Mistakes
@@ -295,7 +359,8 @@ def test_routes_of_what_is_not_there(run: Run, audited: str, target: str, senten
         (("balance", "ann", "--store", "sqlite://"), "The store URL 'sqlite://' names no file."),
         (("balance", "ann", "--store", "memory://"), "The memory store keeps nothing between commands."),
         (("check", "--store", "memory://"), "Name a durable one."),
-        (("holds", "--store", "sqlite:////no/such/folder/m.db"), "The folder '/no/such/folder'"),
+        ((*GRANT, "--store", "sqlite:////no/such/folder/m.db"), "The folder '/no/such/folder'"),
+        (("holds", "--store", "sqlite:////no/such/folder/m.db"), "There is no database '/no/such/folder/m.db'."),
     ],
 )
 @pytest.mark.usefixtures("store")
@@ -306,6 +371,24 @@ def test_tell_a_mistake(run: Run, arguments: tuple[str, ...], sentence: str) -> 
     assert errors.startswith("asgi-metering: ")
     assert sentence in errors
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [("balance", "ann"), ("statement", "ann"), ("holds",), ("check",)])
+def test_tell_that_there_is_no_database(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    """Commands that only read make no file of a mistyped name, absolute or relative, encoded or not."""
+    monkeypatch.chdir(tmp_path)
+    for url, name in (
+        (f"sqlite:///{tmp_path}/meterin.db", f"{tmp_path}/meterin.db"),
+        ("sqlite:///my%20m.db", "my m.db"),
+    ):
+        sentence = f"There is no database '{name}'. Look at its spelling; the first grant or the application makes one."
+        for more in ((), ("--json",)):
+            assert run(*command, *more, "--store", url) == (2, "", f"asgi-metering: {sentence}\n")
+    assert list(tmp_path.iterdir()) == []
+    assert run(*GRANT, "--store", "sqlite:///my%20m.db")[0] == 0
+    assert run(*command, "--store", "sqlite:///my%20m.db")[0] == 0
 
 
 def test_tell_that_a_file_is_something_else(run: Run, tmp_path: Path) -> None:
@@ -348,8 +431,16 @@ def test_tell_that_no_store_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, 
         (("balance",), "the following arguments are required: payer"),
         (("grant", "ann", "1"), "the following arguments are required: --id"),
         (("grant", "ann", "1", "--id", "x", "--priority", "high"), "invalid int value: 'high'"),
-        (("grant", "ann", "1", "--id", "x", "--expires", "2030-01-01"), "'2030-01-01' has no zone"),
-        (("grant", "ann", "1", "--id", "x", "--expires", "tomorrow"), "'tomorrow'"),
+        (
+            ("grant", "ann", "1", "--id", "x", "--expires", "2030-01-01"),
+            "'2030-01-01' has no zone. Write 2027-01-01T00:00:00+00:00, say.",
+        ),
+        (
+            ("grant", "ann", "1", "--id", "x", "--expires", "tomorrow"),
+            "argument --expires: 'tomorrow' is not a date and time. Write 2027-01-01T00:00:00+00:00, say.",
+        ),
+        (("demo", "--port", "http"), "argument --port: 'http' is not a port. Use a number up to 65535; 0 takes a free"),
+        (("demo", "--port", "70000"), "argument --port: '70000' is not a port."),
     ],
 )
 @pytest.mark.usefixtures("store")
@@ -359,6 +450,58 @@ def test_tell_how_to_use_a_command(run: Run, arguments: tuple[str, ...], sentenc
     assert (code, output) == (2, "")
     assert errors.startswith("usage: asgi-metering")
     assert sentence in errors
+
+
+COMMANDS = ("demo", "routes", "grant", "balance", "statement", "holds", "check")
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_says_how_commands_end(run: Run, command: str | None) -> None:
+    """The help of every command lists the exit codes, and that of all but the demo has --json (DESIGN 8)."""
+    code, output, errors = run(*filter(None, (command, "--help")))
+    assert (code, errors) == (0, "")
+    assert re.findall(r"^  (\d+) +\S", output.partition("exit codes:")[2], re.MULTILINE) == [
+        "0",
+        "1",
+        "2",
+        "130",
+        "141",
+    ]
+    if command not in (None, "demo"):
+        assert "--json" in output
+    assert "_moment" not in output
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_end_quietly_when_the_reader_leaves(
+    run: Run, store: str, monkeypatch: pytest.MonkeyPatch, unbuffered: str
+) -> None:
+    """Output into a pipe that nobody reads ends the command with 141, and without a traceback, buffered or not."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    run(*GRANT)
+    command = Path(sys.executable).parent / "asgi-metering"
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ended = subprocess.run(
+            [command, "statement", "ann"], stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False
+        )
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+def test_tell_that_the_port_is_taken(run: Run) -> None:
+    """A port that somebody else has is named, with the way out."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, _, errors = run("demo", "--port", str(port))
+    assert code == 2
+    assert errors == (
+        f"asgi-metering: Port {port} cannot be used: Address already in use. Choose another, or 0 for a free one.\n"
+    )
 
 
 def test_tell_what_the_demo_needs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

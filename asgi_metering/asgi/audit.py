@@ -14,12 +14,19 @@ from typing import Any, NamedTuple
 
 from asgi_metering.admission import check_amounts
 from asgi_metering.amounts import Unit
-from asgi_metering.decorators import decorated, guard_of
 from asgi_metering.errors import AmountError
+from asgi_metering.guards import WEBSOCKET_MEND, decorated, guard_of
 from asgi_metering.metering import ALL_FEATURES
 from asgi_metering.policies import EndpointPolicy
 
 __all__ = ["Layer", "Report", "Row", "audit", "has_routes", "routes_of"]
+
+WEBSOCKET = "WEBSOCKET"
+"""What stands where an HTTP route has its methods."""
+
+HTTP_HANDLERS = {name: name.upper() for name in ("get", "post", "put", "patch", "delete", "head", "options")}
+WEBSOCKET_HANDLERS = dict.fromkeys(("dispatch", "on_connect", "on_receive", "on_disconnect"), WEBSOCKET)
+"""Methods of class endpoints, by the HTTP method that they answer."""
 
 MAX_DEPTH = 32
 """Nested apps and routers that are walked: deeper is a loop."""
@@ -39,7 +46,7 @@ class Row:
 
     Attributes:
         path: As far as prefixes can be told.
-        methods: Sorted; empty for a mounted app.
+        methods: Sorted; empty for a mounted app, ``WEBSOCKET`` alone for a WebSocket.
         endpoint: The function, class or app behind it.
         policy: What the decorators said; None for an unmetered one.
         layers: Ours on the way to it, such as those of a mounted application.
@@ -52,6 +59,11 @@ class Row:
     policy: EndpointPolicy | None
     layers: tuple[Layer, ...] = ()
     around: EndpointPolicy | None = None
+
+    @property
+    def is_websocket(self) -> bool:
+        """Whether it answers a WebSocket, which is not metered."""
+        return WEBSOCKET in self.methods
 
 
 @dataclass(slots=True)
@@ -85,7 +97,9 @@ def audit(app: Any, features: frozenset[str], unenforced: frozenset[str], meteri
     if metering is not None:
         report.errors.extend(_other_meterings(report.rows, metering))
     for row in report.rows:
-        if row.policy is not None:
+        if row.is_websocket:
+            _check_websocket(row, report)
+        elif row.policy is not None:
             covered = frozenset[str]().union(*(layer.features for layer in row.layers))
             report.errors.extend(_missing_layers(row, row.policy, features | unenforced | covered))
             report.errors.extend(_nested(row, row.policy))
@@ -104,6 +118,21 @@ def _other_meterings(rows: list[Row], metering: Any) -> Iterator[str]:
                 f"all of them."
             )
             return
+
+
+def _check_websocket(row: Row, report: Report) -> None:
+    """No middleware opens a call for a WebSocket yet: decorated, it lets nobody in; inside a metered app, everybody."""
+    if row.policy is not None:
+        report.errors.append(_no_websockets(row, row.policy.name))
+    elif row.around is not None:
+        report.warnings.append(
+            f"{row.path} is a WebSocket inside {row.around.name}, which lets WebSockets through unmetered. Charge for "
+            f"its work inside it with metering.charge()."
+        )
+
+
+def _no_websockets(row: Row, name: str) -> str:
+    return f"{row.path} ({name}) is a WebSocket, and WebSockets are not metered yet. {WEBSOCKET_MEND}"
 
 
 def _missing_layers(row: Row, policy: EndpointPolicy, covered: frozenset[str]) -> Iterator[str]:
@@ -150,7 +179,9 @@ def _check_reach(report: Report) -> None:
         if reached.get(name) is guard:
             continue
         row = bare.get(id(inspect.unwrap(guard.endpoint)))
-        if row is not None:
+        if row is not None and row.is_websocket:
+            report.errors.append(_no_websockets(row, name))
+        elif row is not None:
             report.errors.append(
                 f"{row.path} runs {name} ungated: its metering decorators stand above the route's own. Put them below "
                 f"it."
@@ -235,11 +266,13 @@ def _route_rows(route: Any, place: _Place) -> Iterator[Row]:
         return
     place = replace(place, layers=(*place.layers, *_layers_around(inner)))
     endpoint = endpoint or inner
+    is_websocket = _is_websocket(route)
     if isinstance(endpoint, type):
-        yield from _class_rows(path, endpoint, place)
+        yield from _class_rows(path, endpoint, place, is_websocket=is_websocket)
         return
     policy = _policy_of(endpoint)
-    yield place.row(path, getattr(route, "methods", None) or (), endpoint, policy)
+    methods = (WEBSOCKET,) if is_websocket else getattr(route, "methods", None) or ()
+    yield place.row(path, methods, endpoint, policy)
     if policy is not None and guard_of(endpoint) is None:
         yield from _walk(getattr(endpoint, "app", None), place.below(path, policy))
 
@@ -253,8 +286,18 @@ def _layers_around(app: Any) -> Iterator[Layer]:
         app = getattr(app, "app", None)
 
 
-def _class_rows(path: str, endpoint: type, place: _Place) -> Iterator[Row]:
-    for method in ("get", "post", "put", "patch", "delete", "head", "options"):
-        function = getattr(endpoint, method, None)
-        if function is not None:
-            yield place.row(path, (method.upper(),), function, _policy_of(function))
+def _is_websocket(route: Any) -> bool:
+    # Imported late: applications without a framework have no routes.
+    from starlette.routing import WebSocketRoute
+
+    return isinstance(route, WebSocketRoute)
+
+
+def _class_rows(path: str, endpoint: type, place: _Place, *, is_websocket: bool) -> Iterator[Row]:
+    """A row per method that answers; of a WebSocket, which is one connection, per decorated method or one."""
+    handlers = WEBSOCKET_HANDLERS if is_websocket else HTTP_HANDLERS
+    found = [(getattr(endpoint, name, None), method) for name, method in handlers.items()]
+    rows = [place.row(path, (method,), each, _policy_of(each)) for each, method in found if each is not None]
+    if is_websocket:
+        rows = [row for row in rows if row.policy is not None] or [place.row(path, (WEBSOCKET,), endpoint, None)]
+    yield from rows
