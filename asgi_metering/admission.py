@@ -54,6 +54,7 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
 
     Raises:
         CallRefused: Refused by the store, by the lack of an identity, or by the policy for a store that is down.
+        CallClosedError: The request was over before the answer came; what was admitted is given back (pitfall 1).
     """
     policy = call.policy
     if policy is None:
@@ -63,16 +64,22 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
     # Without the gate a billable call runs unenforced; its usage is still reported (S4.16).
     call.exempt = "credits" not in features
     rates = policy.rates if "rates" in features else ()
-    await _identify(call, required=charge is not None and not call.exempt)
+    await _identify(call, rates, charged=charge is not None and not call.exempt)
     if charge is not None:
         await _charge(call, charge, arguments)
         call.trace = call.metering.trace()
         call.facts = _facts(call)
     asked = await _operation(call, charge, rates, arguments, time.time())
+    # Whoever asks may outlive its request: a task of the endpoint, a thread.
+    call.opening.check()
     if asked is None:
         call.decision = Decision(call.id, time.time())
     else:
         await _decide(call, charge, rates, asked, arguments)
+        if call.opening.closed:
+            call.decision, call.has_hold = None, False
+            call.metering.runtime().give_back(asked)
+            call.opening.check()
     call.metering.admitted(call)
 
 
@@ -99,7 +106,8 @@ async def _decide(
         raise call.refused(decision.refusal, decision)
     call.decision = decision
     call.held = decision.held
-    call.has_hold = bool(decision.held or asked.leases or any(limit.meter != REQUESTS for limit in asked.limits))
+    # Also of 0: what it uses is charged in full, and nothing but a hold can be settled.
+    call.has_hold = bool(asked.sources or asked.leases or any(limit.meter != REQUESTS for limit in asked.limits))
     call.ttl_s = asked.ttl_s
 
 
@@ -119,15 +127,24 @@ def _store_down(call: Call, charge: ChargePolicy | None, rates: tuple[RatePolicy
 # -- who ---------------------------------------------------------------------------------------------------
 
 
-async def _identify(call: Call, *, required: bool) -> None:
+_BY_IDENTITY = ("caller", "payer")
+"""Keys of limits that `identify` answers."""
+
+
+async def _identify(call: Call, rates: tuple[RatePolicy, ...], *, charged: bool) -> None:
+    """
+    Who calls. Where `identify` fails, nobody is charged in the caller's place, and nobody is counted by another key.
+
+    Limits per address, or by a computed key, and reports without the gate do without an identity.
+    """
     try:
         caller = await call.identify()
     except IdentityError as failure:
-        if not required:
+        call.metering.alarms.raised("identify", str(failure), failure)
+        if not charged and not any(isinstance(rate.key, str) and rate.key in _BY_IDENTITY for rate in rates):
             return
-        log.error("Nobody can be charged, since identify() failed: %r", failure.__cause__ or failure)
         raise call.refused(Refusal(Reason.IDENTITY_DOWN, "identify")) from failure
-    if caller is None and required:
+    if caller is None and charged:
         raise call.refused(Refusal(Reason.UNAUTHENTICATED, "identify"))
     if caller is not None:
         call.payer = caller.payer
@@ -150,14 +167,20 @@ async def _payer(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any])
 
 
 async def _charge(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
-    """Pin the price to the call and size its hold."""
+    """
+    Pin the price to the call and size its hold.
+
+    A computed price may be finer than the unit and is rounded once, half up (DESIGN 2); a constant one was refused at
+    import. A hold given as an amount says nothing of the tokens: the request itself does (`Call.asked`).
+    """
     call.charge = charge
     call.line = charge.line
-    call.unit = charge.unit or call.metering.unit
+    call.unit = call.metering.counted(charge.unit)
     await _payer(call, charge, arguments)
     price = charge.price
     if isinstance(price, From):
-        price = FixedPrice.of(await price.compute(call, arguments))
+        computed = FixedPrice.of(await price.compute(call, arguments))
+        price = FixedPrice(call.unit.whole(call.unit.round(computed.amount)))
     call.price = price
     if isinstance(price, FixedPrice):
         call.estimate = price.amount
@@ -167,7 +190,11 @@ async def _charge(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]
         estimate = await estimate.compute(call, arguments)
     if estimate is None:
         estimate = await estimate_arguments(arguments)
-    call.estimate = estimate if isinstance(estimate, TokenUsage) else exact_amount(estimate, "hold estimate")
+    if isinstance(estimate, TokenUsage):
+        call.estimate = call.asked = estimate
+    else:
+        call.estimate = exact_amount(estimate, "hold estimate")
+        call.asked = await estimate_arguments(arguments)
 
 
 def _amounts(call: Call) -> tuple[int, int]:
@@ -196,7 +223,7 @@ def check_amounts(charge: ChargePolicy, unit: Unit) -> None:
         unit.parts(charge.price.amount, "price")
     estimate = charge.hold.estimate
     if estimate is not None and not isinstance(estimate, From | TokenUsage):
-        unit.round(unit.exact(estimate, "hold"))
+        unit.parts(estimate, "hold")
     if charge.hold.at_least is not None:
         unit.parts(charge.hold.at_least, "least hold")
     for source in charge.sources:
@@ -219,11 +246,13 @@ async def _operation(
 ) -> Admit | None:
     """What to ask the store; None when there is nothing to decide."""
     amount, minimum = _amounts(call)
+    # A measured call holds even 0: a settlement above the hold posts in full (S3.7), and a debtor is not let in.
+    holds = charge is not None and (amount or _is_measured(call))
     limits: list[LimitAsk] = []
     leases: list[LeaseAsk] = []
     for rate in rates:
         await _limits(call, rate, arguments, now, limits, leases)
-    if not amount and not limits and not leases:
+    if not holds and not limits and not leases:
         return None
     return Admit(
         call.id,
@@ -231,7 +260,7 @@ async def _operation(
         call.unit.name,
         amount,
         minimum,
-        _sources(call, charge, now) if amount and charge is not None else (),
+        _sources(call, charge, now) if holds and charge is not None else (),
         tuple(limits),
         tuple(leases),
         charge.ttl_s if charge is not None else call.metering.ttl_s,
@@ -240,6 +269,11 @@ async def _operation(
         call.line,
         call.facts,
     )
+
+
+def _is_measured(call: Call) -> bool:
+    """Whether what *call* costs is known only at its end."""
+    return call.price is not None and not isinstance(call.price, FixedPrice) and not call.exempt
 
 
 def _in_doubt(charge: ChargePolicy | None) -> Any:
@@ -309,7 +343,7 @@ def _limit_ask(rate: RatePolicy, limit: RateLimit, key: str, cost: int, now: flo
 
 async def _weight(call: Call, limit: RateLimit, arguments: Mapping[str, Any]) -> int:
     """What a weighted limit takes by estimate; the call's end corrects it."""
-    estimate = call.estimate if isinstance(call.estimate, TokenUsage) else await estimate_arguments(arguments)
+    estimate = call.asked if call.asked is not None else await estimate_arguments(arguments)
     return usage_of(limit.meter, estimate) or 0
 
 

@@ -18,7 +18,8 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from asgi_metering.amounts import CREDITS, Unit
-from asgi_metering.decisions import Decision, Refusal
+from asgi_metering.attributes import Scalar, check_attributes
+from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import CallClosedError, ConfigurationError, NoCallError, UsageError
 from asgi_metering.names import check_key
 from asgi_metering.policies import ChargePolicy, EndpointPolicy
@@ -28,6 +29,8 @@ from asgi_metering.rules.ending import Cause
 from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
 
 if TYPE_CHECKING:
+    from asgi_metering.amounts import Amount
+    from asgi_metering.guards import Part
     from asgi_metering.metering import Metering
 
 __all__ = [
@@ -60,17 +63,19 @@ class Caller:
         payer: Whose balance pays; the caller itself by default (S3.37: they often differ).
         plan: Chooses allowances by plan.
         type: Filters lines that name callers; None is an ordinary caller.
-        attributes: Go on the usage event as they are. No secrets.
+        attributes: Go on the usage event: str, int, finite float or bool; None is left out. No secrets.
 
     Raises:
         InvalidKeyError: An id or payer that cannot be a key.
+        ConfigurationError: A type or plan that is no str, or an attribute that no event can carry. Raised inside
+            `identify` it is a failure of `identify`: 503, logged.
     """
 
     id: str
     payer: str = ""
     plan: str | None = None
     type: str | None = None
-    attributes: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    attributes: Mapping[str, Scalar | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_key(self.id, "caller id")
@@ -78,20 +83,40 @@ class Caller:
             check_key(self.payer, "payer")
         else:
             object.__setattr__(self, "payer", self.id)
+        for what, name in (("type", self.type), ("plan", self.plan)):
+            if name is not None and not isinstance(name, str):
+                raise ConfigurationError(f"The {what} {name!r} of caller {self.id!r} is no str. Pass its name.")
+        if not isinstance(self.attributes, Mapping):
+            raise ConfigurationError(
+                f"The attributes {self.attributes!r} of caller {self.id!r} are no mapping. Pass a dict of names to "
+                f"values."
+            )
+        if self.attributes:
+            object.__setattr__(self, "attributes", check_attributes(self.attributes, f"caller {self.id!r}"))
 
 
 class CallRefused(Exception):  # noqa: N818 -- a refusal is an answer on its way to the edge, not an error
     """
     The call may not run. Carries the decision to the edge, which answers it; nothing was consumed.
 
-    A plain `Exception`, so that every framework unwinds its dependencies on the way (pitfalls 13, 14).
+    A plain `Exception`, so that every framework unwinds its dependencies on the way (pitfalls 13, 14). Its message
+    says what the payer's own balance or allowance lacks, in whole units: a job's log has nothing else to tell by.
     """
 
     def __init__(self, call: Call, refusal: Refusal, decision: Decision | None = None) -> None:
-        super().__init__(f"Call {call.id!r} was refused: {refusal.reason.value} ({refusal.name}).")
+        told = f"Call {call.id!r} was refused: {refusal.reason.value} ({refusal.name}).{_lack(call, refusal)}"
+        super().__init__(told)
         self.call = call
         self.refusal = refusal
         self.decision = decision
+
+
+def _lack(call: Call, refusal: Refusal) -> str:
+    """What the payer's own account lacked; of limits and pools nothing, for others count in them as well."""
+    if refusal.reason not in (Reason.CREDITS, Reason.ALLOWANCE):
+        return ""
+    required, available = call.unit.whole(refusal.required or 0), call.unit.whole(refusal.available or 0)
+    return f" It needs {required:f} {call.unit.name} and {available:f} are available."
 
 
 class Origin(Protocol):
@@ -224,6 +249,8 @@ class Call:
         unit: What is counted.
         line: The billing line; empty on routes that are not billable.
         receipt: What the end did; None until the ledger answered.
+        attributes: What else the usage event says, for the handler to set: str, int, finite float or bool. What is none
+            of these is told as text, with an alarm; None is left out.
     """
 
     __slots__ = (
@@ -231,6 +258,7 @@ class Call:
         "_endings",
         "_gate",
         "_identified",
+        "asked",
         "attributes",
         "caller",
         "cause",
@@ -279,6 +307,8 @@ class Call:
         self.line = ""
         self.held = 0
         self.estimate: TokenUsage | Decimal | None = None
+        # What the request asks for in tokens, also where the hold is an amount; None for a fixed price.
+        self.asked: TokenUsage | None = None
         self.decision: Decision | None = None
         self.refusal: Refusal | None = None
         self.pending: Mapping[str, Any] | None = None
@@ -303,7 +333,7 @@ class Call:
         self.facts: Mapping[str, Any] = {}
         self.has_hold = False
         self.ttl_s = opening.metering.ttl_s
-        self.attributes: dict[str, str | int | float | bool] = {}
+        self.attributes: dict[str, Scalar] = {}
 
     # -- what handlers use ---------------------------------------------------------------------------------
 
@@ -332,7 +362,9 @@ class Call:
         if self.closed:
             self.metering.meters.count("usage_late", line=self.line)
             raise CallClosedError(f"Call {self.id!r} has ended, so its usage can no longer be reported.")
-        self.reports.append(Reported(usage, model, provider))
+        # Names of an enum, say: no store could write them, nor tell them from their text.
+        named = [None if name is None else str(name) for name in (model, provider)]
+        self.reports.append(Reported(usage, *named))
 
     def fail(self, reason: str) -> None:
         """
@@ -349,24 +381,32 @@ class Call:
         if self.failure is None:
             self.failure = str(reason)[:200]
 
-    def affordable(self, kind: str = "output") -> int:
+    def affordable(self, kind: Literal["input", "output"] = "output") -> int:
         """
         How many tokens of *kind* this call's own hold still pays for: clamp ``max_tokens`` to it.
 
-        No round trip. The input that the hold was estimated from counts as used. Where nothing is held because
-        nothing is charged, or the price is not per token, the answer is a number without effect.
+        No round trip. What was used already counts: what the handler reported, else what upstream exchanges told, or
+        showed while they run. For output the input of the request counts as used before it is: as the hold was
+        estimated, or as the request shows where the hold is an amount, with its cache reads and writes, unless what
+        was used costs more. So that usage and as many tokens cost no more than the hold (DESIGN "A hold's size").
+        Where nothing is held because nothing is charged, or the price is not per token, the answer is a number without
+        effect.
 
         Raises:
             ConfigurationError: *kind* cannot be afforded one by one.
         """
+        from asgi_metering.measuring import committed_usage
+
         if self.price is None or isinstance(self.price, FixedPrice) or self.exempt or not self.admitted:
             return MAX_AFFORDABLE
-        used = TokenUsage()
-        if isinstance(self.estimate, TokenUsage) and kind == "output":
-            used = TokenUsage(input=self.estimate.input, cached=self.estimate.cached)
+        try:
+            used = committed_usage(self, self.price, expected=kind == "output")
+        except UsageError:
+            # More than can be counted is more than any hold pays.
+            return 0
         return self.price.affordable(kind, self.unit.whole(self.held), used)
 
-    async def admit(self, *policies: Any, **arguments: Any) -> None:
+    async def admit(self, *policies: Part | Amount, **arguments: Any) -> None:
         """
         Ask for admission at an exact point of the handler: the explicit gate (S4.6).
 
@@ -407,7 +447,7 @@ class Call:
 
         Raises:
             CallRefused: It may not run; nothing was consumed.
-            CallClosedError: It has ended.
+            CallClosedError: It has ended, also while it waited for its admission, which is then given back.
             ConfigurationError: It is admitted under another policy already.
 
         In a free request (HEAD, OPTIONS) everything passes and nothing is asked, the explicit gate included.

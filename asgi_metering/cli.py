@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -23,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.errors import ConfigurationError, MeteringError, MissingExtraError
-from asgi_metering.metering import ALL_FEATURES, Metering
+from asgi_metering.metering import ALL_FEATURES, Checked, Metering
 
 __all__ = ["main"]
 
@@ -90,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     routes = command_of("routes", "audit an application: which route is metered how")
     routes.add_argument("app", help="module:attribute of the ASGI application")
     routes.add_argument("--json", action="store_true", help="print JSON")
-    routes.add_argument("-v", "--verbose", action="store_true", help="show the traceback of a failing import")
+    routes.add_argument(
+        "-v", "--verbose", action="store_true", help="show all of each policy, and the traceback of a failing import"
+    )
     routes.set_defaults(run=_routes)
     for name, run, help_text in (
         ("grant", _grant, "give units to a payer"),
@@ -153,40 +156,116 @@ def _demo(given: argparse.Namespace) -> int:
 def _routes(given: argparse.Namespace) -> int:
     from asgi_metering.asgi.audit import audit
 
-    report = audit(_load(given.app, verbose=given.verbose), ALL_FEATURES, frozenset())
+    app = _load(given.app, verbose=given.verbose)
+    if not callable(app) or isinstance(app, type):
+        raise ConfigurationError(
+            f"{given.app!r} is {_kind(app)}, no ASGI application. Name the application itself, such as main:app."
+        )
+    report = audit(app, ALL_FEATURES, frozenset())
+    if not report.rows and inspect.isroutine(app) and not _takes_three(app):
+        raise ConfigurationError(
+            f"{given.app!r} is a function, but no ASGI application: it does not take scope, receive and send. Where it "
+            f"makes the application, call it in a module, app = {given.app.partition(':')[2]}(), and name that."
+        )
     if not report.rows:
         report.warnings.append(f"{given.app} has no route table that can be read, so nothing was checked.")
     rows = [_route(row) for row in report.rows]
     if given.json:
         print(json.dumps({"routes": rows, "errors": report.errors, "warnings": report.warnings}, indent=2))
     else:
-        _table(("path", "methods", "line", "price", "limits"), rows)
+        _table(("path", "methods", "line", "price", "unit", "limits", "concurrency"), rows)
+        if given.verbose:
+            _details(rows)
         for sentence in (*report.errors, *report.warnings):
             print(f"! {sentence}")
     return 1 if report.errors else 0
 
 
+def _kind(found: Any) -> str:
+    return f"the class {found.__qualname__}" if isinstance(found, type) else f"of type {type(found).__qualname__}"
+
+
+def _takes_three(function: Any) -> bool:
+    """Whether *function* can be called as an ASGI application is."""
+    try:
+        inspect.signature(function).bind({}, None, None)
+    except TypeError:
+        return False
+    except ValueError:
+        # It has no signature to read.
+        return True
+    return True
+
+
 def _route(row: Any) -> dict[str, Any]:
-    policy = row.policy
+    policy = row.policy or next(iter(row.policies), None)
     charge = policy.charge if policy is not None else None
-    limits = [limit.text for rates in (policy.rates if policy is not None else ()) for limit in rates.limits]
+    rates = policy.rates if policy is not None else ()
+    slots = [
+        f"{each.limit}{' of everybody' if each.level == 'global' else ''}"
+        for rate in rates
+        for each in rate.concurrency
+    ]
     shown: dict[str, Any] = {
         "path": row.path,
         "methods": ",".join(row.methods),
         "line": charge.line if charge is not None else "",
         "price": _price(charge.price) if charge is not None else "",
-        "limits": ", ".join(limits),
+        # Which one the metering counts is not seen from here.
+        "unit": _unit(charge.unit) if charge is not None else "",
+        "limits": ", ".join(limit.text for rate in rates for limit in rate.limits),
+        "concurrency": ", ".join(slots),
     }
     if charge is not None:
         from asgi_metering.rules.ending import END_OF_CALL
 
+        shown["hold"] = _hold(charge)
+        shown["sources"] = ", ".join(source.name for source in charge.sources)
+        shown["payer"] = "the caller's" if charge.payer is None else _function(charge.payer)
         shown["end"] = {situation.value: charge.end.basis(situation).value for situation in END_OF_CALL}
     return shown
 
 
+def _unit(unit: Unit | None) -> str:
+    return "" if unit is None else f"{unit.name}:{unit.scale}"
+
+
+def _hold(charge: Any) -> str:
+    """What a call sets aside."""
+    from asgi_metering.policies import From
+
+    estimate, least = charge.hold.estimate, charge.hold.at_least
+    if not charge.measured:
+        return "the price"
+    text = "estimated from the request" if estimate is None else str(estimate)
+    if isinstance(estimate, From):
+        text = _function(estimate)
+    return text if least is None else f"up to {text}, at least {least}"
+
+
+def _function(computed: Any) -> str:
+    function = computed.function
+    return f"{getattr(function, '__qualname__', type(function).__qualname__)}()"
+
+
+def _details(rows: Iterable[dict[str, Any]]) -> None:
+    """The rest of each charge, a line for each part: what does not fit into a table."""
+    for row in rows:
+        if "end" not in row:
+            continue
+        print(f"\n{row['path']}  {row['methods']}".rstrip())
+        for name in ("hold", "sources", "payer"):
+            print(f"  {name}: {row[name]}")
+        for situation, basis in row["end"].items():
+            print(f"  {situation}: {basis}")
+
+
 def _price(price: Any) -> str:
+    from asgi_metering.policies import From
     from asgi_metering.prices import FixedPrice
 
+    if isinstance(price, From):
+        return _function(price)
     return format(price.amount, "f") if isinstance(price, FixedPrice) else type(price).__name__
 
 
@@ -357,15 +436,17 @@ def _holds(given: argparse.Namespace) -> int:
 def _check(given: argparse.Namespace) -> int:
     metering, _ = _metering(given)
 
-    async def run() -> list[str]:
+    async def run() -> Checked:
         async with metering:
             return await metering.check()
 
     wrong = asyncio.run(run())
     if given.json:
-        print(json.dumps({"balanced": not wrong, "discrepancies": wrong}, indent=2))
+        proof = {"balanced": not wrong, "accounts": wrong.accounts, "discrepancies": wrong}
+        print(json.dumps(proof, indent=2))
     else:
-        print("\n".join(wrong) or "The books balance.")
+        accounts = f"{wrong.accounts} account{'' if wrong.accounts == 1 else 's'}"
+        print("\n".join(wrong) or f"The books balance: {accounts} proven.")
     return 1 if wrong else 0
 
 
@@ -388,3 +469,7 @@ def _table(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
     widths = [max(len(line[at]) for line in lines) for at in range(len(columns))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,7 +18,7 @@ from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.policies import ChargePolicy, From, RatePolicy
 from asgi_metering.usage import TokenUsage
 
-__all__ = ["Computed", "bound_charge", "bound_rates", "check_sync"]
+__all__ = ["Computed", "bound_charge", "bound_rates", "check_sync", "is_async"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -125,6 +125,11 @@ def check_sync(function: Callable[..., Any], what: str) -> None:
         )
 
 
+def is_async(function: Any) -> bool:
+    """Whether *function* is an async function, also in a partial or as an object's ``__call__``."""
+    return callable(function) and _is_a(function, inspect.iscoroutinefunction)
+
+
 def _is_a(function: Any, *kinds: Callable[[Any], bool]) -> bool:
     function = _unpacked(function)
     return any(kind(each) for kind in kinds for each in (function, type(function).__call__))
@@ -144,7 +149,8 @@ def _name(function: Any) -> str:
 
 
 def _check_price(call: Any, price: Any) -> None:
-    call.unit.parts(price, "price")
+    # Like every computed sum it may be finer than the unit: the gate rounds it once, half up (DESIGN 2).
+    call.unit.round(call.unit.exact(price, "price"))
 
 
 def _check_estimate(call: Any, estimate: Any) -> None:

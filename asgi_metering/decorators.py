@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from asgi_metering.admission import check_amounts
 from asgi_metering.amounts import Unit, exact_amount
 from asgi_metering.computed import check_sync
-from asgi_metering.errors import ConfigurationError
-from asgi_metering.guards import Part, merged
+from asgi_metering.errors import ConfigurationError, InvalidKeyError
+from asgi_metering.guards import BARE_MEND, Part, guard_of, merged
+from asgi_metering.names import check_key
 from asgi_metering.policies import (
     ERROR_SHAPES,
     ChargePolicy,
@@ -23,17 +24,26 @@ from asgi_metering.policies import (
     EndpointPolicy,
     ErrorShape,
     From,
+    HoldSize,
+    OnAbort,
+    OnCut,
+    OnDisconnect,
+    OnEarlyDisconnect,
+    OnError,
+    OnLateError,
+    OnMissingUsage,
+    Price,
     RatePolicy,
     check_line,
     read_hold,
     read_price,
 )
 from asgi_metering.prices import MeasuredPrice
-from asgi_metering.rates import parse_limit
+from asgi_metering.rates import RateLimit, Strategy, parse_limit
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.calendars import zone as find_zone
 from asgi_metering.rules.ending import END_OF_CALL, EndPolicy, Situation
-from asgi_metering.sources import Allowance, PaymentSource, Wallet
+from asgi_metering.sources import Allowance, PaymentSource, Wallet, check_zone
 from asgi_metering.usage import TokenUsage
 from asgi_metering.usage.dialects import named
 
@@ -43,20 +53,20 @@ KEYS = ("caller", "payer", "address")
 
 
 def billable(
-    price: Any,
+    price: Price,
     *,
-    hold: Any = None,
+    hold: HoldSize | None = None,
     line: str | None = None,
     unit: Unit | None = None,
     sources: Sequence[PaymentSource] | None = None,
     payer: Callable[..., Any] | None = None,
-    on_missing_usage: str | None = None,
-    on_error: str | None = None,
-    on_late_error: str | None = None,
-    on_disconnect: str | None = None,
-    on_early_disconnect: str | None = None,
-    on_cut: str | None = None,
-    on_abort: str | None = None,
+    on_missing_usage: OnMissingUsage | None = None,
+    on_error: OnError | None = None,
+    on_late_error: OnLateError | None = None,
+    on_disconnect: OnDisconnect | None = None,
+    on_early_disconnect: OnEarlyDisconnect | None = None,
+    on_cut: OnCut | None = None,
+    on_abort: OnAbort | None = None,
     errors: ErrorShape = "problem",
     customise: Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], Mapping[str, str]]] | None = None,
     usage: str | None = None,
@@ -71,7 +81,8 @@ def billable(
         price: Whole units (int, Decimal or str), a measured price such as `per_million_tokens`, or a sync or async
             callable of the endpoint's arguments that answers an amount.
         hold: For measured prices: whole units, a `TokenUsage`, a callable of the endpoint's arguments, or `up_to`;
-            estimated from the request's own body by default.
+            estimated from the request's own body by default. A hold of 0 admits a payer with nothing left, but not
+            one in debt; what the call uses is charged in full.
         line: The billing line; the endpoint's name by default.
         unit: The metering's by default.
         sources: Where the units come from, in order; the payer's wallet by default.
@@ -110,9 +121,12 @@ def billable(
         Situation.CUT: on_cut,
         Situation.ABORTED: on_abort,
     }
+    if guard_of(price) is not None:
+        raise ConfigurationError(f"The price {price!r} is a metered endpoint. {BARE_MEND}")
     read = read_price(price)
     if hold is not None and not isinstance(read, MeasuredPrice):
-        raise ConfigurationError("A fixed price holds itself. Leave out hold=, or use a measured price.")
+        what = "price that a function computes" if isinstance(read, From) else "fixed price"
+        raise ConfigurationError(f"A {what} holds itself. Leave out hold=, or use a measured price.")
     _check_errors(errors)
     _check_seconds(ttl_s=ttl_s, grace_s=grace_s)
     for name, function in {"payer": payer, "customise": customise}.items():
@@ -186,9 +200,9 @@ def rate_limited(
     *limits: str,
     concurrency: int | None = None,
     global_concurrency: int | None = None,
-    key: str | Callable[..., Any] = "caller",
+    key: Literal["caller", "payer", "address"] | Callable[..., Any] = "caller",
     cost: int | Callable[..., Any] = 1,
-    strategy: str = "fixed",
+    strategy: Strategy = "fixed",
     zone: str = "UTC",
     scope: str | None = None,
     errors: ErrorShape = "problem",
@@ -219,11 +233,15 @@ def rate_limited(
         raise ConfigurationError("rate_limited() limits nothing. Give it '60/minute', say, or concurrency=4.")
     _check_errors(errors)
     # Unknown zones are refused here; windows are made when a call comes.
-    find_zone(zone)
+    find_zone(check_zone(zone))
     if not callable(key) and key not in KEYS:
         raise ConfigurationError(f"key={key!r} is not known. Use one of {', '.join(KEYS)}, or a function.")
     if not callable(cost) and (type(cost) is not int or cost < 0):
         raise ConfigurationError(f"cost={cost!r} is not an int from 0 up.")
+    if scope is not None:
+        _check_scope(scope)
+    read = tuple(parse_limit(limit, strategy, zone) for limit in limits)
+    _check_cost(read, cost)
     slots = []
     if concurrency is not None:
         slots.append(ConcurrencyLimit(concurrency))
@@ -231,7 +249,7 @@ def rate_limited(
         slots.append(ConcurrencyLimit(global_concurrency, "global"))
     return Part(
         rates=RatePolicy(
-            limits=tuple(parse_limit(limit, strategy, zone) for limit in limits),
+            limits=read,
             scope=scope or "",
             concurrency=tuple(slots),
             key=From(key, "key") if callable(key) else key,
@@ -241,16 +259,33 @@ def rate_limited(
     )
 
 
-def _early(on_disconnect: str | None) -> str | None:
+def _check_scope(scope: str) -> None:
+    try:
+        check_key(scope, "scope of the limits")
+    except InvalidKeyError as failure:
+        raise ConfigurationError(str(failure)) from None
+
+
+def _check_cost(limits: Sequence[RateLimit], cost: Any) -> None:
+    for limit in limits:
+        # A limit of 0 is meant: it closes the endpoint.
+        if limit.meter == "requests" and type(cost) is int and 0 < limit.amount < cost:
+            raise ConfigurationError(
+                f"cost={cost} is above the limit {limit.text!r}, so that every call would be refused. Raise the limit, "
+                f"or lower the cost."
+            )
+
+
+def _early(on_disconnect: OnDisconnect | None) -> str | None:
     """*on_disconnect* for a client that left before the first byte, where it is a choice there."""
-    offered = {basis.value for basis in END_OF_CALL[Situation.GONE_EARLY]}
+    offered = [basis.value for basis in END_OF_CALL[Situation.GONE_EARLY]]
     return on_disconnect if on_disconnect in offered else None
 
 
 def _basis(row: Situation, basis: str) -> Basis:
     try:
         return Basis(basis)
-    except ValueError:
+    except (TypeError, ValueError):  # of another type even without a hash
         offered = ", ".join(repr(choice.value) for choice in END_OF_CALL[row])
         raise ConfigurationError(
             f"{basis!r} is no policy for a call that ends as {row.value!r}. Choose one of {offered}."
@@ -260,6 +295,8 @@ def _basis(row: Situation, basis: str) -> Basis:
 def _sources(sources: Sequence[PaymentSource] | None) -> tuple[PaymentSource, ...]:
     if sources is None:
         return (Wallet(),)
+    if not isinstance(sources, list | tuple):
+        raise ConfigurationError(f"sources={sources!r} is no list of sources. Write [Wallet()], say.")
     if not sources:
         raise ConfigurationError("sources=[] leaves nothing to pay with. Leave it out, or name a source.")
     for source in sources:
@@ -270,7 +307,7 @@ def _sources(sources: Sequence[PaymentSource] | None) -> tuple[PaymentSource, ..
     return tuple(sources)
 
 
-def gather(parts: Sequence[Any], name: str, offered: Iterable[str]) -> EndpointPolicy:
+def gather(parts: Sequence[Part | Price], name: str, offered: Iterable[str]) -> EndpointPolicy:
     """
     One policy from parts, for what is no function: an app, an explicit gate. A bare amount is a fixed price.
 

@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 from asgi_metering.call import CURRENT, SCOPE_KEY, Opening
 from asgi_metering.computed import bound_charge, bound_rates
 from asgi_metering.errors import ConfigurationError, NoCallError
-from asgi_metering.policies import ChargePolicy, EndpointPolicy, RatePolicy, check_line
+from asgi_metering.policies import ChargePolicy, ConcurrencyLimit, EndpointPolicy, RatePolicy, check_line
+from asgi_metering.usage import TokenUsage
 from asgi_metering.wrappers import wrap
 
-__all__ = ["WEBSOCKET_MEND", "Guard", "Part", "decorated", "guard_of", "merged"]
+__all__ = ["BARE_MEND", "WEBSOCKET_MEND", "Guard", "Part", "decorated", "guard_of", "merged"]
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
@@ -39,6 +40,16 @@ class Part:
 
     charge: ChargePolicy | None = None
     rates: RatePolicy | None = None
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """
+        None: a framework that asks for it has a decorator for an endpoint, by ``@billable`` without parentheses.
+
+        Raises:
+            ConfigurationError: Always, and so at import; `inspect.signature` says a ValueError where there is none.
+        """
+        raise ConfigurationError(f"A metering decorator is no endpoint. {BARE_MEND}")
 
     def __call__(self, endpoint: Endpoint) -> Endpoint:
         """Guard *endpoint*: a function, async function, generator function or async generator function."""
@@ -77,7 +88,8 @@ class Guard:
         """Write one more decorator down; raises `ConfigurationError` for the same line twice."""
         self.policy = merged(self.policy, part, self.signature.parameters, _plain(self.endpoint).__name__)
         charge = self.policy.charge
-        estimated = charge is not None and charge.measured and charge.hold.estimate is None
+        # Also where the hold is an amount: what a hang-up pays for its input is estimated from the request.
+        estimated = charge is not None and charge.measured and not isinstance(charge.hold.estimate, TokenUsage)
         weighted = any(limit.meter != "requests" for rates in self.policy.rates for limit in rates.limits)
         self._needs_arguments = bool(self.policy.callables()) or estimated or weighted
 
@@ -128,6 +140,9 @@ class Guard:
                     )
         return None
 
+
+BARE_MEND = "Write @billable(2), with its price in parentheses, and not @billable alone."
+"""What to do where a decorator stands for the endpoint that it should have decorated."""
 
 WEBSOCKET_MEND = "Take the metering decorators off, and charge for its work inside it with metering.charge()."
 """What an endpoint of a WebSocket can do instead."""
@@ -200,6 +215,19 @@ def _check_twice(policy: EndpointPolicy, rates: RatePolicy) -> None:
     for at, (scope, key, name) in enumerate(names):
         if (scope, key, name) in known or names.index((scope, key, name)) != at:
             raise ConfigurationError(f"{policy.name} has the limit {name!r} twice. Remove one.")
+    pools = {_pool(other, each): each.limit for other in policy.rates for each in other.concurrency}
+    for each in rates.concurrency:
+        first = pools.get(_pool(rates, each))
+        if first is not None:
+            raise ConfigurationError(
+                f"{policy.name} has two {each.level} concurrency limits, {each.limit} and {first}, on the same slots. "
+                f"Remove one."
+            )
+
+
+def _pool(rates: RatePolicy, limit: ConcurrencyLimit) -> tuple[str, str, str]:
+    """What two limits share if it is equal; everybody's slots have no key."""
+    return rates.scope, limit.level, str(rates.key) if limit.level == "caller" else ""
 
 
 def _line_of(name: str) -> str:
@@ -207,6 +235,8 @@ def _line_of(name: str) -> str:
 
 
 def _check_endpoint(endpoint: Any) -> None:
+    if isinstance(endpoint, Part):
+        raise ConfigurationError(f"A metering decorator is no endpoint. {BARE_MEND}")
     if isinstance(endpoint, staticmethod | classmethod):
         raise ConfigurationError(
             f"{endpoint!r} is no plain function yet. Put the decorator below @{type(endpoint).__name__}."

@@ -16,18 +16,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from contextlib import asynccontextmanager
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, Unpack
 
 from asgi_metering.alarms import Alarms
 from asgi_metering.amounts import CREDITS, Amount, Unit
 from asgi_metering.call import CURRENT, Call, Caller, Opening, Origin
+from asgi_metering.computed import check_sync, is_async
 from asgi_metering.decisions import Decision
 from asgi_metering.errors import ConfigurationError, IdentityError, SettlementError, StoreError
 from asgi_metering.events.metrics import Meters
 from asgi_metering.events.sinks import Sink
 from asgi_metering.events.span import annotate_span, current_trace
 from asgi_metering.names import check_key
-from asgi_metering.policies import EndpointPolicy
+from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldPolicy, HoldSize, Price
 from asgi_metering.receipts import Balance, Entry, GrantReceipt
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.conservation import discrepancies
@@ -39,13 +40,15 @@ from asgi_metering.runtime import Runtime
 from asgi_metering.stores.contract import AccountRows, AccountsAfter, EntriesAfter, LiveHolds, Store
 from asgi_metering.stores.urls import store_from_url
 from asgi_metering.upstream.readings import QuotaReadings
+from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
     from httpx2 import AsyncBaseTransport, AsyncClient, BaseTransport, Client
+    from starlette.requests import HTTPConnection
 
     from asgi_metering.upstream.client import MeteredTransport, SyncMeteredTransport
 
-__all__ = ["ALL_FEATURES", "Metering"]
+__all__ = ["ALL_FEATURES", "Checked", "Metering"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -54,7 +57,19 @@ ALL_FEATURES = frozenset({"events", "quotas", "rates", "credits"})
 
 StoreDown = Literal["deny", "allow"]
 
-Identify = Callable[[Any], Awaitable[Caller | None] | Caller | None]
+Identify: TypeAlias = "Callable[[HTTPConnection], Awaitable[Caller | None] | Caller | None]"
+"""Who is behind a connection; None is nobody."""
+
+
+class Checked(list[str]):
+    """
+    What `Metering.check` found: a sentence per discrepancy.
+
+    Attributes:
+        accounts: How many accounts were looked at: an empty list proves these.
+    """
+
+    accounts = 0
 
 
 class Metering:
@@ -103,6 +118,15 @@ class Metering:
     ) -> None:
         if identify is not None and not callable(identify):
             raise ConfigurationError(f"identify={identify!r} cannot be called. Pass a function of the connection.")
+        if not isinstance(unit, Unit):
+            raise ConfigurationError(f"unit={unit!r} is no Unit. Declare one: Unit('credits', scale=6).")
+        if new_id is not None:
+            _check_new_id(new_id)
+        if run_sync is not None and not is_async(run_sync):
+            raise ConfigurationError(
+                f"run_sync={run_sync!r} is no async function. Write one: async def run_sync(work): ..., and await in "
+                f"it whatever runs work() elsewhere."
+            )
         for name, seconds in {
             "store_timeout_s": store_timeout_s,
             "ttl_s": ttl_s,
@@ -116,14 +140,15 @@ class Metering:
         self.unit = unit
         self.store_timeout_s = store_timeout_s
         self.end_timeout_s = max(5.0, store_timeout_s)
-        self.on_store_down: Mapping[str, StoreDown] = _store_down(on_store_down or {})
+        self.on_store_down: Mapping[str, StoreDown] = _store_down({} if on_store_down is None else on_store_down)
         self.ttl_s, self.grace_s, self.max_call_s, self.drain_s = ttl_s, grace_s, max_call_s, drain_s
         self.run_sync = run_sync or _run_in_thread
         self.new_id = new_id or _new_id
         self.quotas = QuotaReadings()
         self.meters = Meters()
-        self.sinks: tuple[Sink, ...] = _default_sinks(unit) if sinks is None else tuple(sinks)
+        self.sinks: tuple[Sink, ...] = _default_sinks(unit) if sinks is None else _checked_sinks(sinks)
         self._identify = identify
+        self._units = {unit.name: unit}
         self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self._users: set[Runtime] = set()
@@ -226,12 +251,13 @@ class Metering:
             IdempotencyConflictError: The id exists with another body.
             AmountError: The amount is no usable amount, or 0.
             InvalidKeyError: The payer or id cannot be a key.
-            ConfigurationError: It would expire before it begins; a naive datetime; too many live grants.
+            ConfigurationError: It would expire before it begins; a naive datetime; too many live grants; a *unit* that
+                is no `Unit`, or one of a name that is known here with another scale.
             StoreUnavailableError: No answer came; repeat it with the same id.
 
         Atomic, one round trip.
         """
-        counted = unit or self.unit
+        counted = self.counted(unit)
         parts = counted.parts(amount, "grant")
         if parts == 0:
             raise ConfigurationError(f"Grant {id!r} of {amount!r} gives nothing. Grant more than 0.")
@@ -259,7 +285,7 @@ class Metering:
 
         A grant whose time has come or gone since the last operation is counted as of now.
         """
-        counted = unit or self.unit
+        counted = self.counted(unit)
         await self.start()
         now, state = await self.store.read(AccountRows(check_key(payer, "payer"), counted.name))
         account = state.accounts.get((payer, counted.name)) or Account(payer, counted.name)
@@ -278,7 +304,7 @@ class Metering:
 
     async def statement(self, payer: str, *, unit: Unit | None = None, after: int = 0) -> AsyncIterator[Entry]:
         """The lines of *payer*'s ledger above number *after*, oldest first, read page by page."""
-        counted = unit or self.unit
+        counted = self.counted(unit)
         await self.start()
         while True:
             _, state = await self.store.read(EntriesAfter(check_key(payer, "payer"), counted.name, after))
@@ -295,14 +321,14 @@ class Metering:
         _, state = await self.store.read(LiveHolds(limit))
         return list(state.holds.values())
 
-    async def check(self) -> list[str]:
+    async def check(self) -> Checked:
         """
         Prove that the books balance: each account with its allowance windows atomically, the accounts in turn.
 
-        Returns a sentence per discrepancy; an empty list is the proof.
+        Returns a sentence per discrepancy, and how many accounts were looked at; an empty list is the proof.
         """
         await self.start()
-        wrong: list[str] = []
+        wrong = Checked()
         last = ("", "")
         while True:
             _, page = await self.store.read(AccountsAfter(*last))
@@ -313,6 +339,7 @@ class Metering:
                 account = rows.accounts.get(key)
                 # The memory store may have forgotten a payer without grants since the page was read.
                 if account is not None:
+                    wrong.accounts += 1
                     grants = [*rows.grants.get(key, {}).values(), *rows.closed_grants.get(key, {}).values()]
                     wrong.extend(discrepancies(account, grants, rows.holds.values(), rows.allowances.values()))
                 last = key
@@ -323,10 +350,10 @@ class Metering:
         *,
         payer: str,
         line: str,
-        hold: Any = None,
-        price: Any = None,
+        hold: HoldSize | None = None,
+        price: Price | None = None,
         caller: Caller | None = None,
-        **options: Any,
+        **options: Unpack[ChargeOptions],
     ) -> AsyncIterator[Call]:
         """
         Run one metered call outside HTTP: ``async with metering.charge(payer=..., line=..., hold="0.2") as call:``.
@@ -337,10 +364,12 @@ class Metering:
             hold: Whole units to set aside, or an estimate as for `billable`.
             price: A fixed amount, or a measured price that `call.record` is charged by; the hold by default.
             caller: Who acts, where it is not the payer.
-            options: As for `billable`.
+            options: As for `billable`, where they mean something outside HTTP: see `ChargeOptions`.
 
         Raises:
             CallRefused: The payer cannot afford it; the body did not run.
+            ConfigurationError: An argument that cannot work, such as an estimate without a price to charge by.
+            AmountError: A price or hold that the unit cannot count.
             SettlementError: The body succeeded, but its end is not booked. Where the store is down it is retried
                 (S3.10).
 
@@ -351,13 +380,17 @@ class Metering:
         The call ends wherever the block is left, also in another task than it was entered in: that of a generator whose
         reader went away (pitfall 38). Such a block has the call at hand; `current_call` follows the task.
         """
+        from asgi_metering.admission import check_amounts
         from asgi_metering.decorators import billable, gather
 
         check_key(payer, "payer")
-        asked = price if price is not None else hold
-        if asked is None:
-            raise ConfigurationError(f"charge(line={line!r}) has neither a price nor a hold. Give one.")
-        policy = gather((billable(asked, hold=hold if price is not None else None, line=line, **options),), line, {})
+        if caller is not None and not isinstance(caller, Caller):
+            raise ConfigurationError(f"caller={caller!r} is no Caller. Make one: Caller('bob', payer='org_7').")
+        if price is None:
+            price, hold = _price_of_hold(hold, line), None
+        policy = gather((billable(price, hold=hold, line=line, **options),), line, {})
+        if policy.charge is not None:
+            check_amounts(policy.charge, self.counted(policy.charge.unit))
         opening = Opening(self, ALL_FEATURES, None)
         call = opening.open_call()
         call.preset(caller or Caller(payer, payer=payer), payer)
@@ -483,6 +516,31 @@ class Metering:
 
     # -- what calls and layers use -------------------------------------------------------------------------
 
+    @property
+    def identifies(self) -> bool:
+        """Whether there is an `identify`; without one nobody is known, and billable routes answer 401."""
+        return self._identify is not None
+
+    def counted(self, unit: Unit | None) -> Unit:
+        """
+        The unit to count in: *unit*, or the metering's own. Every unit that anybody names passes here.
+
+        Raises:
+            ConfigurationError: It is no `Unit`, or its name is known with another scale: amounts written with one and
+                read with the other differ by powers of ten.
+        """
+        if unit is None:
+            return self.unit
+        if not isinstance(unit, Unit):
+            raise ConfigurationError(f"unit={unit!r} is no Unit. Declare one: Unit('credits', scale=6).")
+        known = self._units.setdefault(unit.name, unit)
+        if known.scale != unit.scale:
+            raise ConfigurationError(
+                f"The unit {unit.name!r} has scale {unit.scale} here, and is known to this Metering with scale "
+                f"{known.scale}. Declare the unit once and use that object, or give one of them another name."
+            )
+        return unit
+
     async def _submit(self, operation: Operation) -> Answer:
         return await self.runtime().submit(operation, self.end_timeout_s)
 
@@ -542,6 +600,18 @@ class Metering:
             )
 
 
+def _price_of_hold(hold: HoldSize | None, line: str) -> Price:
+    """What a charge without a price costs: what it holds, where that is an amount."""
+    if hold is None:
+        raise ConfigurationError(f"charge(line={line!r}) has neither a price nor a hold. Give one.")
+    if isinstance(hold, HoldPolicy | TokenUsage):
+        raise ConfigurationError(
+            f"charge(line={line!r}) holds {hold!r}, which says nothing of what is charged. Give a price= as well, such "
+            f"as per_million_tokens(...), or a hold of whole units."
+        )
+    return hold
+
+
 def _leave(opening: Opening, outer: Opening | None) -> None:
     """End the block of a charge in whatever context it is left: a token could be used in the first one only."""
     opening.closed = True
@@ -556,8 +626,31 @@ def _default_sinks(unit: Unit) -> tuple[Sink, ...]:
     return (OTelSink(units=(unit,)),)
 
 
+def _checked_sinks(sinks: Sequence[Sink]) -> tuple[Sink, ...]:
+    if not isinstance(sinks, list | tuple):
+        raise ConfigurationError(f"sinks={sinks!r} is no list of sinks. Pass a list; an empty one keeps events here.")
+    checked = tuple(sinks)
+    for sink in checked:
+        if inspect.isclass(sink) or not isinstance(sink, Sink) or not is_async(sink.deliver):
+            raise ConfigurationError(
+                f"The sink {sink!r} is none. Pass an object with a name and an async deliver(events), or a "
+                f"CallbackSink(function)."
+            )
+    return checked
+
+
+def _check_new_id(new_id: Callable[[], str]) -> None:
+    if not callable(new_id):
+        raise ConfigurationError(
+            f"new_id={new_id!r} cannot be called. Pass a function that answers a new id each time."
+        )
+    check_sync(new_id, "new_id=")
+
+
 def _store_down(given: Mapping[str, StoreDown]) -> Mapping[str, StoreDown]:
     chosen: dict[str, StoreDown] = {"credits": "deny", "rates": "allow"}
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(f"on_store_down={given!r} is no mapping. Say it per layer: {{'rates': 'deny'}}.")
     for layer, answer in given.items():
         if layer not in chosen or answer not in ("deny", "allow"):
             raise ConfigurationError(

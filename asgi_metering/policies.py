@@ -9,9 +9,9 @@ policy is carried out.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypedDict
 
 from asgi_metering.amounts import Amount, Unit, exact_amount
 from asgi_metering.errors import ConfigurationError
@@ -22,12 +22,15 @@ from asgi_metering.sources import PaymentSource, Wallet
 from asgi_metering.usage import TokenUsage
 
 __all__ = [
+    "ChargeOptions",
     "ChargePolicy",
     "ConcurrencyLimit",
     "EndpointPolicy",
     "ErrorShape",
     "From",
     "HoldPolicy",
+    "HoldSize",
+    "Price",
     "RatePolicy",
     "read_price",
     "up_to",
@@ -130,7 +133,7 @@ class HoldPolicy:
         return (self.estimate,) if isinstance(self.estimate, From) else ()
 
 
-def up_to(estimate: Any = None, *, at_least: Amount) -> HoldPolicy:
+def up_to(estimate: Amount | TokenUsage | Callable[..., Any] | None = None, *, at_least: Amount) -> HoldPolicy:
     """
     Hold the smaller of *estimate* and what is available, and refuse only below *at_least*.
 
@@ -145,6 +148,36 @@ def up_to(estimate: Any = None, *, at_least: Amount) -> HoldPolicy:
     """
     exact_amount(at_least, "least hold")
     return HoldPolicy(_computed(estimate, "hold estimate"), at_least)
+
+
+Price: TypeAlias = Amount | FixedPrice | MeasuredPrice | Callable[..., Any]
+"""What a user may write as a price."""
+
+HoldSize: TypeAlias = Amount | TokenUsage | HoldPolicy | Callable[..., Any]
+"""What a user may write as a hold."""
+
+OnMissingUsage: TypeAlias = Literal["estimate", "observed", "hold", "none"]
+OnError: TypeAlias = Literal["none", "usage", "observed", "estimate", "hold"]
+OnLateError: TypeAlias = Literal["none", "observed", "hold"]
+OnDisconnect: TypeAlias = Literal["observed", "none", "usage", "estimate", "hold"]
+OnEarlyDisconnect: TypeAlias = Literal["observed", "none", "estimate", "hold"]
+OnCut: TypeAlias = Literal["observed", "hold"]
+OnAbort: TypeAlias = Literal["observed", "none", "hold"]
+# What a user may write per row of `rules.ending.END_OF_CALL`, which a test compares with these.
+
+
+class ChargeOptions(TypedDict, total=False):
+    """What `billable` takes and means something outside HTTP too."""
+
+    unit: Unit | None
+    sources: Sequence[PaymentSource] | None
+    on_missing_usage: OnMissingUsage | None
+    on_error: OnError | None
+    on_late_error: OnLateError | None
+    on_abort: OnAbort | None
+    usage: str | None
+    ttl_s: float
+    grace_s: float
 
 
 def _computed(value: Any, what: str) -> Any:

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 from asgi_metering.amounts import Amount, Unit, exact_amount
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.names import check_name
 
-__all__ = ["WALLET", "Allowance", "PaymentSource", "Wallet"]
+__all__ = ["WALLET", "Allowance", "PaymentSource", "Wallet", "check_zone"]
 
 WALLET = "wallet"
 """What decisions and header fields call the payer's grants."""
 
 PERIODS = ("day", "month")
 """Windows that an allowance may have."""
+
+
+def check_zone(zone: str) -> str:
+    """Return *zone* if it can name a time zone; raises `ConfigurationError` for what is no text at all."""
+    if not isinstance(zone, str) or not zone:
+        raise ConfigurationError(f"The time zone {zone!r} is no name. Use an IANA name such as 'Europe/Berlin'.")
+    return zone
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +70,18 @@ class Allowance:
         warn_at: Percent of the limit, used or held, from which on responses warn; 100 never does.
 
     Raises:
-        ConfigurationError: Another period or status, an empty mapping, a name with other characters, a percentage
-            that is not an int from 1 to 100.
+        ConfigurationError: Another period or status, a zone that is no text, an empty mapping, a name with other
+            characters, a percentage that is not an int from 1 to 100.
         AmountError: An amount that is not usable.
 
     Source: S0.1, S0.2, S0.5, S0.9, S3.6, S4.1, S4.13.
     """
 
     limit: Amount | Mapping[str, Amount]
-    per: str = "day"
+    per: Literal["day", "month"] = "day"
     name: str = "allowance"
     zone: str = "UTC"
-    status: int = 429
+    status: Literal[402, 429] = 429
     warn_at: int = 80
 
     def __post_init__(self) -> None:
@@ -84,6 +91,7 @@ class Allowance:
             raise ConfigurationError(
                 f"Allowance {self.name!r} cannot warn at {self.warn_at!r} percent. Use an int from 1 to 100."
             )
+        check_zone(self.zone)
         if self.per not in PERIODS:
             raise ConfigurationError(f"An allowance per {self.per!r} is not known. Use one of {', '.join(PERIODS)}.")
         if self.status not in (402, 429):

@@ -181,8 +181,10 @@ def test_check_books_that_balance(run: Run, store: str) -> None:
     """Books that balance are said to, with 0."""
     run(*GRANT)
     charge(store, "ann", "2")
-    assert run("check") == (0, "The books balance.\n", "")
-    assert rows(run("check", "--json")) == {"balanced": True, "discrepancies": []}
+    assert run("check") == (0, "The books balance: 1 account proven.\n", "")
+    run("grant", "bob", "1", "--id", "payment-2")
+    assert run("check") == (0, "The books balance: 2 accounts proven.\n", "")
+    assert rows(run("check", "--json")) == {"balanced": True, "accounts": 2, "discrepancies": []}
 
 
 @pytest.mark.usefixtures("store")
@@ -208,19 +210,27 @@ MAIN = """
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
-from asgi_metering import billable, rate_limited
+from asgi_metering import Allowance, Unit, Wallet, billable, rate_limited, up_to
 from asgi_metering.prices import per_token
 
-@rate_limited("60/minute", "5000/day")
-@billable("0.5", on_disconnect="none")
+def owner(request): ...
+
+@rate_limited("60/minute", "5000/day", concurrency=4, global_concurrency=9)
+@billable("0.5", on_disconnect="none", unit=Unit("messages", 1), sources=[Allowance(20), Wallet()], payer=owner)
 async def search(request): ...
 
-@billable(per_token(output=1))
+@billable(per_token(output=1), hold=up_to(owner, at_least="0.1"))
 async def chat(request): ...
 
 async def health(request): ...
 
 def plain(request): ...
+
+async def opaque(scope, receive, send): ...
+
+def make(): return app
+
+number = 3
 
 gated = billable(2)(plain)
 
@@ -243,22 +253,78 @@ def test_routes_of_an_application(run: Run, audited: str) -> None:
     """Each route is shown with its line, price and limits; unmetered ones too, so that none is forgotten."""
     code, output, errors = run("routes", f"{audited}:app")
     assert (code, errors) == (0, "")
-    assert [line.split() for line in output.splitlines()] == [
-        ["path", "methods", "line", "price", "limits"],
-        ["/search", "POST", "search", "0.5", "60/minute,", "5000/day"],
+    head = ["path", "methods", "line", "price", "unit", "limits", "concurrency"]
+    assert [re.split(r" {2,}", line) for line in output.splitlines()[:4]] == [
+        head,
+        ["/search", "POST", "search", "0.5", "messages:1", "60/minute, 5000/day", "4, 9 of everybody"],
         ["/chat", "GET,HEAD", "chat", "TokenPrice"],
         ["/health", "GET,HEAD"],
-        ["!", f"{audited}.plain", "is", "decorated,", "but", "no", "route", "reaches", "it."],
     ]
+    reach, told = output.splitlines()[4:]
+    assert reach.startswith(f"! /chat ({audited}.chat) is billable, and answers HEAD")
+    assert told == f"! {audited}.plain is decorated, but no route reaches it."
+
+
+def test_routes_with_all_of_each_policy(run: Run, audited: str) -> None:
+    """With --verbose each charge shows its hold, sources, payer and what it charges however a call ends (DESIGN 4)."""
+    code, output, errors = run("routes", f"{audited}:app", "--verbose")
+    assert (code, errors) == (0, "")
+    search, chat = output.split("\n\n")[1:]
+    assert search.splitlines()[:4] == [
+        "/search  POST",
+        "  hold: the price",
+        "  sources: allowance, wallet",
+        "  payer: owner()",
+    ]
+    assert "  client gone after the first byte: none" in search.splitlines()
+    assert chat.splitlines()[:4] == [
+        "/chat  GET,HEAD",
+        "  hold: up to owner(), at least 0.1",
+        "  sources: wallet",
+        "  payer: the caller's",
+    ]
+    assert "  cut: observed" in chat.splitlines()
 
 
 def test_routes_for_programs(run: Run, audited: str) -> None:
-    """With --json each metered route also says what it charges however a call ends."""
+    """With --json each metered route also says what it holds, who pays, and what it charges however a call ends."""
     found = rows(run("routes", f"{audited}:app", "--json"))
     search, chat, health = found["routes"]
     assert (search["end"]["client gone after the first byte"], chat["end"]["cut"]) == ("none", "observed")
+    assert (search["concurrency"], search["payer"], chat["hold"]) == (
+        "4, 9 of everybody",
+        "owner()",
+        "up to owner(), at least 0.1",
+    )
     assert "end" not in health
-    assert (found["errors"], found["warnings"]) == ([], [f"{audited}.plain is decorated, but no route reaches it."])
+    assert found["errors"] == []
+    assert found["warnings"][1:] == [f"{audited}.plain is decorated, but no route reaches it."]
+
+
+@pytest.mark.parametrize(
+    ("attribute", "sentence"),
+    [
+        ("make", "is a function, but no ASGI application: it does not take scope, receive and send. Where it makes "),
+        ("plain", "is a function, but no ASGI application"),
+        ("number", "is of type int, no ASGI application. Name the application itself, such as main:app."),
+        ("Starlette", "is the class Starlette, no ASGI application."),
+    ],
+)
+def test_routes_of_what_is_no_application(run: Run, audited: str, attribute: str, sentence: str) -> None:
+    """A factory, a class or a number is a mistake in the arguments, and no proof that nothing is wrong."""
+    code, output, errors = run("routes", f"{audited}:{attribute}")
+    assert (code, output) == (2, "")
+    assert errors.startswith(f"asgi-metering: '{audited}:{attribute}' {sentence}")
+    assert errors.count("\n") == 1
+
+
+def test_run_as_a_module() -> None:
+    """``python -m asgi_metering.cli`` is the same command."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "asgi_metering.cli", "routes", "json:loads"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("asgi-metering: 'json:loads' is a function, but no ASGI application")
 
 
 def test_routes_that_are_decorated_in_vain(run: Run, audited: str) -> None:
@@ -336,9 +402,9 @@ def test_routes_of_a_module_that_prints(run: Run, audited: str, tmp_path: Path) 
 
 def test_routes_of_what_has_no_route_table(run: Run, audited: str) -> None:
     """Where nothing can be checked that is said, so that silence never looks like a proof."""
-    code, output, _ = run("routes", f"{audited}:plain")
+    code, output, _ = run("routes", f"{audited}:opaque")
     assert code == 0
-    assert f"! {audited}:plain has no route table that can be read, so nothing was checked." in output
+    assert f"! {audited}:opaque has no route table that can be read, so nothing was checked." in output
 
 
 # Mistakes

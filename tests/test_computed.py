@@ -60,7 +60,6 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "price-nan": ("price", Decimal("NaN"), "The price Decimal('NaN') is not finite. Write whole units"),
     "price-negative": ("price", -1, "The price -1 is negative. Amounts start at 0."),
     "price-none": ("price", None, "The price None is a NoneType. Use int, Decimal or str."),
-    "price-fine": ("price", "0.0000001", "The price '0.0000001' is finer than unit 'credits' counts"),
     "price-large": ("price", 10**5_000, "The price has 5001 digits before the point"),
     "hold-float": ("hold", 0.5, f"The hold estimate 0.5 {FLOAT}"),
     "hold-negative": ("hold", "-1", "The hold estimate '-1' is negative."),

@@ -73,7 +73,8 @@ class AnswerOptions:
         names: What the header fields are called.
 
     Raises:
-        ConfigurationError: A status other than 429 and 503, or text that cannot stand in a header or a URI.
+        ConfigurationError: A status other than 429 and 503, text that cannot stand in a header or a URI, or *names*
+            that are no `HeaderNames`.
 
     Source: S0.42 (status configurable), RFC 9457 section 3.1.1.
     """
@@ -88,6 +89,10 @@ class AnswerOptions:
         for status in (self.caller_status, self.global_status):
             if status not in (429, 503):
                 raise ConfigurationError(f"A full pool cannot answer {status!r}. Use 429 or 503.")
+        if not isinstance(self.names, HeaderNames):
+            raise ConfigurationError(
+                f"names={self.names!r} are no HeaderNames. Make them, such as HeaderNames.with_legacy()."
+            )
         if self.challenge is not None and not field_value(self.challenge):
             raise ConfigurationError(
                 f"The challenge {self.challenge!r} cannot stand in a header. Write a scheme such as 'Bearer'."

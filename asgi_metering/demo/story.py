@@ -233,7 +233,7 @@ async def usage_events(stage: Stage) -> str:
 
 
 async def statement(stage: Stage) -> str:
-    """The statement shows every charge and what it was based on."""
+    """The statements of ada and bob show every charge and what it was based on."""
     lines = []
     for payer in ("ada", "bob"):
         for entry in await stage.entries(payer):

@@ -71,7 +71,7 @@ def admit(state: State, ask: Admit, now: float) -> tuple[Decision, list[Change]]
     refusal = _full_pool(state, ask.leases, now) or _spent_limit(looks)
     if refusal is not None:
         return _refused(ask, now, refusal, looks), []
-    if not ask.amount:
+    if not ask.amount and not ask.sources:
         return _admitted(ask, now, None, looks)
     taken = _first_source(state, ask, now)
     if isinstance(taken, _Taken):

@@ -97,7 +97,7 @@ class Admit(NamedTuple):
     Attributes:
         id: The call's id, new for every call; a repeat answers the first decision again.
         payer, unit: The account.
-        amount: Smallest parts to hold; 0 touches no account.
+        amount: Smallest parts to hold. 0 with *sources* holds nothing and pins who pays for what will be measured.
         minimum: Admit from here on, holding what is there; equal to *amount* without ``up_to``.
         sources: Tried in order; the first that can pays the whole hold.
         limits, leases: What else must have room.

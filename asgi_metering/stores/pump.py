@@ -17,12 +17,18 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from asgi_metering.decisions import Decision
-from asgi_metering.errors import MeteringError, StoreContendedError, StoreError, StoreUnavailableError
+from asgi_metering.errors import (
+    MeteringError,
+    StoreContendedError,
+    StoreError,
+    StoreUnavailableError,
+    UnwritableError,
+)
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, End, Operation
 from asgi_metering.stores.contract import Store
 
-__all__ = ["Pump"]
+__all__ = ["Pump", "give_back"]
 
 log = logging.getLogger("asgi_metering.stores")
 
@@ -78,11 +84,17 @@ class Pump:
         Raises:
             StoreUnavailableError: No answer in time, the store cannot be reached, too many are waiting, or the pump
                 was stopped meanwhile.
+            UnwritableError: The store could not run this operation, and will not when it is repeated.
             StoreError: The store could not do it.
             MeteringError: The operation is a mistake; nothing changed.
         """
         if self._store.immediate:
-            return self._store.run_now(operation)
+            try:
+                return self._store.run_now(operation)
+            except MeteringError:
+                raise
+            except Exception as failure:
+                raise _unwritable(self._store, failure) from failure
         if len(self._admissions) >= MAX_WAITING and isinstance(operation, Admit):
             raise StoreUnavailableError(
                 f"{len(self._admissions)} admissions wait for the {self._store.name} store already. Ask again later."
@@ -201,14 +213,14 @@ class Pump:
         elif isinstance(answer, MeteringError):
             future.set_exception(answer)
         else:
-            error = StoreError(f"The {self._store.name} store could not run the operation: {answer!r}.")
+            error = _unwritable(self._store, answer)
             error.__cause__ = answer
             future.set_exception(error)
 
     def _abandoned(self, operation: Operation, answer: object) -> None:
         """The caller is gone: what it would have owned is given back."""
         if isinstance(operation, Admit) and isinstance(answer, Decision) and answer.admitted:
-            release = self._enqueue(End(operation.id, None))
+            release = self._enqueue(give_back(operation))
             release.add_done_callback(self._released)
 
     def _released(self, release: asyncio.Future[Answer]) -> None:
@@ -237,6 +249,20 @@ class Pump:
                 self._task = None
 
 
+def give_back(ask: Admit) -> End:
+    """
+    How to take back an admission that its caller never got to use, by its id (pitfalls 1, 29).
+
+    Nothing was used, so nothing counts: what is held is released, and every limit that was pinned at the admission
+    counts 0 for it. A request count is not pinned, and stays.
+    """
+    return End(ask.id, None, actual={limit.meter: 0 for limit in ask.limits})
+
+
+def _unwritable(store: Store, failure: Exception) -> UnwritableError:
+    return UnwritableError(f"The {store.name} store could not run the operation: {failure!r}.")
+
+
 def _draw(queue: deque[_Waiting], most: int) -> list[_Waiting]:
     drawn: list[_Waiting] = []
     while queue and len(drawn) < most:
@@ -247,7 +273,7 @@ def _draw(queue: deque[_Waiting], most: int) -> list[_Waiting]:
 
 
 def _copy(failure: StoreError) -> StoreError:
-    kinds = (StoreUnavailableError, StoreContendedError, StoreError)
+    kinds = (StoreUnavailableError, StoreContendedError, UnwritableError, StoreError)
     kind = next(kind for kind in kinds if isinstance(failure, kind))
     copy = kind(*failure.args)
     copy.__cause__ = failure.__cause__ or failure

@@ -12,6 +12,7 @@ EXCHANGE = "asgi_metering.asgi.exchange"
 GUARDS = "asgi_metering.guards"
 LIFESPAN = "asgi_metering.asgi.lifespan"
 MIDDLEWARE = "asgi_metering.asgi.middleware"
+STARTUP = "asgi_metering.asgi.startup"
 WRAPPERS = "asgi_metering.wrappers"
 
 
@@ -171,24 +172,24 @@ STARTUP = (
         4,
         "the audit does not enter mounts",
         AUDIT,
-        "        yield from _walk(inner, place.below(path))\n",
+        "        yield from _walk(inner, replace(place.below(path), dependencies=()))\n",
         "",
         _in("startup", "test_refuse_to_start_with_decorators_in_the_wrong_order[mount-added]"),
     ),
     Mutation(
         4,
         "errors of the audit do not stop the startup",
-        LIFESPAN,
-        "            if report.errors:\n",
-        "            if False:\n",
+        STARTUP,
+        "    if report.errors:\n",
+        "    if False:\n",
         _in("startup", "test_refuse_to_start_with_decorators_in_the_wrong_order[plain-wrapped]"),
     ),
     Mutation(
         0,
         "the audit takes WebSockets for routes",
         AUDIT,
-        "        if row.is_websocket:\n",
-        "        if False:\n",
+        "        elif row.is_websocket:\n",
+        "        elif False:\n",
         _in(
             "websockets",
             "test_refuse_to_start_with_a_decorated_websocket[starlette-added]",
@@ -219,11 +220,56 @@ STARTUP = (
         _in("layers", "test_see_the_layers_of_a_mounted_application[sub-app]"),
     ),
     Mutation(
+        31,
+        "a refused startup raises nothing",
+        LIFESPAN,
+        "            raise self._refused.with_traceback(None) from None\n",
+        "            return\n",
+        _in("startup", "test_refuse_to_start_with_decorators_in_the_wrong_order[plain-added]"),
+    ),
+    Mutation(
+        4,
+        "nothing is audited where no lifespan comes",
+        MIDDLEWARE,
+        "        if not self.proven and not self._prove(scope):\n",
+        "        if False:\n",
+        _in(
+            "startup",
+            "test_refuse_every_request_of_what_must_not_serve[ungated]",
+            "test_refuse_requests_after_a_refused_startup",
+            "test_audit_a_mounted_application_on_its_first_request",
+        ),
+    ),
+    Mutation(
+        4,
+        "dependencies reach nothing",
+        AUDIT,
+        "    found.extend(guard for row in report.rows for guard in row.dependencies)\n",
+        "",
+        _in("startup", "test_reach_decorated_dependencies[route]"),
+    ),
+    Mutation(
+        0,
+        "a unit has as many scales as it likes",
+        AUDIT,
+        "        if first != unit:\n",
+        "        if False:\n",
+        _in("startup", "test_refuse_one_unit_with_two_scales"),
+    ),
+    Mutation(
+        12,
+        "a HEAD that runs a paid handler is not told",
+        AUDIT,
+        '{"GET", "HEAD"} <= set(row.methods)',
+        "False",
+        _in("startup", "test_warn_of_a_head_that_runs_a_paid_handler"),
+    ),
+    Mutation(
         0,
         "two meterings may share a stack",
-        LIFESPAN,
-        "        if any(layer.metering is not self._metering for layer in self._layers):\n",
-        "        if False:\n",
+        STARTUP,
+        "    if any(layer.metering is not layers[0].metering for layer in layers):\n",
+        "    if False:\n",
         _in("layers", "test_refuse_to_start_with_two_meterings[plain]"),
     ),
     Mutation(

@@ -89,7 +89,7 @@ async def staged(
     """
     events: list[Any] = []
     sinks = [CallbackSink(events.extend)]
-    metering = Metering(identify=_who, **{"sinks": sinks, "store": "memory://", **options})
+    metering = Metering(**{"identify": _who, "sinks": sinks, "store": "memory://", **options})
     stage = Stage(app, metering, events, **(layer or {}))
     if with_lifespan:
         async with lifespan(stage.app):

@@ -29,7 +29,9 @@ from asgi_metering import (
     current_call,
     metered_app,
     rate_limited,
+    up_to,
 )
+from asgi_metering.asgi import exchange
 from asgi_metering.call import CURRENT
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.prices import per_token
@@ -37,7 +39,7 @@ from asgi_metering.receipts import Basis
 from asgi_metering.rules.operations import Admit, Emit, End, WalletSource
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.testing.clock import FakeClock
-from tests.harness.drive import Drive, drive, http_scope
+from tests.harness.drive import Drive, drive, http_scope, status
 from tests.pitfalls.stage import PAYER, staged, within
 
 USAGE = {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11}}
@@ -283,6 +285,151 @@ def test_end_does_not_delay_the_background_task() -> None:
     @billable(2)
     async def endpoint(_request: Request) -> JSONResponse:
         return JSONResponse({}, background=BackgroundTask(background))
+
+    asyncio.run(play())
+
+
+class SlowReader:
+    """
+    A server whose `send` of the last message returns, or fails, only when the test says so.
+
+    Attributes:
+        asked: Set when the last message has come.
+        answer: What the test says.
+    """
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def receive(self) -> Any:
+        return {"type": "http.request", "body": b""}
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.asked.set()
+            await self.answer
+
+
+MEASURED = billable(per_token(input=1, output=10), hold=100)
+
+
+async def reported(_scope: Any, _receive: Any, send: Any) -> None:
+    """An app that answers usage in one message."""
+    text = json.dumps({"object": "chat.completion", **USAGE, "choices": [{}]}).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+    await send({"type": "http.response.body", "body": text})
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_grace_begins_when_the_server_has_the_last_message(leaves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pitfall 24: a client that reads slowly is charged by what it read, and one that leaves instead has left."""
+    monkeypatch.setattr(exchange, "GRACE_S", 0.0)
+
+    async def play() -> None:
+        async with staged(metered_app(plain(reported), MEASURED)) as stage:
+            server = SlowReader()
+            run = asyncio.ensure_future(stage.app(http_scope("/"), server.receive, server.send))
+            await server.asked.wait()
+            await asyncio.sleep(0.01)
+            assert len(stage.metering.runtime().in_flight) == 1
+            if leaves:
+                server.answer.set_exception(OSError("The client has left."))
+            else:
+                server.answer.set_result(None)
+            await asyncio.gather(run, return_exceptions=True)
+            await stage.booked()
+            assert await stage.outcomes() == ["client_gone" if leaves else "completed"]
+            assert [entry.amount for entry in await stage.charges()] == ([] if leaves else [29_000_000])
+
+    asyncio.run(play())
+
+
+def test_last_send_that_never_returns_is_ended_by_what_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pitfall 27: where nothing more is heard of the last message, its body is read all the same, and it completed."""
+    monkeypatch.setattr(exchange, "LAST_SEND_S", 0.01)
+
+    async def play() -> None:
+        async with staged(metered_app(plain(reported), MEASURED)) as stage:
+            server = SlowReader()
+            run = asyncio.ensure_future(stage.app(http_scope("/"), server.receive, server.send))
+            await server.asked.wait()
+            await stage.booked()
+            assert not run.done()
+            assert await stage.outcomes() == ["completed"]
+            server.answer.set_result(None)
+            await run
+            assert [entry.amount for entry in await stage.charges()] == [29_000_000]
+
+    asyncio.run(play())
+
+
+async def broken_task() -> None:
+    """A background task that fails."""
+    raise RuntimeError("Analytics broke.")
+
+
+async def in_pieces(_scope: Any, _receive: Any, send: Any) -> None:
+    """An app that says how long its answer is, sends all of it, and breaks."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"Content-Length", b"2")]})
+    for piece, more in ((b"a", True), (b"b", True), (b"", False)):
+        await send({"type": "http.response.body", "body": piece, "more_body": more})
+    raise RuntimeError("It broke.")
+
+
+async def short(_scope: Any, _receive: Any, send: Any) -> None:
+    """An app that breaks before its announced length, behind a layer that ends the body for it."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
+    await send({"type": "http.response.body", "body": b"a", "more_body": True})
+    await send({"type": "http.response.body"})
+    raise RuntimeError("It broke.")
+
+
+async def unsized(_scope: Any, _receive: Any, send: Any) -> None:
+    """An app that sends one message without a length, and breaks."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"all"})
+    raise RuntimeError("It broke.")
+
+
+async def by_path(_scope: Any, _receive: Any, send: Any) -> None:
+    """An app that sends a file, and breaks."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"x")]})
+    await send({"type": "http.response.pathsend", "path": "/tmp/report"})
+    raise RuntimeError("It broke.")
+
+
+@pytest.mark.parametrize(
+    ("app", "outcome"),
+    [(in_pieces, "completed"), (unsized, "completed"), (by_path, "completed"), (short, "error")],
+    ids=["sized", "one-message", "file", "short"],
+)
+def test_whole_response_is_charged_whatever_breaks_behind_it(app: Any, outcome: str) -> None:
+    """Pitfall 24: what no layer fabricates is a completed answer; an end that could be fabricated is an error."""
+
+    async def play() -> None:
+        async with staged(metered_app(plain(app), billable(2))) as stage:
+            ended = await stage.drive(extensions={"http.response.pathsend": {}})
+            assert ended.outcome == "raised"
+            assert await stage.outcomes() == [outcome]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("layers", [(), (Passing,)])
+def test_failing_background_task_takes_nothing_back(layers: tuple[Any, ...]) -> None:
+    """Pitfall 24: the client has its whole answer, also through BaseHTTPMiddleware, and pays for it."""
+
+    @billable(2)
+    async def endpoint(_request: Request) -> JSONResponse:
+        return JSONResponse({}, background=BackgroundTask(broken_task))
+
+    async def play() -> None:
+        async with staged(starlette(endpoint, *layers)) as stage:
+            ended = await stage.drive()
+            assert ended.exception is not None
+            assert await stage.outcomes() == ["completed"]
+            assert await stage.basis() == ("usage",)
 
     asyncio.run(play())
 
@@ -943,6 +1090,33 @@ def test_usage_beyond_the_hold_posts_in_full() -> None:
             await stage.drive()
             balance = await stage.metering.balance(PAYER)
             assert (balance.settled, balance.available, balance.debt) == (1_500_000_000, -500_000_000, 500_000_000)
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("hold", "price"),
+    [
+        (0, per_token(input=1, output=1)),
+        (up_to(5, at_least=0), per_token(input=1, output=1)),
+        (TokenUsage(input=0, output=9), per_token(input=1)),
+    ],
+    ids=["zero", "up-to", "rounds-to-zero"],
+)
+def test_usage_of_a_call_that_held_nothing_posts_in_full(hold: Any, price: Any) -> None:
+    """A hold of 0 passes an empty wallet, is charged in full, and does not pass a payer who owes (DESIGN 4)."""
+
+    @billable(price, hold=hold)
+    async def endpoint(_request: Request) -> JSONResponse:
+        current_call().record(TokenUsage(input=7))
+        return JSONResponse({})
+
+    async def play() -> None:
+        async with staged(starlette(endpoint), identify=lambda _: Caller("empty")) as stage:
+            assert status((await stage.drive()).log) == 200
+            assert (await stage.metering.balance("empty")).debt == 7_000_000
+            assert status((await stage.drive()).log) == 402
+            assert await stage.metering.check() == []
 
     asyncio.run(play())
 

@@ -22,7 +22,7 @@ from asgi_metering.testing.unmetered import unmetered
 from tests.harness.drive import drive, lifespan, websocket_scope
 from tests.pitfalls.apps import HOW, PRICE, How, installed
 from tests.pitfalls.scene import Scene
-from tests.pitfalls.test_startup import startup
+from tests.pitfalls.test_startup import refused
 
 MEND = "Take the metering decorators off, and charge for its work inside it with metering.charge()."
 
@@ -92,11 +92,10 @@ DECORATED: dict[str, Callable[[], ASGIApp]] = {
 @pytest.mark.parametrize("build", DECORATED)
 def test_refuse_to_start_with_a_decorated_websocket(build: str, how: How, scene: Scene) -> None:
     """DESIGN 2: what cannot work fails at startup, in one sentence that says that WebSockets are not metered yet."""
-    (failed,) = asyncio.run(startup(installed(DECORATED[build](), scene.metering, how)))
-    assert failed["type"] == "lifespan.startup.failed"
-    assert failed["message"].startswith("/ws (tests.pitfalls.test_websockets.")
-    assert failed["message"].endswith(f") is a WebSocket, and WebSockets are not metered yet. {MEND}")
-    assert "\n" not in failed["message"]
+    told = refused(installed(DECORATED[build](), scene.metering, how))
+    assert told.startswith("/ws (tests.pitfalls.test_websockets.")
+    assert told.endswith(f") is a WebSocket, and WebSockets are not metered yet. {MEND}")
+    assert "\n" not in told
 
 
 def test_refuse_to_start_with_decorators_above_a_websocket(scene: Scene) -> None:
@@ -107,8 +106,9 @@ def test_refuse_to_start_with_decorators_above_a_websocket(scene: Scene) -> None
     @app.websocket("/ws")
     async def chat(websocket: WebSocket) -> None: ...
 
-    (failed,) = asyncio.run(startup(installed(app, scene.metering, "added")))
-    assert failed["message"].endswith(f"is a WebSocket, and WebSockets are not metered yet. {MEND}")
+    assert refused(installed(app, scene.metering, "added")).endswith(
+        f"is a WebSocket, and WebSockets are not metered yet. {MEND}"
+    )
 
 
 @pytest.mark.parametrize("around", [None, unmetered, "request"])

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import sys
 from typing import Any
 
 import pytest
 
+from asgi_metering import Metering
+from asgi_metering.call import CallRefused
 from asgi_metering.receipts import Basis, EndedBy
 from asgi_metering.rules.operations import (
     Admit,
@@ -88,6 +92,37 @@ def test_run_an_operation_that_breaks_a_rule_in_the_middle() -> None:
         assert state.accounts["p", "credits"].held == 20
 
     asyncio.run(scene())
+
+
+def test_run_from_several_threads_at_once() -> None:
+    """However threads take turns, no more is admitted than was granted, and the books balance (DESIGN 7)."""
+    granted, admitted = 300, [0] * 4
+
+    async def caller(metering: Metering, thread: int) -> None:
+        try:
+            async with metering.charge(payer="p", line="work", price=1):
+                admitted[thread] += 1
+        except CallRefused:
+            pass
+
+    async def loop(metering: Metering, thread: int) -> None:
+        for _ in range(15):
+            await asyncio.gather(*(caller(metering, thread) for _ in range(10)))
+
+    async def scene() -> None:
+        async with Metering("memory://", sinks=()) as metering:
+            await metering.grant("p", granted, id="g")
+            works = [functools.partial(loop, metering, thread) for thread in range(4)]
+            await asyncio.gather(*(asyncio.to_thread(lambda work=work: asyncio.run(work())) for work in works))
+            assert await metering.check() == []
+            assert sum(admitted) == granted
+
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        asyncio.run(scene())
+    finally:
+        sys.setswitchinterval(switching)
 
 
 def test_run_now_answers_at_once() -> None:

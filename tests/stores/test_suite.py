@@ -132,7 +132,8 @@ class Partial(MemoryStore):
         answers: list[Answer | Exception] = []
         for operation in operations:
             if isinstance(operation, Admit) and operation.limits:
-                await super().run([operation._replace(id=f"{operation.id} counted", amount=0, minimum=0, leases=())])
+                counted = operation._replace(id=f"{operation.id} counted", amount=0, minimum=0, sources=(), leases=())
+                await super().run([counted])
                 operation = operation._replace(limits=())
             answers.extend(await super().run([operation]))
         return answers
