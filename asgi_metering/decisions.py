@@ -100,6 +100,8 @@ class Decision(NamedTuple):
         source: Which source pays: ``"wallet"`` or the allowance's name; None when nothing was held.
         windows: Every rate limit that was looked at, in policy order.
         stale_calendar: True when the boundaries sent did not cover the store's time: ask again once, around `now`.
+        payer: Whose account pays; empty when nothing was held.
+        group: Name of the payer object whose account that is; empty for the call's own.
     """
 
     id: str
@@ -110,6 +112,8 @@ class Decision(NamedTuple):
     source: str | None = None
     windows: tuple[WindowState, ...] = ()
     stale_calendar: bool = False
+    payer: str = ""
+    group: str = ""
 
     @property
     def admitted(self) -> bool:

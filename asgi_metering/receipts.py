@@ -102,6 +102,10 @@ class EntryKind(StrEnum):
     EXPIRE = "expire"
     DEBT_PAYMENT = "debt_payment"
     LATE = "late"
+    REFUND = "refund"
+    CORRECTION = "correction"
+    BACKFILL = "backfill"
+    REVERSAL = "reversal"
 
 
 class Entry(NamedTuple):
@@ -121,7 +125,8 @@ class Entry(NamedTuple):
         estimated: Whether that basis is an estimate.
         available: What the account had after this entry.
         actor: Who did it, where a person or a system said so.
-        parts: Where a charge came from.
+        parts: Where a charge came from; negative amounts went back there.
+        id: Id of the posting, where one was given (refunds, corrections): the same again changes nothing.
     """
 
     payer: str
@@ -137,6 +142,7 @@ class Entry(NamedTuple):
     available: int = 0
     actor: str = ""
     parts: tuple[Part, ...] = ()
+    id: str = ""
 
 
 class GrantReceipt(NamedTuple):

@@ -137,7 +137,11 @@ class Book:
     # -- moving units --------------------------------------------------------------------------------------
 
     def hold(self, amount: int) -> tuple[Part, ...]:
-        """Set *amount* aside, over the grants in burn order. The caller has checked that it is available."""
+        """
+        Set *amount* aside, over the grants in burn order; what they do not have is held as debt to come.
+
+        The caller has checked that it is available, or may be overdrawn.
+        """
         parts = []
         left = amount
         for grant in self._spendable():
@@ -149,6 +153,8 @@ class Book:
             left -= take
             if not left:
                 break
+        if left:
+            parts.append(Part(_DEBT, "", 0.0, left))
         self.held += amount
         return tuple(parts)
 
@@ -166,6 +172,11 @@ class Book:
             if take > left:
                 take = left
             left -= take
+            if part.source is _DEBT:
+                # Nothing is behind it: it is spent like what no hold covered.
+                self.held -= part.amount
+                left += take
+                continue
             self._unhold(part, take)
             if take:
                 spent.append(part if take == part.amount else part._replace(amount=take))

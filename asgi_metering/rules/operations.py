@@ -76,15 +76,39 @@ class LeaseAsk(NamedTuple):
 
 
 class WalletSource(NamedTuple):
-    """Pay from the grants of the call's account."""
+    """
+    Pay from the grants of an account.
+
+    Attributes:
+        overdraft: Smallest parts that may be held beyond what is there; they become debt when they are spent.
+        payer: The account; empty is the call's own.
+        group: Name of the payer object that this source belongs to; neighbours with equal *payer* and *group* are one.
+        split: Its group may pay one hold together; otherwise one source of it pays the whole.
+    """
+
+    overdraft: int = 0
+    payer: str = ""
+    group: str = ""
+    split: bool = False
 
 
 class AllowanceSource(NamedTuple):
-    """Pay from the allowance *name*: *limit* smallest parts per window, whose *boundaries* are four instants."""
+    """
+    Pay from the allowance *name*: *limit* smallest parts per window.
+
+    Attributes:
+        boundaries: Of a calendar window: four instants around the caller's time. Empty for a window that rolls.
+        window_s: Seconds that a rolling window lasts; the first use after the last one's end begins it (S4.13).
+        payer, group, split: As of `WalletSource`.
+    """
 
     name: str
     limit: int
-    boundaries: tuple[float, ...]
+    boundaries: tuple[float, ...] = ()
+    window_s: float = 0.0
+    payer: str = ""
+    group: str = ""
+    split: bool = False
 
 
 SourceAsk: TypeAlias = WalletSource | AllowanceSource
@@ -97,9 +121,9 @@ class Admit(NamedTuple):
     Attributes:
         id: The call's id, new for every call; a repeat answers the first decision again.
         payer, unit: The account.
-        amount: Smallest parts to hold; 0 touches no account.
+        amount: Smallest parts to hold. 0 with *sources* holds nothing and pins who pays for what will be measured.
         minimum: Admit from here on, holding what is there; equal to *amount* without ``up_to``.
-        sources: Tried in order; the first that can pays the whole hold.
+        sources: Tried group by group in order (S0.19); see `WalletSource` for what a group is.
         limits, leases: What else must have room.
         ttl_s: Seconds that the hold lives without a heartbeat.
         grace_s: Seconds in doubt before the policy may end it.

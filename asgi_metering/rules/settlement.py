@@ -15,6 +15,7 @@ from asgi_metering.receipts import Basis, EndedBy, EntryKind, Part, Receipt, Sou
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.hold import HoldEvent, next_state
 from asgi_metering.rules.operations import End, Renew
+from asgi_metering.rules.returning import give_back, move_window
 from asgi_metering.rules.state import (
     NEVER,
     AccountKey,
@@ -97,19 +98,19 @@ def _unknown(ask: End, now: float) -> Receipt:
 
 
 def _charge(state: State, hold: Hold, ask: End, now: float) -> tuple[Receipt, list[Change]]:
-    """Turn the held parts into spending and give back the rest, by the kind of source that pays."""
+    """
+    Turn the held parts into spending in their order, and give back the rest from the last part backwards.
+
+    What exceeds them is paid by the source of the last part, above its limit or as debt if need be (S3.7).
+    """
     amount = ask.amount or 0
     basis = _basis(ask)
-    from_allowance = bool(hold.parts) and hold.parts[0].source is _ALLOWANCE
     changes: list[Change] = []
     if not hold.parts and not amount:
-        # A lease alone: no account is behind it.
+        # A lease alone, or nothing was set aside: no account changes.
         return _receipt(hold, ask, basis, 0, (), None, now, None), changes
     book = Book(state, (hold.payer, hold.unit), now)
-    if from_allowance:
-        parts = _charge_allowance(state, hold.parts[0], hold, amount, changes)
-    else:
-        parts = book.settle(hold.parts, amount)
+    parts = _consume(state, book, hold, amount, changes)
     number = None
     if amount:
         number = book.write(
@@ -122,8 +123,32 @@ def _charge(state: State, hold: Hold, ask: End, now: float) -> tuple[Receipt, li
             parts=parts,
         )
     changes.extend(book.changes())
-    available = None if from_allowance else book.available
+    allowance_only = bool(hold.parts) and all(part.source is _ALLOWANCE for part in hold.parts)
+    available = None if allowance_only else book.available
     return _receipt(hold, ask, basis, amount, parts, available, now, number), changes
+
+
+def _consume(state: State, book: Book, hold: Hold, amount: int, changes: list[Change]) -> tuple[Part, ...]:
+    """Where the charge came from: allowances one by one, the wallet's parts together, in the order of the hold."""
+    spent: list[Part] = []
+    left = amount
+    at, parts = 0, hold.parts
+    while at < len(parts):
+        if parts[at].source is _ALLOWANCE:
+            end = at + 1
+        else:
+            end = next((i for i in range(at, len(parts)) if parts[i].source is _ALLOWANCE), len(parts))
+        run = parts[at:end]
+        take = left if end == len(parts) else min(left, sum(part.amount for part in run))
+        left -= take
+        if run[0].source is _ALLOWANCE:
+            spent.extend(_charge_allowance(state, run[0], hold, take, changes))
+        else:
+            spent.extend(book.settle(run, take))
+        at = end
+    if left:
+        spent.extend(book.settle((), left))
+    return tuple(spent)
 
 
 def _basis(ask: End) -> Basis:
@@ -157,7 +182,7 @@ def _receipt(
 
 
 def _charge_allowance(state: State, part: Part, hold: Hold, amount: int, changes: list[Change]) -> tuple[Part, ...]:
-    """The whole charge goes to the window pinned at admission, above its limit if need be."""
+    """The charge goes to the window pinned at admission, above its limit if need be; the rest is free again."""
     key = (hold.payer, hold.unit, part.name, part.start)
     window = state.allowances.get(key)
     if window is None:
@@ -241,18 +266,10 @@ def _post_late(
 ) -> None:
     """Charge or give back what the automatic end got wrong, as an entry of its own; the first receipt stays."""
     book = Book(state, (hold.payer, hold.unit), now)
-    source = hold.parts[0] if hold.parts else None
-    parts: tuple[Part, ...] = ()
-    if source is not None and source.source is _ALLOWANCE:
-        parts = (source._replace(amount=difference),)
-        key = (hold.payer, hold.unit, source.name, source.start)
-        window = state.allowances.get(key)
-        if window is not None:
-            changes.append((Table.ALLOWANCE, key, window._replace(settled=window.settled + difference)))
-    elif difference > 0:
-        parts = tuple(book.spend(difference))
+    if difference > 0:
+        parts = tuple(_spend_late(state, hold, book, difference, changes))
     else:
-        book.give_back(first.parts, -difference)
+        parts = tuple(give_back(state, book, first.parts, -difference, changes))
     book.write(
         EntryKind.LATE,
         difference,
@@ -263,6 +280,15 @@ def _post_late(
         parts=parts,
     )
     changes.extend(book.changes())
+
+
+def _spend_late(state: State, hold: Hold, book: Book, amount: int, changes: list[Change]) -> list[Part]:
+    """What exceeds a charge is paid by the source of its last part, as at a settlement."""
+    last = hold.parts[-1] if hold.parts else None
+    if last is None or last.source is not _ALLOWANCE:
+        return book.spend(amount)
+    move_window(state, book, last, amount, changes)
+    return [last._replace(amount=amount)]
 
 
 # -- ends by time ------------------------------------------------------------------------------------------

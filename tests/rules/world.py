@@ -143,7 +143,7 @@ class World:
         *,
         payer: str = "ada",
         at_least: int | None = None,
-        sources: Sequence[SourceAsk] = (WALLET,),
+        sources: Sequence[SourceAsk] | None = None,
         limits: Sequence[LimitAsk] = (),
         leases: Sequence[LeaseAsk] = (),
         **more: Any,
@@ -153,6 +153,8 @@ class World:
             self._calls += 1
             id = f"call-{self._calls}"  # noqa: A001 -- as in the operation
         minimum = amount if at_least is None else at_least
+        if sources is None:
+            sources = (WALLET,) if amount else ()
         return Admit(id, payer, "credits", amount, minimum, tuple(sources), tuple(limits), tuple(leases), **more)
 
     def admit(self, amount: int = 0, id: str | None = None, **more: Any) -> Decision:  # noqa: A002

@@ -185,7 +185,8 @@ def pair(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Pair]:
 
 
 def _call(call_id: str, amount: int = 10, payer: str = "p", ttl_s: float = 60.0, **more: Any) -> Admit:
-    return Admit(call_id, payer, "credits", amount, amount, (WalletSource(),), ttl_s=ttl_s, grace_s=10.0, **more)
+    sources = (WalletSource(),) if amount else ()
+    return Admit(call_id, payer, "credits", amount, amount, sources, ttl_s=ttl_s, grace_s=10.0, **more)
 
 
 @pytest.mark.parametrize("together", [True, False])

@@ -59,6 +59,9 @@ CREATE TABLE hold (
     pools TEXT NOT NULL,
     facts TEXT NOT NULL,
     receipt TEXT,
+    "group" TEXT NOT NULL,
+    charge_key TEXT NOT NULL,
+    idempotency_key TEXT NOT NULL,
     -- Derived from the receipt: until when an ended hold is kept depends on it.
     ended_at REAL
 );
@@ -114,8 +117,12 @@ CREATE TABLE entry (
     available INTEGER NOT NULL,
     actor TEXT NOT NULL,
     parts TEXT NOT NULL,
+    id TEXT NOT NULL,
     PRIMARY KEY (payer, unit, number)
 ) WITHOUT ROWID;
+
+-- What refunds and corrections look up: the lines of one call, or of one posting.
+CREATE INDEX entry_ref ON entry (payer, unit, ref);
 
 CREATE TABLE event (
     position INTEGER PRIMARY KEY,
@@ -124,3 +131,39 @@ CREATE TABLE event (
     payload TEXT NOT NULL,
     claimed_until REAL NOT NULL
 );
+
+CREATE TABLE charge_key (
+    key TEXT NOT NULL PRIMARY KEY,
+    start REAL NOT NULL,
+    "end" REAL NOT NULL,
+    hold TEXT NOT NULL,
+    members INTEGER NOT NULL,
+    settled INTEGER NOT NULL
+) WITHOUT ROWID;
+
+CREATE INDEX charge_key_past ON charge_key ("end");
+
+CREATE TABLE idempotency (
+    key TEXT NOT NULL PRIMARY KEY,
+    fingerprint TEXT NOT NULL,
+    call TEXT NOT NULL,
+    expires_at REAL NOT NULL,
+    receipt TEXT,
+    reply TEXT
+) WITHOUT ROWID;
+
+CREATE INDEX idempotency_past ON idempotency (expires_at);
+
+CREATE TABLE checkpoint (
+    payer TEXT NOT NULL,
+    unit TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    at REAL NOT NULL,
+    sums TEXT NOT NULL,
+    PRIMARY KEY (payer, unit)
+) WITHOUT ROWID;
+
+CREATE TABLE unit (
+    name TEXT NOT NULL PRIMARY KEY,
+    scale INTEGER NOT NULL
+) WITHOUT ROWID;

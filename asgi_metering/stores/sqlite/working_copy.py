@@ -26,7 +26,18 @@ from asgi_metering.rules.operations import (
     Renew,
     Sweep,
 )
-from asgi_metering.rules.state import NEVER, AccountKey, AllowanceKey, Change, Grant, Hold, Lease, State, Table
+from asgi_metering.rules.state import (
+    NEVER,
+    AccountKey,
+    AllowanceKey,
+    BucketKey,
+    Change,
+    Grant,
+    Hold,
+    Lease,
+    State,
+    Table,
+)
 from asgi_metering.stores.rows import MAPS
 from asgi_metering.stores.sqlite.statements import DELETE, INSERT_ENTRY, SELECT, UPDATE_HOLD, UPSERT, select
 
@@ -45,6 +56,7 @@ _PAID_GRANTS = select(
     Table.GRANT,
     "WHERE payer = ? AND unit = ? AND settled > 0 ORDER BY priority DESC, expires_at DESC, number DESC",
 )
+_LATEST_WINDOW = select(Table.ALLOWANCE, "WHERE payer = ? AND unit = ? AND name = ? ORDER BY start DESC LIMIT 1")
 _LIVE_LEASES = "SELECT id, expires_at FROM lease WHERE pool = ? AND expires_at > ?"
 _DEAD_LEASES = select(Table.LEASE, "WHERE expires_at <= ? ORDER BY expires_at LIMIT ?")
 _OVERDUE_HOLDS = select(
@@ -210,8 +222,9 @@ class WorkingCopy:
             self._load_pool(lease.pool)
         for source in ask.sources:
             if isinstance(source, AllowanceSource):
-                for start in source.boundaries[:-1]:
-                    self._load_allowance((*key, source.name, start))
+                self._load_allowances((source.payer or ask.payer, ask.unit, source.name), source.boundaries)
+            elif source.payer:
+                self._load_book((source.payer, ask.unit))
 
     def _load_end(self, ask: End) -> None:
         hold = self._load_hold(ask.id)
@@ -356,11 +369,23 @@ class WorkingCopy:
         self._state.apply([(Table.HOLD, hold.id, hold)])
         self._stored.add(hold.id)
 
+    def _load_allowances(self, bucket: BucketKey, boundaries: tuple[float, ...]) -> None:
+        """The windows that may count now: those of the calendar, or the last one of an allowance that rolls."""
+        self._load_book(bucket[:2])
+        if boundaries:
+            for start in boundaries[:-1]:
+                self._load_allowance((*bucket, start))
+        elif self._is_new(Table.ALLOWANCE, bucket):
+            for row in self.connection.execute(_LATEST_WINDOW, bucket):
+                window = MAPS[Table.ALLOWANCE].decode(row)
+                if self._is_new(Table.ALLOWANCE, (*bucket, window.start)):
+                    self._state.apply([(Table.ALLOWANCE, (*bucket, window.start), window)])
+
     def _load_allowance(self, key: AllowanceKey) -> None:
         if self._is_new(Table.ALLOWANCE, key):
             window = self._row(Table.ALLOWANCE, key)
             if window is not None:
-                self._state.allowances[key] = window
+                self._state.apply([(Table.ALLOWANCE, key, window)])
 
     def _load_counter(self, key: str) -> None:
         if self._is_new(Table.COUNTER, key):

@@ -93,6 +93,10 @@ def tables(state: State) -> dict[str, Any]:
         "lease": {(pool, lease.id): lease for pool, rows in state.leases.items() for lease in rows.values()},
         "entry": {key: rows for key, rows in state.entries.items() if rows},
         "event": list(state.events.values()),
+        "charge_key": dict(state.charge_keys),
+        "idempotency": dict(state.idempotency_keys),
+        "checkpoint": dict(state.checkpoints),
+        "unit": dict(state.units),
     }
 
 
@@ -146,7 +150,7 @@ class Scene:
         amount: int,
         *,
         at_least: int | None = None,
-        sources: Sequence[SourceAsk] = WALLET,
+        sources: Sequence[SourceAsk] | None = None,
         limits: Sequence[LimitAsk] = (),
         leases: Sequence[LeaseAsk] = (),
         in_doubt: Basis = Basis.OBSERVED,
@@ -160,7 +164,7 @@ class Scene:
             UNIT,
             amount,
             amount if at_least is None else at_least,
-            tuple(sources),
+            tuple((WALLET if amount else ()) if sources is None else sources),
             tuple(limits),
             tuple(leases),
             LIFE_S,
