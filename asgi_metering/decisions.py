@@ -33,6 +33,7 @@ class Reason(StrEnum):
     ALLOWANCE = "allowance"
     CREDITS = "insufficient_credits"
     STORE_DOWN = "store_unavailable"
+    ENDED = "call_ended"
 
 
 class WindowState(NamedTuple):

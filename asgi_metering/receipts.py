@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import NamedTuple
 
-__all__ = ["Balance", "Basis", "EndedBy", "Entry", "EntryKind", "GrantReceipt", "Part", "Receipt", "Source"]
+__all__ = ["Balance", "Basis", "EndedBy", "Entry", "EntryKind", "GrantReceipt", "Part", "Posting", "Receipt", "Source"]
 
 
 class Basis(StrEnum):
@@ -162,6 +162,34 @@ class GrantReceipt(NamedTuple):
     applied: bool
     paid_debt: int
     available: int
+
+
+class Posting(NamedTuple):
+    """
+    What a refund, a correction, a backfill or the reversal of a grant did.
+
+    Attributes:
+        id: Of the posting.
+        payer, unit: The account.
+        amount: Smallest parts that were charged, or taken back of a grant; negative when they were given back.
+        returned: What of a gift back can be spent again.
+        lapsed: What of it came to a grant or a window that is over.
+        available: What the account has now.
+        at: The store's time, epoch seconds.
+        entry: Number of the ledger line.
+        applied: False when it had been posted before: this is then what it did, as far as the ledger tells.
+    """
+
+    id: str
+    payer: str
+    unit: str
+    amount: int
+    returned: int
+    lapsed: int
+    available: int
+    at: float
+    entry: int
+    applied: bool = True
 
 
 class Balance(NamedTuple):

@@ -18,12 +18,12 @@ from asgi_metering.receipts import Part, Source
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.calendars import pick
 from asgi_metering.rules.hold import HoldState
-from asgi_metering.rules.operations import Admit, AllowanceSource, LeaseAsk, SourceAsk
+from asgi_metering.rules.operations import Admit, AllowanceSource, Grow, LeaseAsk, SourceAsk
 from asgi_metering.rules.state import AllowanceWindow, BucketKey, Change, Hold, Lease, PinnedWindow, State, Table
 from asgi_metering.rules.windows import Look, look, window_state
 from asgi_metering.sources import WALLET
 
-__all__ = ["admit"]
+__all__ = ["admit", "grow"]
 
 # Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
 _HELD = HoldState.HELD
@@ -263,6 +263,58 @@ def _window_of(state: State, source: AllowanceSource, bucket: BucketKey, now: fl
     if window is not None and now <= window.end:
         return window.start, window.end
     return now, now + source.window_s
+
+
+def grow(state: State, ask: Grow, now: float) -> tuple[Decision, list[Change]]:
+    """
+    Hold more for a call that runs, from the payer object that pays it (DESIGN "A hold's size"). See `operations.Grow`.
+
+    The decision's *held* is all that is held then. Growing to what is held already changes nothing.
+
+    Raises:
+        AmountError: Not ``0 <= minimum <= to <= MAX_AMOUNT``.
+    """
+    if not 0 <= ask.minimum <= ask.to <= MAX_AMOUNT:
+        raise AmountError(
+            f"Call {ask.id!r} asks to hold {ask.to}, at least {ask.minimum}, smallest parts. Ask for 0 to "
+            f"{MAX_AMOUNT}, and for no more as the least than as the most."
+        )
+    hold = state.holds.get(ask.id)
+    if hold is None or hold.receipt is not None:
+        return Decision(ask.id, now, Refusal(Reason.ENDED, "call")), []
+    account = state.accounts.get((hold.payer, hold.unit))
+    if account is not None and account.seen_at > now:
+        now = account.seen_at
+    if ask.to <= hold.amount:
+        return Decision(ask.id, now, held=hold.amount, payer=hold.payer, group=hold.group), []
+    more = Admit(
+        ask.id,
+        hold.payer,
+        hold.unit,
+        ask.to - hold.amount,
+        max(0, ask.minimum - hold.amount),
+        ttl_s=max(0.0, hold.expires_at - now),
+    )
+    taken = _from_group(state, more, hold.payer, hold.group, list(ask.sources), now)
+    if isinstance(taken, _Dry):
+        if taken.stale:
+            return Decision(ask.id, now, stale_calendar=True), []
+        refusal = _dry_refusal(more, taken.refusals, now)
+        return Decision(ask.id, now, refusal, hold.amount, payer=hold.payer, group=hold.group), []
+    grown = hold._replace(amount=hold.amount + taken.amount, parts=_joined(hold.parts, taken.parts))
+    decision = Decision(
+        ask.id, now, None, grown.amount, taken.available, taken.name, payer=hold.payer, group=hold.group
+    )
+    return decision, [*taken.changes, (Table.HOLD, hold.id, grown)]
+
+
+def _joined(parts: tuple[Part, ...], more: tuple[Part, ...]) -> tuple[Part, ...]:
+    """Parts in their order, each place once."""
+    joined = {part[:3]: part for part in parts}
+    for part in more:
+        known = joined.get(part[:3])
+        joined[part[:3]] = part if known is None else known._replace(amount=known.amount + part.amount)
+    return tuple(joined.values())
 
 
 def _refused(ask: Admit, now: float, refusal: Refusal, looks: Sequence[Look]) -> Decision:

@@ -262,6 +262,26 @@ class Book:
             self.expired += lapsed
             self.write(EntryKind.EXPIRE, lapsed, grant.id)
 
+    def reverse(self, grant_id: str) -> int:
+        """
+        Take a grant back: its free units go, its spent ones become debt. Returns how many.
+
+        What is held of it stays with its holds, and lapses when they give it back.
+        """
+        grant = self._grant(grant_id)
+        spent, free = grant.settled, grant.free
+        taken = spent + free
+        self._touched[grant_id] = grant._replace(
+            settled=0, reversed=taken, expires_at=min(grant.expires_at, self.now), begun=True
+        )
+        if grant.begun:
+            self.granted -= taken
+        self.debt += spent
+        self._is_rescheduled = True
+        if self.debt:
+            self._repay()
+        return taken
+
     def add(self, grant: Grant) -> int:
         """Take in a new grant; what it pays of the debt is returned."""
         self._touched[grant.id] = grant
@@ -297,6 +317,7 @@ class Book:
         estimated: bool = False,
         actor: str = "",
         parts: tuple[Part, ...] = (),
+        id: str = "",  # noqa: A002 -- the field's own name
     ) -> int:
         """Add a ledger line and return its number; the time, and what the account has left, are filled in."""
         self.entries += 1
@@ -315,6 +336,7 @@ class Book:
             self.available,
             actor,
             parts,
+            id,
         )
         self._entries.append(entry)
         return self.entries

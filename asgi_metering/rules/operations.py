@@ -18,16 +18,24 @@ __all__ = [
     "Acknowledge",
     "Admit",
     "AllowanceSource",
+    "Backfill",
     "Claim",
+    "Correct",
+    "Declare",
     "Emit",
     "End",
+    "Grow",
     "LeaseAsk",
     "LimitAsk",
     "Operation",
     "PostGrant",
+    "Preview",
+    "Refund",
     "Renew",
+    "ReverseGrant",
     "SourceAsk",
     "Sweep",
+    "Undo",
     "WalletSource",
     "WindowKind",
 ]
@@ -209,15 +217,150 @@ class Acknowledge(NamedTuple):
     ids: tuple[str, ...]
 
 
+class Undo(NamedTuple):
+    """
+    Take back an admission whose caller never learned of it: everything, what it counted of every limit included.
+
+    Attributes:
+        ask: What was admitted.
+        at: The time of that decision, so that its own windows are given back and no others.
+    """
+
+    ask: Admit
+    at: float
+
+
+class Preview(NamedTuple):
+    """Decide *ask* without doing it (S0.37). Overdue holds on its way are ended, as an admission would."""
+
+    ask: Admit
+
+
+class Grow(NamedTuple):
+    """
+    Make a live hold larger, from the payer object that pays it.
+
+    Attributes:
+        id: The call's id.
+        to: Smallest parts that shall be held in all: repeated it changes nothing.
+        minimum: What of that will do; equal to *to* for all or nothing.
+        sources: Those of the hold's own payer object, in its order.
+    """
+
+    id: str
+    to: int
+    minimum: int
+    sources: tuple[SourceAsk, ...]
+
+
+class Refund(NamedTuple):
+    """
+    Give back a charge, or a part of it, once per *id*: to its sources, from the last one backwards.
+
+    Attributes:
+        id: Of the posting; the same again changes nothing.
+        call: Whose charge.
+        payer, unit: The account that paid.
+        amount: Smallest parts; None is all that is left of the charge.
+        actor: Who decided it.
+        event: What a usage event says of it; None writes none.
+    """
+
+    id: str
+    call: str
+    payer: str
+    unit: str
+    amount: int | None = None
+    actor: str = ""
+    event: Mapping[str, Any] | None = None
+
+
+class Correct(NamedTuple):
+    """
+    Charge more, or less, than was charged, once per *id*.
+
+    Attributes:
+        id: Of the posting.
+        payer, unit: The account.
+        amount: Smallest parts; negative gives back what was spent, and never more than that.
+        line: The billing line.
+        actor: Who decided it.
+        event: As of `Refund`.
+    """
+
+    id: str
+    payer: str
+    unit: str
+    amount: int
+    line: str = ""
+    actor: str = ""
+    event: Mapping[str, Any] | None = None
+
+
+class Backfill(NamedTuple):
+    """Charge for work that was done without an admission, once per *id*; what is not there becomes debt."""
+
+    id: str
+    payer: str
+    unit: str
+    amount: int
+    line: str = ""
+    actor: str = ""
+    event: Mapping[str, Any] | None = None
+
+
+class ReverseGrant(NamedTuple):
+    """
+    Take a grant back, once per *id*: a payment that was charged back.
+
+    What is free of it goes; what was spent becomes debt; what is held stays with its holds, and lapses when they give
+    it back.
+    """
+
+    id: str
+    grant: str
+    payer: str
+    unit: str
+    actor: str = ""
+
+
+class Declare(NamedTuple):
+    """Say which units are counted, as (name, scale). A name with two scales would move every amount of it."""
+
+    units: tuple[tuple[str, int], ...]
+
+
 class Sweep(NamedTuple):
     """
     End what is overdue and forget what is old, at most *limit* rows of each kind.
 
-    *keep_holds_s* is how long ended holds stay, so that a late end still finds its receipt.
+    Attributes:
+        keep_holds_s: How long ended holds stay, so that a late end still finds its receipt.
+        keep_entries_s: How long ledger lines stay; older ones fold into the account's checkpoint.
+        keep_windows_s: How long allowance windows stay after their end.
     """
 
     limit: int = 500
     keep_holds_s: float = 7 * 86_400.0
+    keep_entries_s: float = 400 * 86_400.0
+    keep_windows_s: float = 62 * 86_400.0
 
 
-Operation: TypeAlias = Admit | Renew | End | PostGrant | Emit | Claim | Acknowledge | Sweep
+Operation: TypeAlias = (
+    Admit
+    | Preview
+    | Undo
+    | Grow
+    | Renew
+    | End
+    | PostGrant
+    | ReverseGrant
+    | Refund
+    | Correct
+    | Backfill
+    | Declare
+    | Emit
+    | Claim
+    | Acknowledge
+    | Sweep
+)

@@ -14,7 +14,7 @@ from asgi_metering.amounts import check_parts
 from asgi_metering.receipts import Basis, EndedBy, EntryKind, Part, Receipt, Source
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.hold import HoldEvent, next_state
-from asgi_metering.rules.operations import End, Renew
+from asgi_metering.rules.operations import End, Renew, Undo
 from asgi_metering.rules.returning import give_back, move_window
 from asgi_metering.rules.state import (
     NEVER,
@@ -23,12 +23,13 @@ from asgi_metering.rules.state import (
     Event,
     Hold,
     Lease,
+    PinnedWindow,
     State,
     Table,
 )
 from asgi_metering.rules.windows import correct
 
-__all__ = ["end", "end_overdue", "renew"]
+__all__ = ["end", "end_overdue", "renew", "undo"]
 
 # Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
 _ALLOWANCE, _RELEASE, _SETTLE = Source.ALLOWANCE, HoldEvent.RELEASE, HoldEvent.SETTLE
@@ -91,6 +92,30 @@ def end(state: State, ask: End, now: float) -> tuple[Receipt, list[Change]]:
     if ask.event is not None:
         changes.append(_event(hold, receipt, ask.event))
     return receipt, changes
+
+
+def undo(state: State, ask: Undo, now: float) -> tuple[bool, list[Change]]:
+    """
+    Take an admission back as if it had not been: a refusal leaves no trace in any counter (DESIGN "Admission").
+
+    False where its call has ended meanwhile: then it was somebody's.
+    """
+    hold = state.holds.get(ask.ask.id)
+    changes: list[Change] = []
+    if hold is not None:
+        if hold.receipt is not None:
+            return False, []
+        _, changes = end(state, End(hold.id, None), now)
+    for limit in ask.ask.limits:
+        counter = state.counters.get(limit.key)
+        if counter is None:
+            continue
+        length = counter.end - counter.start
+        start = counter.start if counter.start <= ask.at else counter.start - length
+        restored = correct(PinnedWindow(limit.key, start, limit.meter, limit.cost), counter, 0)
+        if restored is not None:
+            changes.append((Table.COUNTER, limit.key, restored))
+    return True, changes
 
 
 def _unknown(ask: End, now: float) -> Receipt:

@@ -7,6 +7,7 @@ touches into one, lets the rules decide on it, and writes the changes. Knows no 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
@@ -92,16 +93,17 @@ class Grant(NamedTuple):
     held: int = 0
     expired: int = 0
     begun: bool = True
+    reversed: int = 0
 
     @property
     def free(self) -> int:
-        """What is neither spent, held nor lapsed."""
-        return self.amount - self.settled - self.held - self.expired
+        """What is neither spent, held, lapsed nor taken back."""
+        return self.amount - self.settled - self.held - self.expired - self.reversed
 
     @property
     def is_open(self) -> bool:
         """Whether it can still change by itself: something of it is free or held."""
-        return self.settled + self.expired < self.amount
+        return self.settled + self.expired + self.reversed < self.amount
 
     def moved(self, settled: int = 0, held: int = 0, expired: int = 0) -> Grant:
         """This grant after units moved between its sums. Every call does it, and `_replace` takes thrice as long."""
@@ -120,6 +122,7 @@ class Grant(NamedTuple):
             self.held + held,
             self.expired + expired,
             self.begun,
+            self.reversed,
         )
 
 
@@ -137,8 +140,9 @@ class Hold(NamedTuple):
     Units set aside for one call, and everything its end needs when the process that admitted it is gone.
 
     ``expires_at`` is the heartbeat's deadline: past it the hold is in doubt. ``due_at`` is when the policy may
-    end it. ``group`` names the payer object whose account, ``payer``, pays; ``charge_key`` and
-    ``idempotency_key`` name the rows that wait for this call's end. ``facts`` is what the usage event says of the admission: JSON-safe, without secrets.
+    end it. ``group`` names the payer object whose account, ``payer``, pays; ``charge_key`` and ``idempotency_key``
+    name the rows that wait for this call's end. ``facts`` is what the usage event says of the admission: JSON-safe,
+    without secrets.
     """
 
     id: str
@@ -261,7 +265,11 @@ class IdempotencyKey(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """The ledger lines of an account up to *number*, folded: ``sums`` adds up their amounts by kind (DESIGN 4)."""
+    """
+    The ledger lines of an account up to *number*, folded (DESIGN "Retention").
+
+    ``sums`` is what they did to the account, by name of its sum, so that checkpoint and later lines still prove it.
+    """
 
     payer: str
     unit: str
@@ -316,6 +324,7 @@ class State:
         counters: By key.
         leases: By pool, then by call id.
         entries: New ledger lines by (payer, unit), oldest first.
+        refs: The same by (payer, unit, ref): what refunds and corrections look up.
         events: The outbox, oldest first.
         charge_keys, idempotency_keys: By key.
         checkpoints: By (payer, unit).
@@ -337,6 +346,7 @@ class State:
         "latest",
         "leases",
         "live",
+        "refs",
         "units",
     )
 
@@ -351,6 +361,7 @@ class State:
         self.counters: dict[str, Counter] = {}
         self.leases: dict[str, dict[str, Lease]] = {}
         self.entries: dict[AccountKey, list[Entry]] = {}
+        self.refs: dict[tuple[str, str, str], list[Entry]] = {}
         self.events: dict[str, Event] = {}
         self.charge_keys: dict[str, ChargeKey] = {}
         self.idempotency_keys: dict[str, IdempotencyKey] = {}
@@ -366,6 +377,10 @@ class State:
         """The grant of *account* with this id, open or closed."""
         grant = self.grants.get(account, _NO_GRANTS).get(grant_id)
         return grant or self.closed_grants.get(account, _NO_GRANTS).get(grant_id)
+
+    def lines_of(self, account: AccountKey, ref: str) -> list[Entry]:
+        """The ledger lines of *account* about one call, grant or posting, oldest first."""
+        return self.refs.get((*account, ref), [])
 
     def live_holds(self, account: AccountKey) -> Iterator[Hold]:
         """The holds of *account* that have not ended, in doubt included."""
@@ -433,6 +448,20 @@ def _put_lease(state: State, key: tuple[str, str], row: Lease | None) -> None:
 
 def _put_entry(state: State, key: AccountKey, row: Entry) -> None:
     state.entries.setdefault(key, []).append(row)
+    state.refs.setdefault((*key, row.ref), []).append(row)
+
+
+def _put_checkpoint(state: State, key: AccountKey, row: Checkpoint) -> None:
+    """What is folded is no line any more."""
+    state.checkpoints[key] = row
+    lines = state.entries.get(key, [])
+    folded = bisect_right(lines, row.number, key=attrgetter("number"))
+    for line in lines[:folded]:
+        kept = state.refs[*key, line.ref]
+        kept.remove(line)
+        if not kept:
+            del state.refs[*key, line.ref]
+    del lines[:folded]
 
 
 def _plainly(table: str) -> Any:
@@ -459,6 +488,6 @@ _APPLY: Mapping[str, Any] = {
     Table.EVENT: _plainly("events"),
     Table.CHARGE_KEY: _plainly("charge_keys"),
     Table.IDEMPOTENCY: _plainly("idempotency_keys"),
-    Table.CHECKPOINT: _plainly("checkpoints"),
+    Table.CHECKPOINT: _put_checkpoint,
     Table.UNIT: _plainly("units"),
 }

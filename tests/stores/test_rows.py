@@ -79,6 +79,7 @@ ROWS: dict[str, st.SearchStrategy[Any]] = {
         *[TEXTS] * 2,
         *[AMOUNTS] * 3,
         st.booleans(),
+        AMOUNTS,
     ),
     Table.HOLD: st.builds(
         Hold,

@@ -33,11 +33,12 @@ CREATE TABLE "grant" (
     held INTEGER NOT NULL,
     expired INTEGER NOT NULL,
     begun INTEGER NOT NULL,
+    reversed INTEGER NOT NULL,
     PRIMARY KEY (payer, unit, id)
 ) WITHOUT ROWID;
 
 -- What admission looks through; spent and lapsed grants pile up beside it without slowing it down.
-CREATE INDEX grant_open ON "grant" (payer, unit) WHERE amount > settled + expired;
+CREATE INDEX grant_open ON "grant" (payer, unit) WHERE amount > settled + expired + reversed;
 
 CREATE TABLE hold (
     position INTEGER PRIMARY KEY,
@@ -83,6 +84,9 @@ CREATE TABLE allowance (
     PRIMARY KEY (payer, unit, name, start)
 ) WITHOUT ROWID;
 
+-- What a sweep forgets.
+CREATE INDEX allowance_past ON allowance ("end") WHERE held = 0;
+
 CREATE TABLE counter (
     key TEXT NOT NULL PRIMARY KEY,
     start REAL NOT NULL,
@@ -124,6 +128,9 @@ CREATE TABLE entry (
 -- What refunds and corrections look up: the lines of one call, or of one posting.
 CREATE INDEX entry_ref ON entry (payer, unit, ref);
 
+-- What a sweep folds into checkpoints.
+CREATE INDEX entry_at ON entry (at);
+
 CREATE TABLE event (
     position INTEGER PRIMARY KEY,
     id TEXT NOT NULL UNIQUE,
@@ -141,7 +148,7 @@ CREATE TABLE charge_key (
     settled INTEGER NOT NULL
 ) WITHOUT ROWID;
 
-CREATE INDEX charge_key_past ON charge_key ("end");
+CREATE INDEX charge_key_past ON charge_key ("end", key) WHERE members = 0;
 
 CREATE TABLE idempotency (
     key TEXT NOT NULL PRIMARY KEY,
@@ -152,7 +159,7 @@ CREATE TABLE idempotency (
     reply TEXT
 ) WITHOUT ROWID;
 
-CREATE INDEX idempotency_past ON idempotency (expires_at);
+CREATE INDEX idempotency_past ON idempotency (expires_at, key) WHERE receipt IS NOT NULL;
 
 CREATE TABLE checkpoint (
     payer TEXT NOT NULL,
