@@ -18,8 +18,20 @@ from asgi_metering.receipts import Part, Source
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.calendars import pick
 from asgi_metering.rules.hold import HoldState
-from asgi_metering.rules.operations import Admit, AllowanceSource, Grow, LeaseAsk, SourceAsk
-from asgi_metering.rules.state import AllowanceWindow, BucketKey, Change, Hold, Lease, PinnedWindow, State, Table
+from asgi_metering.rules.keys import claim, claimed, live_key, new_key, window_of
+from asgi_metering.rules.operations import Admit, AllowanceSource, Grow, KeyAsk, LeaseAsk, SourceAsk
+from asgi_metering.rules.state import (
+    NEVER,
+    AllowanceWindow,
+    BucketKey,
+    Change,
+    ChargeKey,
+    Hold,
+    Lease,
+    PinnedWindow,
+    State,
+    Table,
+)
 from asgi_metering.rules.windows import Look, look, window_state
 from asgi_metering.sources import WALLET
 
@@ -75,6 +87,9 @@ def admit(state: State, ask: Admit, now: float) -> tuple[Decision, list[Change]]
     stored = state.holds.get(ask.id)
     if stored is not None:
         return _repeat(state, ask, stored, now), []
+    taken_key = claimed(state, ask, now)
+    if taken_key is not None:
+        return taken_key, []
     looks: list[Look] = []
     for limit in ask.limits:
         seen = look(limit, state.counters.get(limit.key), now)
@@ -86,6 +101,8 @@ def admit(state: State, ask: Admit, now: float) -> tuple[Decision, list[Change]]
         return _refused(ask, now, refusal, looks), []
     if not ask.sources and not ask.amount:
         return _admitted(ask, now, None, looks)
+    if ask.charge_key is not None:
+        return _by_key(state, ask, ask.charge_key, looks, now)
     taken = _first_group(state, ask, now)
     if isinstance(taken, _Taken):
         return _admitted(ask, now, taken, looks)
@@ -94,21 +111,64 @@ def admit(state: State, ask: Admit, now: float) -> tuple[Decision, list[Change]]
     return _refused(ask, now, _dry_refusal(ask, taken.refusals, now), looks), []
 
 
+def _by_key(
+    state: State, ask: Admit, wanted: KeyAsk, looks: Sequence[Look], now: float
+) -> tuple[Decision, list[Change]]:
+    """A call of a charge key: the first of its window pays for all, the others join it free (S0.10)."""
+    window = window_of(wanted, now)
+    if window is None:
+        return Decision(ask.id, now, stale_calendar=True), []
+    row = live_key(state, wanted, now)
+    if row is not None:
+        return _join(state, ask, row, looks, now)
+    taken = _first_group(state, ask, now)
+    if isinstance(taken, _Dry):
+        if taken.stale:
+            return Decision(ask.id, now, stale_calendar=True), []
+        return _refused(ask, now, _dry_refusal(ask, taken.refusals, now), looks), []
+    row = new_key(wanted, window, f"{ask.id}:key")
+    hold = _hold(ask, now, taken, looks)
+    # The key's own hold has no deadline: it ends with its calls, and each of those has one.
+    owned = hold._replace(id=row.hold, expires_at=NEVER, due_at=NEVER, windows=(), pools=(), idempotency_key="")
+    member = hold._replace(amount=0, parts=(), charge_key=row.key)
+    changes = [*taken.changes, *_counted(ask, now, looks)]
+    changes += [(Table.HOLD, row.hold, owned), (Table.HOLD, ask.id, member), (Table.CHARGE_KEY, row.key, row)]
+    return _decision(ask, now, taken, looks), changes
+
+
+def _join(state: State, ask: Admit, row: ChargeKey, looks: Sequence[Look], now: float) -> tuple[Decision, list[Change]]:
+    owned = state.holds.get(row.hold)
+    member = _hold(ask, now, None, looks)._replace(charge_key=row.key)
+    if owned is not None:
+        member = member._replace(payer=owned.payer, group=owned.group)
+    changes = _counted(ask, now, looks)
+    changes.append((Table.HOLD, ask.id, member))
+    changes.append((Table.CHARGE_KEY, row.key, row._replace(members=row.members + 1)))
+    seen = _windows(looks, taken=True)
+    return Decision(ask.id, now, windows=seen, payer=member.payer, group=member.group, joined=True), changes
+
+
 def _repeat(state: State, ask: Admit, hold: Hold, now: float) -> Decision:
     """The same id again: the reply was lost, not the decision (S3.15). What is left is told as of now."""
+    if hold.charge_key:
+        owned = state.holds.get(f"{hold.id}:key")
+        if owned is None:
+            return Decision(hold.id, now, payer=hold.payer, group=hold.group, joined=True)
+        hold = owned._replace(id=hold.id)
     if not hold.parts:
         return Decision(hold.id, now)
-    told = {"held": hold.amount, "payer": hold.payer, "group": hold.group}
     part = hold.parts[-1]
     if part.source is not Source.ALLOWANCE:
-        account = state.accounts[hold.payer, hold.unit]
-        return Decision(hold.id, now, available=account.available, source=WALLET, **told)
-    window = state.allowances.get((hold.payer, hold.unit, part.name, part.start))
-    limits = [
-        source.limit for source in ask.sources if isinstance(source, AllowanceSource) and source.name == part.name
-    ]
-    available = limits[0] - window.settled - window.held if limits and window is not None else None
-    return Decision(hold.id, now, available=available, source=part.name, **told)
+        available: int | None = state.accounts[hold.payer, hold.unit].available
+        name = WALLET
+    else:
+        window = state.allowances.get((hold.payer, hold.unit, part.name, part.start))
+        limits = [
+            source.limit for source in ask.sources if isinstance(source, AllowanceSource) and source.name == part.name
+        ]
+        available = limits[0] - window.settled - window.held if limits and window is not None else None
+        name = part.name
+    return Decision(hold.id, now, None, hold.amount, available, name, payer=hold.payer, group=hold.group)
 
 
 def _full_pool(state: State, leases: Sequence[LeaseAsk], now: float) -> Refusal | None:
@@ -326,28 +386,45 @@ def _windows(looks: Sequence[Look], taken: bool) -> tuple[WindowState, ...]:
 
 
 def _admitted(ask: Admit, now: float, taken: _Taken | None, looks: Sequence[Look]) -> tuple[Decision, list[Change]]:
-    changes = taken.changes if taken is not None else []
-    pinned = []
-    for seen in looks:
-        counter, limit = seen.counter, seen.ask
-        changes.append((Table.COUNTER, limit.key, counter))
-        if limit.meter != "requests":
-            pinned.append(PinnedWindow(limit.key, counter.start, limit.meter, limit.cost))
-    expires_at = now + ask.ttl_s
+    changes = _counted(ask, now, looks)
+    if taken is not None:
+        changes = [*taken.changes, *changes]
+    hold = _hold(ask, now, taken, looks)
+    if taken is not None or hold.pools or hold.windows or hold.idempotency_key:
+        changes.append((Table.HOLD, ask.id, hold))
+    return _decision(ask, now, taken, looks), changes
+
+
+def _counted(ask: Admit, now: float, looks: Sequence[Look]) -> list[Change]:
+    """What every admission takes: of its limits, its slots, and its idempotency key."""
+    changes: list[Change] = [(Table.COUNTER, seen.ask.key, seen.counter) for seen in looks]
     for lease in ask.leases:
-        changes.append((Table.LEASE, (lease.pool, ask.id), Lease(lease.pool, ask.id, expires_at)))
-    if taken is not None or ask.leases or pinned:
-        changes.append((Table.HOLD, ask.id, _hold(ask, now, expires_at, taken, tuple(pinned))))
-    seen_windows = _windows(looks, taken=True)
+        changes.append((Table.LEASE, (lease.pool, ask.id), Lease(lease.pool, ask.id, now + ask.ttl_s)))
+    if ask.idempotency is not None:
+        changes.append(claim(ask.idempotency, ask.id, now))
+    return changes
+
+
+def _decision(ask: Admit, now: float, taken: _Taken | None, looks: Sequence[Look]) -> Decision:
+    seen = _windows(looks, taken=True)
     if taken is None:
-        return Decision(ask.id, now, windows=seen_windows), changes
-    decision = Decision(
-        ask.id, now, None, taken.amount, taken.available, taken.name, seen_windows, False, taken.payer, taken.group
+        return Decision(ask.id, now, windows=seen)
+    return Decision(ask.id, now, None, taken.amount, taken.available, taken.name, seen, False, taken.payer, taken.group)
+
+
+def _pinned(looks: Sequence[Look]) -> tuple[PinnedWindow, ...]:
+    """The windows that the end of the call corrects."""
+    return tuple(
+        [
+            PinnedWindow(seen.ask.key, seen.counter.start, seen.ask.meter, seen.ask.cost)
+            for seen in looks
+            if seen.ask.meter != "requests"
+        ]
     )
-    return decision, changes
 
 
-def _hold(ask: Admit, now: float, expires_at: float, taken: _Taken | None, pinned: tuple[PinnedWindow, ...]) -> Hold:
+def _hold(ask: Admit, now: float, taken: _Taken | None, looks: Sequence[Look]) -> Hold:
+    expires_at = now + ask.ttl_s
     return Hold(
         ask.id,
         taken.payer if taken is not None else ask.payer,
@@ -363,9 +440,11 @@ def _hold(ask: Admit, now: float, expires_at: float, taken: _Taken | None, pinne
         ask.in_doubt,
         ask.line,
         0,
-        pinned,
+        _pinned(looks),
         tuple([lease.pool for lease in ask.leases]),
         ask.facts,
         None,
         taken.group if taken is not None else "",
+        "",
+        ask.idempotency.key if ask.idempotency is not None else "",
     )

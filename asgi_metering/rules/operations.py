@@ -25,6 +25,8 @@ __all__ = [
     "Emit",
     "End",
     "Grow",
+    "IdempotencyAsk",
+    "KeyAsk",
     "LeaseAsk",
     "LimitAsk",
     "Operation",
@@ -122,6 +124,36 @@ class AllowanceSource(NamedTuple):
 SourceAsk: TypeAlias = WalletSource | AllowanceSource
 
 
+class KeyAsk(NamedTuple):
+    """
+    Charge once for all calls that bring this key within a window (S0.3, S0.10).
+
+    Attributes:
+        key: Scoped to what it counts for, and hashed where it is personal.
+        boundaries: Of a calendar window: four instants around the caller's time. Empty for one that rolls.
+        window_s: Seconds that a rolling window lasts from the first call on.
+    """
+
+    key: str
+    boundaries: tuple[float, ...] = ()
+    window_s: float = 0.0
+
+
+class IdempotencyAsk(NamedTuple):
+    """
+    Run one request of this key, and answer its repeats from what it did (DESIGN "Idempotency").
+
+    Attributes:
+        key: Scoped to payer and route, and hashed.
+        fingerprint: Of the request: the same key with another one is a mistake.
+        ttl_s: Seconds that the key is remembered.
+    """
+
+    key: str
+    fingerprint: str
+    ttl_s: float = 86_400.0
+
+
 class Admit(NamedTuple):
     """
     Ask to run one call. All of it is decided in one step, all or nothing.
@@ -137,6 +169,8 @@ class Admit(NamedTuple):
         grace_s: Seconds in doubt before the policy may end it.
         in_doubt: Basis on which the policy ends it: observed, hold or none.
         facts: What the usage event says of the admission: JSON-safe, without secrets.
+        charge_key: Charge once for all calls of this key; only with *minimum* equal to *amount*: fixed prices (S0.3).
+        idempotency: Run once, and answer repeats.
     """
 
     id: str
@@ -152,6 +186,8 @@ class Admit(NamedTuple):
     in_doubt: Basis = Basis.OBSERVED
     line: str = ""
     facts: Mapping[str, Any] = {}
+    charge_key: KeyAsk | None = None
+    idempotency: IdempotencyAsk | None = None
 
 
 class Renew(NamedTuple):
@@ -173,6 +209,8 @@ class End(NamedTuple):
         by: Who ends it.
         actual: What weighted limits should have counted, by meter; a meter that is absent stays as it was held.
         event: What the usage event says of the end, over the facts of the admission; None writes no event.
+        failed: The call did not do its work. If it charges nothing either, its idempotency key is free again.
+        reply: What a repeat under its idempotency key is answered with, if that was kept.
     """
 
     id: str
@@ -182,6 +220,8 @@ class End(NamedTuple):
     by: EndedBy = EndedBy.CALL
     actual: Mapping[str, int] = {}
     event: Mapping[str, Any] | None = None
+    failed: bool = False
+    reply: Mapping[str, Any] | None = None
 
 
 class PostGrant(NamedTuple):

@@ -13,7 +13,9 @@ from typing import Any
 from asgi_metering.amounts import check_parts
 from asgi_metering.receipts import Basis, EndedBy, EntryKind, Part, Receipt, Source
 from asgi_metering.rules.book import Book
+from asgi_metering.rules.charging import basis_of, charge
 from asgi_metering.rules.hold import HoldEvent, next_state
+from asgi_metering.rules.keys import answer_key, end_member
 from asgi_metering.rules.operations import End, Renew, Undo
 from asgi_metering.rules.returning import give_back, move_window
 from asgi_metering.rules.state import (
@@ -84,10 +86,15 @@ def end(state: State, ask: End, now: float) -> tuple[Receipt, list[Change]]:
     target = next_state(hold.state, _RELEASE if ask.amount is None else _SETTLE)
     if target is None:
         return _after_the_end(state, hold, ask, now)
-    receipt, changes = _charge(state, hold, ask, now)
+    if hold.charge_key:
+        receipt, changes = end_member(state, hold, ask, now)
+    else:
+        receipt, changes = charge(state, hold, ask, now)
     changes.append((Table.HOLD, hold.id, hold.ended(target, receipt)))
     for pool in hold.pools:
         changes.append((Table.LEASE, (pool, hold.id), None))
+    if hold.idempotency_key:
+        changes.extend(answer_key(state, hold, ask, receipt))
     _correct_windows(state, hold, ask.actual, changes)
     if ask.event is not None:
         changes.append(_event(hold, receipt, ask.event))
@@ -120,106 +127,6 @@ def undo(state: State, ask: Undo, now: float) -> tuple[bool, list[Change]]:
 
 def _unknown(ask: End, now: float) -> Receipt:
     return Receipt(ask.id, "", "", 0, 0, Basis.NONE, False, ask.by, (), None, now, None, applied=False, known=False)
-
-
-def _charge(state: State, hold: Hold, ask: End, now: float) -> tuple[Receipt, list[Change]]:
-    """
-    Turn the held parts into spending in their order, and give back the rest from the last part backwards.
-
-    What exceeds them is paid by the source of the last part, above its limit or as debt if need be (S3.7).
-    """
-    amount = ask.amount or 0
-    basis = _basis(ask)
-    changes: list[Change] = []
-    if not hold.parts and not amount:
-        # A lease alone, or nothing was set aside: no account changes.
-        return _receipt(hold, ask, basis, 0, (), None, now, None), changes
-    book = Book(state, (hold.payer, hold.unit), now)
-    parts = _consume(state, book, hold, amount, changes)
-    number = None
-    if amount:
-        number = book.write(
-            EntryKind.SETTLE,
-            amount,
-            hold.id,
-            line=hold.line,
-            basis=basis,
-            estimated=ask.estimated,
-            parts=parts,
-        )
-    changes.extend(book.changes())
-    allowance_only = bool(hold.parts) and all(part.source is _ALLOWANCE for part in hold.parts)
-    available = None if allowance_only else book.available
-    return _receipt(hold, ask, basis, amount, parts, available, now, number), changes
-
-
-def _consume(state: State, book: Book, hold: Hold, amount: int, changes: list[Change]) -> tuple[Part, ...]:
-    """Where the charge came from: allowances one by one, the wallet's parts together, in the order of the hold."""
-    spent: list[Part] = []
-    left = amount
-    at, parts = 0, hold.parts
-    while at < len(parts):
-        if parts[at].source is _ALLOWANCE:
-            end = at + 1
-        else:
-            end = next((i for i in range(at, len(parts)) if parts[i].source is _ALLOWANCE), len(parts))
-        run = parts[at:end]
-        take = left if end == len(parts) else min(left, sum(part.amount for part in run))
-        left -= take
-        if run[0].source is _ALLOWANCE:
-            spent.extend(_charge_allowance(state, run[0], hold, take, changes))
-        else:
-            spent.extend(book.settle(run, take))
-        at = end
-    if left:
-        spent.extend(book.settle((), left))
-    return tuple(spent)
-
-
-def _basis(ask: End) -> Basis:
-    return Basis.NONE if ask.amount is None else ask.basis
-
-
-def _receipt(
-    hold: Hold,
-    ask: End,
-    basis: Basis,
-    amount: int,
-    parts: tuple[Part, ...],
-    available: int | None,
-    now: float,
-    number: int | None,
-) -> Receipt:
-    return Receipt(
-        hold.id,
-        hold.payer,
-        hold.unit,
-        amount,
-        hold.amount,
-        basis,
-        ask.estimated,
-        ask.by,
-        parts,
-        available,
-        now,
-        number,
-    )
-
-
-def _charge_allowance(state: State, part: Part, hold: Hold, amount: int, changes: list[Change]) -> tuple[Part, ...]:
-    """The charge goes to the window pinned at admission, above its limit if need be; the rest is free again."""
-    key = (hold.payer, hold.unit, part.name, part.start)
-    window = state.allowances.get(key)
-    if window is None:
-        raise AssertionError(f"hold {hold.id!r} names allowance window {key!r}, which is gone")
-    changes.append(
-        (
-            Table.ALLOWANCE,
-            key,
-            window._replace(held=window.held - part.amount, settled=window.settled + amount),
-        )
-    )
-    return (part._replace(amount=amount),) if amount else ()
 
 
 def _correct_windows(state: State, hold: Hold, actual: Mapping[str, int], changes: list[Change]) -> None:
@@ -271,6 +178,10 @@ def _after_the_end(state: State, hold: Hold, ask: End, now: float) -> tuple[Rece
         if told is not None:
             known = {**hold.facts, **told}.get("attributes", {})
             told = {**told, "attributes": {**known, "uncharged_amount": actual}}
+    elif hold.charge_key and hold.charge_key in state.charge_keys:
+        # The key's other calls pay for it, or have paid.
+        difference = 0
+        _correct_windows(state, hold, ask.actual, changes)
     else:
         if difference:
             _post_late(state, hold, first, difference, ask, now, changes)
@@ -280,7 +191,7 @@ def _after_the_end(state: State, hold: Hold, ask: End, now: float) -> tuple[Rece
     if told is not None:
         # An event of its own, of the difference only: whoever sums events up has the first one already.
         late = first._replace(
-            id=f"{hold.id}:late", amount=difference, held=0, basis=_basis(ask), estimated=ask.estimated, at=now
+            id=f"{hold.id}:late", amount=difference, held=0, basis=basis_of(ask), estimated=ask.estimated, at=now
         )
         changes.append(_event(hold, late, {**told, "event_of": hold.id}))
     return receipt._replace(applied=False), changes
@@ -300,7 +211,7 @@ def _post_late(
         difference,
         hold.id,
         line=hold.line,
-        basis=_basis(ask),
+        basis=basis_of(ask),
         estimated=ask.estimated,
         parts=parts,
     )
@@ -353,8 +264,11 @@ def _next_due(state: State, account: AccountKey, now: float) -> float:
 def _policy_end(hold: Hold) -> End:
     """How the policy pinned at admission ends a call whose worker is gone."""
     amounts = {Basis.OBSERVED: hold.observed, Basis.HOLD: hold.amount}
-    amount = amounts.get(Basis(hold.in_doubt))
+    amount = amounts.get(Basis(hold.in_doubt)) or None
+    if hold.charge_key and hold.in_doubt == Basis.HOLD:
+        # Its key's hold is what would be charged.
+        amount = 0
     # A call without facts tells no usage event: it was limited, not charged.
     event = {"outcome": "aborted", "reason": "in_doubt"} if hold.facts else None
     # Nothing seen, or the policy charges nothing: given back.
-    return End(hold.id, amount or None, Basis(hold.in_doubt), by=EndedBy.POLICY, event=event)
+    return End(hold.id, amount, Basis(hold.in_doubt), by=EndedBy.POLICY, event=event, failed=amount is None)

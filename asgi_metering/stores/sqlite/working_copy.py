@@ -16,6 +16,7 @@ from typing import Any
 from asgi_metering.receipts import Entry, Part, Source
 from asgi_metering.rules.decide import OVERDUE_PER_ADMISSION, Answer, run
 from asgi_metering.rules.hold import HoldState
+from asgi_metering.rules.keys import key_rows
 from asgi_metering.rules.operations import (
     Acknowledge,
     Admit,
@@ -273,6 +274,18 @@ class WorkingCopy:
         for lease in ask.leases:
             self._load_pool(lease.pool)
         self._load_sources(ask.sources, ask.payer, ask.unit)
+        if ask.idempotency is not None:
+            self._load_plain(Table.IDEMPOTENCY, ask.idempotency.key)
+        if ask.charge_key is not None:
+            for row_key in key_rows(ask.charge_key):
+                self._load_charge_key(row_key)
+
+    def _load_charge_key(self, row_key: str) -> None:
+        """A charge key with the hold that it owns, and what an end of that moves."""
+        self._load_plain(Table.CHARGE_KEY, row_key)
+        row = self._state.charge_keys.get(row_key)
+        if row is not None:
+            self._load_hold_whole(row.hold)
 
     def _load_sources(self, sources: Iterable[SourceAsk], payer: str, unit: str) -> None:
         for source in sources:
@@ -333,8 +346,13 @@ class WorkingCopy:
         return state.lines_of(key, ref)
 
     def _load_account_of(self, hold: Hold) -> None:
-        """What an end of *hold* moves: its account, and the sources of its parts."""
+        """What an end of *hold* moves: its account, the sources of its parts, and the keys that wait for it."""
         key = (hold.payer, hold.unit)
+        if hold.idempotency_key:
+            self._load_plain(Table.IDEMPOTENCY, hold.idempotency_key)
+        if hold.charge_key:
+            self._load_hold(f"{hold.id}:key")
+            self._load_charge_key(hold.charge_key)
         self._load_book(key)
         for part in hold.parts:
             if part.source is Source.ALLOWANCE:
