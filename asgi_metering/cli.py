@@ -24,7 +24,8 @@ from urllib.parse import unquote, urlsplit
 
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.errors import ConfigurationError, MeteringError, MissingExtraError
-from asgi_metering.metering import ALL_FEATURES, Checked, Metering
+from asgi_metering.ledger import Checked
+from asgi_metering.metering import ALL_FEATURES, Metering
 
 __all__ = ["main"]
 

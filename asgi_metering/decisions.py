@@ -7,8 +7,11 @@ Knows nothing of HTTP and nothing of how a decision was reached.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from asgi_metering.receipts import Receipt
 
 __all__ = ["Decision", "Reason", "Refusal", "WindowState"]
 
@@ -33,6 +36,7 @@ class Reason(StrEnum):
     ALLOWANCE = "allowance"
     CREDITS = "insufficient_credits"
     STORE_DOWN = "store_unavailable"
+    ENDED = "call_ended"
 
 
 class WindowState(NamedTuple):
@@ -100,6 +104,11 @@ class Decision(NamedTuple):
         source: Which source pays: ``"wallet"`` or the allowance's name; None when nothing was held.
         windows: Every rate limit that was looked at, in policy order.
         stale_calendar: True when the boundaries sent did not cover the store's time: ask again once, around `now`.
+        payer: Whose account pays; empty when nothing was held.
+        group: Name of the payer object whose account that is; empty for the call's own.
+        joined: Another call of its charge key pays, or has paid.
+        replay: What the first request of its idempotency key did: this one must not run.
+        reply: What that one answered, if it was kept.
     """
 
     id: str
@@ -110,8 +119,13 @@ class Decision(NamedTuple):
     source: str | None = None
     windows: tuple[WindowState, ...] = ()
     stale_calendar: bool = False
+    payer: str = ""
+    group: str = ""
+    joined: bool = False
+    replay: Receipt | None = None
+    reply: Mapping[str, Any] | None = None
 
     @property
     def admitted(self) -> bool:
         """Whether the call may run."""
-        return self.refusal is None and not self.stale_calendar
+        return self.refusal is None and not self.stale_calendar and self.replay is None

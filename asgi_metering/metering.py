@@ -14,12 +14,11 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, Unpack
 
 from asgi_metering.alarms import Alarms
-from asgi_metering.amounts import CREDITS, Amount, Unit
+from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.call import CURRENT, Call, Caller, Opening, Origin
 from asgi_metering.computed import check_sync, is_async
 from asgi_metering.decisions import Decision
@@ -27,17 +26,14 @@ from asgi_metering.errors import ConfigurationError, IdentityError, SettlementEr
 from asgi_metering.events.metrics import Meters
 from asgi_metering.events.sinks import Sink
 from asgi_metering.events.span import annotate_span, current_trace
+from asgi_metering.ledger import Ledger
 from asgi_metering.names import check_key
 from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldPolicy, HoldSize, Price
-from asgi_metering.receipts import Balance, Entry, GrantReceipt
-from asgi_metering.rules.book import Book
-from asgi_metering.rules.conservation import discrepancies
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.ending import Cause
-from asgi_metering.rules.operations import Admit, Operation, PostGrant
-from asgi_metering.rules.state import NEVER, Account, Hold
+from asgi_metering.rules.operations import Admit, Operation
 from asgi_metering.runtime import Runtime
-from asgi_metering.stores.contract import AccountRows, AccountsAfter, EntriesAfter, LiveHolds, Store
+from asgi_metering.stores.contract import Store
 from asgi_metering.stores.urls import store_from_url
 from asgi_metering.upstream.readings import QuotaReadings
 from asgi_metering.usage import TokenUsage
@@ -48,7 +44,7 @@ if TYPE_CHECKING:
 
     from asgi_metering.upstream.client import MeteredTransport, SyncMeteredTransport
 
-__all__ = ["ALL_FEATURES", "Checked", "Metering"]
+__all__ = ["ALL_FEATURES", "Metering"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -61,18 +57,7 @@ Identify: TypeAlias = "Callable[[HTTPConnection], Awaitable[Caller | None] | Cal
 """Who is behind a connection; None is nobody."""
 
 
-class Checked(list[str]):
-    """
-    What `Metering.check` found: a sentence per discrepancy.
-
-    Attributes:
-        accounts: How many accounts were looked at: an empty list proves these.
-    """
-
-    accounts = 0
-
-
-class Metering:
+class Metering(Ledger):
     """
     One metering: a store, who calls, in what unit, and where events go.
 
@@ -218,131 +203,7 @@ class Metering:
     ) -> None:
         await self.stop()
 
-    # -- what operators use --------------------------------------------------------------------------------
-
-    async def grant(
-        self,
-        payer: str,
-        amount: Amount,
-        *,
-        id: str,  # noqa: A002 -- the field's word; a grant has an id as a webhook has
-        unit: Unit | None = None,
-        priority: int = 0,
-        effective_at: datetime | float | None = None,
-        expires_at: datetime | float | None = None,
-        kind: str = "purchased",
-        actor: str = "",
-    ) -> GrantReceipt:
-        """
-        Give *payer* units, once per *id*: the id of the payment or webhook behind it.
-
-        Args:
-            payer: 1 to 255 printable characters. Its account is made by its first grant.
-            amount: Whole units, above 0.
-            id: The same id and body again changes nothing and answers ``applied=False``.
-            unit: The metering's by default.
-            priority: Lower burns first; then soonest expiry, then oldest.
-            effective_at: When it begins: an aware datetime or epoch seconds; now by default.
-            expires_at: When what is left lapses; never by default.
-            kind: A word for the statement: purchased, promotional...
-            actor: Who gave it, for the statement.
-
-        Raises:
-            IdempotencyConflictError: The id exists with another body.
-            AmountError: The amount is no usable amount, or 0.
-            InvalidKeyError: The payer or id cannot be a key.
-            ConfigurationError: It would expire before it begins; a naive datetime; too many live grants; a *unit* that
-                is no `Unit`, or one of a name that is known here with another scale.
-            StoreUnavailableError: No answer came; repeat it with the same id.
-
-        Atomic, one round trip.
-        """
-        counted = self.counted(unit)
-        parts = counted.parts(amount, "grant")
-        if parts == 0:
-            raise ConfigurationError(f"Grant {id!r} of {amount!r} gives nothing. Grant more than 0.")
-        if type(priority) is not int:
-            raise ConfigurationError(f"The priority {priority!r} of grant {id!r} is not an int.")
-        ask = PostGrant(
-            check_key(id, "grant id"),
-            check_key(payer, "payer"),
-            counted.name,
-            parts,
-            priority,
-            None if effective_at is None else _epoch(effective_at, "effective_at"),
-            NEVER if expires_at is None else _epoch(expires_at, "expires_at"),
-            kind,
-            actor,
-        )
-        answer = await self._submit(ask)
-        if not isinstance(answer, GrantReceipt):
-            raise AssertionError(f"a grant was answered with {answer!r}")
-        return answer
-
-    async def balance(self, payer: str, *, unit: Unit | None = None) -> Balance:
-        """
-        What *payer* has, in smallest parts of the unit; zeros for an unknown account. Changes nothing.
-
-        A grant whose time has come or gone since the last operation is counted as of now.
-        """
-        counted = self.counted(unit)
-        await self.start()
-        now, state = await self.store.read(AccountRows(check_key(payer, "payer"), counted.name))
-        account = state.accounts.get((payer, counted.name)) or Account(payer, counted.name)
-        book = Book(state, (payer, counted.name), max(now, account.seen_at))
-        return Balance(
-            payer,
-            counted.name,
-            book.granted,
-            book.settled,
-            book.held,
-            book.expired,
-            book.available,
-            book.debt,
-            now,
-        )
-
-    async def statement(self, payer: str, *, unit: Unit | None = None, after: int = 0) -> AsyncIterator[Entry]:
-        """The lines of *payer*'s ledger above number *after*, oldest first, read page by page."""
-        counted = self.counted(unit)
-        await self.start()
-        while True:
-            _, state = await self.store.read(EntriesAfter(check_key(payer, "payer"), counted.name, after))
-            lines = state.entries.get((payer, counted.name), [])
-            for line in lines:
-                yield line
-            if not lines:
-                return
-            after = lines[-1].number
-
-    async def holds(self, limit: int = 1_000) -> list[Hold]:
-        """Holds that have not ended, oldest first: what is in flight, and what is in doubt."""
-        await self.start()
-        _, state = await self.store.read(LiveHolds(limit))
-        return list(state.holds.values())
-
-    async def check(self) -> Checked:
-        """
-        Prove that the books balance: each account with its allowance windows atomically, the accounts in turn.
-
-        Returns a sentence per discrepancy, and how many accounts were looked at; an empty list is the proof.
-        """
-        await self.start()
-        wrong = Checked()
-        last = ("", "")
-        while True:
-            _, page = await self.store.read(AccountsAfter(*last))
-            if not page.accounts:
-                return wrong
-            for key in sorted(page.accounts):
-                _, rows = await self.store.read(AccountRows(*key))
-                account = rows.accounts.get(key)
-                # The memory store may have forgotten a payer without grants since the page was read.
-                if account is not None:
-                    wrong.accounts += 1
-                    grants = [*rows.grants.get(key, {}).values(), *rows.closed_grants.get(key, {}).values()]
-                    wrong.extend(discrepancies(account, grants, rows.holds.values(), rows.allowances.values()))
-                last = key
+    # -- work outside HTTP ---------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def charge(
@@ -541,6 +402,11 @@ class Metering:
             )
         return unit
 
+    @property
+    def tells(self) -> bool:
+        """Whether anybody wants usage events."""
+        return bool(self.sinks)
+
     async def _submit(self, operation: Operation) -> Answer:
         return await self.runtime().submit(operation, self.end_timeout_s)
 
@@ -659,16 +525,6 @@ def _store_down(given: Mapping[str, StoreDown]) -> Mapping[str, StoreDown]:
             )
         chosen[layer] = answer
     return chosen
-
-
-def _epoch(moment: datetime | float, what: str) -> float:
-    if isinstance(moment, datetime):
-        if moment.tzinfo is None:
-            raise ConfigurationError(f"{what}={moment!r} has no time zone. Give it one: moment.replace(tzinfo=UTC).")
-        return moment.timestamp()
-    if isinstance(moment, bool) or not isinstance(moment, int | float) or not 0 <= moment < NEVER:
-        raise ConfigurationError(f"{what}={moment!r} is neither an aware datetime nor epoch seconds.")
-    return float(moment)
 
 
 def _new_id() -> str:

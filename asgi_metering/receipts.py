@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import NamedTuple
 
-__all__ = ["Balance", "Basis", "EndedBy", "Entry", "EntryKind", "GrantReceipt", "Part", "Receipt", "Source"]
+__all__ = ["Balance", "Basis", "EndedBy", "Entry", "EntryKind", "GrantReceipt", "Part", "Posting", "Receipt", "Source"]
 
 
 class Basis(StrEnum):
@@ -102,6 +102,10 @@ class EntryKind(StrEnum):
     EXPIRE = "expire"
     DEBT_PAYMENT = "debt_payment"
     LATE = "late"
+    REFUND = "refund"
+    CORRECTION = "correction"
+    BACKFILL = "backfill"
+    REVERSAL = "reversal"
 
 
 class Entry(NamedTuple):
@@ -121,7 +125,8 @@ class Entry(NamedTuple):
         estimated: Whether that basis is an estimate.
         available: What the account had after this entry.
         actor: Who did it, where a person or a system said so.
-        parts: Where a charge came from.
+        parts: Where a charge came from; negative amounts went back there.
+        id: Id of the posting, where one was given (refunds, corrections): the same again changes nothing.
     """
 
     payer: str
@@ -137,6 +142,7 @@ class Entry(NamedTuple):
     available: int = 0
     actor: str = ""
     parts: tuple[Part, ...] = ()
+    id: str = ""
 
 
 class GrantReceipt(NamedTuple):
@@ -156,6 +162,34 @@ class GrantReceipt(NamedTuple):
     applied: bool
     paid_debt: int
     available: int
+
+
+class Posting(NamedTuple):
+    """
+    What a refund, a correction, a backfill or the reversal of a grant did.
+
+    Attributes:
+        id: Of the posting.
+        payer, unit: The account.
+        amount: Smallest parts that were charged, or taken back of a grant; negative when they were given back.
+        returned: What of a gift back can be spent again.
+        lapsed: What of it came to a grant or a window that is over.
+        available: What the account has now.
+        at: The store's time, epoch seconds.
+        entry: Number of the ledger line.
+        applied: False when it had been posted before: this is then what it did, as far as the ledger tells.
+    """
+
+    id: str
+    payer: str
+    unit: str
+    amount: int
+    returned: int
+    lapsed: int
+    available: int
+    at: float
+    entry: int
+    applied: bool = True
 
 
 class Balance(NamedTuple):

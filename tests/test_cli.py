@@ -414,7 +414,7 @@ def test_routes_of_what_has_no_route_table(run: Run, audited: str) -> None:
     ("arguments", "sentence"),
     [
         (("grant", "ann", "abc", "--id", "x"), "The grant 'abc' is not a number. Write whole units, such as '0.25'."),
-        (("grant", "ann", "0", "--id", "x"), "Grant 'x' of '0' gives nothing. Grant more than 0."),
+        (("grant", "ann", "0", "--id", "x"), "The grant 'x' of '0' moves nothing. Use an amount above 0."),
         (("grant", "ann", "-5", "--id", "x"), "The grant '-5' is negative. Amounts start at 0."),
         (("grant", "ann", "0.1234567", "--id", "x"), "finer than unit 'credits' counts (6 digits after the point)."),
         (("grant", "", "1", "--id", "x"), "The payer has 0 characters; 1 to 255 are allowed."),

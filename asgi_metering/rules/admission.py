@@ -7,6 +7,8 @@ A refusal comes with no change at all. Does not know why the caller asks, nor ho
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 from asgi_metering.amounts import MAX_AMOUNT
@@ -16,31 +18,54 @@ from asgi_metering.receipts import Part, Source
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.calendars import pick
 from asgi_metering.rules.hold import HoldState
-from asgi_metering.rules.operations import Admit, AllowanceSource, LeaseAsk
-from asgi_metering.rules.state import AllowanceWindow, Change, Hold, Lease, PinnedWindow, State, Table
+from asgi_metering.rules.keys import claim, claimed, live_key, new_key, window_of
+from asgi_metering.rules.operations import Admit, AllowanceSource, Grow, KeyAsk, LeaseAsk, SourceAsk
+from asgi_metering.rules.state import (
+    NEVER,
+    AllowanceWindow,
+    BucketKey,
+    Change,
+    ChargeKey,
+    Hold,
+    Lease,
+    PinnedWindow,
+    State,
+    Table,
+)
 from asgi_metering.rules.windows import Look, look, window_state
 from asgi_metering.sources import WALLET
 
-__all__ = ["admit"]
+__all__ = ["admit", "grow"]
 
 # Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
 _HELD = HoldState.HELD
 
 
 class _Taken(NamedTuple):
-    """What a source gives: where from, how much is left there, and the changes that take it."""
+    """What a group of sources gives: where from, how much is left there, and the changes that take it."""
 
     parts: tuple[Part, ...]
     amount: int
     available: int
     name: str
     changes: list[Change]
+    payer: str
+    group: str
+
+
+class _Offer(NamedTuple):
+    """What one source could give. *refusal* says why it cannot give the least that is asked, if so."""
+
+    source: SourceAsk
+    available: int
+    refusal: Refusal | None
+    window: AllowanceWindow | None = None
 
 
 class _Dry(NamedTuple):
-    """Why a source gives nothing."""
+    """Why a group gives nothing; what none of its sources refuses, its calendar could not tell."""
 
-    refusal: Refusal
+    refusals: list[Refusal]
     stale: bool = False
 
 
@@ -62,6 +87,9 @@ def admit(state: State, ask: Admit, now: float) -> tuple[Decision, list[Change]]
     stored = state.holds.get(ask.id)
     if stored is not None:
         return _repeat(state, ask, stored, now), []
+    taken_key = claimed(state, ask, now)
+    if taken_key is not None:
+        return taken_key, []
     looks: list[Look] = []
     for limit in ask.limits:
         seen = look(limit, state.counters.get(limit.key), now)
@@ -71,30 +99,76 @@ def admit(state: State, ask: Admit, now: float) -> tuple[Decision, list[Change]]
     refusal = _full_pool(state, ask.leases, now) or _spent_limit(looks)
     if refusal is not None:
         return _refused(ask, now, refusal, looks), []
-    if not ask.amount and not ask.sources:
+    if not ask.sources and not ask.amount:
         return _admitted(ask, now, None, looks)
-    taken = _first_source(state, ask, now)
+    if ask.charge_key is not None:
+        return _by_key(state, ask, ask.charge_key, looks, now)
+    taken = _first_group(state, ask, now)
     if isinstance(taken, _Taken):
         return _admitted(ask, now, taken, looks)
     if taken.stale:
         return Decision(ask.id, now, stale_calendar=True), []
-    return _refused(ask, now, taken.refusal, looks), []
+    return _refused(ask, now, _dry_refusal(ask, taken.refusals, now), looks), []
+
+
+def _by_key(
+    state: State, ask: Admit, wanted: KeyAsk, looks: Sequence[Look], now: float
+) -> tuple[Decision, list[Change]]:
+    """A call of a charge key: the first of its window pays for all, the others join it free (S0.10)."""
+    window = window_of(wanted, now)
+    if window is None:
+        return Decision(ask.id, now, stale_calendar=True), []
+    row = live_key(state, wanted, now)
+    if row is not None:
+        return _join(state, ask, row, looks, now)
+    taken = _first_group(state, ask, now)
+    if isinstance(taken, _Dry):
+        if taken.stale:
+            return Decision(ask.id, now, stale_calendar=True), []
+        return _refused(ask, now, _dry_refusal(ask, taken.refusals, now), looks), []
+    row = new_key(wanted, window, f"{ask.id}:key")
+    hold = _hold(ask, now, taken, looks)
+    # The key's own hold has no deadline: it ends with its calls, and each of those has one.
+    owned = hold._replace(id=row.hold, expires_at=NEVER, due_at=NEVER, windows=(), pools=(), idempotency_key="")
+    member = hold._replace(amount=0, parts=(), charge_key=row.key)
+    changes = [*taken.changes, *_counted(ask, now, looks)]
+    changes += [(Table.HOLD, row.hold, owned), (Table.HOLD, ask.id, member), (Table.CHARGE_KEY, row.key, row)]
+    return _decision(ask, now, taken, looks), changes
+
+
+def _join(state: State, ask: Admit, row: ChargeKey, looks: Sequence[Look], now: float) -> tuple[Decision, list[Change]]:
+    owned = state.holds.get(row.hold)
+    member = _hold(ask, now, None, looks)._replace(charge_key=row.key)
+    if owned is not None:
+        member = member._replace(payer=owned.payer, group=owned.group)
+    changes = _counted(ask, now, looks)
+    changes.append((Table.HOLD, ask.id, member))
+    changes.append((Table.CHARGE_KEY, row.key, row._replace(members=row.members + 1)))
+    seen = _windows(looks, taken=True)
+    return Decision(ask.id, now, windows=seen, payer=member.payer, group=member.group, joined=True), changes
 
 
 def _repeat(state: State, ask: Admit, hold: Hold, now: float) -> Decision:
     """The same id again: the reply was lost, not the decision (S3.15). What is left is told as of now."""
+    if hold.charge_key:
+        owned = state.holds.get(f"{hold.id}:key")
+        if owned is None:
+            return Decision(hold.id, now, payer=hold.payer, group=hold.group, joined=True)
+        hold = owned._replace(id=hold.id)
     if not hold.parts:
         return Decision(hold.id, now)
-    part = hold.parts[0]
+    part = hold.parts[-1]
     if part.source is not Source.ALLOWANCE:
-        account = state.accounts[hold.payer, hold.unit]
-        return Decision(hold.id, now, held=hold.amount, available=account.available, source=WALLET)
-    window = state.allowances.get((hold.payer, hold.unit, part.name, part.start))
-    limits = [
-        source.limit for source in ask.sources if isinstance(source, AllowanceSource) and source.name == part.name
-    ]
-    available = limits[0] - window.settled - window.held if limits and window is not None else None
-    return Decision(hold.id, now, held=hold.amount, available=available, source=part.name)
+        available: int | None = state.accounts[hold.payer, hold.unit].available
+        name = WALLET
+    else:
+        window = state.allowances.get((hold.payer, hold.unit, part.name, part.start))
+        limits = [
+            source.limit for source in ask.sources if isinstance(source, AllowanceSource) and source.name == part.name
+        ]
+        available = limits[0] - window.settled - window.held if limits and window is not None else None
+        name = part.name
+    return Decision(hold.id, now, None, hold.amount, available, name, payer=hold.payer, group=hold.group)
 
 
 def _full_pool(state: State, leases: Sequence[LeaseAsk], now: float) -> Refusal | None:
@@ -123,18 +197,64 @@ def _spent_limit(looks: Sequence[Look]) -> Refusal | None:
     return Refusal(Reason.RATE_LIMIT, ask.name, ask.cost, worst.before, 0, ask.limit, retry_after_s=worst.retry_after_s)
 
 
-def _first_source(state: State, ask: Admit, now: float) -> _Taken | _Dry:
-    """Try the sources in order; the first that can pays the whole hold."""
+def _first_group(state: State, ask: Admit, now: float) -> _Taken | _Dry:
+    """Try the payer objects in order; the first whose sources can pay takes the whole call (S0.23)."""
+    sources = ask.sources
     dry: list[Refusal] = []
-    for source in ask.sources:
-        if isinstance(source, AllowanceSource):
-            got = _from_allowance(state, ask, source, now)
-        else:
-            got = _from_wallet(state, ask, now)
+    for (payer, group), members in groupby(sources, key=attrgetter("payer", "group")):
+        got = _from_group(state, ask, payer or ask.payer, group, list(members), now)
         if isinstance(got, _Taken) or got.stale:
             return got
-        dry.append(got.refusal)
-    return _Dry(_dry_refusal(ask, dry, now))
+        dry.extend(got.refusals)
+    return _Dry(dry)
+
+
+def _from_group(
+    state: State, ask: Admit, payer: str, group: str, sources: list[SourceAsk], now: float
+) -> _Taken | _Dry:
+    book = Book(state, (payer, ask.unit), now)
+    refusals: list[Refusal] = []
+    offers: list[_Offer] = []
+    for source in sources:
+        offer = _offer(state, ask, source, book, now)
+        if offer is None:
+            return _Dry(refusals, stale=True)
+        if offer.refusal is None and not source.split:
+            return _take(ask, group, book, [offer], now)
+        offers.append(offer)
+        if offer.refusal is not None:
+            refusals.append(offer.refusal)
+    # Together: what each of them has above zero.
+    if offers and offers[0].source.split and sum(max(0, offer.available) for offer in offers) >= ask.minimum:
+        return _take(ask, group, book, offers, now)
+    return _Dry(refusals)
+
+
+def _take(ask: Admit, group: str, book: Book, offers: list[_Offer], now: float) -> _Taken:
+    """Hold up to the whole amount, of each offer in turn what it has."""
+    parts: list[Part] = []
+    changes: list[Change] = []
+    left, take = ask.amount, 0
+    last = offers[0]
+    for offer in offers:
+        take = min(left, max(0, offer.available))
+        window = offer.window
+        if window is None:
+            parts.extend(book.hold(take))
+        elif take or offer is offers[-1]:
+            # Also of nothing: its window is pinned, for what may be spent beyond the hold.
+            key = (window.payer, window.unit, window.name, window.start)
+            parts.append(Part(Source.ALLOWANCE, window.name, window.start, take))
+            changes.append((Table.ALLOWANCE, key, window._replace(held=window.held + take)))
+        left -= take
+        last = offer
+        if not left:
+            break
+    changes = [*book.changes(now + ask.ttl_s), *changes]
+    amount = ask.amount - left
+    name = WALLET if last.window is None else last.window.name
+    available = book.available if last.window is None else last.available - take
+    return _Taken(tuple(parts), amount, available, name, changes, book.key[0], group)
 
 
 def _dry_refusal(ask: Admit, dry: list[Refusal], now: float) -> Refusal:
@@ -150,59 +270,111 @@ def _dry_refusal(ask: Admit, dry: list[Refusal], now: float) -> Refusal:
     return chosen._replace(transient=transient, resets_at=resets_at, retry_after_s=resets_at - now)
 
 
-def _from_wallet(state: State, ask: Admit, now: float) -> _Taken | _Dry:
-    book = Book(state, (ask.payer, ask.unit), now)
-    available = book.available
-    amount = ask.amount
-    if amount > available:
-        amount = available
-    if amount < ask.minimum:
-        return _Dry(
-            Refusal(
-                Reason.CREDITS,
-                ask.unit,
-                ask.minimum,
-                max(0, available),
-                book.held,
-                transient=available + book.returnable >= ask.minimum,
-            )
+def _offer(state: State, ask: Admit, source: SourceAsk, book: Book, now: float) -> _Offer | None:
+    """What *source* could give; None where its calendar does not cover *now*."""
+    if isinstance(source, AllowanceSource):
+        return _allowance_offer(state, ask, source, book.key[0], now)
+    available = book.available + source.overdraft
+    refusal = None
+    if min(ask.amount, available) < ask.minimum:
+        refusal = Refusal(
+            Reason.CREDITS,
+            ask.unit,
+            ask.minimum,
+            max(0, available),
+            book.held,
+            transient=available + book.returnable >= ask.minimum,
         )
-    parts = book.hold(amount)
-    return _Taken(parts, amount, available - amount, WALLET, book.changes(now + ask.ttl_s))
+    return _Offer(source, available, refusal)
 
 
-def _from_allowance(state: State, ask: Admit, source: AllowanceSource, now: float) -> _Taken | _Dry:
-    edges = pick(source.boundaries, now)
+def _allowance_offer(state: State, ask: Admit, source: AllowanceSource, payer: str, now: float) -> _Offer | None:
+    edges = _window_of(state, source, (payer, ask.unit, source.name), now)
     if edges is None:
-        return _Dry(Refusal(Reason.ALLOWANCE, source.name), stale=True)
+        return None
     start, end = edges
-    key = (ask.payer, ask.unit, source.name, start)
-    window = state.allowances.get(key) or AllowanceWindow(ask.payer, ask.unit, source.name, start, end)
+    window = state.allowances.get((payer, ask.unit, source.name, start))
+    if window is None:
+        window = AllowanceWindow(payer, ask.unit, source.name, start, end)
     available = source.limit - window.settled - window.held
-    amount = min(ask.amount, available)
-    if amount < ask.minimum:
-        return _Dry(
-            Refusal(
-                Reason.ALLOWANCE,
-                source.name,
-                ask.minimum,
-                max(0, available),
-                window.held,
-                source.limit,
-                # The next window helps only if this one could have: not with a cap of 0 (S0.8).
-                resets_at=end if ask.minimum <= source.limit else None,
-                transient=available + window.held >= ask.minimum,
-            )
+    refusal = None
+    if min(ask.amount, available) < ask.minimum:
+        refusal = Refusal(
+            Reason.ALLOWANCE,
+            source.name,
+            ask.minimum,
+            max(0, available),
+            window.held,
+            source.limit,
+            # The next window helps only if this one could have: not with a cap of 0 (S0.8).
+            resets_at=end if ask.minimum <= source.limit else None,
+            transient=available + window.held >= ask.minimum,
         )
-    changes = Book(state, (ask.payer, ask.unit), now).changes(now + ask.ttl_s)
-    changes.append((Table.ALLOWANCE, key, window._replace(held=window.held + amount)))
-    return _Taken(
-        (Part(Source.ALLOWANCE, source.name, start, amount),),
-        amount,
-        available - amount,
-        source.name,
-        changes,
+    return _Offer(source, available, refusal, window)
+
+
+def _window_of(state: State, source: AllowanceSource, bucket: BucketKey, now: float) -> tuple[float, float] | None:
+    """The window that counts now, as (start, end): the calendar's, or the one that rolls (S4.13, S4.14)."""
+    if source.boundaries:
+        return pick(source.boundaries, now)
+    start = state.latest.get(bucket)
+    window = None if start is None else state.allowances[*bucket, start]
+    # Strictly after its end: at the instant itself the old window still counts (S4.13).
+    if window is not None and now <= window.end:
+        return window.start, window.end
+    return now, now + source.window_s
+
+
+def grow(state: State, ask: Grow, now: float) -> tuple[Decision, list[Change]]:
+    """
+    Hold more for a call that runs, from the payer object that pays it (DESIGN "A hold's size"). See `operations.Grow`.
+
+    The decision's *held* is all that is held then. Growing to what is held already changes nothing.
+
+    Raises:
+        AmountError: Not ``0 <= minimum <= to <= MAX_AMOUNT``.
+    """
+    if not 0 <= ask.minimum <= ask.to <= MAX_AMOUNT:
+        raise AmountError(
+            f"Call {ask.id!r} asks to hold {ask.to}, at least {ask.minimum}, smallest parts. Ask for 0 to "
+            f"{MAX_AMOUNT}, and for no more as the least than as the most."
+        )
+    hold = state.holds.get(ask.id)
+    if hold is None or hold.receipt is not None:
+        return Decision(ask.id, now, Refusal(Reason.ENDED, "call")), []
+    account = state.accounts.get((hold.payer, hold.unit))
+    if account is not None and account.seen_at > now:
+        now = account.seen_at
+    if ask.to <= hold.amount:
+        return Decision(ask.id, now, held=hold.amount, payer=hold.payer, group=hold.group), []
+    more = Admit(
+        ask.id,
+        hold.payer,
+        hold.unit,
+        ask.to - hold.amount,
+        max(0, ask.minimum - hold.amount),
+        ttl_s=max(0.0, hold.expires_at - now),
     )
+    taken = _from_group(state, more, hold.payer, hold.group, list(ask.sources), now)
+    if isinstance(taken, _Dry):
+        if taken.stale:
+            return Decision(ask.id, now, stale_calendar=True), []
+        refusal = _dry_refusal(more, taken.refusals, now)
+        return Decision(ask.id, now, refusal, hold.amount, payer=hold.payer, group=hold.group), []
+    grown = hold._replace(amount=hold.amount + taken.amount, parts=_joined(hold.parts, taken.parts))
+    decision = Decision(
+        ask.id, now, None, grown.amount, taken.available, taken.name, payer=hold.payer, group=hold.group
+    )
+    return decision, [*taken.changes, (Table.HOLD, hold.id, grown)]
+
+
+def _joined(parts: tuple[Part, ...], more: tuple[Part, ...]) -> tuple[Part, ...]:
+    """Parts in their order, each place once."""
+    joined = {part[:3]: part for part in parts}
+    for part in more:
+        known = joined.get(part[:3])
+        joined[part[:3]] = part if known is None else known._replace(amount=known.amount + part.amount)
+    return tuple(joined.values())
 
 
 def _refused(ask: Admit, now: float, refusal: Refusal, looks: Sequence[Look]) -> Decision:
@@ -214,28 +386,48 @@ def _windows(looks: Sequence[Look], taken: bool) -> tuple[WindowState, ...]:
 
 
 def _admitted(ask: Admit, now: float, taken: _Taken | None, looks: Sequence[Look]) -> tuple[Decision, list[Change]]:
-    changes = taken.changes if taken is not None else []
-    pinned = []
-    for seen in looks:
-        counter, limit = seen.counter, seen.ask
-        changes.append((Table.COUNTER, limit.key, counter))
-        if limit.meter != "requests":
-            pinned.append(PinnedWindow(limit.key, counter.start, limit.meter, limit.cost))
-    expires_at = now + ask.ttl_s
+    changes = _counted(ask, now, looks)
+    if taken is not None:
+        changes = [*taken.changes, *changes]
+    hold = _hold(ask, now, taken, looks)
+    if taken is not None or hold.pools or hold.windows or hold.idempotency_key:
+        changes.append((Table.HOLD, ask.id, hold))
+    return _decision(ask, now, taken, looks), changes
+
+
+def _counted(ask: Admit, now: float, looks: Sequence[Look]) -> list[Change]:
+    """What every admission takes: of its limits, its slots, and its idempotency key."""
+    changes: list[Change] = [(Table.COUNTER, seen.ask.key, seen.counter) for seen in looks]
     for lease in ask.leases:
-        changes.append((Table.LEASE, (lease.pool, ask.id), Lease(lease.pool, ask.id, expires_at)))
-    if taken is not None or ask.leases or pinned:
-        changes.append((Table.HOLD, ask.id, _hold(ask, now, expires_at, taken, tuple(pinned))))
+        changes.append((Table.LEASE, (lease.pool, ask.id), Lease(lease.pool, ask.id, now + ask.ttl_s)))
+    if ask.idempotency is not None:
+        changes.append(claim(ask.idempotency, ask.id, now))
+    return changes
+
+
+def _decision(ask: Admit, now: float, taken: _Taken | None, looks: Sequence[Look]) -> Decision:
+    seen = _windows(looks, taken=True)
     if taken is None:
-        return Decision(ask.id, now, windows=_windows(looks, taken=True)), changes
-    decision = Decision(ask.id, now, None, taken.amount, taken.available, taken.name, _windows(looks, taken=True))
-    return decision, changes
+        return Decision(ask.id, now, windows=seen)
+    return Decision(ask.id, now, None, taken.amount, taken.available, taken.name, seen, False, taken.payer, taken.group)
 
 
-def _hold(ask: Admit, now: float, expires_at: float, taken: _Taken | None, pinned: tuple[PinnedWindow, ...]) -> Hold:
+def _pinned(looks: Sequence[Look]) -> tuple[PinnedWindow, ...]:
+    """The windows that the end of the call corrects."""
+    return tuple(
+        [
+            PinnedWindow(seen.ask.key, seen.counter.start, seen.ask.meter, seen.ask.cost)
+            for seen in looks
+            if seen.ask.meter != "requests"
+        ]
+    )
+
+
+def _hold(ask: Admit, now: float, taken: _Taken | None, looks: Sequence[Look]) -> Hold:
+    expires_at = now + ask.ttl_s
     return Hold(
         ask.id,
-        ask.payer,
+        taken.payer if taken is not None else ask.payer,
         ask.unit,
         taken.amount if taken is not None else 0,
         taken.parts if taken is not None else (),
@@ -248,7 +440,11 @@ def _hold(ask: Admit, now: float, expires_at: float, taken: _Taken | None, pinne
         ask.in_doubt,
         ask.line,
         0,
-        pinned,
+        _pinned(looks),
         tuple([lease.pool for lease in ask.leases]),
         ask.facts,
+        None,
+        taken.group if taken is not None else "",
+        "",
+        ask.idempotency.key if ask.idempotency is not None else "",
     )

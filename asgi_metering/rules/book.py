@@ -137,7 +137,11 @@ class Book:
     # -- moving units --------------------------------------------------------------------------------------
 
     def hold(self, amount: int) -> tuple[Part, ...]:
-        """Set *amount* aside, over the grants in burn order. The caller has checked that it is available."""
+        """
+        Set *amount* aside, over the grants in burn order; what they do not have is held as debt to come.
+
+        The caller has checked that it is available, or may be overdrawn.
+        """
         parts = []
         left = amount
         for grant in self._spendable():
@@ -149,6 +153,8 @@ class Book:
             left -= take
             if not left:
                 break
+        if left:
+            parts.append(Part(_DEBT, "", 0.0, left))
         self.held += amount
         return tuple(parts)
 
@@ -166,6 +172,11 @@ class Book:
             if take > left:
                 take = left
             left -= take
+            if part.source is _DEBT:
+                # Nothing is behind it: it is spent like what no hold covered.
+                self.held -= part.amount
+                left += take
+                continue
             self._unhold(part, take)
             if take:
                 spent.append(part if take == part.amount else part._replace(amount=take))
@@ -251,6 +262,26 @@ class Book:
             self.expired += lapsed
             self.write(EntryKind.EXPIRE, lapsed, grant.id)
 
+    def reverse(self, grant_id: str) -> int:
+        """
+        Take a grant back: its free units go, its spent ones become debt. Returns how many.
+
+        What is held of it stays with its holds, and lapses when they give it back.
+        """
+        grant = self._grant(grant_id)
+        spent, free = grant.settled, grant.free
+        taken = spent + free
+        self._touched[grant_id] = grant._replace(
+            settled=0, reversed=taken, expires_at=min(grant.expires_at, self.now), begun=True
+        )
+        if grant.begun:
+            self.granted -= taken
+        self.debt += spent
+        self._is_rescheduled = True
+        if self.debt:
+            self._repay()
+        return taken
+
     def add(self, grant: Grant) -> int:
         """Take in a new grant; what it pays of the debt is returned."""
         self._touched[grant.id] = grant
@@ -286,6 +317,7 @@ class Book:
         estimated: bool = False,
         actor: str = "",
         parts: tuple[Part, ...] = (),
+        id: str = "",  # noqa: A002 -- the field's own name
     ) -> int:
         """Add a ledger line and return its number; the time, and what the account has left, are filled in."""
         self.entries += 1
@@ -304,6 +336,7 @@ class Book:
             self.available,
             actor,
             parts,
+            id,
         )
         self._entries.append(entry)
         return self.entries

@@ -47,12 +47,13 @@ def discrepancies(
 
 
 def _wrong_sums(account: Account, grants: list[Grant], kept: Counter[tuple[Source, str, float]]) -> Iterable[str]:
-    by_holds = sum(amount for (source, _, _), amount in kept.items() if source is Source.GRANT)
+    by_holds = sum(amount for (source, _, _), amount in kept.items() if source is not Source.ALLOWANCE)
+    overdrawn = sum(amount for (source, _, _), amount in kept.items() if source is Source.DEBT)
     sums = {
-        "granted": (account.granted, sum(grant.amount for grant in grants if grant.begun)),
+        "granted": (account.granted, sum(grant.amount - grant.reversed for grant in grants if grant.begun)),
         "settled": (account.settled, sum(grant.settled for grant in grants) + account.debt),
         "expired": (account.expired, sum(grant.expired for grant in grants)),
-        "held by grants": (account.held, sum(grant.held for grant in grants)),
+        "held by grants": (account.held, sum(grant.held for grant in grants) + overdrawn),
         "held by live holds": (account.held, by_holds),
     }
     for what, (stored, proven) in sums.items():
@@ -67,7 +68,7 @@ def _wrong_grants(account: Account, grants: list[Grant], kept: Counter[tuple[Sou
         held = kept[Source.GRANT, grant.id, 0.0]
         if grant.held != held:
             yield f"grant {grant.id!r} keeps {grant.held} for holds that keep {held} of it."
-        if min(grant.settled, grant.held, grant.expired) < 0:
+        if min(grant.settled, grant.held, grant.expired, grant.reversed) < 0:
             yield f"grant {grant.id!r} has a negative sum."
         if grant.free < 0:
             yield f"grant {grant.id!r} is overdrawn by {-grant.free}."

@@ -6,31 +6,45 @@ Every store goes through here: memory on its whole state, a database on the rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from asgi_metering.decisions import Decision
-from asgi_metering.receipts import GrantReceipt, Receipt
-from asgi_metering.rules.admission import admit
+from asgi_metering.receipts import GrantReceipt, Posting, Receipt
+from asgi_metering.rules.admission import admit, grow
+from asgi_metering.rules.corrections import backfill, correct_account, refund, reverse_grant
 from asgi_metering.rules.operations import (
     Acknowledge,
     Admit,
+    Backfill,
     Claim,
+    Correct,
+    Declare,
     Emit,
     End,
+    Grow,
     Operation,
     PostGrant,
+    Preview,
+    Refund,
     Renew,
+    ReverseGrant,
     Sweep,
+    Undo,
 )
 from asgi_metering.rules.posting import post_grant
-from asgi_metering.rules.settlement import end, end_overdue, renew
+from asgi_metering.rules.retention import forgotten
+from asgi_metering.rules.settlement import end, end_overdue, renew, undo
 from asgi_metering.rules.state import AccountKey, Change, Event, State, Table
+from asgi_metering.rules.units import declare
 
 __all__ = ["Answer", "run"]
 
-Answer: TypeAlias = Decision | Receipt | GrantReceipt | bool | int | tuple[Event, ...]
-"""Admit: Decision. End: Receipt. PostGrant: GrantReceipt. Renew: bool. Claim: events. Others: rows touched."""
+Answer: TypeAlias = Decision | Receipt | GrantReceipt | Posting | bool | int | tuple[Event, ...]
+"""
+Admit, Preview, Grow: Decision. End: Receipt. PostGrant: GrantReceipt. Refund, Correct, Backfill, ReverseGrant: Posting.
+Renew, Undo: bool. Claim: events. Others: rows touched.
+"""
 
 OVERDUE_PER_ADMISSION = 20
 """Overdue holds that one admission ends on its way: bounded, so that a crash's aftermath delays nobody for long."""
@@ -54,6 +68,8 @@ def run(state: State, operation: Operation, now: float, written: list[Change]) -
         return _sweep(state, operation, now, written)
     if type(operation) is Admit:
         now = _before_admission(state, operation, now, written)
+    elif type(operation) is Preview:
+        now = _before_admission(state, operation.ask, now, written)
     answer, changes = _RULES[type(operation)](state, operation, now)
     state.apply(changes)
     written.extend(changes)
@@ -73,8 +89,21 @@ def _before_admission(state: State, ask: Admit, now: float, written: list[Change
     return now
 
 
-def _post(state: State, ask: PostGrant, now: float) -> tuple[Answer, list[Change]]:
-    return post_grant(state, ask, _clamped(state, (ask.payer, ask.unit), now))
+_Rule: TypeAlias = Callable[[State, Any, float], tuple[Answer, list[Change]]]
+
+
+def _on_account(rule: Callable[[State, Any, float], tuple[Any, list[Change]]]) -> _Rule:
+    """*rule* at a time that its account has not seen a later one than."""
+
+    def clamped(state: State, ask: Any, now: float) -> tuple[Answer, list[Change]]:
+        return rule(state, ask, _clamped(state, (ask.payer, ask.unit), now))
+
+    return clamped
+
+
+def _preview(state: State, ask: Preview, now: float) -> tuple[Answer, list[Change]]:
+    decision, _ = admit(state, ask.ask, now)
+    return decision, []
 
 
 def _emit(_: State, ask: Emit, now: float) -> tuple[Answer, list[Change]]:
@@ -102,11 +131,19 @@ def _claim(state: State, ask: Claim, now: float) -> tuple[tuple[Event, ...], lis
 
 
 # By the operation's class: looking it up is cheaper than asking each in turn, for every call twice.
-_RULES: Mapping[type, Callable[[State, Any, float], tuple[Answer, list[Change]]]] = {
+_RULES: Mapping[type, _Rule] = {
     Admit: admit,
     End: end,
     Renew: renew,
-    PostGrant: _post,
+    PostGrant: _on_account(post_grant),
+    Preview: _preview,
+    Undo: undo,
+    Grow: grow,
+    ReverseGrant: _on_account(reverse_grant),
+    Refund: _on_account(refund),
+    Correct: _on_account(correct_account),
+    Backfill: _on_account(backfill),
+    Declare: declare,
     Emit: _emit,
     Claim: _claim,
     Acknowledge: _acknowledge,
@@ -129,28 +166,7 @@ def _sweep(state: State, ask: Sweep, now: float, written: list[Change]) -> int:
         left -= sum(1 for table, _, _ in changes if table == Table.HOLD)
         if not left:
             break
-    for forgotten in (_old_holds(state, ask, now), _dead_leases(state, now), _past_counters(state, now)):
-        changes = [change for change, _ in zip(forgotten, range(ask.limit), strict=False)]
+    for changes in forgotten(state, ask, now):
         state.apply(changes)
         written.extend(changes)
     return len(written) - before
-
-
-def _old_holds(state: State, ask: Sweep, now: float) -> Iterator[Change]:
-    for hold in state.holds.values():
-        if hold.receipt is not None and hold.receipt.at + ask.keep_holds_s <= now:
-            yield (Table.HOLD, hold.id, None)
-
-
-def _dead_leases(state: State, now: float) -> Iterator[Change]:
-    for pool, leases in state.leases.items():
-        for lease in leases.values():
-            if lease.expires_at <= now:
-                yield (Table.LEASE, (pool, lease.id), None)
-
-
-def _past_counters(state: State, now: float) -> Iterator[Change]:
-    """Counters whose window is over, and for sliding ones also the window in which they are the past."""
-    for counter in state.counters.values():
-        if counter.end + (counter.end - counter.start) <= now:
-            yield (Table.COUNTER, counter.key, None)

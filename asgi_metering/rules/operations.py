@@ -18,16 +18,26 @@ __all__ = [
     "Acknowledge",
     "Admit",
     "AllowanceSource",
+    "Backfill",
     "Claim",
+    "Correct",
+    "Declare",
     "Emit",
     "End",
+    "Grow",
+    "IdempotencyAsk",
+    "KeyAsk",
     "LeaseAsk",
     "LimitAsk",
     "Operation",
     "PostGrant",
+    "Preview",
+    "Refund",
     "Renew",
+    "ReverseGrant",
     "SourceAsk",
     "Sweep",
+    "Undo",
     "WalletSource",
     "WindowKind",
 ]
@@ -76,18 +86,72 @@ class LeaseAsk(NamedTuple):
 
 
 class WalletSource(NamedTuple):
-    """Pay from the grants of the call's account."""
+    """
+    Pay from the grants of an account.
+
+    Attributes:
+        overdraft: Smallest parts that may be held beyond what is there; they become debt when they are spent.
+        payer: The account; empty is the call's own.
+        group: Name of the payer object that this source belongs to; neighbours with equal *payer* and *group* are one.
+        split: Its group may pay one hold together; otherwise one source of it pays the whole.
+    """
+
+    overdraft: int = 0
+    payer: str = ""
+    group: str = ""
+    split: bool = False
 
 
 class AllowanceSource(NamedTuple):
-    """Pay from the allowance *name*: *limit* smallest parts per window, whose *boundaries* are four instants."""
+    """
+    Pay from the allowance *name*: *limit* smallest parts per window.
+
+    Attributes:
+        boundaries: Of a calendar window: four instants around the caller's time. Empty for a window that rolls.
+        window_s: Seconds that a rolling window lasts; the first use after the last one's end begins it (S4.13).
+        payer, group, split: As of `WalletSource`.
+    """
 
     name: str
     limit: int
-    boundaries: tuple[float, ...]
+    boundaries: tuple[float, ...] = ()
+    window_s: float = 0.0
+    payer: str = ""
+    group: str = ""
+    split: bool = False
 
 
 SourceAsk: TypeAlias = WalletSource | AllowanceSource
+
+
+class KeyAsk(NamedTuple):
+    """
+    Charge once for all calls that bring this key within a window (S0.3, S0.10).
+
+    Attributes:
+        key: Scoped to what it counts for, and hashed where it is personal.
+        boundaries: Of a calendar window: four instants around the caller's time. Empty for one that rolls.
+        window_s: Seconds that a rolling window lasts from the first call on.
+    """
+
+    key: str
+    boundaries: tuple[float, ...] = ()
+    window_s: float = 0.0
+
+
+class IdempotencyAsk(NamedTuple):
+    """
+    Run one request of this key, and answer its repeats from what it did (DESIGN "Idempotency").
+
+    Attributes:
+        key: Scoped to payer and route, and hashed.
+        fingerprint: Of the request: the same key with another one is a mistake.
+        ttl_s: Seconds that the key is remembered.
+    """
+
+    key: str
+    fingerprint: str
+    ttl_s: float = 86_400.0
 
 
 class Admit(NamedTuple):
@@ -99,12 +163,14 @@ class Admit(NamedTuple):
         payer, unit: The account.
         amount: Smallest parts to hold. 0 with *sources* holds nothing and pins who pays for what will be measured.
         minimum: Admit from here on, holding what is there; equal to *amount* without ``up_to``.
-        sources: Tried in order; the first that can pays the whole hold.
+        sources: Tried group by group in order (S0.19); see `WalletSource` for what a group is.
         limits, leases: What else must have room.
         ttl_s: Seconds that the hold lives without a heartbeat.
         grace_s: Seconds in doubt before the policy may end it.
         in_doubt: Basis on which the policy ends it: observed, hold or none.
         facts: What the usage event says of the admission: JSON-safe, without secrets.
+        charge_key: Charge once for all calls of this key; only with *minimum* equal to *amount*: fixed prices (S0.3).
+        idempotency: Run once, and answer repeats.
     """
 
     id: str
@@ -120,6 +186,8 @@ class Admit(NamedTuple):
     in_doubt: Basis = Basis.OBSERVED
     line: str = ""
     facts: Mapping[str, Any] = {}
+    charge_key: KeyAsk | None = None
+    idempotency: IdempotencyAsk | None = None
 
 
 class Renew(NamedTuple):
@@ -141,6 +209,8 @@ class End(NamedTuple):
         by: Who ends it.
         actual: What weighted limits should have counted, by meter; a meter that is absent stays as it was held.
         event: What the usage event says of the end, over the facts of the admission; None writes no event.
+        failed: The call did not do its work. If it charges nothing either, its idempotency key is free again.
+        reply: What a repeat under its idempotency key is answered with, if that was kept.
     """
 
     id: str
@@ -150,6 +220,8 @@ class End(NamedTuple):
     by: EndedBy = EndedBy.CALL
     actual: Mapping[str, int] = {}
     event: Mapping[str, Any] | None = None
+    failed: bool = False
+    reply: Mapping[str, Any] | None = None
 
 
 class PostGrant(NamedTuple):
@@ -185,15 +257,150 @@ class Acknowledge(NamedTuple):
     ids: tuple[str, ...]
 
 
+class Undo(NamedTuple):
+    """
+    Take back an admission whose caller never learned of it: everything, what it counted of every limit included.
+
+    Attributes:
+        ask: What was admitted.
+        at: The time of that decision, so that its own windows are given back and no others.
+    """
+
+    ask: Admit
+    at: float
+
+
+class Preview(NamedTuple):
+    """Decide *ask* without doing it (S0.37). Overdue holds on its way are ended, as an admission would."""
+
+    ask: Admit
+
+
+class Grow(NamedTuple):
+    """
+    Make a live hold larger, from the payer object that pays it.
+
+    Attributes:
+        id: The call's id.
+        to: Smallest parts that shall be held in all: repeated it changes nothing.
+        minimum: What of that will do; equal to *to* for all or nothing.
+        sources: Those of the hold's own payer object, in its order.
+    """
+
+    id: str
+    to: int
+    minimum: int
+    sources: tuple[SourceAsk, ...]
+
+
+class Refund(NamedTuple):
+    """
+    Give back a charge, or a part of it, once per *id*: to its sources, from the last one backwards.
+
+    Attributes:
+        id: Of the posting; the same again changes nothing.
+        call: Whose charge.
+        payer, unit: The account that paid.
+        amount: Smallest parts; None is all that is left of the charge.
+        actor: Who decided it.
+        event: What a usage event says of it; None writes none.
+    """
+
+    id: str
+    call: str
+    payer: str
+    unit: str
+    amount: int | None = None
+    actor: str = ""
+    event: Mapping[str, Any] | None = None
+
+
+class Correct(NamedTuple):
+    """
+    Charge more, or less, than was charged, once per *id*.
+
+    Attributes:
+        id: Of the posting.
+        payer, unit: The account.
+        amount: Smallest parts; negative gives back what was spent, and never more than that.
+        line: The billing line.
+        actor: Who decided it.
+        event: As of `Refund`.
+    """
+
+    id: str
+    payer: str
+    unit: str
+    amount: int
+    line: str = ""
+    actor: str = ""
+    event: Mapping[str, Any] | None = None
+
+
+class Backfill(NamedTuple):
+    """Charge for work that was done without an admission, once per *id*; what is not there becomes debt."""
+
+    id: str
+    payer: str
+    unit: str
+    amount: int
+    line: str = ""
+    actor: str = ""
+    event: Mapping[str, Any] | None = None
+
+
+class ReverseGrant(NamedTuple):
+    """
+    Take a grant back, once per *id*: a payment that was charged back.
+
+    What is free of it goes; what was spent becomes debt; what is held stays with its holds, and lapses when they give
+    it back.
+    """
+
+    id: str
+    grant: str
+    payer: str
+    unit: str
+    actor: str = ""
+
+
+class Declare(NamedTuple):
+    """Say which units are counted, as (name, scale). A name with two scales would move every amount of it."""
+
+    units: tuple[tuple[str, int], ...]
+
+
 class Sweep(NamedTuple):
     """
     End what is overdue and forget what is old, at most *limit* rows of each kind.
 
-    *keep_holds_s* is how long ended holds stay, so that a late end still finds its receipt.
+    Attributes:
+        keep_holds_s: How long ended holds stay, so that a late end still finds its receipt.
+        keep_entries_s: How long ledger lines stay; older ones fold into the account's checkpoint.
+        keep_windows_s: How long allowance windows stay after their end.
     """
 
     limit: int = 500
     keep_holds_s: float = 7 * 86_400.0
+    keep_entries_s: float = 400 * 86_400.0
+    keep_windows_s: float = 62 * 86_400.0
 
 
-Operation: TypeAlias = Admit | Renew | End | PostGrant | Emit | Claim | Acknowledge | Sweep
+Operation: TypeAlias = (
+    Admit
+    | Preview
+    | Undo
+    | Grow
+    | Renew
+    | End
+    | PostGrant
+    | ReverseGrant
+    | Refund
+    | Correct
+    | Backfill
+    | Declare
+    | Emit
+    | Claim
+    | Acknowledge
+    | Sweep
+)

@@ -13,8 +13,11 @@ from typing import Any
 from asgi_metering.amounts import check_parts
 from asgi_metering.receipts import Basis, EndedBy, EntryKind, Part, Receipt, Source
 from asgi_metering.rules.book import Book
+from asgi_metering.rules.charging import basis_of, charge
 from asgi_metering.rules.hold import HoldEvent, next_state
-from asgi_metering.rules.operations import End, Renew
+from asgi_metering.rules.keys import answer_key, end_member
+from asgi_metering.rules.operations import End, Renew, Undo
+from asgi_metering.rules.returning import give_back, move_window
 from asgi_metering.rules.state import (
     NEVER,
     AccountKey,
@@ -22,12 +25,13 @@ from asgi_metering.rules.state import (
     Event,
     Hold,
     Lease,
+    PinnedWindow,
     State,
     Table,
 )
 from asgi_metering.rules.windows import correct
 
-__all__ = ["end", "end_overdue", "renew"]
+__all__ = ["end", "end_overdue", "renew", "undo"]
 
 # Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
 _ALLOWANCE, _RELEASE, _SETTLE = Source.ALLOWANCE, HoldEvent.RELEASE, HoldEvent.SETTLE
@@ -82,94 +86,47 @@ def end(state: State, ask: End, now: float) -> tuple[Receipt, list[Change]]:
     target = next_state(hold.state, _RELEASE if ask.amount is None else _SETTLE)
     if target is None:
         return _after_the_end(state, hold, ask, now)
-    receipt, changes = _charge(state, hold, ask, now)
+    if hold.charge_key:
+        receipt, changes = end_member(state, hold, ask, now)
+    else:
+        receipt, changes = charge(state, hold, ask, now)
     changes.append((Table.HOLD, hold.id, hold.ended(target, receipt)))
     for pool in hold.pools:
         changes.append((Table.LEASE, (pool, hold.id), None))
+    if hold.idempotency_key:
+        changes.extend(answer_key(state, hold, ask, receipt))
     _correct_windows(state, hold, ask.actual, changes)
     if ask.event is not None:
         changes.append(_event(hold, receipt, ask.event))
     return receipt, changes
 
 
+def undo(state: State, ask: Undo, now: float) -> tuple[bool, list[Change]]:
+    """
+    Take an admission back as if it had not been: a refusal leaves no trace in any counter (DESIGN "Admission").
+
+    False where its call has ended meanwhile: then it was somebody's.
+    """
+    hold = state.holds.get(ask.ask.id)
+    changes: list[Change] = []
+    if hold is not None:
+        if hold.receipt is not None:
+            return False, []
+        _, changes = end(state, End(hold.id, None), now)
+    for limit in ask.ask.limits:
+        counter = state.counters.get(limit.key)
+        if counter is None:
+            continue
+        length = counter.end - counter.start
+        start = counter.start if counter.start <= ask.at else counter.start - length
+        restored = correct(PinnedWindow(limit.key, start, limit.meter, limit.cost), counter, 0)
+        if restored is not None:
+            changes.append((Table.COUNTER, limit.key, restored))
+    return True, changes
+
+
 def _unknown(ask: End, now: float) -> Receipt:
     return Receipt(ask.id, "", "", 0, 0, Basis.NONE, False, ask.by, (), None, now, None, applied=False, known=False)
-
-
-def _charge(state: State, hold: Hold, ask: End, now: float) -> tuple[Receipt, list[Change]]:
-    """Turn the held parts into spending and give back the rest, by the kind of source that pays."""
-    amount = ask.amount or 0
-    basis = _basis(ask)
-    from_allowance = bool(hold.parts) and hold.parts[0].source is _ALLOWANCE
-    changes: list[Change] = []
-    if not hold.parts and not amount:
-        # A lease alone: no account is behind it.
-        return _receipt(hold, ask, basis, 0, (), None, now, None), changes
-    book = Book(state, (hold.payer, hold.unit), now)
-    if from_allowance:
-        parts = _charge_allowance(state, hold.parts[0], hold, amount, changes)
-    else:
-        parts = book.settle(hold.parts, amount)
-    number = None
-    if amount:
-        number = book.write(
-            EntryKind.SETTLE,
-            amount,
-            hold.id,
-            line=hold.line,
-            basis=basis,
-            estimated=ask.estimated,
-            parts=parts,
-        )
-    changes.extend(book.changes())
-    available = None if from_allowance else book.available
-    return _receipt(hold, ask, basis, amount, parts, available, now, number), changes
-
-
-def _basis(ask: End) -> Basis:
-    return Basis.NONE if ask.amount is None else ask.basis
-
-
-def _receipt(
-    hold: Hold,
-    ask: End,
-    basis: Basis,
-    amount: int,
-    parts: tuple[Part, ...],
-    available: int | None,
-    now: float,
-    number: int | None,
-) -> Receipt:
-    return Receipt(
-        hold.id,
-        hold.payer,
-        hold.unit,
-        amount,
-        hold.amount,
-        basis,
-        ask.estimated,
-        ask.by,
-        parts,
-        available,
-        now,
-        number,
-    )
-
-
-def _charge_allowance(state: State, part: Part, hold: Hold, amount: int, changes: list[Change]) -> tuple[Part, ...]:
-    """The whole charge goes to the window pinned at admission, above its limit if need be."""
-    key = (hold.payer, hold.unit, part.name, part.start)
-    window = state.allowances.get(key)
-    if window is None:
-        raise AssertionError(f"hold {hold.id!r} names allowance window {key!r}, which is gone")
-    changes.append(
-        (
-            Table.ALLOWANCE,
-            key,
-            window._replace(held=window.held - part.amount, settled=window.settled + amount),
-        )
-    )
-    return (part._replace(amount=amount),) if amount else ()
 
 
 def _correct_windows(state: State, hold: Hold, actual: Mapping[str, int], changes: list[Change]) -> None:
@@ -221,6 +178,10 @@ def _after_the_end(state: State, hold: Hold, ask: End, now: float) -> tuple[Rece
         if told is not None:
             known = {**hold.facts, **told}.get("attributes", {})
             told = {**told, "attributes": {**known, "uncharged_amount": actual}}
+    elif hold.charge_key and hold.charge_key in state.charge_keys:
+        # The key's other calls pay for it, or have paid.
+        difference = 0
+        _correct_windows(state, hold, ask.actual, changes)
     else:
         if difference:
             _post_late(state, hold, first, difference, ask, now, changes)
@@ -230,7 +191,7 @@ def _after_the_end(state: State, hold: Hold, ask: End, now: float) -> tuple[Rece
     if told is not None:
         # An event of its own, of the difference only: whoever sums events up has the first one already.
         late = first._replace(
-            id=f"{hold.id}:late", amount=difference, held=0, basis=_basis(ask), estimated=ask.estimated, at=now
+            id=f"{hold.id}:late", amount=difference, held=0, basis=basis_of(ask), estimated=ask.estimated, at=now
         )
         changes.append(_event(hold, late, {**told, "event_of": hold.id}))
     return receipt._replace(applied=False), changes
@@ -241,28 +202,29 @@ def _post_late(
 ) -> None:
     """Charge or give back what the automatic end got wrong, as an entry of its own; the first receipt stays."""
     book = Book(state, (hold.payer, hold.unit), now)
-    source = hold.parts[0] if hold.parts else None
-    parts: tuple[Part, ...] = ()
-    if source is not None and source.source is _ALLOWANCE:
-        parts = (source._replace(amount=difference),)
-        key = (hold.payer, hold.unit, source.name, source.start)
-        window = state.allowances.get(key)
-        if window is not None:
-            changes.append((Table.ALLOWANCE, key, window._replace(settled=window.settled + difference)))
-    elif difference > 0:
-        parts = tuple(book.spend(difference))
+    if difference > 0:
+        parts = tuple(_spend_late(state, hold, book, difference, changes))
     else:
-        book.give_back(first.parts, -difference)
+        parts = tuple(give_back(state, book, first.parts, -difference, changes))
     book.write(
         EntryKind.LATE,
         difference,
         hold.id,
         line=hold.line,
-        basis=_basis(ask),
+        basis=basis_of(ask),
         estimated=ask.estimated,
         parts=parts,
     )
     changes.extend(book.changes())
+
+
+def _spend_late(state: State, hold: Hold, book: Book, amount: int, changes: list[Change]) -> list[Part]:
+    """What exceeds a charge is paid by the source of its last part, as at a settlement."""
+    last = hold.parts[-1] if hold.parts else None
+    if last is None or last.source is not _ALLOWANCE:
+        return book.spend(amount)
+    move_window(state, book, last, amount, changes)
+    return [last._replace(amount=amount)]
 
 
 # -- ends by time ------------------------------------------------------------------------------------------
@@ -302,8 +264,11 @@ def _next_due(state: State, account: AccountKey, now: float) -> float:
 def _policy_end(hold: Hold) -> End:
     """How the policy pinned at admission ends a call whose worker is gone."""
     amounts = {Basis.OBSERVED: hold.observed, Basis.HOLD: hold.amount}
-    amount = amounts.get(Basis(hold.in_doubt))
+    amount = amounts.get(Basis(hold.in_doubt)) or None
+    if hold.charge_key and hold.in_doubt == Basis.HOLD:
+        # Its key's hold is what would be charged.
+        amount = 0
     # A call without facts tells no usage event: it was limited, not charged.
     event = {"outcome": "aborted", "reason": "in_doubt"} if hold.facts else None
     # Nothing seen, or the policy charges nothing: given back.
-    return End(hold.id, amount or None, Basis(hold.in_doubt), by=EndedBy.POLICY, event=event)
+    return End(hold.id, amount, Basis(hold.in_doubt), by=EndedBy.POLICY, event=event, failed=amount is None)

@@ -7,7 +7,9 @@ touches into one, lets the rules decide on it, and writes the changes. Knows no 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
 from asgi_metering.receipts import Entry, Part, Receipt
@@ -19,11 +21,16 @@ __all__ = [
     "AccountKey",
     "AllowanceKey",
     "AllowanceWindow",
+    "BucketKey",
     "Change",
+    "ChargeKey",
+    "Checkpoint",
     "Counter",
+    "DeclaredUnit",
     "Event",
     "Grant",
     "Hold",
+    "IdempotencyKey",
     "Lease",
     "PinnedWindow",
     "State",
@@ -38,6 +45,9 @@ AccountKey: TypeAlias = tuple[str, str]
 
 AllowanceKey: TypeAlias = tuple[str, str, str, float]
 """(payer, unit name, allowance name, start of the window)."""
+
+BucketKey: TypeAlias = tuple[str, str, str]
+"""(payer, unit name, allowance name)."""
 
 
 class Account(NamedTuple):
@@ -83,16 +93,17 @@ class Grant(NamedTuple):
     held: int = 0
     expired: int = 0
     begun: bool = True
+    reversed: int = 0
 
     @property
     def free(self) -> int:
-        """What is neither spent, held nor lapsed."""
-        return self.amount - self.settled - self.held - self.expired
+        """What is neither spent, held, lapsed nor taken back."""
+        return self.amount - self.settled - self.held - self.expired - self.reversed
 
     @property
     def is_open(self) -> bool:
         """Whether it can still change by itself: something of it is free or held."""
-        return self.settled + self.expired < self.amount
+        return self.settled + self.expired + self.reversed < self.amount
 
     def moved(self, settled: int = 0, held: int = 0, expired: int = 0) -> Grant:
         """This grant after units moved between its sums. Every call does it, and `_replace` takes thrice as long."""
@@ -111,6 +122,7 @@ class Grant(NamedTuple):
             self.held + held,
             self.expired + expired,
             self.begun,
+            self.reversed,
         )
 
 
@@ -128,7 +140,9 @@ class Hold(NamedTuple):
     Units set aside for one call, and everything its end needs when the process that admitted it is gone.
 
     ``expires_at`` is the heartbeat's deadline: past it the hold is in doubt. ``due_at`` is when the policy may
-    end it. ``facts`` is what the usage event says of the admission: JSON-safe, without secrets.
+    end it. ``group`` names the payer object whose account, ``payer``, pays; ``charge_key`` and ``idempotency_key``
+    name the rows that wait for this call's end. ``facts`` is what the usage event says of the admission: JSON-safe,
+    without secrets.
     """
 
     id: str
@@ -149,6 +163,9 @@ class Hold(NamedTuple):
     pools: tuple[str, ...] = ()
     facts: Mapping[str, Any] = {}
     receipt: Receipt | None = None
+    group: str = ""
+    charge_key: str = ""
+    idempotency_key: str = ""
 
     def ended(self, state: HoldState, receipt: Receipt) -> Hold:
         """This hold after its end. Every call does it, and `_replace` takes thrice as long."""
@@ -171,6 +188,9 @@ class Hold(NamedTuple):
             self.pools,
             self.facts,
             receipt,
+            self.group,
+            self.charge_key,
+            self.idempotency_key,
         )
 
 
@@ -213,6 +233,58 @@ class Event(NamedTuple):
     claimed_until: float = 0.0
 
 
+class ChargeKey(NamedTuple):
+    """
+    A key that is charged once per window, however many calls bring it (DESIGN "charge_key").
+
+    ``hold`` is the hold that the key owns: it is settled by the first of its members that succeeds, and released when
+    the last of ``members`` leaves without success. ``settled`` keys let calls join free until their window ends.
+    """
+
+    key: str
+    start: float
+    end: float
+    hold: str
+    members: int = 0
+    settled: bool = False
+
+
+class IdempotencyKey(NamedTuple):
+    """
+    One request's ``Idempotency-Key``, claimed by its admission (DESIGN "Idempotency").
+
+    ``receipt`` is None while the call runs, and while it is in doubt; ``reply`` is what a replay sends, if it was kept.
+    """
+
+    key: str
+    fingerprint: str
+    call: str
+    expires_at: float
+    receipt: Receipt | None = None
+    reply: Mapping[str, Any] | None = None
+
+
+class Checkpoint(NamedTuple):
+    """
+    The ledger lines of an account up to *number*, folded (DESIGN "Retention").
+
+    ``sums`` is what they did to the account, by name of its sum, so that checkpoint and later lines still prove it.
+    """
+
+    payer: str
+    unit: str
+    number: int
+    at: float
+    sums: Mapping[str, int]
+
+
+class DeclaredUnit(NamedTuple):
+    """A unit that this store counts in. Its scale is fixed by its first use: another would move every amount."""
+
+    name: str
+    scale: int
+
+
 _NO_GRANTS: Mapping[str, Grant] = {}
 
 
@@ -227,6 +299,10 @@ class Table:
     LEASE = "lease"
     ENTRY = "entry"
     EVENT = "event"
+    CHARGE_KEY = "charge_key"
+    IDEMPOTENCY = "idempotency"
+    CHECKPOINT = "checkpoint"
+    UNIT = "unit"
 
 
 Change: TypeAlias = tuple[str, Any, Any]
@@ -244,23 +320,34 @@ class State:
         holds: By id, ended ones included while they are kept.
         live: Ids of the holds of an account that have not ended.
         allowances: By (payer, unit, name, start).
+        latest: Start of the last window of each allowance, by (payer, unit, name): where a rolling one is found.
         counters: By key.
         leases: By pool, then by call id.
         entries: New ledger lines by (payer, unit), oldest first.
+        refs: The same by (payer, unit, ref): what refunds and corrections look up.
         events: The outbox, oldest first.
+        charge_keys, idempotency_keys: By key.
+        checkpoints: By (payer, unit).
+        units: By name.
     """
 
     __slots__ = (
         "accounts",
         "allowances",
+        "charge_keys",
+        "checkpoints",
         "closed_grants",
         "counters",
         "entries",
         "events",
         "grants",
         "holds",
+        "idempotency_keys",
+        "latest",
         "leases",
         "live",
+        "refs",
+        "units",
     )
 
     def __init__(self) -> None:
@@ -270,10 +357,16 @@ class State:
         self.holds: dict[str, Hold] = {}
         self.live: dict[AccountKey, set[str]] = {}
         self.allowances: dict[AllowanceKey, AllowanceWindow] = {}
+        self.latest: dict[BucketKey, float] = {}
         self.counters: dict[str, Counter] = {}
         self.leases: dict[str, dict[str, Lease]] = {}
         self.entries: dict[AccountKey, list[Entry]] = {}
+        self.refs: dict[tuple[str, str, str], list[Entry]] = {}
         self.events: dict[str, Event] = {}
+        self.charge_keys: dict[str, ChargeKey] = {}
+        self.idempotency_keys: dict[str, IdempotencyKey] = {}
+        self.checkpoints: dict[AccountKey, Checkpoint] = {}
+        self.units: dict[str, DeclaredUnit] = {}
 
     def apply(self, changes: list[Change]) -> None:
         """Make *changes*, in order."""
@@ -284,6 +377,10 @@ class State:
         """The grant of *account* with this id, open or closed."""
         grant = self.grants.get(account, _NO_GRANTS).get(grant_id)
         return grant or self.closed_grants.get(account, _NO_GRANTS).get(grant_id)
+
+    def lines_of(self, account: AccountKey, ref: str) -> list[Entry]:
+        """The ledger lines of *account* about one call, grant or posting, oldest first."""
+        return self.refs.get((*account, ref), [])
 
     def live_holds(self, account: AccountKey) -> Iterator[Hold]:
         """The holds of *account* that have not ended, in doubt included."""
@@ -325,17 +422,15 @@ def _put_hold(state: State, key: str, row: Hold | None) -> None:
 
 
 def _put_allowance(state: State, key: AllowanceKey, row: AllowanceWindow | None) -> None:
+    bucket, start = key[:3], key[3]
     if row is None:
         state.allowances.pop(key, None)
-    else:
-        state.allowances[key] = row
-
-
-def _put_counter(state: State, key: str, row: Counter | None) -> None:
-    if row is None:
-        state.counters.pop(key, None)
-    else:
-        state.counters[key] = row
+        if state.latest.get(bucket) == start:
+            del state.latest[bucket]
+        return
+    state.allowances[key] = row
+    if start >= state.latest.get(bucket, start):
+        state.latest[bucket] = start
 
 
 def _put_lease(state: State, key: tuple[str, str], row: Lease | None) -> None:
@@ -353,13 +448,33 @@ def _put_lease(state: State, key: tuple[str, str], row: Lease | None) -> None:
 
 def _put_entry(state: State, key: AccountKey, row: Entry) -> None:
     state.entries.setdefault(key, []).append(row)
+    state.refs.setdefault((*key, row.ref), []).append(row)
 
 
-def _put_event(state: State, key: str, row: Event | None) -> None:
-    if row is None:
-        state.events.pop(key, None)
-    else:
-        state.events[key] = row
+def _put_checkpoint(state: State, key: AccountKey, row: Checkpoint) -> None:
+    """What is folded is no line any more."""
+    state.checkpoints[key] = row
+    lines = state.entries.get(key, [])
+    folded = bisect_right(lines, row.number, key=attrgetter("number"))
+    for line in lines[:folded]:
+        kept = state.refs[*key, line.ref]
+        kept.remove(line)
+        if not kept:
+            del state.refs[*key, line.ref]
+    del lines[:folded]
+
+
+def _plainly(table: str) -> Any:
+    """How a row is put into a table that is one plain dict, or taken out of it."""
+    rows = attrgetter(table)
+
+    def put(state: State, key: Any, row: Any) -> None:
+        if row is None:
+            rows(state).pop(key, None)
+        else:
+            rows(state)[key] = row
+
+    return put
 
 
 _APPLY: Mapping[str, Any] = {
@@ -367,8 +482,12 @@ _APPLY: Mapping[str, Any] = {
     Table.GRANT: _put_grant,
     Table.HOLD: _put_hold,
     Table.ALLOWANCE: _put_allowance,
-    Table.COUNTER: _put_counter,
+    Table.COUNTER: _plainly("counters"),
     Table.LEASE: _put_lease,
     Table.ENTRY: _put_entry,
-    Table.EVENT: _put_event,
+    Table.EVENT: _plainly("events"),
+    Table.CHARGE_KEY: _plainly("charge_keys"),
+    Table.IDEMPOTENCY: _plainly("idempotency_keys"),
+    Table.CHECKPOINT: _put_checkpoint,
+    Table.UNIT: _plainly("units"),
 }

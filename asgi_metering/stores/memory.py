@@ -138,8 +138,13 @@ def _copy(state: State) -> State:
     copy.holds = dict(state.holds)
     copy.live = {key: set(ids) for key, ids in state.live.items()}
     copy.allowances = dict(state.allowances)
+    copy.latest = dict(state.latest)
     copy.counters = dict(state.counters)
     copy.leases = {pool: dict(rows) for pool, rows in state.leases.items()}
     copy.entries = {key: list(rows) for key, rows in state.entries.items()}
     copy.events = dict(state.events)
+    copy.charge_keys = dict(state.charge_keys)
+    copy.idempotency_keys = dict(state.idempotency_keys)
+    copy.checkpoints = dict(state.checkpoints)
+    copy.units = dict(state.units)
     return copy

@@ -15,7 +15,20 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from asgi_metering.receipts import Entry
-from asgi_metering.rules.state import Account, AllowanceWindow, Counter, Event, Grant, Hold, Lease, Table
+from asgi_metering.rules.state import (
+    Account,
+    AllowanceWindow,
+    ChargeKey,
+    Checkpoint,
+    Counter,
+    DeclaredUnit,
+    Event,
+    Grant,
+    Hold,
+    IdempotencyKey,
+    Lease,
+    Table,
+)
 
 __all__ = ["MAPS", "RowMap"]
 
@@ -207,6 +220,10 @@ MAPS: Mapping[str, RowMap[Any]] = {
         RowMap[Any](Table.LEASE, Lease, ("pool", "id")),
         RowMap[Any](Table.ENTRY, Entry, ("payer", "unit", "number")),
         RowMap[Any](Table.EVENT, Event, ("id",)),
+        RowMap[Any](Table.CHARGE_KEY, ChargeKey, ("key",)),
+        RowMap[Any](Table.IDEMPOTENCY, IdempotencyKey, ("key",)),
+        RowMap[Any](Table.CHECKPOINT, Checkpoint, ("payer", "unit")),
+        RowMap[Any](Table.UNIT, DeclaredUnit, ("name",)),
     )
 }
 """By table name."""

@@ -16,7 +16,7 @@ from asgi_metering.rules.operations import PostGrant, Sweep
 from asgi_metering.rules.state import NEVER, Grant
 from tests.rules.world import World, imbalances, slots, snapshot
 
-GRANT, SETTLE, EXPIRE, DEBT_PAYMENT, LATE = EntryKind
+GRANT, SETTLE, EXPIRE, DEBT_PAYMENT, LATE, *_ = EntryKind
 
 ADA = ("ada", "credits")
 

@@ -16,7 +16,7 @@ from asgi_metering.rules.settlement import end_overdue
 from asgi_metering.rules.state import Lease
 from tests.rules.world import DAY_S, MIDNIGHT, World, fixed, imbalances, sliding, slots, snapshot
 
-GRANT, SETTLE, EXPIRE, DEBT_PAYMENT, LATE = EntryKind
+GRANT, SETTLE, EXPIRE, DEBT_PAYMENT, LATE, *_ = EntryKind
 
 
 def events(world: World) -> dict[str, Any]:
@@ -433,7 +433,7 @@ def test_post_one_late_entry_of_the_difference(actual: int | None, late: int) ->
     line = world.entries()[-1]
     assert (line.kind, line.amount, line.ref, line.line) == (LATE, late, "c", "chat")
     assert line.basis is (Basis.NONE if actual is None else Basis.USAGE)
-    assert line.parts == ((Part(Source.GRANT, "gift", 0.0, late),) if late > 0 else ())
+    assert line.parts == (Part(Source.GRANT, "gift", 0.0, late),)
     before = snapshot(world.state)
     assert world.end("c", 15).late == late
     assert world.end("c", None).late == late

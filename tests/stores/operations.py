@@ -48,7 +48,20 @@ def _days(now: float) -> tuple[float, ...]:
 def _sources(now: float) -> tuple[tuple[Any, ...], ...]:
     free, trial = AllowanceSource("free", 30, _days(now)), AllowanceSource("trial", 12, _days(now - DAY_S))
     wallet = WalletSource()
-    return ((wallet,), (free,), (free, wallet), (trial, free, wallet), (wallet, trial), ())
+    rolls = AllowanceSource("rolls", 25, window_s=2 * DAY_S)
+    ours, theirs = {"payer": "p", "group": "platform"}, {"group": "user"}
+    return (
+        (wallet,),
+        (free,),
+        (free, wallet),
+        (trial, free, wallet),
+        (wallet, trial),
+        (rolls, wallet),
+        (free._replace(split=True), rolls._replace(split=True), WalletSource(overdraft=7, split=True)),
+        (free._replace(**ours), WalletSource(**ours), WalletSource(20, **theirs), rolls._replace(**theirs)),
+        (WalletSource(15),),
+        (),
+    )
 
 
 def _limits(now: float) -> tuple[LimitAsk, ...]:

@@ -17,10 +17,14 @@ from asgi_metering.rules.state import (
     NEVER,
     Account,
     AllowanceWindow,
+    ChargeKey,
+    Checkpoint,
     Counter,
+    DeclaredUnit,
     Event,
     Grant,
     Hold,
+    IdempotencyKey,
     Lease,
     PinnedWindow,
     Table,
@@ -75,6 +79,7 @@ ROWS: dict[str, st.SearchStrategy[Any]] = {
         *[TEXTS] * 2,
         *[AMOUNTS] * 3,
         st.booleans(),
+        AMOUNTS,
     ),
     Table.HOLD: st.builds(
         Hold,
@@ -90,6 +95,7 @@ ROWS: dict[str, st.SearchStrategy[Any]] = {
         POOLS,
         FACTS,
         st.none() | RECEIPTS,
+        *[TEXTS] * 3,
     ),
     Table.ALLOWANCE: st.builds(AllowanceWindow, *[TEXTS] * 3, *[TIMES] * 2, *[AMOUNTS] * 2),
     Table.COUNTER: st.builds(Counter, TEXTS, *[TIMES] * 2, *[AMOUNTS] * 2),
@@ -107,8 +113,15 @@ ROWS: dict[str, st.SearchStrategy[Any]] = {
         AMOUNTS,
         TEXTS,
         PARTS,
+        TEXTS,
     ),
     Table.EVENT: st.builds(Event, TEXTS, TIMES, FACTS, TIMES),
+    Table.CHARGE_KEY: st.builds(ChargeKey, TEXTS, *[TIMES] * 2, TEXTS, AMOUNTS, st.booleans()),
+    Table.IDEMPOTENCY: st.builds(IdempotencyKey, *[TEXTS] * 3, TIMES, st.none() | RECEIPTS, st.none() | FACTS),
+    Table.CHECKPOINT: st.builds(
+        Checkpoint, *[TEXTS] * 2, AMOUNTS, TIMES, st.dictionaries(TEXTS, AMOUNTS, max_size=3)
+    ),
+    Table.UNIT: st.builds(DeclaredUnit, TEXTS, AMOUNTS),
 }
 
 

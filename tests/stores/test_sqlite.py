@@ -599,10 +599,15 @@ def test_run_on_a_damaged_file(path: Path) -> None:
                 await doing
 
     play(path, fill)
-    size = path.stat().st_size
+    with sqlite3.connect(path) as connection:
+        ((size,),) = connection.execute("PRAGMA page_size")
+        roots = [page for (page,) in connection.execute("SELECT rootpage FROM sqlite_schema WHERE rootpage > 1")]
+    connection.close()
+    # Every table's first page, and not what says which tables there are.
     with path.open("r+b") as file:
-        file.seek(4096)
-        file.write(b"\xff" * (size - 4096))
+        for page in roots:
+            file.seek((page - 1) * size)
+            file.write(b"\xff" * size)
     play(path, scene)
 
 

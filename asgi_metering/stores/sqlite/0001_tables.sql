@@ -33,11 +33,12 @@ CREATE TABLE "grant" (
     held INTEGER NOT NULL,
     expired INTEGER NOT NULL,
     begun INTEGER NOT NULL,
+    reversed INTEGER NOT NULL,
     PRIMARY KEY (payer, unit, id)
 ) WITHOUT ROWID;
 
 -- What admission looks through; spent and lapsed grants pile up beside it without slowing it down.
-CREATE INDEX grant_open ON "grant" (payer, unit) WHERE amount > settled + expired;
+CREATE INDEX grant_open ON "grant" (payer, unit) WHERE amount > settled + expired + reversed;
 
 CREATE TABLE hold (
     position INTEGER PRIMARY KEY,
@@ -59,6 +60,9 @@ CREATE TABLE hold (
     pools TEXT NOT NULL,
     facts TEXT NOT NULL,
     receipt TEXT,
+    "group" TEXT NOT NULL,
+    charge_key TEXT NOT NULL,
+    idempotency_key TEXT NOT NULL,
     -- Derived from the receipt: until when an ended hold is kept depends on it.
     ended_at REAL
 );
@@ -79,6 +83,9 @@ CREATE TABLE allowance (
     held INTEGER NOT NULL,
     PRIMARY KEY (payer, unit, name, start)
 ) WITHOUT ROWID;
+
+-- What a sweep forgets.
+CREATE INDEX allowance_past ON allowance ("end") WHERE held = 0;
 
 CREATE TABLE counter (
     key TEXT NOT NULL PRIMARY KEY,
@@ -114,8 +121,15 @@ CREATE TABLE entry (
     available INTEGER NOT NULL,
     actor TEXT NOT NULL,
     parts TEXT NOT NULL,
+    id TEXT NOT NULL,
     PRIMARY KEY (payer, unit, number)
 ) WITHOUT ROWID;
+
+-- What refunds and corrections look up: the lines of one call, or of one posting.
+CREATE INDEX entry_ref ON entry (payer, unit, ref);
+
+-- What a sweep folds into checkpoints.
+CREATE INDEX entry_at ON entry (at);
 
 CREATE TABLE event (
     position INTEGER PRIMARY KEY,
@@ -124,3 +138,39 @@ CREATE TABLE event (
     payload TEXT NOT NULL,
     claimed_until REAL NOT NULL
 );
+
+CREATE TABLE charge_key (
+    key TEXT NOT NULL PRIMARY KEY,
+    start REAL NOT NULL,
+    "end" REAL NOT NULL,
+    hold TEXT NOT NULL,
+    members INTEGER NOT NULL,
+    settled INTEGER NOT NULL
+) WITHOUT ROWID;
+
+CREATE INDEX charge_key_past ON charge_key ("end", key) WHERE members = 0;
+
+CREATE TABLE idempotency (
+    key TEXT NOT NULL PRIMARY KEY,
+    fingerprint TEXT NOT NULL,
+    call TEXT NOT NULL,
+    expires_at REAL NOT NULL,
+    receipt TEXT,
+    reply TEXT
+) WITHOUT ROWID;
+
+CREATE INDEX idempotency_past ON idempotency (expires_at, key) WHERE receipt IS NOT NULL;
+
+CREATE TABLE checkpoint (
+    payer TEXT NOT NULL,
+    unit TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    at REAL NOT NULL,
+    sums TEXT NOT NULL,
+    PRIMARY KEY (payer, unit)
+) WITHOUT ROWID;
+
+CREATE TABLE unit (
+    name TEXT NOT NULL PRIMARY KEY,
+    scale INTEGER NOT NULL
+) WITHOUT ROWID;

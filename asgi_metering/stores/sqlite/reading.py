@@ -66,7 +66,7 @@ def _read_account(found: State, key: AccountKey, rows: Any) -> None:
     found.apply([(Table.GRANT, key, grant) for grant in rows(Table.GRANT, _GRANTS_OF, *key)])
     found.apply([(Table.HOLD, hold.id, hold) for hold in rows(Table.HOLD, _LIVE_HOLDS_OF, *key)])
     for window in rows(Table.ALLOWANCE, _ALLOWANCES_OF, *key):
-        found.allowances[*key, window.name, window.start] = window
+        found.apply([(Table.ALLOWANCE, (*key, window.name, window.start), window)])
 
 
 def _read_table(found: State, table: str, rows: Any) -> None:

@@ -10,23 +10,45 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
-from asgi_metering.receipts import Part, Source
+from asgi_metering.receipts import Entry, Part, Source
 from asgi_metering.rules.decide import OVERDUE_PER_ADMISSION, Answer, run
 from asgi_metering.rules.hold import HoldState
+from asgi_metering.rules.keys import key_rows
 from asgi_metering.rules.operations import (
     Acknowledge,
     Admit,
     AllowanceSource,
+    Backfill,
     Claim,
+    Correct,
+    Declare,
     End,
+    Grow,
     Operation,
     PostGrant,
+    Preview,
+    Refund,
     Renew,
+    ReverseGrant,
+    SourceAsk,
     Sweep,
+    Undo,
 )
-from asgi_metering.rules.state import NEVER, AccountKey, AllowanceKey, Change, Grant, Hold, Lease, State, Table
+from asgi_metering.rules.state import (
+    NEVER,
+    AccountKey,
+    AllowanceKey,
+    BucketKey,
+    Change,
+    Grant,
+    Hold,
+    Lease,
+    State,
+    Table,
+)
 from asgi_metering.stores.rows import MAPS
 from asgi_metering.stores.sqlite.statements import DELETE, INSERT_ENTRY, SELECT, UPDATE_HOLD, UPSERT, select
 
@@ -39,12 +61,30 @@ _encode_entry = MAPS[Table.ENTRY].encode
 
 _OPEN_GRANTS = select(
     Table.GRANT,
-    "INDEXED BY grant_open WHERE payer = ? AND unit = ? AND amount > settled + expired ORDER BY number",
+    "INDEXED BY grant_open WHERE payer = ? AND unit = ? AND amount > settled + expired + reversed ORDER BY number",
 )
 _PAID_GRANTS = select(
     Table.GRANT,
     "WHERE payer = ? AND unit = ? AND settled > 0 ORDER BY priority DESC, expires_at DESC, number DESC",
 )
+_LATEST_WINDOW = select(Table.ALLOWANCE, "WHERE payer = ? AND unit = ? AND name = ? ORDER BY start DESC LIMIT 1")
+_LINES_OF = select(Table.ENTRY, "INDEXED BY entry_ref WHERE payer = ? AND unit = ? AND ref = ? ORDER BY number")
+_DELETE_FOLDED = "DELETE FROM entry WHERE payer = ? AND unit = ? AND number <= ?"
+# As for holds, the first condition is for the index and the second is the rule's own.
+_PAST_WINDOWS = select(
+    Table.ALLOWANCE,
+    'INDEXED BY allowance_past WHERE held = 0 AND "end" <= ?1 - ?2 + 1.0 AND "end" + ?2 <= ?1 '
+    'ORDER BY "end", payer, unit, name, start LIMIT ?3',
+)
+_PAST_CHARGE_KEYS = select(
+    Table.CHARGE_KEY, 'INDEXED BY charge_key_past WHERE members = 0 AND "end" <= ? ORDER BY "end", key LIMIT ?'
+)
+_PAST_IDEMPOTENCY = select(
+    Table.IDEMPOTENCY,
+    "INDEXED BY idempotency_past WHERE receipt IS NOT NULL AND expires_at <= ? ORDER BY expires_at, key LIMIT ?",
+)
+_OLD_ACCOUNTS = "SELECT DISTINCT payer, unit FROM entry INDEXED BY entry_at WHERE at <= ? ORDER BY payer, unit LIMIT ?"
+_OLDEST_LINES = select(Table.ENTRY, "WHERE payer = ? AND unit = ? AND at <= ? ORDER BY number LIMIT ?")
 _LIVE_LEASES = "SELECT id, expires_at FROM lease WHERE pool = ? AND expires_at > ?"
 _DEAD_LEASES = select(Table.LEASE, "WHERE expires_at <= ? ORDER BY expires_at LIMIT ?")
 _OVERDUE_HOLDS = select(
@@ -114,6 +154,7 @@ class WorkingCopy:
             self._version = version
         self._now = now
         self._state.entries.clear()
+        self._state.refs.clear()
         self._state.events.clear()
 
     def run(self, operation: Operation) -> Answer:
@@ -154,6 +195,8 @@ class WorkingCopy:
                 keys.clear()
         for table, rows in self._put.items():
             if rows:
+                if table == Table.CHECKPOINT:
+                    connection.executemany(_DELETE_FOLDED, [row[:3] for row in rows.values()])
                 if table == Table.HOLD:
                     self._write_holds(rows)
                 else:
@@ -181,10 +224,32 @@ class WorkingCopy:
                 self._load_end(operation)
             case Renew():
                 self._load_hold(operation.id)
+            case Preview():
+                self._load_admit(operation.ask)
+            case Undo():
+                self._load_hold_whole(operation.ask.id)
+                for limit in operation.ask.limits:
+                    self._load_counter(limit.key)
+            case Grow():
+                hold = self._load_hold_whole(operation.id)
+                if hold is not None:
+                    self._load_sources(operation.sources, hold.payer, hold.unit)
             case PostGrant():
                 key = (operation.payer, operation.unit)
                 self._load_book(key)
                 self._load_grant(key, operation.id)
+            case ReverseGrant():
+                key = (operation.payer, operation.unit)
+                self._load_book(key)
+                self._load_grant(key, operation.grant)
+                self._load_lines(key, operation.grant)
+            case Refund():
+                self._load_refund(operation)
+            case Correct() | Backfill():
+                self._load_posting(operation)
+            case Declare():
+                for name, _ in operation.units:
+                    self._load_plain(Table.UNIT, name)
             case Claim():
                 self._load_free_events(operation.limit)
             case Acknowledge():
@@ -208,10 +273,26 @@ class WorkingCopy:
             self._load_counter(limit.key)
         for lease in ask.leases:
             self._load_pool(lease.pool)
-        for source in ask.sources:
+        self._load_sources(ask.sources, ask.payer, ask.unit)
+        if ask.idempotency is not None:
+            self._load_plain(Table.IDEMPOTENCY, ask.idempotency.key)
+        if ask.charge_key is not None:
+            for row_key in key_rows(ask.charge_key):
+                self._load_charge_key(row_key)
+
+    def _load_charge_key(self, row_key: str) -> None:
+        """A charge key with the hold that it owns, and what an end of that moves."""
+        self._load_plain(Table.CHARGE_KEY, row_key)
+        row = self._state.charge_keys.get(row_key)
+        if row is not None:
+            self._load_hold_whole(row.hold)
+
+    def _load_sources(self, sources: Iterable[SourceAsk], payer: str, unit: str) -> None:
+        for source in sources:
             if isinstance(source, AllowanceSource):
-                for start in source.boundaries[:-1]:
-                    self._load_allowance((*key, source.name, start))
+                self._load_allowances((source.payer or payer, unit, source.name), source.boundaries)
+            elif source.payer:
+                self._load_book((source.payer, unit))
 
     def _load_end(self, ask: End) -> None:
         hold = self._load_hold(ask.id)
@@ -226,9 +307,52 @@ class WorkingCopy:
             # A late end that gives back.
             self._load_paid((hold.payer, hold.unit), first.parts, first.amount)
 
+    def _load_hold_whole(self, hold_id: str) -> Hold | None:
+        """A hold, and what an end of it moves."""
+        hold = self._load_hold(hold_id)
+        if hold is not None:
+            self._load_account_of(hold)
+        return hold
+
+    def _load_refund(self, ask: Refund) -> None:
+        """The lines of the charge, and where its parts go back to."""
+        key = (ask.payer, ask.unit)
+        self._load_book(key)
+        parts = [part for line in self._load_lines(key, ask.call) for part in line.parts if part.amount > 0]
+        for part in parts:
+            if part.source is Source.ALLOWANCE:
+                self._load_allowance((*key, part.name, part.start))
+        self._load_paid(
+            key, [part for part in parts if part.source is not Source.ALLOWANCE], sum(p.amount for p in parts)
+        )
+
+    def _load_posting(self, ask: Correct | Backfill) -> None:
+        key = (ask.payer, ask.unit)
+        self._load_book(key)
+        self._load_lines(key, ask.id)
+        if ask.amount < 0:
+            self._load_paid(key, (), -ask.amount)
+
+    def _load_lines(self, key: AccountKey, ref: str) -> list[Entry]:
+        """The ledger lines about *ref*: those stored, and those that the batch has written."""
+        self.write()
+        state = self._state
+        known = {line.number for line in state.lines_of(key, ref)}
+        for row in self.connection.execute(_LINES_OF, (*key, ref)):
+            line = MAPS[Table.ENTRY].decode(row)
+            if line.number not in known:
+                state.apply([(Table.ENTRY, key, line)])
+        state.refs.get((*key, ref), []).sort(key=attrgetter("number"))
+        return state.lines_of(key, ref)
+
     def _load_account_of(self, hold: Hold) -> None:
-        """What an end of *hold* moves: its account, and the sources of its parts."""
+        """What an end of *hold* moves: its account, the sources of its parts, and the keys that wait for it."""
         key = (hold.payer, hold.unit)
+        if hold.idempotency_key:
+            self._load_plain(Table.IDEMPOTENCY, hold.idempotency_key)
+        if hold.charge_key:
+            self._load_hold(f"{hold.id}:key")
+            self._load_charge_key(hold.charge_key)
         self._load_book(key)
         for part in hold.parts:
             if part.source is Source.ALLOWANCE:
@@ -291,6 +415,30 @@ class WorkingCopy:
             counter = MAPS[Table.COUNTER].decode(row)
             if self._is_new(Table.COUNTER, counter.key):
                 self._state.counters[counter.key] = counter
+        for row in connection.execute(_PAST_WINDOWS, (now, ask.keep_windows_s, ask.limit)):
+            window = MAPS[Table.ALLOWANCE].decode(row)
+            key = (window.payer, window.unit, window.name, window.start)
+            if self._is_new(Table.ALLOWANCE, key):
+                self._state.apply([(Table.ALLOWANCE, key, window)])
+        for table, query in ((Table.CHARGE_KEY, _PAST_CHARGE_KEYS), (Table.IDEMPOTENCY, _PAST_IDEMPOTENCY)):
+            for row in connection.execute(query, (now, ask.limit)):
+                found = MAPS[table].decode(row)
+                if self._is_new(table, found.key):
+                    self._state.apply([(table, found.key, found)])
+        self._load_old_entries(ask)
+
+    def _load_old_entries(self, ask: Sweep) -> None:
+        """Lines that are old enough to be folded, of the accounts that the rules look at first, and no others."""
+        state, before = self._state, self._now - ask.keep_entries_s
+        state.entries.clear()
+        state.refs.clear()
+        for key in self.connection.execute(_OLD_ACCOUNTS, (before, ask.limit)).fetchall():
+            if self._is_new(Table.CHECKPOINT, key):
+                checkpoint = self._row(Table.CHECKPOINT, key)
+                if checkpoint is not None:
+                    state.checkpoints[key] = checkpoint
+            for row in self.connection.execute(_OLDEST_LINES, (*key, before, ask.limit)):
+                state.apply([(Table.ENTRY, key, MAPS[Table.ENTRY].decode(row))])
 
     def _load_free_events(self, limit: int) -> None:
         """Events nobody has claimed, oldest first, and no others: what the batch appended came last."""
@@ -356,11 +504,23 @@ class WorkingCopy:
         self._state.apply([(Table.HOLD, hold.id, hold)])
         self._stored.add(hold.id)
 
+    def _load_allowances(self, bucket: BucketKey, boundaries: tuple[float, ...]) -> None:
+        """The windows that may count now: those of the calendar, or the last one of an allowance that rolls."""
+        self._load_book(bucket[:2])
+        if boundaries:
+            for start in boundaries[:-1]:
+                self._load_allowance((*bucket, start))
+        elif self._is_new(Table.ALLOWANCE, bucket):
+            for row in self.connection.execute(_LATEST_WINDOW, bucket):
+                window = MAPS[Table.ALLOWANCE].decode(row)
+                if self._is_new(Table.ALLOWANCE, (*bucket, window.start)):
+                    self._state.apply([(Table.ALLOWANCE, (*bucket, window.start), window)])
+
     def _load_allowance(self, key: AllowanceKey) -> None:
         if self._is_new(Table.ALLOWANCE, key):
             window = self._row(Table.ALLOWANCE, key)
             if window is not None:
-                self._state.allowances[key] = window
+                self._state.apply([(Table.ALLOWANCE, key, window)])
 
     def _load_counter(self, key: str) -> None:
         if self._is_new(Table.COUNTER, key):
@@ -377,6 +537,13 @@ class WorkingCopy:
             key = (pool, call_id)
             if key not in put and key not in deleted:
                 self._state.apply([(Table.LEASE, key, Lease(pool, call_id, expires_at))])
+
+    def _load_plain(self, table: str, key: str) -> None:
+        """A row of a table that is found by one text and by nothing else."""
+        if self._is_new(table, key):
+            row = self._row(table, (key,))
+            if row is not None:
+                self._state.apply([(table, key, row)])
 
     def _load_event(self, event_id: str) -> None:
         if event_id not in self._state.events and event_id not in self._deleted[Table.EVENT]:
