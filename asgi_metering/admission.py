@@ -75,10 +75,11 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
     if asked is None:
         call.decision = Decision(call.id, time.time())
     else:
-        await _decide(call, charge, rates, asked, arguments)
+        decided = await _decide(call, charge, rates, asked, arguments)
         if call.opening.closed:
             call.decision, call.has_hold = None, False
-            call.metering.runtime().give_back(asked)
+            if decided is not None:
+                call.metering.runtime().give_back(asked, decided.now)
             call.opening.check()
     call.metering.admitted(call)
 
@@ -89,7 +90,8 @@ async def _decide(
     rates: tuple[RatePolicy, ...],
     asked: Admit,
     arguments: Mapping[str, Any],
-) -> None:
+) -> Decision | None:
+    """The store's decision, and the call marked by it; None where it gave none and the layers let calls pass then."""
     metering = call.metering
     try:
         decision = await metering.decide(asked)
@@ -101,7 +103,7 @@ async def _decide(
             raise StoreError(f"The store's time {decision.now} does not fit any calendar around it.")
     except StoreError as failure:
         _store_down(call, charge, rates, failure)
-        return
+        return None
     if decision.refusal is not None:
         raise call.refused(decision.refusal, decision)
     call.decision = decision
@@ -109,6 +111,8 @@ async def _decide(
     # Also of 0: what it uses is charged in full, and nothing but a hold can be settled.
     call.has_hold = bool(asked.sources or asked.leases or any(limit.meter != REQUESTS for limit in asked.limits))
     call.ttl_s = asked.ttl_s
+    call.payer = decision.payer or call.payer
+    return decision
 
 
 def _store_down(call: Call, charge: ChargePolicy | None, rates: tuple[RatePolicy, ...], failure: StoreError) -> None:

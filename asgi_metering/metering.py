@@ -31,7 +31,7 @@ from asgi_metering.names import check_key
 from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldPolicy, HoldSize, Price
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.ending import Cause
-from asgi_metering.rules.operations import Admit, Operation
+from asgi_metering.rules.operations import Admit, Declare, Operation
 from asgi_metering.runtime import Runtime
 from asgi_metering.stores.contract import Store
 from asgi_metering.stores.urls import store_from_url
@@ -134,6 +134,7 @@ class Metering(Ledger):
         self.sinks: tuple[Sink, ...] = _default_sinks(unit) if sinks is None else _checked_sinks(sinks)
         self._identify = identify
         self._units = {unit.name: unit}
+        self._declared: set[str] = set()
         self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self._users: set[Runtime] = set()
@@ -407,11 +408,29 @@ class Metering(Ledger):
         """Whether anybody wants usage events."""
         return bool(self.sinks)
 
+    async def declare_units(self, submit: Callable[[Operation], Awaitable[Answer]]) -> None:
+        """
+        Tell the store the scales of all units that are known here, once each.
+
+        Raises:
+            ConfigurationError: One is counted with another scale there.
+            StoreError: No answer came.
+        """
+        new = {name: unit.scale for name, unit in self._units.items() if name not in self._declared}
+        if new:
+            await submit(Declare(tuple(new.items())))
+            self._declared.update(new)
+
     async def _submit(self, operation: Operation) -> Answer:
+        if len(self._declared) < len(self._units):
+            await self.start()
+            await self.declare_units(self.runtime().submit)
         return await self.runtime().submit(operation, self.end_timeout_s)
 
     async def decide(self, ask: Admit) -> Decision:
         """Ask the store for one admission, within the deadline. Raises `StoreError`."""
+        if len(self._declared) < len(self._units):
+            await self.declare_units(self.runtime().submit)
         answer = await self.runtime().submit(ask, self.store_timeout_s)
         if not isinstance(answer, Decision):
             raise AssertionError(f"an admission was answered with {answer!r}")

@@ -24,8 +24,8 @@ from asgi_metering.events.exporter import Exporter
 from asgi_metering.receipts import Receipt
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.ending import Cause
-from asgi_metering.rules.operations import Admit, Emit, End, Operation, Renew, Sweep
-from asgi_metering.stores.pump import Pump, give_back
+from asgi_metering.rules.operations import Admit, Emit, End, Operation, Renew, Sweep, Undo
+from asgi_metering.stores.pump import Pump
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
@@ -96,6 +96,7 @@ class Runtime:
             self._opened = self.loop.create_future()
             try:
                 await self._metering.open_store(self)
+                await self._metering.declare_units(self.pump.submit)
             except BaseException as failure:
                 opened, self._opened = self._opened, None
                 opened.set_result(None)
@@ -320,9 +321,9 @@ class Runtime:
         )
         return operation._replace(event=None)
 
-    def give_back(self, ask: Admit) -> None:
-        """Take back the admission of a call whose request is over, by its id, as far as the store can (pitfall 1)."""
-        self._spawn(self._quietly(give_back(ask)), f"release of {ask.id}")
+    def give_back(self, ask: Admit, at: float) -> None:
+        """Undo the admission, decided *at* that time, of a call whose request is over (pitfall 1)."""
+        self._spawn(self._quietly(Undo(ask, at)), f"undoing of {ask.id}")
 
     # -- time ----------------------------------------------------------------------------------------------
 

@@ -25,10 +25,10 @@ from asgi_metering.errors import (
     UnwritableError,
 )
 from asgi_metering.rules.decide import Answer
-from asgi_metering.rules.operations import Admit, End, Operation
+from asgi_metering.rules.operations import Admit, Operation, Undo
 from asgi_metering.stores.contract import Store
 
-__all__ = ["Pump", "give_back"]
+__all__ = ["Pump"]
 
 log = logging.getLogger("asgi_metering.stores")
 
@@ -75,7 +75,7 @@ class Pump:
         Run one operation and return its answer.
 
         A caller that is cancelled, or whose deadline passes, before its batch starts is taken out of it. If an
-        admission is answered after its caller has gone, its hold is released at once, by id (pitfall 29).
+        admission is answered after its caller has gone, it is undone at once, with all that it counted (pitfall 29).
 
         Args:
             operation: One atomic step.
@@ -220,7 +220,7 @@ class Pump:
     def _abandoned(self, operation: Operation, answer: object) -> None:
         """The caller is gone: what it would have owned is given back."""
         if isinstance(operation, Admit) and isinstance(answer, Decision) and answer.admitted:
-            release = self._enqueue(give_back(operation))
+            release = self._enqueue(Undo(operation, answer.now))
             release.add_done_callback(self._released)
 
     def _released(self, release: asyncio.Future[Answer]) -> None:
@@ -247,16 +247,6 @@ class Pump:
                 self._task.cancel()
                 await asyncio.wait([self._task])
                 self._task = None
-
-
-def give_back(ask: Admit) -> End:
-    """
-    How to take back an admission that its caller never got to use, by its id (pitfalls 1, 29).
-
-    Nothing was used, so nothing counts: what is held is released, and every limit that was pinned at the admission
-    counts 0 for it. A request count is not pinned, and stays.
-    """
-    return End(ask.id, None, actual={limit.meter: 0 for limit in ask.limits})
 
 
 def _unwritable(store: Store, failure: Exception) -> UnwritableError:
