@@ -327,15 +327,16 @@ def test_cancel_while_the_batch_is_away() -> None:
         store.gate.set()
         await stays
         await pump.drain()
-        assert store.batches == [["gone", "stays"], ["gone"]]
+        assert store.batches == [["gone", "stays"], ["Undo"]]
         assert (await store.account()).held == 5
 
     play(scene)
 
 
-def test_cancel_takes_back_what_weighted_limits_held() -> None:
-    """A call that was given back used nothing: weighted limits count 0 for it again (DESIGN 4)."""
-    tokens = LimitAsk("tokens", "tokens", WindowKind.FIXED, 100, 60.0, 80, meter="tokens")
+@pytest.mark.parametrize("meter", ["tokens", "requests"])
+def test_cancel_takes_back_what_limits_counted(meter: str) -> None:
+    """A call that was given back leaves no trace in any counter, of requests or of tokens (DESIGN 4)."""
+    tokens = LimitAsk("tokens", "tokens", WindowKind.FIXED, 100, 60.0, 80, meter=meter)
 
     async def scene(store: GatedStore, pump: Pump) -> None:
         (gone,) = submit(pump, ask("gone", 30, limits=(tokens,)))
@@ -445,7 +446,7 @@ def test_deadline_passes_while_the_batch_is_away() -> None:
             await pump.submit(ask("slow", 30), deadline_s=0.001)
         store.gate.set()
         await pump.drain()
-        assert store.batches == [["slow"], ["slow"]]
+        assert store.batches == [["slow"], ["Undo"]]
         assert (await store.account()).held == 0
 
     play(scene)
