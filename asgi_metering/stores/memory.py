@@ -1,34 +1,39 @@
 """
 The memory store: one process, nothing survives it. For development, tests and single-process use (S0.17).
 
-The whole state is one `State`; an operation is a function call, so nothing can come between its steps.
+The whole state is one `State`; an operation is a function call under a lock, so nothing can come between its steps.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 
 from asgi_metering.rules.decide import Answer, run
-from asgi_metering.rules.operations import Operation
-from asgi_metering.rules.state import AccountKey, Change, State, Table
+from asgi_metering.rules.operations import Operation, Sweep
+from asgi_metering.rules.state import AccountKey, Change, State
 from asgi_metering.stores.contract import (
     AccountRows,
     AccountsAfter,
     EntriesAfter,
     HoldRow,
+    LinesOf,
     LiveHolds,
     PendingEvents,
     Query,
     Snapshot,
     Store,
 )
+from asgi_metering.stores.forgetting import Bounds, Forgetting
 
 __all__ = ["MemoryStore"]
 
-KEPT_ENTRIES = 10_000
-"""Ledger lines kept per account; older ones are dropped, the account's sums stay (DESIGN "Retention")."""
+SWEPT_ROWS = 10_000
+"""Rows of each kind that a sweep looks at beyond its own: some milliseconds, and a million are through in an hour."""
+
+_BOUNDS = Bounds()
 
 
 class MemoryStore(Store):
@@ -37,9 +42,12 @@ class MemoryStore(Store):
 
     Args:
         clock: Answers epoch seconds; the machine's clock by default. The store owns time, so tests inject it here.
+        bounds: How much stays of what no longer matters; what still matters is never dropped.
 
-    Safe from several event loops and threads only as far as one operation at a time is run by each; the package
-    itself uses one loop per store.
+    What it keeps grows with accounts that have grants, with calls in flight, with windows that run and with events
+    that no sink has taken; not with calls, callers or addresses that it has met (DESIGN "Retention").
+
+    Safe from several event loops and threads: a lock keeps operations, and what is read, apart.
     """
 
     name = "memory"
@@ -47,9 +55,11 @@ class MemoryStore(Store):
     durable = False
     shared = False
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time, *, bounds: Bounds = _BOUNDS) -> None:
         self._clock = clock
         self._state = State()
+        self._forgetting = Forgetting(self._state, bounds)
+        self._lock = threading.Lock()
 
     async def open(self) -> None:
         """Nothing to do."""
@@ -70,15 +80,23 @@ class MemoryStore(Store):
     def run_now(self, operation: Operation) -> Answer:
         """See `Store.run_now`."""
         written: list[Change] = []
-        answer = run(self._state, operation, self._clock(), written)
-        for table, key, _ in written:
-            if table == Table.ENTRY and len(self._state.entries[key]) > 2 * KEPT_ENTRIES:
-                # Halving seldom costs less than dropping one line each time.
-                del self._state.entries[key][:-KEPT_ENTRIES]
-        return answer
+        with self._lock:
+            now = self._clock()
+            try:
+                return run(self._state, operation, now, written)
+            finally:
+                # Also after a mistake: overdue calls may have been ended on the way to it.
+                if written:
+                    self._forgetting.after(written, now)
+                if type(operation) is Sweep:
+                    self._forgetting.turn(now, SWEPT_ROWS)
 
     async def read(self, query: Query) -> Snapshot:
         """See `Store.read`."""
+        with self._lock:
+            return self._read(query)
+
+    def _read(self, query: Query) -> Snapshot:
         state = self._state
         found = State()
         match query:
@@ -90,6 +108,8 @@ class MemoryStore(Store):
             case EntriesAfter(payer, unit, number, limit):
                 lines = (line for line in state.entries.get((payer, unit), ()) if line.number > number)
                 found.entries = {(payer, unit): list(islice(lines, limit))}
+            case LinesOf(payer, unit, ref):
+                found.entries = {(payer, unit): list(state.lines_of((payer, unit), ref))}
             case HoldRow(hold_id):
                 if hold_id in state.holds:
                     found.holds = {hold_id: state.holds[hold_id]}
@@ -106,6 +126,8 @@ class MemoryStore(Store):
         state = self._state
         if key in state.accounts:
             found.accounts[key] = state.accounts[key]
+        if key in state.checkpoints:
+            found.checkpoints[key] = state.checkpoints[key]
         found.grants[key] = dict(state.grants.get(key, {}))
         found.closed_grants[key] = dict(state.closed_grants.get(key, {}))
         found.holds = {hold.id: hold for hold in state.live_holds(key)}
@@ -125,6 +147,7 @@ def _copy(state: State) -> State:
     copy.counters = dict(state.counters)
     copy.leases = {pool: dict(rows) for pool, rows in state.leases.items()}
     copy.entries = {key: list(rows) for key, rows in state.entries.items()}
+    copy.refs = {key: list(rows) for key, rows in state.refs.items()}
     copy.events = dict(state.events)
     copy.charge_keys = dict(state.charge_keys)
     copy.idempotency_keys = dict(state.idempotency_keys)
