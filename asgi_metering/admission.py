@@ -43,6 +43,7 @@ __all__ = ["admit", "check_amounts", "usage_of"]
 log = logging.getLogger("asgi_metering")
 
 REQUESTS = "requests"
+DAY_S = 86_400.0
 
 _CHARGING = frozenset({"credits", "events"})
 """Layers that care for a price: one enforces it, the other reports it."""
@@ -308,7 +309,11 @@ def _sources(call: Call, charge: ChargePolicy, now: float) -> tuple[SourceAsk, .
     for source in charge.sources:
         if isinstance(source, Allowance):
             limit = call.unit.parts(source.limit_for(plan), f"allowance {source.name!r}")
-            asks.append(AllowanceSource(source.name, limit, boundaries(Period(source.per), source.zone, now)))
+            if source.days is not None:
+                asks.append(AllowanceSource(source.name, limit, window_s=source.days * DAY_S))
+                continue
+            edges = boundaries(Period(source.per), source.zone, now, source.anchor)
+            asks.append(AllowanceSource(source.name, limit, edges))
         else:
             asks.append(WalletSource())
     return tuple(asks)

@@ -96,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
         "-v", "--verbose", action="store_true", help="show all of each policy, and the traceback of a failing import"
     )
     routes.set_defaults(run=_routes)
+    migrate = commands.add_parser("migrate", help="make the tables of a PostgreSQL store, or bring them up to date")
+    migrate.add_argument("--store", default=os.environ.get("ASGI_METERING_STORE"), help="store URL")
+    migrate.add_argument("--sql", action="store_true", help="print what would be done, for psql, and do nothing")
+    migrate.add_argument("--json", action="store_true")
+    migrate.set_defaults(run=_migrate)
     for name, run, help_text in (
         ("grant", _grant, "give units to a payer"),
         ("balance", _balance, "what a payer has"),
@@ -353,6 +358,25 @@ def _check_there(url: str) -> None:
         raise ConfigurationError(
             f"There is no database '{file}'. Look at its spelling; the first grant or the application makes one."
         )
+
+
+def _migrate(given: argparse.Namespace) -> int:
+    from asgi_metering.stores.urls import store_from_url
+
+    if not given.store:
+        raise ConfigurationError("No store is named. Pass --store postgresql://host/db, or set ASGI_METERING_STORE.")
+    store = store_from_url(given.store)
+    script, apply = getattr(store, "migration_script", None), getattr(store, "migrate", None)
+    if script is None or apply is None:
+        raise ConfigurationError(
+            f"The {store.name} store brings its tables up to date by itself. Nothing is to be done."
+        )
+    if given.sql:
+        print(script(), end="")
+        return 0
+    done = asyncio.run(apply())
+    _show(given, ("number", "name"), [{"number": number, "name": name} for number, name in done])
+    return 0
 
 
 def _grant(given: argparse.Namespace) -> int:

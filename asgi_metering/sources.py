@@ -19,7 +19,7 @@ __all__ = ["WALLET", "Allowance", "PaymentSource", "Wallet", "check_zone"]
 WALLET = "wallet"
 """What decisions and header fields call the payer's grants."""
 
-PERIODS = ("day", "month")
+PERIODS = ("day", "week", "month")
 """Windows that an allowance may have."""
 
 
@@ -28,6 +28,10 @@ def check_zone(zone: str) -> str:
     if not isinstance(zone, str) or not zone:
         raise ConfigurationError(f"The time zone {zone!r} is no name. Use an IANA name such as 'Europe/Berlin'.")
     return zone
+
+
+MAX_DAYS = 3_660
+"""Ten years: a longer window is a mistake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +62,19 @@ class Wallet:
 @dataclass(frozen=True, slots=True)
 class Allowance:
     """
-    So many units per payer and calendar window, by plan.
+    So many units per payer and window, by plan. Windows are a calendar's, or roll from the first use on.
 
     Args:
         limit: Whole units per window: one amount for everybody, or a mapping from plan to amount. 0 grants nothing;
             an unknown, empty or missing plan gets the smallest amount of the mapping (S0.2).
-        per: ``"day"`` or ``"month"``.
+        per: ``"day"``, ``"week"`` (from Monday) or ``"month"``.
         name: Names the bucket; routes that use the same name share it (S0.9, S4.11).
         zone: IANA name of the zone whose calendar counts (S0.5).
         status: What a spent allowance answers: 429, or 402.
         warn_at: Percent of the limit, used or held, from which on responses warn; 100 never does.
+        anchor: Day on which months begin, 1 to 31, such as a billing day; a month without it begins on its last day.
+        days: Instead of a calendar's, a window of so many times 24 hours: the first use after the last one's end
+            begins it (S4.13).
 
     Raises:
         ConfigurationError: Another period or status, a zone that is no text, an empty mapping, a name with other
@@ -78,11 +85,13 @@ class Allowance:
     """
 
     limit: Amount | Mapping[str, Amount]
-    per: Literal["day", "month"] = "day"
+    per: Literal["day", "week", "month"] = "day"
     name: str = "allowance"
     zone: str = "UTC"
     status: Literal[402, 429] = 429
     warn_at: int = 80
+    anchor: int = 1
+    days: int | None = None
 
     def __post_init__(self) -> None:
         if check_name(self.name, "allowance name") == WALLET:
@@ -94,6 +103,7 @@ class Allowance:
         check_zone(self.zone)
         if self.per not in PERIODS:
             raise ConfigurationError(f"An allowance per {self.per!r} is not known. Use one of {', '.join(PERIODS)}.")
+        self._check_window()
         if self.status not in (402, 429):
             raise ConfigurationError(f"A spent allowance cannot answer {self.status!r}. Use 429 or 402.")
         if isinstance(self.limit, Mapping):
@@ -103,6 +113,24 @@ class Allowance:
                 exact_amount(amount, f"allowance of plan {plan!r}")
         else:
             exact_amount(self.limit, "allowance")
+
+    def _check_window(self) -> None:
+        if type(self.anchor) is not int or not 1 <= self.anchor <= 31 or (self.anchor != 1 and self.per != "month"):
+            raise ConfigurationError(
+                f"Allowance {self.name!r} per {self.per} cannot begin on day {self.anchor!r}. Give months an anchor "
+                f"from 1 to 31, and other periods none."
+            )
+        if self.days is None:
+            return
+        if type(self.days) is not int or not 1 <= self.days <= MAX_DAYS:
+            raise ConfigurationError(
+                f"Allowance {self.name!r} cannot last {self.days!r} days. Use an int from 1 to {MAX_DAYS}."
+            )
+        if (self.per, self.zone, self.anchor) != ("day", "UTC", 1):
+            raise ConfigurationError(
+                f"Allowance {self.name!r} rolls over {self.days} days and has a calendar besides. Leave out per, zone "
+                f"and anchor, or leave out days."
+            )
 
     def limit_for(self, plan: str | None) -> Amount:
         """What one window allows to *plan*, in whole units."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.decisions import Decision, Reason, Refusal, WindowState
-from asgi_metering.errors import AmountError
+from asgi_metering.errors import AmountError, ConfigurationError
 from asgi_metering.receipts import Part, Source
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.calendars import pick
@@ -32,7 +32,7 @@ from asgi_metering.rules.state import (
     State,
     Table,
 )
-from asgi_metering.rules.windows import Look, look, window_state
+from asgi_metering.rules.windows import TICK_S, Look, look, window_state
 from asgi_metering.sources import WALLET
 
 __all__ = ["admit", "grow"]
@@ -54,10 +54,15 @@ class _Taken(NamedTuple):
 
 
 class _Offer(NamedTuple):
-    """What one source could give. *refusal* says why it cannot give the least that is asked, if so."""
+    """
+    What one source could give, and what it could if its live holds ended unused.
+
+    *refusal* says why it cannot give the least that is asked, if so.
+    """
 
     source: SourceAsk
     available: int
+    unheld: int
     refusal: Refusal | None
     window: AllowanceWindow | None = None
 
@@ -140,7 +145,7 @@ def _join(state: State, ask: Admit, row: ChargeKey, looks: Sequence[Look], now: 
     owned = state.holds.get(row.hold)
     member = _hold(ask, now, None, looks)._replace(charge_key=row.key)
     if owned is not None:
-        member = member._replace(payer=owned.payer, group=owned.group)
+        member = member._replace(payer=owned.payer, unit=owned.unit, group=owned.group)
     changes = _counted(ask, now, looks)
     changes.append((Table.HOLD, ask.id, member))
     changes.append((Table.CHARGE_KEY, row.key, row._replace(members=row.members + 1)))
@@ -155,11 +160,12 @@ def _repeat(state: State, ask: Admit, hold: Hold, now: float) -> Decision:
         if owned is None:
             return Decision(hold.id, now, payer=hold.payer, group=hold.group, joined=True)
         hold = owned._replace(id=hold.id)
-    if not hold.parts:
+    if not ask.sources and not ask.amount:
         return Decision(hold.id, now)
-    part = hold.parts[-1]
-    if part.source is not Source.ALLOWANCE:
-        available: int | None = state.accounts[hold.payer, hold.unit].available
+    part = hold.parts[-1] if hold.parts else None
+    if part is None or part.source is not Source.ALLOWANCE:
+        account = state.accounts.get((hold.payer, hold.unit))
+        available = None if account is None else account.available
         name = WALLET
     else:
         window = state.allowances.get((hold.payer, hold.unit, part.name, part.start))
@@ -213,36 +219,62 @@ def _from_group(
     state: State, ask: Admit, payer: str, group: str, sources: list[SourceAsk], now: float
 ) -> _Taken | _Dry:
     book = Book(state, (payer, ask.unit), now)
-    refusals: list[Refusal] = []
-    offers: list[_Offer] = []
+    offers: dict[str, _Offer] = {}
     for source in sources:
         offer = _offer(state, ask, source, book, now)
         if offer is None:
-            return _Dry(refusals, stale=True)
+            return _Dry([], stale=True)
         if offer.refusal is None and not source.split:
             return _take(ask, group, book, [offer], now)
-        offers.append(offer)
-        if offer.refusal is not None:
-            refusals.append(offer.refusal)
-    # Together: what each of them has above zero.
-    if offers and offers[0].source.split and sum(max(0, offer.available) for offer in offers) >= ask.minimum:
-        return _take(ask, group, book, offers, now)
-    return _Dry(refusals)
+        # A place that is named twice has no more for that.
+        offers.setdefault(_name(offer), offer)
+    refusals = [offer.refusal for offer in offers.values() if offer.refusal is not None]
+    if not any(source.split for source in sources):
+        return _Dry(refusals)
+    giving = _together(ask, list(offers.values()))
+    if giving:
+        return _take(ask, group, book, giving, now)
+    return _Dry(_dry_together(ask, list(offers.values())))
+
+
+def _name(offer: _Offer) -> str:
+    return WALLET if offer.window is None else offer.window.name
+
+
+def _together(ask: Admit, offers: list[_Offer]) -> list[_Offer]:
+    """Those of a split group's offers that give something; none where they have too little together."""
+    giving = [offer for offer in offers if offer.available > 0]
+    if ask.amount and giving and sum(offer.available for offer in giving) >= ask.minimum:
+        return giving
+    # Where nothing is taken, the first one that owes nothing is who pays.
+    return [offer for offer in offers if offer.refusal is None][:1]
+
+
+def _dry_together(ask: Admit, offers: list[_Offer]) -> list[Refusal]:
+    """The refusals of a split group: what would help one of its sources helps only with what the others have."""
+    refusals = []
+    transient = sum(max(0, offer.unheld) for offer in offers) >= ask.minimum
+    for offer, refusal in [(offer, offer.refusal) for offer in offers if offer.refusal is not None]:
+        if offer.window is not None:
+            rest = sum(max(0, other.available) for other in offers if other is not offer)
+            helps = refusal.limit is not None and refusal.limit + rest >= ask.minimum
+            refusal = refusal._replace(resets_at=_resets_at(offer.source, offer.window) if helps else None)
+        refusals.append(refusal._replace(transient=transient))
+    return refusals
 
 
 def _take(ask: Admit, group: str, book: Book, offers: list[_Offer], now: float) -> _Taken:
-    """Hold up to the whole amount, of each offer in turn what it has."""
+    """Hold up to the whole amount, of each offer in turn what it has; of nothing, to pin who pays."""
     parts: list[Part] = []
     changes: list[Change] = []
     left, take = ask.amount, 0
     last = offers[0]
     for offer in offers:
-        take = min(left, max(0, offer.available))
+        take = min(left, offer.available)
         window = offer.window
         if window is None:
             parts.extend(book.hold(take))
-        elif take or offer is offers[-1]:
-            # Also of nothing: its window is pinned, for what may be spent beyond the hold.
+        else:
             key = (window.payer, window.unit, window.name, window.start)
             parts.append(Part(Source.ALLOWANCE, window.name, window.start, take))
             changes.append((Table.ALLOWANCE, key, window._replace(held=window.held + take)))
@@ -252,9 +284,8 @@ def _take(ask: Admit, group: str, book: Book, offers: list[_Offer], now: float) 
             break
     changes = [*book.changes(now + ask.ttl_s), *changes]
     amount = ask.amount - left
-    name = WALLET if last.window is None else last.window.name
     available = book.available if last.window is None else last.available - take
-    return _Taken(tuple(parts), amount, available, name, changes, book.key[0], group)
+    return _Taken(tuple(parts), amount, available, _name(last), changes, book.key[0], group)
 
 
 def _dry_refusal(ask: Admit, dry: list[Refusal], now: float) -> Refusal:
@@ -275,17 +306,13 @@ def _offer(state: State, ask: Admit, source: SourceAsk, book: Book, now: float) 
     if isinstance(source, AllowanceSource):
         return _allowance_offer(state, ask, source, book.key[0], now)
     available = book.available + source.overdraft
-    refusal = None
-    if min(ask.amount, available) < ask.minimum:
-        refusal = Refusal(
-            Reason.CREDITS,
-            ask.unit,
-            ask.minimum,
-            max(0, available),
-            book.held,
-            transient=available + book.returnable >= ask.minimum,
-        )
-    return _Offer(source, available, refusal)
+    if min(ask.amount, available) >= ask.minimum:
+        return _Offer(source, available, available, None)
+    unheld = available + book.returnable
+    refusal = Refusal(
+        Reason.CREDITS, ask.unit, ask.minimum, max(0, available), book.held, transient=unheld >= ask.minimum
+    )
+    return _Offer(source, available, unheld, refusal)
 
 
 def _allowance_offer(state: State, ask: Admit, source: AllowanceSource, payer: str, now: float) -> _Offer | None:
@@ -307,10 +334,15 @@ def _allowance_offer(state: State, ask: Admit, source: AllowanceSource, payer: s
             window.held,
             source.limit,
             # The next window helps only if this one could have: not with a cap of 0 (S0.8).
-            resets_at=end if ask.minimum <= source.limit else None,
+            resets_at=_resets_at(source, window) if ask.minimum <= source.limit else None,
             transient=available + window.held >= ask.minimum,
         )
-    return _Offer(source, available, refusal, window)
+    return _Offer(source, available, available + window.held, refusal, window)
+
+
+def _resets_at(source: SourceAsk, window: AllowanceWindow) -> float:
+    """When the next window counts: a calendar's at this one's end, one that rolls a moment later (S4.13)."""
+    return window.end if isinstance(source, AllowanceSource) and source.boundaries else window.end + TICK_S
 
 
 def _window_of(state: State, source: AllowanceSource, bucket: BucketKey, now: float) -> tuple[float, float] | None:
@@ -333,6 +365,7 @@ def grow(state: State, ask: Grow, now: float) -> tuple[Decision, list[Change]]:
 
     Raises:
         AmountError: Not ``0 <= minimum <= to <= MAX_AMOUNT``.
+        ConfigurationError: The call is charged by key.
     """
     if not 0 <= ask.minimum <= ask.to <= MAX_AMOUNT:
         raise AmountError(
@@ -342,9 +375,10 @@ def grow(state: State, ask: Grow, now: float) -> tuple[Decision, list[Change]]:
     hold = state.holds.get(ask.id)
     if hold is None or hold.receipt is not None:
         return Decision(ask.id, now, Refusal(Reason.ENDED, "call")), []
-    account = state.accounts.get((hold.payer, hold.unit))
-    if account is not None and account.seen_at > now:
-        now = account.seen_at
+    if hold.charge_key:
+        raise ConfigurationError(
+            f"Call {ask.id!r} is charged by key, at a fixed price: it cannot hold more. Charge it without a key."
+        )
     if ask.to <= hold.amount:
         return Decision(ask.id, now, held=hold.amount, payer=hold.payer, group=hold.group), []
     more = Admit(
@@ -352,14 +386,15 @@ def grow(state: State, ask: Grow, now: float) -> tuple[Decision, list[Change]]:
         hold.payer,
         hold.unit,
         ask.to - hold.amount,
-        max(0, ask.minimum - hold.amount),
+        # Nothing more is no growth: a source that has nothing must not stand before one that has.
+        max(1, ask.minimum - hold.amount),
         ttl_s=max(0.0, hold.expires_at - now),
     )
     taken = _from_group(state, more, hold.payer, hold.group, list(ask.sources), now)
     if isinstance(taken, _Dry):
         if taken.stale:
             return Decision(ask.id, now, stale_calendar=True), []
-        refusal = _dry_refusal(more, taken.refusals, now)
+        refusal = _dry_refusal(more, taken.refusals, now) if ask.minimum > hold.amount else None
         return Decision(ask.id, now, refusal, hold.amount, payer=hold.payer, group=hold.group), []
     grown = hold._replace(amount=hold.amount + taken.amount, parts=_joined(hold.parts, taken.parts))
     decision = Decision(

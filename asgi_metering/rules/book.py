@@ -9,7 +9,7 @@ Does not know holds' lives, calls or limits.
 from __future__ import annotations
 
 from asgi_metering.receipts import Basis, Entry, EntryKind, Part, Source
-from asgi_metering.rules.state import NEVER, Account, AccountKey, Change, Grant, State, Table
+from asgi_metering.rules.state import NEVER, TAKEN_BACK, Account, AccountKey, Change, Grant, State, Table
 
 __all__ = ["Book", "burn_order"]
 
@@ -76,7 +76,7 @@ class Book:
     @property
     def returnable(self) -> int:
         """What of the held units would be free again if every hold ended unused now: the rest would lapse."""
-        return sum(grant.held for grant in self._open_grants() if grant.expires_at > self.now)
+        return self.held - sum(grant.held for grant in self._open_grants() if grant.expires_at <= self.now)
 
     @property
     def open_grants(self) -> int:
@@ -142,9 +142,9 @@ class Book:
 
         The caller has checked that it is available, or may be overdrawn.
         """
-        parts = []
+        parts: list[Part] = []
         left = amount
-        for grant in self._spendable():
+        for grant in self._spendable() if left else ():
             take = grant.free
             if take > left:
                 take = left
@@ -271,9 +271,7 @@ class Book:
         grant = self._grant(grant_id)
         spent, free = grant.settled, grant.free
         taken = spent + free
-        self._touched[grant_id] = grant._replace(
-            settled=0, reversed=taken, expires_at=min(grant.expires_at, self.now), begun=True
-        )
+        self._touched[grant_id] = grant._replace(settled=0, reversed=taken, expires_at=TAKEN_BACK, begun=True)
         if grant.begun:
             self.granted -= taken
         self.debt += spent

@@ -107,13 +107,9 @@ def _charge_allowance(state: State, part: Part, hold: Hold, amount: int, changes
     """The charge goes to the window pinned at admission, above its limit if need be; the rest is free again."""
     key = (hold.payer, hold.unit, part.name, part.start)
     window = state.allowances.get(key)
-    if window is None:
+    if window is not None:
+        moved = window._replace(held=window.held - part.amount, settled=window.settled + amount)
+        changes.append((Table.ALLOWANCE, key, moved))
+    elif part.amount:
         raise AssertionError(f"hold {hold.id!r} names allowance window {key!r}, which is gone")
-    changes.append(
-        (
-            Table.ALLOWANCE,
-            key,
-            window._replace(held=window.held - part.amount, settled=window.settled + amount),
-        )
-    )
     return (part._replace(amount=amount),) if amount else ()

@@ -2,7 +2,7 @@
 Conservation: the proof that an account's sums are the sums of its rows.
 
 ``granted - settled - expired - held = available`` holds by definition of available; what must be proven is that
-each of the four is what the grants and the live holds say. Does not mend anything.
+each of the four is what the grants and the live holds say, and once more what the ledger says. Does not mend anything.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from asgi_metering.receipts import Source
-from asgi_metering.rules.state import Account, AllowanceWindow, Grant, Hold
+from asgi_metering.receipts import Entry, Source
+from asgi_metering.rules.retention import effect
+from asgi_metering.rules.state import Account, AllowanceWindow, Checkpoint, Grant, Hold
 
-__all__ = ["discrepancies"]
+__all__ = ["discrepancies", "ledger_discrepancies"]
 
 
 def discrepancies(
@@ -94,3 +95,44 @@ def _wrong_allowances(allowances: Iterable[AllowanceWindow], kept: Counter[tuple
             )
         if window.settled < 0:
             yield f"allowance {window.name!r} from {window.start} has settled {window.settled}, which is negative."
+
+
+def ledger_discrepancies(
+    account: Account, grants: Iterable[Grant], checkpoint: Checkpoint | None, entries: Iterable[Entry]
+) -> list[str]:
+    """
+    Compare an account's sums with its ledger; every sentence names one that is wrong. None: the ledger proves them.
+
+    Args:
+        account: The account's row.
+        grants: All of its grants, closed ones included.
+        checkpoint: What its older lines were folded into, if some were (DESIGN "Retention").
+        entries: Its lines behind the checkpoint, oldest first. Those written after *account* was read are left out.
+    """
+    number, at = (checkpoint.number, checkpoint.at) if checkpoint is not None else (0, 0.0)
+    sums = Counter(checkpoint.sums if checkpoint is not None else {})
+    wrong: list[str] = []
+    for line in entries:
+        if line.number > account.entries:
+            break
+        if line.number != number + 1:
+            wrong.append(f"line {line.number} follows line {number}.")
+        if line.at < at:
+            wrong.append(f"line {line.number} is older than the one before it.")
+        number, at = line.number, line.at
+        name, amount = effect(line)
+        sums[name] += amount
+    if number != account.entries:
+        wrong.append(f"the ledger ends with line {number} of {account.entries}.")
+    promised = sum(grant.amount for grant in grants if not grant.begun)
+    proofs = {
+        "given": account.granted + promised,
+        "settled": account.settled,
+        "expired": account.expired,
+    }
+    wrong.extend(
+        f"{name} is {stored} in the account and {sums[name]} in its ledger."
+        for name, stored in proofs.items()
+        if sums[name] != stored
+    )
+    return [f"{account.payer!r} in {account.unit!r}: {what}" for what in wrong]

@@ -15,8 +15,8 @@ from asgi_metering.errors import AmountError, ConfigurationError, IdempotencyCon
 from asgi_metering.receipts import Basis, Entry, EntryKind, Part, Posting, Source
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.operations import Backfill, Correct, Refund, ReverseGrant
-from asgi_metering.rules.returning import give_back
-from asgi_metering.rules.state import Change, Event, State, Table
+from asgi_metering.rules.returning import give_back, left_of
+from asgi_metering.rules.state import TAKEN_BACK, Change, Event, State, Table
 
 __all__ = ["backfill", "charged", "correct_account", "refund", "reverse_grant"]
 
@@ -31,27 +31,15 @@ def charged(lines: Sequence[Entry]) -> tuple[int, tuple[Part, ...]]:
     What went back is taken off the last part of the same place.
     """
     amount = 0
-    left: list[Part] = []
+    left: tuple[Part, ...] = ()
     for line in lines:
-        if line.kind not in _CHARGES:
-            continue
-        amount += line.amount
-        for part in line.parts:
-            if part.amount > 0:
-                left.append(part)
-            else:
-                _take_off(left, part)
-    return amount, tuple(part for part in left if part.amount)
-
-
-def _take_off(left: list[Part], back: Part) -> None:
-    owed = -back.amount
-    for at in range(len(left) - 1, -1, -1):
-        part = left[at]
-        if part[:3] == back[:3]:
-            take = min(part.amount, owed)
-            left[at] = part._replace(amount=part.amount - take)
-            owed -= take
+        if line.kind in _CHARGES:
+            amount += line.amount
+            left = left_of(
+                (*left, *(part for part in line.parts if part.amount > 0)),
+                [part for part in line.parts if part.amount < 0],
+            )
+    return amount, left
 
 
 def refund(state: State, ask: Refund, now: float) -> tuple[Posting, list[Change]]:
@@ -60,7 +48,7 @@ def refund(state: State, ask: Refund, now: float) -> tuple[Posting, list[Change]
 
     Raises:
         ConfigurationError: The account has no charge of this call, or nothing of it is left.
-        AmountError: The amount is none, or more than is left of the charge.
+        AmountError: The amount is none, or more than is left of the charge, or than the account has spent.
         IdempotencyConflictError: The id was used for another amount.
 
     Source: S0.11 (never below zero; what a window that is over gets back is gone), DESIGN "Sources".
@@ -87,6 +75,11 @@ def refund(state: State, ask: Refund, now: float) -> tuple[Posting, list[Change]
     changes: list[Change] = []
     expired = book.expired
     given = give_back(state, book, parts, give, changes)
+    if give + sum(part.amount for part in given):
+        raise AmountError(
+            f"The refund {ask.id!r} of {give} smallest parts of {ask.unit!r} is more than account {ask.payer!r} has "
+            f"spent. A correction has given back some of it already: refund less."
+        )
     lapsed = book.expired - expired + _to_windows_gone(state, book, given)
     line = next((each.line for each in lines if each.line), "")
     number = book.write(EntryKind.REFUND, -give, ask.call, line=line, actor=ask.actor, parts=tuple(given), id=ask.id)
@@ -141,7 +134,7 @@ def correct_account(state: State, ask: Correct, now: float) -> tuple[Posting, li
         EntryKind.CORRECTION, ask.amount, ask.id, line=ask.line, actor=ask.actor, parts=parts, id=ask.id
     )
     changes = book.changes()
-    changes.extend(_event(ask.event, f"{ask.payer}:correction:{ask.id}", book, ask.amount, ask.line, {}))
+    changes.extend(_event(ask.event, f"{ask.payer}:{ask.unit}:correction:{ask.id}", book, ask.amount, ask.line, {}))
     returned = max(0, -ask.amount) - lapsed
     return Posting(ask.id, *key, ask.amount, returned, lapsed, book.available, now, number), changes
 
@@ -173,7 +166,7 @@ def backfill(state: State, ask: Backfill, now: float) -> tuple[Posting, list[Cha
         id=ask.id,
     )
     changes = book.changes()
-    changes.extend(_event(ask.event, f"{ask.payer}:backfill:{ask.id}", book, ask.amount, ask.line, {}))
+    changes.extend(_event(ask.event, f"{ask.payer}:{ask.unit}:backfill:{ask.id}", book, ask.amount, ask.line, {}))
     return Posting(ask.id, *key, ask.amount, 0, 0, book.available, now, number), changes
 
 
@@ -203,7 +196,7 @@ def reverse_grant(state: State, ask: ReverseGrant, now: float) -> tuple[Posting,
         raise ConfigurationError(
             f"Account {ask.payer!r} has no grant {ask.grant!r} of {ask.unit!r} that could be taken back. Check the ids."
         )
-    if grant.reversed:
+    if grant.expires_at == TAKEN_BACK:
         raise ConfigurationError(f"Grant {ask.grant!r} of account {ask.payer!r} has been taken back already.")
     book = Book(state, key, now)
     taken = book.reverse(ask.grant)

@@ -70,6 +70,10 @@ def run(state: State, operation: Operation, now: float, written: list[Change]) -
         now = _before_admission(state, operation, now, written)
     elif type(operation) is Preview:
         now = _before_admission(state, operation.ask, now, written)
+    elif type(operation) is Grow:
+        hold = state.holds.get(operation.id)
+        if hold is not None:
+            now = _before_taking(state, {(hold.payer, hold.unit)}, now, written)
     answer, changes = _RULES[type(operation)](state, operation, now)
     state.apply(changes)
     written.extend(changes)
@@ -77,14 +81,21 @@ def run(state: State, operation: Operation, now: float, written: list[Change]) -
 
 
 def _before_admission(state: State, ask: Admit, now: float, written: list[Change]) -> float:
-    """End what is overdue in the account, so that admission sees it; the time, clamped, is returned."""
-    key = (ask.payer, ask.unit)
-    account = state.accounts.get(key)
-    if account is None:
-        return now
-    if account.seen_at > now:
-        now = account.seen_at
-    if account.next_due_at <= now:
+    keys = {(ask.payer, ask.unit)}
+    for source in ask.sources:
+        if source.payer:
+            keys.add((source.payer, ask.unit))
+    return _before_taking(state, keys, now, written)
+
+
+def _before_taking(state: State, keys: set[AccountKey], now: float, written: list[Change]) -> float:
+    """End what is overdue in the accounts, so that admission sees it; the time, clamped by all of them, is returned."""
+    accounts = [account for account in map(state.accounts.get, keys) if account is not None]
+    for account in accounts:
+        if account.seen_at > now:
+            now = account.seen_at
+    due = [(account.payer, account.unit) for account in accounts if account.next_due_at <= now]
+    for key in sorted(due):
         written.extend(end_overdue(state, key, now, OVERDUE_PER_ADMISSION))
     return now
 

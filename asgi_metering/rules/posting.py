@@ -11,7 +11,7 @@ from asgi_metering.errors import AmountError, ConfigurationError, IdempotencyCon
 from asgi_metering.receipts import GrantReceipt
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.operations import PostGrant
-from asgi_metering.rules.state import Change, Grant, State
+from asgi_metering.rules.state import TAKEN_BACK, Change, Grant, State
 
 __all__ = ["MAX_LIVE_GRANTS", "post_grant"]
 
@@ -70,7 +70,9 @@ def post_grant(state: State, ask: PostGrant, now: float) -> tuple[GrantReceipt, 
 
 def _repeat(state: State, ask: PostGrant, stored: Grant, now: float) -> GrantReceipt:
     """The same grant again changes nothing; another grant under its id is refused by the first field that differs."""
-    for field in ("amount", "priority", "expires_at", "kind"):
+    # What was taken back has no expiry of its own any more that another one could differ from.
+    expires_at = () if stored.expires_at == TAKEN_BACK else ("expires_at",)
+    for field in ("amount", "priority", *expires_at, "kind"):
         was, given = getattr(stored, field), getattr(ask, field)
         if was != given:
             raise IdempotencyConflictError("grant", ask.id, field, was, given)

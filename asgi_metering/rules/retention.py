@@ -85,7 +85,12 @@ def _past_windows(state: State, ask: Sweep, now: float) -> list[Change]:
 
 
 def _past_charge_keys(state: State, ask: Sweep, now: float) -> list[Change]:
-    past = [(row.end, row.key) for row in state.charge_keys.values() if row.end <= now and not row.members]
+    """Kept as long as a late end of one of its calls may come: it must not be charged beside the one that paid."""
+    past = [
+        (row.end, row.key)
+        for row in state.charge_keys.values()
+        if not row.members and row.end + ask.keep_holds_s <= now
+    ]
     return [(Table.CHARGE_KEY, key, None) for _, key in nsmallest(ask.limit, past)]
 
 

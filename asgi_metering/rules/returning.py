@@ -6,11 +6,13 @@ Used by corrections of a charge, whoever asks for them. Does not know why, nor w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from asgi_metering.receipts import Part, Source
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.state import Change, State, Table
 
-__all__ = ["give_back", "move_window"]
+__all__ = ["give_back", "left_of", "move_window"]
 
 _ALLOWANCE = Source.ALLOWANCE
 
@@ -19,7 +21,8 @@ def give_back(state: State, book: Book, parts: tuple[Part, ...], amount: int, ch
     """
     Take back *amount* of a charge that *parts* paid; *changes* gets the windows, *book* the rest.
 
-    An allowance's window that is over, or forgotten, gets nothing to spend again (S0.11).
+    An allowance's window that is over, or forgotten, gets nothing to spend again (S0.11). An account gets no more than
+    it has spent: a correction may have given back before what this charge was.
 
     Returns the parts that were given back, in the order in which that was done, with their amounts negative.
     """
@@ -33,9 +36,26 @@ def give_back(state: State, book: Book, parts: tuple[Part, ...], amount: int, ch
         if part.source is _ALLOWANCE:
             move_window(state, book, part, -take, changes)
         else:
+            take = min(take, book.settled)
+            if not take:
+                continue
             book.give_back((part,), take)
         given.append(part._replace(amount=-take))
     return given
+
+
+def left_of(paid: Iterable[Part], given: Iterable[Part]) -> tuple[Part, ...]:
+    """What is left of the parts of a charge, in their order, once *given*, with negative amounts, has gone back."""
+    left = list(paid)
+    for back in given:
+        owed = -back.amount
+        for at in range(len(left) - 1, -1, -1):
+            part = left[at]
+            if part[:3] == back[:3]:
+                take = min(part.amount, owed)
+                left[at] = part._replace(amount=part.amount - take)
+                owed -= take
+    return tuple(part for part in left if part.amount)
 
 
 def move_window(state: State, book: Book, part: Part, amount: int, changes: list[Change]) -> None:

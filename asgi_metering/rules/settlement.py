@@ -17,11 +17,12 @@ from asgi_metering.rules.charging import basis_of, charge
 from asgi_metering.rules.hold import HoldEvent, next_state
 from asgi_metering.rules.keys import answer_key, end_member
 from asgi_metering.rules.operations import End, Renew, Undo
-from asgi_metering.rules.returning import give_back, move_window
+from asgi_metering.rules.returning import give_back, left_of, move_window
 from asgi_metering.rules.state import (
     NEVER,
     AccountKey,
     Change,
+    Counter,
     Event,
     Hold,
     Lease,
@@ -112,17 +113,26 @@ def undo(state: State, ask: Undo, now: float) -> tuple[bool, list[Change]]:
     if hold is not None:
         if hold.receipt is not None:
             return False, []
-        _, changes = end(state, End(hold.id, None), now)
+        _, changes = end(state, End(hold.id, None, failed=True), now)
     for limit in ask.ask.limits:
         counter = state.counters.get(limit.key)
         if counter is None:
             continue
-        length = counter.end - counter.start
-        start = counter.start if counter.start <= ask.at else counter.start - length
-        restored = correct(PinnedWindow(limit.key, start, limit.meter, limit.cost), counter, 0)
+        start = _window_at(counter, ask.at)
+        taken = None if start is None else PinnedWindow(limit.key, start, limit.meter, limit.cost)
+        restored = None if taken is None else correct(taken, counter, 0)
         if restored is not None:
             changes.append((Table.COUNTER, limit.key, restored))
     return True, changes
+
+
+def _window_at(counter: Counter, at: float) -> float | None:
+    """Start of the counter's window, or of the one before it, that held the time *at*; None where neither did."""
+    start, end = counter.start, counter.end
+    if start <= at < end:
+        return start
+    before = start - (end - start)
+    return before if before <= at < start else None
 
 
 def _unknown(ask: End, now: float) -> Receipt:
@@ -184,7 +194,7 @@ def _after_the_end(state: State, hold: Hold, ask: End, now: float) -> tuple[Rece
         _correct_windows(state, hold, ask.actual, changes)
     else:
         if difference:
-            _post_late(state, hold, first, difference, ask, now, changes)
+            difference = _post_late(state, hold, first, difference, ask, now, changes)
         _correct_windows(state, hold, ask.actual, changes)
     receipt = first._replace(late=difference)
     changes.append((Table.HOLD, hold.id, hold.ended(hold.state, receipt)))
@@ -199,13 +209,23 @@ def _after_the_end(state: State, hold: Hold, ask: End, now: float) -> tuple[Rece
 
 def _post_late(
     state: State, hold: Hold, first: Receipt, difference: int, ask: End, now: float, changes: list[Change]
-) -> None:
-    """Charge or give back what the automatic end got wrong, as an entry of its own; the first receipt stays."""
-    book = Book(state, (hold.payer, hold.unit), now)
+) -> int:
+    """
+    Charge or give back what the automatic end got wrong, as an entry of its own; the first receipt stays.
+
+    What refunds have given back already is not given back again. Returns the difference that was posted.
+    """
+    key = (hold.payer, hold.unit)
+    book = Book(state, key, now)
     if difference > 0:
         parts = tuple(_spend_late(state, hold, book, difference, changes))
     else:
-        parts = tuple(give_back(state, book, first.parts, -difference, changes))
+        refunds = [line for line in state.lines_of(key, hold.id) if line.kind is EntryKind.REFUND]
+        left = left_of(first.parts, [part for line in refunds for part in line.parts])
+        parts = tuple(give_back(state, book, left, -difference, changes))
+        difference = sum(part.amount for part in parts)
+        if not difference:
+            return 0
     book.write(
         EntryKind.LATE,
         difference,
@@ -216,6 +236,7 @@ def _post_late(
         parts=parts,
     )
     changes.extend(book.changes())
+    return difference
 
 
 def _spend_late(state: State, hold: Hold, book: Book, amount: int, changes: list[Change]) -> list[Part]:

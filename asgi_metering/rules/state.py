@@ -17,6 +17,7 @@ from asgi_metering.rules.hold import HoldState
 
 __all__ = [
     "NEVER",
+    "TAKEN_BACK",
     "Account",
     "AccountKey",
     "AllowanceKey",
@@ -39,6 +40,9 @@ __all__ = [
 
 NEVER = float("inf")
 """A time that does not come: the expiry of a grant without one."""
+
+TAKEN_BACK = 0.0
+"""The expiry of a grant that was taken back: over ever since, and no expiry that a grant can be given with."""
 
 AccountKey: TypeAlias = tuple[str, str]
 """(payer, unit name)."""

@@ -15,12 +15,12 @@ from asgi_metering.rules.calendars import pick
 from asgi_metering.rules.operations import LimitAsk, WindowKind
 from asgi_metering.rules.state import NEVER, Counter, PinnedWindow
 
-__all__ = ["Look", "correct", "look", "window_state"]
+__all__ = ["TICK_S", "Look", "correct", "look", "window_state"]
 
 # Read once: on Python 3.11 to look up the member of an enum costs more than all that a window computes.
 _CALENDAR, _SLIDING = WindowKind.CALENDAR, WindowKind.SLIDING
 
-_TICK_S = 1e-6
+TICK_S = 1e-6
 """At the very instant that the past weighs the room it does not fit yet; a microsecond later it does."""
 
 
@@ -103,9 +103,9 @@ def _until_below(bound: int, count: int, previous: int, left: float, window: flo
     """Seconds until a sliding window that uses *bound* (1 or more) or above uses less, if nobody takes meanwhile."""
     if bound > count:
         # The past must weigh less than what the running window leaves below the bound.
-        return left - (bound - count) * window / previous + _TICK_S
+        return left - (bound - count) * window / previous + TICK_S
     # Only in the next window, where the running one has become the past.
-    return left + window - bound * window / count + _TICK_S
+    return left + window - bound * window / count + TICK_S
 
 
 def window_state(seen: Look, taken: bool) -> WindowState:

@@ -25,6 +25,7 @@ __all__ = [
     "EntriesAfter",
     "EverythingKept",
     "HoldRow",
+    "LinesOf",
     "LiveHolds",
     "PendingEvents",
     "Query",
@@ -34,7 +35,7 @@ __all__ = [
 
 
 class AccountRows(NamedTuple):
-    """One account whole: its row, all grants, live holds and the allowance windows that are kept."""
+    """One account whole: its row, all grants, live holds, the allowance windows that are kept, and its checkpoint."""
 
     payer: str
     unit: str
@@ -55,6 +56,14 @@ class EntriesAfter(NamedTuple):
     unit: str
     number: int = 0
     limit: int = 1_000
+
+
+class LinesOf(NamedTuple):
+    """The ledger lines of an account about one call, grant or posting, oldest first."""
+
+    payer: str
+    unit: str
+    ref: str
 
 
 class HoldRow(NamedTuple):
@@ -79,7 +88,9 @@ class EverythingKept(NamedTuple):
     """The whole state, for proofs and tests. Never on a hot path."""
 
 
-Query: TypeAlias = AccountRows | AccountsAfter | EntriesAfter | HoldRow | LiveHolds | PendingEvents | EverythingKept
+Query: TypeAlias = (
+    AccountRows | AccountsAfter | EntriesAfter | LinesOf | HoldRow | LiveHolds | PendingEvents | EverythingKept
+)
 
 
 class Snapshot(NamedTuple):

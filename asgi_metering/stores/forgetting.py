@@ -1,8 +1,8 @@
 """
 Forgetting: what keeps a state in memory from growing with everything it has ever met.
 
-Bounds the number of rows that no longer matter, and drops none that does. Knows rows; nothing of operations, and
-never how long anything is kept in other stores.
+Bounds the number of rows that no longer matter, and drops none that does; ledger lines fold into a checkpoint that
+still proves their account. Knows rows; nothing of operations, and never how long anything is kept in other stores.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from asgi_metering.rules.state import Account, AccountKey, AllowanceWindow, Change, Counter, State, Table
+from asgi_metering.rules.retention import fold
+from asgi_metering.rules.state import (
+    Account,
+    AccountKey,
+    AllowanceKey,
+    AllowanceWindow,
+    Change,
+    Counter,
+    State,
+    Table,
+)
 
 __all__ = ["Bounds", "Forgetting"]
 
@@ -39,7 +49,7 @@ class Bounds(NamedTuple):
     Rows that stay whether they matter or not.
 
     Attributes:
-        entries: Ledger lines of one account; older ones are dropped, the account's sums stay (DESIGN "Retention").
+        entries: Ledger lines of one account; older ones fold into its checkpoint (DESIGN "Retention").
         ended_holds: Calls that have ended. About 100 MB, and at 1,000 calls a second the last 100 s: the policy ends a
             lost call after 90 s by default, and that is when its own end may still come late.
         counters: Rate-limit counters; below it only the sweep looks for those whose window is over.
@@ -113,7 +123,7 @@ class Forgetting:
         state.counters, state.allowances, state.accounts = counters, windows, accounts
         self._rings: tuple[_Ring[Any, Any], ...] = (
             _Ring(counters, bounds.counters, _is_past, counters.__delitem__),
-            _Ring(windows, bounds.windows, _is_settled, windows.__delitem__),
+            _Ring(windows, bounds.windows, _is_settled, self._drop_window),
             _Ring(accounts, bounds.strangers, self._is_stranger, self._drop_account),
         )
 
@@ -126,7 +136,7 @@ class Forgetting:
                 elif row.receipt is not None:
                     self._keep_ended(key)
             elif table == _ENTRY:
-                self._keep_entries(key)
+                self._keep_entries(key, now)
         for ring in self._rings:
             new = len(ring.rows) - ring.known
             if new > 0:
@@ -145,11 +155,15 @@ class Forgetting:
             oldest, _ = ended.popitem(last=False)
             del self._state.holds[oldest]
 
-    def _keep_entries(self, account: AccountKey) -> None:
-        entries, bound = self._state.entries[account], self._bounds.entries
+    def _keep_entries(self, account: AccountKey, now: float) -> None:
+        state, bound = self._state, self._bounds.entries
+        entries = state.entries[account]
         if len(entries) > 2 * bound:
-            # Halving seldom costs less than dropping one line each time.
-            del entries[:-bound]
+            # Halving seldom costs less than folding one line each time.
+            state.apply(fold(state, account, entries[-bound - 1].number, now))
+
+    def _drop_window(self, key: AllowanceKey) -> None:
+        self._state.apply([(Table.ALLOWANCE, key, None)])
 
     def _is_stranger(self, key: AccountKey, account: Account, now: float) -> bool:
         """Whether there is nothing to prove of it: no grant, no debt, no call in flight, and none for long."""
@@ -163,8 +177,11 @@ class Forgetting:
         )
 
     def _drop_account(self, key: AccountKey) -> None:
-        del self._state.accounts[key]
-        self._state.entries.pop(key, None)
+        state = self._state
+        del state.accounts[key]
+        state.checkpoints.pop(key, None)
+        for line in state.entries.pop(key, ()):
+            state.refs.pop((*key, line.ref), None)
 
 
 def _is_past(_: str, counter: Counter, now: float) -> bool:

@@ -19,6 +19,7 @@ from asgi_metering.stores.contract import (
     AccountsAfter,
     EntriesAfter,
     HoldRow,
+    LinesOf,
     LiveHolds,
     PendingEvents,
     Query,
@@ -107,6 +108,8 @@ class MemoryStore(Store):
             case EntriesAfter(payer, unit, number, limit):
                 lines = (line for line in state.entries.get((payer, unit), ()) if line.number > number)
                 found.entries = {(payer, unit): list(islice(lines, limit))}
+            case LinesOf(payer, unit, ref):
+                found.entries = {(payer, unit): list(state.lines_of((payer, unit), ref))}
             case HoldRow(hold_id):
                 if hold_id in state.holds:
                     found.holds = {hold_id: state.holds[hold_id]}
@@ -123,6 +126,8 @@ class MemoryStore(Store):
         state = self._state
         if key in state.accounts:
             found.accounts[key] = state.accounts[key]
+        if key in state.checkpoints:
+            found.checkpoints[key] = state.checkpoints[key]
         found.grants[key] = dict(state.grants.get(key, {}))
         found.closed_grants[key] = dict(state.closed_grants.get(key, {}))
         found.holds = {hold.id: hold for hold in state.live_holds(key)}
@@ -142,6 +147,7 @@ def _copy(state: State) -> State:
     copy.counters = dict(state.counters)
     copy.leases = {pool: dict(rows) for pool, rows in state.leases.items()}
     copy.entries = {key: list(rows) for key, rows in state.entries.items()}
+    copy.refs = {key: list(rows) for key, rows in state.refs.items()}
     copy.events = dict(state.events)
     copy.charge_keys = dict(state.charge_keys)
     copy.idempotency_keys = dict(state.idempotency_keys)

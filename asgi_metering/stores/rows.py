@@ -206,8 +206,8 @@ def _ended_at(hold: Hold) -> float | None:
     return None if hold.receipt is None else hold.receipt.at
 
 
-_CHANGING = ("state", "expires_at", "due_at", "observed", "receipt")
-"""What the rules change of a hold. What was decided at its admission, most of it nested, is written once."""
+_CHANGING = ("amount", "parts", "state", "expires_at", "due_at", "observed", "receipt")
+"""What the rules change of a hold. What else was decided at its admission, most of it nested, is written once."""
 
 MAPS: Mapping[str, RowMap[Any]] = {
     rows.table: rows

@@ -13,8 +13,10 @@ from asgi_metering.stores.contract import Store
 
 __all__ = ["store_from_url"]
 
-SCHEMES = ("memory", "sqlite")
+SCHEMES = ("memory", "sqlite", "postgresql", "postgres")
 """What this version has; the others come behind the same contract."""
+
+POSTGRES_SCHEMES = ("postgresql", "postgres")
 
 
 def store_from_url(url: str) -> Store:
@@ -23,8 +25,10 @@ def store_from_url(url: str) -> Store:
 
     ``memory://`` keeps everything in this process. ``sqlite:///relative.db`` and ``sqlite:////absolute.db`` name a
     file; ``?synchronous=NORMAL`` trades the last milliseconds before a power cut for speed.
+    ``postgresql://user:password@host:5432/database`` takes all parameters of libpq, and ``namespace=`` for the schema.
 
     Raises:
+        MissingExtraError: The driver that the scheme needs is not installed.
         ConfigurationError: Not a URL, an unknown scheme, or options that the scheme does not have.
     """
     if not isinstance(url, str):
@@ -32,8 +36,11 @@ def store_from_url(url: str) -> Store:
     parts = urlsplit(url)
     if parts.scheme not in SCHEMES:
         raise ConfigurationError(
-            f"The store URL {_shown(url)!r} has the scheme {parts.scheme!r}. Use one of: memory://, sqlite:///file.db."
+            f"The store URL {_shown(url)!r} has the scheme {parts.scheme!r}. Use one of: memory://, sqlite:///file.db, "
+            f"postgresql://host/database."
         )
+    if parts.scheme in POSTGRES_SCHEMES:
+        return _postgres(url)
     options = dict(parse_qsl(parts.query))
     if parts.scheme == "memory":
         if parts.netloc or parts.path.strip("/") or options:
@@ -60,6 +67,18 @@ def _sqlite(url: str, host: str, path: str, options: dict[str, str]) -> Store:
     from asgi_metering.stores.sqlite import SQLiteStore
 
     return SQLiteStore(file, synchronous=options.get("synchronous", "FULL").upper())
+
+
+def _postgres(url: str) -> Store:
+    """Whatever the URL says beside the namespace is libpq's."""
+    address, _, query = url.partition("?")
+    options = parse_qsl(query, keep_blank_values=True)
+    named = [value for name, value in options if name == "namespace"]
+    rest = "&".join(each for each in query.split("&") if each and not each.startswith("namespace="))
+    from asgi_metering.stores.postgres import PostgresStore
+
+    url = f"{address}?{rest}" if rest else address
+    return PostgresStore(url, namespace=named[-1]) if named else PostgresStore(url)
 
 
 def _shown(url: str) -> str:

@@ -14,22 +14,33 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from asgi_metering.decisions import Decision, Reason
-from asgi_metering.errors import ConfigurationError, IdempotencyConflictError
-from asgi_metering.receipts import Basis, EndedBy, Part, Receipt
+from asgi_metering.errors import AmountError, ConfigurationError, IdempotencyConflictError
+from asgi_metering.receipts import Basis, EndedBy, Part, Posting, Receipt
+from asgi_metering.rules.corrections import charged
 from asgi_metering.rules.hold import is_live
 from asgi_metering.rules.operations import (
     Acknowledge,
     Admit,
     AllowanceSource,
+    Backfill,
     Claim,
+    Correct,
+    Declare,
     Emit,
     End,
+    Grow,
     LeaseAsk,
     LimitAsk,
+    Operation,
     PostGrant,
+    Preview,
+    Refund,
     Renew,
+    ReverseGrant,
     SourceAsk,
     Sweep,
+    Undo,
+    WalletSource,
 )
 from asgi_metering.rules.settlement import end_overdue
 from asgi_metering.rules.state import NEVER, Account, Hold, State
@@ -45,6 +56,21 @@ payers = st.sampled_from(PAYERS)
 calls = st.sampled_from(CALLS)
 amounts = st.integers(0, 30)
 charges = st.one_of(st.none(), st.integers(0, 40))
+postings = st.sampled_from(["r0", "r1", "c0", "g0"])
+WANTED = [
+    "wallet",
+    "overdraft",
+    "free",
+    "free, wallet",
+    "wallet, trial",
+    "rolls, wallet",
+    "stale, wallet",
+    "split free, split rolls, split wallet",
+    "split free, split free, split wallet",
+    "theirs free, theirs wallet, overdraft",
+    "none",
+]
+wanted = st.sampled_from(WANTED)
 
 
 class Books(RuleBasedStateMachine):
@@ -54,6 +80,7 @@ class Books(RuleBasedStateMachine):
         super().__init__()
         self.world = World()
         self.receipts: dict[str, Receipt] = {}
+        self.admitted: dict[str, tuple[Admit, float]] = {}
 
     # -- time ------------------------------------------------------------------------------------------------
 
@@ -112,7 +139,7 @@ class Books(RuleBasedStateMachine):
         payer=payers,
         amount=amounts,
         least=amounts,
-        sources=st.sampled_from(["wallet", "free", "free, wallet", "wallet, trial", "stale, wallet", "none"]),
+        sources=wanted,
         limits=st.lists(st.sampled_from("ksdt"), max_size=3, unique=True),
         pools=st.lists(st.sampled_from(["one", "two"]), max_size=2, unique=True),
         grace_s=st.sampled_from([0.0, 20.0]),
@@ -148,20 +175,25 @@ class Books(RuleBasedStateMachine):
         )
         known = call in world.state.holds
         # What an admission ends on its way is done before, so that the rest is its own.
-        now = max(world.now, self._account(payer).seen_at)
-        end_overdue(world.state, (payer, "credits"), now, 100)
-        before, was = snapshot(world.state), self._account(payer)
+        accounts = {payer, *(source.payer for source in ask.sources if source.payer)}
+        now = max(world.now, *(self._account(each).seen_at for each in accounts))
+        for each in sorted(accounts):
+            end_overdue(world.state, (each, "credits"), now, 100)
+        before = snapshot(world.state)
+        foreseen = world.run(Preview(ask))
+        assert snapshot(world.state) == before
         decision = world.run(ask)
+        assert decision == foreseen
         assert isinstance(decision, Decision)
         if known or not decision.admitted:
             assert snapshot(world.state) == before
             self._explains(ask, decision)
             return
         assert decision.now == now
+        self.admitted[call] = ask, now
         assert not amount or ask.minimum <= decision.held <= amount
         if decision.source == "wallet" and decision.held:
-            assert decision.available == self._account(payer).available >= 0
-            assert was.available <= was.granted - was.settled - was.expired - was.held
+            assert decision.available == self._account(decision.payer).available >= (-9 if "over" in sources else 0)
         for lease in ask.leases:
             live = [row for row in world.state.leases[lease.pool].values() if row.expires_at > now]
             assert len(live) <= lease.limit
@@ -175,17 +207,24 @@ class Books(RuleBasedStateMachine):
         if refusal.retry_after_s is not None:
             assert refusal.retry_after_s > 0
         if refusal.reason in (Reason.CREDITS, Reason.ALLOWANCE):
-            assert (
-                refusal.required == ask.minimum > refusal.available or not ask.sources or self._account(ask.payer).debt
-            )
+            assert refusal.required == ask.minimum > refusal.available or not ask.sources or not ask.minimum
 
     def _sources(self, wanted: str) -> Iterator[SourceAsk]:
         now = self.world.now
+        free = AllowanceSource("free", 40, days(now))
+        rolls = AllowanceSource("rolls", 20, window_s=300.0)
         offered: dict[str, SourceAsk] = {
             "wallet": WALLET,
-            "free": AllowanceSource("free", 40, days(now)),
+            "overdraft": WalletSource(9),
+            "free": free,
+            "rolls": rolls,
             "trial": AllowanceSource("trial", 10, days(now)),
             "stale": AllowanceSource("free", 40, days(now - 9 * DAY_S)),
+            "split free": free._replace(split=True),
+            "split rolls": rolls._replace(split=True),
+            "split wallet": WalletSource(split=True),
+            "theirs free": free._replace(payer="bob", group="platform"),
+            "theirs wallet": WalletSource(payer="bob", group="platform"),
         }
         return (offered[name] for name in wanted.split(", ") if name != "none")
 
@@ -200,6 +239,110 @@ class Books(RuleBasedStateMachine):
 
     def _pools(self, pools: list[str]) -> Iterator[LeaseAsk]:
         return (slots({"one": 1, "two": 2}[pool], pool) for pool in pools)
+
+    # -- growth, and second thoughts --------------------------------------------------------------------------
+
+    @rule(call=calls, to=st.integers(0, 60), least=st.integers(0, 60), sources=wanted)
+    def grow(self, call: str, to: int, least: int, sources: str) -> None:
+        """A live hold grows to what is asked, or as far as will do; a refusal changes nothing of it."""
+        world = self.world
+        ask = Grow(call, to, min(to, least), tuple(self._sources(sources)))
+        was = world.state.holds.get(call)
+        decision = world.run(ask)
+        hold = world.state.holds.get(call)
+        if was is None or hold is None or hold.receipt is not None:
+            assert decision.refusal is not None
+            assert decision.refusal.reason is Reason.ENDED
+            return
+        assert hold.amount >= was.amount
+        if decision.admitted:
+            assert max(was.amount, ask.minimum) <= decision.held == hold.amount <= max(was.amount, to)
+        else:
+            assert (hold.amount, hold.parts) == (was.amount, was.parts)
+
+    @rule(call=calls)
+    def undo(self, call: str) -> None:
+        """An admission is taken back whole, unless its call has ended."""
+        if call not in self.admitted:
+            return
+        world = self.world
+        ask, at = self.admitted.pop(call)
+        was = world.state.holds.get(call)
+        before = snapshot(world.state)
+        done = world.run(Undo(ask, at))
+        assert done is (was is None or was.receipt is None)
+        if not done:
+            assert snapshot(world.state) == before
+        for key, counter in world.state.counters.items():
+            assert counter.used <= before["counters"][key].used
+
+    # -- corrections -----------------------------------------------------------------------------------------
+
+    def _post(self, ask: Operation) -> Posting | None:
+        """A posting applies once; refused, it changes nothing, and repeated neither."""
+        world = self.world
+        before = snapshot(world.state)
+        try:
+            posting: Posting = world.run(ask)
+        except (AmountError, ConfigurationError, IdempotencyConflictError):
+            assert snapshot(world.state) == before
+            return None
+        if not posting.applied:
+            assert snapshot(world.state) == before
+            return None
+        assert posting.available == self._account(posting.payer).available
+        after = snapshot(world.state)
+        assert world.run(ask)._replace(applied=True, returned=posting.returned, lapsed=posting.lapsed) == posting
+        assert snapshot(world.state) == after
+        return posting
+
+    @rule(posting=postings, call=calls, payer=payers, amount=st.one_of(st.none(), st.integers(1, 30)))
+    def refund(self, posting: str, call: str, payer: str, amount: int | None) -> None:
+        """A refund gives back no more than what is left of its charge, and says what of it can be spent again."""
+        left, _ = charged(self.world.state.lines_of((payer, "credits"), call))
+        done = self._post(Refund(posting, call, payer, "credits", amount))
+        if done is not None:
+            assert 0 < -done.amount <= left
+            assert min(done.returned, done.lapsed) >= 0
+            assert done.returned + done.lapsed == -done.amount
+
+    @rule(posting=postings, payer=payers, amount=st.integers(-30, 30))
+    def correct(self, posting: str, payer: str, amount: int) -> None:
+        """A correction changes what was spent by its amount, and by nothing below zero."""
+        was = self._account(payer).settled
+        done = self._post(Correct(posting, payer, "credits", amount))
+        if done is not None:
+            assert self._account(payer).settled == was + amount >= 0
+
+    @rule(posting=postings, payer=payers, amount=st.integers(0, 30))
+    def backfill(self, posting: str, payer: str, amount: int) -> None:
+        """Work done earlier is charged in full."""
+        was = self._account(payer).settled
+        done = self._post(Backfill(posting, payer, "credits", amount))
+        if done is not None:
+            assert self._account(payer).settled == was + amount
+
+    @rule(posting=postings, grant=st.sampled_from(GRANTS), payer=payers)
+    def take_back(self, posting: str, grant: str, payer: str) -> None:
+        """A grant that is taken back has nothing to spend any more; what was spent of it is owed."""
+        was = self._account(payer).settled
+        done = self._post(ReverseGrant(posting, grant, payer, "credits"))
+        if done is not None:
+            row = self.world.state.grant((payer, "credits"), grant)
+            assert row is not None
+            assert row.free == row.settled == 0
+            assert self._account(payer).settled == was
+            assert done.amount == -row.reversed
+
+    @rule(scale=st.sampled_from([0, 6]))
+    def declare(self, scale: int) -> None:
+        """A unit keeps the scale of its first use."""
+        known = self.world.state.units.get("credits")
+        try:
+            assert self.world.run(Declare((("credits", scale),))) == (known is None)
+        except ConfigurationError:
+            assert known is not None
+            assert known.scale != scale
 
     # -- ends ------------------------------------------------------------------------------------------------
 
@@ -231,12 +374,20 @@ class Books(RuleBasedStateMachine):
         if hold.receipt.late is not None or by is not EndedBy.CALL or hold.receipt.ended_by is EndedBy.CALL:
             assert snapshot(world.state) == before
         elif hold.receipt.ended_by is EndedBy.POLICY:
-            assert receipt.late == (amount or 0) - hold.receipt.amount
+            # What a refund has given back is not given back again.
+            difference = (amount or 0) - hold.receipt.amount
+            assert receipt.late is not None
+            assert receipt.late == difference or difference < receipt.late <= 0
 
-    @rule(limit=st.sampled_from([1, 3, 500]), keep_s=st.sampled_from([120.0, 7 * DAY_S]))
-    def sweep(self, limit: int, keep_s: float) -> None:
-        """A sweep ends what is overdue and forgets what is old."""
-        self.world.run(Sweep(limit, keep_s))
+    @rule(
+        limit=st.sampled_from([1, 3, 500]),
+        keep_s=st.sampled_from([120.0, 7 * DAY_S]),
+        lines_s=st.sampled_from([0.0, 50.0, 7 * DAY_S]),
+        windows_s=st.sampled_from([1.0, 7 * DAY_S]),
+    )
+    def sweep(self, limit: int, keep_s: float, lines_s: float, windows_s: float) -> None:
+        """A sweep ends what is overdue, forgets what is old, and folds old lines."""
+        self.world.run(Sweep(limit, keep_s, lines_s, windows_s))
         self.receipts = {call: receipt for call, receipt in self.receipts.items() if call in self.world.state.holds}
 
     # -- the outbox ------------------------------------------------------------------------------------------
@@ -286,6 +437,22 @@ class Books(RuleBasedStateMachine):
         """A hold's amount is that of its parts, whatever became of it."""
         for hold in self.world.state.holds.values():
             assert hold.amount == _total(hold.parts)
+
+    @invariant()
+    def no_call_costs_less_than_nothing(self) -> None:
+        """What refunds and late ends give back is no more than what was charged, place by place."""
+        state = self.world.state
+        for place in state.refs:
+            if place[:2] not in state.checkpoints:
+                amount, parts = charged(state.refs[place])
+                assert amount == _total(parts) >= 0
+
+    @invariant()
+    def last_windows_are_known(self) -> None:
+        """Where an allowance rolls, its last window is found."""
+        state = self.world.state
+        for bucket, start in state.latest.items():
+            assert (*bucket, start) in state.allowances
 
     @invariant()
     def limits_are_never_exceeded(self) -> None:

@@ -6,13 +6,12 @@ Accounts are ("ada", "credits") unless a test says otherwise, so that a test sho
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from asgi_metering.decisions import Decision, Refusal
-from asgi_metering.receipts import Basis, EndedBy, Entry, EntryKind, GrantReceipt, Part, Receipt, Source
-from asgi_metering.rules.conservation import discrepancies
+from asgi_metering.receipts import Basis, EndedBy, Entry, EntryKind, GrantReceipt, Receipt
+from asgi_metering.rules.conservation import discrepancies, ledger_discrepancies
 from asgi_metering.rules.decide import Answer, run
 from asgi_metering.rules.operations import (
     Admit,
@@ -244,7 +243,7 @@ def imbalances(state: State) -> list[str]:
         grants = [*state.grants.get(key, {}).values(), *state.closed_grants.get(key, {}).values()]
         allowances = [row for place, row in state.allowances.items() if place[:2] == key]
         wrong.extend(discrepancies(account, grants, state.live_holds(key), allowances))
-        wrong.extend(_wrong_ledger(key, account, grants, state.entries.get(key, [])))
+        wrong.extend(ledger_discrepancies(account, grants, state.checkpoints.get(key), state.entries.get(key, [])))
         if min(account.granted, account.settled, account.held, account.expired, account.debt) < 0:
             wrong.append(f"{account!r} has a negative sum.")
     for key, ids in state.live.items():
@@ -260,34 +259,3 @@ def imbalances(state: State) -> list[str]:
 
 def _account_of(hold: Hold) -> AccountKey:
     return hold.payer, hold.unit
-
-
-def _wrong_ledger(key: AccountKey, account: Account, grants: list[Grant], entries: list[Entry]) -> list[str]:
-    """A ledger's lines, summed by kind, are the account's sums."""
-    sums = _by_kind(entries)
-    later = sum(grant.amount for grant in grants if not grant.begun)
-    proofs: Mapping[str, tuple[int, int]] = {
-        "grants": (sums[EntryKind.GRANT], account.granted + later),
-        "charges": (sums[EntryKind.SETTLE] + sums[EntryKind.LATE], account.settled),
-        "lapses": (sums[EntryKind.EXPIRE], account.expired),
-    }
-    wrong = [
-        f"{key}: {what} sum to {lines}, not {stored}." for what, (lines, stored) in proofs.items() if lines != stored
-    ]
-    if [line.number for line in entries] != list(range(1, account.entries + 1)):
-        wrong.append(f"{key}: the ledger has gaps.")
-    if [line.at for line in entries] != sorted(line.at for line in entries):
-        wrong.append(f"{key}: the ledger goes back in time.")
-    return wrong
-
-
-def _by_kind(entries: list[Entry]) -> defaultdict[EntryKind, int]:
-    sums: defaultdict[EntryKind, int] = defaultdict(int)
-    for line in entries:
-        if not _is_from_allowance(line.parts):
-            sums[line.kind] += line.amount
-    return sums
-
-
-def _is_from_allowance(parts: tuple[Part, ...]) -> bool:
-    return bool(parts) and parts[0].source is Source.ALLOWANCE

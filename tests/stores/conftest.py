@@ -2,6 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import count
+
 import pytest
 
+from tests.harness.postgres import PostgresServer, postgres_server
+
 pytest.register_assert_rewrite("asgi_metering.testing.conformance")
+
+_numbers = count(1)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """One PostgreSQL server for all tests of this process; each test takes a schema of its own."""
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture
+def schema() -> str:
+    """A schema that no other test has."""
+    return f"test_{next(_numbers)}"

@@ -12,15 +12,25 @@ from asgi_metering.rules.operations import (
     Acknowledge,
     Admit,
     AllowanceSource,
+    Backfill,
     Claim,
+    Correct,
+    Declare,
     Emit,
     End,
+    Grow,
+    IdempotencyAsk,
+    KeyAsk,
     LeaseAsk,
     LimitAsk,
     Operation,
     PostGrant,
+    Preview,
+    Refund,
     Renew,
+    ReverseGrant,
     Sweep,
+    Undo,
     WalletSource,
     WindowKind,
 )
@@ -31,6 +41,9 @@ __all__ = ["CLOCK_STEPS_S", "comparable", "operations"]
 ACCOUNTS = (("p", "credits"), ("p", "usd"), ("q", "credits"))
 CALLS = tuple(f"c{number}" for number in range(10))
 GRANTS = tuple(f"g{number}" for number in range(6))
+POSTINGS = ("r0", "r1", "c0", "g0")
+"""Ids of refunds, corrections and others; some are those of a call or a grant, whose lines are looked up likewise."""
+
 EVENTS = ("e0", "e1", "c0", "c1:late")
 
 CLOCK_STEPS_S = (0.0, 0.25, 1.0, 7.0, 13.0, 45.0, 130.0, -2.0, -40.0)
@@ -92,6 +105,8 @@ def _admit(draw: st.DrawFn, now: float) -> Admit:
         draw(st.sampled_from((Basis.OBSERVED, Basis.HOLD, Basis.NONE))),
         "chat",
         draw(st.sampled_from(({}, {"caller": "k", "attributes": {"n": [1, None, "é"]}}))),
+        draw(st.sampled_from((None, None, None, KeyAsk("k1", window_s=30.0), KeyAsk("k2", _days(now))))),
+        draw(st.sampled_from((None, None, None, IdempotencyAsk("i1", "f", 20.0), IdempotencyAsk("i1", "g", 50.0)))),
     )
 
 
@@ -104,6 +119,33 @@ def _end(draw: st.DrawFn) -> End:
         draw(st.sampled_from((EndedBy.CALL, EndedBy.CALL, EndedBy.PERSON))),
         draw(st.sampled_from(({}, {"tokens": 4}, {"tokens": 40}))),
         draw(st.sampled_from((None, {"outcome": "completed"}))),
+        draw(st.booleans()),
+        draw(st.sampled_from((None, {"status": 200}))),
+    )
+
+
+def _grow(draw: st.DrawFn, now: float) -> Grow:
+    to = draw(st.sampled_from((5, 20, 45, 70)))
+    call, sources = draw(st.sampled_from(CALLS)), draw(st.sampled_from(_sources(now)))
+    return Grow(call, to, draw(st.sampled_from((to, to, 1, 0))), sources)
+
+
+def _posting(draw: st.DrawFn) -> Operation:
+    payer, unit = draw(st.sampled_from(ACCOUNTS))
+    posting, event = draw(st.sampled_from(POSTINGS)), draw(st.sampled_from((None, {"n": 3})))
+    amount = draw(st.sampled_from((1, 7, 25)))
+    call = draw(st.sampled_from((*CALLS, *POSTINGS)))
+    return draw(
+        st.sampled_from(
+            (
+                Refund(posting, call, payer, unit, draw(st.sampled_from((None, amount))), "ann", event),
+                Refund(posting, call, payer, unit),
+                Correct(posting, payer, unit, draw(st.sampled_from((amount, -amount))), "chat", "ann", event),
+                Backfill(posting, payer, unit, amount, "chat", "ann", event),
+                ReverseGrant(posting, draw(st.sampled_from(GRANTS)), payer, unit, "ann"),
+                Declare(((unit, draw(st.sampled_from((0, 6)))), ("usd", 2))),
+            )
+        )
     )
 
 
@@ -128,6 +170,11 @@ def _outbox(draw: st.DrawFn) -> Operation:
                 Claim(draw(st.integers(1, 3)), 10.0),
                 Acknowledge(tuple(draw(st.lists(st.sampled_from(EVENTS), max_size=2)))),
                 Sweep(keep_holds_s=draw(st.sampled_from((0.0, 30.0, 1e6)))),
+                Sweep(
+                    keep_holds_s=1e6,
+                    keep_entries_s=draw(st.sampled_from((0.0, 20.0, 150.0))),
+                    keep_windows_s=draw(st.sampled_from((0.0, 90.0))),
+                ),
             )
         )
     )
@@ -137,10 +184,18 @@ def _outbox(draw: st.DrawFn) -> Operation:
 def operations(draw: st.DrawFn, now: float, longest: int = 6) -> list[Operation]:
     """A sequence of up to *longest* operations at *now*."""
     made: list[Operation] = []
-    for kind in draw(st.lists(st.sampled_from("AAAEEERGO"), min_size=1, max_size=longest)):
+    for kind in draw(st.lists(st.sampled_from("AAAAEEERGGOPPWUV"), min_size=1, max_size=longest)):
         match kind:
             case "A":
                 made.append(_admit(draw, now))
+            case "U":
+                made.append(Undo(_admit(draw, now), now - draw(st.sampled_from((0.0, 7.0, 60.0)))))
+            case "V":
+                made.append(Preview(_admit(draw, now)))
+            case "W":
+                made.append(_grow(draw, now))
+            case "P":
+                made.append(_posting(draw))
             case "E":
                 made.append(_end(draw))
             case "R":

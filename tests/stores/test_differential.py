@@ -280,3 +280,31 @@ def test_give_a_late_charge_back_to_a_window(pair: Pair) -> None:
     pair.clock.advance(70.0)
     pair.run(Sweep())
     pair.run(End("late", 7, Basis.USAGE))
+
+
+def test_look_again_at_a_window_that_the_batch_has_begun(pair: Pair) -> None:
+    """A rolling window that this process has begun is not read again over what a batch has done to it."""
+    rolls = (AllowanceSource("rolls", 50, window_s=500.0),)
+    asks = [Admit(call, "p", "credits", 10, 10, rolls, ttl_s=60.0) for call in ("a", "b")]
+    pair.run(asks[0])
+    pair.run(asks[1], asks[1], End("b", 4, Basis.USAGE))
+    pair.run(End("a", 4, Basis.USAGE), asks[0])
+
+
+def test_fold_a_line_that_the_sweep_has_written(pair: Pair) -> None:
+    """A sweep that keeps no lines folds also those that its own ends have written."""
+    pair.run(_call("a"), Renew("a", 4))
+    pair.clock.advance(100.0)
+    pair.run(Sweep(keep_entries_s=0.0))
+
+
+def test_fold_and_forget_a_few_rows_at_a_time(pair: Pair) -> None:
+    """Sweeps with a small limit fold the same lines of the same accounts, and forget the same windows, as in memory."""
+    source = AllowanceSource("rolls", 50, window_s=5.0)
+    for payer in ("é", "Z", "q"):
+        for number in range(4):
+            call = f"{payer}{number}"
+            pair.run(Admit(call, payer, "credits", 5, 5, (source,)), End(call, 5, Basis.USAGE))
+            pair.clock.advance(7.0)
+    for limit in (1, 2, 3, 500):
+        pair.run(Sweep(limit, keep_entries_s=20.0, keep_windows_s=20.0))

@@ -12,6 +12,7 @@ import pytest
 from asgi_metering import Metering
 from asgi_metering.call import CallRefused
 from asgi_metering.receipts import Basis, EndedBy
+from asgi_metering.rules.conservation import ledger_discrepancies
 from asgi_metering.rules.operations import (
     Admit,
     AllowanceSource,
@@ -25,7 +26,7 @@ from asgi_metering.rules.operations import (
     WindowKind,
 )
 from asgi_metering.rules.state import State
-from asgi_metering.stores.contract import EntriesAfter, EverythingKept
+from asgi_metering.stores.contract import AccountRows, EntriesAfter, EverythingKept
 from asgi_metering.stores.forgetting import IDLE_S, LATE_S, Bounds
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.testing.clock import FakeClock
@@ -63,8 +64,8 @@ def rich(clock: FakeClock, bounds: Bounds = FEW) -> MemoryStore:
     return store
 
 
-def test_run_keeps_the_last_ledger_lines() -> None:
-    """Old ledger lines are dropped once twice the bound is passed; the account's sums stay."""
+def test_run_folds_old_ledger_lines() -> None:
+    """Old ledger lines fold into a checkpoint once twice the bound is passed: it and the rest still prove the sums."""
 
     async def scene() -> None:
         store = MemoryStore(FakeClock(), bounds=FEW)
@@ -72,8 +73,12 @@ def test_run_keeps_the_last_ledger_lines() -> None:
             await store.post([PostGrant(f"g{number}", "p", "credits", 1)])
         lines = (await store.read(EntriesAfter("p", "credits"))).state.entries["p", "credits"]
         assert [line.number for line in lines] == [7, 8, 9, 10, 11]
-        state = (await store.read(EverythingKept())).state
-        assert state.accounts["p", "credits"].granted == 11
+        state = (await store.read(AccountRows("p", "credits"))).state
+        account, checkpoint = state.accounts["p", "credits"], state.checkpoints["p", "credits"]
+        assert (account.granted, checkpoint.number, checkpoint.sums) == (11, 6, {"given": 6})
+        assert ledger_discrepancies(account, state.grants["p", "credits"].values(), checkpoint, lines) == []
+        refs = (await store.read(EverythingKept())).state.refs
+        assert sorted(ref for _, _, ref in refs) == ["g10", "g6", "g7", "g8", "g9"]
 
     asyncio.run(scene())
 
@@ -281,10 +286,10 @@ def test_forget_windows_when_no_late_end_is_awaited() -> None:
         store.run_now(End(f"f{payer}", 1, Basis.USAGE))
     clock.advance(60.0 + LATE_S - 1.0)
     store.run_now(Sweep())
-    assert len(store._state.allowances) == 50
+    assert len(store._state.allowances) == len(store._state.latest) == 50
     clock.advance(1.0)
     store.run_now(Sweep())
-    assert len(store._state.allowances) == 5
+    assert len(store._state.allowances) == len(store._state.latest) == 5
 
 
 def test_forget_no_window_that_a_call_holds() -> None:
@@ -316,6 +321,8 @@ def test_forget_strangers_with_their_lines() -> None:
     state = kept(store)
     assert set(state.accounts) == set(state.entries) == {("payer 0", "credits")}
     assert [line.number for line in state.entries["payer 0", "credits"]] == [1, 2]
+    assert {payer for payer, _, _ in state.refs} == {"payer 0"}
+    assert not state.checkpoints
 
 
 @pytest.mark.parametrize("spent", [False, True])

@@ -12,6 +12,7 @@ from asgi_metering.stores.contract import (
     AccountsAfter,
     EntriesAfter,
     HoldRow,
+    LinesOf,
     LiveHolds,
     PendingEvents,
     Query,
@@ -26,6 +27,7 @@ _LIVE_HOLDS_OF = select(Table.HOLD, "INDEXED BY hold_live WHERE receipt IS NULL 
 _ALLOWANCES_OF = select(Table.ALLOWANCE, "WHERE payer = ? AND unit = ? ORDER BY name, start")
 _ACCOUNTS_AFTER = select(Table.ACCOUNT, "WHERE (payer, unit) > (?, ?) ORDER BY payer, unit LIMIT ?")
 _ENTRIES_AFTER = select(Table.ENTRY, "WHERE payer = ? AND unit = ? AND number > ? ORDER BY number LIMIT ?")
+_LINES_OF = select(Table.ENTRY, "INDEXED BY entry_ref WHERE payer = ? AND unit = ? AND ref = ? ORDER BY number")
 # By the index of live holds: in the order of the table it would step over every ended one that is kept.
 _LIVE_HOLDS = select(Table.HOLD, "INDEXED BY hold_live WHERE receipt IS NULL ORDER BY position LIMIT ?")
 _PENDING_EVENTS = select(Table.EVENT, "ORDER BY position LIMIT ?")
@@ -48,6 +50,8 @@ def read(connection: sqlite3.Connection, query: Query) -> State:
                 found.accounts[account.payer, account.unit] = account
         case EntriesAfter(payer, unit, number, limit):
             found.entries[payer, unit] = list(rows(Table.ENTRY, _ENTRIES_AFTER, payer, unit, number, limit))
+        case LinesOf(payer, unit, ref):
+            found.entries[payer, unit] = list(rows(Table.ENTRY, _LINES_OF, payer, unit, ref))
         case HoldRow(hold_id):
             found.holds = {hold.id: hold for hold in rows(Table.HOLD, SELECT[Table.HOLD], hold_id)}
         case LiveHolds(limit):
@@ -65,6 +69,8 @@ def _read_account(found: State, key: AccountKey, rows: Any) -> None:
     found.apply([(Table.ACCOUNT, key, account) for account in rows(Table.ACCOUNT, SELECT[Table.ACCOUNT], *key)])
     found.apply([(Table.GRANT, key, grant) for grant in rows(Table.GRANT, _GRANTS_OF, *key)])
     found.apply([(Table.HOLD, hold.id, hold) for hold in rows(Table.HOLD, _LIVE_HOLDS_OF, *key)])
+    for checkpoint in rows(Table.CHECKPOINT, SELECT[Table.CHECKPOINT], *key):
+        found.checkpoints[key] = checkpoint
     for window in rows(Table.ALLOWANCE, _ALLOWANCES_OF, *key):
         found.apply([(Table.ALLOWANCE, (*key, window.name, window.start), window)])
 

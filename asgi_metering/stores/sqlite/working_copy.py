@@ -77,7 +77,9 @@ _PAST_WINDOWS = select(
     'ORDER BY "end", payer, unit, name, start LIMIT ?3',
 )
 _PAST_CHARGE_KEYS = select(
-    Table.CHARGE_KEY, 'INDEXED BY charge_key_past WHERE members = 0 AND "end" <= ? ORDER BY "end", key LIMIT ?'
+    Table.CHARGE_KEY,
+    'INDEXED BY charge_key_past WHERE members = 0 AND "end" <= ?1 - ?2 + 1.0 AND "end" + ?2 <= ?1 '
+    'ORDER BY "end", key LIMIT ?3',
 )
 _PAST_IDEMPOTENCY = select(
     Table.IDEMPOTENCY,
@@ -193,6 +195,10 @@ class WorkingCopy:
                 if table == Table.HOLD:
                     self._stored -= keys
                 keys.clear()
+        # Before checkpoints, which take away the lines that they fold.
+        if self._entries:
+            connection.executemany(INSERT_ENTRY, self._entries)
+            self._entries.clear()
         for table, rows in self._put.items():
             if rows:
                 if table == Table.CHECKPOINT:
@@ -202,9 +208,6 @@ class WorkingCopy:
                 else:
                     connection.executemany(UPSERT[table], map(MAPS[table].encode, rows.values()))
                 rows.clear()
-        if self._entries:
-            connection.executemany(INSERT_ENTRY, self._entries)
-            self._entries.clear()
 
     def _write_holds(self, rows: dict[str, Hold]) -> None:
         stored, holds = self._stored, MAPS[Table.HOLD]
@@ -233,6 +236,7 @@ class WorkingCopy:
             case Grow():
                 hold = self._load_hold_whole(operation.id)
                 if hold is not None:
+                    self._load_due({(hold.payer, hold.unit)})
                     self._load_sources(operation.sources, hold.payer, hold.unit)
             case PostGrant():
                 key = (operation.payer, operation.unit)
@@ -263,12 +267,7 @@ class WorkingCopy:
         if known is not None:
             # A repeat: its answer tells what its source has left.
             self._load_account_of(known)
-        key = (ask.payer, ask.unit)
-        self._load_book(key)
-        now = self._clamped(key)
-        account = self._state.accounts.get(key)
-        if account is not None and account.next_due_at <= now:
-            self._load_overdue(key, OVERDUE_PER_ADMISSION)
+        self._load_due({(ask.payer, ask.unit), *((source.payer, ask.unit) for source in ask.sources if source.payer)})
         for limit in ask.limits:
             self._load_counter(limit.key)
         for lease in ask.leases:
@@ -279,6 +278,17 @@ class WorkingCopy:
         if ask.charge_key is not None:
             for row_key in key_rows(ask.charge_key):
                 self._load_charge_key(row_key)
+
+    def _load_due(self, keys: set[AccountKey]) -> None:
+        """Accounts that are taken from, and their calls that are overdue at the latest time that they have seen."""
+        now = self._now
+        for key in keys:
+            self._load_book(key)
+            now = max(now, self._clamped(key))
+        for key in keys:
+            account = self._state.accounts.get(key)
+            if account is not None and account.next_due_at <= now:
+                self._load_overdue(key, now, OVERDUE_PER_ADMISSION)
 
     def _load_charge_key(self, row_key: str) -> None:
         """A charge key with the hold that it owns, and what an end of that moves."""
@@ -291,8 +301,6 @@ class WorkingCopy:
         for source in sources:
             if isinstance(source, AllowanceSource):
                 self._load_allowances((source.payer or payer, unit, source.name), source.boundaries)
-            elif source.payer:
-                self._load_book((source.payer, unit))
 
     def _load_end(self, ask: End) -> None:
         hold = self._load_hold(ask.id)
@@ -304,8 +312,10 @@ class WorkingCopy:
                 self._load_counter(pinned.key)
         first = hold.receipt
         if first is not None and (ask.amount or 0) < first.amount:
-            # A late end that gives back.
-            self._load_paid((hold.payer, hold.unit), first.parts, first.amount)
+            # A late end that gives back, unless a refund has done so.
+            key = (hold.payer, hold.unit)
+            self._load_lines(key, hold.id)
+            self._load_paid(key, first.parts, first.amount)
 
     def _load_hold_whole(self, hold_id: str) -> Hold | None:
         """A hold, and what an end of it moves."""
@@ -322,16 +332,14 @@ class WorkingCopy:
         for part in parts:
             if part.source is Source.ALLOWANCE:
                 self._load_allowance((*key, part.name, part.start))
-        self._load_paid(
-            key, [part for part in parts if part.source is not Source.ALLOWANCE], sum(p.amount for p in parts)
-        )
+        self._load_paid(key, parts, sum(part.amount for part in parts))
 
     def _load_posting(self, ask: Correct | Backfill) -> None:
         key = (ask.payer, ask.unit)
         self._load_book(key)
         self._load_lines(key, ask.id)
         if ask.amount < 0:
-            self._load_paid(key, (), -ask.amount)
+            self._load_paid(key, (Part(Source.DEBT, "", 0.0, ask.amount),), -ask.amount)
 
     def _load_lines(self, key: AccountKey, ref: str) -> list[Entry]:
         """The ledger lines about *ref*: those stored, and those that the batch has written."""
@@ -351,13 +359,13 @@ class WorkingCopy:
         if hold.idempotency_key:
             self._load_plain(Table.IDEMPOTENCY, hold.idempotency_key)
         if hold.charge_key:
-            self._load_hold(f"{hold.id}:key")
+            self._load_hold_whole(f"{hold.id}:key")
             self._load_charge_key(hold.charge_key)
         self._load_book(key)
         for part in hold.parts:
             if part.source is Source.ALLOWANCE:
                 self._load_allowance((*key, part.name, part.start))
-            else:
+            elif part.source is Source.GRANT:
                 self._load_grant(key, part.name)
 
     def _load_paid(self, key: AccountKey, parts: Iterable[Part], amount: int) -> None:
@@ -366,19 +374,20 @@ class WorkingCopy:
 
         A charge without debt needs the latter too: another charge's paid debt may have been given back to its grant.
         """
-        sources = {part.source for part in parts}
+        if all(part.source is Source.ALLOWANCE for part in parts):
+            return
         for part in parts:
             if part.source is Source.GRANT:
                 self._load_grant(key, part.name)
-        if Source.ALLOWANCE in sources:
-            return
+        # What the batch has changed of their order counts.
+        self.write()
         left = amount
         for grant in self.connection.execute(_PAID_GRANTS, key):
             left -= self._keep_grant(MAPS[Table.GRANT].decode(grant)).settled
             if left <= 0:
                 break
 
-    def _load_overdue(self, key: AccountKey, limit: int) -> int:
+    def _load_overdue(self, key: AccountKey, now: float, limit: int) -> int:
         """
         The *limit* holds of an account that the policy looks at first, and what says when it must look next: the
         first overdue hold behind them, and the first hold that is not overdue.
@@ -386,7 +395,6 @@ class WorkingCopy:
         Returns how many of them it will change.
         """
         self.write()
-        now = self._clamped(key)
         decode = MAPS[Table.HOLD].decode
         overdue = list(map(decode, self.connection.execute(_OVERDUE_HOLDS, (*key, now, limit + 1))))
         for hold in overdue:
@@ -403,7 +411,7 @@ class WorkingCopy:
         left = ask.limit
         for key in connection.execute(_OVERDUE_ACCOUNTS, (now,)).fetchall():
             self._load_book(key)
-            left -= self._load_overdue(key, left)
+            left -= self._load_overdue(key, self._clamped(key), left)
             if not left:
                 break
         for row in connection.execute(_OLD_HOLDS, (now, ask.keep_holds_s, ask.limit)):
@@ -420,8 +428,11 @@ class WorkingCopy:
             key = (window.payer, window.unit, window.name, window.start)
             if self._is_new(Table.ALLOWANCE, key):
                 self._state.apply([(Table.ALLOWANCE, key, window)])
-        for table, query in ((Table.CHARGE_KEY, _PAST_CHARGE_KEYS), (Table.IDEMPOTENCY, _PAST_IDEMPOTENCY)):
-            for row in connection.execute(query, (now, ask.limit)):
+        for table, query, values in (
+            (Table.CHARGE_KEY, _PAST_CHARGE_KEYS, (now, ask.keep_holds_s, ask.limit)),
+            (Table.IDEMPOTENCY, _PAST_IDEMPOTENCY, (now, ask.limit)),
+        ):
+            for row in connection.execute(query, values):
                 found = MAPS[table].decode(row)
                 if self._is_new(table, found.key):
                     self._state.apply([(table, found.key, found)])
@@ -517,7 +528,8 @@ class WorkingCopy:
                     self._state.apply([(Table.ALLOWANCE, (*bucket, window.start), window)])
 
     def _load_allowance(self, key: AllowanceKey) -> None:
-        if self._is_new(Table.ALLOWANCE, key):
+        # One that this copy has begun, since it rolls, was never read.
+        if key not in self._state.allowances and self._is_new(Table.ALLOWANCE, key):
             window = self._row(Table.ALLOWANCE, key)
             if window is not None:
                 self._state.apply([(Table.ALLOWANCE, key, window)])

@@ -14,9 +14,11 @@ first. Knows the contract of stores and the rules, and no store.
 
 from __future__ import annotations
 
-from asgi_metering.testing.conformance.admitting import Admitting, Paying
+from asgi_metering.testing.conformance.admitting import Admitting, Paying, Sourcing
+from asgi_metering.testing.conformance.correcting import Correcting, Folding
 from asgi_metering.testing.conformance.ending import Doubting, Ending
 from asgi_metering.testing.conformance.granting import Granting, Passing
+from asgi_metering.testing.conformance.growing import Growing, Undoing
 from asgi_metering.testing.conformance.limiting import Limiting
 from asgi_metering.testing.conformance.outbox import Delivering, Reading, Sharing
 from asgi_metering.testing.conformance.scene import tables
@@ -24,7 +26,23 @@ from asgi_metering.testing.conformance.scene import tables
 __all__ = ["StoreConformance", "tables"]
 
 
-class StoreConformance(Admitting, Paying, Limiting, Ending, Doubting, Granting, Passing, Delivering, Sharing, Reading):
+class StoreConformance(
+    Admitting,
+    Paying,
+    Sourcing,
+    Limiting,
+    Growing,
+    Undoing,
+    Ending,
+    Doubting,
+    Granting,
+    Correcting,
+    Folding,
+    Passing,
+    Delivering,
+    Sharing,
+    Reading,
+):
     """
     What every store must do. Subclass it, and write `make_store`.
 

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from asgi_metering.decisions import Reason
+from asgi_metering.receipts import Source
 from asgi_metering.rules.hold import HoldState
-from asgi_metering.rules.operations import AllowanceSource, LeaseAsk, WindowKind
-from asgi_metering.testing.conformance.scene import DAY_S, WALLET, Scene, Suite, scenario
+from asgi_metering.rules.operations import AllowanceSource, LeaseAsk, WalletSource, WindowKind
+from asgi_metering.testing.conformance.scene import DAY_S, GRACE_S, LIFE_S, WALLET, Scene, Suite, scenario
 
-__all__ = ["Admitting", "Paying"]
+__all__ = ["Admitting", "Paying", "Sourcing"]
 
 FIXED, CALENDAR, SLIDING = WindowKind.FIXED, WindowKind.CALENDAR, WindowKind.SLIDING
 
@@ -234,3 +235,88 @@ class Paying(Suite):
         refusal = (await scene.admit("a", 10, sources=[scene.allowance(9), *WALLET])).refusal
         assert refusal is not None
         assert (refusal.reason, refusal.available) == (Reason.CREDITS, 5)
+
+
+class Sourcing(Suite):
+    """Payer objects: groups that pay a call whole, or split it among their sources."""
+
+    @scenario
+    async def test_admit_by_the_next_payer(self, scene: Scene) -> None:
+        """Where the first payer object has too little, the whole call switches to the next, and ends there (S0.23)."""
+        await scene.grant(10, payer="platform")
+        await scene.grant(100)
+        sources = [WalletSource(payer="platform", group="platform"), WalletSource(group="user")]
+        paid = [await scene.admit(call_id, 8, sources=sources) for call_id in ("a", "b")]
+        assert [(decision.payer, decision.group) for decision in paid] == [("platform", "platform"), ("org_7", "user")]
+        assert (await scene.settle("a", 12)).payer == "platform"
+        assert (await scene.account("platform")).debt == 2
+        assert (await scene.account()).held == 8
+
+    @scenario
+    async def test_admit_ends_what_is_overdue_of_every_payer(self, scene: Scene) -> None:
+        """Admission sees expiry by time in each account that may pay, and the latest time that any of them has seen."""
+        await scene.grant(10, payer="platform")
+        await scene.admit("a", 10, payer="platform")
+        latest = scene.clock.advance(LIFE_S + GRACE_S)
+        await scene.grant(1, "grant_2", payer="platform")
+        scene.clock.advance(-5)
+        sources = [*WALLET, WalletSource(payer="platform")]
+        decision = await scene.admit("b", 11, sources=sources)
+        assert (decision.payer, decision.now) == ("platform", latest)
+
+    @scenario
+    async def test_split_a_call(self, scene: Scene) -> None:
+        """A split group pays with all of its sources, in order; what is left is free from the last backwards."""
+        await scene.grant(100)
+        split = [scene.allowance(30)._replace(split=True), WalletSource(split=True)]
+        await scene.admit("a", 50, sources=split)
+        assert [(part.source, part.amount) for part in (await scene.hold("a")).parts] == [
+            (Source.ALLOWANCE, 30),
+            (Source.GRANT, 20),
+        ]
+        receipt = await scene.settle("a", 35)
+        assert (receipt.available, [part.amount for part in receipt.parts]) == (95, [30, 5])
+        assert await scene.settled_and_held() == [(30, 0)]
+        async with scene.nothing_changes():
+            assert not (await scene.admit("b", 96, sources=split)).admitted
+
+    @scenario
+    async def test_hold_nothing_and_pin_who_pays(self, scene: Scene) -> None:
+        """A hold of nothing names who pays for what will be measured, and that posts in full."""
+        await scene.grant(5, payer="platform")
+        ask = scene.ask("a", 0, sources=[WalletSource(payer="platform")])
+        decision = await scene.one(ask)
+        assert (decision.admitted, decision.held, decision.payer, decision.source) == (True, 0, "platform", "wallet")
+        assert await scene.one(ask) == decision
+        await scene.admit("b", 0, sources=[scene.allowance(5)])
+        await scene.settle("a", 8)
+        await scene.settle("b", 8)
+        assert (await scene.account("platform")).debt == 3
+        assert await scene.settled_and_held() == [(8, 0)]
+
+    @scenario
+    async def test_overdraw(self, scene: Scene) -> None:
+        """An overdraft may be held beyond the grants; what is spent of it is paid by new units first, else owed."""
+        await scene.grant(10)
+        over = [WalletSource(5)]
+        assert (await scene.admit("a", 15, sources=over)).available == -5
+        async with scene.nothing_changes():
+            refusal = (await scene.admit("b", 1, sources=over)).refusal
+        assert refusal is not None
+        assert refusal.transient
+        await scene.grant(3, "grant_2")
+        await scene.settle("a", 14)
+        account = await scene.account()
+        assert (account.settled, account.debt) == (14, 1)
+
+    @scenario
+    async def test_allowance_that_rolls(self, scene: Scene) -> None:
+        """A rolling window begins with the first use; strictly after its end the next use begins another (S4.13)."""
+        rolls = [AllowanceSource("rolls", 10, window_s=30 * DAY_S)]
+        await scene.admit("a", 10, sources=rolls)
+        await scene.settle("a", 10)
+        scene.clock.advance(30 * DAY_S)
+        assert not (await scene.admit("b", 1, sources=rolls)).admitted
+        scene.clock.advance(0.5)
+        assert (await scene.admit("c", 10, sources=rolls)).admitted
+        assert await scene.settled_and_held("rolls") == [(10, 0), (0, 10)]

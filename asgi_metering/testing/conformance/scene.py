@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 from asgi_metering.decisions import Decision
 from asgi_metering.receipts import Basis, Entry, GrantReceipt, Receipt
 from asgi_metering.rules.calendars import Period, boundaries
-from asgi_metering.rules.conservation import discrepancies
+from asgi_metering.rules.conservation import discrepancies, ledger_discrepancies
 from asgi_metering.rules.operations import (
     Admit,
     AllowanceSource,
@@ -248,6 +248,8 @@ class Scene:
             grants = [*state.grants.get(key, {}).values(), *state.closed_grants.get(key, {}).values()]
             windows = [row for place, row in state.allowances.items() if place[:2] == key]
             assert discrepancies(account, grants, state.live_holds(key), windows) == []
+            entries = state.entries.get(key, [])
+            assert ledger_discrepancies(account, grants, state.checkpoints.get(key), entries) == []
 
 
 async def play(suite: Suite, test: Callable[[Any, Scene], Awaitable[None]]) -> None:
