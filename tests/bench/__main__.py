@@ -98,7 +98,7 @@ async def memory_table() -> str:
     """What stays allocated while a long stream passes."""
     made = await s.metering(sinks=())
     # A long stream has heartbeats, and the first one that counts text would load the vocabulary: 14 MiB, once.
-    await asyncio.to_thread(warm_up)
+    await warm_up()
     lines = ["### Memory while a stream passes, KiB over the start", "", "| chunks | peak |", "|---:|---:|"]
     for chunks in (1_000, 20_000, 200_000):
         app = s.MeteringMiddleware(metered_app(s.streaming(s.SMALL_CHUNK, chunks), billable(s.TOKENS)), metering=made)
