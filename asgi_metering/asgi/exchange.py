@@ -37,7 +37,7 @@ How long after the server took its last body message an app may still turn out t
 microseconds. Background tasks that run longer do not delay the end (pitfall 24).
 """
 
-LAST_SEND_S = 60.0
+LAST_SEND_S = 10.0
 """
 How long the server may take over the last message before the call is ended without its answer.
 

@@ -37,6 +37,10 @@ class Heard(NamedTuple):
     estimated: bool = False
 
 
+LOOSE: Final = 1_024
+"""Parts that lie loose: a string of one word takes ten times its letters, so that many are put together now and then."""
+
+
 class Text:
     """Text that passed: kept up to `MAX_TEXT` characters, counted beyond."""
 
@@ -56,6 +60,8 @@ class Text:
         if room > 0:
             self.parts.append(part[:room])
             self.kept += min(len(part), room)
+            if len(self.parts) >= LOOSE:
+                self.parts = ["".join(self.parts)]
 
 
 def join(parts: list[str]) -> str:
