@@ -1,0 +1,313 @@
+"""Schemas, migrations, URLs, and what a wrong set-up is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from asgi_metering.cli import main
+from asgi_metering.errors import ConfigurationError, MissingExtraError, StoreError
+from asgi_metering.rules.operations import Admit, PostGrant, WalletSource
+from asgi_metering.stores.postgres import PostgresStore
+from asgi_metering.stores.postgres.link import connect
+from asgi_metering.stores.postgres.migrations import MIGRATIONS, SCHEMA_VERSION, Migration, migrate, pending, script
+from asgi_metering.stores.pump import Pump
+from asgi_metering.stores.urls import store_from_url
+from tests.harness.postgres import PostgresServer
+from tests.harness.servers import HOST, free_port
+
+ROOT = Path(__file__).parents[3]
+
+
+def failure_to_open(store: PostgresStore) -> StoreError | ConfigurationError:
+    """What `open` raises."""
+
+    async def run() -> None:
+        try:
+            await store.open()
+        finally:
+            await store.close()
+
+    with pytest.raises((StoreError, ConfigurationError)) as raised:
+        asyncio.run(run())
+    return raised.value
+
+
+def _applied(server: PostgresServer, schema: str) -> list[int]:
+    return [number for (number,) in server.execute(f'SELECT number FROM "{schema}".migration ORDER BY number')]
+
+
+def _apply(server: PostgresServer, schema: str, *migrations: Migration) -> list[Migration]:
+    async def run() -> list[Migration]:
+        link = await connect(server.url(), 10.0)
+        try:
+            return await migrate(link, schema, 60.0, migrations)
+        finally:
+            link.close()
+
+    return asyncio.run(run())
+
+
+# -- migrations --------------------------------------------------------------------------------------------
+
+
+def test_migrate_twice(postgres: PostgresServer, schema: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command makes the schema once; again it has nothing to do, and the store opens without making anything."""
+    url = f"{postgres.url()}?namespace={schema}"
+    assert main(["migrate", "--store", url, "--json"]) == 0
+    assert [row["number"] for row in json.loads(capsys.readouterr().out)] == [each.number for each in MIGRATIONS]
+    assert main(["migrate", "--store", url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+    async def run() -> None:
+        store = store_from_url(url)
+        await store.open()
+        await store.post([PostGrant("g", "p", "credits", 5)])
+        await store.close()
+
+    asyncio.run(run())
+    assert _applied(postgres, schema) == [each.number for each in MIGRATIONS]
+
+
+def test_migrate_in_several_places_at_once(postgres: PostgresServer, schema: str) -> None:
+    """Of several that migrate at once each migration is applied by one, and none fails."""
+
+    async def run() -> list[list[tuple[int, str]]]:
+        stores = [PostgresStore(postgres.url(), namespace=schema) for _ in range(6)]
+        return await asyncio.gather(*(store.migrate() for store in stores))
+
+    done = asyncio.run(run())
+    assert sorted(number for each in done for number, _ in each) == [each.number for each in MIGRATIONS]
+
+
+def test_migrate_under_load(postgres: PostgresServer, schema: str) -> None:
+    """A migration of tables in use is applied between the batches, and no call notices."""
+    column = Migration(
+        SCHEMA_VERSION + 1, "note", "ALTER TABLE account ADD COLUMN note TEXT;\nALTER TABLE hold ADD n INT"
+    )
+
+    async def run() -> None:
+        store = PostgresStore(postgres.url(), namespace=schema, migrate=True)
+        await store.open()
+        await store.post([PostGrant("g", "p", "credits", 1_000_000)])
+        pump = Pump(store)
+        done = asyncio.Event()
+        admitted = 0
+
+        async def caller(number: int) -> None:
+            nonlocal admitted
+            while not done.is_set():
+                admitted += 1
+                decision = await pump.submit(Admit(f"{number}.{admitted}", "p", "credits", 1, 1, (WalletSource(),)))
+                assert decision
+
+        callers = [asyncio.create_task(caller(number)) for number in range(8)]
+        for _ in range(2):
+            link = await connect(postgres.url(), 10.0)
+            await migrate(link, schema, 60.0, (*MIGRATIONS, column))
+            link.close()
+        before = admitted
+        while admitted < before + 20:
+            await asyncio.sleep(0.001)
+        done.set()
+        await asyncio.gather(*callers)
+        await pump.close()
+        await store.close()
+
+    asyncio.run(run())
+    assert _applied(postgres, schema) == [*(each.number for each in MIGRATIONS), column.number]
+
+
+def test_migration_that_fails_leaves_nothing(postgres: PostgresServer, schema: str) -> None:
+    """A migration is applied whole or not at all, and those before it stay."""
+    broken = Migration(SCHEMA_VERSION + 1, "broken", "CREATE TABLE half (n INT);\nCREATE TABLE account (n INT)")
+    with pytest.raises(Exception, match='relation "account" already exists'):
+        _apply(postgres, schema, *MIGRATIONS, broken)
+    assert _applied(postgres, schema) == [each.number for each in MIGRATIONS]
+    assert postgres.execute("SELECT to_regclass(%s)", f"{schema}.half") == [(None,)]
+
+
+def test_migration_does_not_wait_for_a_long_transaction(postgres: PostgresServer, schema: str) -> None:
+    """A table that is in use for long is not queued for: whoever waits for it would keep all others waiting."""
+    _apply(postgres, schema, *MIGRATIONS)
+    column = Migration(SCHEMA_VERSION + 1, "note", "ALTER TABLE account ADD COLUMN note TEXT")
+    with psycopg.connect(postgres.url()) as other:
+        other.execute(f'SELECT * FROM "{schema}".account')
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            _apply(postgres, schema, *MIGRATIONS, column)
+    assert [each.name for each in _apply(postgres, schema, *MIGRATIONS, column)] == ["note"]
+
+
+def test_print_migrations(postgres: PostgresServer, schema: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--sql`` prints a script and does nothing; run by psql it makes what the command would make, and only once."""
+    assert main(["migrate", "--store", f"{postgres.url()}?namespace={schema}", "--sql"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == script(schema)
+    assert postgres.execute("SELECT to_regclass(%s)", f"{schema}.account") == [(None,)]
+    postgres.run_script(printed)
+    asyncio.run(_opens(PostgresStore(postgres.url(), namespace=schema)))
+    other = f"{schema}_other"
+    _apply(postgres, other, *MIGRATIONS)
+    assert _columns(postgres, schema) == _columns(postgres, other)
+    with pytest.raises(subprocess.CalledProcessError):
+        postgres.run_script(printed)
+    asyncio.run(_opens(PostgresStore(postgres.url(), namespace=schema)))
+
+
+async def _opens(store: PostgresStore) -> None:
+    await store.open()
+    await store.close()
+
+
+def _columns(server: PostgresServer, schema: str) -> list[tuple[str, ...]]:
+    return server.execute(
+        "SELECT table_name, column_name, data_type, is_nullable FROM information_schema.columns "
+        "WHERE table_schema = %s ORDER BY table_name, ordinal_position",
+        schema,
+    )
+
+
+def test_pending_migrations() -> None:
+    """Pending is what was not applied, in order, also where a number was left out."""
+    steps = [Migration(number, f"step{number}", "") for number in (1, 2, 3)]
+    assert pending([2], steps) == [steps[0], steps[2]]
+    assert pending([1, 2, 3, 4], steps) == []
+
+
+def test_open_refuses_another_schema_version(postgres: PostgresServer, schema: str) -> None:
+    """A schema that is missing, older or newer is refused at startup, with what to do about it."""
+    store = PostgresStore(postgres.url(), namespace=schema)
+    assert "has no tables of asgi_metering" in str(failure_to_open(store))
+    assert str(failure_to_open(store)).endswith("Run: asgi-metering migrate")
+    _apply(postgres, schema, *MIGRATIONS)
+    asyncio.run(_opens(store))
+    postgres.execute(f"INSERT INTO \"{schema}\".migration VALUES (999, 'later')")
+    newer = failure_to_open(store)
+    assert isinstance(newer, ConfigurationError)
+    assert "has version 999, newer than" in str(newer)
+    assert str(newer).endswith("Upgrade asgi_metering.")
+    postgres.execute(f'UPDATE "{schema}".migration SET number = 0 WHERE number > 0 AND number < 999')
+    postgres.execute(f'DELETE FROM "{schema}".migration WHERE number = 999')
+    assert str(failure_to_open(store)).endswith("Run: asgi-metering migrate")
+
+
+def test_migrate_a_store_that_needs_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """Stores that keep their own tables up to date say so; without a store the command asks for one."""
+    assert main(["migrate", "--store", "sqlite:///x.db"]) == 2
+    assert "brings its tables up to date by itself" in capsys.readouterr().err
+    assert main(["migrate", "--store", ""]) == 2
+    assert "No store is named" in capsys.readouterr().err
+
+
+# -- what a wrong set-up is told ---------------------------------------------------------------------------
+
+
+def test_open_with_a_wrong_url(postgres: PostgresServer, schema: str) -> None:
+    """Wrong passwords, databases, ports and TLS are told with the value and the mend, and without the password."""
+    said = {
+        "password": postgres.url(password="wrong-secret"),
+        "database": postgres.url("nothing_here"),
+        "port": postgres.url(port=free_port()),
+        "tls": f"{postgres.url()}?sslmode=require",
+    }
+    told = {name: str(failure_to_open(PostgresStore(url, namespace=schema))) for name, url in said.items()}
+    assert "Check user and password of the store URL" in told["password"]
+    assert "Create the database, or name another" in told["database"]
+    assert "Check its address, and that it runs" in told["port"]
+    assert "Check sslmode and sslrootcert" in told["tls"]
+    for text in told.values():
+        assert text.startswith(f"PostgreSQL at {HOST}:")
+        assert "secret" not in text
+        assert "only%20for" not in text
+
+
+def test_open_without_permission(postgres: PostgresServer, schema: str) -> None:
+    """A user that may not use the schema is told which rights to grant."""
+    _apply(postgres, schema, *MIGRATIONS)
+    postgres.execute(f"CREATE ROLE guest_{schema} LOGIN PASSWORD 'guest'")
+    url = postgres.url(user=f"guest_{schema}", password="guest")
+    told = str(failure_to_open(PostgresStore(url, namespace=schema)))
+    assert "forbids what the store does" in told
+    assert f"USAGE on the schema {schema!r}" in told
+    postgres.execute(f'GRANT USAGE ON SCHEMA "{schema}" TO guest_{schema}')
+    postgres.execute(f'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "{schema}" TO guest_{schema}')
+
+    async def run() -> None:
+        store = PostgresStore(url, namespace=schema)
+        await store.open()
+        await store.post([PostGrant("g", "p", "credits", 5)])
+        await store.close()
+
+    asyncio.run(run())
+
+
+def test_table_that_went_away(postgres: PostgresServer, schema: str) -> None:
+    """A schema that was changed under a running store is told as what it is."""
+    _apply(postgres, schema, *MIGRATIONS)
+
+    async def run() -> str:
+        store = PostgresStore(postgres.url(), namespace=schema)
+        await store.open()
+        postgres.execute(f'DROP TABLE "{schema}".entry')
+        try:
+            with pytest.raises(ConfigurationError) as raised:
+                await store.post([PostGrant("g", "p", "credits", 5)])
+        finally:
+            await store.close()
+        return str(raised.value)
+
+    assert asyncio.run(run()).endswith("Run: asgi-metering migrate")
+
+
+def test_refuse_a_database_that_cannot_keep_every_text(postgres: PostgresServer, schema: str) -> None:
+    """A database that is not encoded in UTF-8 is refused: it would fail on the first name from elsewhere."""
+    postgres.execute(f"CREATE DATABASE latin_{schema} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    store = PostgresStore(postgres.url(f"latin_{schema}"), namespace=schema, migrate=True)
+    assert "is encoded in LATIN1" in str(failure_to_open(store))
+
+
+@pytest.mark.parametrize("namespace", ["", "Ledger", "1st", "pg_ledger", "a" * 64, "led-ger", 'led"ger', 7])
+def test_refuse_a_namespace(namespace: str) -> None:
+    """A namespace is a schema's plain name, and is told what it may be."""
+    with pytest.raises(ConfigurationError, match=r"cannot be a PostgreSQL schema of ours\. Use 1 to 63"):
+        PostgresStore("postgresql://localhost/db", namespace=namespace)
+
+
+def test_refuse_a_url_that_libpq_does_not_know() -> None:
+    """An unknown parameter is told when the store is made, and the password is not."""
+    with pytest.raises(ConfigurationError, match=r"is not one of PostgreSQL: .*colour.*Write postgresql://") as raised:
+        store_from_url("postgresql://me:secret@localhost/db?colour=red")
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("more", [{"busy_timeout_s": 0.0}, {"answer_within_s": -1.0}, {"busy_timeout_s": float("nan")}])
+def test_refuse_a_time_that_is_none(more: dict[str, float]) -> None:
+    """A time to wait that is none, or not a number, is refused when the store is made."""
+    with pytest.raises(ConfigurationError, match="is no time to wait"):
+        PostgresStore("postgresql://localhost/db", **more)  # type: ignore[arg-type]
+
+
+def test_use_before_opening(postgres: PostgresServer, schema: str) -> None:
+    """A store that was not opened says so."""
+    store = PostgresStore(postgres.url(), namespace=schema)
+    with pytest.raises(StoreError, match=r"is not open\. Await open\(\) first"):
+        asyncio.run(store.run([PostGrant("g", "p", "credits", 5)]))
+
+
+def test_without_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the driver the store cannot be made, and the error names the extra that brings it."""
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'asgi-metering\[postgres\]'"):
+        store_from_url("postgresql://localhost/db")
+
+
+def test_import_needs_no_driver() -> None:
+    """Neither the package nor the way to its stores imports the driver."""
+    code = "import sys, asgi_metering, asgi_metering.stores.urls; assert 'psycopg' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
