@@ -38,7 +38,7 @@ class Heard(NamedTuple):
 
 
 LOOSE: Final = 1_024
-"""Parts that lie loose: a string of one word takes ten times its letters, so that many are put together now and then."""
+"""Parts that lie loose: a string of one word takes ten times its letters, so many are put together now and then."""
 
 
 class Text:
