@@ -96,7 +96,7 @@ class Runtime:
             self._opened = self.loop.create_future()
             try:
                 await self._metering.open_store(self)
-                await self._metering.declare_units(self.pump.submit)
+                await self._declare_units()
             except BaseException as failure:
                 opened, self._opened = self._opened, None
                 opened.set_result(None)
@@ -111,6 +111,13 @@ class Runtime:
         elif not self._opened.done():
             await asyncio.shield(self._opened)
             await self.start()
+
+    async def _declare_units(self) -> None:
+        """A store that opens and gives no answer is asked again before the first admission."""
+        try:
+            await self._metering.declare_units(self.pump.submit)
+        except StoreError as failure:
+            log.warning("The store was not told the units yet: %s", failure)
 
     def _start_exporter(self) -> None:
         metering = self._metering

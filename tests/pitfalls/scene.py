@@ -46,7 +46,9 @@ class Books(MemoryStore):
         self.asked: list[Operation] = []
 
     def run_now(self, operation: Operation) -> Answer:
-        self.asked.append(operation)
+        if not isinstance(operation, Declare):
+            # Told once at the start, by whoever starts.
+            self.asked.append(operation)
         return super().run_now(operation)
 
     @property

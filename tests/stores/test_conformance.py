@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from asgi_metering.stores.postgres import PostgresStore
 
 from asgi_metering.stores.contract import Store
 from asgi_metering.stores.memory import MemoryStore
+from asgi_metering.stores.postgres import PostgresStore
 from asgi_metering.stores.sqlite import SQLiteStore
 from asgi_metering.testing.clock import FakeClock
 from asgi_metering.testing.conformance import StoreConformance
