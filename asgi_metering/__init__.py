@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from asgi_metering.decorators import billable as billable
     from asgi_metering.decorators import rate_limited as rate_limited
     from asgi_metering.metering import Metering as Metering
+    from asgi_metering.policies import Idempotency as Idempotency
     from asgi_metering.policies import up_to as up_to
     from asgi_metering.sources import Allowance as Allowance
     from asgi_metering.sources import Wallet as Wallet
@@ -40,6 +41,7 @@ _HOMES = {
     "CallRefused": "call",
     "Caller": "call",
     "CreditGateMiddleware": "asgi.middleware",
+    "Idempotency": "policies",
     "Metering": "metering",
     "MeteringMiddleware": "asgi.middleware",
     "QuotaCaptureMiddleware": "asgi.middleware",

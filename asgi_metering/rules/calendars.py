@@ -1,5 +1,5 @@
 """
-Calendars: where days and months begin, in any IANA zone.
+Calendars: where days, weeks and months begin, in any IANA zone.
 
 IANA rules live in Python only. A caller computes four boundaries around its own time and sends them; the store
 picks by its own clock (DESIGN "Time"). Does not know what is counted in a window.
@@ -8,9 +8,11 @@ picks by its own clock (DESIGN "Time"). Does not know what is counted in a windo
 from __future__ import annotations
 
 import bisect
+from calendar import monthrange
 from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
 from functools import lru_cache
+from typing import TypeAlias
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from asgi_metering.errors import ConfigurationError
@@ -19,10 +21,15 @@ __all__ = ["Period", "boundaries", "pick", "zone"]
 
 
 class Period(StrEnum):
-    """A calendar period."""
+    """A calendar period. Weeks begin on Mondays (ISO 8601)."""
 
     DAY = "day"
+    WEEK = "week"
     MONTH = "month"
+
+
+_Day: TypeAlias = tuple[int, int, int]
+"""(year, month, day) of a zone's own calendar."""
 
 
 def zone(name: str) -> tzinfo:
@@ -43,35 +50,57 @@ def zone(name: str) -> tzinfo:
         ) from None
 
 
-def _day(year: int, month: int, day: int) -> tuple[int, int, int]:
-    moved = datetime(year, month, 1, tzinfo=UTC) + timedelta(days=day - 1)
+def _moved(day: _Day, days: int) -> _Day:
+    moved = datetime(*day, tzinfo=UTC) + timedelta(days=days)
     return moved.year, moved.month, moved.day
 
 
-def _shift(period: Period, local: datetime, by: int) -> tuple[int, int, int]:
+def _month(months: int, anchor: int) -> _Day:
+    """Where the month of this number, counted from year 0, begins: on its last day where it has no day *anchor*."""
+    year, month = months // 12, months % 12 + 1
+    return year, month, min(anchor, monthrange(year, month)[1])
+
+
+def _shift(period: Period, start: _Day, by: int, anchor: int) -> _Day:
+    """The start of the period that comes *by* periods after the one that begins with *start*."""
+    if period is Period.MONTH:
+        year, month, _ = start
+        return _month(year * 12 + month - 1 + by, anchor)
+    return _moved(start, by * 7 if period is Period.WEEK else by)
+
+
+def _current(period: Period, local: datetime, anchor: int) -> _Day:
+    today = local.year, local.month, local.day
+    if period is Period.WEEK:
+        return _moved(today, -local.weekday())
     if period is Period.DAY:
-        return _day(local.year, local.month, local.day + by)
-    months = local.year * 12 + local.month - 1 + by
-    return months // 12, months % 12 + 1, 1
+        return today
+    start = _shift(period, today, 0, anchor)
+    return start if start <= today else _shift(period, today, -1, anchor)
 
 
-def boundaries(period: Period, zone_name: str, now: float) -> tuple[float, float, float, float]:
+def boundaries(period: Period, zone_name: str, now: float, anchor: int = 1) -> tuple[float, float, float, float]:
     """
     The starts of the previous, the current, the next and the next but one *period* around *now*, epoch seconds.
 
     A day whose midnight does not exist begins when the clock jumps over it; one whose midnight comes twice begins
     at the first.
+
+    Args:
+        period: How long the windows are.
+        zone_name: IANA name of the zone whose calendar counts.
+        now: Epoch seconds.
+        anchor: Day on which months begin, 1 to 31; a month that has no such day begins on its last one.
     """
     tz = zone(zone_name)
     local = datetime.fromtimestamp(now, tz)
-    return _boundaries(period, zone_name, _shift(period, local, 0))
+    return _boundaries(period, zone_name, _current(period, local, anchor), anchor)
 
 
 @lru_cache(maxsize=256)
-def _boundaries(period: Period, zone_name: str, current: tuple[int, int, int]) -> tuple[float, float, float, float]:
+def _boundaries(period: Period, zone_name: str, current: _Day, anchor: int) -> tuple[float, float, float, float]:
     tz = zone(zone_name)
-    local = datetime(*current, tzinfo=tz)
-    starts = (datetime(*_shift(period, local, by), tzinfo=tz).timestamp() for by in (-1, 0, 1, 2))
+    starts = (datetime(*_shift(period, current, by, anchor), tzinfo=tz).timestamp() for by in (-1, 0, 1, 2))
     first, second, third, fourth = starts
     return first, second, third, fourth
 

@@ -112,7 +112,7 @@ def undo(state: State, ask: Undo, now: float) -> tuple[bool, list[Change]]:
     if hold is not None:
         if hold.receipt is not None:
             return False, []
-        _, changes = end(state, End(hold.id, None), now)
+        _, changes = end(state, End(hold.id, None, failed=True), now)
     for limit in ask.ask.limits:
         counter = state.counters.get(limit.key)
         if counter is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from calendar import monthrange
 from datetime import UTC, date, datetime, timedelta
 from itertools import pairwise
 from zoneinfo import ZoneInfo
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.rules.calendars import Period, boundaries, pick, zone
 
-DAY, MONTH = Period
+DAY, WEEK, MONTH = Period
 
 ZONES = [
     "UTC",
@@ -76,6 +77,37 @@ def test_bound_utc_months(now: float, edges: list[tuple[int, int, int]]) -> None
     assert boundaries(MONTH, "UTC", now) == tuple(epoch(*edge) for edge in edges)
 
 
+@pytest.mark.parametrize(
+    ("now", "edges"),
+    [
+        (epoch(2024, 2, 29, 12), [(2024, 2, 19), (2024, 2, 26), (2024, 3, 4), (2024, 3, 11)]),
+        (epoch(2024, 2, 26), [(2024, 2, 19), (2024, 2, 26), (2024, 3, 4), (2024, 3, 11)]),
+        (epoch(2024, 3, 3, 23, 59, 59), [(2024, 2, 19), (2024, 2, 26), (2024, 3, 4), (2024, 3, 11)]),
+        (epoch(2025, 1, 1), [(2024, 12, 23), (2024, 12, 30), (2025, 1, 6), (2025, 1, 13)]),
+    ],
+)
+def test_bound_weeks_by_mondays(now: float, edges: list[tuple[int, int, int]]) -> None:
+    """Weeks begin on Mondays, over the ends of months and years (ISO 8601)."""
+    assert boundaries(WEEK, "UTC", now) == tuple(epoch(*edge) for edge in edges)
+
+
+@pytest.mark.parametrize(
+    ("anchor", "now", "edges"),
+    [
+        (15, epoch(2024, 3, 14, 23, 59, 59), [(2024, 1, 15), (2024, 2, 15), (2024, 3, 15), (2024, 4, 15)]),
+        (15, epoch(2024, 3, 15), [(2024, 2, 15), (2024, 3, 15), (2024, 4, 15), (2024, 5, 15)]),
+        (15, epoch(2024, 1, 1), [(2023, 11, 15), (2023, 12, 15), (2024, 1, 15), (2024, 2, 15)]),
+        (31, epoch(2024, 2, 28), [(2023, 12, 31), (2024, 1, 31), (2024, 2, 29), (2024, 3, 31)]),
+        (31, epoch(2024, 2, 29), [(2024, 1, 31), (2024, 2, 29), (2024, 3, 31), (2024, 4, 30)]),
+        (30, epoch(2023, 3, 1), [(2023, 1, 30), (2023, 2, 28), (2023, 3, 30), (2023, 4, 30)]),
+        (31, epoch(2024, 12, 31), [(2024, 11, 30), (2024, 12, 31), (2025, 1, 31), (2025, 2, 28)]),
+    ],
+)
+def test_bound_months_by_a_billing_day(anchor: int, now: float, edges: list[tuple[int, int, int]]) -> None:
+    """Anchored months begin on their day, a shorter month on its last: the day comes back in the next long one."""
+    assert boundaries(MONTH, "UTC", now, anchor) == tuple(epoch(*edge) for edge in edges)
+
+
 # -- zones ---------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +157,26 @@ def test_begin_a_day_whose_midnight_does_not_exist(
     assert local(start - 1, name).date() == date(*day) - timedelta(days=1)
 
 
+@pytest.mark.parametrize(
+    ("period", "anchor", "now", "length_h"),
+    [
+        (WEEK, 1, (2024, 3, 27), 7 * 24 - 1),
+        (WEEK, 1, (2024, 10, 27), 7 * 24 + 1),
+        (MONTH, 15, (2024, 4, 1), 31 * 24 - 1),
+        (MONTH, 31, (2024, 10, 1), 31 * 24 + 1),
+        (MONTH, 15, (2024, 10, 20), 31 * 24 + 1),
+    ],
+)
+def test_keep_long_windows_on_the_zones_midnights(
+    period: Period, anchor: int, now: tuple[int, int, int], length_h: int
+) -> None:
+    """Weeks and anchored months begin at local midnight through changes of the clock, and are as long as they are."""
+    name = "Europe/Berlin"
+    edges = boundaries(period, name, datetime(*now, 12, tzinfo=ZoneInfo(name)).timestamp(), anchor)
+    assert {local(edge, name).time() for edge in edges} == {datetime.min.time()}
+    assert (edges[2] - edges[1]) / 3600 == length_h
+
+
 def test_begin_a_day_with_the_first_of_its_two_midnights() -> None:
     """Where the clock goes back from one to midnight, the day begins at the first and lasts over the second."""
     first = epoch(2024, 11, 3, 4)
@@ -165,16 +217,26 @@ def test_bound_a_month_by_the_zones_own_clock() -> None:
     name=st.sampled_from(ZONES),
     period=st.sampled_from(Period),
     now=st.floats(epoch(1990, 1, 1), epoch(2037, 1, 1), allow_nan=False),
+    anchor=st.integers(1, 31),
 )
-def test_cover_the_time_they_were_asked_for(name: str, period: Period, now: float) -> None:
-    """Boundaries ascend, cover now, and their window is exactly the zone's own day or month."""
-    edges = boundaries(period, name, now)
+def test_cover_the_time_they_were_asked_for(name: str, period: Period, now: float, anchor: int) -> None:
+    """Boundaries ascend, cover now, and their window is exactly the zone's own day, week or month."""
+    edges = boundaries(period, name, now, anchor)
     assert all(before <= after for before, after in pairwise(edges))
     window = pick(edges, now)
     assert window is not None
     start, end = window
     assert start <= now < end
-    same = {DAY: lambda at: local(at, name).date(), MONTH: lambda at: local(at, name).date().replace(day=1)}[period]
+
+    def same(at: float) -> date:
+        """The day with which the window of an instant begins, by the zone's own calendar."""
+        day = local(at, name).date()
+        if period is WEEK:
+            return day - timedelta(days=day.weekday())
+        while period is MONTH and day.day != min(anchor, monthrange(day.year, day.month)[1]):
+            day -= timedelta(days=1)
+        return day
+
     assert same(start) == same(now) == same(end - 1e-3)
     assert same(start - 1e-3) < same(now) < same(end)
 
