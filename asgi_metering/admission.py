@@ -11,12 +11,15 @@ import logging
 import time
 from collections.abc import Mapping
 from decimal import Decimal
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.amounts import Unit, exact_amount
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import ConfigurationError, IdentityError, MeteringError, PayerError, StoreError
 from asgi_metering.estimates import estimate_arguments
+from asgi_metering.keying import key_ask, once, shared_key
 from asgi_metering.names import check_key
 from asgi_metering.policies import ChargePolicy, From, RatePolicy
 from asgi_metering.prices import FixedPrice
@@ -32,18 +35,20 @@ from asgi_metering.rules.operations import (
     WalletSource,
     WindowKind,
 )
-from asgi_metering.sources import Allowance
+from asgi_metering.sources import Allowance, Wallet, check_payers
 from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
 
-__all__ = ["admit", "check_amounts", "usage_of"]
+__all__ = ["admit", "asked_of", "check_amounts", "foresee", "usage_of"]
 
 log = logging.getLogger("asgi_metering")
 
 REQUESTS = "requests"
 DAY_S = 86_400.0
+
+FREE = FixedPrice(Decimal(0))
 
 _CHARGING = frozenset({"credits", "events"})
 """Layers that care for a price: one enforces it, the other reports it."""
@@ -68,6 +73,9 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
     await _identify(call, rates, charged=charge is not None and not call.exempt)
     if charge is not None:
         await _charge(call, charge, arguments)
+        if not call.exempt:
+            call.once = await once(call, charge, arguments)
+            call.shared = await shared_key(call, charge, arguments)
         call.trace = call.metering.trace()
         call.facts = _facts(call)
     asked = await _operation(call, charge, rates, arguments, time.time())
@@ -107,13 +115,54 @@ async def _decide(
         return None
     if decision.refusal is not None:
         raise call.refused(decision.refusal, decision)
+    if decision.replay is not None:
+        raise call.refused(Refusal(Reason.REPLAYED, "idempotency"), decision)
     call.decision = decision
     call.held = decision.held
     # Also of 0: what it uses is charged in full, and nothing but a hold can be settled.
-    call.has_hold = bool(asked.sources or asked.leases or any(limit.meter != REQUESTS for limit in asked.limits))
+    call.has_hold = bool(
+        asked.sources
+        or asked.leases
+        or asked.idempotency is not None
+        or any(limit.meter != REQUESTS for limit in asked.limits)
+    )
     call.ttl_s = asked.ttl_s
     call.payer = decision.payer or call.payer
     return decision
+
+
+async def foresee(call: Call) -> Decision:
+    """
+    What the store would decide on the charge of *call* now; nothing is held, and its rates are not asked (S0.37).
+
+    Raises:
+        CallRefused: Who pays could not be resolved.
+        StoreError: No answer came.
+    """
+    charge = call.policy.charge if call.policy is not None else None
+    if charge is None:
+        raise ConfigurationError("A call without a price has nothing to foresee. Give it one.")
+    await _charge(call, charge, {})
+    asked = await _operation(call, charge, (), {}, time.time())
+    if asked is None:
+        return Decision(call.id, time.time())
+    decision = await call.metering.foresee(asked)
+    if decision.stale_calendar:
+        again = await _operation(call, charge, (), {}, decision.now)
+        decision = await call.metering.foresee(again or asked)
+    return decision
+
+
+async def asked_of(call: Call, charge: ChargePolicy, now: float) -> tuple[SourceAsk, ...]:
+    """
+    What *call* would ask of its sources around *now*.
+
+    Raises:
+        CallRefused: Who pays could not be resolved.
+    """
+    call.charge, call.unit = charge, call.metering.counted(charge.unit)
+    await _payer(call, charge, {})
+    return _sources(call, charge, now)
 
 
 def _store_down(call: Call, charge: ChargePolicy | None, rates: tuple[RatePolicy, ...], failure: StoreError) -> None:
@@ -156,11 +205,14 @@ async def _identify(call: Call, rates: tuple[RatePolicy, ...], *, charged: bool)
 
 
 async def _payer(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
-    if charge.payer is None:
-        return
+    """Whose balances the sources of *charge* stand for: all of them, before the one decision among them."""
     try:
-        payer = await charge.payer.compute(call, arguments)
-        call.payer = check_key(payer, "payer")
+        if charge.payer is not None:
+            call.payer = check_key(await charge.payer.compute(call, arguments), "payer")
+        for source in charge.sources:
+            if source.payer is not None and not call.exempt and source.payer.name not in call.accounts:
+                account = await source.payer.account_of(call, arguments)
+                call.accounts = {**call.accounts, source.payer.name: account}
     except Exception as failure:
         # Never somebody else's money, and never for free (S0.25, S3.38).
         log.error("The payer of %s could not be resolved.", charge.line, exc_info=failure)
@@ -183,6 +235,10 @@ async def _charge(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]
     call.unit = call.metering.counted(charge.unit)
     await _payer(call, charge, arguments)
     price = charge.price
+    if charge.skip_if is not None and await charge.skip_if.compute(call, arguments):
+        # The continuation of a turn that was charged: free work, and audited as that (S0.16).
+        call.price, call.estimate = FREE, FREE.amount
+        return
     if isinstance(price, From):
         computed = FixedPrice.of(await price.compute(call, arguments))
         price = FixedPrice(call.unit.whole(call.unit.round(computed.amount)))
@@ -231,9 +287,12 @@ def check_amounts(charge: ChargePolicy, unit: Unit) -> None:
         unit.parts(estimate, "hold")
     if charge.hold.at_least is not None:
         unit.parts(charge.hold.at_least, "least hold")
+    check_payers(charge.sources)
     for source in charge.sources:
         source.warning_level(unit)
-        if isinstance(source, Allowance):
+        if isinstance(source, Wallet):
+            unit.parts(source.overdraft, "overdraft")
+        else:
             limits = source.limit.values() if isinstance(source.limit, Mapping) else (source.limit,)
             for limit in limits:
                 unit.parts(limit, f"allowance {source.name!r}")
@@ -257,7 +316,7 @@ async def _operation(
     leases: list[LeaseAsk] = []
     for rate in rates:
         await _limits(call, rate, arguments, now, limits, leases)
-    if not holds and not limits and not leases:
+    if not holds and not limits and not leases and call.once is None:
         return None
     return Admit(
         call.id,
@@ -273,6 +332,8 @@ async def _operation(
         _in_doubt(charge),
         call.line,
         call.facts,
+        key_ask(call, charge.key, now) if holds and charge is not None else None,
+        call.once,
     )
 
 
@@ -306,16 +367,20 @@ def _facts(call: Call) -> dict[str, Any]:
 def _sources(call: Call, charge: ChargePolicy, now: float) -> tuple[SourceAsk, ...]:
     asks: list[SourceAsk] = []
     plan = call.caller.plan if call.caller is not None else None
-    for source in charge.sources:
-        if isinstance(source, Allowance):
-            limit = call.unit.parts(source.limit_for(plan), f"allowance {source.name!r}")
-            if source.days is not None:
-                asks.append(AllowanceSource(source.name, limit, window_s=source.days * DAY_S))
-                continue
-            edges = boundaries(Period(source.per), source.zone, now, source.anchor)
-            asks.append(AllowanceSource(source.name, limit, edges))
-        else:
-            asks.append(WalletSource())
+    for payer, members in groupby(charge.sources, key=attrgetter("payer")):
+        group = list(members)
+        split = any(source.split for source in group)
+        place = ("", "", split) if payer is None else (call.accounts.get(payer.name, ""), payer.name, split)
+        for source in group:
+            if isinstance(source, Allowance):
+                limit = call.unit.parts(source.limit_for(plan), f"allowance {source.name!r}")
+                if source.days is not None:
+                    asks.append(AllowanceSource(source.name, limit, (), source.days * DAY_S, *place))
+                    continue
+                edges = boundaries(Period(source.per), source.zone, now, source.anchor)
+                asks.append(AllowanceSource(source.name, limit, edges, 0.0, *place))
+            else:
+                asks.append(WalletSource(call.unit.parts(source.overdraft, "overdraft"), *place))
     return tuple(asks)
 
 

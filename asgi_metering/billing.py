@@ -7,6 +7,7 @@ Puts together what was seen of the end, the route's policy, the price and what w
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.admission import usage_of
@@ -52,8 +53,21 @@ async def bill(call: Call) -> tuple[End, Metered]:
         amount, used, estimated = _fixed_amount(call, basis), known, False
     else:
         amount, used, estimated, basis = await _measured_amount(call, basis, known, policy)
-    end = End(call.id, amount, basis, estimated, actual=_actual(used, row), event=_event(call, used, seen, row))
+    told = _event(call, used, seen, row)
+    reply = _reply(call, seen)
+    end = End(
+        call.id, amount, basis, estimated, actual=_actual(used, row), event=told, failed=row not in DONE, reply=reply
+    )
     return end, used
+
+
+DONE = frozenset({Situation.REPORTED, Situation.UNREPORTED})
+"""Ends of calls that did their work. After another one that charges nothing either, the request may be made again."""
+
+
+def _reply(call: Call, seen: Sighting) -> Mapping[str, Any] | None:
+    """The answer for repeats of the request: a whole one, and no other."""
+    return call.reply.told() if call.reply is not None and seen.cause is Cause.COMPLETED else None
 
 
 def _safe_usage(call: Call) -> Metered:
@@ -69,6 +83,17 @@ def _fixed_amount(call: Call, basis: Basis) -> int | None:
     """A fixed price is observed in full once a byte went out, zero before."""
     if basis is Basis.NONE or (basis is Basis.OBSERVED and not call.first_byte):
         return None
+    return _due(call)
+
+
+def _due(call: Call) -> int:
+    """
+    The fixed price, as it was held.
+
+    Also of a call that joined others: whichever of them succeeds first pays for all, and the store knows which.
+    """
+    if call.joined and isinstance(call.price, FixedPrice):
+        return call.unit.parts(call.price.amount)
     return call.held
 
 
@@ -123,7 +148,7 @@ async def _estimated(call: Call, price: MeasuredPrice, known: Metered) -> int:
 async def observed_parts(call: Call) -> int:
     """Smallest parts that the call has used so far, for its heartbeat; 0, with an alarm, where it cannot be priced."""
     if isinstance(call.price, FixedPrice):
-        return call.held if call.first_byte else 0
+        return _due(call) if call.first_byte else 0
     try:
         amount, _, _ = await _priced(call, Basis.OBSERVED, metered_usage(call))
     except Exception as failure:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -20,18 +20,21 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.attributes import Scalar, check_attributes
 from asgi_metering.decisions import Decision, Reason, Refusal
-from asgi_metering.errors import CallClosedError, ConfigurationError, NoCallError, UsageError
+from asgi_metering.errors import CallClosedError, ConfigurationError, NoCallError, PayerError, UsageError
 from asgi_metering.names import check_key
 from asgi_metering.policies import ChargePolicy, EndpointPolicy
 from asgi_metering.prices import MAX_AFFORDABLE, FixedPrice, MeasuredPrice
 from asgi_metering.receipts import Receipt
 from asgi_metering.rules.ending import Cause
+from asgi_metering.rules.operations import IdempotencyAsk
+from asgi_metering.sources import Wallet
 from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
 
 if TYPE_CHECKING:
     from asgi_metering.amounts import Amount
     from asgi_metering.guards import Part
     from asgi_metering.metering import Metering
+    from asgi_metering.sources import Payer, PaymentSource
 
 __all__ = [
     "CURRENT",
@@ -43,7 +46,9 @@ __all__ = [
     "Observer",
     "Opening",
     "Origin",
+    "Reply",
     "Reported",
+    "RequestBody",
     "current_call",
 ]
 
@@ -134,6 +139,30 @@ class Origin(Protocol):
     def request_id(self) -> str | None:
         """The correlation id that the client sent, cleaned."""
 
+    @property
+    def target(self) -> tuple[bytes, ...]:
+        """Method, path and query."""
+
+    def fields(self, name: str) -> list[str]:
+        """The lines of the header field of this name, in lower case."""
+
+
+class RequestBody(Protocol):
+    """The body of a request."""
+
+    async def digest(self) -> bytes:
+        """SHA-256 of it; raises `keying.BodyError` where it cannot be told."""
+
+
+class Reply(Protocol):
+    """The answer of a call as it passes to the client."""
+
+    def told(self) -> Mapping[str, Any] | None:
+        """The answer, JSON-safe, for repeats of the request; None where it was not kept whole."""
+
+    def lose(self) -> None:
+        """Say that some of it passed unseen."""
+
 
 class Observer(Protocol):
     """Watches the body that passes to the client, off its path."""
@@ -170,9 +199,10 @@ class Opening:
         origin: Where it came from.
         call: The call, once somebody asked for it.
         closed: The request is over; code that outlives it must not admit or charge (pitfall 1).
+        request_body: Answers the request's body; None outside HTTP.
     """
 
-    __slots__ = ("call", "closed", "features", "free", "metering", "origin", "unenforced")
+    __slots__ = ("call", "closed", "features", "free", "metering", "origin", "request_body", "unenforced")
 
     def __init__(
         self,
@@ -190,6 +220,7 @@ class Opening:
         self.unenforced = unenforced
         self.call: Call | None = None
         self.closed = False
+        self.request_body: Callable[[], RequestBody] | None = None
 
     def check(self) -> None:
         """Raise `CallClosedError` if the request is over."""
@@ -244,7 +275,7 @@ class Call:
     Attributes:
         id: Unique; also the id of its hold, its receipt and its usage event.
         caller: Who calls; None until the gate asked, or where nobody is known.
-        payer: Who pays; None until admitted.
+        payer: Whose account pays; None until admitted.
         held: Smallest parts set aside.
         unit: What is counted.
         line: The billing line; empty on routes that are not billable.
@@ -258,6 +289,8 @@ class Call:
         "_endings",
         "_gate",
         "_identified",
+        "_inherited",
+        "accounts",
         "asked",
         "attributes",
         "caller",
@@ -279,6 +312,7 @@ class Call:
         "line",
         "observed_parts",
         "observer",
+        "once",
         "opening",
         "payer",
         "pending",
@@ -286,7 +320,9 @@ class Call:
         "price",
         "receipt",
         "refusal",
+        "reply",
         "reports",
+        "shared",
         "started_at",
         "status",
         "trace",
@@ -300,6 +336,9 @@ class Call:
         self.caller: Caller | None = None
         self._identified = False
         self.payer: str | None = None
+        # Accounts of the payers that the sources name, by their names.
+        self.accounts: Mapping[str, str] = {}
+        self._inherited: Payer | None = None
         self.policy: EndpointPolicy | None = None
         self.charge: ChargePolicy | None = None
         self.price: FixedPrice | MeasuredPrice | None = None
@@ -332,6 +371,10 @@ class Call:
         self.trace: Mapping[str, str] = {}
         self.facts: Mapping[str, Any] = {}
         self.has_hold = False
+        # What makes it run once, and its answer for repeats; the hashed key of the calls that it is charged with.
+        self.once: IdempotencyAsk | None = None
+        self.reply: Reply | None = None
+        self.shared: str | None = None
         self.ttl_s = opening.metering.ttl_s
         self.attributes: dict[str, Scalar] = {}
 
@@ -346,6 +389,15 @@ class Call:
     def admitted(self) -> bool:
         """Whether the call was let in and has not been refused."""
         return self.decision is not None and self.refusal is None
+
+    @property
+    def joined(self) -> bool:
+        """
+        Whether another call of its charge key pays for this one, or has paid; False for the one that pays.
+
+        Source: S0.35, "does this session count already?".
+        """
+        return self.admitted and self.decision is not None and self.decision.joined
 
     def record(self, usage: TokenUsage, *, model: str | None = None, provider: str | None = None) -> None:
         """
@@ -424,9 +476,68 @@ class Call:
 
         await self.gate(gather(policies, "current_call.admit", arguments), arguments)
 
-    def preset(self, caller: Caller, payer: str) -> None:
-        """Say who calls and who pays, where no connection can be asked."""
-        self.caller, self.payer = caller, payer
+    @property
+    def paid_by(self) -> Payer | None:
+        """
+        The `Payer` that pays, with its credential and header fields; None is the call's own payer.
+
+        A call inside of another one has the same, unless it names its own (S0.27). Where nothing is held because
+        nothing is charged, it is the first choice of the route (S0.26). None until admitted.
+
+        Raises:
+            PayerError: A call of another route with other payers pays, by a shared charge key.
+        """
+        decision = self.decision if self.admitted else None
+        if decision is None:
+            return None
+        sources = self.charge.sources if self.charge is not None else ()
+        if not decision.payer and sources:
+            return sources[0].payer or self._inherited
+        if not decision.group:
+            return self._inherited
+        for source in sources:
+            if source.payer is not None and source.payer.name == decision.group:
+                return source.payer
+        raise PayerError(
+            f"Call {self.id!r} is paid by the payer {decision.group!r}, which is none of its own route's. Name the "
+            f"same payers wherever a charge key is shared."
+        )
+
+    @property
+    def payer_switched(self) -> bool:
+        """Whether another payer than the first choice of the route pays, since that one could not (S0.38)."""
+        if not self.admitted or self.charge is None or self.decision is None or not self.decision.payer:
+            return False
+        return not self._pays(self.charge.sources[0])
+
+    async def credential(self) -> Any:
+        """
+        Ask for the credential of whoever pays this call: what its work is done with, along with `paid_by.headers`.
+
+        Asked anew each time, and kept nowhere.
+
+        Raises:
+            PayerError: There is none, or its function failed. Let it rise: no other credential may stand in for it
+                (S0.24, S0.25). Also where the call's own payer pays, for that one has no `Payer` object.
+        """
+        payer = self.paid_by
+        if payer is None:
+            raise PayerError(
+                f"Call {self.id!r} has no payer with a credential. Name one in its sources: "
+                f"Wallet(payer=Payer('own', credential=function))."
+            )
+        return await payer.credential_of(self, self.pending or {})
+
+    def preset(self, caller: Caller, payer: str, inherited: Payer | None = None) -> None:
+        """
+        Say who calls and who pays, where no connection can be asked.
+
+        Args:
+            caller: Who calls.
+            payer: Whose account pays.
+            inherited: The `Payer` of the call around this one.
+        """
+        self.caller, self.payer, self._inherited = caller, payer, inherited
         self._identified = True
 
     # -- the gate ------------------------------------------------------------------------------------------
@@ -529,13 +640,23 @@ class Call:
     @property
     def warning_level(self) -> int | None:
         """Smallest parts of the paying source below which what is left is worth a warning; None: never (S3.6)."""
+        source = self._paying_source
+        if source is None:
+            return None
+        return source.warning_level(self.unit, self.caller.plan if self.caller is not None else None)
+
+    @property
+    def _paying_source(self) -> PaymentSource | None:
         if self.decision is None or self.charge is None or self.decision.source is None:
             return None
-        plan = self.caller.plan if self.caller is not None else None
         for source in self.charge.sources:
-            if source.name == self.decision.source:
-                return source.warning_level(self.unit, plan)
+            if source.name == self.decision.source and self._pays(source):
+                return source
         return None
+
+    def _pays(self, source: PaymentSource) -> bool:
+        """Whether *source* belongs to the payer that pays."""
+        return self.decision is not None and self.decision.group == ("" if source.payer is None else source.payer.name)
 
     @property
     def balance_status(self) -> BalanceStatus:
@@ -549,7 +670,14 @@ class Call:
         if available is None:
             return "ok"
         level = self.warning_level
-        return "blocked" if available <= 0 else "warning" if level is not None and available < level else "ok"
+        left = available + self._overdraft
+        return "blocked" if left <= 0 else "warning" if level is not None and available < level else "ok"
+
+    @property
+    def _overdraft(self) -> int:
+        """Smallest parts that the paying wallet may owe: with these left it is not at its end."""
+        source = self._paying_source
+        return self.unit.parts(source.overdraft, "overdraft") if isinstance(source, Wallet) else 0
 
     @property
     def is_refused(self) -> bool:

@@ -26,6 +26,7 @@ from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.errors import ConfigurationError, MeteringError, MissingExtraError
 from asgi_metering.ledger import Checked
 from asgi_metering.metering import ALL_FEATURES, Metering
+from asgi_metering.receipts import Posting, Receipt
 
 __all__ = ["main"]
 
@@ -105,7 +106,10 @@ def _parser() -> argparse.ArgumentParser:
         ("grant", _grant, "give units to a payer"),
         ("balance", _balance, "what a payer has"),
         ("statement", _statement, "the ledger of a payer"),
+        ("refund", _refund, "give back what a call was charged, or a part of it"),
         ("holds", _holds, "holds that have not ended"),
+        ("reconcile", _reconcile, "end the calls in doubt whose grace is over, each by the policy of its route"),
+        ("resolve", _resolve, "end one call as you decide, whatever its policy says"),
         ("check", _check, "prove that the books balance"),
     ):
         command = command_of(name, help_text)
@@ -119,6 +123,17 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--priority", type=int, default=0)
             command.add_argument("--expires", type=_moment, help="when what is left lapses: ISO 8601 with a zone")
             command.add_argument("--actor", default="cli")
+        if name in ("refund", "resolve"):
+            command.add_argument("call", help="the call's id: of its hold, its receipt and its event")
+        if name == "refund":
+            command.add_argument("--id", required=True, help="the refund's id: the same id refunds once")
+            command.add_argument("--amount", help="whole units; all that is left of the charge by default")
+            command.add_argument("--payer", help="whose account paid; needed once the call's hold is forgotten")
+            command.add_argument("--actor", default="cli")
+        if name == "resolve":
+            decision = command.add_mutually_exclusive_group(required=True)
+            decision.add_argument("--charge", metavar="AMOUNT", help="charge so many whole units")
+            decision.add_argument("--release", action="store_true", help="charge nothing, and give all of it back")
     return parser
 
 
@@ -226,7 +241,7 @@ def _route(row: Any) -> dict[str, Any]:
         from asgi_metering.rules.ending import END_OF_CALL
 
         shown["hold"] = _hold(charge)
-        shown["sources"] = ", ".join(source.name for source in charge.sources)
+        shown["sources"] = ", ".join(_source(source) for source in charge.sources)
         shown["payer"] = "the caller's" if charge.payer is None else _function(charge.payer)
         shown["end"] = {situation.value: charge.end.basis(situation).value for situation in END_OF_CALL}
     return shown
@@ -252,6 +267,10 @@ def _hold(charge: Any) -> str:
 def _function(computed: Any) -> str:
     function = computed.function
     return f"{getattr(function, '__qualname__', type(function).__qualname__)}()"
+
+
+def _source(source: Any) -> str:
+    return source.name if source.payer is None else f"{source.name} of {source.payer.name}"
 
 
 def _details(rows: Iterable[dict[str, Any]]) -> None:
@@ -436,6 +455,60 @@ def _statement(given: argparse.Namespace) -> int:
     return 0
 
 
+def _refund(given: argparse.Namespace) -> int:
+    metering, unit = _metering(given)
+
+    async def run() -> Posting:
+        async with metering:
+            return await metering.refund(
+                given.call, id=given.id, amount=given.amount, payer=given.payer, actor=given.actor
+            )
+
+    posting = asyncio.run(run())
+    row = {
+        "id": posting.id,
+        "payer": posting.payer,
+        "refunded": unit.text(-posting.amount),
+        "returned": unit.text(posting.returned),
+        "lapsed": unit.text(posting.lapsed),
+        "applied": posting.applied,
+        "available": unit.text(posting.available),
+    }
+    _show(given, tuple(row), [row])
+    return 0
+
+
+def _reconcile(given: argparse.Namespace) -> int:
+    metering, _ = _metering(given)
+
+    async def run() -> list[str]:
+        async with metering:
+            return await metering.reconcile()
+
+    ended = asyncio.run(run())
+    _show(given, ("ended",), [{"ended": call} for call in ended])
+    return 0
+
+
+def _resolve(given: argparse.Namespace) -> int:
+    metering, unit = _metering(given)
+
+    async def run() -> Receipt:
+        async with metering:
+            return await metering.resolve(given.call, charge=given.charge)
+
+    receipt = asyncio.run(run())
+    row = {
+        "id": receipt.id,
+        "payer": receipt.payer,
+        "charged": _amount(unit, receipt.unit, receipt.amount),
+        "ended_by": receipt.ended_by.value,
+        "applied": receipt.applied,
+    }
+    _show(given, tuple(row), [row])
+    return 0
+
+
 def _holds(given: argparse.Namespace) -> int:
     metering, unit = _metering(given)
 
@@ -448,7 +521,7 @@ def _holds(given: argparse.Namespace) -> int:
             "id": hold.id,
             "payer": hold.payer,
             "line": hold.line,
-            "amount": unit.text(hold.amount),
+            "amount": _amount(unit, hold.unit, hold.amount),
             "state": hold.state.value,
             "since": _time(hold.created_at),
         }
@@ -476,6 +549,11 @@ def _check(given: argparse.Namespace) -> int:
 
 
 # -- showing -----------------------------------------------------------------------------------------------
+
+
+def _amount(unit: Unit, name: str, parts: int) -> str:
+    """Whole units where the unit is the one that was named; another one's scale is not known here."""
+    return unit.text(parts) if unit.name == name else f"{parts} smallest parts of {name}"
 
 
 def _time(epoch_s: float) -> str:

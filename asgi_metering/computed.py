@@ -76,7 +76,7 @@ class Computed(From):
 
 def bound_charge(charge: ChargePolicy, endpoint: str) -> ChargePolicy:
     """
-    *charge* with its computed price and hold bound to *endpoint*.
+    *charge* with everything that is computed bound to *endpoint*.
 
     The payer stays as it is: one who cannot be resolved is refused, and told, at the gate.
 
@@ -86,8 +86,15 @@ def bound_charge(charge: ChargePolicy, endpoint: str) -> ChargePolicy:
     if not charge.callables():
         return charge
     _check_answers(charge.callables(), endpoint)
-    price, estimate = _bound(charge.price, endpoint), _bound(charge.hold.estimate, endpoint)
-    return replace(charge, price=price, hold=replace(charge.hold, estimate=estimate))
+    once, key = charge.idempotency, charge.key
+    return replace(
+        charge,
+        price=_bound(charge.price, endpoint),
+        hold=replace(charge.hold, estimate=_bound(charge.hold.estimate, endpoint)),
+        idempotency=None if once is None else replace(once, fingerprint=_bound(once.fingerprint, endpoint)),
+        key=None if key is None else replace(key, key=_bound(key.key, endpoint)),
+        skip_if=_bound(charge.skip_if, endpoint),
+    )
 
 
 def bound_rates(rates: RatePolicy, endpoint: str) -> RatePolicy:
@@ -172,10 +179,34 @@ def _check_cost(_: Any, cost: Any) -> None:
         raise ConfigurationError(f"The cost {cost!r:.{MAX_SHOWN}} is not an int from 0 up. Round it up first.")
 
 
+def _check_charge_key(_: Any, key: Any) -> None:
+    if key is not None and (isinstance(key, bool) or not isinstance(key, str | int) or key == ""):
+        shown = repr(key) if key == "" else f"a {type(key).__name__}"
+        raise ConfigurationError(
+            f"The charge key is {shown}. It has to be a non-empty str, an int, or None for a call that pays for itself."
+        )
+
+
+def _check_fingerprint(_: Any, fingerprint: Any) -> None:
+    if isinstance(fingerprint, bool) or not isinstance(fingerprint, str | bytes | int):
+        raise ConfigurationError(
+            f"The fingerprint is a {type(fingerprint).__name__}. It has to be a str, bytes or int."
+        )
+
+
+def _check_skip(_: Any, skips: Any) -> None:
+    if type(skips) is not bool:
+        # What is merely true, the text 'false' for one, would be a call for nothing.
+        raise ConfigurationError(f"What skip_if answers is a {type(skips).__name__}. It has to be True or False.")
+
+
 _CHECKS: Mapping[str, Callable[[Any, Any], None]] = {
     "price": _check_price,
     "hold estimate": _check_estimate,
     "key": _check_key,
     "cost": _check_cost,
+    "charge key": _check_charge_key,
+    "fingerprint": _check_fingerprint,
+    "skip_if": _check_skip,
 }
 """By what is computed, as `From` names it."""

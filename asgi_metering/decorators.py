@@ -8,6 +8,7 @@ import, with the mend. Knows neither how an endpoint is guarded (`guards`) nor h
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,12 +20,15 @@ from asgi_metering.guards import BARE_MEND, Part, guard_of, merged
 from asgi_metering.names import check_key
 from asgi_metering.policies import (
     ERROR_SHAPES,
+    ChargeKey,
+    ChargePer,
     ChargePolicy,
     ConcurrencyLimit,
     EndpointPolicy,
     ErrorShape,
     From,
     HoldSize,
+    Idempotency,
     OnAbort,
     OnCut,
     OnDisconnect,
@@ -43,7 +47,7 @@ from asgi_metering.rates import RateLimit, Strategy, parse_limit
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.calendars import zone as find_zone
 from asgi_metering.rules.ending import END_OF_CALL, EndPolicy, Situation
-from asgi_metering.sources import Allowance, PaymentSource, Wallet, check_zone
+from asgi_metering.sources import Allowance, PaymentSource, Wallet, check_payers, check_zone
 from asgi_metering.usage import TokenUsage
 from asgi_metering.usage.dialects import named
 
@@ -73,6 +77,11 @@ def billable(
     forward_quota_headers: bool = False,
     ttl_s: float = 60.0,
     grace_s: float = 30.0,
+    idempotency: Idempotency | bool | None = None,
+    charge_key: str | Callable[..., Any] | None = None,
+    charge_per: ChargePer | float = "day",
+    charge_zone: str = "UTC",
+    skip_if: Callable[..., Any] | None = None,
 ) -> Part:
     """
     Charge for an endpoint; without the money it answers 402 before its first line runs.
@@ -101,6 +110,15 @@ def billable(
         forward_quota_headers: Let a provider's own quota fields pass to the client.
         ttl_s: Seconds that a hold lives without a heartbeat.
         grace_s: Seconds in doubt before the policy ends a hold.
+        idempotency: True, or an `Idempotency`, runs requests with an ``Idempotency-Key`` once per payer, endpoint and
+            key, and answers repeats from what the first one did. Without it the field means nothing here.
+        charge_key: Counts several requests once (S0.3): a callable of the endpoint's arguments, or the name of a
+            request header field. The first call holds, those that come while it runs or after it was charged are
+            free, and the first success is charged. For fixed and computed prices.
+        charge_per: The window of a charge key: ``"day"``, ``"week"``, ``"month"``, or seconds from its first call on.
+        charge_zone: Where the days of that window begin.
+        skip_if: Answers True, from the endpoint's arguments, for a call that is not charged: the continuation of a
+            turn that was (S0.16). It is counted by limits, and audited with an amount of 0.
 
     Raises:
         AmountError: A price or hold that is a float, negative, NaN or too large, or too fine for *unit*. Without a
@@ -129,7 +147,7 @@ def billable(
         raise ConfigurationError(f"A {what} holds itself. Leave out hold=, or use a measured price.")
     _check_errors(errors)
     _check_seconds(ttl_s=ttl_s, grace_s=grace_s)
-    for name, function in {"payer": payer, "customise": customise}.items():
+    for name, function in {"payer": payer, "customise": customise, "skip_if": skip_if}.items():
         if function is not None and not callable(function):
             raise ConfigurationError(f"{name}={function!r} cannot be called. Pass a function.")
     if customise is not None:
@@ -155,10 +173,59 @@ def billable(
         forward_quota_headers=forward_quota_headers,
         ttl_s=float(ttl_s),
         grace_s=float(grace_s),
+        idempotency=_idempotency(idempotency),
+        key=_charge_key(charge_key, charge_per, charge_zone, measured=isinstance(read, MeasuredPrice)),
+        skip_if=None if skip_if is None else From(skip_if, "skip_if"),
     )
     if unit is not None:
         check_amounts(charge, unit)
     return Part(charge=charge)
+
+
+def _idempotency(given: Idempotency | bool | None) -> Idempotency | None:
+    if given is None or isinstance(given, Idempotency):
+        return given
+    if type(given) is not bool:
+        raise ConfigurationError(
+            f"idempotency={given!r} is not known. Use True, or Idempotency(store_body=65_536), say."
+        )
+    return Idempotency() if given else None
+
+
+CALENDAR = ("day", "week", "month")
+
+MAX_WINDOW_S = 366 * 86_400
+"""A year: what is counted once for longer is a subscription."""
+
+_FIELD = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,64}")
+
+
+def _charge_key(
+    key: str | Callable[..., Any] | None, per: ChargePer | float, zone: str, *, measured: bool
+) -> ChargeKey | None:
+    if key is None:
+        if (per, zone) != ("day", "UTC"):
+            raise ConfigurationError("charge_per= and charge_zone= say how a charge_key counts. Give one as well.")
+        return None
+    if measured:
+        raise ConfigurationError(
+            "A charge_key counts calls of one price, and what this one costs is measured. Use a fixed price."
+        )
+    if isinstance(per, bool) or not (per in CALENDAR or (isinstance(per, int | float) and 0 < per <= MAX_WINDOW_S)):
+        raise ConfigurationError(
+            f"charge_per={per!r} is no window. Use 'day', 'week', 'month', or seconds above 0, up to {MAX_WINDOW_S}."
+        )
+    if not isinstance(per, str) and zone != "UTC":
+        raise ConfigurationError(f"charge_zone={zone!r} means nothing to a window in seconds. Leave it out.")
+    find_zone(check_zone(zone))
+    if callable(key):
+        return ChargeKey(From(key, "charge key"), per, zone)
+    if not isinstance(key, str) or not _FIELD.fullmatch(key):
+        raise ConfigurationError(
+            f"charge_key={key!r} is neither a function nor the name of a header field. Pass lambda body: "
+            f"body.session_id, or 'X-Session-Id', say."
+        )
+    return ChargeKey(key.lower(), per, zone)
 
 
 def _check_customise(customise: Callable[..., Any]) -> None:
@@ -304,6 +371,7 @@ def _sources(sources: Sequence[PaymentSource] | None) -> tuple[PaymentSource, ..
             raise ConfigurationError(f"{source!r} is no source. Use Wallet() or Allowance(...).")
         if isinstance(source, Allowance):
             find_zone(source.zone)
+    check_payers(sources)
     return tuple(sources)
 
 

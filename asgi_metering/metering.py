@@ -12,8 +12,9 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, Unpack
 
@@ -22,16 +23,18 @@ from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.call import CURRENT, Call, Caller, Opening, Origin
 from asgi_metering.computed import check_sync, is_async
 from asgi_metering.decisions import Decision
-from asgi_metering.errors import ConfigurationError, IdentityError, SettlementError, StoreError
+from asgi_metering.errors import ConfigurationError, IdentityError, PayerError, SettlementError, StoreError
 from asgi_metering.events.metrics import Meters
 from asgi_metering.events.sinks import Sink
 from asgi_metering.events.span import annotate_span, current_trace
 from asgi_metering.ledger import Ledger
 from asgi_metering.names import check_key
 from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldPolicy, HoldSize, Price
+from asgi_metering.portal import Portal
+from asgi_metering.receipts import Balance
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.ending import Cause
-from asgi_metering.rules.operations import Admit, Declare, Operation
+from asgi_metering.rules.operations import Admit, Declare, Operation, Preview
 from asgi_metering.runtime import Runtime
 from asgi_metering.stores.contract import Store
 from asgi_metering.stores.urls import store_from_url
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
     from httpx2 import AsyncBaseTransport, AsyncClient, BaseTransport, Client
     from starlette.requests import HTTPConnection
 
+    from asgi_metering.sources import PaymentSource
+    from asgi_metering.standing import AllowanceStatus, Previewed
     from asgi_metering.upstream.client import MeteredTransport, SyncMeteredTransport
 
 __all__ = ["ALL_FEATURES", "Metering"]
@@ -138,7 +143,9 @@ class Metering(Ledger):
         self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self._users: set[Runtime] = set()
+        self._portals: dict[int, Portal] = {}
         self.alarms = Alarms(log)
+        _living.add(self)
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -176,6 +183,11 @@ class Metering(Ledger):
             except StoreError as failure:
                 log.warning("The store that another event loop uses could not be opened again: %s", failure)
 
+    def forked(self) -> None:
+        """Forget what belongs to the parent of this process; called in each child after a fork."""
+        self._lock = threading.Lock()
+        self._users = set()
+
     def _is_used(self) -> bool:
         with self._lock:
             # A loop that ended without a stop uses nothing any more.
@@ -210,8 +222,8 @@ class Metering(Ledger):
     async def charge(
         self,
         *,
-        payer: str,
         line: str,
+        payer: str | None = None,
         hold: HoldSize | None = None,
         price: Price | None = None,
         caller: Caller | None = None,
@@ -221,42 +233,32 @@ class Metering(Ledger):
         Run one metered call outside HTTP: ``async with metering.charge(payer=..., line=..., hold="0.2") as call:``.
 
         Args:
-            payer: Who pays.
             line: The billing line.
+            payer: Whose account pays. Inside another call it may be left out: then whoever pays that one pays this
+                one, with the same `Payer` (S0.27); its caller is this one's too.
             hold: Whole units to set aside, or an estimate as for `billable`.
             price: A fixed amount, or a measured price that `call.record` is charged by; the hold by default.
-            caller: Who acts, where it is not the payer.
+            caller: Who acts, where it is not the payer; its own payer does not count here.
             options: As for `billable`, where they mean something outside HTTP: see `ChargeOptions`.
 
         Raises:
             CallRefused: The payer cannot afford it; the body did not run.
             ConfigurationError: An argument that cannot work, such as an estimate without a price to charge by.
             AmountError: A price or hold that the unit cannot count.
+            PayerError: No payer is given, and no call around this one says who pays.
             SettlementError: The body succeeded, but its end is not booked. Where the store is down it is retried
                 (S3.10).
 
         Any exception of the body, cancellation included, releases the hold and rises unchanged (S3.8), also where the
-        store is down: the release is logged and retried then. Inside another call it is a call of its own; only what
-        `Call` says is inherited (S3.24).
+        store is down: the release is logged and retried then. Inside another call it is a call of its own; nothing but
+        who pays and who calls is inherited (S0.29, S3.24).
 
         The call ends wherever the block is left, also in another task than it was entered in: that of a generator whose
         reader went away (pitfall 38). Such a block has the call at hand; `current_call` follows the task.
         """
-        from asgi_metering.admission import check_amounts
-        from asgi_metering.decorators import billable, gather
-
-        check_key(payer, "payer")
-        if caller is not None and not isinstance(caller, Caller):
-            raise ConfigurationError(f"caller={caller!r} is no Caller. Make one: Caller('bob', payer='org_7').")
-        if price is None:
-            price, hold = _price_of_hold(hold, line), None
-        policy = gather((billable(price, hold=hold, line=line, **options),), line, {})
-        if policy.charge is not None:
-            check_amounts(policy.charge, self.counted(policy.charge.unit))
-        opening = Opening(self, ALL_FEATURES, None)
-        call = opening.open_call()
-        call.preset(caller or Caller(payer, payer=payer), payer)
         outer = CURRENT.get()
+        policy, call = self._prepared(payer, caller, line, hold, price, options)
+        opening = call.opening
         CURRENT.set(opening)
         try:
             await call.gate(policy, {})
@@ -276,6 +278,180 @@ class Metering(Ledger):
             f"Call {call.id!r} of line {call.line!r} ran, but its end is not booked. Where the store is down it is "
             f"retried, and its receipt will have this id; otherwise the log says what is wrong with it."
         )
+
+    def _prepared(
+        self,
+        payer: str | None,
+        caller: Caller | None,
+        line: str,
+        hold: HoldSize | None,
+        price: Price | None,
+        options: ChargeOptions,
+    ) -> tuple[EndpointPolicy, Call]:
+        """A call that nobody asked for over HTTP, and its policy. Raises as `charge`."""
+        from asgi_metering.admission import check_amounts
+        from asgi_metering.decorators import billable, gather
+
+        if price is None:
+            price, hold = _price_of_hold(hold, line), None
+        policy = gather((billable(price, hold=hold, line=line, **options),), line, {})
+        if policy.charge is not None:
+            check_amounts(policy.charge, self.counted(policy.charge.unit))
+        return policy, self._call_for(payer, caller, line)
+
+    def _call_for(self, payer: str | None, caller: Caller | None, line: str) -> Call:
+        """A call of *payer*, or of whoever pays the call around this code."""
+        if caller is not None and not isinstance(caller, Caller):
+            raise ConfigurationError(f"caller={caller!r} is no Caller. Make one: Caller('bob', payer='org_7').")
+        inherited = None
+        if payer is None:
+            outer = self._paid_call(line)
+            payer, inherited = outer.payer or "", outer.paid_by
+            caller = caller or outer.caller
+        check_key(payer, "payer")
+        # Whose balance pays is said here, whatever the caller's own would be.
+        caller = Caller(payer) if caller is None else replace(caller, payer=payer)
+        call = Opening(self, ALL_FEATURES, None).open_call()
+        call.preset(caller, payer, inherited)
+        return call
+
+    def _paid_call(self, line: str) -> Call:
+        """The admitted call around this code; raises `PayerError` where there is none of this metering."""
+        outer = CURRENT.get()
+        call = outer.call if outer is not None and not outer.closed and outer.metering is self else None
+        if call is None or not call.admitted or not call.payer:
+            raise PayerError(
+                f"charge(line={line!r}) names no payer, and runs inside no admitted call that has one. Say who pays: "
+                f"payer='org_7'."
+            )
+        return call
+
+    @contextmanager
+    def charge_sync(
+        self,
+        *,
+        line: str,
+        payer: str | None = None,
+        hold: HoldSize | None = None,
+        price: Price | None = None,
+        caller: Caller | None = None,
+        **options: Unpack[ChargeOptions],
+    ) -> Iterator[Call]:
+        """
+        `charge` for code without an event loop (a Celery task, a script): ``with metering.charge_sync(...) as call:``.
+
+        The call lives on this process's `portal`; the block runs where it stands, in any thread, with `current_call`.
+        Arguments, errors and endings are those of `charge`.
+
+        Raises:
+            ConfigurationError: Also where the thread runs an event loop: use `charge` there.
+        """
+        outer = CURRENT.get()
+        block = self.charge(line=line, payer=payer, hold=hold, price=price, caller=caller, **options)
+        with self.portal().within(block) as call:
+            CURRENT.set(call.opening)
+            try:
+                yield call
+            finally:
+                # Here, and not where it is left there: each thread has a context of its own.
+                if CURRENT.get() is call.opening:
+                    CURRENT.set(outer)
+
+    def portal(self) -> Portal:
+        """
+        The thread of this process that runs the metering for code without an event loop, started by its first use.
+
+        ``metering.portal().call(metering.grant, "org_7", 10, id="invoice-1")`` is any of the async verbs. A forked
+        child has one of its own. `close` ends it.
+        """
+        return self._portals.setdefault(os.getpid(), Portal(self.stop))
+
+    def close(self) -> None:
+        """
+        End this process's `portal`: drain, export, and give back what it uses. The next use starts it again.
+
+        Where it is not called, the end of the process does it.
+        """
+        self.portal().close()
+
+    # -- how a payer stands --------------------------------------------------------------------------------
+
+    async def preview(
+        self,
+        payer: str,
+        *,
+        line: str,
+        hold: HoldSize | None = None,
+        price: Price | None = None,
+        plan: str | None = None,
+        caller: Caller | None = None,
+        **options: Unpack[ChargeOptions],
+    ) -> Previewed:
+        """
+        Ask what a call would cost and who would pay, without making it: nothing is held, counted or told (S0.37).
+
+        Args:
+            payer: Whose call it would be.
+            line: The billing line.
+            hold: As of `charge`.
+            price: As of `charge`.
+            options: As of `charge`, such as ``sources=``.
+            plan: Of the payer, for allowances by plan.
+            caller: Who would call, where a payer's account is computed from it; its own plan counts, if it has one.
+
+        Raises:
+            ConfigurationError: An argument that cannot work.
+            AmountError: A price or hold that the unit cannot count.
+            StoreUnavailableError: No answer came.
+
+        One round trip. Others may take what is seen here before the call comes.
+        """
+        from asgi_metering.standing import previewed
+
+        policy, call = self._prepared(payer, _planned(caller, payer, plan), line, hold, price, options)
+        call.policy = policy
+        await self.start()
+        return await previewed(call)
+
+    async def allowances(
+        self,
+        payer: str,
+        *,
+        sources: Sequence[PaymentSource],
+        unit: Unit | None = None,
+        plan: str | None = None,
+        caller: Caller | None = None,
+    ) -> list[AllowanceStatus]:
+        """
+        How the allowances among *sources* stand: used, held, limit, remaining, and when they reset (S0.13, S4.18).
+
+        Args:
+            payer: Whose. An allowance that names a `Payer` is shown of its account.
+            sources: The list that the routes have, so that limits come from one declaration (S4.2).
+            unit: The metering's by default.
+            plan: Of the payer; none gets the smallest limit, as at the gate.
+            caller: As of `preview`.
+
+        Raises:
+            PayerError: Whose an allowance is could not be resolved.
+            AmountError: A limit that the unit cannot count.
+            StoreUnavailableError: No answer came.
+
+        Changes nothing. One reading per account.
+        """
+        from asgi_metering.standing import allowance_statuses
+
+        policy, call = self._prepared(
+            payer, _planned(caller, payer, plan), "allowances", None, 0, {"sources": sources, "unit": unit}
+        )
+        if policy.charge is None:
+            raise AssertionError("billable() makes a charge")
+        await self.start()
+        return await allowance_statuses(call, policy.charge)
+
+    async def balances(self, payer: str) -> dict[str, Balance]:
+        """The `balance` of *payer* in each unit that is known here, by its name: those that routes and grants named."""
+        return {unit.name: await self.balance(payer, unit=unit) for unit in list(self._units.values())}
 
     async def _is_booked(self, call: Call) -> bool:
         """End *call* and wait for its receipt, bounded; False where it holds something and the ledger has no end."""
@@ -421,6 +597,10 @@ class Metering(Ledger):
             await submit(Declare(tuple(new.items())))
             self._declared.update(new)
 
+    async def foresee(self, ask: Admit) -> Decision:
+        """Ask the store what it would decide on *ask* now. Raises `StoreError`."""
+        return await self._ask(Preview(ask), Decision)
+
     async def _submit(self, operation: Operation) -> Answer:
         if len(self._declared) < len(self._units):
             await self.start()
@@ -483,6 +663,29 @@ class Metering(Ledger):
                 f"{policy.name} is @rate_limited, but no layer enforces rates here. Add RateLimitMiddleware or "
                 f'MeteringMiddleware, or say unenforced="allow".'
             )
+
+
+_living: weakref.WeakSet[Metering] = weakref.WeakSet()
+"""Every metering of this process."""
+
+
+def _after_fork() -> None:
+    """A child has none of its parent's event loops, and a lock that one of them held would never be free."""
+    for metering in list(_living):
+        metering.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _planned(caller: Caller | None, payer: str, plan: str | None) -> Caller:
+    """*caller*, or *payer* itself, with *plan* where it has none of its own."""
+    if caller is None:
+        return Caller(payer, plan=plan)
+    if isinstance(caller, Caller) and caller.plan is None:
+        return replace(caller, plan=plan)
+    return caller
 
 
 def _price_of_hold(hold: HoldSize | None, line: str) -> Price:

@@ -177,6 +177,95 @@ def test_holds_in_flight(run: Run, store: str) -> None:
     assert (row["id"], row["amount"], row["state"]) == ("call-1", "3", "held")
 
 
+def held(store: str, call: str, *, parts: int = 3_000_000, ttl_s: float = 60.0, **options: Any) -> None:
+    """Leave a call of ann's that nobody ends."""
+
+    async def hold() -> None:
+        async with Metering(store, sinks=()) as metering:
+            ask = Admit(call, "ann", "credits", parts, parts, (WalletSource(),), ttl_s=ttl_s, **options)
+            assert (await metering.decide(ask)).admitted
+
+    asyncio.run(hold())
+
+
+def charged(run: Run) -> str:
+    """Id of ann's last charge."""
+    return str(rows(run("statement", "ann", "--json"))[-1]["ref"])
+
+
+def test_refund_a_part_once(run: Run, store: str) -> None:
+    """A refund shows what came back; its repeat is not applied and changes nothing."""
+    run(*GRANT)
+    charge(store, "ann", "2")
+    call = charged(run)
+    head = ["id", "payer", "refunded", "returned", "lapsed", "applied", "available"]
+    refund = ("refund", call, "--id", "r-1", "--amount", "0.5")
+    assert table(run(*refund)) == [head, ["r-1", "ann", "0.5", "0.5", "0", "True", "11"]]
+    assert rows(run(*refund, "--json"))[0]["applied"] is False
+    assert rows(run("refund", call, "--id", "r-2", "--payer", "ann", "--json"))[0]["refunded"] == "1.5"
+
+
+def test_refund_what_was_not_charged(run: Run, store: str) -> None:
+    """An unknown call, too much, and another amount under one id are mistakes with their mend."""
+    run(*GRANT)
+    charge(store, "ann", "2")
+    call = charged(run)
+    assert rows(run("refund", call, "--id", "r", "--amount", "1", "--json"))
+    for arguments, mend in (
+        (("nobodys", "--id", "x"), "Check the id; for a refund of an old charge say whose it was"),
+        ((call, "--id", "x", "--amount", "3"), "Refund less"),
+        ((call, "--id", "r", "--amount", "2"), "Use a new id for a new refund"),
+    ):
+        code, output, errors = run("refund", *arguments)
+        assert (code, output, errors.count("\n")) == (2, "", 1)
+        assert mend in errors
+
+
+def test_reconcile_calls_in_doubt(run: Run, store: str) -> None:
+    """What is overdue is ended by its policy and named; a second time there is nothing to do."""
+    run(*GRANT)
+    held(store, "alive")
+    held(store, "dead", ttl_s=0.0, grace_s=0.0)
+    assert table(run("reconcile")) == [["ended"], ["dead"]]
+    assert rows(run("reconcile", "--json")) == []
+    assert [row["id"] for row in rows(run("holds", "--json"))] == ["alive"]
+    assert rows(run("balance", "ann", "--json"))[0]["held"] == "3"
+
+
+def test_resolve_a_call(run: Run, store: str) -> None:
+    """A person charges a call, or releases it; who comes second learns what was decided."""
+    run(*GRANT)
+    held(store, "a")
+    held(store, "b")
+    head = ["id", "payer", "charged", "ended_by", "applied"]
+    assert table(run("resolve", "a", "--charge", "1.5")) == [head, ["a", "ann", "1.5", "person", "True"]]
+    assert table(run("resolve", "a", "--release")) == [head, ["a", "ann", "1.5", "person", "False"]]
+    assert rows(run("resolve", "b", "--release", "--json"))[0]["charged"] == "0"
+    assert rows(run("balance", "ann", "--json"))[0]["available"] == "11"
+
+
+@pytest.mark.parametrize("arguments", [(), ("--release", "--charge", "1")], ids=["neither", "both"])
+@pytest.mark.usefixtures("store")
+def test_resolve_says_how(run: Run, arguments: tuple[str, ...]) -> None:
+    """Nothing is released because somebody left an option out."""
+    code, output, errors = run("resolve", "a", *arguments)
+    assert (code, output) == (2, "")
+    assert "--release" in errors
+
+
+def test_amounts_of_another_unit_are_not_scaled(run: Run, store: str) -> None:
+    """A hold in a unit that was not named shows its smallest parts: a wrong scale would show wrong money."""
+    run("grant", "ann", "7", "--id", "m", "--unit", "messages:0")
+
+    async def hold() -> None:
+        async with Metering(store, sinks=()) as metering:
+            assert (await metering.decide(Admit("c", "ann", "messages", 3, 3, (WalletSource(),)))).admitted
+
+    asyncio.run(hold())
+    assert rows(run("holds", "--json"))[0]["amount"] == "3 smallest parts of messages"
+    assert rows(run("holds", "--unit", "messages:0", "--json"))[0]["amount"] == "3"
+
+
 def test_check_books_that_balance(run: Run, store: str) -> None:
     """Books that balance are said to, with 0."""
     run(*GRANT)
@@ -212,11 +301,14 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from asgi_metering import Allowance, Unit, Wallet, billable, rate_limited, up_to
 from asgi_metering.prices import per_token
+from asgi_metering.sources import Payer
+
+SOURCES = [Allowance(20), Wallet(payer=Payer("acme"))]
 
 def owner(request): ...
 
 @rate_limited("60/minute", "5000/day", concurrency=4, global_concurrency=9)
-@billable("0.5", on_disconnect="none", unit=Unit("messages", 1), sources=[Allowance(20), Wallet()], payer=owner)
+@billable("0.5", on_disconnect="none", unit=Unit("messages", 1), sources=SOURCES, payer=owner)
 async def search(request): ...
 
 @billable(per_token(output=1), hold=up_to(owner, at_least="0.1"))
@@ -273,7 +365,7 @@ def test_routes_with_all_of_each_policy(run: Run, audited: str) -> None:
     assert search.splitlines()[:4] == [
         "/search  POST",
         "  hold: the price",
-        "  sources: allowance, wallet",
+        "  sources: allowance, wallet of acme",
         "  payer: owner()",
     ]
     assert "  client gone after the first byte: none" in search.splitlines()

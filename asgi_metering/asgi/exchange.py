@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
+from asgi_metering.asgi.body import RequestBody, has_key
 from asgi_metering.asgi.fields import limit_fields
 from asgi_metering.asgi.refusals import in_band_error, refusal_response
+from asgi_metering.asgi.replay import keeper
 from asgi_metering.asgi.tap import Tap
 from asgi_metering.asgi.types import ASGIApp, Headers, Message, Receive, Scope, Send
 from asgi_metering.asgi.watch import ClientGone, Watch
@@ -82,7 +84,9 @@ async def run(
     begun: Message | None = None  # the start of the app's response, if it passed before an admission
     latest: Message | None = None  # what passed after it, the last of them, before an admission
     spoke = False  # the app has sent something since its call was refused
-    tap: Tap | None = None
+    keep: Callable[[bytes], None] | None = None  # sees every chunk that the server took
+    incoming: RequestBody | None = None  # of a request with an idempotency key
+    looked = False  # for that key
     grace: asyncio.TimerHandle | None = None
     watch = Watch(scope, receive, send) if options.stop_on_disconnect else None
     inner_receive = watch.receive if watch is not None else receive
@@ -91,8 +95,20 @@ async def run(
         if not finishing and opening.call is not None:
             opening.call.see(Cause.CLIENT_GONE)
 
+    def request_body() -> RequestBody:
+        nonlocal incoming
+        if incoming is None:
+            incoming = RequestBody(scope, inner_receive)
+        return incoming
+
     async def receive_() -> Message:
-        message = await inner_receive()
+        nonlocal looked
+        if not looked:
+            # Not before something of the body is read: most requests have none, and most routes no keys.
+            looked = True
+            if has_key(scope):
+                request_body()
+        message = await (inner_receive() if incoming is None else incoming.receive())
         if message["type"] == "http.disconnect":
             gone()
         return message
@@ -123,7 +139,7 @@ async def run(
             await send(message)
 
     async def send_start(call: Call, message: Message) -> None:
-        nonlocal started, begun, trailers, tap, dressed
+        nonlocal started, begun, trailers, keep, dressed
         if call.deferred:
             # A generator endpoint: it is asked for now, before its headers go out (pitfall 7). A refusal rises even if
             # its first step met it earlier, for this start says nothing of it (pitfall 15). It is answered when the
@@ -135,10 +151,10 @@ async def run(
                 await refuse(call)
                 return
         elif call.admitted:
-            dressed, tap = dress(call, message, scope, options)
+            dressed, call.observer = dress(call, message, scope, options)
+            keep = keeper(call, message, call.observer)
             message = dressed
             call.status = message["status"]
-            call.observer = tap
             trailers = bool(message.get("trailers"))
             if watch is not None:
                 watch.start(gone, asyncio.get_running_loop())
@@ -161,11 +177,12 @@ async def run(
 
     def catch_up(call: Call, start: Message) -> None:
         """The call was admitted after its response had begun: note now what the start said."""
-        nonlocal begun, trailers, tap
+        nonlocal begun, trailers, keep
         begun = None
         call.status = start["status"]
         trailers = bool(start.get("trailers"))
-        call.observer = tap = _tap(call, list(start.get("headers", ())), scope)
+        tap = call.observer = _tap(call, list(start.get("headers", ())), scope)
+        keep = None if tap is None else tap.keep
         if latest is not None:
             call.first_byte = True
         if watch is not None:
@@ -192,8 +209,8 @@ async def run(
             # Also when cancelled while the server's `send` waited for its buffer: the bytes are the server's then.
             if body and handed_over:
                 call.first_byte = call.first_byte or reaches
-                if tap is not None:
-                    tap.keep(body)
+                if keep is not None:
+                    keep(body)
         unchecked += len(body)
         if unchecked >= CHECKPOINT_BYTES:
             sent += unchecked
@@ -233,8 +250,8 @@ async def run(
         unchecked += len(body)
         if not call.closed:
             call.first_byte = call.first_byte or reaches
-            if tap is not None and body:
-                tap.keep(body)
+            if keep is not None and body:
+                keep(body)
 
     def give_up(call: Call, body: bytes, reaches: bool) -> None:
         """The last `send` does not return: end the call as it is, by what the server was given."""
@@ -250,6 +267,8 @@ async def run(
             or (kind == "http.response.zerocopysend" and not message.get("more_body", False) and not trailers)
         )
         reaches = call.cause is None and kind != "http.response.trailers"
+        if call.reply is not None and kind != "http.response.trailers":
+            call.reply.lose()
         if last and call.admitted:
             await send_last(call, message, b"", reaches)
             whole = kind == "http.response.pathsend"
@@ -304,6 +323,7 @@ async def run(
         await send({"type": "http.response.body", "body": error})
         return True
 
+    opening.request_body = request_body
     token = CURRENT.set(opening)
     try:
         await app(scope, receive_, send_)

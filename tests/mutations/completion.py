@@ -250,8 +250,8 @@ MUTATIONS = (
         0,
         "a hold of nothing is no hold",
         "asgi_metering.admission",
-        "    call.has_hold = bool(asked.sources or asked.leases",
-        "    call.has_hold = bool(decision.held or asked.leases",
+        "        asked.sources\n        or asked.leases\n",
+        "        decision.held\n        or asked.leases\n",
         _test("test_usage_of_a_call_that_held_nothing_posts_in_full[zero]")
         + _test("test_usage_of_a_call_that_held_nothing_posts_in_full[up-to]")
         + _test("test_usage_of_a_call_that_held_nothing_posts_in_full[rounds-to-zero]"),
