@@ -479,7 +479,7 @@ def test_postings_are_told_to_sinks(make: Callable[[FakeClock], Store]) -> None:
             done = datetime(2024, 10, 1, tzinfo=UTC)
             await metering.backfill("ann", 4, id="b", line="import", occurred_at=done)
             events = {event.id: event for event in await books.told()}
-            ids = [call, f"{call}:refund:r", "ann:correction:c", "ann:backfill:b"]
+            ids = [call, f"{call}:refund:r", "ann:credits:correction:c", "ann:credits:backfill:b"]
             assert list(events) == ids
             assert [events[each].amount // CREDIT for each in ids] == [30, -10, -2, 4]
             assert [events[each].line for each in ids] == ["search", "search", "search", "import"]
