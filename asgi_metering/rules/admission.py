@@ -137,7 +137,9 @@ def _by_key(
     owned = hold._replace(id=row.hold, expires_at=NEVER, due_at=NEVER, windows=(), pools=(), idempotency_key="")
     member = hold._replace(amount=0, parts=(), charge_key=row.key)
     changes = [*taken.changes, *_counted(ask, now, looks)]
-    changes += [(Table.HOLD, row.hold, owned), (Table.HOLD, ask.id, member), (Table.CHARGE_KEY, row.key, row)]
+    # A call's id that comes again long after leaves an ended hold of its key behind: this one is another.
+    changes += [(Table.HOLD, row.hold, None), (Table.HOLD, row.hold, owned), (Table.HOLD, ask.id, member)]
+    changes.append((Table.CHARGE_KEY, row.key, row))
     return _decision(ask, now, taken, looks), changes
 
 
