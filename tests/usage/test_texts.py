@@ -11,7 +11,7 @@ import pytest
 from asgi_metering.usage import UsageReader
 from asgi_metering.usage.frames import MAX_PAYLOAD
 from asgi_metering.usage.reader import MAX_TEXT
-from asgi_metering.usage.texts import Heard, words
+from asgi_metering.usage.texts import LOOSE, Heard, Text, join, words
 from tests.usage.test_openai import delta, sse
 
 BLOB = "QUJD" * 1_000
@@ -208,3 +208,14 @@ def test_hear_the_event_that_a_gap_cut_as_lost() -> None:
     found = reading(event * 10 + event[:40])
     found.gap(len(event) - 40)
     assert found.heard().more_chars == pytest.approx(50, abs=5)
+
+
+def test_text_puts_many_words_together() -> None:
+    """The words of a long stream lie together, few strings for many words, and read the same."""
+    text = Text()
+    words = [f"w{number} " for number in range(3 * LOOSE)]
+    for word in words:
+        text.add(word)
+    assert len(text.parts) < LOOSE
+    assert join(text.parts) == "".join(words)
+    assert text.chars == text.kept == len("".join(words))
