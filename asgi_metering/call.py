@@ -395,7 +395,7 @@ class Call:
         """
         Whether another call of its charge key pays for this one, or has paid; False for the one that pays.
 
-        Source: S0.35, "does this session count already?".
+        Source: S0.35 (whether what the key stands for was counted already).
         """
         return self.admitted and self.decision is not None and self.decision.joined
 

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 from tests.mutations.entries import Mutation
 
 __all__ = ["MUTATIONS"]
 
-TESTS = "tests/pitfalls/test_completion.py::"
+PITFALLS = Path(__file__).parents[1] / "pitfalls"
 EXCHANGE = "asgi_metering.asgi.exchange"
 RUNTIME = "asgi_metering.runtime"
 
 
+@cache
+def _sources() -> dict[str, str]:
+    return {file.name: file.read_text() for file in PITFALLS.glob("test_*.py")}
+
+
 def _test(name: str) -> tuple[str, ...]:
-    return (TESTS + name,)
+    """The test of that name, wherever among the tests of pitfalls it stands."""
+    wanted = f"\ndef {name.partition('[')[0]}("
+    (file,) = [file for file, text in _sources().items() if wanted in text]
+    return (f"tests/pitfalls/{file}::{name}",)
 
 
 MUTATIONS = (
