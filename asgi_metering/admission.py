@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from decimal import Decimal
 from itertools import groupby
 from operator import attrgetter
@@ -72,7 +72,12 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
     rates = policy.rates if "rates" in features else ()
     await _identify(call, rates, charged=charge is not None and not call.exempt)
     if charge is not None:
-        await _charge(call, charge, arguments)
+        _pin(call, charge)
+        try:
+            await _payer(call, charge, arguments)
+        except PayerError as failure:
+            raise call.refused(Refusal(Reason.PAYER, charge.line)) from failure
+        await _price(call, charge, arguments)
         if not call.exempt:
             call.once = await once(call, charge, arguments)
             call.shared = await shared_key(call, charge, arguments)
@@ -101,15 +106,8 @@ async def _decide(
     arguments: Mapping[str, Any],
 ) -> Decision | None:
     """The store's decision, and the call marked by it; None where it gave none and the layers let calls pass then."""
-    metering = call.metering
     try:
-        decision = await metering.decide(asked)
-        if decision.stale_calendar:
-            # Our clock and the store's disagree about the day: once more, around the store's time.
-            again = await _operation(call, charge, rates, arguments, decision.now)
-            decision = await metering.decide(again or asked)
-        if decision.stale_calendar:
-            raise StoreError(f"The store's time {decision.now} does not fit any calendar around it.")
+        decision = await _answered(call, charge, rates, asked, arguments, call.metering.decide)
     except StoreError as failure:
         _store_down(call, charge, rates, failure)
         return None
@@ -136,20 +134,37 @@ async def foresee(call: Call) -> Decision:
     What the store would decide on the charge of *call* now; nothing is held, and its rates are not asked (S0.37).
 
     Raises:
-        CallRefused: Who pays could not be resolved.
+        PayerError: Who pays could not be resolved.
         StoreError: No answer came.
     """
     charge = call.policy.charge if call.policy is not None else None
     if charge is None:
         raise ConfigurationError("A call without a price has nothing to foresee. Give it one.")
-    await _charge(call, charge, {})
+    _pin(call, charge)
+    await _payer(call, charge, {})
+    await _price(call, charge, {})
     asked = await _operation(call, charge, (), {}, time.time())
     if asked is None:
         return Decision(call.id, time.time())
-    decision = await call.metering.foresee(asked)
+    return await _answered(call, charge, (), asked, {}, call.metering.foresee)
+
+
+async def _answered(
+    call: Call,
+    charge: ChargePolicy | None,
+    rates: tuple[RatePolicy, ...],
+    asked: Admit,
+    arguments: Mapping[str, Any],
+    ask: Callable[[Admit], Awaitable[Decision]],
+) -> Decision:
+    """What the store decides on *asked*, by *ask*; raises `StoreError` without an answer that fits its own time."""
+    decision = await ask(asked)
     if decision.stale_calendar:
-        again = await _operation(call, charge, (), {}, decision.now)
-        decision = await call.metering.foresee(again or asked)
+        # Our clock and the store's disagree about the day: once more, around the store's time.
+        again = await _operation(call, charge, rates, arguments, decision.now)
+        decision = await ask(again or asked)
+    if decision.stale_calendar:
+        raise StoreError(f"The store's time {decision.now} does not fit any calendar around it.")
     return decision
 
 
@@ -158,9 +173,9 @@ async def asked_of(call: Call, charge: ChargePolicy, now: float) -> tuple[Source
     What *call* would ask of its sources around *now*.
 
     Raises:
-        CallRefused: Who pays could not be resolved.
+        PayerError: Who pays could not be resolved.
     """
-    call.charge, call.unit = charge, call.metering.counted(charge.unit)
+    _pin(call, charge)
     await _payer(call, charge, {})
     return _sources(call, charge, now)
 
@@ -216,32 +231,34 @@ async def _payer(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any])
     except Exception as failure:
         # Never somebody else's money, and never for free (S0.25, S3.38).
         log.error("The payer of %s could not be resolved.", charge.line, exc_info=failure)
-        error = PayerError(f"The payer of {charge.line!r} could not be resolved: {failure!r}.")
-        raise call.refused(Refusal(Reason.PAYER, charge.line)) from error
+        raise PayerError(f"The payer of {charge.line!r} could not be resolved: {failure!r}.") from failure
 
 
 # -- how much ----------------------------------------------------------------------------------------------
 
 
-async def _charge(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
+def _pin(call: Call, charge: ChargePolicy) -> None:
+    """Say what the call is charged by, before anybody is asked who pays."""
+    call.charge = charge
+    call.line = charge.line
+    call.unit = call.metering.counted(charge.unit)
+
+
+async def _price(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
     """
     Pin the price to the call and size its hold.
 
     A computed price may be finer than the unit and is rounded once, half up (DESIGN 2); a constant one was refused at
     import. A hold given as an amount says nothing of the tokens: the request itself does (`Call.asked`).
     """
-    call.charge = charge
-    call.line = charge.line
-    call.unit = call.metering.counted(charge.unit)
-    await _payer(call, charge, arguments)
     price = charge.price
     if charge.skip_if is not None and await charge.skip_if.compute(call, arguments):
         # The continuation of a turn that was charged: free work, and audited as that (S0.16).
         call.price, call.estimate = FREE, FREE.amount
         return
     if isinstance(price, From):
-        computed = FixedPrice.of(await price.compute(call, arguments))
-        price = FixedPrice(call.unit.whole(call.unit.round(computed.amount)))
+        answered = call.unit.exact(await price.compute(call, arguments), "price")
+        price = FixedPrice(call.unit.whole(call.unit.round(answered)))
     call.price = price
     if isinstance(price, FixedPrice):
         call.estimate = price.amount
@@ -380,7 +397,8 @@ def _sources(call: Call, charge: ChargePolicy, now: float) -> tuple[SourceAsk, .
                 edges = boundaries(Period(source.per), source.zone, now, source.anchor)
                 asks.append(AllowanceSource(source.name, limit, edges, 0.0, *place))
             else:
-                asks.append(WalletSource(call.unit.parts(source.overdraft, "overdraft"), *place))
+                overdraft = call.unit.parts(source.overdraft, "overdraft") if source.overdraft else 0
+                asks.append(WalletSource(overdraft, *place))
     return tuple(asks)
 
 
@@ -396,8 +414,6 @@ async def _limits(
     cost = rate.cost
     if isinstance(cost, From):
         cost = await cost.compute(call, arguments)
-    if type(cost) is not int or cost < 0:
-        raise ConfigurationError(f"The cost {cost!r} of {rate.scope!r} is not an int from 0 up.")
     for limit in rate.limits:
         taken = cost if limit.meter == REQUESTS else await _weight(call, limit, arguments)
         limits.append(_limit_ask(rate, limit, key, taken, now))
@@ -431,25 +447,20 @@ async def _key(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> st
     """What is counted together. Addresses and computed keys are hashed (S3.48); ids are not personal by contract."""
     wanted = rate.key
     if isinstance(wanted, From):
-        return _hashed(await wanted.compute(call, arguments), rate)
+        return _hashed(await wanted.compute(call, arguments))
     if wanted == "payer" and call.payer:
         return f"payer:{call.payer}"
     if wanted != "address" and call.caller is not None:
         return f"caller:{call.caller.id}"
     origin = call.opening.origin
     address = origin.address if origin is not None else None
-    if address is None:
+    if not address:
         raise MeteringError(
             f"The limits of {rate.scope!r} have nobody to count: no caller is known and the server reports no "
             f"address. Give rate_limited() a key, or Metering an identify function."
         )
-    return _hashed(address, rate)
+    return _hashed(address)
 
 
-def _hashed(value: object, rate: RatePolicy) -> str:
-    if not isinstance(value, str | int) or value == "":
-        raise ConfigurationError(
-            f"The key of {rate.scope!r} came out as {value!r}. It has to be a non-empty str or an int; an empty key "
-            f"would put everybody together."
-        )
+def _hashed(value: object) -> str:
     return hashlib.blake2b(str(value).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -14,7 +14,7 @@ from asgi_metering.prices import FixedPrice
 from asgi_metering.usage import UsageReader
 
 if TYPE_CHECKING:
-    from asgi_metering.metering import Metering
+    from asgi_metering.clients import UpstreamClients
 
 __all__ = ["UpstreamBooking"]
 
@@ -30,7 +30,7 @@ class UpstreamBooking:
         metering: Whose readings and tallies.
     """
 
-    def __init__(self, metering: Metering) -> None:
+    def __init__(self, metering: UpstreamClients) -> None:
         self._metering = metering
 
     def started(self, provider: str) -> Call | None:

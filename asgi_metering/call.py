@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from asgi_metering.sources import Payer, PaymentSource
 
 __all__ = [
+    "ALL_FEATURES",
     "CURRENT",
     "SCOPE_KEY",
     "BalanceStatus",
@@ -236,6 +237,9 @@ class Opening:
             self.call = Call(self)
         return self.call
 
+
+ALL_FEATURES = frozenset({"events", "quotas", "rates", "credits"})
+"""What layers may enable; the whole stack enables all."""
 
 SCOPE_KEY = "asgi_metering.opening"
 """Where the edge puts the opening into a connection's scope."""

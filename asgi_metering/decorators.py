@@ -8,7 +8,6 @@ import, with the mend. Knows neither how an endpoint is guarded (`guards`) nor h
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from asgi_metering.amounts import Unit, exact_amount
 from asgi_metering.computed import check_sync
 from asgi_metering.errors import ConfigurationError, InvalidKeyError
 from asgi_metering.guards import BARE_MEND, Part, guard_of, merged
-from asgi_metering.names import check_key
+from asgi_metering.names import check_key, is_field_name
 from asgi_metering.policies import (
     ERROR_SHAPES,
     ChargeKey,
@@ -47,7 +46,7 @@ from asgi_metering.rates import RateLimit, Strategy, parse_limit
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.calendars import zone as find_zone
 from asgi_metering.rules.ending import END_OF_CALL, EndPolicy, Situation
-from asgi_metering.sources import Allowance, PaymentSource, Wallet, check_payers, check_zone
+from asgi_metering.sources import PERIODS, Allowance, PaymentSource, Wallet, check_payers, check_zone
 from asgi_metering.usage import TokenUsage
 from asgi_metering.usage.dialects import named
 
@@ -192,12 +191,11 @@ def _idempotency(given: Idempotency | bool | None) -> Idempotency | None:
     return Idempotency() if given else None
 
 
-CALENDAR = ("day", "week", "month")
+MAX_FIELD_NAME = 64
+"""Characters of a header field that carries a key: longer ones are not in use."""
 
 MAX_WINDOW_S = 366 * 86_400
 """A year: what is counted once for longer is a subscription."""
-
-_FIELD = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,64}")
 
 
 def _charge_key(
@@ -211,7 +209,7 @@ def _charge_key(
         raise ConfigurationError(
             "A charge_key counts calls of one price, and what this one costs is measured. Use a fixed price."
         )
-    if isinstance(per, bool) or not (per in CALENDAR or (isinstance(per, int | float) and 0 < per <= MAX_WINDOW_S)):
+    if isinstance(per, bool) or not (per in PERIODS or (isinstance(per, int | float) and 0 < per <= MAX_WINDOW_S)):
         raise ConfigurationError(
             f"charge_per={per!r} is no window. Use 'day', 'week', 'month', or seconds above 0, up to {MAX_WINDOW_S}."
         )
@@ -220,7 +218,7 @@ def _charge_key(
     find_zone(check_zone(zone))
     if callable(key):
         return ChargeKey(From(key, "charge key"), per, zone)
-    if not isinstance(key, str) or not _FIELD.fullmatch(key):
+    if not isinstance(key, str) or not is_field_name(key, MAX_FIELD_NAME):
         raise ConfigurationError(
             f"charge_key={key!r} is neither a function nor the name of a header field. Pass lambda body: "
             f"body.session_id, or 'X-Session-Id', say."

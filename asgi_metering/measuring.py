@@ -13,16 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from asgi_metering.prices import MeasuredPrice
 from asgi_metering.rules.ending import Cause
-from asgi_metering.tokens import count_tokens_async, estimate_tokens
+from asgi_metering.tokens import count_tokens_async, estimate_tokens, tokens_of
 from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
 
 __all__ = ["Metered", "committed_usage", "failed_in_band", "metered_usage", "observed_usage"]
-
-CHARS_PER_TOKEN = 4
-"""What a token of usual text is long, for text past the bound of what is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +213,7 @@ async def observed_usage(call: Call, known: Metered) -> Metered:
         if part.reader is not None:
             heard = part.reader.heard()
             counted = await count_tokens_async(heard.text)
-            output = counted.tokens + -(-heard.more_chars // CHARS_PER_TOKEN)
+            output = counted.tokens + tokens_of(heard.more_chars)
             guessed = guessed or heard.estimated or counted.estimated
         usage = _observation(given, output) + usage
         estimated = estimated or guessed
@@ -249,7 +246,7 @@ def _spent(parts: Iterable[Part]) -> TokenUsage:
         seen = part.usage or TokenUsage()
         if not part.final and part.reader is not None:
             heard = part.reader.heard()
-            written = estimate_tokens(heard.text) + -(-heard.more_chars // CHARS_PER_TOKEN)
+            written = estimate_tokens(heard.text) + tokens_of(heard.more_chars)
             seen = _observation(_input_side(seen), max(written, seen.output or 0))
         total = total + seen
     return total

@@ -14,22 +14,22 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, Unpack
 
 from asgi_metering.alarms import Alarms
 from asgi_metering.amounts import CREDITS, Unit
-from asgi_metering.call import CURRENT, Call, Caller, Opening, Origin
+from asgi_metering.call import ALL_FEATURES, CURRENT, Call, Caller, Opening, Origin
+from asgi_metering.clients import UpstreamClients
 from asgi_metering.computed import check_sync, is_async
 from asgi_metering.decisions import Decision
-from asgi_metering.errors import ConfigurationError, IdentityError, PayerError, SettlementError, StoreError
+from asgi_metering.errors import ConfigurationError, IdentityError, SettlementError
 from asgi_metering.events.metrics import Meters
 from asgi_metering.events.sinks import Sink
 from asgi_metering.events.span import annotate_span, current_trace
 from asgi_metering.ledger import Ledger
-from asgi_metering.names import check_key
-from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldPolicy, HoldSize, Price
+from asgi_metering.outside import leave, planned, prepared
+from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldSize, Price
 from asgi_metering.portal import Portal
 from asgi_metering.receipts import Balance
 from asgi_metering.rules.decide import Answer
@@ -38,23 +38,18 @@ from asgi_metering.rules.operations import Admit, Declare, Operation, Preview
 from asgi_metering.runtime import Runtime
 from asgi_metering.stores.contract import Store
 from asgi_metering.stores.urls import store_from_url
+from asgi_metering.stores.use import StoreUse
 from asgi_metering.upstream.readings import QuotaReadings
-from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
-    from httpx2 import AsyncBaseTransport, AsyncClient, BaseTransport, Client
     from starlette.requests import HTTPConnection
 
     from asgi_metering.sources import PaymentSource
     from asgi_metering.standing import AllowanceStatus, Previewed
-    from asgi_metering.upstream.client import MeteredTransport, SyncMeteredTransport
 
 __all__ = ["ALL_FEATURES", "Metering"]
 
 log = logging.getLogger("asgi_metering")
-
-ALL_FEATURES = frozenset({"events", "quotas", "rates", "credits"})
-"""The layers by what they enable."""
 
 StoreDown = Literal["deny", "allow"]
 
@@ -62,7 +57,7 @@ Identify: TypeAlias = "Callable[[HTTPConnection], Awaitable[Caller | None] | Cal
 """Who is behind a connection; None is nobody."""
 
 
-class Metering(Ledger):
+class Metering(Ledger, UpstreamClients):
     """
     One metering: a store, who calls, in what unit, and where events go.
 
@@ -142,8 +137,8 @@ class Metering(Ledger):
         self._declared: set[str] = set()
         self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
-        self._users: set[Runtime] = set()
-        self._portals: dict[int, Portal] = {}
+        self.store_use = StoreUse(self.store)
+        self._portal = Portal(self.stop)
         self.alarms = Alarms(log)
         _living.add(self)
 
@@ -158,41 +153,11 @@ class Metering(Ledger):
                 runtime = self._runtimes.setdefault(loop, Runtime(self, loop))
         return runtime
 
-    async def open_store(self, runtime: Runtime) -> None:
-        """Open the store for *runtime*, until it calls `close_store`. Raises as `Store.open`."""
-        with self._lock:
-            self._users.add(runtime)
-        try:
-            await self.store.open()
-        except BaseException:
-            with self._lock:
-                self._users.discard(runtime)
-            raise
-
-    async def close_store(self, runtime: Runtime) -> None:
-        """Close the store if *runtime* was the last that used it: loops in other threads may be amid their calls."""
-        with self._lock:
-            self._users.discard(runtime)
-        if self._is_used():
-            return
-        await self.store.close()
-        if self._is_used():
-            # Somebody came meanwhile, and may have found the store open still.
-            try:
-                await self.store.open()
-            except StoreError as failure:
-                log.warning("The store that another event loop uses could not be opened again: %s", failure)
-
     def forked(self) -> None:
         """Forget what belongs to the parent of this process; called in each child after a fork."""
         self._lock = threading.Lock()
-        self._users = set()
-
-    def _is_used(self) -> bool:
-        with self._lock:
-            # A loop that ended without a stop uses nothing any more.
-            self._users = {runtime for runtime in self._users if not runtime.loop.is_closed()}
-            return bool(self._users)
+        self.store_use = StoreUse(self.store)
+        self._portal = Portal(self.stop)
 
     async def start(self) -> None:
         """Open the store and start the background of this event loop. Raises as `Store.open`."""
@@ -257,7 +222,7 @@ class Metering(Ledger):
         reader went away (pitfall 38). Such a block has the call at hand; `current_call` follows the task.
         """
         outer = CURRENT.get()
-        policy, call = self._prepared(payer, caller, line, hold, price, options)
+        policy, call = prepared(self, payer, caller, line, hold, price, options)
         opening = call.opening
         CURRENT.set(opening)
         try:
@@ -265,66 +230,19 @@ class Metering(Ledger):
             yield call
         except BaseException:
             call.see(Cause.ERROR)
-            _leave(opening, outer)
+            leave(opening, outer)
             if call.admitted and not await self._is_booked(call):
                 log.warning("Call %s of line %s failed, and its hold is not released yet.", call.id, call.line)
             raise
         call.first_byte = True
         call.see(Cause.COMPLETED)
-        _leave(opening, outer)
+        leave(opening, outer)
         if await self._is_booked(call):
             return
         raise SettlementError(
             f"Call {call.id!r} of line {call.line!r} ran, but its end is not booked. Where the store is down it is "
             f"retried, and its receipt will have this id; otherwise the log says what is wrong with it."
         )
-
-    def _prepared(
-        self,
-        payer: str | None,
-        caller: Caller | None,
-        line: str,
-        hold: HoldSize | None,
-        price: Price | None,
-        options: ChargeOptions,
-    ) -> tuple[EndpointPolicy, Call]:
-        """A call that nobody asked for over HTTP, and its policy. Raises as `charge`."""
-        from asgi_metering.admission import check_amounts
-        from asgi_metering.decorators import billable, gather
-
-        if price is None:
-            price, hold = _price_of_hold(hold, line), None
-        policy = gather((billable(price, hold=hold, line=line, **options),), line, {})
-        if policy.charge is not None:
-            check_amounts(policy.charge, self.counted(policy.charge.unit))
-        return policy, self._call_for(payer, caller, line)
-
-    def _call_for(self, payer: str | None, caller: Caller | None, line: str) -> Call:
-        """A call of *payer*, or of whoever pays the call around this code."""
-        if caller is not None and not isinstance(caller, Caller):
-            raise ConfigurationError(f"caller={caller!r} is no Caller. Make one: Caller('bob', payer='org_7').")
-        inherited = None
-        if payer is None:
-            outer = self._paid_call(line)
-            payer, inherited = outer.payer or "", outer.paid_by
-            caller = caller or outer.caller
-        check_key(payer, "payer")
-        # Whose balance pays is said here, whatever the caller's own would be.
-        caller = Caller(payer) if caller is None else replace(caller, payer=payer)
-        call = Opening(self, ALL_FEATURES, None).open_call()
-        call.preset(caller, payer, inherited)
-        return call
-
-    def _paid_call(self, line: str) -> Call:
-        """The admitted call around this code; raises `PayerError` where there is none of this metering."""
-        outer = CURRENT.get()
-        call = outer.call if outer is not None and not outer.closed and outer.metering is self else None
-        if call is None or not call.admitted or not call.payer:
-            raise PayerError(
-                f"charge(line={line!r}) names no payer, and runs inside no admitted call that has one. Say who pays: "
-                f"payer='org_7'."
-            )
-        return call
 
     @contextmanager
     def charge_sync(
@@ -364,7 +282,7 @@ class Metering(Ledger):
         ``metering.portal().call(metering.grant, "org_7", 10, id="invoice-1")`` is any of the async verbs. A forked
         child has one of its own. `close` ends it.
         """
-        return self._portals.setdefault(os.getpid(), Portal(self.stop))
+        return self._portal
 
     def close(self) -> None:
         """
@@ -408,7 +326,7 @@ class Metering(Ledger):
         """
         from asgi_metering.standing import previewed
 
-        policy, call = self._prepared(payer, _planned(caller, payer, plan), line, hold, price, options)
+        policy, call = prepared(self, payer, planned(caller, payer, plan), line, hold, price, options)
         call.policy = policy
         await self.start()
         return await previewed(call)
@@ -441,8 +359,8 @@ class Metering(Ledger):
         """
         from asgi_metering.standing import allowance_statuses
 
-        policy, call = self._prepared(
-            payer, _planned(caller, payer, plan), "allowances", None, 0, {"sources": sources, "unit": unit}
+        policy, call = prepared(
+            self, payer, planned(caller, payer, plan), "allowances", None, 0, {"sources": sources, "unit": unit}
         )
         if policy.charge is None:
             raise AssertionError("billable() makes a charge")
@@ -462,95 +380,6 @@ class Metering(Ledger):
         except TimeoutError:
             return False
         return receipt is not None or not call.has_hold
-
-    # -- upstream ------------------------------------------------------------------------------------------
-
-    def upstream_client(
-        self,
-        provider: str,
-        wrap: AsyncBaseTransport | None = None,
-        *,
-        library: str | None = None,
-        usage_dialect: str | None = None,
-        **client_options: Any,
-    ) -> AsyncClient:
-        """
-        An async HTTP client for the model SDKs: ``AsyncOpenAI(http_client=metering.upstream_client("openai"))``.
-
-        The quotas of every answer go to `quotas`, refusals included (S1.44); the usage of an answer goes to the metered
-        call in which the request was begun, whatever else runs beside it. Outside of a call only quotas are kept.
-        Close it as any client, or let the SDK's client do so.
-
-        Args:
-            provider: Names the provider in readings and events, such as ``"openai"``.
-            wrap: A transport to use instead of the default one; then proxies of the environment do not count.
-            library: ``"httpx2"`` or ``"httpx"``, where *wrap* does not tell and the first one installed is wrong.
-            usage_dialect: In which dialect of `usage.dialects` bodies report, where detection would be wrong.
-            client_options: As for ``AsyncClient``, without ``transport``; timeouts, limits and redirects are the SDKs'
-                own by default.
-
-        Raises:
-            ConfigurationError: An argument is not usable.
-            MissingExtraError: No HTTP client library is installed.
-        """
-        from asgi_metering.upstream.client import upstream_client
-
-        return upstream_client(
-            provider, self._listener(), wrap, library=library, usage_dialect=usage_dialect, **client_options
-        )
-
-    def upstream_client_sync(
-        self,
-        provider: str,
-        wrap: BaseTransport | None = None,
-        *,
-        library: str | None = None,
-        usage_dialect: str | None = None,
-        **client_options: Any,
-    ) -> Client:
-        """
-        A sync HTTP client, ``OpenAI(http_client=metering.upstream_client_sync("openai"))``; else as `upstream_client`.
-
-        A sync endpoint, and whatever else runs in a thread with the call's context (``asyncio.to_thread``, anyio's
-        threads), books to its call. A thread that is started without the context books to none: pass it on by
-        ``contextvars.copy_context().run``.
-        """
-        from asgi_metering.upstream.client import upstream_client_sync
-
-        return upstream_client_sync(
-            provider, self._listener(), wrap, library=library, usage_dialect=usage_dialect, **client_options
-        )
-
-    def upstream_transport(
-        self,
-        provider: str,
-        wrap: AsyncBaseTransport | None = None,
-        *,
-        library: str | None = None,
-        usage_dialect: str | None = None,
-    ) -> MeteredTransport:
-        """The transport of `upstream_client` alone, around *wrap*, for clients that you build yourself."""
-        from asgi_metering.upstream.client import upstream_transport
-
-        return upstream_transport(provider, self._listener(), wrap, library=library, usage_dialect=usage_dialect)
-
-    def upstream_transport_sync(
-        self,
-        provider: str,
-        wrap: BaseTransport | None = None,
-        *,
-        library: str | None = None,
-        usage_dialect: str | None = None,
-    ) -> SyncMeteredTransport:
-        """The transport of `upstream_client_sync` alone, around *wrap*, for clients that you build yourself."""
-        from asgi_metering.upstream.client import upstream_transport_sync
-
-        return upstream_transport_sync(provider, self._listener(), wrap, library=library, usage_dialect=usage_dialect)
-
-    def _listener(self) -> Any:
-        from asgi_metering.booking import UpstreamBooking
-
-        return UpstreamBooking(self)
 
     # -- what calls and layers use -------------------------------------------------------------------------
 
@@ -584,9 +413,9 @@ class Metering(Ledger):
         """Whether anybody wants usage events."""
         return bool(self.sinks)
 
-    async def declare_units(self, submit: Callable[[Operation], Awaitable[Answer]]) -> None:
+    async def declare_units(self, deadline_s: float) -> None:
         """
-        Tell the store the scales of all units that are known here, once each.
+        Tell the store, within so many seconds, the scales of all units that are known here, once each.
 
         Raises:
             ConfigurationError: One is counted with another scale there.
@@ -594,7 +423,7 @@ class Metering(Ledger):
         """
         new = {name: unit.scale for name, unit in self._units.items() if name not in self._declared}
         if new:
-            await submit(Declare(tuple(new.items())))
+            await self.runtime().pump.submit(Declare(tuple(new.items())), deadline_s)
             self._declared.update(new)
 
     async def foresee(self, ask: Admit) -> Decision:
@@ -604,13 +433,14 @@ class Metering(Ledger):
     async def _submit(self, operation: Operation) -> Answer:
         if len(self._declared) < len(self._units):
             await self.start()
-            await self.declare_units(self.runtime().submit)
+            await self.declare_units(self.end_timeout_s)
         return await self.runtime().submit(operation, self.end_timeout_s)
 
     async def decide(self, ask: Admit) -> Decision:
         """Ask the store for one admission, within the deadline. Raises `StoreError`."""
         if len(self._declared) < len(self._units):
-            await self.declare_units(self.runtime().submit)
+            await self.start()
+            await self.declare_units(self.store_timeout_s)
         answer = await self.runtime().submit(ask, self.store_timeout_s)
         if not isinstance(answer, Decision):
             raise AssertionError(f"an admission was answered with {answer!r}")
@@ -677,34 +507,6 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-def _planned(caller: Caller | None, payer: str, plan: str | None) -> Caller:
-    """*caller*, or *payer* itself, with *plan* where it has none of its own."""
-    if caller is None:
-        return Caller(payer, plan=plan)
-    if isinstance(caller, Caller) and caller.plan is None:
-        return replace(caller, plan=plan)
-    return caller
-
-
-def _price_of_hold(hold: HoldSize | None, line: str) -> Price:
-    """What a charge without a price costs: what it holds, where that is an amount."""
-    if hold is None:
-        raise ConfigurationError(f"charge(line={line!r}) has neither a price nor a hold. Give one.")
-    if isinstance(hold, HoldPolicy | TokenUsage):
-        raise ConfigurationError(
-            f"charge(line={line!r}) holds {hold!r}, which says nothing of what is charged. Give a price= as well, such "
-            f"as per_million_tokens(...), or a hold of whole units."
-        )
-    return hold
-
-
-def _leave(opening: Opening, outer: Opening | None) -> None:
-    """End the block of a charge in whatever context it is left: a token could be used in the first one only."""
-    opening.closed = True
-    if CURRENT.get() is opening:
-        CURRENT.set(outer)
 
 
 def _default_sinks(unit: Unit) -> tuple[Sink, ...]:

@@ -95,7 +95,7 @@ class Runtime:
         if self._opened is None:
             self._opened = self.loop.create_future()
             try:
-                await self._metering.open_store(self)
+                await self._metering.store_use.open()
                 await self._declare_units()
             except BaseException as failure:
                 opened, self._opened = self._opened, None
@@ -115,7 +115,7 @@ class Runtime:
     async def _declare_units(self) -> None:
         """A store that opens and gives no answer is asked again before the first admission."""
         try:
-            await self._metering.declare_units(self.pump.submit)
+            await self._metering.declare_units(self._metering.store_timeout_s)
         except StoreError as failure:
             log.warning("The store was not told the units yet: %s", failure)
 
@@ -167,7 +167,7 @@ class Runtime:
 
     async def stop(self) -> None:
         """
-        Stop the background of this loop, and close the store if no other loop uses it (`Metering.close_store`).
+        Stop the background of this loop, and close the store if no other loop uses it (`StoreUse`).
 
         What was not drained is left to expiry.
         """
@@ -181,7 +181,7 @@ class Runtime:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.pump.close()
-        await self._metering.close_store(self)
+        await self._metering.store_use.close()
         self._opened = self._worker = self._ticker = self._exporter = self._exporting = None
 
     # -- calls ---------------------------------------------------------------------------------------------

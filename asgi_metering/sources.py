@@ -6,7 +6,6 @@ Plain declarations that a route names in order. Knows nothing of balances.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from asgi_metering.amounts import Amount, Unit, exact_amount
 from asgi_metering.errors import ConfigurationError, PayerError
-from asgi_metering.names import check_key, check_name
+from asgi_metering.names import check_key, check_name, is_field_name
 
 if TYPE_CHECKING:
     from asgi_metering.policies import From
@@ -37,10 +36,6 @@ def check_zone(zone: str) -> str:
 
 MAX_DAYS = 3_660
 """Ten years: a longer window is a mistake."""
-
-
-_FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-"""What a header field may be called (RFC 9110, 5.1)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,7 +128,7 @@ def _checked_headers(headers: Mapping[str, str], name: str) -> dict[str, str]:
     if not isinstance(headers, Mapping):
         raise ConfigurationError(f"The headers of payer {name!r} are no mapping. Pass a dict of names to values.")
     for key, value in headers.items():
-        if not isinstance(key, str) or not _FIELD_NAME.fullmatch(key):
+        if not is_field_name(key):
             raise ConfigurationError(f"Payer {name!r} has a header field {key!r}, which is no name of one. Rename it.")
         if not isinstance(value, str) or not value.isprintable():
             raise ConfigurationError(

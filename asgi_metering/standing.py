@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from asgi_metering.admission import asked_of, foresee
-from asgi_metering.call import CallRefused
-from asgi_metering.decisions import Refusal
+from asgi_metering.decisions import Reason, Refusal
 from asgi_metering.errors import PayerError
-from asgi_metering.rules.calendars import pick
+from asgi_metering.rules.admission import window_now
+from asgi_metering.rules.decide import clamped
 from asgi_metering.rules.operations import AllowanceSource
-from asgi_metering.rules.state import AllowanceWindow, State
+from asgi_metering.rules.state import BucketKey, State
 from asgi_metering.stores.contract import AccountRows
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ async def previewed(call: Call) -> Previewed:
     """
     try:
         call.decision = decision = await foresee(call)
-    except CallRefused as refused:
-        return _refused(call, refused.refusal)
+    except PayerError:
+        return _refused(call, Refusal(Reason.PAYER, call.line))
     if decision.refusal is not None:
         return _refused(call, decision.refusal)
     return Previewed(
@@ -123,10 +123,7 @@ async def allowance_statuses(call: Call, charge: ChargePolicy) -> list[Allowance
     store = call.metering.store
     unit = call.metering.counted(charge.unit).name
     now, state = await store.read(AccountRows(call.payer or "", unit))
-    try:
-        sources = await asked_of(call, charge, now)
-    except CallRefused as refused:
-        raise PayerError(str(refused.__cause__)) from refused
+    sources = await asked_of(call, charge, now)
     states = {call.payer or "": state}
     plan = call.caller.plan if call.caller is not None else None
     found = []
@@ -135,40 +132,28 @@ async def allowance_statuses(call: Call, charge: ChargePolicy) -> list[Allowance
             payer = source.payer or call.payer or ""
             if payer not in states:
                 _, states[payer] = await store.read(AccountRows(payer, unit))
-            found.append(_status(states[payer], source, payer, unit, plan, now))
+            # Of the time that the gate would see.
+            seen = clamped(states[payer], (payer, unit), now)
+            found.append(_status(states[payer], source, (payer, unit, source.name), plan, seen))
     return found
 
 
-def _status(
-    state: State, source: AllowanceSource, payer: str, unit: str, plan: str | None, now: float
-) -> AllowanceStatus:
-    window = _window(state, source, payer, unit, now)
-    used, held = (window.settled, window.held) if window is not None else (0, 0)
-    starts_at, resets_at = (window.start, window.end) if window is not None else (None, None)
+def _status(state: State, source: AllowanceSource, bucket: BucketKey, plan: str | None, now: float) -> AllowanceStatus:
+    window = window_now(state, source, bucket, now)
+    if window is None:
+        raise AssertionError(f"the boundaries {source.boundaries} were made around {now} and miss it")
+    payer, unit, name = bucket
+    # A rolling window has not begun before its first use.
+    has_begun = bool(source.boundaries) or (*bucket, window.start) in state.allowances
     return AllowanceStatus(
-        source.name,
+        name,
         payer,
         unit,
         plan,
-        used,
-        held,
+        window.settled,
+        window.held,
         source.limit,
-        max(0, source.limit - used),
-        starts_at,
-        resets_at,
+        max(0, source.limit - window.settled),
+        window.start if has_begun else None,
+        window.end if has_begun else None,
     )
-
-
-def _window(state: State, source: AllowanceSource, payer: str, unit: str, now: float) -> AllowanceWindow | None:
-    """The window that counts now: an untouched one where nothing was used in it; None for a rolling one then."""
-    place = (payer, unit, source.name)
-    if source.boundaries:
-        edges = pick(source.boundaries, now)
-        if edges is None:
-            raise AssertionError(f"the boundaries {source.boundaries} were made around {now} and miss it")
-        untouched = AllowanceWindow(*place, *edges)
-        return state.allowances.get((*place, edges[0]), untouched)
-    kept = [window for key, window in state.allowances.items() if key[:3] == place]
-    last = max(kept, key=lambda window: window.start, default=None)
-    # As the gate sees it: at the instant of its end it still counts (S4.13).
-    return last if last is not None and now <= last.end else None

@@ -40,6 +40,7 @@ __all__ = [
     "count_tokens_async",
     "estimate_tokens",
     "preload",
+    "tokens_of",
     "warm_up",
 ]
 
@@ -54,6 +55,9 @@ The worst text of this length takes about a third of a second. It also keeps far
 which the engine's regular expression overflows and panics: with an exception that no ``except Exception`` catches, so
 the length is the guard.
 """
+
+CHARS_PER_TOKEN: Final = 4
+"""What a token of usual text is long."""
 
 INLINE_CHARS: Final = 10_000
 """Characters that `count_tokens_async` counts on the event loop: under a millisecond of prose, a few at worst."""
@@ -163,10 +167,15 @@ async def count_tokens_async(text: str | None, encoding: str = DEFAULT_ENCODING,
     return await asyncio.to_thread(count_tokens, text, encoding, strict=strict)
 
 
+def tokens_of(chars: int) -> int:
+    """Guess the tokens of so many characters of usual text, rounded up."""
+    return -(-chars // CHARS_PER_TOKEN)
+
+
 def estimate_tokens(text: str) -> int:
     """Guess the tokens of *text* from its length, rounded up: characters / 4, outside ASCII UTF-8 bytes / 3.5."""
     if text.isascii():
-        return -(-len(text) // 4)
+        return tokens_of(len(text))
     return -(-len(text.encode("utf-8", "surrogatepass")) * 2 // 7)
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from asgi_metering import Caller, Metering, MeteringMiddleware, TokenUsage, billable, current_call, metered_app
+from asgi_metering import Caller, Metering, MeteringMiddleware, TokenUsage, Unit, billable, current_call, metered_app
 from asgi_metering.errors import ConfigurationError, SettlementError, StoreUnavailableError
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.prices import per_token
 from asgi_metering.rules.decide import Answer
-from asgi_metering.rules.operations import End, Operation, Renew, Sweep
+from asgi_metering.rules.operations import Admit, End, Operation, Renew, Sweep, WalletSource
+from asgi_metering.stores.contract import EverythingKept
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.stores.sqlite import SQLiteStore
 from tests.harness.drive import drive, http_scope, status
@@ -62,7 +63,7 @@ def charging(metering: Metering, **options: Any) -> Any:
 
 
 def test_end_others_although_one_end_breaks(caplog: pytest.LogCaptureFixture) -> None:
-    """An end that raises whatever it may is logged with its traceback and counted; those behind it are booked."""
+    """S0.54: an end that raises whatever it may is logged with its traceback; those behind it are booked."""
 
     async def one(metering: Metering) -> str:
         try:
@@ -124,7 +125,7 @@ def test_beat_although_what_was_used_cannot_be_told(monkeypatch: pytest.MonkeyPa
 
 
 def test_beat_although_a_sweep_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store that cannot sweep, and tallies that nobody takes, stop no heartbeat."""
+    """S0.54: a store that cannot sweep, and tallies that nobody takes, stop no heartbeat, and no shutdown."""
     monkeypatch.setattr("asgi_metering.runtime.SWEEP_EVERY_S", 0.0)
     monkeypatch.setattr("asgi_metering.runtime.TICK_S", 0.001)
 
@@ -326,9 +327,48 @@ def test_loop_whose_store_did_not_open_uses_none(tmp_path: Path) -> None:
         store = Unready(tmp_path / "m.db", synchronous="OFF")
         metering = Metering(store, sinks=())
         await failing(metering)
-        assert not metering._users
+        assert not metering.store_use._loops
         async with metering:
             pass
         assert store.closed == 1
+
+    asyncio.run(play())
+
+
+class Stalled(MemoryStore):
+    """A store that opens, and then answers nothing until it is let."""
+
+    immediate = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.door = asyncio.Event()
+
+    async def run(self, operations: Sequence[Operation]) -> list[Answer | Exception]:
+        await self.door.wait()
+        return await super().run(operations)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_stalled_store_holds_no_admission_longer_than_the_deadline(started: bool) -> None:
+    """Also what is told of units before the first admission is bounded by the deadline (DESIGN "Store down")."""
+
+    async def play() -> None:
+        store = Stalled()
+        metering = Metering(store, sinks=(), store_timeout_s=0.01, drain_s=0.01)
+        if started:
+            store.door.set()
+            await metering.start()
+            store.door.clear()
+        metering.counted(Unit("messages", scale=0))
+        ask = Admit("c", "ann", "messages", 1, 1, (WalletSource(),))
+        async with asyncio.timeout(10):
+            with pytest.raises(StoreUnavailableError, match="no answer within"):
+                await metering.decide(ask)
+        store.door.set()
+        assert not (await metering.decide(ask)).admitted
+        _, state = await store.read(EverythingKept())
+        assert set(state.units) == {"credits", "messages"}
+        await metering.stop()
 
     asyncio.run(play())

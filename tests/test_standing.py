@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from asgi_metering import Allowance, Caller, Metering, TokenUsage, Unit, Wallet, up_to
+from asgi_metering.call import CallRefused
 from asgi_metering.decisions import Reason
 from asgi_metering.errors import ConfigurationError, PayerError
 from asgi_metering.prices import per_token
-from asgi_metering.rules.operations import AllowanceSource
-from asgi_metering.rules.state import AllowanceWindow, State
 from asgi_metering.sources import Payer
-from asgi_metering.standing import _window
 from asgi_metering.stores.contract import EverythingKept, Store
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.stores.sqlite import SQLiteStore
@@ -195,7 +194,7 @@ def test_refuse_a_preview_that_cannot_work(play: Play, options: dict[str, Any], 
 
 
 def test_allowance_that_nobody_used(play: Play) -> None:
-    """An untouched window shows its limit by plan and when it ends; an unknown plan has the smallest (S0.2, S0.13)."""
+    """A window shows plan, used, limit, rest and reset; an unknown plan has the smallest limit (S0.2, S0.13, S4.18)."""
 
     async def scene(metering: Metering, clock: FakeClock) -> None:
         (free,) = await metering.allowances("ann", sources=SOURCES, plan="mystery")
@@ -275,16 +274,57 @@ def test_allowances_of_nobody(play: Play) -> None:
     play(scene)
 
 
-@pytest.mark.parametrize(
-    ("now", "found"),
-    [(50.0, 20.0), (120.0, 20.0), (120.5, None)],
-    ids=["within", "at its end", "after it"],
-)
-def test_window_that_rolls(now: float, found: float | None) -> None:
-    """The last window counts up to the instant of its end; then none does until the next use (S4.13)."""
-    state = State()
-    for start in (0.0, 20.0):
-        state.allowances["p", "u", "a", start] = AllowanceWindow("p", "u", "a", start, start + 100.0)
-    state.allowances["p", "u", "other", 30.0] = AllowanceWindow("p", "u", "other", 30.0, 999.0)
-    window = _window(state, AllowanceSource("a", 5, window_s=100.0), "p", "u", now)
-    assert (None if window is None else window.start) == found
+def test_looking_counts_no_refusal(play: Play) -> None:
+    """Whose account would pay cannot be found: a preview says so, and no call was refused (S0.37)."""
+
+    async def scene(metering: Metering, clock: FakeClock) -> None:
+        lost = Payer("lost", account=lambda: None)
+        seen = await metering.preview("ann", line="l", price=1, sources=[Wallet(payer=lost)])
+        assert seen.refusal is not None
+        assert (seen.admitted, seen.refusal.reason) == (False, Reason.PAYER)
+        assert metering.meters.totals("refusals") == {}
+
+    play(scene)
+
+
+def test_allowance_that_rolls_begins_with_its_use(play: Play) -> None:
+    """It has no window before its first use, counts up to the instant of its end, and then none again (S4.13)."""
+
+    async def scene(metering: Metering, clock: FakeClock) -> None:
+        monthly = [Allowance(3, days=30, name="monthly")]
+
+        async def now() -> tuple[float | None, int]:
+            (status,) = await metering.allowances("ann", sources=monthly)
+            return status.starts_at, status.used // CREDIT
+
+        assert await now() == (None, 0)
+        begun = clock()
+        async with metering.charge(payer="ann", line="l", price=2, sources=monthly):
+            pass
+        assert await now() == (begun, 2)
+        clock.advance(30 * 86_400.0)
+        assert await now() == (begun, 2)
+        clock.advance(0.5)
+        assert await now() == (None, 0)
+
+    play(scene)
+
+
+def test_gauge_and_gate_agree(play: Play) -> None:
+    """As much as the gauge shows is admitted, and one smallest part more is refused: one declaration (S4.2)."""
+
+    async def scene(metering: Metering, clock: FakeClock) -> None:
+        await spend(metering, "0.7", sources=[DAILY])
+        (seen,) = await metering.allowances("ann", sources=[DAILY])
+        for parts, admitted in ((seen.remaining + 1, False), (seen.remaining, True)):
+            price = Decimal(parts) / CREDIT
+            assert (await metering.preview("ann", line="job", price=price, sources=[DAILY])).admitted is admitted
+            try:
+                await spend(metering, price, sources=[DAILY])
+            except CallRefused:
+                assert not admitted
+            else:
+                assert admitted
+        assert (await metering.allowances("ann", sources=[DAILY]))[0].remaining == 0
+
+    play(scene)

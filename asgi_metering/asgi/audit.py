@@ -144,7 +144,7 @@ def _other_scales(rows: list[Row], metering: Any) -> Iterator[str]:
     known: dict[str, tuple[Unit, str]] = {}
     if metering is not None:
         known[metering.unit.name] = metering.unit, "the Metering"
-    policies = [(row.path, policy) for row in rows for policy in (*row.policies, row.around) if policy is not None]
+    policies = [(row.path, policy) for row in rows for policy in row.policies]
     for path, policy in policies:
         unit = policy.charge.unit if policy.charge is not None else None
         if unit is None:

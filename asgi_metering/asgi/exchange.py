@@ -365,10 +365,10 @@ async def run(
             await _close_inline(call, close, opening)
 
 
-async def _close_inline(call: Call, close: object, opening: Opening) -> None:
+async def _close_inline(call: Call, close: Callable[[Call], None], opening: Opening) -> None:
     if not call.admitted or not call.needs_end:
         return
-    close(call)  # type: ignore[operator]
+    close(call)
     runtime = opening.metering.runtime()
     if not runtime.managed and call.receipt is None and call.has_hold:
         # Nobody will hold a shutdown for us, so this task stays until the end is booked (pitfall 32).

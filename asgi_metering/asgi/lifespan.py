@@ -165,5 +165,5 @@ class Lifespan:
 
 def _may_count_tokens(report: Report) -> bool:
     """Whether a call of any route could need the tokenizer: fixed prices never do."""
-    policies = [policy for row in report.rows for policy in (row.policy, row.around) if policy is not None]
+    policies = [policy for row in report.rows for policy in row.policies]
     return any(policy.charge is not None and policy.charge.measured for policy in policies)

@@ -35,7 +35,7 @@ from asgi_metering.rules.state import (
 from asgi_metering.rules.windows import TICK_S, Look, look, window_state
 from asgi_metering.sources import WALLET
 
-__all__ = ["admit", "grow"]
+__all__ = ["admit", "grow", "window_now"]
 
 # Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
 _HELD = HoldState.HELD
@@ -316,13 +316,9 @@ def _offer(state: State, ask: Admit, source: SourceAsk, book: Book, now: float) 
 
 
 def _allowance_offer(state: State, ask: Admit, source: AllowanceSource, payer: str, now: float) -> _Offer | None:
-    edges = _window_of(state, source, (payer, ask.unit, source.name), now)
-    if edges is None:
-        return None
-    start, end = edges
-    window = state.allowances.get((payer, ask.unit, source.name, start))
+    window = window_now(state, source, (payer, ask.unit, source.name), now)
     if window is None:
-        window = AllowanceWindow(payer, ask.unit, source.name, start, end)
+        return None
     available = source.limit - window.settled - window.held
     refusal = None
     if min(ask.amount, available) < ask.minimum:
@@ -345,16 +341,24 @@ def _resets_at(source: SourceAsk, window: AllowanceWindow) -> float:
     return window.end if isinstance(source, AllowanceSource) and source.boundaries else window.end + TICK_S
 
 
-def _window_of(state: State, source: AllowanceSource, bucket: BucketKey, now: float) -> tuple[float, float] | None:
-    """The window that counts now, as (start, end): the calendar's, or the one that rolls (S4.13, S4.14)."""
-    if source.boundaries:
-        return pick(source.boundaries, now)
-    start = state.latest.get(bucket)
-    window = None if start is None else state.allowances[*bucket, start]
-    # Strictly after its end: at the instant itself the old window still counts (S4.13).
-    if window is not None and now <= window.end:
-        return window.start, window.end
-    return now, now + source.window_s
+def window_now(state: State, source: AllowanceSource, bucket: BucketKey, now: float) -> AllowanceWindow | None:
+    """
+    The window of an allowance that counts now: the calendar's, or the one that rolls (S4.13, S4.14).
+
+    One that nothing was used in yet has no row, and is answered as it would begin. None where the calendar's
+    boundaries do not cover *now*.
+    """
+    if not source.boundaries:
+        start = state.latest.get(bucket)
+        last = None if start is None else state.allowances[*bucket, start]
+        # Strictly after its end: at the instant itself the old window still counts (S4.13).
+        if last is not None and now <= last.end:
+            return last
+        return AllowanceWindow(*bucket, now, now + source.window_s)
+    edges = pick(source.boundaries, now)
+    if edges is None:
+        return None
+    return state.allowances.get((*bucket, edges[0])) or AllowanceWindow(*bucket, *edges)
 
 
 def grow(state: State, ask: Grow, now: float) -> tuple[Decision, list[Change]]:

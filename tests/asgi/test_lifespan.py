@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from fastapi import Depends, FastAPI
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -45,6 +46,13 @@ async def inner(scope: Scope, receive: Receive, send: Send) -> None:
     """An application without a lifespan."""
 
 
+def fastapi_route(dependency: Any) -> Mount:
+    """A FastAPI application whose one route has a dependency."""
+    inside = FastAPI()
+    inside.add_api_route("/", endpoint(), dependencies=[dependency])
+    return Mount("/", inside)
+
+
 MEASURED = billable(per_token(output=1), hold=up_to(5, at_least=1), line="words")
 
 APPS: dict[str, tuple[Callable[[], Any], bool]] = {
@@ -53,6 +61,7 @@ APPS: dict[str, tuple[Callable[[], Any], bool]] = {
     "limited": (lambda: Route("/", endpoint(rate_limited("2/hour"))), False),
     "measured": (lambda: Route("/", endpoint(MEASURED)), True),
     "computed": (lambda: Route("/", endpoint(billable(lambda request: 2))), False),
+    "dependency": (lambda: fastapi_route(Depends(endpoint(MEASURED))), True),
     "around": (lambda: Mount("/", metered_app(inner, MEASURED)), True),
 }
 

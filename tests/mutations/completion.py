@@ -306,7 +306,7 @@ MUTATIONS = (
     Mutation(
         38,
         "the block of a charge ends by its token",
-        "asgi_metering.metering",
+        "asgi_metering.outside",
         "    opening.closed = True\n    if CURRENT.get() is opening:\n        CURRENT.set(outer)\n",
         "    opening.closed = True\n    if CURRENT.get() is not opening:\n        raise ValueError(opening)\n"
         "    CURRENT.set(outer)\n",
@@ -335,7 +335,7 @@ MUTATIONS = (
     Mutation(
         0,
         "the first loop to stop closes the store",
-        "asgi_metering.metering",
+        "asgi_metering.stores.use",
         "        if self._is_used():\n            return\n",
         "",
         ("tests/test_runtime.py::test_stop_in_one_loop_leaves_the_store_to_the_others",),

@@ -27,6 +27,7 @@ from asgi_metering import (
     RateLimitMiddleware,
     Unit,
     billable,
+    metered_app,
     rate_limited,
 )
 from asgi_metering.errors import ConfigurationError, StoreUnavailableError
@@ -381,6 +382,13 @@ def test_refuse_one_unit_with_two_scales(scene: Scene) -> None:
         installed(starlette(("/x", billable(1, unit=Unit("credits", 3))(plain_endpoint()))), scene.metering, "added")
     )
     assert "counts 'credits' with scale 3, and the Metering with scale 6." in told
+
+
+def test_tell_a_wrong_scale_once(scene: Scene) -> None:
+    """X.7: what a metered_app counts wrong is one mistake, however many routes are in it."""
+    inner = starlette(("/a", plain_endpoint()), ("/b", plain_endpoint()))
+    app = installed(metered_app(inner, billable(1, unit=Unit("credits", 3))), scene.metering, "wrapped")
+    assert refused(app).count("with scale 3") == 1
 
 
 def test_remember_the_units_of_routes(scene: Scene) -> None:
