@@ -25,6 +25,7 @@ from asgi_metering.computed import check_sync, is_async
 from asgi_metering.decisions import Decision
 from asgi_metering.errors import ConfigurationError, IdentityError, SettlementError
 from asgi_metering.events.metrics import Meters
+from asgi_metering.events.records import whole_units
 from asgi_metering.events.sinks import Sink
 from asgi_metering.events.span import annotate_span, current_trace
 from asgi_metering.ledger import Ledger
@@ -451,7 +452,14 @@ class Metering(Ledger, UpstreamClients):
         if call.needs_end:
             self.runtime().register(call)
         if call.charge is not None:
-            annotate_span({"metering.line": call.line, "metering.held": call.held, "metering.unit": call.unit.name})
+            # The same words as on the log record, in the same measure.
+            annotate_span(
+                {
+                    "metering.line": call.line,
+                    "metering.held": whole_units(call.held, call.unit),
+                    "metering.unit": call.unit.name,
+                }
+            )
 
     async def who(self, origin: Origin | None) -> Caller | None:
         """

@@ -64,6 +64,22 @@ def middleware(**options: Any) -> Any:
 
 
 MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
+    "store-scheme": (
+        lambda: Metering("mysql://host/db"),
+        "The store URL 'mysql://host/db' has the scheme 'mysql'. Use one of: memory://, sqlite:///file.db, postgresql:",
+    ),
+    "store-password": (
+        lambda: Metering("mysql://ann:hunter2@host/db"),
+        "The store URL 'mysql://***@host/db' has the scheme 'mysql'.",
+    ),
+    "store-path": (
+        lambda: Metering("metering.db"),
+        "The store URL 'metering.db' has the scheme ''. Use one of: memory:",
+    ),
+    "store-none": (
+        lambda: Metering(None),  # type: ignore[arg-type]
+        "The store None is neither a Store nor a URL. Write 'sqlite:///metering.db'.",
+    ),
     "answers": (lambda: middleware(answers="legacy"), "answers='legacy' is no AnswerOptions. Make one: "),
     "names": (lambda: AnswerOptions(names="x"), "names='x' are no HeaderNames. Make them, such as "),  # type: ignore[arg-type]
     "unit": (lambda: Metering(unit="credits"), "unit='credits' is no Unit. Declare one: Unit('credits', scale=6)."),  # type: ignore[arg-type]
