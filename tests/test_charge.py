@@ -13,11 +13,14 @@ import pytest
 from asgi_metering import Metering, TokenUsage, current_call
 from asgi_metering.call import CURRENT, CallRefused
 from asgi_metering.errors import SettlementError, StoreUnavailableError
+from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.prices import per_token
 from asgi_metering.rules.decide import Answer
-from asgi_metering.rules.operations import End, Operation
+from asgi_metering.rules.operations import Admit, Emit, End, Operation
 from asgi_metering.sources import Allowance
+from asgi_metering.stores.contract import EverythingKept
 from asgi_metering.stores.memory import MemoryStore
+from asgi_metering.testing.clock import FakeClock
 from tests.pitfalls.stage import within
 
 CREDIT = 1_000_000
@@ -109,7 +112,7 @@ def test_end_a_block_that_the_collector_closes() -> None:
 
 
 def test_leave_the_call_outside_as_it_was() -> None:
-    """Inside the block the charge is current; behind it whoever was so before, also after an exception (S3.24)."""
+    """Inside the block the charge is current; behind it who was before, or nobody, whatever raised (S3.24, S3.25)."""
 
     async def broken(metering: Metering) -> None:
         async with charging(metering) as inner:
@@ -227,7 +230,7 @@ def test_free_work_has_nothing_to_book() -> None:
     ],
 )
 def test_refusal_says_what_is_lacking(options: dict[str, Any], told: str) -> None:
-    """A job's log says in whole units what the payer lacked: there is no response that says it."""
+    """The block does not run, and its error says in whole units what the payer lacked, for a job's log (S3.2)."""
 
     async def play() -> None:
         metering = await opened()
@@ -295,3 +298,93 @@ class Deaf:
 
     async def close(self) -> None:
         """Nothing to do."""
+
+
+class Recording(MemoryStore):
+    """A store that remembers the kinds of what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: list[str] = []
+
+    def run_now(self, operation: Operation) -> Answer:
+        if isinstance(operation, Admit | End | Emit):
+            self.kinds.append(type(operation).__name__)
+        return super().run_now(operation)
+
+
+def test_hold_run_settle_and_tell() -> None:
+    """One block is the whole life: held before the body, settled after it, told in the same step (S3.1)."""
+    store = Recording()
+    told: list[Any] = []
+
+    async def play() -> None:
+        async with Metering(store, sinks=[CallbackSink(told.extend)]) as metering:
+            await metering.grant("ann", 100, id="g")
+            async with charging(metering):
+                assert store.kinds == ["Admit"]
+                assert await settled(metering) == (0, 2 * CREDIT)
+            assert store.kinds == ["Admit", "End"]
+            assert await settled(metering) == (2 * CREDIT, 0)
+            await within(5, lambda: bool(told))
+
+    asyncio.run(play())
+    assert [(event.line, event.amount, event.outcome) for event in told] == [("job", 2 * CREDIT, "completed")]
+
+
+def test_refusal_ends_and_tells_nothing() -> None:
+    """A refused block is neither settled, released nor audited, and its error has the numbers (S3.2)."""
+    store = Recording()
+    told: list[Any] = []
+
+    async def play() -> None:
+        async with Metering(store, sinks=[CallbackSink(told.extend)]) as metering:
+            await metering.grant("ann", 100, id="g")
+            with pytest.raises(CallRefused) as refused:
+                async with charging(metering, hold=101):
+                    raise AssertionError("It ran.")
+            refusal = refused.value.refusal
+            assert (refused.value.call.line, refusal.required, refusal.available) == ("job", 101 * CREDIT, 100 * CREDIT)
+            assert (await metering.store.read(EverythingKept())).state.events == {}
+
+    asyncio.run(play())
+    assert store.kinds == ["Admit"]
+    assert told == []
+
+
+def test_free_a_hold_by_time_that_nothing_could_end() -> None:
+    """Where neither settling nor releasing worked, the hold's lease frees it later (S3.11)."""
+    clock = FakeClock()
+
+    async def play() -> None:
+        async with Metering(Endless(clock), sinks=()) as metering:
+            metering.end_timeout_s = 0.05
+            await metering.grant("ann", 100, id="g")
+            with pytest.raises(SettlementError, match="its end is not booked"):
+                async with charging(metering, ttl_s=60, grace_s=30, on_abort="none"):
+                    pass
+            clock.advance(89)
+            assert await metering.reconcile() == []
+            assert await settled(metering) == (0, 2 * CREDIT)
+            clock.advance(1)
+            assert len(await metering.reconcile()) == 1
+            assert await settled(metering) == (0, 0)
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("raised", [ValueError("mine"), asyncio.CancelledError()], ids=["error", "cancelled"])
+def test_audit_free_work_that_fails(raised: BaseException) -> None:
+    """Free work is told of also where its body raises, which rises unchanged, a cancellation too (S3.33)."""
+    told: list[Any] = []
+
+    async def play() -> None:
+        async with Metering(sinks=[CallbackSink(told.extend)]) as metering:
+            with pytest.raises(type(raised)) as risen:
+                async with charging(metering, hold=None, price=0):
+                    raise raised
+            assert risen.value is raised
+            await within(5, lambda: bool(told))
+
+    asyncio.run(play())
+    assert [(event.line, event.amount, event.outcome) for event in told] == [("job", 0, "error")]

@@ -342,7 +342,7 @@ def audited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_routes_of_an_application(run: Run, audited: str) -> None:
-    """Each route is shown with its line, price and limits; unmetered ones too, so that none is forgotten."""
+    """Each route is shown with its line, price and limits; unmetered ones too, so that none is forgotten (S2.28)."""
     code, output, errors = run("routes", f"{audited}:app")
     assert (code, errors) == (0, "")
     head = ["path", "methods", "line", "price", "unit", "limits", "concurrency"]

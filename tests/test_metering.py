@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from asgi_metering.receipts import Basis, EntryKind
 from asgi_metering.rules.operations import Admit, AllowanceSource, End
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.testing import Provider
-from asgi_metering.testing.clock import FakeClock
+from asgi_metering.testing.clock import NOON, FakeClock
 from asgi_metering.upstream.client import MeteredTransport, SyncMeteredTransport
 from tests.harness.drive import drive, http_scope, lifespan, status
 from tests.harness.servers import serve_in_thread
@@ -171,3 +172,22 @@ def test_pass_options_on_to_the_transport() -> None:
     for transport in (metering.upstream_transport, metering.upstream_transport_sync):
         with pytest.raises(ConfigurationError, match="klingon"):
             transport("a", usage_dialect="klingon")
+
+
+def test_take_ids_and_times_from_what_is_injected() -> None:
+    """Calls are named by `new_id` and dated by the store's clock, so that books are told to the letter (X.8)."""
+    names = itertools.count(1)
+    clock = FakeClock()
+
+    async def play() -> None:
+        store = MemoryStore(clock)
+        async with Metering(store, sinks=(), new_id=lambda: f"call-{next(names)}") as metering:
+            await metering.grant("ann", 10, id="g")
+            for _ in range(2):
+                clock.advance(60)
+                async with metering.charge(payer="ann", line="job", price=1):
+                    pass
+            lines = [(line.ref, line.at) async for line in metering.statement("ann")]
+        assert lines == [("g", NOON), ("call-1", NOON + 60), ("call-2", NOON + 120)]
+
+    asyncio.run(play())

@@ -45,7 +45,7 @@ def test_importing_the_package_imports_no_driver_framework_or_sdk() -> None:
 
 
 def test_naming_what_applications_use_imports_no_driver_framework_or_sdk() -> None:
-    """Decorators, middleware and a metering in memory without sinks need no third-party package to be made."""
+    """Decorators, middleware and a metering in memory without sinks need no third-party package (S2.22)."""
     code = (
         "from asgi_metering import *; "
         "Metering('memory://', sinks=()); "

@@ -13,10 +13,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from asgi_metering import Allowance, Caller, Metering, MeteringMiddleware, Wallet, billable, current_call
+from asgi_metering import Allowance, Caller, Metering, MeteringMiddleware, TokenUsage, Wallet, billable, current_call
 from asgi_metering.call import Call, CallRefused
 from asgi_metering.decisions import Decision, Reason
 from asgi_metering.errors import ConfigurationError, PayerError, StoreUnavailableError
+from asgi_metering.prices import per_token
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, Operation
 from asgi_metering.sources import Payer
@@ -286,6 +287,24 @@ def test_change_the_payer_explicitly() -> None:
                     await named.credential()
             async with charging(metering, 3, payer=None, sources=[Wallet(payer=OWN)]) as chosen:
                 assert (chosen.payer, chosen.paid_by) == ("acme", OWN)
+
+    play(scene)
+
+
+def test_inherit_nothing_but_who_pays_and_who_calls() -> None:
+    """What a call holds, costs, says and reports is its own: nothing of the outer call's goes into it (S0.29)."""
+
+    async def scene(metering: Metering) -> None:
+        async with charging(metering, per_token(output=1), hold=9) as outer:
+            outer.attributes["effort"] = "max"
+            outer.record(TokenUsage(output=5))
+            async with charging(metering, per_token(output=1), hold=3, payer=None, line="sub") as inner:
+                assert inner.held == 3 * CREDIT
+                assert (inner.line, inner.attributes, inner.reports) == ("sub", {}, [])
+                inner.record(TokenUsage(output=2))
+        assert inner.receipt is not None
+        assert outer.receipt is not None
+        assert (inner.receipt.amount, outer.receipt.amount) == (2 * CREDIT, 5 * CREDIT)
 
     play(scene)
 

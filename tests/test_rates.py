@@ -41,6 +41,8 @@ def test_calendar_windows_are_one_day_or_one_month() -> None:
         ("60/minute of", "fixed", "Write one limit as"),
         ("60/minute of apples", "fixed", "Use one of requests, tokens"),
         (60, "fixed", "Write it as"),
+        ("60/0 minutes", "fixed", "a window of no length"),
+        ("60 per 00 hour of tokens", "fixed", "a window of no length"),
         ("60/minute", "leaky", "Use one of fixed, calendar, sliding"),
         ("60/minute", "calendar", "one day or one month"),
         ("60 per 2 days", "calendar", "one day or one month"),

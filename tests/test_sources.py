@@ -20,7 +20,7 @@ PLANS = Allowance({"free": 1, "pro": "20", "team": 5})
     ("plan", "limit"), [("free", 1), ("pro", "20"), (None, 1), ("", 1), ("org", 1), ("mystery", 1)]
 )
 def test_unknown_plan_gets_the_smallest(plan: str | None, limit: object) -> None:
-    """A plan that is unknown, empty or missing gets the smallest amount (S0.2)."""
+    """Each plan has its own amount; one that is unknown, empty or missing gets the smallest (S0.1, S0.2)."""
     assert PLANS.limit_for(plan) == limit
 
 
@@ -48,6 +48,8 @@ def test_one_amount_is_everybodys() -> None:
         ({"limit": 1, "days": 30.0}, ConfigurationError, "cannot last 30.0 days"),
         ({"limit": 1, "days": 30, "per": "month"}, ConfigurationError, "or leave out days"),
         ({"limit": 1, "days": 30, "zone": "Europe/Berlin"}, ConfigurationError, "or leave out days"),
+        ({"limit": 1, "zone": ""}, ConfigurationError, "The time zone '' is no name"),
+        ({"limit": 1, "zone": 1}, ConfigurationError, "Use an IANA name such as 'Europe/Berlin'"),
         ({"limit": 1, "payer": "acme"}, ConfigurationError, "payer='acme' is no Payer"),
     ],
 )
@@ -55,6 +57,13 @@ def test_what_cannot_work_is_refused_at_import(arguments: dict[str, Any], error:
     """A mistake in an allowance is a sentence where it is written."""
     with pytest.raises(error, match=mend):
         Allowance(**arguments)
+
+
+@pytest.mark.parametrize("days", [1, 30, 3_660])
+def test_rolling_window_of_any_days_up_to_ten_years(days: int) -> None:
+    """An allowance may roll over its last days instead of following a calendar, up to the bound and with it."""
+    rolling = Allowance(100, days=days)
+    assert (rolling.days, rolling.limit_for(None)) == (days, 100)
 
 
 def test_wallets_are_alike() -> None:

@@ -1,4 +1,4 @@
-"""Counting tokens offline (S2.34 to S2.38)."""
+"""Counting tokens offline (S2.34, S2.35, S2.36, S2.38)."""
 
 from __future__ import annotations
 

@@ -441,9 +441,8 @@ def dress(call: Call, message: Message, scope: Scope, options: ExchangeOptions) 
     Always a new list: frameworks may reuse a response object, whose own list must not grow.
     """
     given: Headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
-    charge = call.policy.charge if call.policy is not None else None
-    if charge is not None and "quotas" in call.opening.features:
-        given = _capture(call, charge, given, message["status"])
+    if call.policy is not None and "quotas" in call.opening.features:
+        given = _capture(call, call.policy.charge, given, message["status"])
     fields = (
         limit_fields(call.decision, call.unit, options.answers.names, warn_below=call.warning_level)
         if call.decision is not None
@@ -455,13 +454,13 @@ def dress(call: Call, message: Message, scope: Scope, options: ExchangeOptions) 
     return {**message, "headers": [*given, *fields]}, _tap(call, given, scope)
 
 
-def _capture(call: Call, charge: ChargePolicy, given: Headers, status: int) -> Headers:
+def _capture(call: Call, charge: ChargePolicy | None, given: Headers, status: int) -> Headers:
     quotas = [field for field in given if is_quota_header(field[0])]
     if not quotas:
         return given
-    provider = charge.dialect or _provider_of(quotas, status)
+    provider = (charge.dialect if charge is not None else None) or _provider_of(quotas, status)
     call.metering.quotas.record(provider, given, status=status, started_at=call.started_at)
-    if charge.forward_quota_headers:
+    if charge is not None and charge.forward_quota_headers:
         return given
     return [field for field in given if not is_quota_header(field[0])]
 

@@ -67,7 +67,7 @@ def test_count_one_where_workers_are_threads() -> None:
 
 
 def test_refuse_a_store_of_one_process_among_several() -> None:
-    """The sentence names the store, the number and both ways out; a store that processes share is never refused."""
+    """S0.17: a memory per worker would be several stores; a store that processes share is never refused."""
     check_workers(MemoryStore())
     arbiter = SimpleNamespace(num_workers=3)
     with pytest.raises(ConfigurationError) as refused:

@@ -317,7 +317,7 @@ def test_fail_closed_without_middleware_in_starlette(kind: str, ran: list[str]) 
 
 
 def test_say_that_no_call_runs() -> None:
-    """Pitfall 3: `current_call` outside any request raises with both ways to get one."""
+    """Pitfall 3: outside any request there is no call by default, and `current_call` names both ways to one (S2.44)."""
     with pytest.raises(NoCallError, match=r"MeteringMiddleware.*metering\.charge\(\)"):
         current_call()
 

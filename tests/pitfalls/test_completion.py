@@ -19,8 +19,10 @@ from asgi_metering import (
 )
 from asgi_metering.asgi import exchange
 from asgi_metering.prices import per_token
-from asgi_metering.rules.operations import End
-from tests.harness.drive import Drive, drive, http_scope
+from asgi_metering.rules.decide import Answer
+from asgi_metering.rules.operations import End, Operation
+from asgi_metering.stores.memory import MemoryStore
+from tests.harness.drive import Drive, body, drive, http_scope
 from tests.pitfalls.stage import StuckAt, staged
 from tests.pitfalls.streams import USAGE, Passing, events, plain, sse, starlette
 
@@ -75,6 +77,33 @@ def test_never_awaits_the_ledger_in_send() -> None:
             store.answer.set()
             await stage.booked()
             assert await stage.basis() == ("usage",)
+
+    asyncio.run(play())
+
+
+def test_breaks_no_stream_whose_end_cannot_be_booked() -> None:
+    """S3.43: a store that breaks when a call ends breaks no response: the client has all of it, and a proper end."""
+
+    class Broken(MemoryStore):
+        """A store that cannot write any end."""
+
+        def run_now(self, operation: Operation) -> Answer:
+            if isinstance(operation, End):
+                raise LookupError("gone")
+            return super().run_now(operation)
+
+    @billable(2)
+    async def endpoint(_request: Request) -> StreamingResponse:
+        return sse(events("a", "b"))
+
+    async def play() -> None:
+        async with staged(starlette(endpoint)) as whole:
+            expected = await whole.drive()
+        async with staged(starlette(endpoint), store=Broken()) as stage:
+            ended = await drive(stage.app, http_scope("/"))
+            assert (ended.outcome, ended.complete.is_set()) == ("returned", True)
+            assert body(ended.delivered) == body(expected.delivered)
+            assert await stage.charges() == []
 
     asyncio.run(play())
 

@@ -598,7 +598,7 @@ def test_report_usage_from_a_streaming_body(scene: Scene) -> None:
 
 
 def test_keep_concurrent_requests_apart(scene: Scene) -> None:
-    """DESIGN 5: calls that run at once in one loop each see their own payer, in async and in sync endpoints."""
+    """S2.44: calls that run at once in one loop each see their own payer, in async and in sync endpoints."""
     names = [f"payer-{n}" for n in range(12)]
     for name in names:
         scene.grant(name, 10)

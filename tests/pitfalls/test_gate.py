@@ -56,7 +56,7 @@ def visited(app: ASGIApp, path: str, caller: str, spec_version: str = "2.3") -> 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("kind", STARLETTE_KINDS)
 def test_gate_every_kind_of_starlette_endpoint(kind: str, how: How, scene: Scene, ran: list[str]) -> None:
-    """Pitfall 5: functions and methods, async and sync, streams and whole apps: one admission, one settle, or 402."""
+    """Pitfall 5: every kind has one admission and one settle, or 402 and nothing of it runs (S3.2, S3.3, S4.7)."""
     refused = visited(installed(starlette_app(ran), scene.metering, how), f"/{kind}", POOR)
     assert (status(refused.log), ran) == (402, [])
     assert refused.exception is None
@@ -69,7 +69,7 @@ def test_gate_every_kind_of_starlette_endpoint(kind: str, how: How, scene: Scene
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("kind", ["async", "sync"])
 def test_gate_every_kind_of_fastapi_function(kind: str, how: How, scene: Scene, ran: list[str]) -> None:
-    """Pitfall 5: async and sync endpoints of FastAPI: one admission and one settle, or 402 and no line of the body."""
+    """Pitfall 5, S2.31: without a `request`, async or sync: one admission and one settle, or 402 and no line of it."""
     refused = visited(installed(fastapi_app(ran), scene.metering, how), f"/{kind}", POOR)
     assert (status(refused.log), ran) == (402, [])
     assert refused.exception is None
@@ -434,7 +434,7 @@ PREFLIGHT = (("origin", "https://a.example"), ("access-control-request-method", 
     ids=["head", "options", "explicit", "422", "404", "405"],
 )
 def test_charge_nothing_for_what_is_no_call(asked: Visit, answered: int, how: How, scene: Scene) -> None:
-    """Pitfall 12: HEAD, OPTIONS, and requests that reach no endpoint ask the store nothing, whoever sends them."""
+    """Pitfall 12, X.4: HEAD, OPTIONS, and requests that reach no endpoint ask the store nothing, whoever sends them."""
     first, second = visit(installed(priced(), scene.metering, how), asked, asked)
     assert (status(first.log), status(second.log)) == (answered, answered)
     assert scene.books.asked == []

@@ -85,7 +85,7 @@ def with_layers(app: Starlette, metering: Metering, names: tuple[str, ...], **op
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("subset", SUBSETS, ids="-".join)
 def test_do_exactly_what_the_layers_enable(subset: tuple[str, ...], order: str) -> None:
-    """X.1: of all subsets in several orders, what is enforced, captured and told is the union of the layers."""
+    """X.1: of all subsets in several orders, what is enforced, captured and told is the layers' union (S4.16)."""
     scene = Scene(tells=True)
     app = with_layers(routed(), scene.metering, ORDERS[order](subset), unenforced="allow")
     ended = visit(app, Visit(), Visit(), Visit(), Visit(caller=POOR))
@@ -490,7 +490,7 @@ def test_change_no_byte_when_a_call_is_only_looked_at(how: How, tmp_path: Path, 
 
 @pytest.mark.parametrize("kind", ["websocket", "lifespan", "unknown"])
 def test_pass_other_scopes_untouched(kind: str, scene: Scene) -> None:
-    """DESIGN 7: scopes that are not HTTP reach the app with the server's own callables."""
+    """X.4: scopes that are not HTTP reach the app with the server's own callables."""
     seen: list[tuple[Any, Any]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -208,6 +208,13 @@ def test_read_garbled_field_keeps_the_others() -> None:
     assert reading.retry_after_s is None
 
 
+def test_read_for_a_provider_that_nobody_named() -> None:
+    """A provider without a name is "unknown", always the same id (S1.5)."""
+    reading = read_quota([(b"x-ratelimit-remaining-requests", b"3")], provider="", status=200, now=NOW)
+    assert reading is not None
+    assert (reading.provider, reading.dialect) == ("unknown", "openai")
+
+
 def test_read_counts_waits_from_the_answer_and_orders_by_the_request() -> None:
     """A reset of 6 s after a call of 30 s lies ahead of the answer, while the order is that of the starts (S1.45)."""
     block = "x-ratelimit-remaining-tokens: 0\nx-ratelimit-reset-tokens: 6s\nretry-after: 6"

@@ -125,6 +125,38 @@ class Calendarless(Changing):
         return operation
 
 
+class Keyless(Changing):
+    """It does not know charge keys."""
+
+    def changed(self, operation: Operation) -> Operation:
+        """Forget the charge key."""
+        return operation._replace(charge_key=None) if isinstance(operation, Admit) else operation
+
+
+class Repetitive(Changing):
+    """It does not know idempotency keys."""
+
+    def changed(self, operation: Operation) -> Operation:
+        """Forget the idempotency key."""
+        return operation._replace(idempotency=None) if isinstance(operation, Admit) else operation
+
+
+class Mute(Changing):
+    """It keeps no replies for repeats."""
+
+    def changed(self, operation: Operation) -> Operation:
+        """Forget the reply."""
+        return operation._replace(reply=None) if isinstance(operation, End) else operation
+
+
+class Unforgiving(Changing):
+    """It keeps the keys of calls that failed."""
+
+    def changed(self, operation: Operation) -> Operation:
+        """Take failures for work that was done."""
+        return operation._replace(failed=False) if isinstance(operation, End) else operation
+
+
 class Partial(MemoryStore):
     """It takes from the limits although the call cannot pay."""
 
@@ -161,6 +193,22 @@ class Restless(MemoryStore):
         (Forgetful, "grant_twice"),
         (Thorough, "sweep_a_few_at_a_time"),
         (Calendarless, "calendar_window_ends_at_its_boundary"),
+        (Keyless, "first_call_of_a_key_pays_and_others_join"),
+        (Keyless, "first_success_settles_for_all"),
+        (Keyless, "last_failure_releases_for_all"),
+        (Keyless, "race_for_the_first_call_of_a_key"),
+        (Keyless, "next_day_of_a_key_counts_again"),
+        (Keyless, "rolling_window_of_a_key_ends_when_its_calls_do"),
+        (Keyless, "call_of_a_key_in_doubt_still_holds"),
+        (Repetitive, "repeat_of_a_request_in_flight"),
+        (Repetitive, "repeat_of_a_request_that_is_done"),
+        (Repetitive, "another_request_under_the_key"),
+        (Repetitive, "failure_that_charged_nothing_frees_its_key"),
+        (Repetitive, "call_in_doubt_keeps_its_key"),
+        (Repetitive, "key_is_remembered_for_its_time"),
+        (Repetitive, "race_for_a_key"),
+        (Mute, "repeat_of_a_request_that_is_done"),
+        (Unforgiving, "failure_that_charged_nothing_frees_its_key"),
         (Partial, "refuse_by_credits_takes_from_no_limit_and_no_pool"),
         (Restless, "read_renews_nothing"),
         (lambda clock: MemoryStore(), "fixed_window_begins_at_the_first_hit"),

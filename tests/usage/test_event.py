@@ -47,7 +47,7 @@ FULL: dict[str, Any] = LEAST | {
 
 @pytest.mark.parametrize("fields", [LEAST, FULL])
 def test_store_an_event_and_read_it_back(fields: dict[str, Any]) -> None:
-    """The stored form survives JSON, names every field and its version, and gives the same event."""
+    """One shape: the stored form survives JSON, names every field and its version, and gives the same event (S2.3)."""
     event = UsageEvent(**fields)
     stored = json.loads(json.dumps(event.to_dict(), allow_nan=False))
     assert stored["version"] == EVENT_VERSION

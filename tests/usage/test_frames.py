@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import time
+import sys
 from collections.abc import Callable
+from types import FrameType
+from typing import Any, Self
 
 import pytest
 
@@ -275,17 +277,70 @@ def test_sniff_across_a_gap() -> None:
     assert frames.gap() == [Payload(b"a")]
 
 
-@pytest.mark.parametrize("make", [EventFrames, LineFrames, BodyFrames, SniffingFrames])
-def test_cost_of_small_chunks_grows_with_their_number(make: Callable[[], Frames]) -> None:
-    """One long line in small chunks costs in proportion to its length, also beyond the bound."""
+class CountingBytes(bytearray):
+    """Bytes that count how many of them are written or moved, in `moved`."""
 
-    def cost(count: int) -> float:
+    moved = 0
+
+    def __iadd__(self, piece: Any) -> Self:  # type: ignore[misc, override]
+        CountingBytes.moved += len(piece)
+        return super().__iadd__(piece)  # type: ignore[return-value]
+
+    def __add__(self, piece: Any) -> CountingBytes:
+        CountingBytes.moved += len(self) + len(piece)
+        return CountingBytes(super().__add__(piece))
+
+    def __getitem__(self, at: Any) -> Any:
+        found = super().__getitem__(at)
+        CountingBytes.moved += len(found) if isinstance(at, slice) else 0
+        return found
+
+    def __delitem__(self, at: Any) -> None:
+        super().__delitem__(at)
+        # What was behind the gap moves up.
+        CountingBytes.moved += len(self)
+
+    def __bytes__(self) -> bytes:
+        CountingBytes.moved += len(self)
+        return b"".join([self])
+
+
+def calls_of(work: Callable[[], object]) -> int:
+    """Calls that *work* makes, of functions in Python and in C."""
+    calls = 0
+
+    def count(_frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+@pytest.mark.parametrize("chunks", [2_000, 20_000], ids=["within the bound", "beyond the bound"])
+@pytest.mark.parametrize("make", [EventFrames, LineFrames, BodyFrames, SniffingFrames])
+def test_work_grows_with_the_bytes_however_small_the_chunks(
+    make: Callable[[], Frames], chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one long line each byte is kept and moved at most three times, and each chunk takes the same few calls."""
+    monkeypatch.setattr(module, "bytearray", CountingBytes, raising=False)
+    for bound, small in {"MAX_PAYLOAD": 1 << 17, "HEAD": 1 << 10, "TAIL": 1 << 12}.items():
+        monkeypatch.setattr(module, bound, small)
+
+    def feed_small(count: int) -> tuple[int, int]:
         frames = make()
         frames.feed(b"data: ")
-        start = time.process_time()
-        for _ in range(count):
-            frames.feed(b"x" * 32)
-        return time.process_time() - start
+        monkeypatch.setattr(CountingBytes, "moved", 0)
+        calls = calls_of(lambda: [frames.feed(b"x" * 32) for _ in range(count)])
+        return calls, CountingBytes.moved
 
-    # A cost that grew with the square would be 64 times: the bound leaves room for a noisy machine.
-    assert min(cost(160_000) for _ in range(3)) < 24 * max(min(cost(20_000) for _ in range(3)), 0.001)
+    (once, _), (twice, moved) = feed_small(chunks), feed_small(2 * chunks)
+    written = 2 * chunks * 32
+    assert written <= moved <= 3 * written
+    # Not exactly twice: past the bound one chunk in many cuts what is kept.
+    assert twice <= 2.1 * once

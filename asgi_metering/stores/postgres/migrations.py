@@ -22,6 +22,13 @@ _LOCK_TIMEOUT: Final = "3s"
 """Whoever waits for a table keeps everybody behind it waiting: better to fail, and to be run again."""
 
 
+_ATTEMPTS: Final = 10
+"""
+At one migration that deadlocks with the batches of running stores: each takes its tables in an order of its own, so
+the server has to end one of the two, after ``deadlock_timeout``, a second unless set otherwise.
+"""
+
+
 class Migration(NamedTuple):
     """One step: its number, its name, and its statements, which say no schema."""
 
@@ -82,22 +89,39 @@ async def migrate(
     """
     Apply what is pending, and return it. Where several do so at once, each migration is applied by one of them.
 
+    One that deadlocks with running stores is begun again, a few times.
+
     Raises:
         psycopg.Error: One could not be applied; those before it stay, nothing of it does.
     """
+    from psycopg.errors import DeadlockDetected
+
     done = []
     for migration in pending(await applied(link, schema, answer_within_s), migrations):
-        try:
-            await link.trip([Statement("BEGIN"), *map(Statement, _opening(schema))], answer_within_s)
-            # Behind the lock: another may have applied it while this one waited.
-            if migration.number not in await applied(link, schema, answer_within_s):
-                steps = [*_statements(migration.text), _note(schema, migration)]
-                await link.trip([*map(Statement, steps), Statement("COMMIT")], answer_within_s)
-                done.append(migration)
-        finally:
-            if link.is_open:
-                await link.trip([Statement("ROLLBACK")], answer_within_s)
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                if await _apply(link, schema, answer_within_s, migration):
+                    done.append(migration)
+                break
+            except DeadlockDetected:
+                if attempt == _ATTEMPTS:
+                    raise
     return done
+
+
+async def _apply(link: Link, schema: str, answer_within_s: float, migration: Migration) -> bool:
+    """Apply *migration* in one transaction; False where another has applied it meanwhile."""
+    try:
+        await link.trip([Statement("BEGIN"), *map(Statement, _opening(schema))], answer_within_s)
+        # Behind the lock: another may have applied it while this one waited.
+        if migration.number in await applied(link, schema, answer_within_s):
+            return False
+        steps = [*_statements(migration.text), _note(schema, migration)]
+        await link.trip([*map(Statement, steps), Statement("COMMIT")], answer_within_s)
+        return True
+    finally:
+        if link.is_open:
+            await link.trip([Statement("ROLLBACK")], answer_within_s)
 
 
 def _opening(schema: str) -> list[str]:

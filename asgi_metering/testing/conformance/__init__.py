@@ -19,6 +19,7 @@ from asgi_metering.testing.conformance.correcting import Correcting, Folding
 from asgi_metering.testing.conformance.ending import Doubting, Ending
 from asgi_metering.testing.conformance.granting import Granting, Passing
 from asgi_metering.testing.conformance.growing import Growing, Undoing
+from asgi_metering.testing.conformance.keying import Repeating, Together
 from asgi_metering.testing.conformance.limiting import Limiting
 from asgi_metering.testing.conformance.outbox import Delivering, Reading, Sharing
 from asgi_metering.testing.conformance.scene import tables
@@ -33,6 +34,8 @@ class StoreConformance(
     Limiting,
     Growing,
     Undoing,
+    Repeating,
+    Together,
     Ending,
     Doubting,
     Granting,

@@ -151,7 +151,7 @@ class Doubting(Suite):
 
     @scenario
     async def test_renew_keeps_a_call_alive(self, scene: Scene) -> None:
-        """A heartbeat moves the end of the hold's life and keeps the most that was observed."""
+        """A heartbeat moves the end of the hold's life, which no sweep ends, and keeps the most observed (S0.51)."""
         await scene.grant(100)
         await scene.admit("a", 30)
         for observed, kept in ((5, 5), (9, 9), (7, 9)):

@@ -129,7 +129,7 @@ class Limiting(Suite):
 
     @scenario
     async def test_pool_admits_as_many_as_it_has_slots(self, scene: Scene) -> None:
-        """A pool of two admits two; whoever is third learns which level is full (S0.42 to S0.44)."""
+        """A pool of two admits two; whoever is third learns which level is full (S0.42, S0.43)."""
         leases = [LeaseAsk("everybody", "pool", 2, "global")]
         assert [(await scene.admit(call, leases=leases)).admitted for call in ("a", "b")] == [True, True]
         async with scene.nothing_changes():

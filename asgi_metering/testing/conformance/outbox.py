@@ -164,7 +164,7 @@ class Sharing(Suite):
 
     @scenario
     async def test_race_for_units(self, scene: Scene) -> None:
-        """Of many that ask at once for the last units, exactly as many are admitted as there are units (S0.7)."""
+        """Of many that ask at once for the last units, exactly as many are admitted as there are (S0.7, S4.12)."""
         await scene.grant(17)
         decisions = await asyncio.gather(*(scene.admit(f"a{call}", 1) for call in range(50)))
         assert sum(decision.admitted for decision in decisions) == 17
@@ -281,7 +281,7 @@ class Reading(Suite):
 
     @scenario
     async def test_read_renews_nothing(self, scene: Scene) -> None:
-        """Looking at a call does not keep it alive (S0.49)."""
+        """Looking at a call does not keep it alive, and changes nothing else (S0.49, S1.15)."""
         await scene.grant(100)
         await scene.admit("a", 100)
         scene.clock.advance(LIFE_S + GRACE_S - 1)

@@ -21,6 +21,8 @@ from asgi_metering.rules.operations import (
     Admit,
     AllowanceSource,
     End,
+    IdempotencyAsk,
+    KeyAsk,
     LeaseAsk,
     LimitAsk,
     Operation,
@@ -160,6 +162,8 @@ class Scene:
         in_doubt: Basis = Basis.OBSERVED,
         payer: str = PAYER,
         facts: Mapping[str, Any] | None = None,
+        charge_key: KeyAsk | None = None,
+        idempotency: IdempotencyAsk | None = None,
     ) -> Admit:
         """An admission; it holds *amount* or nothing unless *at_least* says otherwise."""
         return Admit(
@@ -176,6 +180,8 @@ class Scene:
             in_doubt,
             "chat",
             {"caller": "key_1"} if facts is None else facts,
+            charge_key,
+            idempotency,
         )
 
     async def admit(self, call_id: str, amount: int = 0, **more: Any) -> Decision:

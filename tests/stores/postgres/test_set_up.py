@@ -15,12 +15,13 @@ from asgi_metering.cli import main
 from asgi_metering.errors import ConfigurationError, MissingExtraError, StoreError
 from asgi_metering.rules.operations import Admit, PostGrant, WalletSource
 from asgi_metering.stores.postgres import PostgresStore
-from asgi_metering.stores.postgres.link import connect
+from asgi_metering.stores.postgres.link import Statement, connect
 from asgi_metering.stores.postgres.migrations import MIGRATIONS, SCHEMA_VERSION, Migration, migrate, pending, script
 from asgi_metering.stores.pump import Pump
 from asgi_metering.stores.urls import store_from_url
 from tests.harness.postgres import PostgresServer
 from tests.harness.servers import HOST, free_port
+from tests.harness.waiting import wait_until
 
 ROOT = Path(__file__).parents[3]
 
@@ -122,6 +123,30 @@ def test_migrate_under_load(postgres: PostgresServer, schema: str) -> None:
 
     asyncio.run(run())
     assert _applied(postgres, schema) == [*(each.number for each in MIGRATIONS), column.number]
+
+
+def test_migration_that_deadlocks_with_a_batch_is_begun_again(postgres: PostgresServer, schema: str) -> None:
+    """A migration that took one table while a batch took another gives way to the batch, and is applied after it."""
+    columns = Migration(
+        SCHEMA_VERSION + 1, "notes", "ALTER TABLE account ADD COLUMN note TEXT;\nALTER TABLE hold ADD n INT"
+    )
+    waiting = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = to_regclass(%s)"
+
+    async def run() -> None:
+        batch, link = await connect(postgres.url(), 10.0), await connect(postgres.url(), 10.0)
+        await migrate(link, schema, 60.0)
+        # The server is to end the migration, and not this one.
+        mine = ["BEGIN", "SET LOCAL deadlock_timeout = '1h'", f'LOCK TABLE "{schema}".hold IN ACCESS SHARE MODE']
+        await batch.trip(list(map(Statement, mine)), 10.0)
+        migrating = asyncio.create_task(migrate(link, schema, 60.0, (*MIGRATIONS, columns)))
+        await asyncio.to_thread(wait_until, lambda: postgres.execute(waiting, f"{schema}.hold"))
+        await batch.trip([Statement(f'SELECT count(*) FROM "{schema}".account'), Statement("COMMIT")], 10.0)
+        assert await migrating == [columns]
+        batch.close()
+        link.close()
+
+    asyncio.run(run())
+    assert _applied(postgres, schema) == [*(each.number for each in MIGRATIONS), columns.number]
 
 
 def test_migration_that_fails_leaves_nothing(postgres: PostgresServer, schema: str) -> None:

@@ -1,0 +1,241 @@
+"""What a store must do with keys: run a request once and answer its repeats, and charge the calls of a key once."""
+# ruff: noqa: S101 -- a suite asserts
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from asgi_metering.decisions import Decision, Reason
+from asgi_metering.receipts import Basis
+from asgi_metering.rules.operations import End, IdempotencyAsk, KeyAsk, Renew, Sweep, Undo, WindowKind
+from asgi_metering.testing.conformance.scene import DAY_S, GRACE_S, LIFE_S, Scene, Suite, scenario
+
+__all__ = ["Repeating", "Together"]
+
+TTL_S = 600.0
+KEY = IdempotencyAsk("key", "print", TTL_S)
+OTHER = KEY._replace(fingerprint="another print")
+
+PRICE = 30
+SESSION_S = 10.0
+SESSION = KeyAsk("session", window_s=SESSION_S)
+
+
+class Repeating(Suite):
+    """Idempotency keys: a request runs once, and its repeats learn what it did (S3.15)."""
+
+    @scenario
+    async def test_repeat_of_a_request_in_flight(self, scene: Scene) -> None:
+        """While the first request of a key runs its repeat is refused, and takes nothing of anything."""
+        await scene.grant(100)
+        limits = [scene.limit(WindowKind.FIXED, 9)]
+        await scene.admit("a", 10, idempotency=KEY, limits=limits)
+        async with scene.nothing_changes():
+            refusals = [
+                (await scene.admit(call, 10, idempotency=key, limits=limits)).refusal
+                for call, key in (("b", KEY), ("c", OTHER))
+            ]
+        assert [refusal and (refusal.reason, refusal.transient) for refusal in refusals] == [
+            (Reason.IN_FLIGHT, True)
+        ] * 2
+
+    @scenario
+    async def test_repeat_of_a_request_that_is_done(self, scene: Scene) -> None:
+        """A repeat is answered with the receipt and the reply of the first request; it does not run, or pay again."""
+        await scene.grant(100)
+        await scene.admit("a", 10, idempotency=KEY)
+        reply = {"status": 201, "body": "aGVsbG8=", "fields": [["content-type", "text/plain"]]}
+        receipt = await scene.settle("a", 7, reply=reply)
+        async with scene.nothing_changes():
+            again = await scene.admit("b", 10, idempotency=KEY)
+        assert (again.admitted, again.refusal, again.replay, again.reply) == (False, None, receipt, reply)
+        assert (await scene.account()).available == 93
+
+    @scenario
+    async def test_another_request_under_the_key(self, scene: Scene) -> None:
+        """The key of a request that is done, with another fingerprint, is a mistake that changes nothing."""
+        await scene.admit("a", idempotency=KEY)
+        await scene.settle("a", 0)
+        async with scene.nothing_changes():
+            refusal = (await scene.admit("b", idempotency=OTHER)).refusal
+        assert refusal is not None
+        assert (refusal.reason, refusal.transient) == (Reason.FINGERPRINT, False)
+
+    @scenario
+    async def test_failure_that_charged_nothing_frees_its_key(self, scene: Scene) -> None:
+        """The key of a call that failed is free if nothing was charged, and kept if something was."""
+        await scene.grant(100)
+        for call, charge, runs in (("free", None, True), ("zero", 0, True), ("paid", 3, False)):
+            key = KEY._replace(key=f"key {call}")
+            await scene.admit(call, 10, idempotency=key)
+            await scene.one(End(call, charge, Basis.OBSERVED, failed=True))
+            assert (await scene.admit(f"{call} again", 10, idempotency=key)).admitted is runs
+
+    @scenario
+    async def test_refusal_claims_no_key(self, scene: Scene) -> None:
+        """A refused call leaves its key free, and one that is undone gives it back."""
+        refused = await scene.admit("a", 10, idempotency=KEY)
+        await scene.grant(100)
+        ask = scene.ask("b", 10, idempotency=KEY)
+        taken = await scene.one(ask)
+        await scene.one(Undo(ask, taken.now))
+        again = await scene.admit("c", 10, idempotency=KEY)
+        assert [decision.admitted for decision in (refused, taken, again)] == [False, True, True]
+
+    @scenario
+    async def test_call_in_doubt_keeps_its_key(self, scene: Scene) -> None:
+        """A call in doubt keeps its key beyond the key's time; its policy's end is what repeats are answered."""
+        await scene.grant(100)
+        short = KEY._replace(key="short", ttl_s=1.0)
+        await scene.admit("a", 10, idempotency=KEY)
+        await scene.admit("b", 10, idempotency=short)
+        await scene.one(Renew("a", 4))
+        scene.clock.advance(LIFE_S + GRACE_S - 1)
+        refusals = [(await scene.admit(f"again {key.key}", 10, idempotency=key)).refusal for key in (KEY, short)]
+        assert [refusal and refusal.reason for refusal in refusals] == [Reason.IN_FLIGHT] * 2
+        scene.clock.advance(1)
+        await scene.one(Sweep())
+        replay = (await scene.admit("c", 10, idempotency=KEY)).replay
+        assert replay is not None
+        assert (replay.id, replay.amount) == ("a", 4)
+
+    @scenario
+    async def test_key_is_remembered_for_its_time(self, scene: Scene) -> None:
+        """A key is answered from until its time is over; then the same request is a new one."""
+        await scene.grant(100)
+        await scene.admit("a", 10, idempotency=KEY)
+        await scene.settle("a", 10)
+        scene.clock.advance(TTL_S - 1)
+        before = await scene.admit("b", 10, idempotency=KEY)
+        scene.clock.advance(1)
+        after = await scene.admit("c", 10, idempotency=KEY)
+        assert [before.replay is not None, after.admitted] == [True, True]
+
+    @scenario
+    async def test_race_for_a_key(self, scene: Scene) -> None:
+        """Of many equal requests at once exactly one runs, and it alone is charged."""
+        await scene.grant(100)
+        decisions = await asyncio.gather(*(scene.admit(f"a{call}", 1, idempotency=KEY) for call in range(20)))
+        assert sum(decision.admitted for decision in decisions) == 1
+        assert (await scene.account()).held == 1
+
+
+class Together(Suite):
+    """Charge keys: all calls of a key and its window are one charge (S0.3)."""
+
+    @scenario
+    async def test_first_call_of_a_key_pays_and_others_join(self, scene: Scene) -> None:
+        """The first call of a key holds its price; those that follow join it, hold nothing, and need no units."""
+        await scene.grant(PRICE)
+        first, second = [await _member(scene, call) for call in ("a", "b")]
+        assert (first.held, first.joined, second.held, second.joined) == (PRICE, False, 0, True)
+        assert second.admitted
+        assert (await scene.account()).held == PRICE
+
+    @scenario
+    async def test_first_success_settles_for_all(self, scene: Scene) -> None:
+        """Whichever call of a key succeeds first is charged the price that is held; all others are charged nothing."""
+        await scene.grant(100)
+        for call in ("a", "b"):
+            await _member(scene, call)
+        amounts = [(await scene.settle(call, PRICE)).amount for call in ("b", "a")]
+        later = await _member(scene, "c")
+        amounts.append((await scene.settle("c", PRICE)).amount)
+        assert amounts == [PRICE, 0, 0]
+        assert later.joined
+        account = await scene.account()
+        assert (account.settled, account.held) == (PRICE, 0)
+        assert [(line.ref, line.amount) for line in (await scene.entries())[1:]] == [("b", PRICE)]
+
+    @scenario
+    async def test_last_failure_releases_for_all(self, scene: Scene) -> None:
+        """A call that fails leaves what is held to the others; the last one gives it back, and the key begins anew."""
+        await scene.grant(100)
+        for call in ("a", "b"):
+            await _member(scene, call)
+        held = [(await scene.account()).held]
+        for call in ("a", "b"):
+            await scene.release(call, failed=True)
+            held.append((await scene.account()).held)
+        assert held == [PRICE, PRICE, 0]
+        assert not (await _member(scene, "c")).joined
+
+    @scenario
+    async def test_race_for_the_first_call_of_a_key(self, scene: Scene) -> None:
+        """Many first calls of one key at once count once: one pays, all run (S0.10)."""
+        await scene.grant(PRICE)
+        calls = [f"a{call}" for call in range(20)]
+        decisions = await asyncio.gather(*(_member(scene, call) for call in calls))
+        assert all(decision.admitted for decision in decisions)
+        assert sum(not decision.joined for decision in decisions) == 1
+        receipts = await asyncio.gather(*(scene.settle(call, PRICE) for call in calls))
+        assert sum(receipt.amount for receipt in receipts) == PRICE
+        assert (await scene.account()).available == 0
+
+    @scenario
+    async def test_next_day_of_a_key_counts_again(self, scene: Scene) -> None:
+        """A key counts once in each calendar window; a call of yesterday's ends there (S0.32)."""
+        await scene.grant(100)
+        await _member(scene, "a", _daily(scene))
+        scene.clock.advance(LIFE_S / 2)
+        assert (await _member(scene, "b", _daily(scene))).joined
+        await scene.settle("a", PRICE)
+        scene.clock.advance(DAY_S)
+        assert not (await _member(scene, "c", _daily(scene))).joined
+        assert (await scene.settle("c", PRICE)).amount == PRICE
+        assert (await scene.account()).settled == 2 * PRICE
+
+    @scenario
+    async def test_rolling_window_of_a_key_ends_when_its_calls_do(self, scene: Scene) -> None:
+        """A key's rolling window is over at its time, but not while a call runs that may still pay for it."""
+        await scene.grant(100)
+        await _member(scene, "a")
+        scene.clock.advance(SESSION_S)
+        joined = [(await _member(scene, "b")).joined]
+        await scene.settle("a", PRICE)
+        scene.clock.advance(1)
+        joined.append((await _member(scene, "c")).joined)
+        assert joined == [True, False]
+        assert [(await scene.settle(call, PRICE)).amount for call in ("b", "c")] == [0, PRICE]
+
+    @scenario
+    async def test_key_that_cannot_be_paid(self, scene: Scene) -> None:
+        """The first call of a key is refused like any other, and leaves no key for others to join."""
+        await scene.grant(PRICE - 1)
+        async with scene.nothing_changes():
+            refused = await _member(scene, "a")
+        await scene.grant(1, "grant_2")
+        assert (refused.admitted, (await _member(scene, "b")).joined) == (False, False)
+
+    @scenario
+    async def test_limits_count_every_call_of_a_key(self, scene: Scene) -> None:
+        """Who joins pays nothing, and counts for limits as everybody."""
+        await scene.grant(100)
+        limits = [scene.limit(WindowKind.FIXED, 2)]
+        admitted = [(await _member(scene, call, limits=limits)).admitted for call in ("a", "b", "c")]
+        assert admitted == [True, True, False]
+
+    @scenario
+    async def test_call_of_a_key_in_doubt_still_holds(self, scene: Scene) -> None:
+        """A lost call keeps what its key holds until its policy ends it, and then the key begins anew."""
+        await scene.grant(PRICE)
+        await _member(scene, "a")
+        scene.clock.advance(LIFE_S)
+        assert (await _member(scene, "b")).joined
+        await scene.release("b", failed=True)
+        assert (await scene.account()).held == PRICE
+        scene.clock.advance(GRACE_S)
+        await scene.one(Sweep())
+        assert (await scene.account()).held == 0
+        assert not (await _member(scene, "c")).joined
+
+
+def _daily(scene: Scene) -> KeyAsk:
+    """A key that counts once per UTC day."""
+    return KeyAsk("session", scene.days())
+
+
+async def _member(scene: Scene, call: str, key: KeyAsk = SESSION, **more: Any) -> Decision:
+    """Ask for one call of a charge key."""
+    return await scene.admit(call, PRICE, charge_key=key, **more)

@@ -1,0 +1,107 @@
+"""The benchmark runs: each of its subjects has a row with figures. What they say is for people to judge."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+NUMBER = r"[+-]?\d+(?:\.\d+)?"
+SPREAD = rf"{NUMBER} \[{NUMBER} {NUMBER}\]"
+
+PER_REQUEST = (
+    "bare Starlette",
+    "bare Starlette again",
+    "no-op ASGI middleware",
+    "asgi_metering, unmetered route",
+    "asgi_metering, 1 limit",
+    "asgi_metering, 3 limits",
+    "asgi_metering, 1 limit, lease, hold, settlement, event",
+    "asgi_metering, 3 limits, lease, hold, settlement, event",
+    "limits, 1 limit",
+    "limits, 3 limits",
+    "slowapi decorator, 1 limit",
+    "slowapi decorator, 3 limits",
+    "slowapi ASGI middleware, 3 limits",
+    "slowapi middleware, 3 limits",
+)
+
+PER_CHUNK = (
+    "bare app",
+    "no-op ASGI middleware",
+    "asgi_metering, unmetered",
+    "asgi_metering, fixed price",
+    "asgi_metering, usage extracted, off the path included",
+)
+
+TABLES = {
+    "Per request, 1 route(s)": PER_REQUEST,
+    "Per request, 200 route(s)": PER_REQUEST,
+    "Per chunk of 50 bytes": PER_CHUNK,
+    "Per chunk of 4 KiB": PER_CHUNK,
+    "Memory while a stream": ("50", "100"),
+}
+
+BASES = ("bare Starlette", "bare app")
+
+
+@pytest.fixture(scope="module")
+def printed() -> str:
+    """What a run of almost nothing prints."""
+    tiny = ("--rounds", "2", "--requests", "5", "--chunks", "50", "--memory", "50", "100")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench", *tiny], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def rows(printed: str, title: str) -> dict[str, list[str]]:
+    """The cells of each row of one table, by the row's name."""
+    (found,) = [part for part in printed.split("### ") if part.startswith(title)]
+    lines = [line for line in found.splitlines() if line.startswith("| ")][1:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first: rest for first, *rest in cells}
+
+
+@pytest.mark.parametrize(("title", "names"), TABLES.items(), ids=list(TABLES))
+def test_print_a_row_of_each_subject(title: str, names: tuple[str, ...], printed: str) -> None:
+    """Every table has the rows of its subjects, in order, and no other."""
+    assert tuple(rows(printed, title)) == names
+
+
+@pytest.mark.parametrize("title", [title for title in TABLES if title.startswith("Per")])
+def test_print_median_and_quartiles_of_what_each_subject_adds(title: str, printed: str) -> None:
+    """Each subject has its time, and but for the base what it adds to another's, with quartiles."""
+    for name, (absolute, added, _) in rows(printed, title).items():
+        assert re.fullmatch(NUMBER, absolute), name
+        assert re.fullmatch(SPREAD if name not in BASES else "", added), name
+
+
+@pytest.mark.parametrize("title", [title for title in TABLES if title.startswith("Per chunk")])
+def test_print_the_ratio_of_chunks_over_the_no_op(title: str, printed: str) -> None:
+    """Each subject but the no-op itself has its ratio over the no-op, with quartiles."""
+    for name, (_, _, ratio) in rows(printed, title).items():
+        assert re.fullmatch(SPREAD if name != "no-op ASGI middleware" else "", ratio), name
+
+
+def test_print_the_memory_of_the_bare_app_beside_ours(printed: str) -> None:
+    """Both peaks are medians of three runs with their quartiles."""
+    for runs, bare, ours in rows(printed, "Memory").values():
+        assert runs == "3"
+        assert re.fullmatch(SPREAD, bare)
+        assert re.fullmatch(SPREAD, ours)
+
+
+def test_refuse_one_round() -> None:
+    """Quartiles of one round are none: the mistake is told before anything runs."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench", "--rounds", "1"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "Quartiles need two rounds" in done.stderr
