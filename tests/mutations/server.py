@@ -28,7 +28,6 @@ PRELOADED = (
     "_pytest.python",
     "_pytest.terminal",
     "anyio._backends._asyncio",
-    "anyio.pytest_plugin",
     "asyncio",
     "fastapi",
     "fastapi.sse",
@@ -54,7 +53,7 @@ OPTIONS = (
     # Plugins that were imported before the fork have their own assertions as they are.
     "-Wignore::pytest.PytestAssertRewriteWarning",
     *("-p", "no:cacheprovider"),
-    *("-p", "no:xdist"),
+    *("-p", "pytest_timeout"),
     *("-p", "tests.mutations.plugin"),
 )
 
@@ -82,9 +81,14 @@ def _run(asked: dict[str, Any]) -> None:
     output = os.open(directory / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    # Looking for plugins, and importing those that no run needs, takes as long as a short run.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ[REPORT] = str(directory / "report.json")
     if asked["change"] is not None:
         os.environ[CHANGE] = json.dumps(asked["change"])
+    # The first run compiles what the later ones share, whatever the environment says of writing beside the sources.
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(directory.parent / "bytecode")
     try:
         import pytest
 
