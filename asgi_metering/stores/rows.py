@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from asgi_metering.receipts import Entry
 from asgi_metering.rules.state import (
+    NEVER,
     Account,
     AllowanceWindow,
     ChargeKey,
@@ -79,6 +80,8 @@ class RowMap(Generic[Row]):
         self._changes = [(self.fields.index(name), _column_encoder(hints[name])) for name in changing]
         self._decoders = _only_some(_column_decoder(hint) for hint in hints.values())
         self._encoders = _only_some(_column_encoder(hint) for hint in hints.values())
+        self._times = [name for name, hint in hints.items() if hint is float]
+        self._readers = {name: _decoder_or_none(hint) for name, hint in hints.items()}
 
     def encode(self, row: Row) -> list[Any]:
         """
@@ -101,6 +104,27 @@ class RowMap(Generic[Row]):
             values.append(derive(row))
         values.extend([getattr(row, name) for name in self.key])
         return values
+
+    def plain(self, row: Row) -> dict[str, Any]:
+        """*row* by its fields' names, for JSON: a time that does not come is None, a nested tuple is an array."""
+        values = dict(zip(self.fields, row, strict=True))
+        for name in self._times:
+            time = float(values[name])
+            values[name] = None if time == NEVER else time
+        return values
+
+    def of_plain(self, values: dict[str, Any]) -> Row:
+        """
+        The row that `plain` said, after its way through JSON.
+
+        Raises:
+            ValueError, TypeError: It is none.
+        """
+        if values.keys() != self._readers.keys():
+            raise ValueError(f"the fields {sorted(values)} are not those of {self.table!r}")
+        read = {name: reader(values[name]) for name, reader in self._readers.items() if reader is not None}
+        times = {name: NEVER if values[name] is None else float(values[name]) for name in self._times}
+        return self.row(**{**values, **read, **times})
 
     def decode(self, values: Sequence[Any]) -> Row:
         """Turn what the columns of the fields keep, in their order, into the row."""
