@@ -88,8 +88,8 @@ async def import_books(
     Keep everything that a file has in *store*, which is empty, and prove that it was kept and that it balances.
 
     Args:
-        store: Open, and used by nobody else: where it can, it keeps others out meanwhile. Where it can, nothing is kept
-            unless everything is.
+        store: Used by nobody else: where it can, it keeps others out meanwhile. Where it can, nothing is kept unless
+            everything is. It is opened once the file is known to be whole.
         path: The file that `export_books` wrote. All of it is checked before anything is written.
         resume: The store may have rows already, as long as all of them are in the file: those of an import that was
             cut.
@@ -110,6 +110,7 @@ async def import_books(
             f"The books in {file.name!r} do not balance, so nothing was imported: {verified.proof.discrepancies[0]} "
             f"Export them with every writer stopped, or import them as they are: unbalanced."
         )
+    await store.open()
     async with store.fill() as filling:
         await _check_free(store, filling, file, resume=resume)
         new = 0

@@ -69,7 +69,7 @@ class _Head:
     async def key(self) -> AccountKey | None:
         """The account of the next row; None behind the last one."""
         if self._at == len(self._rows):
-            self._rows, self._at = await anext(self._pages, None) or (), 0
+            self._rows, self._at = await _next_of(self._pages), 0
         return _account_of(self._rows[self._at]) if self._rows else None
 
     def take(self, account: AccountKey) -> Page:
@@ -77,6 +77,12 @@ class _Head:
         first = self._at
         self._at = bisect_right(self._rows, account, lo=first, key=_account_of)
         return Page(self._table, self._rows[first : self._at])
+
+
+async def _next_of(pages: AsyncGenerator[Sequence[Any], None]) -> Sequence[Any]:
+    async for page in pages:
+        return page
+    return ()
 
 
 def _account_of(row: Any) -> AccountKey:

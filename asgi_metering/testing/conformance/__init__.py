@@ -20,6 +20,7 @@ from asgi_metering.testing.conformance.ending import Doubting, Ending
 from asgi_metering.testing.conformance.granting import Granting, Passing
 from asgi_metering.testing.conformance.growing import Growing, Undoing
 from asgi_metering.testing.conformance.limiting import Limiting
+from asgi_metering.testing.conformance.moving import Moving
 from asgi_metering.testing.conformance.outbox import Delivering, Reading, Sharing
 from asgi_metering.testing.conformance.scene import tables
 
@@ -42,6 +43,7 @@ class StoreConformance(
     Delivering,
     Sharing,
     Reading,
+    Moving,
 ):
     """
     What every store must do. Subclass it, and write `make_store`.
