@@ -194,8 +194,10 @@ class Filling(Books):
         on, in the order given; a checkpoint comes before the entries behind it.
 
         Raises:
-            UnwritableError: One of them cannot be kept here; none of them is.
-            StoreUnavailableError: No answer came; some may be kept where the filling is not whole.
+            UnwritableError: One of them cannot be kept here.
+            StoreUnavailableError: No answer came.
+
+        Whatever it raises, the filling is over: nothing is kept where it is whole, and some of it where it is not.
         """
 
 

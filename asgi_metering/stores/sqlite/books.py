@@ -99,16 +99,15 @@ class _FileBooks(Books):
 
     async def _within(self, job: Callable[[sqlite3.Connection], Result]) -> Result:
         """Do *job* in the thread, inside the transaction."""
+        return await self._do(lambda turn: job(self._connection_of(turn)))
 
-        def checked(turn: Turn[Result]) -> Result:
-            if not turn.connection.in_transaction:
-                # An error has ended it; what comes now would be a transaction of its own.
-                raise StoreUnavailableError(
-                    f"The transaction on the SQLite file {str(self._database.path)!r} is over. Begin again."
-                )
-            return job(turn.connection)
-
-        return await self._do(checked)
+    def _connection_of(self, turn: Turn[Any]) -> sqlite3.Connection:
+        if not turn.connection.in_transaction:
+            # An error has ended it; what comes now would be a transaction of its own.
+            raise StoreUnavailableError(
+                f"The transaction on the SQLite file {str(self._database.path)!r} is over. Begin again."
+            )
+        return turn.connection
 
     async def _do(self, job: Callable[[Turn[Result]], Result]) -> Result:
         try:
@@ -142,7 +141,7 @@ class _FileFilling(_FileBooks, Filling):
         """Keep all of it."""
 
         def job(turn: Turn[None]) -> None:
-            turn.waits = True
-            self._database.patiently(lambda: turn.connection.execute("COMMIT"), turn.sleep)
+            connection, turn.waits = self._connection_of(turn), True
+            self._database.patiently(lambda: connection.execute("COMMIT"), turn.sleep)
 
         await self._do(job)
