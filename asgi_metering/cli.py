@@ -257,6 +257,8 @@ def _route(row: Any) -> dict[str, Any]:
         shown["hold"] = _hold(charge)
         shown["sources"] = ", ".join(_source(source) for source in charge.sources)
         shown["payer"] = "the caller's" if charge.payer is None else _function(charge.payer)
+        shown["idempotency"] = _idempotency(charge.idempotency)
+        shown["charge_key"] = _charge_key(charge.key)
         shown["end"] = {situation.value: charge.end.basis(situation).value for situation in END_OF_CALL}
     return shown
 
@@ -278,6 +280,27 @@ def _hold(charge: Any) -> str:
     return text if least is None else f"up to {text}, at least {least}"
 
 
+def _idempotency(policy: Any) -> str:
+    """What an ``Idempotency-Key`` does."""
+    if policy is None:
+        return ""
+    told = [f"{'required' if policy.required else 'taken'}, for {policy.ttl_s:g} s"]
+    if policy.fingerprint is not None:
+        told.append(f"fingerprint {_function(policy.fingerprint)}")
+    told.append("answers not kept" if policy.store_body is None else f"answers kept up to {policy.store_body} bytes")
+    return ", ".join(told)
+
+
+def _charge_key(policy: Any) -> str:
+    """What is charged once."""
+    if policy is None:
+        return ""
+    key = policy.key if isinstance(policy.key, str) else _function(policy.key)
+    if not isinstance(policy.per, str):
+        return f"{key} per {policy.per:g} s"
+    return f"{key} per {policy.per}" + ("" if policy.zone == "UTC" else f" in {policy.zone}")
+
+
 def _function(computed: Any) -> str:
     function = computed.function
     return f"{getattr(function, '__qualname__', type(function).__qualname__)}()"
@@ -293,8 +316,9 @@ def _details(rows: Iterable[dict[str, Any]]) -> None:
         if "end" not in row:
             continue
         print(f"\n{row['path']}  {row['methods']}".rstrip())
-        for name in ("hold", "sources", "payer"):
-            print(f"  {name}: {row[name]}")
+        for name in ("hold", "sources", "payer", "idempotency", "charge_key"):
+            if row[name]:
+                print(f"  {name.replace('_', ' ')}: {row[name]}")
         for situation, basis in row["end"].items():
             print(f"  {situation}: {basis}")
 
