@@ -81,7 +81,8 @@ class RowMap(Generic[Row]):
         self._decoders = _only_some(_column_decoder(hint) for hint in hints.values())
         self._encoders = _only_some(_column_encoder(hint) for hint in hints.values())
         self._times = [name for name, hint in hints.items() if hint is float]
-        self._readers = {name: _decoder_or_none(hint) for name, hint in hints.items()}
+        readers = {name: _decoder_or_none(hint) for name, hint in hints.items()}
+        self._readers = [(name, reader) for name, reader in readers.items() if reader is not None]
 
     def encode(self, row: Row) -> list[Any]:
         """
@@ -115,16 +116,19 @@ class RowMap(Generic[Row]):
 
     def of_plain(self, values: dict[str, Any]) -> Row:
         """
-        The row that `plain` said, after its way through JSON.
+        The row that `plain` said, after its way through JSON. Takes *values* as its own.
 
         Raises:
-            ValueError, TypeError: It is none.
+            KeyError, TypeError, ValueError: It is none.
         """
-        if values.keys() != self._readers.keys():
+        for name, reader in self._readers:
+            values[name] = reader(values[name])
+        for name in self._times:
+            time = values[name]
+            values[name] = NEVER if time is None else float(time)
+        if len(values) != len(self.fields):
             raise ValueError(f"the fields {sorted(values)} are not those of {self.table!r}")
-        read = {name: reader(values[name]) for name, reader in self._readers.items() if reader is not None}
-        times = {name: NEVER if values[name] is None else float(values[name]) for name in self._times}
-        return self.row(**{**values, **read, **times})
+        return self.row(**values)
 
     def decode(self, values: Sequence[Any]) -> Row:
         """Turn what the columns of the fields keep, in their order, into the row."""

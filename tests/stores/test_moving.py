@@ -10,6 +10,7 @@ import tracemalloc
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -410,8 +411,10 @@ def test_resume_an_import_that_was_cut(file: Path) -> None:
     asyncio.run(story())
 
 
-def test_resume_into_other_rows(file: Path) -> None:
+@pytest.mark.parametrize("known", [1, 1_000])
+def test_resume_into_other_rows(file: Path, known: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store with rows that are not in the file is no import that was cut: nothing is written."""
+    monkeypatch.setattr("asgi_metering.stores.moving.moves.KNOWN_ROWS", known)
     exported(file)
 
     async def story() -> None:
@@ -590,7 +593,7 @@ def test_tell_a_bounded_number_of_discrepancies() -> None:
 
 def test_lines_of_equal_rows_are_equal() -> None:
     """However a store keeps a mapping or a whole number of seconds, equal rows are one line."""
-    one = Event("e", 1, {"a": 1, "b": {"x": None, "y": (1, 2)}})
+    one = Event("e", 1, {"a": 1, "b": MappingProxyType({"x": None, "y": (1, 2)})})
     other = Event("e", 1.0, {"b": {"y": [1, 2], "x": None}, "a": 1})
     assert lines_of(Page(Table.EVENT, (one,))) == lines_of(Page(Table.EVENT, (other,)))
 

@@ -146,7 +146,7 @@ def header_of(line: bytes, place: str) -> Header:
         ConfigurationError: It is no header of ours, or of a newer format.
     """
     try:
-        told = json.loads(line)
+        told = _loads(line.decode("ascii"))
         mark = told.pop("kind")
     except (ValueError, AttributeError, KeyError):
         mark = None
@@ -178,7 +178,7 @@ def _named(kind: type[_Line], told: dict[str, Any], place: str) -> _Line:
 
 def _read(line: bytes, place: str) -> dict[str, Any]:
     try:
-        told = json.loads(line)
+        told = _loads(line.decode("ascii"))
     except ValueError as failure:
         raise ConfigurationError(f"{place} is not JSON: {failure}. Export the books again.") from failure
     if not isinstance(told, dict):
@@ -194,6 +194,7 @@ def _plain(value: Any) -> Any:
 
 # Keys in one order, whoever kept the mapping: the lines of equal rows are equal.
 _row = json.JSONEncoder(separators=(",", ":"), check_circular=False, default=_plain, sort_keys=True).encode
+_loads = json.JSONDecoder().decode
 _head = json.JSONEncoder(separators=(",", ":")).encode
 
 
