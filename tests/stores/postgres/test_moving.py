@@ -39,7 +39,7 @@ async def _whole(store: Store) -> dict[str, object]:
     return tables((await store.read(EverythingKept())).state)
 
 
-@settings(max_examples=6, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_move_any_state_over_postgres(postgres: PostgresServer, data: st.DataObject) -> None:
     """Whatever was run, memory moved to PostgreSQL and on to SQLite is the same whole state, and its books balance."""
