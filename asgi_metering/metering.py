@@ -205,10 +205,12 @@ class Metering(Ledger, UpstreamClients):
             hold: Whole units to set aside, or an estimate as for `billable`.
             price: A fixed amount, or a measured price that `call.record` is charged by; the hold by default.
             caller: Who acts, where it is not the payer; its own payer does not count here.
-            options: As for `billable`, where they mean something outside HTTP: see `ChargeOptions`.
+            options: As for `billable`, where they mean something outside HTTP: see `ChargeOptions`. With an
+                ``idempotency_key`` the body runs once; with a ``charge_key`` several calls are one charge.
 
         Raises:
-            CallRefused: The payer cannot afford it; the body did not run.
+            CallRefused: The payer cannot afford it, or its key was used before (`Reason.REPLAYED`, and
+                ``decision.replay`` is the receipt; or it runs still, or for other work); the body did not run.
             ConfigurationError: An argument that cannot work, such as an estimate without a price to charge by.
             AmountError: A price or hold that the unit cannot count.
             PayerError: No payer is given, and no call around this one says who pays.

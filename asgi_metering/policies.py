@@ -238,7 +238,13 @@ OnAbort: TypeAlias = Literal["observed", "none", "hold"]
 
 
 class ChargeOptions(TypedDict, total=False):
-    """What `billable` takes and means something outside HTTP too."""
+    """
+    What `billable` takes and means something outside HTTP too.
+
+    Keys are the keys themselves here, 1 to 255 printable characters: ``charge_key`` counts the calls of payer and line
+    that bring it once per window, requests included; work with an ``idempotency_key`` is done once in 24 hours per
+    payer and line, as `Idempotency` says.
+    """
 
     unit: Unit | None
     sources: Sequence[PaymentSource] | None
@@ -249,6 +255,10 @@ class ChargeOptions(TypedDict, total=False):
     usage: str | None
     ttl_s: float
     grace_s: float
+    charge_key: str | None
+    charge_per: ChargePer | float
+    charge_zone: str
+    idempotency_key: str | None
 
 
 def _computed(value: Any, what: str) -> Any:
@@ -299,6 +309,7 @@ class ChargePolicy:
         ttl_s: Seconds that a hold lives without a heartbeat.
         grace_s: Seconds in doubt before the policy ends it.
         idempotency: Run once per ``Idempotency-Key``; None ignores the field.
+        once: The idempotency key of work outside HTTP, which has no field.
         key: Charge once for all calls of a key; None charges each.
         skip_if: Tells the calls that are not charged.
     """
@@ -317,6 +328,7 @@ class ChargePolicy:
     ttl_s: float = 60.0
     grace_s: float = 30.0
     idempotency: Idempotency | None = None
+    once: str | None = None
     key: ChargeKey | None = None
     skip_if: From | None = None
 
