@@ -21,6 +21,7 @@ from asgi_metering.errors import ConfigurationError, IdentityError, MeteringErro
 from asgi_metering.estimates import estimate_arguments
 from asgi_metering.keying import key_ask, once, shared_key
 from asgi_metering.names import check_key
+from asgi_metering.outage import without_store
 from asgi_metering.policies import ChargePolicy, From, RatePolicy
 from asgi_metering.prices import FixedPrice
 from asgi_metering.rates import RateLimit
@@ -109,7 +110,7 @@ async def _decide(
     try:
         decision = await _answered(call, charge, rates, asked, arguments, call.metering.decide)
     except StoreError as failure:
-        _store_down(call, charge, rates, failure)
+        await without_store(call, charge, rates, asked, failure)
         return None
     if decision.refusal is not None:
         raise call.refused(decision.refusal, decision)
@@ -178,19 +179,6 @@ async def asked_of(call: Call, charge: ChargePolicy, now: float) -> tuple[Source
     _pin(call, charge)
     await _payer(call, charge, {})
     return _sources(call, charge, now)
-
-
-def _store_down(call: Call, charge: ChargePolicy | None, rates: tuple[RatePolicy, ...], failure: StoreError) -> None:
-    """No answer: the strictest layer of the route says what that means (X.6)."""
-    metering = call.metering
-    metering.meters.count("store_failures", line=call.line)
-    log.warning("The store gave no answer for call %s: %s", call.id, failure)
-    layers = {"credits": charge is not None and not call.exempt, "rates": bool(rates)}
-    for layer, asked in layers.items():
-        if asked and metering.on_store_down[layer] == "deny":
-            raise call.refused(Refusal(Reason.STORE_DOWN, layer)) from failure
-    call.exempt = True
-    call.decision = Decision(call.id, time.time())
 
 
 # -- who ---------------------------------------------------------------------------------------------------

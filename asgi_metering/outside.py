@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from asgi_metering.call import ALL_FEATURES, CURRENT, Call, Caller, Opening
 from asgi_metering.errors import ConfigurationError, PayerError
 from asgi_metering.names import check_key
+from asgi_metering.outage import check_journal
 from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldPolicy, HoldSize, Price
 from asgi_metering.usage import TokenUsage
 
@@ -39,6 +40,7 @@ def prepared(
     policy = gather((billable(price, hold=hold, line=line, **options),), line, {})
     if policy.charge is not None:
         check_amounts(policy.charge, metering.counted(policy.charge.unit))
+        check_journal(policy, has_journal=metering.journal is not None)
     return policy, _call_for(metering, payer, caller, line)
 
 
