@@ -42,7 +42,7 @@ from asgi_metering.usage import TokenUsage
 if TYPE_CHECKING:
     from asgi_metering.call import Call
 
-__all__ = ["admit", "asked_of", "check_amounts", "foresee", "usage_of"]
+__all__ = ["admit", "asked_of", "check_amounts", "foresee", "leaves_hold", "usage_of"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -118,16 +118,24 @@ async def _decide(
         raise call.refused(Refusal(Reason.REPLAYED, "idempotency"), decision)
     call.decision = decision
     call.held = decision.held
-    # Also of 0: what it uses is charged in full, and nothing but a hold can be settled.
-    call.has_hold = bool(
+    call.has_hold = leaves_hold(asked)
+    call.ttl_s = asked.ttl_s
+    call.payer = decision.payer or call.payer
+    return decision
+
+
+def leaves_hold(asked: Admit) -> bool:
+    """
+    Whether an admission has something to end.
+
+    Also of 0: what it uses is charged in full, and nothing but a hold can be settled.
+    """
+    return bool(
         asked.sources
         or asked.leases
         or asked.idempotency is not None
         or any(limit.meter != REQUESTS for limit in asked.limits)
     )
-    call.ttl_s = asked.ttl_s
-    call.payer = decision.payer or call.payer
-    return decision
 
 
 async def foresee(call: Call) -> Decision:

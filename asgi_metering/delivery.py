@@ -71,17 +71,22 @@ class Delivery:
     def _journal(self) -> Journal | None:
         return self._metering.journal
 
-    async def book(self, call: str, steps: Steps) -> Answer | None:
+    async def book(self, call: str, steps: Steps, *, durable: bool = True) -> Answer | None:
         """
         Do *steps* for *call*, however long the store takes; the last one's answer is returned.
 
         None where the journal keeps them: then they are done later, by this process or by another.
 
+        Args:
+            call: The call's id.
+            steps: What its end asks of the store.
+            durable: Whether it is worth the journal: what a hold's expiry does as well is not.
+
         Raises:
             StoreUnavailableError: Too many wait already.
             MeteringError: The store refuses them as a mistake.
         """
-        journal = self._journal
+        journal = self._journal if durable else None
         # What began in the journal goes on there, and a store that is known to be down is not waited for.
         if journal is not None and (len(steps) != 1 or self._metering.breaker.state is not BreakerState.CLOSED):
             if await self._keep(call, steps):

@@ -23,7 +23,7 @@ from asgi_metering.call import ALL_FEATURES, CURRENT, Call, Caller, Opening, Ori
 from asgi_metering.clients import UpstreamClients
 from asgi_metering.computed import check_sync, is_async
 from asgi_metering.decisions import Decision
-from asgi_metering.errors import ConfigurationError, IdentityError, SettlementError
+from asgi_metering.errors import ConfigurationError, IdentityError, SettlementError, StoreError
 from asgi_metering.events.metrics import Meters
 from asgi_metering.events.records import whole_units
 from asgi_metering.events.sinks import Sink
@@ -198,6 +198,14 @@ class Metering(Ledger, UpstreamClients):
         """Open the store and start the background of this event loop. Raises as `Store.open`."""
         await self.runtime().start()
 
+    async def begin(self) -> None:
+        """The same for an application: with a journal it goes on without a store that may come later."""
+        try:
+            await self.start()
+        except StoreError:
+            if self.journal is None:
+                raise
+
     async def drain(self) -> int:
         """Wait, bounded, until calls in flight have ended and are booked; how many were not."""
         return await self.runtime().drain(self.drain_s)
@@ -208,7 +216,7 @@ class Metering(Ledger, UpstreamClients):
         await self.runtime().stop()
 
     async def __aenter__(self) -> Self:
-        await self.start()
+        await self.begin()
         return self
 
     async def __aexit__(

@@ -15,8 +15,10 @@ import random
 import time
 from collections import deque
 from collections.abc import Coroutine
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from asgi_metering.admission import leaves_hold
 from asgi_metering.attributes import plain_attributes
 from asgi_metering.billing import bill, observed_parts
 from asgi_metering.delivery import Delivery
@@ -76,7 +78,7 @@ class Runtime:
     def __init__(self, metering: Metering, loop: asyncio.AbstractEventLoop) -> None:
         self._metering = metering
         self.loop = loop
-        self.pump = Pump(metering.store)
+        self.pump = Pump(metering.store, self._release)
         self.in_flight: dict[str, Call] = {}
         self.managed = False
         self._ended: deque[Call] = deque()
@@ -92,7 +94,7 @@ class Runtime:
         self._stop_exporting = asyncio.Event()
         self._opened: asyncio.Future[None] | None = None
         self._opening: asyncio.Task[None] | None = None
-        self._delivery = Delivery(metering, self.submit)
+        self._delivery = Delivery(metering, partial(self.submit, is_repeated=True))
         self._replaying: asyncio.Task[None] | None = None
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -103,16 +105,16 @@ class Runtime:
 
         Raises:
             ConfigurationError: Either is not usable as configured.
-            StoreError: The store cannot be reached, and there is no journal to stand in for it.
+            StoreError: The store cannot be reached. Where there is a journal the background has started all the same.
             JournalError: The journal cannot be used.
         """
         try:
             await self._open_all()
         except StoreError:
-            if self._metering.journal is None:
-                raise
-            # It may come later; what ends until then is kept.
-            self._begin()
+            if self._metering.journal is not None:
+                # It may come later; what ends until then is kept.
+                self._begin()
+            raise
 
     async def _open_all(self) -> None:
         if self._metering.journal_use is not None and self._replaying is None:
@@ -225,11 +227,13 @@ class Runtime:
 
     # -- calls ---------------------------------------------------------------------------------------------
 
-    async def submit(self, operation: Operation, deadline_s: float | None = None) -> Answer:
+    async def submit(
+        self, operation: Operation, deadline_s: float | None = None, *, is_repeated: bool = False
+    ) -> Answer:
         """Run one operation through the pump, within so many seconds, opening the store first if nobody did."""
         if self._opened is None or not self._opened.done():
             deadline_s = await self._opened_within(deadline_s)
-        return await self.pump.submit(operation, deadline_s)
+        return await self.pump.submit(operation, deadline_s, is_repeated=is_repeated)
 
     async def opened(self) -> None:
         """Open the store if nobody did; raises as `Store.open`, also where there is a journal."""
@@ -365,6 +369,21 @@ class Runtime:
     def give_back(self, ask: Admit, at: float) -> None:
         """Undo the admission, decided *at* that time, of a call whose request is over (pitfall 1)."""
         self._spawn(self._quietly(Undo(ask, at)), f"undoing of {ask.id}")
+
+    def _release(self, ask: Admit) -> None:
+        """
+        Give back what an admission without an answer may hold, when the store answers again.
+
+        What it counted of limits stays counted: whether it did is not known, and nothing is given back twice.
+        """
+        if leaves_hold(ask):
+            self._spawn(self._released(End(ask.id, None, failed=True)), f"release of {ask.id}")
+
+    async def _released(self, end: End) -> None:
+        try:
+            await self._delivery.book(end.id, (end,), durable=False)
+        except MeteringError as failure:
+            self._metering.alarms.raised("release", f"What {end.id!r} may hold is left to its expiry.", failure)
 
     # -- time ----------------------------------------------------------------------------------------------
 

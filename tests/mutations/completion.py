@@ -197,7 +197,7 @@ MUTATIONS = (
         32,
         "nobody ends inline",
         EXCHANGE,
-        "        await asyncio.shield(call.expects_ending())\n",
+        "        await asyncio.wait((call.expects_ending(),), timeout=BOOK_S)\n",
         "        pass\n",
         _test("test_without_a_lifespan_the_request_waits_for_its_own_end"),
     ),
