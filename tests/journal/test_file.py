@@ -1,4 +1,4 @@
-"""The journal's file: what is kept is there, in order, once, for whoever has the turn, whatever becomes of processes."""
+"""The journal's file: what is kept is there, in order, for whoever has the turn, whatever becomes of processes."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_keep_no_more_than_its_bound(tmp_path: Path) -> None:
 
     async def scene(journal: Journal) -> None:
         await journal.keep({"a": end("a"), "b": end("b")})
-        with pytest.raises(JournalError, match="has its 2 entries. Bring the store back"):
+        with pytest.raises(JournalError, match=r"has its 2 entries\. Bring the store back"):
             await journal.keep({"c": end("c"), "a": end("a", 9)})
         assert [entry.steps for entry in await journal.due(9)] == [end("a"), end("b")]
         await journal.keep({"a": end("a", 2)})

@@ -121,9 +121,9 @@ def test_refuse_routes_that_queue_without_a_journal() -> None:
 
     Unknown words fail at import.
     """
-    with pytest.raises(ConfigurationError, match="'local' is not known here. Choose one of 'deny', 'queue', 'allow'"):
+    with pytest.raises(ConfigurationError, match=r"'local' is not known here\. Choose one of 'deny', 'queue', 'allow'"):
         billable(1, on_store_down="local")  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="'queue' is not known here. Choose one of 'deny', 'local', 'allow'"):
+    with pytest.raises(ConfigurationError, match=r"'queue' is not known here\. Choose one of 'deny', 'local', 'allow'"):
         rate_limited("1/day", on_store_down="queue")  # type: ignore[arg-type]
     metering = Metering(sinks=())
     app = metered(metering, billable(1, on_store_down="queue"))
