@@ -95,7 +95,8 @@ class Delivery:
                 return None
         within_s = self._metering.end_timeout_s if journal is None else self._metering.store_timeout_s
         try:
-            return await self._do(steps, within_s)
+            # Nearly every end has one step, and no time to lose.
+            return await (self._taken(steps[0], within_s) if len(steps) == 1 else self._do(steps, within_s))
         except UnwritableError:
             raise
         except StoreError as failure:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from asgi_metering.outage import CHOICES, DEFAULTS
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.ending import END_OF_CALL
 from asgi_metering.rules.hold import diagram
@@ -25,6 +26,24 @@ def test_lists_the_end_of_call_policies_of_the_code() -> None:
         _, _, shown_default, shown_choices, *_ = (cell.strip() for cell in row.split("|"))
         assert shown_default == f"`{default.value}`"
         assert {Basis(name) for name in re.findall(r"`(\w+)`", shown_choices)} == set(choices)
+
+
+def test_lists_the_answers_of_each_layer_without_a_store() -> None:
+    """The README's table has every layer with its choices, and marks the default."""
+    told: dict[str, list[str]] = {}
+    defaults = {}
+    layer = ""
+    for line in README.partition("## When the store is down")[2].splitlines():
+        found = re.match(r'\| (\w*) ?\| `"(\w+)"`( \(default\))? \|', line)
+        if found is not None:
+            layer = found[1] or layer
+            told.setdefault(layer, []).append(found[2])
+            if found[3]:
+                defaults[layer] = found[2]
+    assert {name: set(answers) for name, answers in told.items()} == {
+        name: set(answers) for name, answers in CHOICES.items()
+    }
+    assert defaults == DEFAULTS
 
 
 def test_first_two_sh_blocks_are_single_lines_and_ci_runs_the_second() -> None:

@@ -81,7 +81,8 @@ def metered(metering: Metering, *parts: Part, work: Callable[[], Awaitable[objec
     """A small application with these decorators, behind the middleware; *work* is done before it answers 200."""
     from asgi_metering import metered_app
 
-    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+    async def app(scope: Any, _receive: Any, send: Any) -> None:
+        assert scope["type"] == "http", "It has no lifespan of its own."
         if work is not None:
             await work()
         await send({"type": "http.response.start", "status": 200, "headers": []})

@@ -18,7 +18,7 @@ from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, End, Operation, Renew, WalletSource
 from asgi_metering.stores.breaker import FAILURES, BreakerState
 from asgi_metering.stores.contract import EverythingKept
-from tests.harness.drive import Drive, http_scope, status
+from tests.harness.drive import Drive, http_scope, lifespan, status
 from tests.outage.gated import CREDIT, Gated, call, identify, metered, settled, until, used
 
 
@@ -55,7 +55,8 @@ async def kept(metering: Metering) -> tuple[int, int]:
 # -- the breaker -------------------------------------------------------------------------------------------
 
 
-def test_give_up_on_a_store_that_says_nothing() -> None:
+@pytest.mark.parametrize("has_started", [True, False])
+def test_give_up_on_a_store_that_says_nothing(has_started: bool) -> None:
     """The deadline answers for a silent store, also for one that is silent from its very first operation on.
 
     Meanwhile an unmetered request that came later has been answered: nobody stands behind the store.
@@ -63,8 +64,10 @@ def test_give_up_on_a_store_that_says_nothing() -> None:
 
     async def play() -> None:
         store = Gated()
-        store.silent = True
         metering = Metering(store, identify=lambda _: None, sinks=(), store_timeout_s=0.2, drain_s=0)
+        if has_started:
+            await metering.start()
+        store.silent = True
         order: list[str] = []
 
         async def ask(name: str, *parts: Any) -> int:
@@ -359,6 +362,35 @@ def test_deliver_once_from_a_shared_journal(tmp_path: Path) -> None:
             assert len([1 async for each in one.statement("ann") if each.kind is EntryKind.SETTLE]) == 4
 
     asyncio.run(play())
+
+
+@pytest.mark.parametrize("has_journal", [True, False])
+def test_start_an_application_without_its_store(has_journal: bool, tmp_path: Path) -> None:
+    """With a journal an application serves while its store is down, and finds it when it is there; else it refuses."""
+
+    async def play() -> None:
+        store = Gated()
+        store.down = True
+        journal = tmp_path / "j" if has_journal else None
+        metering = Metering(store, identify=identify, sinks=(), store_timeout_s=0.05, drain_s=0.05, journal=journal)
+        app = metered(metering, rate_limited("1/day"))
+        if not has_journal:
+            with pytest.raises(RuntimeError, match=r"lifespan\.startup\.failed.*cannot be reached"):
+                async with lifespan(app):
+                    raise AssertionError("It serves.")
+            return
+        async with lifespan(app):
+            assert status((await call(app)).log) == 200
+            store.down = False
+            await until(lambda: _is_admitted_by(store, app))
+            assert status((await call(app)).log) == 429
+
+    asyncio.run(play())
+
+
+async def _is_admitted_by(store: Gated, app: Any) -> bool:
+    await call(app)
+    return bool((await store.read(EverythingKept())).state.counters)
 
 
 class Poisoned(Gated):

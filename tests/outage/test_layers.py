@@ -26,7 +26,7 @@ from asgi_metering.outage import MAX_LOCAL_KEYS
 from asgi_metering.policies import Idempotency
 from asgi_metering.prices import per_token
 from asgi_metering.receipts import Basis, EntryKind
-from asgi_metering.rules.operations import Admit, Backfill, End
+from asgi_metering.rules.operations import Admit, Backfill, End, WalletSource
 from asgi_metering.sources import PaymentSource
 from asgi_metering.stores.contract import EverythingKept
 from tests.harness.drive import Drive, body, headers, http_scope, status
@@ -273,7 +273,7 @@ async def _told(events: list[Any]) -> bool:
 
 
 def test_charge_a_queued_call_by_what_it_used(tmp_path: Path) -> None:
-    """A measured price is settled by usage, also above the estimate; work that failed costs nothing, and nothing waits."""
+    """A measured price is settled by usage, also above the estimate; failed work costs nothing, and nothing waits."""
     fails = False
 
     async def work() -> None:
@@ -365,6 +365,31 @@ def test_charge_a_queued_call_whose_first_admission_was_late(tmp_path: Path) -> 
             assert sorted(hold.receipt.amount for hold in state.holds.values() if hold.receipt) == [0, 2 * CREDIT]
 
     asyncio.run(play())
+
+
+def test_charge_a_queued_call_that_is_admitted_late_again(tmp_path: Path) -> None:
+    """What the journal asks for is asked again until it is answered: a late answer undoes nothing of it."""
+
+    async def play() -> None:
+        store = Gated()
+        async with used(store, journal=tmp_path / "j", on_store_down=QUEUE) as metering:
+            metering.end_timeout_s = 0.05
+            assert metering.journal is not None
+            store.silent = True
+            ask = Admit("late", "ann", "credits", 2 * CREDIT, 2 * CREDIT, (WalletSource(),))
+            await metering.journal.keep({"late": (ask, End("late", 2 * CREDIT, Basis.USAGE))})
+            # Asked, and not answered within the deadline.
+            await until(lambda: _is_alarmed(metering))
+            store.silent = False
+            store.let.set()
+            await until(lambda: is_empty(metering))
+            assert await settled(metering) == (2 * CREDIT, 0)
+
+    asyncio.run(play())
+
+
+async def _is_alarmed(metering: Metering) -> bool:
+    return "replay" in metering.alarms._told
 
 
 async def _is_settled(metering: Metering, amount: int) -> bool:

@@ -1,10 +1,10 @@
-"""A PostgreSQL server that is stopped, frozen or cut off while calls run: what clients see, and what is in the books."""
+"""A PostgreSQL server that is stopped, frozen or cut off while calls run: what clients see, and what is booked."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,10 @@ from tests.outage.worker import HELD, QUEUED, working
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try again within milliseconds."""
     for name in ("stores.breaker.FIRST_PAUSE_S", "stores.breaker.LAST_PAUSE_S", "delivery.RETRY_LAST_S"):
         monkeypatch.setattr(f"asgi_metering.{name}", 0.05)
-    yield
 
 
 @asynccontextmanager

@@ -134,7 +134,7 @@ async def _is_booked(metering: Metering) -> bool:
 
 
 def test_give_back_what_a_locked_file_admitted_too_late(tmp_path: Path) -> None:
-    """Pitfall 29: an admission that the file took after its caller had been refused holds nothing, and counted nothing."""
+    """Pitfall 29: an admission that the file took after its caller was refused holds nothing, and counted nothing."""
     path = tmp_path / "m.db"
 
     async def play() -> None:
