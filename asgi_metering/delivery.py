@@ -251,8 +251,10 @@ class Delivery:
                 is_read_off = False
             if is_read_off:
                 wait_s = RETRY_FIRST_S
+                # Not wait_for(): before Python 3.12 it loses a cancellation that comes together with its result.
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._kept_more.wait(), _drawn(IDLE_S))
+                    async with asyncio.timeout(_drawn(IDLE_S)):
+                        await self._kept_more.wait()
             else:
                 await asyncio.sleep(_drawn(wait_s))
                 wait_s = min(2 * wait_s, RETRY_LAST_S)

@@ -456,6 +456,11 @@ class Metering(Ledger, UpstreamClients):
         """Whether anybody wants usage events."""
         return bool(self.sinks)
 
+    @property
+    def has_new_units(self) -> bool:
+        """Whether the store has not been told of all units that are known here."""
+        return len(self._declared) < len(self._units)
+
     async def declare_units(self, deadline_s: float) -> None:
         """
         Tell the store, within so many seconds, the scales of all units that are known here, once each.
@@ -474,7 +479,7 @@ class Metering(Ledger, UpstreamClients):
         return await self._ask(Preview(ask), Decision)
 
     async def _submit(self, operation: Operation) -> Answer:
-        if len(self._declared) < len(self._units):
+        if self.has_new_units:
             await self.runtime().opened()
             await self.declare_units(self.end_timeout_s)
         return await self.runtime().submit(operation, self.end_timeout_s)
@@ -482,7 +487,7 @@ class Metering(Ledger, UpstreamClients):
     async def decide(self, ask: Admit) -> Decision:
         """Ask the store for one admission, within the deadline, if it is worth asking. Raises `StoreError`."""
         runtime = self.runtime()
-        if self.store.immediate and len(self._declared) == len(self._units):
+        if self.store.immediate and not self.has_new_units:
             answer = await runtime.submit(ask, self.store_timeout_s)
         else:
             with self.breaker.attempt(self.store.name):

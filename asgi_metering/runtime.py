@@ -243,9 +243,11 @@ class Runtime:
         """The same, after the store was told of the units that it does not know: all of it within the deadline."""
         if self._opened is None or not self._opened.done():
             deadline_s = await self._opened_within(deadline_s)
-        began = self.loop.time()
-        await self._metering.declare_units(deadline_s)
-        return await self.pump.submit(operation, max(0.0, deadline_s - (self.loop.time() - began)))
+        if self._metering.has_new_units:
+            began = self.loop.time()
+            await self._metering.declare_units(deadline_s)
+            deadline_s = max(0.0, deadline_s - (self.loop.time() - began))
+        return await self.pump.submit(operation, deadline_s)
 
     async def _opened_within(self, deadline_s: _Seconds) -> _Seconds:
         """Open the store; what is left of the deadline is returned. It goes on opening for whoever comes next."""
@@ -254,7 +256,8 @@ class Runtime:
             self._opening = self.loop.create_task(self._open_all(), context=contextvars.Context())
             self._opening.add_done_callback(_looked_at)
         try:
-            await asyncio.wait_for(asyncio.shield(self._opening), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                await asyncio.shield(self._opening)
         except TimeoutError:
             raise StoreUnavailableError(
                 f"The {self._metering.store.name} store gave no answer within {deadline_s} s to being opened."

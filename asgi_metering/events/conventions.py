@@ -267,7 +267,7 @@ TALLIES: Final[Mapping[str, Instrument]] = MappingProxyType(
             "metering.outbox.lag", Kind.GAUGE, "s", "Age of the oldest usage event in the outbox."
         ),
         "store_outages": _counter("store.outages", "{outage}", "Times that the store was found to be down."),
-        "store_up": Instrument("metering.store.up", Kind.GAUGE, "1", "1 while the store is asked, 0 while it is down."),
+        "store_up": Instrument("metering.store.up", Kind.GAUGE, "{store}", "1 while the store is asked, 0 while down."),
         "journal_backlog": Instrument(
             "metering.journal.backlog", Kind.GAUGE, "{entry}", "Entries of the journal that wait for the store."
         ),

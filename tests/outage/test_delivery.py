@@ -22,6 +22,10 @@ from tests.harness.drive import Drive, http_scope, lifespan, status
 from tests.outage.gated import CREDIT, Gated, call, identify, metered, settled, until, used
 
 
+COUNTED = rate_limited("99/day", on_store_down="deny")
+"""A route without a hold: what is asked of the store for it is one admission, and nothing is given back."""
+
+
 async def admitted(metering: Metering, store: Gated, number: int, price: int = 1) -> list[Any]:
     """So many calls that were admitted, and whose store is down when they end."""
     leave = asyncio.Event()
@@ -127,7 +131,7 @@ def test_recover_with_one_probe() -> None:
     async def play() -> None:
         store = Gated()
         async with used(store, store_timeout_s=5.0) as metering:
-            app = metered(metering, billable(1))
+            app = metered(metering, COUNTED)
             store.down = True
             for _ in range(FAILURES):
                 await call(app)
@@ -157,7 +161,7 @@ def test_share_the_breaker_among_loops() -> None:
 
     async def other(metering: Metering) -> int:
         try:
-            return status((await call(metered(metering, billable(1)))).log)
+            return status((await call(metered(metering, COUNTED))).log)
         finally:
             await metering.stop()
 
@@ -166,7 +170,7 @@ def test_share_the_breaker_among_loops() -> None:
         async with used(store) as metering:
             store.down = True
             for _ in range(FAILURES):
-                await call(metered(metering, billable(1)))
+                await call(metered(metering, COUNTED))
             metering.breaker._until = float("inf")
             heard = len(store.batches)
             assert await asyncio.to_thread(lambda: asyncio.run(other(metering))) == 503
