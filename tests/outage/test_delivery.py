@@ -21,7 +21,6 @@ from asgi_metering.stores.contract import EverythingKept
 from tests.harness.drive import Drive, http_scope, lifespan, status
 from tests.outage.gated import CREDIT, Gated, call, identify, metered, settled, until, used
 
-
 COUNTED = rate_limited("99/day", on_store_down="deny")
 """A route without a hold: what is asked of the store for it is one admission, and nothing is given back."""
 

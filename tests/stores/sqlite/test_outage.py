@@ -59,7 +59,6 @@ def read_only(store: SQLiteStore, _path: Path) -> Any:
     return setting(store, "PRAGMA query_only = ON", "PRAGMA query_only = OFF")
 
 
-
 @pytest.mark.parametrize(
     ("outage", "said"),
     [
