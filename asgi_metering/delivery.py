@@ -307,7 +307,7 @@ class Delivery:
     async def _set_aside(self, journal: Journal, entry: JournalEntry, why: str) -> None:
         await journal.set_aside(entry, why)
         log.error(
-            "Entry %d of the journal %r, of call %s, is set aside: %s Look at it, and call Journal.restore().",
+            "Entry %d of the journal %r, of call %s, is set aside: %s Look at it, then await journal.restore().",
             entry.number,
             str(journal.path),
             entry.id,

@@ -150,7 +150,6 @@ class Metering(Ledger, UpstreamClients):
         self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self.alarms = Alarms(log)
-        self.local = LocalLimits()
         self._journal_path = journal
         self._join_process()
         _living.add(self)
@@ -172,7 +171,8 @@ class Metering(Ledger, UpstreamClients):
         self._join_process()
 
     def _join_process(self) -> None:
-        """Make what belongs to one process: who uses the store, its breaker, its journal, its portal."""
+        """Make what belongs to one process: who uses the store, and what there is for the time without it."""
+        self.local = LocalLimits()
         self.store_use = StoreUse(self.store)
         self.breaker = Breaker(told=self._told_of_store)
         self.journal = _journal(self._journal_path)
@@ -597,6 +597,8 @@ def _check_new_id(new_id: Callable[[], str]) -> None:
 def _journal(path: str | os.PathLike[str] | None) -> Journal | None:
     if path is None:
         return None
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigurationError(f"journal={path!r} is no path. Name a file on a local disk.")
     # The driver is imported only where it is used.
     from asgi_metering.journal import Journal
 

@@ -208,7 +208,7 @@ class Runtime:
 
         What was not drained is left to expiry.
         """
-        if self._opened is None and self._worker is None:
+        if self._opened is None and self._worker is None and self._replaying is None:
             return
         if self._exporter is not None:
             self._stop_exporting.set()

@@ -107,6 +107,8 @@ def test_let_a_route_say_otherwise(tmp_path: Path) -> None:
         ({"on_store_down": {"credits": "local"}}, "'credits': 'deny', 'queue', 'allow'; 'rates': 'deny', 'local', "),
         ({"on_store_down": {"rates": "queue"}}, "is not known"),
         ({"on_store_down": {"speed": "deny"}}, "is not known"),
+        ({"journal": 7}, "journal=7 is no path"),
+        ({"journal": ""}, "names no file"),
         ({"on_store_down": {"credits": "queue"}}, "lost with the process. Give the Metering a journal="),
     ],
 )
