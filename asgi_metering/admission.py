@@ -21,6 +21,7 @@ from asgi_metering.errors import ConfigurationError, IdentityError, MeteringErro
 from asgi_metering.estimates import estimate_arguments
 from asgi_metering.keying import key_ask, once, shared_key
 from asgi_metering.names import check_key
+from asgi_metering.outage import without_store
 from asgi_metering.policies import ChargePolicy, From, RatePolicy
 from asgi_metering.prices import FixedPrice
 from asgi_metering.rates import RateLimit
@@ -41,7 +42,7 @@ from asgi_metering.usage import TokenUsage
 if TYPE_CHECKING:
     from asgi_metering.call import Call
 
-__all__ = ["admit", "asked_of", "check_amounts", "foresee", "usage_of"]
+__all__ = ["admit", "asked_of", "check_amounts", "foresee", "leaves_hold", "usage_of"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -109,7 +110,7 @@ async def _decide(
     try:
         decision = await _answered(call, charge, rates, asked, arguments, call.metering.decide)
     except StoreError as failure:
-        _store_down(call, charge, rates, failure)
+        await without_store(call, charge, rates, asked, failure)
         return None
     if decision.refusal is not None:
         raise call.refused(decision.refusal, decision)
@@ -117,16 +118,24 @@ async def _decide(
         raise call.refused(Refusal(Reason.REPLAYED, "idempotency"), decision)
     call.decision = decision
     call.held = decision.held
-    # Also of 0: what it uses is charged in full, and nothing but a hold can be settled.
-    call.has_hold = bool(
+    call.has_hold = leaves_hold(asked)
+    call.ttl_s = asked.ttl_s
+    call.payer = decision.payer or call.payer
+    return decision
+
+
+def leaves_hold(asked: Admit) -> bool:
+    """
+    Whether an admission has something to end.
+
+    Also of 0: what it uses is charged in full, and nothing but a hold can be settled.
+    """
+    return bool(
         asked.sources
         or asked.leases
         or asked.idempotency is not None
         or any(limit.meter != REQUESTS for limit in asked.limits)
     )
-    call.ttl_s = asked.ttl_s
-    call.payer = decision.payer or call.payer
-    return decision
 
 
 async def foresee(call: Call) -> Decision:
@@ -178,19 +187,6 @@ async def asked_of(call: Call, charge: ChargePolicy, now: float) -> tuple[Source
     _pin(call, charge)
     await _payer(call, charge, {})
     return _sources(call, charge, now)
-
-
-def _store_down(call: Call, charge: ChargePolicy | None, rates: tuple[RatePolicy, ...], failure: StoreError) -> None:
-    """No answer: the strictest layer of the route says what that means (X.6)."""
-    metering = call.metering
-    metering.meters.count("store_failures", line=call.line)
-    log.warning("The store gave no answer for call %s: %s", call.id, failure)
-    layers = {"credits": charge is not None and not call.exempt, "rates": bool(rates)}
-    for layer, asked in layers.items():
-        if asked and metering.on_store_down[layer] == "deny":
-            raise call.refused(Refusal(Reason.STORE_DOWN, layer)) from failure
-    call.exempt = True
-    call.decision = Decision(call.id, time.time())
 
 
 # -- who ---------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from asgi_metering.policies import ChargePolicy, EndpointPolicy
 from asgi_metering.prices import MAX_AFFORDABLE, FixedPrice, MeasuredPrice
 from asgi_metering.receipts import Receipt
 from asgi_metering.rules.ending import Cause
-from asgi_metering.rules.operations import IdempotencyAsk
+from asgi_metering.rules.operations import Admit, IdempotencyAsk
 from asgi_metering.sources import Wallet
 from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
 
@@ -314,6 +314,7 @@ class Call:
         "id",
         "last_beat",
         "line",
+        "local",
         "observed_parts",
         "observer",
         "once",
@@ -322,6 +323,7 @@ class Call:
         "pending",
         "policy",
         "price",
+        "queued",
         "receipt",
         "refusal",
         "reply",
@@ -375,6 +377,9 @@ class Call:
         self.trace: Mapping[str, str] = {}
         self.facts: Mapping[str, Any] = {}
         self.has_hold = False
+        # Without the store: its charge that waits in the journal, and the id of its local limits.
+        self.queued: Admit | None = None
+        self.local = ""
         # What makes it run once, and its answer for repeats; the hashed key of the calls that it is charged with.
         self.once: IdempotencyAsk | None = None
         self.reply: Reply | None = None
@@ -639,7 +644,7 @@ class Call:
     @property
     def needs_end(self) -> bool:
         """Whether its end has to be told to the ledger, or to the audit of free work."""
-        return self.has_hold or self.charge is not None
+        return self.has_hold or self.charge is not None or bool(self.local)
 
     @property
     def warning_level(self) -> int | None:

@@ -17,12 +17,14 @@ from asgi_metering.computed import check_sync
 from asgi_metering.errors import ConfigurationError, InvalidKeyError
 from asgi_metering.guards import BARE_MEND, Part, guard_of, merged
 from asgi_metering.names import check_key, is_field_name
+from asgi_metering.outage import CHOICES
 from asgi_metering.policies import (
     ERROR_SHAPES,
     ChargeKey,
     ChargePer,
     ChargePolicy,
     ConcurrencyLimit,
+    CreditsDown,
     EndpointPolicy,
     ErrorShape,
     From,
@@ -37,6 +39,7 @@ from asgi_metering.policies import (
     OnMissingUsage,
     Price,
     RatePolicy,
+    RatesDown,
     check_line,
     read_hold,
     read_price,
@@ -81,6 +84,7 @@ def billable(
     charge_per: ChargePer | float = "day",
     charge_zone: str = "UTC",
     skip_if: Callable[..., Any] | None = None,
+    on_store_down: CreditsDown | None = None,
 ) -> Part:
     """
     Charge for an endpoint; without the money it answers 402 before its first line runs.
@@ -118,6 +122,8 @@ def billable(
         charge_zone: Where the days of that window begin.
         skip_if: Answers True, from the endpoint's arguments, for a call that is not charged: the continuation of a
             turn that was (S0.16). It is counted by limits, and audited with an amount of 0.
+        on_store_down: The store gives no answer: ``deny`` with 503, ``queue`` (let in, and charged later out of the
+            metering's journal) or ``allow`` (let in for nothing); what the `Metering` says by default (X.6).
 
     Raises:
         AmountError: A price or hold that is a float, negative, NaN or too large, or too fine for *unit*. Without a
@@ -145,6 +151,7 @@ def billable(
         what = "price that a function computes" if isinstance(read, From) else "fixed price"
         raise ConfigurationError(f"A {what} holds itself. Leave out hold=, or use a measured price.")
     _check_errors(errors)
+    _check_store_down("credits", on_store_down)
     _check_seconds(ttl_s=ttl_s, grace_s=grace_s)
     for name, function in {"payer": payer, "customise": customise, "skip_if": skip_if}.items():
         if function is not None and not callable(function):
@@ -175,6 +182,7 @@ def billable(
         idempotency=_idempotency(idempotency),
         key=_charge_key(charge_key, charge_per, charge_zone, measured=isinstance(read, MeasuredPrice)),
         skip_if=None if skip_if is None else From(skip_if, "skip_if"),
+        on_store_down=on_store_down,
     )
     if unit is not None:
         check_amounts(charge, unit)
@@ -255,6 +263,12 @@ def _check_errors(errors: str) -> None:
         raise ConfigurationError(f"errors={errors!r} is not a shape. Use one of {', '.join(ERROR_SHAPES)}.")
 
 
+def _check_store_down(layer: str, answer: str | None) -> None:
+    if answer is not None and answer not in CHOICES[layer]:
+        offered = ", ".join(map(repr, CHOICES[layer]))
+        raise ConfigurationError(f"on_store_down={answer!r} is not known here. Choose one of {offered}.")
+
+
 def _check_seconds(**spans: float) -> None:
     for name, seconds in spans.items():
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MAX_TTL_S:
@@ -271,6 +285,7 @@ def rate_limited(
     zone: str = "UTC",
     scope: str | None = None,
     errors: ErrorShape = "problem",
+    on_store_down: RatesDown | None = None,
 ) -> Part:
     """
     Limit how often and how many at once.
@@ -286,6 +301,8 @@ def rate_limited(
         zone: Where calendar days begin.
         scope: Endpoints with the same scope share their counts; the endpoint's own by default.
         errors: Shape of refusals where no `billable` says.
+        on_store_down: The store gives no answer: ``deny`` with 503, ``local`` (each process counts by itself, by the
+            same rules) or ``allow``; what the `Metering` says by default (X.6).
 
     Raises:
         ConfigurationError: No limit at all, a text that is not in the grammar, or another argument that cannot work.
@@ -297,6 +314,7 @@ def rate_limited(
     if not limits and concurrency is None and global_concurrency is None:
         raise ConfigurationError("rate_limited() limits nothing. Give it '60/minute', say, or concurrency=4.")
     _check_errors(errors)
+    _check_store_down("rates", on_store_down)
     # Unknown zones are refused here; windows are made when a call comes.
     find_zone(check_zone(zone))
     if not callable(key) and key not in KEYS:
@@ -320,6 +338,7 @@ def rate_limited(
             key=From(key, "key") if callable(key) else key,
             cost=From(cost, "cost") if callable(cost) else cost,
             errors=errors,
+            on_store_down=on_store_down,
         )
     )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from asgi_metering.call import ALL_FEATURES, CURRENT, Call, Caller, Opening
 from asgi_metering.errors import ConfigurationError, PayerError
 from asgi_metering.names import check_key
+from asgi_metering.outage import check_journal
 from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldPolicy, HoldSize, Idempotency, Price
 from asgi_metering.usage import TokenUsage
 
@@ -44,6 +45,7 @@ def prepared(
         if once is not None:
             keyed = replace(policy.charge, idempotency=Idempotency(), once=check_key(once, "idempotency key"))
             policy = replace(policy, charge=keyed)
+        check_journal(policy, has_journal=metering.journal is not None)
     return policy, _call_for(metering, payer, caller, line)
 
 

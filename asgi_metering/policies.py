@@ -26,6 +26,7 @@ __all__ = [
     "ChargeOptions",
     "ChargePolicy",
     "ConcurrencyLimit",
+    "CreditsDown",
     "EndpointPolicy",
     "ErrorShape",
     "From",
@@ -34,6 +35,7 @@ __all__ = [
     "Idempotency",
     "Price",
     "RatePolicy",
+    "RatesDown",
     "read_price",
     "up_to",
 ]
@@ -234,6 +236,8 @@ OnDisconnect: TypeAlias = Literal["observed", "none", "usage", "estimate", "hold
 OnEarlyDisconnect: TypeAlias = Literal["observed", "none", "estimate", "hold"]
 OnCut: TypeAlias = Literal["observed", "hold"]
 OnAbort: TypeAlias = Literal["observed", "none", "hold"]
+CreditsDown: TypeAlias = Literal["deny", "queue", "allow"]
+RatesDown: TypeAlias = Literal["deny", "local", "allow"]
 # What a user may write per row of `rules.ending.END_OF_CALL`, which a test compares with these.
 
 
@@ -259,6 +263,7 @@ class ChargeOptions(TypedDict, total=False):
     charge_per: ChargePer | float
     charge_zone: str
     idempotency_key: str | None
+    on_store_down: CreditsDown | None
 
 
 def _computed(value: Any, what: str) -> Any:
@@ -312,6 +317,7 @@ class ChargePolicy:
         once: The idempotency key of work outside HTTP, which has no field.
         key: Charge once for all calls of a key; None charges each.
         skip_if: Tells the calls that are not charged.
+        on_store_down: What happens without an answer of the store; None is what the metering says.
     """
 
     price: FixedPrice | MeasuredPrice | From
@@ -331,6 +337,7 @@ class ChargePolicy:
     once: str | None = None
     key: ChargeKey | None = None
     skip_if: From | None = None
+    on_store_down: CreditsDown | None = None
 
     @property
     def measured(self) -> bool:
@@ -372,6 +379,7 @@ class RatePolicy:
         scope: Limits of equal scope and name share their counts; an endpoint's own name by default.
         cost: What one call takes of each request limit; a number, or computed.
         errors: The shape of refusals where no charge policy says.
+        on_store_down: As of `ChargePolicy`.
     """
 
     limits: tuple[RateLimit, ...]
@@ -380,6 +388,7 @@ class RatePolicy:
     key: str | From = "caller"
     cost: int | From = 1
     errors: ErrorShape = "problem"
+    on_store_down: RatesDown | None = None
 
     def callables(self) -> tuple[From, ...]:
         """Everything that is computed from the endpoint's arguments."""

@@ -220,7 +220,7 @@ def test_refund_a_call_whose_hold_is_forgotten(play: Play) -> None:
         call = await books.charge(30)
         books.clock.advance(8 * DAY_S)
         await books.metering._submit(Sweep())
-        with pytest.raises(ConfigurationError, match="say whose it was: payer="):
+        with pytest.raises(UnknownHoldError, match="say whose it was: payer="):
             await books.metering.refund(call, id="r")
         assert (await books.metering.refund(call, id="r", payer="ann")).returned == 30 * CREDIT
 

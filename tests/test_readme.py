@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from asgi_metering.cli import _parser
+from asgi_metering.outage import CHOICES, DEFAULTS
 from asgi_metering.policies import Idempotency
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.ending import END_OF_CALL
@@ -65,6 +66,24 @@ def test_names_the_commands_that_move_books() -> None:
         assert program == "asgi-metering"
         assert callable(_parser().parse_args(arguments).run)
     assert f"pg_dump --schema={DEFAULT_NAMESPACE}" in README
+
+
+def test_lists_the_answers_of_each_layer_without_a_store() -> None:
+    """The README's table has every layer with its choices, and marks the default."""
+    told: dict[str, list[str]] = {}
+    defaults = {}
+    layer = ""
+    for line in README.partition("## When the store is down")[2].splitlines():
+        found = re.match(r'\| (\w*) ?\| `"(\w+)"`( \(default\))? \|', line)
+        if found is not None:
+            layer = found[1] or layer
+            told.setdefault(layer, []).append(found[2])
+            if found[3]:
+                defaults[layer] = found[2]
+    assert {name: set(answers) for name, answers in told.items()} == {
+        name: set(answers) for name, answers in CHOICES.items()
+    }
+    assert defaults == DEFAULTS
 
 
 def test_first_two_sh_blocks_are_single_lines_and_ci_runs_the_second() -> None:

@@ -26,6 +26,7 @@ from asgi_metering.policies import ChargePolicy
 from asgi_metering.quotas import is_quota_header, read_quota
 from asgi_metering.quotas.dialects import UNKNOWN
 from asgi_metering.rules.ending import Cause
+from asgi_metering.runtime import BOOK_S
 
 __all__ = ["ExchangeOptions", "run"]
 
@@ -371,8 +372,9 @@ async def _close_inline(call: Call, close: Callable[[Call], None], opening: Open
     close(call)
     runtime = opening.metering.runtime()
     if not runtime.managed and call.receipt is None and call.has_hold:
-        # Nobody will hold a shutdown for us, so this task stays until the end is booked (pitfall 32).
-        await asyncio.shield(call.expects_ending())
+        # Nobody will hold a shutdown for us, so this task stays until the end is booked (pitfall 32). Bounded: a store
+        # that is down shall not keep the tasks of all requests.
+        await asyncio.wait((call.expects_ending(),), timeout=BOOK_S)
         if call.cause is Cause.ABORTED:
             # daphne stops when the first of the calls that it cancelled is over, and not when the last one is.
             await asyncio.shield(runtime.booked())
