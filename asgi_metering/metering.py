@@ -35,7 +35,7 @@ from asgi_metering.portal import Portal
 from asgi_metering.receipts import Balance
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.ending import Cause
-from asgi_metering.rules.operations import Admit, Declare, Operation, Preview
+from asgi_metering.rules.operations import Admit, Declare, Grow, Operation, Preview
 from asgi_metering.runtime import Runtime
 from asgi_metering.stores.contract import Store
 from asgi_metering.stores.urls import store_from_url
@@ -430,6 +430,10 @@ class Metering(Ledger, UpstreamClients):
     async def foresee(self, ask: Admit) -> Decision:
         """Ask the store what it would decide on *ask* now. Raises `StoreError`."""
         return await self._ask(Preview(ask), Decision)
+
+    async def grow(self, ask: Grow) -> Decision:
+        """Ask the store for more of a hold that is live. Raises `StoreError`."""
+        return await self._ask(ask, Decision)
 
     async def _submit(self, operation: Operation) -> Answer:
         if len(self._declared) < len(self._units):

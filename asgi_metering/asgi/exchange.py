@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -21,7 +22,8 @@ from asgi_metering.asgi.replay import keeper
 from asgi_metering.asgi.tap import Tap
 from asgi_metering.asgi.types import ASGIApp, Headers, Message, Receive, Scope, Send
 from asgi_metering.asgi.watch import ClientGone, Watch
-from asgi_metering.call import CURRENT, Call, CallRefused, Opening
+from asgi_metering.call import CURRENT, Call, CallCut, CallRefused, Opening
+from asgi_metering.growing import FIRST_ROOM
 from asgi_metering.policies import ChargePolicy
 from asgi_metering.quotas import is_quota_header, read_quota
 from asgi_metering.quotas.dialects import UNKNOWN
@@ -51,6 +53,14 @@ CHECKPOINT_BYTES = 262_144
 """
 After so many bytes the loop gets a turn, so that a burst that never waits still notices a client that left
 (pitfall 26: 125 MiB were "sent" to nobody without it, 4 to 10 with it).
+"""
+
+
+SILENT_S = 1.0
+"""
+How long an app whose call is cut may go without sending before it is cancelled.
+
+Its next `send` stops it more gently. A model that thinks for longer costs money that nobody has.
 """
 
 
@@ -88,6 +98,13 @@ async def run(
     incoming: RequestBody | None = None  # of a request with an idempotency key
     looked = False  # for that key
     grace: asyncio.TimerHandle | None = None
+    cutting = False  # the call has used up what can be held for it: its next message is its last
+    cancelled = False  # the app was silent then, and we cancelled it
+    silence: asyncio.TimerHandle | None = None
+    head: Message | None = None  # of a call whose hold grows: how its answer began
+    tail = b""  # and the chunk that the server took last
+    room = CHECKPOINT_BYTES  # bytes until the loop gets a turn
+    task = asyncio.current_task()
     watch = Watch(scope, receive, send) if options.stop_on_disconnect else None
     inner_receive = watch.receive if watch is not None else receive
 
@@ -124,8 +141,8 @@ async def run(
         return metered_send(opening.call, message)
 
     async def metered_send(call: Call, message: Message) -> None:
-        if swapped:
-            raise CallRefused(call, call.refusal, call.decision) if call.refusal else ClientGone("The answer is out.")
+        if swapped and not may_still_pass(message):
+            raise stopped(call)
         if begun is not None and call.admitted:
             catch_up(call, begun)
         kind = message["type"]
@@ -137,6 +154,37 @@ async def run(
             await send_other(call, message, kind)
         else:
             await send(message)
+
+    def stopped(call: Call) -> Exception:
+        """What an app gets that would send more."""
+        if cutting:
+            return call.cut()
+        return CallRefused(call, call.refusal, call.decision) if call.refusal else ClientGone("The answer is out.")
+
+    def may_still_pass(message: Message) -> bool:
+        """
+        Whether a call that is to be cut is over anyway: the end of its stream, or an answer that is there as a whole.
+
+        A handler's own answer, if it caught what stopped it, is one; a framework's 500 is not (pitfall 15).
+        """
+        nonlocal cutting, swapped
+        if cutting and (_is_bare_end(message) if started else _is_whole(message)):
+            cutting = swapped = False
+        return not swapped
+
+    def cut() -> None:
+        """Stop the app: at its next message, or by cancelling it if it is silent."""
+        nonlocal cutting, swapped, silence
+        call = opening.call
+        if call is not None and call.cause is None and not finishing and not opening.closed:
+            cutting = swapped = True
+            silence = asyncio.get_running_loop().call_later(SILENT_S, cancel_silent, call)
+
+    def cancel_silent(call: Call) -> None:
+        nonlocal cancelled
+        if cutting and task is not None and call.cause in (None, Cause.CUT):
+            call.cut()
+            cancelled = task.cancel()
 
     async def send_start(call: Call, message: Message) -> None:
         nonlocal started, begun, trailers, keep, dressed
@@ -156,6 +204,8 @@ async def run(
             message = dressed
             call.status = message["status"]
             trailers = bool(message.get("trailers"))
+            if call.growth is not None:
+                follow(message)
             if watch is not None:
                 watch.start(gone, asyncio.get_running_loop())
         else:
@@ -183,13 +233,29 @@ async def run(
         trailers = bool(start.get("trailers"))
         tap = call.observer = _tap(call, list(start.get("headers", ())), scope)
         keep = None if tap is None else tap.keep
+        if call.growth is not None:
+            follow(start)
         if latest is not None:
             call.first_byte = True
         if watch is not None:
             watch.start(gone, asyncio.get_running_loop())
 
+    def follow(start: Message) -> None:
+        """Look at the answer as its hold needs, and know where it stands should it be cut."""
+        nonlocal head, keep, room
+        head, room = start, FIRST_ROOM
+        inner = keep
+
+        def follow_(chunk: bytes) -> None:
+            nonlocal tail
+            tail = chunk
+            if inner is not None:
+                inner(chunk)
+
+        keep = follow_
+
     async def send_body(call: Call, message: Message) -> None:
-        nonlocal sent, unchecked
+        nonlocal sent, unchecked, room
         if not call.admitted:
             await send_unadmitted(call, message)
             return
@@ -212,10 +278,12 @@ async def run(
                 if keep is not None:
                     keep(body)
         unchecked += len(body)
-        if unchecked >= CHECKPOINT_BYTES:
-            sent += unchecked
-            unchecked = 0
+        if unchecked >= room:
+            passed, unchecked = unchecked, 0
+            sent += passed
             await asyncio.sleep(0)
+            if call.growth is not None:
+                room = await call.growth.pace(passed)
 
     async def send_last(call: Call, message: Message, body: bytes, reaches: bool) -> None:
         """
@@ -323,16 +391,59 @@ async def run(
         await send({"type": "http.response.body", "body": error})
         return True
 
+    async def answer_cut(call: Call, failure: BaseException | None) -> bool:
+        """
+        Settle a call that is cut, and tell its client; False where *failure* is to rise all the same.
+
+        Raises:
+            CallCut: Only a broken connection tells that the answer is not whole.
+        """
+        if cancelled and task is not None and task.cancelling() > 1:
+            # Somebody else wants the task to end as well.
+            return False
+        ours = failure is None or _is_departure(failure) or (cancelled and _is_cancellation(failure))
+        if failure is not None and not ours and _stops(failure):
+            return False
+        close(call)
+        if failure is not None:
+            _let_go(failure)
+        if not started:
+            await refuse(call)
+            return ours
+        error = in_band_error(call, options.answers, head, {"body": tail} if call.first_byte else None)
+        if error is None or not await send_end(error):
+            raise CallCut(call) from failure
+        return ours
+
+    async def send_end(error: bytes) -> bool:
+        """Send the last bytes of an answer that is cut; False where the client does not take them."""
+        try:
+            async with asyncio.timeout(LAST_SEND_S):
+                await send({"type": "http.response.body", "body": error})
+        except TimeoutError:
+            return False
+        except OSError:
+            log.debug("The client left before it could be told that its answer was cut.")
+        return True
+
     opening.request_body = request_body
+    opening.cut = cut
     token = CURRENT.set(opening)
     try:
         await app(scope, receive_, send_)
         if opening.call is not None and opening.call.is_refused and not started:
             # Somebody caught the refusal and kept silent (pitfall 13).
             await refuse(opening.call)
+        if cutting and opening.call is not None and opening.call.cause in (None, Cause.CUT):
+            opening.call.cut()
+            await answer_cut(opening.call, None)
     except BaseException as failure:
         call = opening.call
         if call is None:
+            raise
+        if cutting and call.cause is Cause.CUT and not call.closed:
+            if await answer_cut(call, failure):
+                return
             raise
         if call.is_refused:
             # Decided by what the call is and not by what arrives: frameworks translate and group (pitfall 13). And
@@ -351,6 +462,10 @@ async def run(
         opening.closed = True
         if watch is not None:
             watch.stop()
+        if silence is not None:
+            silence.cancel()
+        if cancelled and task is not None:
+            task.uncancel()
         call = opening.call
         if call is not None:
             if begun is not None and call.admitted:
@@ -380,7 +495,7 @@ async def _close_inline(call: Call, close: Callable[[Call], None], opening: Open
 
 def _announced(start: Message) -> int | None:
     """How many bytes a response says it has; None where it does not."""
-    for name, value in start["headers"]:
+    for name, value in start.get("headers", ()):
         if name.lower() == b"content-length":
             return int(value) if value.isdigit() else None
     return None
@@ -411,14 +526,40 @@ def _is_refusal(failure: BaseException | None) -> bool:
     return False
 
 
+def _let_go(failure: BaseException) -> None:
+    """
+    Forget what the frames that *failure* has left behind refer to: the generator of a stream, and the upstream in it.
+
+    A generator whose reader stopped is closed when nobody refers to it, and tracebacks do, in circles, until the
+    garbage is collected: meanwhile a model would go on writing for nobody.
+    """
+    seen: set[int] = set()
+    left = [failure]
+    while left:
+        each = left.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        traceback.clear_frames(each.__traceback__)
+        left += [linked for linked in (each.__cause__, each.__context__) if linked is not None]
+        if isinstance(each, BaseExceptionGroup):
+            left += each.exceptions
+
+
+def _is_cancellation(failure: BaseException) -> bool:
+    if isinstance(failure, BaseExceptionGroup):
+        return all(_is_cancellation(inner) or _is_departure(inner) for inner in failure.exceptions)
+    return isinstance(failure, asyncio.CancelledError)
+
+
 def _is_departure(failure: BaseException) -> bool:
-    """Whether *failure* says only that the client left: our word for it, Starlette's, or a group of these."""
+    """Whether *failure* says only that nobody reads any more: our words for it, Starlette's, or a group of these."""
     if isinstance(failure, BaseExceptionGroup):
         return all(_is_departure(inner) for inner in failure.exceptions)
     # Not imported before it is needed: naming the middleware imports no framework.
     from starlette.requests import ClientDisconnect
 
-    return isinstance(failure, ClientGone | ClientDisconnect)
+    return isinstance(failure, ClientGone | CallCut | ClientDisconnect)
 
 
 def _stops(failure: BaseException) -> bool:
@@ -432,6 +573,16 @@ def _is_last(message: Message) -> bool:
     """Whether a response without trailers ends with *message*."""
     kind = message["type"]
     return kind == "http.response.pathsend" or (kind == "http.response.body" and not message.get("more_body", False))
+
+
+def _is_bare_end(message: Message) -> bool:
+    """Whether *message* only says that the answer is over."""
+    return message["type"] == "http.response.body" and _is_last(message) and not message.get("body")
+
+
+def _is_whole(start: Message) -> bool:
+    """Whether *start* begins an answer that is there as a whole, and no framework's answer to an exception."""
+    return start["type"] == "http.response.start" and start["status"] < 500 and _announced(start) is not None
 
 
 def dress(call: Call, message: Message, scope: Scope, options: ExchangeOptions) -> tuple[Message, Tap | None]:
