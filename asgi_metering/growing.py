@@ -25,15 +25,12 @@ if TYPE_CHECKING:
     from asgi_metering.call import Call
     from asgi_metering.policies import ChargePolicy
 
-__all__ = ["FIRST_ROOM", "Growth", "growth_of"]
+__all__ = ["LEAST_ROOM", "Growth", "growth_of"]
 
 log = logging.getLogger("asgi_metering")
 
-FIRST_ROOM = 1_024
-"""Bytes of an answer before its first look: a few events of a stream, which tell what its bytes cost."""
-
 LEAST_ROOM = 256
-"""Bytes between two looks at least, however little is left: an event or two."""
+"""Bytes between two looks at least, however little is left, and before the first one: an event or two."""
 
 MOST_ROOM = 65_536
 """Bytes after which an answer is looked at whatever it costs (DESIGN 4 "Observed")."""
@@ -120,7 +117,7 @@ class Growth:
         self._asked = self._again = self._over = self._down = False
         # Bytes of the answer, and what had been used, when the answer last asked for room.
         self._passed = self._before = 0
-        self._room = FIRST_ROOM
+        self._room = LEAST_ROOM
         self.used = 0
         self.refusal: Refusal | None = None
         self.is_cut = False

@@ -23,7 +23,7 @@ from asgi_metering.asgi.tap import Tap
 from asgi_metering.asgi.types import ASGIApp, Headers, Message, Receive, Scope, Send
 from asgi_metering.asgi.watch import ClientGone, Watch
 from asgi_metering.call import CURRENT, Call, CallCut, CallRefused, Opening
-from asgi_metering.growing import FIRST_ROOM
+from asgi_metering.growing import LEAST_ROOM
 from asgi_metering.policies import ChargePolicy
 from asgi_metering.quotas import is_quota_header, read_quota
 from asgi_metering.quotas.dialects import UNKNOWN
@@ -243,7 +243,7 @@ async def run(
     def follow(start: Message) -> None:
         """Look at the answer as its hold needs, and know where it stands should it be cut."""
         nonlocal head, keep, room
-        head, room = start, FIRST_ROOM
+        head, room = start, LEAST_ROOM
         inner = keep
 
         def follow_(chunk: bytes) -> None:
