@@ -151,8 +151,9 @@ class Growth:
             while self._again and not (self._over or self._call.closed):
                 self._again = False
                 await self._measure()
-                if self.left <= self._low:
-                    await self._grow()
+                # What it got may be less than it needs, and then no more will come.
+                while self.left <= self._low and await self._grow():
+                    pass
         finally:
             self._look = None
 
@@ -166,7 +167,8 @@ class Growth:
             told = f"What call {call.id} has used so far cannot be told, so that its hold does not grow."
             call.metering.alarms.raised("growth", told, failure)
 
-    async def _grow(self) -> None:
+    async def _grow(self) -> bool:
+        """Ask for a step more; False where the hold did not grow."""
         call = self._call
         to = min(max(call.held, self.used) + self._step, MAX_AMOUNT)
         try:
@@ -176,15 +178,17 @@ class Growth:
             self._down = True
             call.metering.meters.count("store_failures", line=call.line)
             log.warning("The hold of call %s did not grow; it is asked again: %s", call.id, failure)
-            return
+            return False
         self._down = False
         if decision.refusal is None:
             self.refusal = None
             call.held = decision.held
-        elif decision.refusal.reason is Reason.ENDED:
+            return not call.closed
+        if decision.refusal.reason is Reason.ENDED:
             self._over = True
         else:
             self._lack(decision.refusal)
+        return False
 
     def _lack(self, refusal: Refusal) -> None:
         """Nothing more can be held now. As long as the hold lasts somebody may still pay, or another call may end."""

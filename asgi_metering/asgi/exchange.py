@@ -556,10 +556,12 @@ def _is_departure(failure: BaseException) -> bool:
     """Whether *failure* says only that nobody reads any more: our words for it, Starlette's, or a group of these."""
     if isinstance(failure, BaseExceptionGroup):
         return all(_is_departure(inner) for inner in failure.exceptions)
-    # Not imported before it is needed: naming the middleware imports no framework.
+    # Not imported before they are needed: naming the middleware imports no framework.
+    from anyio import BrokenResourceError, ClosedResourceError
     from starlette.requests import ClientDisconnect
 
-    return isinstance(failure, ClientGone | CallCut | ClientDisconnect)
+    # The last two are what the makers of a stream hear when its sender has stopped.
+    return isinstance(failure, ClientGone | CallCut | ClientDisconnect | BrokenResourceError | ClosedResourceError)
 
 
 def _stops(failure: BaseException) -> bool:
