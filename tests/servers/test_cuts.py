@@ -56,7 +56,7 @@ def test_break_the_connection_of_a_body_without_a_place_for_an_error(each: House
 
 
 def test_charge_what_daphne_does_not_break(tmp_path: Path) -> None:
-    """daphne breaks no connection for an application: the call ends and is charged, and its client goes on waiting."""
+    """Daphne breaks no connection for an application: the call ends and is charged, and its client goes on waiting."""
     with house("daphne", tmp_path) as own:
         payer = own.books.grant("cut-gzip", GRANTED)
         client = own.open("/sliced?as=gzip", payer)
@@ -76,7 +76,7 @@ def test_cut_a_stream_whose_upstream_is_silent(each: House) -> None:
 def test_raise_the_error_of_the_sdk(each: House) -> None:
     """OpenAI's SDK raises its own error from a stream that is cut, behind every word that passed."""
     payer = each.books.grant("cut-sdk", GRANTED)
-    words = []
+    words: list[object] = []
     with openai.OpenAI(api_key="-", base_url=each.server.url, max_retries=0, timeout=20) as client:
         stream = client.get(
             "/sliced?as=sse",
