@@ -59,9 +59,10 @@ class ChatRequest(BaseModel):
 @billable(PRICE, hold=HOLD, line="chat", errors="openai")
 async def chat(body: ChatRequest) -> StreamingResponse:
     """Stream for as long as the caller's credits last."""
+    messages: Any = body.messages
     stream = await openai.chat.completions.create(
         model=body.model,
-        messages=body.messages,  # type: ignore[arg-type]
+        messages=messages,
         stream=True,
         stream_options={"include_usage": True},
     )

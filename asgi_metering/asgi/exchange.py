@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.body import RequestBody, has_key
+from asgi_metering.asgi.cutting import Cutting, announced, is_last, let_go
 from asgi_metering.asgi.fields import limit_fields
 from asgi_metering.asgi.refusals import in_band_error, refusal_response
 from asgi_metering.asgi.replay import keeper
@@ -56,14 +56,6 @@ After so many bytes the loop gets a turn, so that a burst that never waits still
 """
 
 
-SILENT_S = 1.0
-"""
-How long an app whose call is cut may go without sending before it is cancelled.
-
-Its next `send` stops it more gently. A model that thinks for longer costs money that nobody has.
-"""
-
-
 @dataclass(frozen=True, slots=True)
 class ExchangeOptions:
     """
@@ -98,12 +90,8 @@ async def run(
     incoming: RequestBody | None = None  # of a request with an idempotency key
     looked = False  # for that key
     grace: asyncio.TimerHandle | None = None
-    cutting = False  # the call has used up what can be held for it: its next message is its last
-    cancelled = False  # the app was silent then, and we cancelled it
-    silence: asyncio.TimerHandle | None = None
-    head: Message | None = None  # of a call whose hold grows: how its answer began
-    tail = b""  # and the chunk that the server took last
-    room = CHECKPOINT_BYTES  # bytes until the loop gets a turn
+    cutting: Cutting | None = None  # of a call whose hold grows
+    room = CHECKPOINT_BYTES  # after so many bytes the loop gets a turn
     task = asyncio.current_task()
     watch = Watch(scope, receive, send) if options.stop_on_disconnect else None
     inner_receive = watch.receive if watch is not None else receive
@@ -141,8 +129,15 @@ async def run(
         return metered_send(opening.call, message)
 
     async def metered_send(call: Call, message: Message) -> None:
-        if swapped and not may_still_pass(message):
-            raise stopped(call)
+        nonlocal swapped
+        if swapped:
+            if cutting is None or not cutting.pending:
+                raise (
+                    CallRefused(call, call.refusal, call.decision) if call.refusal else ClientGone("The answer is out.")
+                )
+            if not cutting.lets(message, started):
+                raise call.cut()
+            swapped = False
         if begun is not None and call.admitted:
             catch_up(call, begun)
         kind = message["type"]
@@ -155,39 +150,17 @@ async def run(
         else:
             await send(message)
 
-    def stopped(call: Call) -> Exception:
-        """What an app gets that would send more."""
-        if cutting:
-            return call.cut()
-        return CallRefused(call, call.refusal, call.decision) if call.refusal else ClientGone("The answer is out.")
-
-    def may_still_pass(message: Message) -> bool:
-        """
-        Whether a call that is to be cut is over anyway: the end of its stream, or an answer that is there as a whole.
-
-        A handler's own answer, if it caught what stopped it, is one; a framework's 500 is not (pitfall 15).
-        """
-        nonlocal cutting, swapped
-        if cutting and (_is_bare_end(message) if started else _is_whole(message)):
-            cutting = swapped = False
-        return not swapped
-
     def cut() -> None:
-        """Stop the app: at its next message, or by cancelling it if it is silent."""
-        nonlocal cutting, swapped, silence
+        """What the call holds is used up: its next message is its last, unless it is over by then."""
+        nonlocal swapped, cutting
         call = opening.call
         if call is not None and call.cause is None and not finishing and not opening.closed:
-            cutting = swapped = True
-            silence = asyncio.get_running_loop().call_later(SILENT_S, cancel_silent, call)
-
-    def cancel_silent(call: Call) -> None:
-        nonlocal cancelled
-        if cutting and task is not None and call.cause in (None, Cause.CUT):
-            call.cut()
-            cancelled = task.cancel()
+            cutting = cutting or Cutting(call, task)
+            cutting.begin()
+            swapped = True
 
     async def send_start(call: Call, message: Message) -> None:
-        nonlocal started, begun, trailers, keep, dressed
+        nonlocal started, begun, trailers, keep, dressed, cutting, room
         if call.deferred:
             # A generator endpoint: it is asked for now, before its headers go out (pitfall 7). A refusal rises even if
             # its first step met it earlier, for this start says nothing of it (pitfall 15). It is answered when the
@@ -205,7 +178,8 @@ async def run(
             call.status = message["status"]
             trailers = bool(message.get("trailers"))
             if call.growth is not None:
-                follow(message)
+                cutting = cutting or Cutting(call, task)
+                keep, room = cutting.follow(message, keep), LEAST_ROOM
             if watch is not None:
                 watch.start(gone, asyncio.get_running_loop())
         else:
@@ -218,7 +192,7 @@ async def run(
         nonlocal latest, spoke, swapped
         if call.is_refused:
             spoke = spoke or bool(message.get("body"))
-            error = None if spoke or not _is_last(message) else in_band_error(call, options.answers, begun, latest)
+            error = None if spoke or not is_last(message) else in_band_error(call, options.answers, begun, latest)
             if error is not None:
                 swapped = True
                 message = {**message, "body": error}
@@ -227,32 +201,19 @@ async def run(
 
     def catch_up(call: Call, start: Message) -> None:
         """The call was admitted after its response had begun: note now what the start said."""
-        nonlocal begun, trailers, keep
+        nonlocal begun, trailers, keep, cutting, room
         begun = None
         call.status = start["status"]
         trailers = bool(start.get("trailers"))
         tap = call.observer = _tap(call, list(start.get("headers", ())), scope)
         keep = None if tap is None else tap.keep
         if call.growth is not None:
-            follow(start)
+            cutting = cutting or Cutting(call, task)
+            keep, room = cutting.follow(start, keep), LEAST_ROOM
         if latest is not None:
             call.first_byte = True
         if watch is not None:
             watch.start(gone, asyncio.get_running_loop())
-
-    def follow(start: Message) -> None:
-        """Look at the answer as its hold needs, and know where it stands should it be cut."""
-        nonlocal head, keep, room
-        head, room = start, LEAST_ROOM
-        inner = keep
-
-        def follow_(chunk: bytes) -> None:
-            nonlocal tail
-            tail = chunk
-            if inner is not None:
-                inner(chunk)
-
-        keep = follow_
 
     async def send_body(call: Call, message: Message) -> None:
         nonlocal sent, unchecked, room
@@ -383,7 +344,7 @@ async def run(
         if not started:
             await refuse(call)
             return True
-        over = latest is not None and _is_last(latest)
+        over = latest is not None and is_last(latest)
         error = None if over or spoke else in_band_error(call, options.answers, begun, latest)
         if error is None:
             return False
@@ -391,58 +352,24 @@ async def run(
         await send({"type": "http.response.body", "body": error})
         return True
 
-    async def answer_cut(call: Call, failure: BaseException | None) -> bool:
-        """
-        Settle a call that is cut, and tell its client; False where *failure* is to rise all the same.
-
-        Raises:
-            CallCut: Only a broken connection tells that the answer is not whole.
-        """
-        if cancelled and task is not None and task.cancelling() > 1:
-            # Somebody else wants the task to end as well.
-            return False
-        ours = failure is None or _is_departure(failure) or (cancelled and _is_cancellation(failure))
-        if failure is not None and not ours and _stops(failure):
-            return False
-        close(call)
-        if failure is not None:
-            _let_go(failure)
-        if not started:
-            await refuse(call)
-            return ours
-        error = in_band_error(call, options.answers, head, {"body": tail} if call.first_byte else None)
-        if error is None or not await send_end(error):
-            raise CallCut(call) from failure
-        return ours
-
-    async def send_end(error: bytes) -> bool:
-        """Send the last bytes of an answer that is cut; False where the client does not take them."""
-        try:
-            async with asyncio.timeout(LAST_SEND_S):
-                await send({"type": "http.response.body", "body": error})
-        except TimeoutError:
-            return False
-        except OSError:
-            log.debug("The client left before it could be told that its answer was cut.")
-        return True
-
-    opening.request_body = request_body
-    opening.cut = cut
+    opening.request_body, opening.cut = request_body, cut
     token = CURRENT.set(opening)
     try:
         await app(scope, receive_, send_)
         if opening.call is not None and opening.call.is_refused and not started:
             # Somebody caught the refusal and kept silent (pitfall 13).
             await refuse(opening.call)
-        if cutting and opening.call is not None and opening.call.cause in (None, Cause.CUT):
-            opening.call.cut()
-            await answer_cut(opening.call, None)
+        if cutting is not None and cutting.pending and not cutting.call.closed:
+            # Somebody caught what should have stopped the app.
+            cutting.call.cut()
+            if cutting.call.cause is Cause.CUT:
+                await _end_cut(cutting, None, close, refuse if not started else None, send, options)
     except BaseException as failure:
         call = opening.call
         if call is None:
             raise
-        if cutting and call.cause is Cause.CUT and not call.closed:
-            if await answer_cut(call, failure):
+        if cutting is not None and cutting.pending and call.cause is Cause.CUT and not call.closed:
+            if await _end_cut(cutting, failure, close, refuse if not started else None, send, options):
                 return
             raise
         if call.is_refused:
@@ -451,7 +378,7 @@ async def run(
             if not _stops(failure) and await answer_refusal(call) and _is_refusal(failure):
                 return
             raise
-        is_whole = whole or (finishing and dressed is not None and _announced(dressed) == sent + unchecked)
+        is_whole = whole or (finishing and dressed is not None and announced(dressed) == sent + unchecked)
         call.see(Cause.COMPLETED if is_whole else _cause_of(failure, finishing))
         if watch is not None and watch.is_gone and _is_departure(failure):
             # We raised it to stop the app. To the server it is news of nothing, and would fill its log with errors.
@@ -462,22 +389,48 @@ async def run(
         opening.closed = True
         if watch is not None:
             watch.stop()
-        if silence is not None:
-            silence.cancel()
-        if cancelled and task is not None:
-            task.uncancel()
+        if cutting is not None:
+            cutting.close()
         call = opening.call
         if call is not None:
             if begun is not None and call.admitted:
                 # Admitted for work after the response, or at its very end.
                 catch_up(call, begun)
-                finishing = finishing or (latest is not None and _is_last(latest))
+                finishing = finishing or (latest is not None and is_last(latest))
             if grace is not None:
                 grace.cancel()
             if not finishing:
                 # It returned without an end: the server cancelled, or a framework noticed that the client left.
                 call.see(Cause.ABORTED)
             await _close_inline(call, close, opening)
+
+
+async def _end_cut(
+    cutting: Cutting,
+    failure: BaseException | None,
+    close: Callable[[Call], None],
+    refuse: Callable[[Call], Awaitable[None]] | None,
+    send: Send,
+    options: ExchangeOptions,
+) -> bool:
+    """
+    Settle a call that is cut, and tell its client: by *refuse* if nothing was sent. False where *failure* is to rise.
+
+    Raises:
+        CallCut: Only a broken connection tells that the answer is not whole.
+    """
+    call = cutting.call
+    ours = failure is None or cutting.is_ours(failure) or _is_departure(failure)
+    if cutting.wanted_by_others() or (failure is not None and not ours and _stops(failure)):
+        return False
+    close(call)
+    if failure is not None:
+        let_go(failure)
+    if refuse is not None:
+        await refuse(call)
+    elif not await cutting.tell(send, options.answers):
+        raise CallCut(call) from failure
+    return ours
 
 
 async def _close_inline(call: Call, close: Callable[[Call], None], opening: Opening) -> None:
@@ -491,14 +444,6 @@ async def _close_inline(call: Call, close: Callable[[Call], None], opening: Open
         if call.cause is Cause.ABORTED:
             # daphne stops when the first of the calls that it cancelled is over, and not when the last one is.
             await asyncio.shield(runtime.booked())
-
-
-def _announced(start: Message) -> int | None:
-    """How many bytes a response says it has; None where it does not."""
-    for name, value in start.get("headers", ()):
-        if name.lower() == b"content-length":
-            return int(value) if value.isdigit() else None
-    return None
 
 
 def _cause_of(failure: BaseException, finishing: bool) -> Cause:
@@ -526,32 +471,6 @@ def _is_refusal(failure: BaseException | None) -> bool:
     return False
 
 
-def _let_go(failure: BaseException) -> None:
-    """
-    Forget what the frames that *failure* has left behind refer to: the generator of a stream, and the upstream in it.
-
-    A generator whose reader stopped is closed when nobody refers to it, and tracebacks do, in circles, until the
-    garbage is collected: meanwhile a model would go on writing for nobody.
-    """
-    seen: set[int] = set()
-    left = [failure]
-    while left:
-        each = left.pop()
-        if id(each) in seen:
-            continue
-        seen.add(id(each))
-        traceback.clear_frames(each.__traceback__)
-        left += [linked for linked in (each.__cause__, each.__context__) if linked is not None]
-        if isinstance(each, BaseExceptionGroup):
-            left += each.exceptions
-
-
-def _is_cancellation(failure: BaseException) -> bool:
-    if isinstance(failure, BaseExceptionGroup):
-        return all(_is_cancellation(inner) or _is_departure(inner) for inner in failure.exceptions)
-    return isinstance(failure, asyncio.CancelledError)
-
-
 def _is_departure(failure: BaseException) -> bool:
     """Whether *failure* says only that nobody reads any more: our words for it, Starlette's, or a group of these."""
     if isinstance(failure, BaseExceptionGroup):
@@ -571,22 +490,6 @@ def _stops(failure: BaseException) -> bool:
     return isinstance(failure, asyncio.CancelledError | GeneratorExit | KeyboardInterrupt | SystemExit)
 
 
-def _is_last(message: Message) -> bool:
-    """Whether a response without trailers ends with *message*."""
-    kind = message["type"]
-    return kind == "http.response.pathsend" or (kind == "http.response.body" and not message.get("more_body", False))
-
-
-def _is_bare_end(message: Message) -> bool:
-    """Whether *message* only says that the answer is over."""
-    return message["type"] == "http.response.body" and _is_last(message) and not message.get("body")
-
-
-def _is_whole(start: Message) -> bool:
-    """Whether *start* begins an answer that is there as a whole, and no framework's answer to an exception."""
-    return start["type"] == "http.response.start" and start["status"] < 500 and _announced(start) is not None
-
-
 def dress(call: Call, message: Message, scope: Scope, options: ExchangeOptions) -> tuple[Message, Tap | None]:
     """
     The start of an admitted call's response: a provider's quota fields captured and removed, ours added.
@@ -594,9 +497,8 @@ def dress(call: Call, message: Message, scope: Scope, options: ExchangeOptions) 
     Always a new list: frameworks may reuse a response object, whose own list must not grow.
     """
     given: Headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
-    charge = call.policy.charge if call.policy is not None else None
-    if charge is not None and "quotas" in call.opening.features:
-        given = _capture(call, charge, given, message["status"])
+    if call.policy is not None and "quotas" in call.opening.features:
+        given = _capture(call, call.policy.charge, given, message["status"])
     fields = (
         limit_fields(call.decision, call.unit, options.answers.names, warn_below=call.warning_level)
         if call.decision is not None
@@ -608,13 +510,13 @@ def dress(call: Call, message: Message, scope: Scope, options: ExchangeOptions) 
     return {**message, "headers": [*given, *fields]}, _tap(call, given, scope)
 
 
-def _capture(call: Call, charge: ChargePolicy, given: Headers, status: int) -> Headers:
+def _capture(call: Call, charge: ChargePolicy | None, given: Headers, status: int) -> Headers:
     quotas = [field for field in given if is_quota_header(field[0])]
     if not quotas:
         return given
-    provider = charge.dialect or _provider_of(quotas, status)
+    provider = (charge.dialect if charge is not None else None) or _provider_of(quotas, status)
     call.metering.quotas.record(provider, given, status=status, started_at=call.started_at)
-    if charge.forward_quota_headers:
+    if charge is not None and charge.forward_quota_headers:
         return given
     return [field for field in given if not is_quota_header(field[0])]
 

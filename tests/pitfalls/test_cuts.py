@@ -15,7 +15,7 @@ from fastapi.sse import EventSourceResponse
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from asgi_metering import CallCut, TokenUsage, billable, current_call, metered_app, slices
-from asgi_metering.asgi import exchange
+from asgi_metering.asgi import cutting
 from asgi_metering.prices import per_token
 from asgi_metering.rules.operations import Grow
 from tests.harness.drive import Drive, body, drive, http_scope, status
@@ -175,7 +175,7 @@ def test_break_the_connection_where_a_body_has_no_place_for_the_error(fields: di
 
 def test_break_the_connection_of_a_client_that_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error that the server does not take within a bound is given up, and the call is charged meanwhile."""
-    monkeypatch.setattr(exchange, "LAST_SEND_S", 0.01)
+    monkeypatch.setattr(cutting, "TELL_S", 0.01)
 
     async def play() -> None:
         @chat
@@ -288,7 +288,7 @@ def test_let_a_stream_end_that_is_over() -> None:
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for a silent app no longer than for a turn of the loop."""
-    monkeypatch.setattr(exchange, "SILENT_S", 0.01)
+    monkeypatch.setattr(cutting, "SILENT_S", 0.01)
 
 
 @pytest.mark.usefixtures("_impatient")
