@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, ClassVar, Literal, TypeAlias, TypedDict
 
 from asgi_metering.amounts import Amount, Unit, exact_amount
 from asgi_metering.errors import ConfigurationError
@@ -128,11 +128,17 @@ class Slices:
         step: By how much: whole units or a `TokenUsage`. None: by the first slice.
         low_water: Once no more than this of the hold is left, in the same words. None: half a step.
         debt: Whole units that the payer may owe for it.
+        in_use: Whether any were ever made in this process: what prepares for a cut is left out before.
     """
+
+    in_use: ClassVar[bool] = False
 
     step: Amount | TokenUsage | None = None
     low_water: Amount | TokenUsage | None = None
     debt: Amount = 0
+
+    def __post_init__(self) -> None:
+        Slices.in_use = True
 
 
 @dataclass(frozen=True, slots=True)

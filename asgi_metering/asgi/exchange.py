@@ -24,7 +24,7 @@ from asgi_metering.asgi.types import ASGIApp, Headers, Message, Receive, Scope, 
 from asgi_metering.asgi.watch import ClientGone, Watch
 from asgi_metering.call import CURRENT, Call, CallCut, CallRefused, Opening
 from asgi_metering.growing import LEAST_ROOM
-from asgi_metering.policies import ChargePolicy
+from asgi_metering.policies import ChargePolicy, Slices
 from asgi_metering.quotas import is_quota_header, read_quota
 from asgi_metering.quotas.dialects import UNKNOWN
 from asgi_metering.rules.ending import Cause
@@ -92,7 +92,8 @@ async def run(
     grace: asyncio.TimerHandle | None = None
     cutting: Cutting | None = None  # of a call whose hold grows
     room = CHECKPOINT_BYTES  # after so many bytes the loop gets a turn
-    task = asyncio.current_task()
+    # To ask for it costs as much as all closures here, so only where some hold of this process may grow.
+    task = asyncio.current_task() if Slices.in_use else None
     watch = Watch(scope, receive, send) if options.stop_on_disconnect else None
     inner_receive = watch.receive if watch is not None else receive
 

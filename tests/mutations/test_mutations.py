@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.mutations import completion, denial, gate, keys
+from tests.mutations import completion, denial, gate, growing, keys
 from tests.mutations.entries import Mutation
 from tests.mutations.running import Runs
 
@@ -16,6 +16,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     *denial.MUTATIONS,
     *completion.MUTATIONS,
     *keys.MUTATIONS,
+    *growing.MUTATIONS,
 )
 
 CALLS = "tests/pitfalls/test_calls.py::"
