@@ -207,10 +207,11 @@ def slices(
     What was used so far is counted off the byte path, a few times a second and when usage is recorded; the store is
     asked for more at the low-water mark, once at a time, and from the payer object that admitted the call. When it has
     nothing more the call runs on as long as its hold lasts. Then it is cut: the application's next ``send`` raises
-    `CallCut`, and so does `Call.record`; a handler that is silent for a second is cancelled. The client gets the error
-    of its protocol inside the stream, or a 402 if nothing was sent yet; a body that has no place for it, as a
-    compressed one, ends by a broken connection. An answer that is whole by then is sent. What was observed is charged
-    (``on_cut``), also where it is more than was held.
+    `CallCut`, and so does `Call.record`; a handler that is silent for a second is cancelled, one in a thread as soon as
+    the thread is done. The client gets the error of its protocol inside the stream, or a 402 if nothing was sent yet; a
+    body that has no place for it, as a compressed one, ends by a broken connection. An answer that is whole by then is
+    sent. What was observed is charged (``on_cut``), also where it is more than was held. Outside HTTP nothing but
+    `Call.record` stops the work.
 
     A store that gives no answer cuts nobody: the call runs on, and is charged in full at its end.
 

@@ -16,7 +16,7 @@ path                answer
 ``/slow``           2 credits: JSON, once ``until`` is a file in the folder of gates
 ``/slow/brief``     the same on a hold that lives for 1 s without a heartbeat
 ``/sliced``         1 credit a token, held in slices of 5: words without end, 2 ms apart, in the form ``as``: ``sse``;
-                    ``gzip``, compressed; ``length``, with a length; ``silent``: twelve words, and nothing more
+                    ``gzip``, compressed; ``silent``: twelve words, and nothing more
 ``/told``           1 credit a token: the endpoint reports 7 tokens at once, and answers as ``/slow``
 ``/upload``         2 credits: the length of the body, which the endpoint reads
 ``/raw/burst/``     2 credits: no framework, ``n`` chunks of 64 KiB in a loop that never looks for the client
@@ -223,7 +223,7 @@ async def sliced(request: Request) -> StreamingResponse:
         finally:
             note("closed", key=caller)
 
-    fields = {"gzip": {"content-encoding": "gzip"}, "length": {"content-length": "1000000"}}.get(form)
+    fields = {"content-encoding": "gzip"} if form == "gzip" else None
     return StreamingResponse(body(), media_type="text/event-stream", headers=fields)
 
 

@@ -44,12 +44,11 @@ def test_cut_a_stream_of_events(each: House) -> None:
     assert cut(each, payer) == len(words)
 
 
-@pytest.mark.parametrize("form", ["gzip", "length"])
 @pytest.mark.parametrize("each", [kind for kind in SERVER_KINDS if kind != "daphne"], indirect=True, scope="package")
-def test_break_the_connection_of_a_body_without_a_place_for_an_error(each: House, form: str) -> None:
-    """Of a compressed body, or one with a length, only a broken connection tells that it is not whole."""
-    payer = each.books.grant(f"cut-{form}", GRANTED)
-    client = each.open(f"/sliced?as={form}", payer)
+def test_break_the_connection_of_a_body_without_a_place_for_an_error(each: House) -> None:
+    """Of a compressed body only a broken connection tells that it is not whole."""
+    payer = each.books.grant("cut-gzip", GRANTED)
+    client = each.open("/sliced?as=gzip", payer)
     client.read_rest()
     assert client.ended != "complete"
     assert GRANTED <= cut(each, payer) < 4 * GRANTED
@@ -73,6 +72,7 @@ def test_cut_a_stream_whose_upstream_is_silent(each: House) -> None:
     assert cut(each, payer) == 12
 
 
+@pytest.mark.parametrize("each", ["uvicorn-httptools"], indirect=True, scope="package")
 def test_raise_the_error_of_the_sdk(each: House) -> None:
     """OpenAI's SDK raises its own error from a stream that is cut, behind every word that passed."""
     payer = each.books.grant("cut-sdk", GRANTED)
