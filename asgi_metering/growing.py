@@ -131,7 +131,7 @@ class Growth:
 
     def nudge(self) -> None:
         """Have what was used looked at soon. From any thread; never waits."""
-        if not (self._asked or self._over):
+        if not (self._asked or self._over or self._loop.is_closed()):
             self._asked = True
             self._loop.call_soon_threadsafe(self._begin)
 

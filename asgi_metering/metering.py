@@ -209,15 +209,17 @@ class Metering(Ledger, UpstreamClients):
 
         Raises:
             CallRefused: The payer cannot afford it; the body did not run.
+            CallCut: The body used up what can be held for it (``hold=slices(...)``): raised by `Call.record` inside of
+                it, and charged as the end of call says (``on_cut``), not released.
             ConfigurationError: An argument that cannot work, such as an estimate without a price to charge by.
             AmountError: A price or hold that the unit cannot count.
             PayerError: No payer is given, and no call around this one says who pays.
             SettlementError: The body succeeded, but its end is not booked. Where the store is down it is retried
                 (S3.10).
 
-        Any exception of the body, cancellation included, releases the hold and rises unchanged (S3.8), also where the
-        store is down: the release is logged and retried then. Inside another call it is a call of its own; nothing but
-        who pays and who calls is inherited (S0.29, S3.24).
+        Any other exception of the body, cancellation included, releases the hold and rises unchanged (S3.8), also where
+        the store is down: the release is logged and retried then. Inside another call it is a call of its own; nothing
+        but who pays and who calls is inherited (S0.29, S3.24).
 
         The call ends wherever the block is left, also in another task than it was entered in: that of a generator whose
         reader went away (pitfall 38). Such a block has the call at hand; `current_call` follows the task.

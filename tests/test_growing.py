@@ -292,6 +292,23 @@ def test_charge_a_cut_as_the_route_says(on_cut: Any, charged: int) -> None:
     asyncio.run(play())
 
 
+def test_charge_what_a_cut_block_held() -> None:
+    """The choice of what a cut costs exists outside HTTP as well."""
+
+    async def work(metering: Metering) -> None:
+        async with growing(metering, slices(10), on_cut="hold") as call:
+            await used(call, 15)
+            call.record(TokenUsage(output=0))
+
+    async def play() -> None:
+        async with opened(12) as metering:
+            with pytest.raises(CallCut):
+                await work(metering)
+            assert await books(metering) == (12, 0, 0)
+
+    asyncio.run(play())
+
+
 def test_let_a_block_complete_that_asks_no_more() -> None:
     """Outside HTTP a block that has come to its end when its hold is used up has completed, and is charged in full."""
 
