@@ -18,7 +18,7 @@ from asgi_metering.asgi.types import Message, Send
 from asgi_metering.call import Call, CallCut
 from asgi_metering.rules.ending import Cause
 
-__all__ = ["Cutting", "announced", "is_last", "let_go"]
+__all__ = ["Cutting", "let_go"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -77,17 +77,15 @@ class Cutting:
             self.call.cut()
             self.cancelled = self._task.cancel()
 
-    def lets(self, message: Message, started: bool) -> bool:
+    def lets(self, over: bool) -> bool:
         """
-        Whether the call is over anyway: *message* is the end of its stream, or begins an answer that is whole.
+        Whether a message may pass after all: the call is *over* with it, by the end of its stream or a whole answer.
 
         A handler's own answer, if it caught what stopped it, is one; a framework's 500 is not (pitfall 15).
         """
-        if not self.pending:
-            return False
-        if _is_bare_end(message) if started else _is_whole(message):
+        if over:
             self.pending = False
-        return not self.pending
+        return over
 
     def is_ours(self, failure: BaseException) -> bool:
         """Whether *failure* is the cancellation of this cut, or a group with nothing else."""
@@ -145,27 +143,3 @@ def let_go(failure: BaseException) -> None:
         left += [linked for linked in (each.__cause__, each.__context__) if linked is not None]
         if isinstance(each, BaseExceptionGroup):
             left += each.exceptions
-
-
-def is_last(message: Message) -> bool:
-    """Whether a response without trailers ends with *message*."""
-    kind = message["type"]
-    return kind == "http.response.pathsend" or (kind == "http.response.body" and not message.get("more_body", False))
-
-
-def announced(start: Message) -> int | None:
-    """How many bytes a response says it has; None where it does not."""
-    for name, value in start.get("headers", ()):
-        if name.lower() == b"content-length":
-            return int(value) if value.isdigit() else None
-    return None
-
-
-def _is_bare_end(message: Message) -> bool:
-    """Whether *message* only says that the answer is over."""
-    return message["type"] == "http.response.body" and is_last(message) and not message.get("body")
-
-
-def _is_whole(start: Message) -> bool:
-    """Whether *start* begins an answer that is there as a whole, and no framework's answer to an exception."""
-    return start["type"] == "http.response.start" and start["status"] < 500 and announced(start) is not None

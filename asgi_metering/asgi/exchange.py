@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.body import RequestBody, has_key
-from asgi_metering.asgi.cutting import Cutting, announced, is_last, let_go
+from asgi_metering.asgi.cutting import Cutting, let_go
 from asgi_metering.asgi.fields import limit_fields
 from asgi_metering.asgi.refusals import in_band_error, refusal_response
 from asgi_metering.asgi.replay import keeper
@@ -136,7 +136,7 @@ async def run(
                 raise (
                     CallRefused(call, call.refusal, call.decision) if call.refusal else ClientGone("The answer is out.")
                 )
-            if not cutting.lets(message, started):
+            if not cutting.lets(_is_bare_end(message) if started else _is_whole(message)):
                 raise call.cut()
             swapped = False
         if begun is not None and call.admitted:
@@ -193,7 +193,7 @@ async def run(
         nonlocal latest, spoke, swapped
         if call.is_refused:
             spoke = spoke or bool(message.get("body"))
-            error = None if spoke or not is_last(message) else in_band_error(call, options.answers, begun, latest)
+            error = None if spoke or not _is_last(message) else in_band_error(call, options.answers, begun, latest)
             if error is not None:
                 swapped = True
                 message = {**message, "body": error}
@@ -345,7 +345,7 @@ async def run(
         if not started:
             await refuse(call)
             return True
-        over = latest is not None and is_last(latest)
+        over = latest is not None and _is_last(latest)
         error = None if over or spoke else in_band_error(call, options.answers, begun, latest)
         if error is None:
             return False
@@ -379,7 +379,7 @@ async def run(
             if not _stops(failure) and await answer_refusal(call) and _is_refusal(failure):
                 return
             raise
-        is_whole = whole or (finishing and dressed is not None and announced(dressed) == sent + unchecked)
+        is_whole = whole or (finishing and dressed is not None and _announced(dressed) == sent + unchecked)
         call.see(Cause.COMPLETED if is_whole else _cause_of(failure, finishing))
         if watch is not None and watch.is_gone and _is_departure(failure):
             # We raised it to stop the app. To the server it is news of nothing, and would fill its log with errors.
@@ -399,7 +399,7 @@ async def run(
             if begun is not None and call.admitted:
                 # Admitted for work after the response, or at its very end.
                 catch_up(call, begun)
-                finishing = finishing or (latest is not None and is_last(latest))
+                finishing = finishing or (latest is not None and _is_last(latest))
             if grace is not None:
                 grace.cancel()
             if not finishing:
@@ -449,6 +449,14 @@ async def _close_inline(call: Call, close: Callable[[Call], None], opening: Open
             await asyncio.shield(runtime.booked())
 
 
+def _announced(start: Message) -> int | None:
+    """How many bytes a response says it has; None where it does not."""
+    for name, value in start["headers"]:
+        if name.lower() == b"content-length":
+            return int(value) if value.isdigit() else None
+    return None
+
+
 def _cause_of(failure: BaseException, finishing: bool) -> Cause:
     """
     What an exception of the app makes of a call that nothing else has ended.
@@ -493,6 +501,23 @@ def _stops(failure: BaseException) -> bool:
     return isinstance(failure, asyncio.CancelledError | GeneratorExit | KeyboardInterrupt | SystemExit)
 
 
+def _is_last(message: Message) -> bool:
+    """Whether a response without trailers ends with *message*."""
+    kind = message["type"]
+    return kind == "http.response.pathsend" or (kind == "http.response.body" and not message.get("more_body", False))
+
+
+def _is_bare_end(message: Message) -> bool:
+    """Whether *message* only says that the answer is over."""
+    return message["type"] == "http.response.body" and _is_last(message) and not message.get("body")
+
+
+def _is_whole(message: Message) -> bool:
+    """Whether *message* begins an answer that is there as a whole, and no framework's answer to an exception."""
+    begins = message["type"] == "http.response.start" and message["status"] < 500
+    return begins and _announced({"headers": (), **message}) is not None
+
+
 def dress(call: Call, message: Message, scope: Scope, options: ExchangeOptions) -> tuple[Message, Tap | None]:
     """
     The start of an admitted call's response: a provider's quota fields captured and removed, ours added.
@@ -500,8 +525,9 @@ def dress(call: Call, message: Message, scope: Scope, options: ExchangeOptions) 
     Always a new list: frameworks may reuse a response object, whose own list must not grow.
     """
     given: Headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
-    if call.policy is not None and "quotas" in call.opening.features:
-        given = _capture(call, call.policy.charge, given, message["status"])
+    charge = call.policy.charge if call.policy is not None else None
+    if charge is not None and "quotas" in call.opening.features:
+        given = _capture(call, charge, given, message["status"])
     fields = (
         limit_fields(call.decision, call.unit, options.answers.names, warn_below=call.warning_level)
         if call.decision is not None
@@ -513,13 +539,13 @@ def dress(call: Call, message: Message, scope: Scope, options: ExchangeOptions) 
     return {**message, "headers": [*given, *fields]}, _tap(call, given, scope)
 
 
-def _capture(call: Call, charge: ChargePolicy | None, given: Headers, status: int) -> Headers:
+def _capture(call: Call, charge: ChargePolicy, given: Headers, status: int) -> Headers:
     quotas = [field for field in given if is_quota_header(field[0])]
     if not quotas:
         return given
-    provider = (charge.dialect if charge is not None else None) or _provider_of(quotas, status)
+    provider = charge.dialect or _provider_of(quotas, status)
     call.metering.quotas.record(provider, given, status=status, started_at=call.started_at)
-    if charge is not None and charge.forward_quota_headers:
+    if charge.forward_quota_headers:
         return given
     return [field for field in given if not is_quota_header(field[0])]
 

@@ -291,8 +291,8 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_impatient")
-@pytest.mark.parametrize("version", ["2.3", "2.4"])
-def test_cancel_an_app_that_is_silent(version: str) -> None:
+@pytest.mark.parametrize(("version", "layers"), [("2.3", ()), ("2.4", (Passing,))])
+def test_cancel_an_app_that_is_silent(version: str, layers: tuple[Any, ...]) -> None:
     """A generator that waits for its upstream is cancelled, its client is told, and the server sees no cancellation."""
 
     async def play() -> None:
@@ -302,7 +302,7 @@ def test_cancel_an_app_that_is_silent(version: str) -> None:
         async def endpoint(request: Any) -> Response:
             return sse(upstream.words())
 
-        async with staged(starlette(endpoint)) as stage:
+        async with staged(starlette(endpoint, *layers)) as stage:
             async with Drive(stage.app, http_scope(spec_version=version)) as run:
                 assert await run.ended() == "returned"
                 assert run.task is not None
