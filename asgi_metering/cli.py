@@ -277,6 +277,8 @@ def _hold(charge: Any) -> str:
     text = "estimated from the request" if estimate is None else str(estimate)
     if isinstance(estimate, From):
         text = _function(estimate)
+    if charge.hold.slices is not None:
+        return f"{text} at first, and more while it runs"
     return text if least is None else f"up to {text}, at least {least}"
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, Literal
 
 from asgi_metering.admission import check_amounts
-from asgi_metering.amounts import Unit, exact_amount
+from asgi_metering.amounts import Amount, Unit, exact_amount
 from asgi_metering.computed import check_sync
 from asgi_metering.errors import ConfigurationError, InvalidKeyError
 from asgi_metering.guards import BARE_MEND, Part, guard_of, merged
@@ -40,6 +41,7 @@ from asgi_metering.policies import (
     Price,
     RatePolicy,
     RatesDown,
+    Slices,
     check_line,
     read_hold,
     read_price,
@@ -92,9 +94,9 @@ def billable(
     Args:
         price: Whole units (int, Decimal or str), a measured price such as `per_million_tokens`, or a sync or async
             callable of the endpoint's arguments that answers an amount.
-        hold: For measured prices: whole units, a `TokenUsage`, a callable of the endpoint's arguments, or `up_to`;
-            estimated from the request's own body by default. A hold of 0 admits a payer with nothing left, but not
-            one in debt; what the call uses is charged in full.
+        hold: For measured prices: whole units, a `TokenUsage`, a callable of the endpoint's arguments, `up_to`, or
+            `slices`; estimated from the request's own body by default. A hold of 0 admits a payer with nothing left,
+            but not one in debt; what the call uses is charged in full.
         line: The billing line; the endpoint's name by default.
         unit: The metering's by default.
         sources: Where the units come from, in order; the payer's wallet by default.
@@ -165,13 +167,16 @@ def billable(
     held = read_hold(hold)
     if held.estimate is not None and not isinstance(held.estimate, From | TokenUsage):
         exact_amount(held.estimate, "hold estimate")
+    paid_from = _sources(sources)
+    if held.slices is not None and isinstance(read, MeasuredPrice):
+        _check_slices(held.estimate, held.slices, read, paid_from)
     charge = ChargePolicy(
         price=read,
         line="" if line is None else check_line(line),
         end=EndPolicy({row: _basis(row, basis) for row, basis in chosen.items() if basis is not None}),
         unit=unit,
         hold=held,
-        sources=_sources(sources),
+        sources=paid_from,
         payer=None if payer is None else From(payer, "payer"),
         errors=errors,
         customise=customise,
@@ -187,6 +192,36 @@ def billable(
     if unit is not None:
         check_amounts(charge, unit)
     return Part(charge=charge)
+
+
+def _check_slices(first: Any, slices: Slices, price: MeasuredPrice, sources: Sequence[PaymentSource]) -> None:
+    """Refuse slices that could never grow, or would have to at once, by this price."""
+    if exact_amount(slices.debt, "debt") and not any(isinstance(source, Wallet) for source in sources):
+        raise ConfigurationError(
+            f"slices(debt={slices.debt!r}) can be owed by no wallet: none is among the sources. Name one, or leave it "
+            f"out."
+        )
+    computed = isinstance(first, From)
+    known = {"first": None if computed else first, "step": slices.step}
+    costs = {name: _cost(size, price) for name, size in known.items() if size is not None}
+    for name, cost in costs.items():
+        if not cost:
+            raise ConfigurationError(
+                f"slices({name}={known[name]!r}) holds nothing by the price {price!r}. Write a slice that costs "
+                f"something."
+            )
+    mark = None if slices.low_water is None else _cost(slices.low_water, price)
+    for name, cost in costs.items():
+        if mark is not None and mark >= cost:
+            raise ConfigurationError(
+                f"slices(low_water={slices.low_water!r}) is no less than {name}={known[name]!r}, so that a hold would "
+                f"have to grow as soon as it is made. Lower the mark, or hold more at once."
+            )
+
+
+def _cost(size: Amount | TokenUsage, price: MeasuredPrice) -> Decimal:
+    """Whole units of a slice."""
+    return price.cost(size) if isinstance(size, TokenUsage) else exact_amount(size, "slice")
 
 
 def _idempotency(given: Idempotency | bool | None) -> Idempotency | None:

@@ -36,7 +36,7 @@ from asgi_metering.portal import Portal
 from asgi_metering.receipts import Balance
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.ending import Cause
-from asgi_metering.rules.operations import Admit, Declare, Operation, Preview
+from asgi_metering.rules.operations import Admit, Declare, Grow, Operation, Preview
 from asgi_metering.runtime import Runtime
 from asgi_metering.stores.breaker import Breaker, BreakerState
 from asgi_metering.stores.contract import Store
@@ -253,15 +253,17 @@ class Metering(Ledger, UpstreamClients):
         Raises:
             CallRefused: The payer cannot afford it, or its key was used before (`Reason.REPLAYED`, and
                 ``decision.replay`` is the receipt; or it runs still, or for other work); the body did not run.
+            CallCut: The body used up what can be held for it (``hold=slices(...)``): raised by `Call.record` inside of
+                it, and charged as the end of call says (``on_cut``), not released.
             ConfigurationError: An argument that cannot work, such as an estimate without a price to charge by.
             AmountError: A price or hold that the unit cannot count.
             PayerError: No payer is given, and no call around this one says who pays.
             SettlementError: The body succeeded, but its end is not booked. Where the store is down it is retried
                 (S3.10).
 
-        Any exception of the body, cancellation included, releases the hold and rises unchanged (S3.8), also where the
-        store is down: the release is logged and retried then. Inside another call it is a call of its own; nothing but
-        who pays and who calls is inherited (S0.29, S3.24).
+        Any other exception of the body, cancellation included, releases the hold and rises unchanged (S3.8), also where
+        the store is down: the release is logged and retried then. Inside another call it is a call of its own; nothing
+        but who pays and who calls is inherited (S0.29, S3.24).
 
         The call ends wherever the block is left, also in another task than it was entered in: that of a generator whose
         reader went away (pitfall 38). Such a block has the call at hand; `current_call` follows the task.
@@ -479,6 +481,10 @@ class Metering(Ledger, UpstreamClients):
     async def foresee(self, ask: Admit) -> Decision:
         """Ask the store what it would decide on *ask* now. Raises `StoreError`."""
         return await self._ask(Preview(ask), Decision)
+
+    async def grow(self, ask: Grow) -> Decision:
+        """Ask the store for more of a hold that is live. Raises `StoreError`."""
+        return await self._ask(ask, Decision)
 
     async def _submit(self, operation: Operation) -> Answer:
         if self.has_new_units:

@@ -24,6 +24,7 @@ from asgi_metering.billing import bill, observed_parts
 from asgi_metering.delivery import Delivery
 from asgi_metering.errors import MeteringError, StoreError, StoreUnavailableError
 from asgi_metering.events.exporter import Exporter
+from asgi_metering.growing import growth_of
 from asgi_metering.receipts import Receipt
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.ending import Cause
@@ -267,6 +268,7 @@ class Runtime:
     def register(self, call: Call) -> None:
         """Beat for *call* until it ends."""
         call.last_beat = self.loop.time()
+        call.growth = growth_of(call, self.loop, self._spawn)
         self.in_flight[call.id] = call
         self._wake.set()
 
@@ -418,6 +420,8 @@ class Runtime:
         elif call.has_hold and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:
             call.last_beat = now
             self._spawn(self._beat(call), f"heartbeat of {call.id}")
+        if call.growth is not None:
+            call.growth.nudge()
         if call.observer is not None:
             # Last: what a body does to its reader must not cost the call its heartbeat.
             call.observer.digest()

@@ -250,6 +250,7 @@ def _counter(name: str, unit: str, description: str) -> Instrument:
 TALLIES: Final[Mapping[str, Instrument]] = MappingProxyType(
     {
         "refusals": _counter("refusals", "{refusal}", "Calls that were not admitted."),
+        "cuts": _counter("cuts", "{cut}", "Calls that were cut, since nothing more could be held for them."),
         "store_failures": _counter("store.failures", "{failure}", "Operations that the store did not answer."),
         "ends_queued": _counter("ends.queued", "{end}", "Ends of calls that had to wait for the store."),
         "ends_retried": _counter("ends.retried", "{end}", "Repeated attempts to book an end."),

@@ -108,8 +108,8 @@ MUTATIONS = (
         26,
         "no turn of the loop in a burst",
         EXCHANGE,
-        "            unchecked = 0\n            await asyncio.sleep(0)\n",
-        "            unchecked = 0\n",
+        "            sent += passed\n            await asyncio.sleep(0)\n",
+        "            sent += passed\n",
         _test("test_burst_that_never_waits_lets_others_notice_the_client_that_left"),
     ),
     Mutation(
