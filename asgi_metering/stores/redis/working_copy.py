@@ -1,0 +1,382 @@
+"""
+The working copy: the rows that one operation looks at, read from the server, and what their changes come to there.
+
+What each operation looks at is said in `loading`. Decides nothing. Remembers every command that it has read by, so
+that the write can be refused if one of them would answer otherwise by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from asgi_metering.receipts import Entry
+from asgi_metering.rules.state import (
+    AccountKey,
+    AllowanceKey,
+    Change,
+    DeclaredUnit,
+    Hold,
+    Lease,
+    State,
+    Table,
+)
+from asgi_metering.stores.redis.link import Command, Link, Reply
+from asgi_metering.stores.redis.names import GLUE, Names, escaped, restored, start_text
+from asgi_metering.stores.redis.texts import Texts, json_texts, time_text
+
+__all__ = ["WorkingCopy", "take"]
+
+
+class WorkingCopy:
+    """
+    Rows of one operation.
+
+    Args:
+        link, names, texts: Of the store.
+        clock: The time of tests; None reads the server's, with the first rows.
+
+    Attributes:
+        state: What was loaded; the rules change it.
+        now: The store's time. Read with the first rows.
+        reads: What was read, by command.
+        trips: How many round trips that took.
+        folded: By account, the ledger lines that its new checkpoint folds.
+        commands: What else is to be written, after the changes: indexes that are only ever behind.
+    """
+
+    def __init__(self, link: Link, names: Names, texts: Texts, clock: Callable[[], float] | None) -> None:
+        self._link = link
+        self.names = names
+        self.texts = texts
+        self._clock = clock
+        self.state = State()
+        self.now = 0.0
+        self.reads: dict[Command, Reply] = {}
+        self.trips = 0
+        self.folded: dict[AccountKey, list[Entry]] = {}
+        self.commands: list[Command] = []
+        self._known: set[str] = set()
+        self._stored: set[str] = set()
+
+    # -- reading -------------------------------------------------------------------------------------------
+
+    async def read(self, *commands: Command) -> list[Reply]:
+        """What *commands* answer; each is asked once."""
+        new = [command for command in dict.fromkeys(commands) if command not in self.reads]
+        is_first = not self.trips
+        if new or is_first:
+            self.trips += 1
+            asked: list[Command] = [*new, ("TIME",)] if is_first else new
+            replies = await self._link.exchange(asked)
+            for reply in replies:
+                if isinstance(reply, Exception):
+                    raise reply
+            if is_first:
+                seconds, micros = replies.pop()
+                self.now = int(seconds) + int(micros) / 1e6 if self._clock is None else self._clock()
+            self.reads.update(zip(new, replies, strict=True))
+        return [self.reads[command] for command in commands]
+
+    async def rows(self, keys: Iterable[str]) -> None:
+        """Take in the rows that are kept as texts under *keys*, each once."""
+        new = [key for key in dict.fromkeys(keys) if key not in self._known]
+        found = await self.read(*[("GET", key) for key in new])
+        self._known.update(new)
+        for key, text in zip(new, found, strict=True):
+            if text is not None:
+                self._stored.add(key)
+                self.take(key, text.decode())
+
+    def take(self, key: str, text: str) -> None:
+        """Take in one row, as it is kept under *key*."""
+        take(self.state, self.texts, key, text)
+
+    async def grant(self, account: AccountKey, grant_id: str) -> None:
+        """A grant of an account that is loaded, if it is a closed one."""
+        if self.state.grant(account, grant_id) is None:
+            key = self.names.of_account("G", self.names.account(*account))
+            (text,) = await self.read(("HGET", key, json_texts(grant_id)))
+            if text is not None:
+                self._take_closed(account, text)
+
+    async def closed_grants(self, account: AccountKey) -> None:
+        """All closed grants of an account."""
+        key = self.names.of_account("G", self.names.account(*account))
+        for text in (await self.read(("HVALS", key)))[0]:
+            self._take_closed(account, text)
+
+    def _take_closed(self, account: AccountKey, text: bytes) -> None:
+        grant = self.texts.grant(*account, text.decode())
+        if self.state.grant(account, grant.id) is None:
+            self.state.apply([(Table.GRANT, account, grant)])
+
+    async def leases(self, pool: str) -> None:
+        """The live leases of a pool."""
+        key = self.names.pool(pool)
+        await self.read()
+        (found,) = await self.read(("ZRANGEBYSCORE", key, f"({time_text(self.now)}", "+inf", "WITHSCORES"))
+        self.take_leases(key, found)
+
+    def take_leases(self, key: str, found: Sequence[bytes]) -> None:
+        """Take in leases, as members and scores."""
+        pool = self.names.text(key)
+        for member, score in zip(found[::2], found[1::2], strict=True):
+            call_id = restored(member.decode())
+            self.state.apply([(Table.LEASE, (pool, call_id), Lease(pool, call_id, float(score)))])
+
+    async def lines(self, account: AccountKey, ref: str) -> None:
+        """The ledger lines of an account about *ref*."""
+        names = self.names
+        key = names.account(*account)
+        word = json_texts(ref)
+        refs = ("ZRANGEBYLEX", names.of_account("r", key), f"[{word}{GLUE}", f"({word} ")
+        checkpoint_key = names.of_account("p", key)
+        found, _ = await self.read(refs, ("GET", checkpoint_key))
+        await self.rows([checkpoint_key])
+        checkpoint = self.state.checkpoints.get(account)
+        folded = 0 if checkpoint is None else checkpoint.number
+        numbers = sorted(int(member.rpartition(GLUE.encode())[2]) for member in found)
+        lines = names.of_account("e", key)
+        for text in await self.read(*[("LINDEX", lines, str(number - folded - 1)) for number in numbers]):
+            if text is None:
+                # Folded between the two reads: the write will see that.
+                continue
+            self.state.apply([(Table.ENTRY, account, self.texts.entry(key, text.decode()))])
+
+    def take_lines(self, account: AccountKey, found: Sequence[bytes]) -> None:
+        """Take in ledger lines in their order."""
+        key = self.names.account(*account)
+        self.state.apply([(Table.ENTRY, account, self.texts.entry(key, text.decode())) for text in found])
+
+    async def window(self, key: AllowanceKey) -> None:
+        """One window of an allowance, and which one is its last."""
+        await self.rows([self.names.bucket(*key[:3]), self.names.window(*key)])
+
+    async def event(self, event_id: str) -> None:
+        """One event of the outbox."""
+        (text,) = await self.read(("HGET", self.names.events, escaped(event_id)))
+        if text is not None:
+            self.state.events[event_id] = self.texts.event(event_id, text.decode())
+
+    # -- writing -------------------------------------------------------------------------------------------
+
+    def writes(self, changes: Iterable[Change]) -> list[Command]:
+        """
+        The commands that *changes* come to: of many changes to a row the last one.
+
+        Raises:
+            AmountError: A row would need more than what is counted exactly.
+        """
+        commands: list[Command] = []
+        last: dict[tuple[str, Any], Any] = {}
+        for table, key, row in changes:
+            if table == Table.ENTRY:
+                commands.extend(self._entry(key, row))
+            elif table == Table.GRANT:
+                last[table, (key, row.id)] = row
+            else:
+                last.pop((table, key), None)
+                last[table, key] = row
+        accounts = {key for (table, key) in last if table == Table.ACCOUNT}
+        accounts |= {key[0] for (table, key) in last if table == Table.GRANT}
+        for account in sorted(accounts):
+            commands.extend(self._account(account))
+        for (table, key), row in last.items():
+            if table != Table.ACCOUNT:
+                commands.extend(_WRITE[table](self, key, row))
+        return [*commands, *self.commands]
+
+    def _account(self, key: AccountKey) -> Iterable[Command]:
+        name = self.names.account(*key)
+        text = self.texts.account_text(self.state.accounts[key], self.state.grants.get(key, {}).values())
+        yield ("SET", name, text)
+        if name not in self._stored:
+            yield ("ZADD", self.names.accounts, "0", self.names.rest(name))
+
+    def _grant(self, key: tuple[AccountKey, str], row: Any) -> Iterable[Command]:
+        closed = self.names.of_account("G", self.names.account(*key[0]))
+        if row.is_open:
+            yield ("HDEL", closed, json_texts(row.id))
+        else:
+            yield ("HSET", closed, json_texts(row.id), self.texts.grant_text(row))
+
+    def _entry(self, account: AccountKey, row: Any) -> Iterable[Command]:
+        names = self.names
+        key = names.account(*account)
+        rest = names.rest(key)
+        yield ("RPUSH", names.of_account("e", key), self.texts.entry_text(row))
+        yield ("ZADD", names.of_account("r", key), "0", f"{json_texts(row.ref)}{GLUE}{row.number}")
+        yield ("ZADD", names.oldest_lines, "NX", time_text(row.at), rest)
+
+    def _hold(self, key: str, row: Hold | None) -> Iterable[Command]:
+        names = self.names
+        name = names.hold(key)
+        member = names.rest(name)
+        if row is None:
+            yield ("DEL", name)
+            yield ("ZREM", names.ended, member)
+            return
+        account = names.account(row.payer, row.unit)
+        live = names.of_account("l", account)
+        yield ("SET", name, self.texts.hold_text(row))
+        if row.receipt is None:
+            yield ("ZADD", live, time_text(row.expires_at), member)
+        else:
+            yield ("ZREM", live, member)
+            yield ("ZADD", names.ended, time_text(row.receipt.at), member)
+        yield ("FIRST", names.due, names.rest(account), live)
+
+    def _allowance(self, key: AllowanceKey, row: Any) -> Iterable[Command]:
+        names = self.names
+        name, bucket = names.window(*key), names.bucket(*key[:3])
+        windows = names.of_account("v", names.account(*key[:2]))
+        member = f"{escaped(key[2])}{GLUE}{start_text(key[3])}"
+        latest = self.state.latest.get(key[:3])
+        if row is None:
+            yield ("DEL", name)
+            yield ("ZREM", names.past_windows, name)
+            yield ("SREM", windows, member)
+        else:
+            yield ("SET", name, self.texts.window_text(row))
+            if name not in self._stored:
+                yield ("ZADD", names.past_windows, time_text(row.end), name)
+                yield ("SADD", windows, member)
+        yield ("DEL", bucket) if latest is None else ("SET", bucket, start_text(latest))
+
+    def _counter(self, key: str, row: Any) -> Iterable[Command]:
+        names = self.names
+        name = names.counter(key)
+        if row is None:
+            yield ("DEL", name)
+            yield ("ZREM", names.past_counters, name)
+        else:
+            yield ("SET", name, self.texts.counter_text(row))
+            yield ("ZADD", names.past_counters, time_text(row.end + (row.end - row.start)), name)
+
+    def _lease(self, key: tuple[str, str], row: Any) -> Iterable[Command]:
+        pool, member = self.names.pool(key[0]), escaped(key[1])
+        yield ("ZREM", pool, member) if row is None else ("ZADD", pool, time_text(row.expires_at), member)
+        yield ("FIRST", self.names.pools, pool, pool)
+
+    def _event(self, key: str, row: Any) -> Iterable[Command]:
+        names = self.names
+        if row is None:
+            yield ("HDEL", names.events, escaped(key))
+            yield ("LREM", names.event_order, "1", escaped(key))
+        else:
+            yield ("EVENT", names.events, names.event_order, escaped(key), self.texts.event_text(row))
+
+    def _charge_key(self, key: str, row: Any) -> Iterable[Command]:
+        name = self.names.charge_key(key)
+        if row is None:
+            yield ("DEL", name)
+            yield ("ZREM", self.names.past_charge_keys, name)
+        else:
+            yield ("SET", name, self.texts.charge_key_text(row))
+            yield ("ZADD", self.names.past_charge_keys, time_text(row.end), name)
+
+    def _idempotency(self, key: str, row: Any) -> Iterable[Command]:
+        name = self.names.idempotency(key)
+        if row is None:
+            yield ("DEL", name)
+            yield ("ZREM", self.names.past_idempotency, name)
+        else:
+            yield ("SET", name, self.texts.idempotency_text(row))
+            yield ("ZADD", self.names.past_idempotency, time_text(row.expires_at), name)
+
+    def _checkpoint(self, key: AccountKey, row: Any) -> Iterable[Command]:
+        """The lines that it folds are those that were loaded, up to its number."""
+        names = self.names
+        account = names.account(*key)
+        refs, lines = names.of_account("r", account), names.of_account("e", account)
+        folded = self.folded.pop(key)
+        yield ("SET", names.of_account("p", account), self.texts.checkpoint_text(row))
+        yield ("LTRIM", lines, str(len(folded)), "-1")
+        for line in folded:
+            yield ("ZREM", refs, f"{json_texts(line.ref)}{GLUE}{line.number}")
+        yield ("OLDEST", names.oldest_lines, names.rest(account), lines)
+
+    def _unit(self, key: str, row: Any) -> Iterable[Command]:
+        yield ("SET", self.names.unit(key), str(row.scale))
+
+
+def take(state: State, texts: Texts, key: str, text: str) -> None:
+    """Take one row into *state*, as it is kept under *key*."""
+    _TAKE[texts.names.kind(key)](state, texts, key, text)
+
+
+# -- rows by the letter of their key -----------------------------------------------------------------------
+
+
+def _take_account(state: State, texts: Texts, key: str, text: str) -> None:
+    account, grants = texts.account(key, text)
+    place = (account.payer, account.unit)
+    state.apply([(Table.ACCOUNT, place, account), *((Table.GRANT, place, grant) for grant in grants)])
+
+
+def _take_hold(state: State, texts: Texts, key: str, text: str) -> None:
+    hold = texts.hold(key, text)
+    state.apply([(Table.HOLD, hold.id, hold)])
+
+
+def _take_window(state: State, texts: Texts, key: str, text: str) -> None:
+    window = texts.window(key, text)
+    # Which window is the last one is kept apart: here, not all of them are known.
+    state.allowances[window.payer, window.unit, window.name, window.start] = window
+
+
+def _take_bucket(state: State, texts: Texts, key: str, text: str) -> None:
+    payer, unit, name = texts.names.texts(key)
+    state.latest[payer, unit, name] = float(text)
+
+
+def _take_counter(state: State, texts: Texts, key: str, text: str) -> None:
+    counter = texts.counter(key, text)
+    state.counters[counter.key] = counter
+
+
+def _take_charge_key(state: State, texts: Texts, key: str, text: str) -> None:
+    row = texts.charge_key(key, text)
+    state.charge_keys[row.key] = row
+
+
+def _take_idempotency(state: State, texts: Texts, key: str, text: str) -> None:
+    row = texts.idempotency(key, text)
+    state.idempotency_keys[row.key] = row
+
+
+def _take_checkpoint(state: State, texts: Texts, key: str, text: str) -> None:
+    row = texts.checkpoint(key, text)
+    state.checkpoints[row.payer, row.unit] = row
+
+
+def _take_unit(state: State, texts: Texts, key: str, text: str) -> None:
+    name = texts.names.text(key)
+    state.units[name] = DeclaredUnit(name, int(text))
+
+
+_TAKE: Mapping[str, Callable[[State, Texts, str, str], None]] = {
+    "a": _take_account,
+    "h": _take_hold,
+    "w": _take_window,
+    "W": _take_bucket,
+    "c": _take_counter,
+    "k": _take_charge_key,
+    "i": _take_idempotency,
+    "p": _take_checkpoint,
+    "u": _take_unit,
+}
+
+_WRITE: Mapping[str, Callable[[WorkingCopy, Any, Any], Iterable[Command]]] = {
+    Table.GRANT: WorkingCopy._grant,
+    Table.HOLD: WorkingCopy._hold,
+    Table.ALLOWANCE: WorkingCopy._allowance,
+    Table.COUNTER: WorkingCopy._counter,
+    Table.LEASE: WorkingCopy._lease,
+    Table.EVENT: WorkingCopy._event,
+    Table.CHARGE_KEY: WorkingCopy._charge_key,
+    Table.IDEMPOTENCY: WorkingCopy._idempotency,
+    Table.CHECKPOINT: WorkingCopy._checkpoint,
+    Table.UNIT: WorkingCopy._unit,
+}

@@ -1,0 +1,168 @@
+"""
+The Redis store beside `limits`, run by hand: ``python -m tests.bench.stores_redis [seconds] [rounds]``.
+
+Each call of ours takes from three limits (or one) and holds 3 units of a wallet; its settlement, with its usage event,
+is submitted and not awaited, and counted all the same. `limits` takes from the same limits on redis-py, and nothing
+else. Subjects take turns within one run, on one Valkey server on loopback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from itertools import count
+
+from limits import RateLimitItemPerMinute
+from limits.aio.storage import RedisStorage
+from limits.aio.strategies import FixedWindowRateLimiter
+from redis.asyncio import Redis
+
+from asgi_metering.receipts import Basis
+from asgi_metering.rules.operations import Admit, End, LimitAsk, PostGrant, WalletSource, WindowKind
+from asgi_metering.stores.pump import Pump
+from asgi_metering.stores.urls import store_from_url
+from tests.harness.valkey import valkey
+
+CALLERS = (1, 16, 64)
+PAYERS = 1_000
+PLENTY = 10**9
+FACTS = {"caller": "key_1", "route": "/v1/chat", "attributes": {"tier": "pro"}}
+
+Call = Callable[[int], Awaitable[object]]
+
+_ids = count()
+
+
+class Ours:
+    """The store behind its pump."""
+
+    def __init__(self, url: str) -> None:
+        self._store = store_from_url(url)
+        self._pump = Pump(self._store)
+        self._ends: set[asyncio.Task[object]] = set()
+
+    async def prepare(self) -> None:
+        """Open it and fill every wallet."""
+        await self._store.open()
+        for first in range(0, PAYERS, 100):
+            await self._store.run(
+                [PostGrant("g", f"payer{number}", "credits", PLENTY) for number in range(first, first + 100)]
+            )
+
+    def call(self, limits: int, settle: bool) -> Call:
+        """One admission, and its settlement in the background."""
+        sources = (WalletSource(),)
+        asks = [
+            tuple(
+                LimitAsk(f"l{n}", f"l{n}:payer{payer}", WindowKind.FIXED, PLENTY, 60.0 * (n + 1)) for n in range(limits)
+            )
+            for payer in range(PAYERS)
+        ]
+
+        async def one(payer: int) -> None:
+            call_id = f"call_{next(_ids)}"
+            who = f"payer{payer}"
+            decision = await self._pump.submit(
+                Admit(call_id, who, "credits", 3, 3, sources, asks[payer], line="chat", facts=FACTS)
+            )
+            assert decision.admitted  # type: ignore[union-attr]
+            if settle:
+                end = self._pump.submit(End(call_id, 2, Basis.USAGE, event={"outcome": "completed", "status": 200}))
+                task = asyncio.ensure_future(end)
+                self._ends.add(task)
+                task.add_done_callback(self._ends.discard)
+
+        return one
+
+    async def quiet(self) -> None:
+        """Wait for all settlements."""
+        await self._pump.drain()
+
+    async def close(self) -> None:
+        """Close both."""
+        await self._pump.close()
+        await self._store.close()
+
+
+def by_limits(url: str, limits: int) -> Call:
+    """The same limits by the `limits` package."""
+    limiter = FixedWindowRateLimiter(RedisStorage(f"async+{url}", implementation="redispy"))
+    items = [RateLimitItemPerMinute(PLENTY, n + 1) for n in range(limits)]
+
+    async def one(payer: int) -> None:
+        for item in items:
+            assert await limiter.hit(item, f"payer{payer}")
+
+    return one
+
+
+def by_script(client: Redis) -> Call:
+    """One small script on redis-py's own pool."""
+    script = client.register_script("redis.call('INCR', KEYS[1]) redis.call('INCR', KEYS[2]) return 1")
+
+    async def one(payer: int) -> None:
+        await script(keys=[f"s{payer}", f"t{payer}"])
+
+    return one
+
+
+async def measure(
+    call: Call, callers: int, payers: int, seconds: float, quiet: Callable[[], Awaitable[None]] | None
+) -> tuple[float, float]:
+    """Microseconds for one call, all callers together, and the median latency in milliseconds."""
+    turns = count()
+    latencies: list[float] = []
+    until = time.perf_counter() + seconds
+
+    async def caller() -> None:
+        while time.perf_counter() < until:
+            begin = time.perf_counter()
+            await call(next(turns) % payers)
+            latencies.append(time.perf_counter() - begin)
+
+    begin = time.perf_counter()
+    await asyncio.gather(*(caller() for _ in range(callers)))
+    if quiet is not None:
+        await quiet()
+    took = time.perf_counter() - begin
+    return 1e6 * took / len(latencies), 1e3 * statistics.median(latencies)
+
+
+async def main(seconds: float = 1.0, rounds: int = 3) -> None:
+    """Print a table for each number of callers, on one hot account and on many."""
+    with valkey() as server:
+        ours = Ours(f"{server.url}?namespace=bench")
+        await ours.prepare()
+        client = Redis.from_url(server.url)
+        subjects: list[tuple[str, Call, bool]] = [
+            ("limits x3", by_limits(server.url, 3), False),
+            ("limits x1", by_limits(server.url, 1), False),
+            ("script on a pool", by_script(client), False),
+            ("ours x3, admit", ours.call(3, settle=False), True),
+            ("ours x3, both", ours.call(3, settle=True), True),
+            ("ours x1, both", ours.call(1, settle=True), True),
+        ]
+        print(f"{'callers':>7} {'payers':>6} {'subject':<18} {'us/call':>8} {'p50 ms':>7} {'/x3':>5} {'/x1':>5}")
+        for callers in CALLERS:
+            for payers in (1, PAYERS):
+                found: dict[str, list[tuple[float, float]]] = {}
+                for _ in range(rounds):
+                    for name, call, is_ours in subjects:
+                        quiet = ours.quiet if is_ours else None
+                        found.setdefault(name, []).append(await measure(call, callers, payers, seconds, quiet))
+                        server.ask("DEL", "{bench}:events", "{bench}:events:order")
+                middle = {
+                    name: [statistics.median(each) for each in zip(*some, strict=True)] for name, some in found.items()
+                }
+                for name, (micros, p50) in middle.items():
+                    three, one = (micros / middle[f"limits x{n}"][0] for n in (3, 1))
+                    print(f"{callers:>7} {payers:>6} {name:<18} {micros:>8.0f} {p50:>7.2f} {three:>5.2f} {one:>5.2f}")
+        await ours.close()
+        await client.aclose()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*(float(word) for word in sys.argv[1:2]), *(int(word) for word in sys.argv[2:3])))
