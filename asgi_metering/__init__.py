@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from asgi_metering.decorators import billable as billable
     from asgi_metering.decorators import rate_limited as rate_limited
     from asgi_metering.metering import Metering as Metering
+    from asgi_metering.policies import Idempotency as Idempotency
     from asgi_metering.policies import up_to as up_to
     from asgi_metering.sources import Allowance as Allowance
+    from asgi_metering.sources import Payer as Payer
     from asgi_metering.sources import Wallet as Wallet
     from asgi_metering.usage import TokenUsage as TokenUsage
     from asgi_metering.usage import UsageEvent as UsageEvent
@@ -40,8 +42,10 @@ _HOMES = {
     "CallRefused": "call",
     "Caller": "call",
     "CreditGateMiddleware": "asgi.middleware",
+    "Idempotency": "policies",
     "Metering": "metering",
     "MeteringMiddleware": "asgi.middleware",
+    "Payer": "sources",
     "QuotaCaptureMiddleware": "asgi.middleware",
     "RateLimitMiddleware": "asgi.middleware",
     "TokenUsage": "usage",

@@ -9,14 +9,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from decimal import Decimal
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.amounts import Unit, exact_amount
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import ConfigurationError, IdentityError, MeteringError, PayerError, StoreError
 from asgi_metering.estimates import estimate_arguments
+from asgi_metering.keying import key_ask, once, shared_key
 from asgi_metering.names import check_key
 from asgi_metering.policies import ChargePolicy, From, RatePolicy
 from asgi_metering.prices import FixedPrice
@@ -32,18 +35,20 @@ from asgi_metering.rules.operations import (
     WalletSource,
     WindowKind,
 )
-from asgi_metering.sources import Allowance
+from asgi_metering.sources import Allowance, Wallet, check_payers
 from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
 
-__all__ = ["admit", "check_amounts", "usage_of"]
+__all__ = ["admit", "asked_of", "check_amounts", "foresee", "usage_of"]
 
 log = logging.getLogger("asgi_metering")
 
 REQUESTS = "requests"
 DAY_S = 86_400.0
+
+FREE = FixedPrice(Decimal(0))
 
 _CHARGING = frozenset({"credits", "events"})
 """Layers that care for a price: one enforces it, the other reports it."""
@@ -55,6 +60,7 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
 
     Raises:
         CallRefused: Refused by the store, by the lack of an identity, or by the policy for a store that is down.
+        CallClosedError: The request was over before the answer came; what was admitted is given back (pitfall 1).
     """
     policy = call.policy
     if policy is None:
@@ -64,16 +70,31 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
     # Without the gate a billable call runs unenforced; its usage is still reported (S4.16).
     call.exempt = "credits" not in features
     rates = policy.rates if "rates" in features else ()
-    await _identify(call, required=charge is not None and not call.exempt)
+    await _identify(call, rates, charged=charge is not None and not call.exempt)
     if charge is not None:
-        await _charge(call, charge, arguments)
+        _pin(call, charge)
+        try:
+            await _payer(call, charge, arguments)
+        except PayerError as failure:
+            raise call.refused(Refusal(Reason.PAYER, charge.line)) from failure
+        await _price(call, charge, arguments)
+        if not call.exempt:
+            call.once = await once(call, charge, arguments)
+            call.shared = await shared_key(call, charge, arguments)
         call.trace = call.metering.trace()
         call.facts = _facts(call)
     asked = await _operation(call, charge, rates, arguments, time.time())
+    # Whoever asks may outlive its request: a task of the endpoint, a thread.
+    call.opening.check()
     if asked is None:
         call.decision = Decision(call.id, time.time())
     else:
-        await _decide(call, charge, rates, asked, arguments)
+        decided = await _decide(call, charge, rates, asked, arguments)
+        if call.opening.closed:
+            call.decision, call.has_hold = None, False
+            if decided is not None:
+                call.metering.runtime().give_back(asked, decided.now)
+            call.opening.check()
     call.metering.admitted(call)
 
 
@@ -83,25 +104,80 @@ async def _decide(
     rates: tuple[RatePolicy, ...],
     asked: Admit,
     arguments: Mapping[str, Any],
-) -> None:
-    metering = call.metering
+) -> Decision | None:
+    """The store's decision, and the call marked by it; None where it gave none and the layers let calls pass then."""
     try:
-        decision = await metering.decide(asked)
-        if decision.stale_calendar:
-            # Our clock and the store's disagree about the day: once more, around the store's time.
-            again = await _operation(call, charge, rates, arguments, decision.now)
-            decision = await metering.decide(again or asked)
-        if decision.stale_calendar:
-            raise StoreError(f"The store's time {decision.now} does not fit any calendar around it.")
+        decision = await _answered(call, charge, rates, asked, arguments, call.metering.decide)
     except StoreError as failure:
         _store_down(call, charge, rates, failure)
-        return
+        return None
     if decision.refusal is not None:
         raise call.refused(decision.refusal, decision)
+    if decision.replay is not None:
+        raise call.refused(Refusal(Reason.REPLAYED, "idempotency"), decision)
     call.decision = decision
     call.held = decision.held
-    call.has_hold = bool(decision.held or asked.leases or any(limit.meter != REQUESTS for limit in asked.limits))
+    # Also of 0: what it uses is charged in full, and nothing but a hold can be settled.
+    call.has_hold = bool(
+        asked.sources
+        or asked.leases
+        or asked.idempotency is not None
+        or any(limit.meter != REQUESTS for limit in asked.limits)
+    )
     call.ttl_s = asked.ttl_s
+    call.payer = decision.payer or call.payer
+    return decision
+
+
+async def foresee(call: Call) -> Decision:
+    """
+    What the store would decide on the charge of *call* now; nothing is held, and its rates are not asked (S0.37).
+
+    Raises:
+        PayerError: Who pays could not be resolved.
+        StoreError: No answer came.
+    """
+    charge = call.policy.charge if call.policy is not None else None
+    if charge is None:
+        raise ConfigurationError("A call without a price has nothing to foresee. Give it one.")
+    _pin(call, charge)
+    await _payer(call, charge, {})
+    await _price(call, charge, {})
+    asked = await _operation(call, charge, (), {}, time.time())
+    if asked is None:
+        return Decision(call.id, time.time())
+    return await _answered(call, charge, (), asked, {}, call.metering.foresee)
+
+
+async def _answered(
+    call: Call,
+    charge: ChargePolicy | None,
+    rates: tuple[RatePolicy, ...],
+    asked: Admit,
+    arguments: Mapping[str, Any],
+    ask: Callable[[Admit], Awaitable[Decision]],
+) -> Decision:
+    """What the store decides on *asked*, by *ask*; raises `StoreError` without an answer that fits its own time."""
+    decision = await ask(asked)
+    if decision.stale_calendar:
+        # Our clock and the store's disagree about the day: once more, around the store's time.
+        again = await _operation(call, charge, rates, arguments, decision.now)
+        decision = await ask(again or asked)
+    if decision.stale_calendar:
+        raise StoreError(f"The store's time {decision.now} does not fit any calendar around it.")
+    return decision
+
+
+async def asked_of(call: Call, charge: ChargePolicy, now: float) -> tuple[SourceAsk, ...]:
+    """
+    What *call* would ask of its sources around *now*.
+
+    Raises:
+        PayerError: Who pays could not be resolved.
+    """
+    _pin(call, charge)
+    await _payer(call, charge, {})
+    return _sources(call, charge, now)
 
 
 def _store_down(call: Call, charge: ChargePolicy | None, rates: tuple[RatePolicy, ...], failure: StoreError) -> None:
@@ -120,45 +196,69 @@ def _store_down(call: Call, charge: ChargePolicy | None, rates: tuple[RatePolicy
 # -- who ---------------------------------------------------------------------------------------------------
 
 
-async def _identify(call: Call, *, required: bool) -> None:
+_BY_IDENTITY = ("caller", "payer")
+"""Keys of limits that `identify` answers."""
+
+
+async def _identify(call: Call, rates: tuple[RatePolicy, ...], *, charged: bool) -> None:
+    """
+    Who calls. Where `identify` fails, nobody is charged in the caller's place, and nobody is counted by another key.
+
+    Limits per address, or by a computed key, and reports without the gate do without an identity.
+    """
     try:
         caller = await call.identify()
     except IdentityError as failure:
-        if not required:
+        call.metering.alarms.raised("identify", str(failure), failure)
+        if not charged and not any(isinstance(rate.key, str) and rate.key in _BY_IDENTITY for rate in rates):
             return
-        log.error("Nobody can be charged, since identify() failed: %r", failure.__cause__ or failure)
         raise call.refused(Refusal(Reason.IDENTITY_DOWN, "identify")) from failure
-    if caller is None and required:
+    if caller is None and charged:
         raise call.refused(Refusal(Reason.UNAUTHENTICATED, "identify"))
     if caller is not None:
         call.payer = caller.payer
 
 
 async def _payer(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
-    if charge.payer is None:
-        return
+    """Whose balances the sources of *charge* stand for: all of them, before the one decision among them."""
     try:
-        payer = await charge.payer.compute(call, arguments)
-        call.payer = check_key(payer, "payer")
+        if charge.payer is not None:
+            call.payer = check_key(await charge.payer.compute(call, arguments), "payer")
+        for source in charge.sources:
+            if source.payer is not None and not call.exempt and source.payer.name not in call.accounts:
+                account = await source.payer.account_of(call, arguments)
+                call.accounts = {**call.accounts, source.payer.name: account}
     except Exception as failure:
         # Never somebody else's money, and never for free (S0.25, S3.38).
         log.error("The payer of %s could not be resolved.", charge.line, exc_info=failure)
-        error = PayerError(f"The payer of {charge.line!r} could not be resolved: {failure!r}.")
-        raise call.refused(Refusal(Reason.PAYER, charge.line)) from error
+        raise PayerError(f"The payer of {charge.line!r} could not be resolved: {failure!r}.") from failure
 
 
 # -- how much ----------------------------------------------------------------------------------------------
 
 
-async def _charge(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
-    """Pin the price to the call and size its hold."""
+def _pin(call: Call, charge: ChargePolicy) -> None:
+    """Say what the call is charged by, before anybody is asked who pays."""
     call.charge = charge
     call.line = charge.line
-    call.unit = charge.unit or call.metering.unit
-    await _payer(call, charge, arguments)
+    call.unit = call.metering.counted(charge.unit)
+
+
+async def _price(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
+    """
+    Pin the price to the call and size its hold.
+
+    A computed price may be finer than the unit and is rounded once, half up (DESIGN 2); a constant one was refused at
+    import. A hold given as an amount says nothing of the tokens: the request itself does (`Call.asked`).
+    """
     price = charge.price
+    if charge.skip_if is not None and await charge.skip_if.compute(call, arguments):
+        # The continuation of a turn that was charged: free work, and audited as that (S0.16).
+        call.price, call.estimate = FREE, FREE.amount
+        return
     if isinstance(price, From):
-        price = FixedPrice.of(await price.compute(call, arguments))
+        answered = call.unit.exact(await price.compute(call, arguments), "price")
+        price = FixedPrice(call.unit.whole(call.unit.round(answered)))
     call.price = price
     if isinstance(price, FixedPrice):
         call.estimate = price.amount
@@ -168,7 +268,11 @@ async def _charge(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]
         estimate = await estimate.compute(call, arguments)
     if estimate is None:
         estimate = await estimate_arguments(arguments)
-    call.estimate = estimate if isinstance(estimate, TokenUsage) else exact_amount(estimate, "hold estimate")
+    if isinstance(estimate, TokenUsage):
+        call.estimate = call.asked = estimate
+    else:
+        call.estimate = exact_amount(estimate, "hold estimate")
+        call.asked = await estimate_arguments(arguments)
 
 
 def _amounts(call: Call) -> tuple[int, int]:
@@ -197,12 +301,15 @@ def check_amounts(charge: ChargePolicy, unit: Unit) -> None:
         unit.parts(charge.price.amount, "price")
     estimate = charge.hold.estimate
     if estimate is not None and not isinstance(estimate, From | TokenUsage):
-        unit.round(unit.exact(estimate, "hold"))
+        unit.parts(estimate, "hold")
     if charge.hold.at_least is not None:
         unit.parts(charge.hold.at_least, "least hold")
+    check_payers(charge.sources)
     for source in charge.sources:
         source.warning_level(unit)
-        if isinstance(source, Allowance):
+        if isinstance(source, Wallet):
+            unit.parts(source.overdraft, "overdraft")
+        else:
             limits = source.limit.values() if isinstance(source.limit, Mapping) else (source.limit,)
             for limit in limits:
                 unit.parts(limit, f"allowance {source.name!r}")
@@ -220,11 +327,13 @@ async def _operation(
 ) -> Admit | None:
     """What to ask the store; None when there is nothing to decide."""
     amount, minimum = _amounts(call)
+    # A measured call holds even 0: a settlement above the hold posts in full (S3.7), and a debtor is not let in.
+    holds = charge is not None and (amount or _is_measured(call))
     limits: list[LimitAsk] = []
     leases: list[LeaseAsk] = []
     for rate in rates:
         await _limits(call, rate, arguments, now, limits, leases)
-    if not amount and not limits and not leases:
+    if not holds and not limits and not leases and call.once is None:
         return None
     return Admit(
         call.id,
@@ -232,7 +341,7 @@ async def _operation(
         call.unit.name,
         amount,
         minimum,
-        _sources(call, charge, now) if amount and charge is not None else (),
+        _sources(call, charge, now) if holds and charge is not None else (),
         tuple(limits),
         tuple(leases),
         charge.ttl_s if charge is not None else call.metering.ttl_s,
@@ -240,7 +349,14 @@ async def _operation(
         _in_doubt(charge),
         call.line,
         call.facts,
+        key_ask(call, charge.key, now) if holds and charge is not None else None,
+        call.once,
     )
+
+
+def _is_measured(call: Call) -> bool:
+    """Whether what *call* costs is known only at its end."""
+    return call.price is not None and not isinstance(call.price, FixedPrice) and not call.exempt
 
 
 def _in_doubt(charge: ChargePolicy | None) -> Any:
@@ -268,16 +384,21 @@ def _facts(call: Call) -> dict[str, Any]:
 def _sources(call: Call, charge: ChargePolicy, now: float) -> tuple[SourceAsk, ...]:
     asks: list[SourceAsk] = []
     plan = call.caller.plan if call.caller is not None else None
-    for source in charge.sources:
-        if isinstance(source, Allowance):
-            limit = call.unit.parts(source.limit_for(plan), f"allowance {source.name!r}")
-            if source.days is not None:
-                asks.append(AllowanceSource(source.name, limit, window_s=source.days * DAY_S))
-                continue
-            edges = boundaries(Period(source.per), source.zone, now, source.anchor)
-            asks.append(AllowanceSource(source.name, limit, edges))
-        else:
-            asks.append(WalletSource())
+    for payer, members in groupby(charge.sources, key=attrgetter("payer")):
+        group = list(members)
+        split = any(source.split for source in group)
+        place = ("", "", split) if payer is None else (call.accounts.get(payer.name, ""), payer.name, split)
+        for source in group:
+            if isinstance(source, Allowance):
+                limit = call.unit.parts(source.limit_for(plan), f"allowance {source.name!r}")
+                if source.days is not None:
+                    asks.append(AllowanceSource(source.name, limit, (), source.days * DAY_S, *place))
+                    continue
+                edges = boundaries(Period(source.per), source.zone, now, source.anchor)
+                asks.append(AllowanceSource(source.name, limit, edges, 0.0, *place))
+            else:
+                overdraft = call.unit.parts(source.overdraft, "overdraft") if source.overdraft else 0
+                asks.append(WalletSource(overdraft, *place))
     return tuple(asks)
 
 
@@ -293,8 +414,6 @@ async def _limits(
     cost = rate.cost
     if isinstance(cost, From):
         cost = await cost.compute(call, arguments)
-    if type(cost) is not int or cost < 0:
-        raise ConfigurationError(f"The cost {cost!r} of {rate.scope!r} is not an int from 0 up.")
     for limit in rate.limits:
         taken = cost if limit.meter == REQUESTS else await _weight(call, limit, arguments)
         limits.append(_limit_ask(rate, limit, key, taken, now))
@@ -314,7 +433,7 @@ def _limit_ask(rate: RatePolicy, limit: RateLimit, key: str, cost: int, now: flo
 
 async def _weight(call: Call, limit: RateLimit, arguments: Mapping[str, Any]) -> int:
     """What a weighted limit takes by estimate; the call's end corrects it."""
-    estimate = call.estimate if isinstance(call.estimate, TokenUsage) else await estimate_arguments(arguments)
+    estimate = call.asked if call.asked is not None else await estimate_arguments(arguments)
     return usage_of(limit.meter, estimate) or 0
 
 
@@ -328,25 +447,20 @@ async def _key(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> st
     """What is counted together. Addresses and computed keys are hashed (S3.48); ids are not personal by contract."""
     wanted = rate.key
     if isinstance(wanted, From):
-        return _hashed(await wanted.compute(call, arguments), rate)
+        return _hashed(await wanted.compute(call, arguments))
     if wanted == "payer" and call.payer:
         return f"payer:{call.payer}"
     if wanted != "address" and call.caller is not None:
         return f"caller:{call.caller.id}"
     origin = call.opening.origin
     address = origin.address if origin is not None else None
-    if address is None:
+    if not address:
         raise MeteringError(
             f"The limits of {rate.scope!r} have nobody to count: no caller is known and the server reports no "
             f"address. Give rate_limited() a key, or Metering an identify function."
         )
-    return _hashed(address, rate)
+    return _hashed(address)
 
 
-def _hashed(value: object, rate: RatePolicy) -> str:
-    if not isinstance(value, str | int) or value == "":
-        raise ConfigurationError(
-            f"The key of {rate.scope!r} came out as {value!r}. It has to be a non-empty str or an int; an empty key "
-            f"would put everybody together."
-        )
+def _hashed(value: object) -> str:
     return hashlib.blake2b(str(value).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

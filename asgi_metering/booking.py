@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from asgi_metering.call import CURRENT, Call
+from asgi_metering.prices import FixedPrice
 from asgi_metering.usage import UsageReader
 
 if TYPE_CHECKING:
-    from asgi_metering.metering import Metering
+    from asgi_metering.clients import UpstreamClients
 
 __all__ = ["UpstreamBooking"]
 
@@ -29,7 +30,7 @@ class UpstreamBooking:
         metering: Whose readings and tallies.
     """
 
-    def __init__(self, metering: Metering) -> None:
+    def __init__(self, metering: UpstreamClients) -> None:
         self._metering = metering
 
     def started(self, provider: str) -> Call | None:
@@ -44,13 +45,23 @@ class UpstreamBooking:
         self._metering.quotas.record(provider, headers, status=status, started_at=started_at)
 
     def body_started(self, token: object, provider: str, reader: UsageReader, status: int) -> None:
-        """Give the call the reader while its body passes: heartbeats and hang-ups see what is known so far."""
+        """
+        Give the call the reader while its body passes: heartbeats and hang-ups see what is known so far.
+
+        Unless the price is fixed the reader keeps the text too, bounded: should the body break before it reports, its
+        own deltas are what was observed of it, also where the application transforms them (DESIGN 6).
+        """
         if not isinstance(token, Call):
             return
         if token.closed or len(token.exchanges) >= MAX_EXCHANGES:
             self._metering.meters.count("usage_late", line=token.line)
         else:
+            if not isinstance(token.price, FixedPrice):
+                reader.keep_text()
             token.exchanges.append((provider, reader, status))
 
     def finished(self, token: object, provider: str, reader: UsageReader, status: int) -> None:
-        """Nothing more: the call has the reader."""
+        """The call has the reader; the text of an answer that was reported to its end is given up."""
+        report = reader.report()
+        if report is not None and report.complete and report.usage is not None and not report.partial:
+            reader.forget_text()

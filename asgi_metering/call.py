@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -18,19 +18,26 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from asgi_metering.amounts import CREDITS, Unit
-from asgi_metering.decisions import Decision, Refusal
-from asgi_metering.errors import CallClosedError, ConfigurationError, NoCallError, UsageError
+from asgi_metering.attributes import Scalar, check_attributes
+from asgi_metering.decisions import Decision, Reason, Refusal
+from asgi_metering.errors import CallClosedError, ConfigurationError, NoCallError, PayerError, UsageError
 from asgi_metering.names import check_key
 from asgi_metering.policies import ChargePolicy, EndpointPolicy
 from asgi_metering.prices import MAX_AFFORDABLE, FixedPrice, MeasuredPrice
 from asgi_metering.receipts import Receipt
 from asgi_metering.rules.ending import Cause
+from asgi_metering.rules.operations import IdempotencyAsk
+from asgi_metering.sources import Wallet
 from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
 
 if TYPE_CHECKING:
+    from asgi_metering.amounts import Amount
+    from asgi_metering.guards import Part
     from asgi_metering.metering import Metering
+    from asgi_metering.sources import Payer, PaymentSource
 
 __all__ = [
+    "ALL_FEATURES",
     "CURRENT",
     "SCOPE_KEY",
     "BalanceStatus",
@@ -40,7 +47,9 @@ __all__ = [
     "Observer",
     "Opening",
     "Origin",
+    "Reply",
     "Reported",
+    "RequestBody",
     "current_call",
 ]
 
@@ -60,17 +69,19 @@ class Caller:
         payer: Whose balance pays; the caller itself by default (S3.37: they often differ).
         plan: Chooses allowances by plan.
         type: Filters lines that name callers; None is an ordinary caller.
-        attributes: Go on the usage event as they are. No secrets.
+        attributes: Go on the usage event: str, int, finite float or bool; None is left out. No secrets.
 
     Raises:
         InvalidKeyError: An id or payer that cannot be a key.
+        ConfigurationError: A type or plan that is no str, or an attribute that no event can carry. Raised inside
+            `identify` it is a failure of `identify`: 503, logged.
     """
 
     id: str
     payer: str = ""
     plan: str | None = None
     type: str | None = None
-    attributes: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    attributes: Mapping[str, Scalar | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_key(self.id, "caller id")
@@ -78,20 +89,40 @@ class Caller:
             check_key(self.payer, "payer")
         else:
             object.__setattr__(self, "payer", self.id)
+        for what, name in (("type", self.type), ("plan", self.plan)):
+            if name is not None and not isinstance(name, str):
+                raise ConfigurationError(f"The {what} {name!r} of caller {self.id!r} is no str. Pass its name.")
+        if not isinstance(self.attributes, Mapping):
+            raise ConfigurationError(
+                f"The attributes {self.attributes!r} of caller {self.id!r} are no mapping. Pass a dict of names to "
+                f"values."
+            )
+        if self.attributes:
+            object.__setattr__(self, "attributes", check_attributes(self.attributes, f"caller {self.id!r}"))
 
 
 class CallRefused(Exception):  # noqa: N818 -- a refusal is an answer on its way to the edge, not an error
     """
     The call may not run. Carries the decision to the edge, which answers it; nothing was consumed.
 
-    A plain `Exception`, so that every framework unwinds its dependencies on the way (pitfalls 13, 14).
+    A plain `Exception`, so that every framework unwinds its dependencies on the way (pitfalls 13, 14). Its message
+    says what the payer's own balance or allowance lacks, in whole units: a job's log has nothing else to tell by.
     """
 
     def __init__(self, call: Call, refusal: Refusal, decision: Decision | None = None) -> None:
-        super().__init__(f"Call {call.id!r} was refused: {refusal.reason.value} ({refusal.name}).")
+        told = f"Call {call.id!r} was refused: {refusal.reason.value} ({refusal.name}).{_lack(call, refusal)}"
+        super().__init__(told)
         self.call = call
         self.refusal = refusal
         self.decision = decision
+
+
+def _lack(call: Call, refusal: Refusal) -> str:
+    """What the payer's own account lacked; of limits and pools nothing, for others count in them as well."""
+    if refusal.reason not in (Reason.CREDITS, Reason.ALLOWANCE):
+        return ""
+    required, available = call.unit.whole(refusal.required or 0), call.unit.whole(refusal.available or 0)
+    return f" It needs {required:f} {call.unit.name} and {available:f} are available."
 
 
 class Origin(Protocol):
@@ -108,6 +139,30 @@ class Origin(Protocol):
     @property
     def request_id(self) -> str | None:
         """The correlation id that the client sent, cleaned."""
+
+    @property
+    def target(self) -> tuple[bytes, ...]:
+        """Method, path and query."""
+
+    def fields(self, name: str) -> list[str]:
+        """The lines of the header field of this name, in lower case."""
+
+
+class RequestBody(Protocol):
+    """The body of a request."""
+
+    async def digest(self) -> bytes:
+        """SHA-256 of it; raises `keying.BodyError` where it cannot be told."""
+
+
+class Reply(Protocol):
+    """The answer of a call as it passes to the client."""
+
+    def told(self) -> Mapping[str, Any] | None:
+        """The answer, JSON-safe, for repeats of the request; None where it was not kept whole."""
+
+    def lose(self) -> None:
+        """Say that some of it passed unseen."""
 
 
 class Observer(Protocol):
@@ -145,9 +200,10 @@ class Opening:
         origin: Where it came from.
         call: The call, once somebody asked for it.
         closed: The request is over; code that outlives it must not admit or charge (pitfall 1).
+        request_body: Answers the request's body; None outside HTTP.
     """
 
-    __slots__ = ("call", "closed", "features", "free", "metering", "origin", "unenforced")
+    __slots__ = ("call", "closed", "features", "free", "metering", "origin", "request_body", "unenforced")
 
     def __init__(
         self,
@@ -165,6 +221,7 @@ class Opening:
         self.unenforced = unenforced
         self.call: Call | None = None
         self.closed = False
+        self.request_body: Callable[[], RequestBody] | None = None
 
     def check(self) -> None:
         """Raise `CallClosedError` if the request is over."""
@@ -180,6 +237,9 @@ class Opening:
             self.call = Call(self)
         return self.call
 
+
+ALL_FEATURES = frozenset({"events", "quotas", "rates", "credits"})
+"""What layers may enable; the whole stack enables all."""
 
 SCOPE_KEY = "asgi_metering.opening"
 """Where the edge puts the opening into a connection's scope."""
@@ -219,11 +279,13 @@ class Call:
     Attributes:
         id: Unique; also the id of its hold, its receipt and its usage event.
         caller: Who calls; None until the gate asked, or where nobody is known.
-        payer: Who pays; None until admitted.
+        payer: Whose account pays; None until admitted.
         held: Smallest parts set aside.
         unit: What is counted.
         line: The billing line; empty on routes that are not billable.
         receipt: What the end did; None until the ledger answered.
+        attributes: What else the usage event says, for the handler to set: str, int, finite float or bool. What is none
+            of these is told as text, with an alarm; None is left out.
     """
 
     __slots__ = (
@@ -231,6 +293,9 @@ class Call:
         "_endings",
         "_gate",
         "_identified",
+        "_inherited",
+        "accounts",
+        "asked",
         "attributes",
         "caller",
         "cause",
@@ -251,6 +316,7 @@ class Call:
         "line",
         "observed_parts",
         "observer",
+        "once",
         "opening",
         "payer",
         "pending",
@@ -258,7 +324,9 @@ class Call:
         "price",
         "receipt",
         "refusal",
+        "reply",
         "reports",
+        "shared",
         "started_at",
         "status",
         "trace",
@@ -272,6 +340,9 @@ class Call:
         self.caller: Caller | None = None
         self._identified = False
         self.payer: str | None = None
+        # Accounts of the payers that the sources name, by their names.
+        self.accounts: Mapping[str, str] = {}
+        self._inherited: Payer | None = None
         self.policy: EndpointPolicy | None = None
         self.charge: ChargePolicy | None = None
         self.price: FixedPrice | MeasuredPrice | None = None
@@ -279,13 +350,15 @@ class Call:
         self.line = ""
         self.held = 0
         self.estimate: TokenUsage | Decimal | None = None
+        # What the request asks for in tokens, also where the hold is an amount; None for a fixed price.
+        self.asked: TokenUsage | None = None
         self.decision: Decision | None = None
         self.refusal: Refusal | None = None
         self.pending: Mapping[str, Any] | None = None
         self.deferred = False
         self._gate = _Gate.OPEN
         self._decided: asyncio.Future[None] | None = None
-        self._endings: list[asyncio.Future[Receipt | None]] = []
+        self._endings: list[asyncio.Future[Receipt | None]] | None = []
         self.cause: Cause | None = None
         self.status: int | None = None
         self.first_byte = False
@@ -302,8 +375,12 @@ class Call:
         self.trace: Mapping[str, str] = {}
         self.facts: Mapping[str, Any] = {}
         self.has_hold = False
+        # What makes it run once, and its answer for repeats; the hashed key of the calls that it is charged with.
+        self.once: IdempotencyAsk | None = None
+        self.reply: Reply | None = None
+        self.shared: str | None = None
         self.ttl_s = opening.metering.ttl_s
-        self.attributes: dict[str, str | int | float | bool] = {}
+        self.attributes: dict[str, Scalar] = {}
 
     # -- what handlers use ---------------------------------------------------------------------------------
 
@@ -316,6 +393,15 @@ class Call:
     def admitted(self) -> bool:
         """Whether the call was let in and has not been refused."""
         return self.decision is not None and self.refusal is None
+
+    @property
+    def joined(self) -> bool:
+        """
+        Whether another call of its charge key pays for this one, or has paid; False for the one that pays.
+
+        Source: S0.35 (whether what the key stands for was counted already).
+        """
+        return self.admitted and self.decision is not None and self.decision.joined
 
     def record(self, usage: TokenUsage, *, model: str | None = None, provider: str | None = None) -> None:
         """
@@ -332,7 +418,9 @@ class Call:
         if self.closed:
             self.metering.meters.count("usage_late", line=self.line)
             raise CallClosedError(f"Call {self.id!r} has ended, so its usage can no longer be reported.")
-        self.reports.append(Reported(usage, model, provider))
+        # Names of an enum, say: no store could write them, nor tell them from their text.
+        named = [None if name is None else str(name) for name in (model, provider)]
+        self.reports.append(Reported(usage, *named))
 
     def fail(self, reason: str) -> None:
         """
@@ -349,24 +437,32 @@ class Call:
         if self.failure is None:
             self.failure = str(reason)[:200]
 
-    def affordable(self, kind: str = "output") -> int:
+    def affordable(self, kind: Literal["input", "output"] = "output") -> int:
         """
         How many tokens of *kind* this call's own hold still pays for: clamp ``max_tokens`` to it.
 
-        No round trip. The input that the hold was estimated from counts as used. Where nothing is held because
-        nothing is charged, or the price is not per token, the answer is a number without effect.
+        No round trip. What was used already counts: what the handler reported, else what upstream exchanges told, or
+        showed while they run. For output the input of the request counts as used before it is: as the hold was
+        estimated, or as the request shows where the hold is an amount, with its cache reads and writes, unless what
+        was used costs more. So that usage and as many tokens cost no more than the hold (DESIGN "A hold's size").
+        Where nothing is held because nothing is charged, or the price is not per token, the answer is a number without
+        effect.
 
         Raises:
             ConfigurationError: *kind* cannot be afforded one by one.
         """
+        from asgi_metering.measuring import committed_usage
+
         if self.price is None or isinstance(self.price, FixedPrice) or self.exempt or not self.admitted:
             return MAX_AFFORDABLE
-        used = TokenUsage()
-        if isinstance(self.estimate, TokenUsage) and kind == "output":
-            used = TokenUsage(input=self.estimate.input, cached=self.estimate.cached)
+        try:
+            used = committed_usage(self, self.price, expected=kind == "output")
+        except UsageError:
+            # More than can be counted is more than any hold pays.
+            return 0
         return self.price.affordable(kind, self.unit.whole(self.held), used)
 
-    async def admit(self, *policies: Any, **arguments: Any) -> None:
+    async def admit(self, *policies: Part | Amount, **arguments: Any) -> None:
         """
         Ask for admission at an exact point of the handler: the explicit gate (S4.6).
 
@@ -384,9 +480,68 @@ class Call:
 
         await self.gate(gather(policies, "current_call.admit", arguments), arguments)
 
-    def preset(self, caller: Caller, payer: str) -> None:
-        """Say who calls and who pays, where no connection can be asked."""
-        self.caller, self.payer = caller, payer
+    @property
+    def paid_by(self) -> Payer | None:
+        """
+        The `Payer` that pays, with its credential and header fields; None is the call's own payer.
+
+        A call inside of another one has the same, unless it names its own (S0.27). Where nothing is held because
+        nothing is charged, it is the first choice of the route (S0.26). None until admitted.
+
+        Raises:
+            PayerError: A call of another route with other payers pays, by a shared charge key.
+        """
+        decision = self.decision if self.admitted else None
+        if decision is None:
+            return None
+        sources = self.charge.sources if self.charge is not None else ()
+        if not decision.payer and sources:
+            return sources[0].payer or self._inherited
+        if not decision.group:
+            return self._inherited
+        for source in sources:
+            if source.payer is not None and source.payer.name == decision.group:
+                return source.payer
+        raise PayerError(
+            f"Call {self.id!r} is paid by the payer {decision.group!r}, which is none of its own route's. Name the "
+            f"same payers wherever a charge key is shared."
+        )
+
+    @property
+    def payer_switched(self) -> bool:
+        """Whether another payer than the first choice of the route pays, since that one could not (S0.38)."""
+        if not self.admitted or self.charge is None or self.decision is None or not self.decision.payer:
+            return False
+        return not self._pays(self.charge.sources[0])
+
+    async def credential(self) -> Any:
+        """
+        Ask for the credential of whoever pays this call: what its work is done with, along with `paid_by.headers`.
+
+        Asked anew each time, and kept nowhere.
+
+        Raises:
+            PayerError: There is none, or its function failed. Let it rise: no other credential may stand in for it
+                (S0.24, S0.25). Also where the call's own payer pays, for that one has no `Payer` object.
+        """
+        payer = self.paid_by
+        if payer is None:
+            raise PayerError(
+                f"Call {self.id!r} has no payer with a credential. Name one in its sources: "
+                f"Wallet(payer=Payer('own', credential=function))."
+            )
+        return await payer.credential_of(self, self.pending or {})
+
+    def preset(self, caller: Caller, payer: str, inherited: Payer | None = None) -> None:
+        """
+        Say who calls and who pays, where no connection can be asked.
+
+        Args:
+            caller: Who calls.
+            payer: Whose account pays.
+            inherited: The `Payer` of the call around this one.
+        """
+        self.caller, self.payer, self._inherited = caller, payer, inherited
         self._identified = True
 
     # -- the gate ------------------------------------------------------------------------------------------
@@ -407,7 +562,7 @@ class Call:
 
         Raises:
             CallRefused: It may not run; nothing was consumed.
-            CallClosedError: It has ended.
+            CallClosedError: It has ended, also while it waited for its admission, which is then given back.
             ConfigurationError: It is admitted under another policy already.
 
         In a free request (HEAD, OPTIONS) everything passes and nothing is asked, the explicit gate included.
@@ -489,13 +644,23 @@ class Call:
     @property
     def warning_level(self) -> int | None:
         """Smallest parts of the paying source below which what is left is worth a warning; None: never (S3.6)."""
+        source = self._paying_source
+        if source is None:
+            return None
+        return source.warning_level(self.unit, self.caller.plan if self.caller is not None else None)
+
+    @property
+    def _paying_source(self) -> PaymentSource | None:
         if self.decision is None or self.charge is None or self.decision.source is None:
             return None
-        plan = self.caller.plan if self.caller is not None else None
         for source in self.charge.sources:
-            if source.name == self.decision.source:
-                return source.warning_level(self.unit, plan)
+            if source.name == self.decision.source and self._pays(source):
+                return source
         return None
+
+    def _pays(self, source: PaymentSource) -> bool:
+        """Whether *source* belongs to the payer that pays."""
+        return self.decision is not None and self.decision.group == ("" if source.payer is None else source.payer.name)
 
     @property
     def balance_status(self) -> BalanceStatus:
@@ -509,7 +674,14 @@ class Call:
         if available is None:
             return "ok"
         level = self.warning_level
-        return "blocked" if available <= 0 else "warning" if level is not None and available < level else "ok"
+        left = available + self._overdraft
+        return "blocked" if left <= 0 else "warning" if level is not None and available < level else "ok"
+
+    @property
+    def _overdraft(self) -> int:
+        """Smallest parts that the paying wallet may owe: with these left it is not at its end."""
+        source = self._paying_source
+        return self.unit.parts(source.overdraft, "overdraft") if isinstance(source, Wallet) else 0
 
     @property
     def is_refused(self) -> bool:
@@ -522,18 +694,21 @@ class Call:
             self.cause = cause
 
     def expects_ending(self) -> asyncio.Future[Receipt | None]:
-        """A future of the receipt, for who has to wait for the end."""
+        """A future of the receipt, for who has to wait for the end; None where the end could not be booked."""
         future: asyncio.Future[Receipt | None] = asyncio.get_running_loop().create_future()
-        self._endings.append(future)
+        if self._endings is None:
+            future.set_result(self.receipt)
+        else:
+            self._endings.append(future)
         return future
 
     def ended(self, receipt: Receipt | None) -> None:
         """The ledger has answered."""
         self.receipt = receipt
-        for future in self._endings:
+        endings, self._endings = self._endings, None
+        for future in endings or ():
             if not future.done():
                 future.set_result(receipt)
-        self._endings.clear()
 
 
 async def ask_admission(call: Call, arguments: Mapping[str, Any]) -> None:

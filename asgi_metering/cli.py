@@ -1,56 +1,101 @@
 """
 The command line: thin over `Metering`. Tables for people, ``--json`` for programs.
 
-Every command but ``demo`` and ``routes`` opens the store that ``--store`` or ``ASGI_METERING_STORE`` names.
+Every command but ``demo`` and ``routes`` opens the store that ``--store`` or ``ASGI_METERING_STORE`` names; only
+``grant`` makes a new one. Every command but ``demo`` has ``--json``, whose output is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib
+import inspect
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.errors import ConfigurationError, MeteringError, MissingExtraError
+from asgi_metering.ledger import Checked
 from asgi_metering.metering import ALL_FEATURES, Metering
+from asgi_metering.receipts import Posting, Receipt
 
 __all__ = ["main"]
 
 
+EXIT_CODES = """\
+exit codes:
+  0    it did what was asked
+  1    what it checked is not so: errors of routes, books that do not balance, a step of the demo
+  2    it could not be done: a mistake in the arguments or set-up, or no answer from the store
+  130  Ctrl-C
+  141  whoever read the output left
+"""
+
+MAX_PORT = 65_535
+
+MAX_SHOWN = 300
+"""Characters of a foreign error that one line repeats."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """
-    Run one command.
+    Run one command, and return its exit code: see `EXIT_CODES`.
 
-    Returns:
-        0 when it did what was asked; 1 when what it checked is not so; 2 for a mistake in the arguments or set-up.
+    Answers go to the standard output, mistakes in one line to the standard error.
     """
     given = _parser().parse_args(arguments)
     try:
-        return int(given.run(given))
+        code = int(given.run(given))
+        # Now, and not when the interpreter ends, where a reader that has left would show as a traceback.
+        sys.stdout.flush()
     except MeteringError as failure:
         print(f"asgi-metering: {failure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="asgi-metering", description=__doc__.splitlines()[1])
+    parser = argparse.ArgumentParser(
+        prog="asgi-metering",
+        description=__doc__.splitlines()[1],
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser("demo", help="play the demo: a gateway, a provider, a client, a ledger")
+
+    def command_of(name: str, help_text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=help_text,
+            description=help_text[0].upper() + help_text[1:] + ".",
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    demo = command_of("demo", "play the demo: a gateway, a provider, a client, a ledger")
     demo.add_argument("--serve", action="store_true", help="keep the gateway up afterwards")
-    demo.add_argument("--port", type=int, default=0, help="the gateway's port; a free one by default")
+    demo.add_argument("--port", type=_port, default=0, help="the gateway's port; a free one by default")
     demo.set_defaults(run=_demo)
-    routes = commands.add_parser("routes", help="audit an application: which route is metered how")
+    routes = command_of("routes", "audit an application: which route is metered how")
     routes.add_argument("app", help="module:attribute of the ASGI application")
-    routes.add_argument("--json", action="store_true")
+    routes.add_argument("--json", action="store_true", help="print JSON")
+    routes.add_argument(
+        "-v", "--verbose", action="store_true", help="show all of each policy, and the traceback of a failing import"
+    )
     routes.set_defaults(run=_routes)
     migrate = commands.add_parser("migrate", help="make the tables of a PostgreSQL store, or bring them up to date")
     migrate.add_argument("--store", default=os.environ.get("ASGI_METERING_STORE"), help="store URL")
@@ -61,10 +106,13 @@ def _parser() -> argparse.ArgumentParser:
         ("grant", _grant, "give units to a payer"),
         ("balance", _balance, "what a payer has"),
         ("statement", _statement, "the ledger of a payer"),
+        ("refund", _refund, "give back what a call was charged, or a part of it"),
         ("holds", _holds, "holds that have not ended"),
+        ("reconcile", _reconcile, "end the calls in doubt whose grace is over, each by the policy of its route"),
+        ("resolve", _resolve, "end one call as you decide, whatever its policy says"),
         ("check", _check, "prove that the books balance"),
     ):
-        command = commands.add_parser(name, help=help_text)
+        command = command_of(name, help_text)
         _store_options(command)
         command.set_defaults(run=run)
         if name in ("grant", "balance", "statement"):
@@ -73,22 +121,46 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("amount", help="whole units, such as 12.5")
             command.add_argument("--id", required=True, help="the payment's id: the same id grants once")
             command.add_argument("--priority", type=int, default=0)
-            command.add_argument("--expires", type=_moment, help="ISO 8601, with a zone")
+            command.add_argument("--expires", type=_moment, help="when what is left lapses: ISO 8601 with a zone")
             command.add_argument("--actor", default="cli")
+        if name in ("refund", "resolve"):
+            command.add_argument("call", help="the call's id: of its hold, its receipt and its event")
+        if name == "refund":
+            command.add_argument("--id", required=True, help="the refund's id: the same id refunds once")
+            command.add_argument("--amount", help="whole units; all that is left of the charge by default")
+            command.add_argument("--payer", help="whose account paid; needed once the call's hold is forgotten")
+            command.add_argument("--actor", default="cli")
+        if name == "resolve":
+            decision = command.add_mutually_exclusive_group(required=True)
+            decision.add_argument("--charge", metavar="AMOUNT", help="charge so many whole units")
+            decision.add_argument("--release", action="store_true", help="charge nothing, and give all of it back")
     return parser
 
 
 def _store_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--store", default=os.environ.get("ASGI_METERING_STORE"), help="store URL")
+    command.add_argument(
+        "--store", default=os.environ.get("ASGI_METERING_STORE"), help="store URL; ASGI_METERING_STORE by default"
+    )
     command.add_argument("--unit", default=f"{CREDITS.name}:{CREDITS.scale}", help="name:scale of the unit")
-    command.add_argument("--json", action="store_true")
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _moment(text: str) -> datetime:
-    moment = datetime.fromisoformat(text)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a date and time. Write 2027-01-01T00:00:00+00:00, say."
+        ) from None
     if moment.tzinfo is None:
-        raise argparse.ArgumentTypeError(f"{text!r} has no zone; write 2027-01-01T00:00:00+00:00")
+        raise argparse.ArgumentTypeError(f"{text!r} has no zone. Write 2027-01-01T00:00:00+00:00, say.")
     return moment
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > MAX_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port. Use a number up to {MAX_PORT}; 0 takes a free one.")
+    return int(text)
 
 
 def _demo(given: argparse.Namespace) -> int:
@@ -105,56 +177,184 @@ def _demo(given: argparse.Namespace) -> int:
 def _routes(given: argparse.Namespace) -> int:
     from asgi_metering.asgi.audit import audit
 
-    report = audit(_load(given.app), ALL_FEATURES, frozenset())
+    app = _load(given.app, verbose=given.verbose)
+    if not callable(app) or isinstance(app, type):
+        raise ConfigurationError(
+            f"{given.app!r} is {_kind(app)}, no ASGI application. Name the application itself, such as main:app."
+        )
+    report = audit(app, ALL_FEATURES, frozenset())
+    if not report.rows and inspect.isroutine(app) and not _takes_three(app):
+        raise ConfigurationError(
+            f"{given.app!r} is a function, but no ASGI application: it does not take scope, receive and send. Where it "
+            f"makes the application, call it in a module, app = {given.app.partition(':')[2]}(), and name that."
+        )
+    if not report.rows:
+        report.warnings.append(f"{given.app} has no route table that can be read, so nothing was checked.")
     rows = [_route(row) for row in report.rows]
     if given.json:
         print(json.dumps({"routes": rows, "errors": report.errors, "warnings": report.warnings}, indent=2))
     else:
-        _table(("path", "methods", "line", "price", "limits"), rows)
+        _table(("path", "methods", "line", "price", "unit", "limits", "concurrency"), rows)
+        if given.verbose:
+            _details(rows)
         for sentence in (*report.errors, *report.warnings):
             print(f"! {sentence}")
     return 1 if report.errors else 0
 
 
+def _kind(found: Any) -> str:
+    return f"the class {found.__qualname__}" if isinstance(found, type) else f"of type {type(found).__qualname__}"
+
+
+def _takes_three(function: Any) -> bool:
+    """Whether *function* can be called as an ASGI application is."""
+    try:
+        inspect.signature(function).bind({}, None, None)
+    except TypeError:
+        return False
+    except ValueError:
+        # It has no signature to read.
+        return True
+    return True
+
+
 def _route(row: Any) -> dict[str, Any]:
-    policy = row.policy
+    policy = row.policy or next(iter(row.policies), None)
     charge = policy.charge if policy is not None else None
-    limits = [limit.text for rates in (policy.rates if policy is not None else ()) for limit in rates.limits]
+    rates = policy.rates if policy is not None else ()
+    slots = [
+        f"{each.limit}{' of everybody' if each.level == 'global' else ''}"
+        for rate in rates
+        for each in rate.concurrency
+    ]
     shown: dict[str, Any] = {
         "path": row.path,
         "methods": ",".join(row.methods),
         "line": charge.line if charge is not None else "",
         "price": _price(charge.price) if charge is not None else "",
-        "limits": ", ".join(limits),
+        # Which one the metering counts is not seen from here.
+        "unit": _unit(charge.unit) if charge is not None else "",
+        "limits": ", ".join(limit.text for rate in rates for limit in rate.limits),
+        "concurrency": ", ".join(slots),
     }
     if charge is not None:
         from asgi_metering.rules.ending import END_OF_CALL
 
+        shown["hold"] = _hold(charge)
+        shown["sources"] = ", ".join(_source(source) for source in charge.sources)
+        shown["payer"] = "the caller's" if charge.payer is None else _function(charge.payer)
         shown["end"] = {situation.value: charge.end.basis(situation).value for situation in END_OF_CALL}
     return shown
 
 
+def _unit(unit: Unit | None) -> str:
+    return "" if unit is None else f"{unit.name}:{unit.scale}"
+
+
+def _hold(charge: Any) -> str:
+    """What a call sets aside."""
+    from asgi_metering.policies import From
+
+    estimate, least = charge.hold.estimate, charge.hold.at_least
+    if not charge.measured:
+        return "the price"
+    text = "estimated from the request" if estimate is None else str(estimate)
+    if isinstance(estimate, From):
+        text = _function(estimate)
+    return text if least is None else f"up to {text}, at least {least}"
+
+
+def _function(computed: Any) -> str:
+    function = computed.function
+    return f"{getattr(function, '__qualname__', type(function).__qualname__)}()"
+
+
+def _source(source: Any) -> str:
+    return source.name if source.payer is None else f"{source.name} of {source.payer.name}"
+
+
+def _details(rows: Iterable[dict[str, Any]]) -> None:
+    """The rest of each charge, a line for each part: what does not fit into a table."""
+    for row in rows:
+        if "end" not in row:
+            continue
+        print(f"\n{row['path']}  {row['methods']}".rstrip())
+        for name in ("hold", "sources", "payer"):
+            print(f"  {name}: {row[name]}")
+        for situation, basis in row["end"].items():
+            print(f"  {situation}: {basis}")
+
+
 def _price(price: Any) -> str:
+    from asgi_metering.policies import From
     from asgi_metering.prices import FixedPrice
 
+    if isinstance(price, From):
+        return _function(price)
     return format(price.amount, "f") if isinstance(price, FixedPrice) else type(price).__name__
 
 
-def _load(target: str) -> Any:
+def _load(target: str, *, verbose: bool) -> Any:
+    """
+    Import what *target* names.
+
+    Raises:
+        ConfigurationError: It is not there, or its module failed: in one line with the place, since most mistakes are
+            seen from there. With *verbose* the traceback comes before it, on the standard error.
+    """
     module, _, attribute = target.partition(":")
-    if not attribute:
+    if not module or not attribute:
         raise ConfigurationError(f"{target!r} names no application. Write module:attribute, such as main:app.")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as missing:
-        raise ConfigurationError(f"{target!r} cannot be imported: {missing}.") from missing
+        # What a module prints while it is imported is no part of our answer.
+        with contextlib.redirect_stdout(sys.stderr):
+            imported = importlib.import_module(module)
+    except ModuleNotFoundError as missing:
+        if missing.name is None or not f"{module}.".startswith(f"{missing.name}."):
+            raise _import_failed(target, missing, verbose=verbose) from missing
+        raise ConfigurationError(f"{target!r} cannot be imported: {missing}. Look at its spelling.") from missing
+    except (Exception, SystemExit) as failure:
+        raise _import_failed(target, failure, verbose=verbose) from failure
+    try:
+        return getattr(imported, attribute)
+    except AttributeError as missing:
+        raise ConfigurationError(f"{target!r} cannot be imported: {missing}. Look at its spelling.") from missing
+
+
+def _import_failed(target: str, failure: BaseException, *, verbose: bool) -> ConfigurationError:
+    mend = "Mend that module."
+    if verbose:
+        traceback.print_exception(failure)
+    else:
+        mend = "Mend that module; --verbose shows the traceback."
+    said = " ".join(str(failure).split())
+    said = said if len(said) <= MAX_SHOWN else f"{said[:MAX_SHOWN]}..."
+    return ConfigurationError(
+        f"{target!r} cannot be imported, since its code raised {type(failure).__name__}{_place(failure)}: "
+        f"{said or 'without a word'}{'' if said.endswith('.') else '.'} {mend}"
+    )
+
+
+def _place(failure: BaseException) -> str:
+    """Where the user's own code was: the innermost line that belongs neither to Python nor to a package."""
+    if isinstance(failure, SyntaxError):
+        # Its words name the line already.
+        return ""
+    steps = traceback.extract_tb(failure.__traceback__)
+    own = [
+        step
+        for step in steps
+        if Path(step.filename).is_relative_to(Path.cwd()) and "site-packages" not in step.filename
+    ]
+    return f" at {Path(own[-1].filename).relative_to(Path.cwd())}, line {own[-1].lineno}" if own else ""
 
 
 # -- the ledger --------------------------------------------------------------------------------------------
 
 
-def _metering(given: argparse.Namespace) -> tuple[Metering, Unit]:
+def _metering(given: argparse.Namespace, *, makes: bool = False) -> tuple[Metering, Unit]:
+    """The metering of the named store; one that is not there yet is an error unless the command *makes* it."""
     if not given.store:
         raise ConfigurationError("No store is named. Pass --store sqlite:///metering.db, or set ASGI_METERING_STORE.")
     name, _, scale = given.unit.partition(":")
@@ -164,7 +364,19 @@ def _metering(given: argparse.Namespace) -> tuple[Metering, Unit]:
     metering = Metering(given.store, unit=unit, sinks=())
     if not metering.store.durable:
         raise ConfigurationError(f"The {metering.store.name} store keeps nothing between commands. Name a durable one.")
+    if not makes:
+        _check_there(given.store)
     return metering, unit
+
+
+def _check_there(url: str) -> None:
+    """Refuse a database that is not there: opening it would make it, and show the empty books of a mistyped name."""
+    parts = urlsplit(url)
+    file = Path(unquote(parts.path)[1:])
+    if parts.scheme == "sqlite" and not file.exists():
+        raise ConfigurationError(
+            f"There is no database '{file}'. Look at its spelling; the first grant or the application makes one."
+        )
 
 
 def _migrate(given: argparse.Namespace) -> int:
@@ -187,7 +399,7 @@ def _migrate(given: argparse.Namespace) -> int:
 
 
 def _grant(given: argparse.Namespace) -> int:
-    metering, unit = _metering(given)
+    metering, unit = _metering(given, makes=True)
 
     async def run() -> Any:
         async with metering:
@@ -243,6 +455,60 @@ def _statement(given: argparse.Namespace) -> int:
     return 0
 
 
+def _refund(given: argparse.Namespace) -> int:
+    metering, unit = _metering(given)
+
+    async def run() -> Posting:
+        async with metering:
+            return await metering.refund(
+                given.call, id=given.id, amount=given.amount, payer=given.payer, actor=given.actor
+            )
+
+    posting = asyncio.run(run())
+    row = {
+        "id": posting.id,
+        "payer": posting.payer,
+        "refunded": unit.text(-posting.amount),
+        "returned": unit.text(posting.returned),
+        "lapsed": unit.text(posting.lapsed),
+        "applied": posting.applied,
+        "available": unit.text(posting.available),
+    }
+    _show(given, tuple(row), [row])
+    return 0
+
+
+def _reconcile(given: argparse.Namespace) -> int:
+    metering, _ = _metering(given)
+
+    async def run() -> list[str]:
+        async with metering:
+            return await metering.reconcile()
+
+    ended = asyncio.run(run())
+    _show(given, ("ended",), [{"ended": call} for call in ended])
+    return 0
+
+
+def _resolve(given: argparse.Namespace) -> int:
+    metering, unit = _metering(given)
+
+    async def run() -> Receipt:
+        async with metering:
+            return await metering.resolve(given.call, charge=given.charge)
+
+    receipt = asyncio.run(run())
+    row = {
+        "id": receipt.id,
+        "payer": receipt.payer,
+        "charged": _amount(unit, receipt.unit, receipt.amount),
+        "ended_by": receipt.ended_by.value,
+        "applied": receipt.applied,
+    }
+    _show(given, tuple(row), [row])
+    return 0
+
+
 def _holds(given: argparse.Namespace) -> int:
     metering, unit = _metering(given)
 
@@ -255,7 +521,7 @@ def _holds(given: argparse.Namespace) -> int:
             "id": hold.id,
             "payer": hold.payer,
             "line": hold.line,
-            "amount": unit.text(hold.amount),
+            "amount": _amount(unit, hold.unit, hold.amount),
             "state": hold.state.value,
             "since": _time(hold.created_at),
         }
@@ -268,19 +534,26 @@ def _holds(given: argparse.Namespace) -> int:
 def _check(given: argparse.Namespace) -> int:
     metering, _ = _metering(given)
 
-    async def run() -> list[str]:
+    async def run() -> Checked:
         async with metering:
             return await metering.check()
 
     wrong = asyncio.run(run())
     if given.json:
-        print(json.dumps({"balanced": not wrong, "discrepancies": wrong}, indent=2))
+        proof = {"balanced": not wrong, "accounts": wrong.accounts, "discrepancies": wrong}
+        print(json.dumps(proof, indent=2))
     else:
-        print("\n".join(wrong) or "The books balance.")
+        accounts = f"{wrong.accounts} account{'' if wrong.accounts == 1 else 's'}"
+        print("\n".join(wrong) or f"The books balance: {accounts} proven.")
     return 1 if wrong else 0
 
 
 # -- showing -----------------------------------------------------------------------------------------------
+
+
+def _amount(unit: Unit, name: str, parts: int) -> str:
+    """Whole units where the unit is the one that was named; another one's scale is not known here."""
+    return unit.text(parts) if unit.name == name else f"{parts} smallest parts of {name}"
 
 
 def _time(epoch_s: float) -> str:
@@ -299,3 +572,7 @@ def _table(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
     widths = [max(len(line[at]) for line in lines) for at in range(len(columns))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,6 +24,7 @@ __all__ = [
     "StoreError",
     "StoreUnavailableError",
     "UnknownHoldError",
+    "UnwritableError",
     "UsageError",
 ]
 
@@ -115,7 +116,12 @@ class IdempotencyConflictError(MeteringError, ValueError):
 
 
 class SettlementError(MeteringError):
-    """The work was done, but its end could not be booked yet; it is queued and retried (S3.10)."""
+    """
+    The work was done, but its end is not booked.
+
+    Where the store is down it is queued and retried (S3.10); an end that cannot be booked at all is logged, and its
+    hold is ended by its policy when it expires.
+    """
 
 
 class StoreError(MeteringError):
@@ -128,3 +134,7 @@ class StoreUnavailableError(StoreError):
 
 class StoreContendedError(StoreError):
     """Bounded retries against concurrent writers are spent."""
+
+
+class UnwritableError(StoreError):
+    """The store works, and cannot run this one operation however often it is asked: something in it is not writable."""

@@ -27,6 +27,7 @@ PER_MESSAGE_TOKENS = 3
 
 _OUTPUT_BOUNDS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 _PROMPTS = ("messages", "input", "prompt", "system", "instructions")
+_TOKENISED = ("input", "prompt")
 _BODY_MARKS = frozenset((*_OUTPUT_BOUNDS, *_PROMPTS, "model"))
 
 
@@ -53,7 +54,8 @@ async def estimate_body(body: Mapping[str, Any], default_output: int = DEFAULT_O
             from ``max_completion_tokens``, ``max_output_tokens`` or ``max_tokens``, times ``n``.
         default_output: Output tokens where the body names no bound.
 
-    Input is counted by the tokenizer, or estimated where it is missing; long texts off the event loop.
+    Input is counted by the tokenizer, or estimated where it is missing; long texts off the event loop. Where ``input``
+    or ``prompt`` gives token ids instead of text, as embeddings take them, each id is a token.
     """
     texts = [text for key in _PROMPTS for text in _texts(body.get(key))]
     tools = body.get("tools")
@@ -66,7 +68,19 @@ async def estimate_body(body: Mapping[str, Any], default_output: int = DEFAULT_O
     )
     bound = next((bound for key in _OUTPUT_BOUNDS if (bound := _whole(body.get(key))) is not None), default_output)
     answers = _whole(body.get("n")) or 1
-    return TokenUsage(input=counted.tokens + around, output=min(bound * answers, MAX_OUTPUT_TOKENS))
+    ids = sum(_ids(body.get(key)) for key in _TOKENISED)
+    return TokenUsage(input=counted.tokens + around + ids, output=min(bound * answers, MAX_OUTPUT_TOKENS))
+
+
+def _ids(value: Any) -> int:
+    """How many token ids *value* holds: a list of them, or one list for each text."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray):
+        return 0
+    return sum(1 if type(part) is int else _flat_ids(part) for part in value)
+
+
+def _flat_ids(value: Any) -> int:
+    return sum(type(part) is int for part in value) if isinstance(value, list | tuple) else 0
 
 
 def _whole(value: Any) -> int | None:
@@ -83,12 +97,21 @@ async def _as_body(value: Any) -> Mapping[str, Any] | None:
 
 
 async def _request_body(request: Any) -> Mapping[str, Any] | None:
+    if not _may_be_json(request.headers.get("content-type", "")):
+        # An upload may be large, and the endpoint may want it piece by piece.
+        return None
     try:
         body = await request.json()
     except (ValueError, RecursionError):
         # What is not JSON is for the endpoint to complain about.
         return None
     return body if isinstance(body, Mapping) and _BODY_MARKS & body.keys() else None
+
+
+def _may_be_json(content_type: str) -> bool:
+    """Whether a body may be a request to a model; many clients name no type, or ``text/plain``."""
+    media = content_type.partition(";")[0].strip().lower()
+    return media in ("", "text/plain", "application/x-www-form-urlencoded") or "json" in media
 
 
 def _plain(value: Any) -> Any:

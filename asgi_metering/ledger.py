@@ -40,6 +40,10 @@ POSTED = {"reason": "posted"}
 """What the usage event of a posting says of its admission: there was none."""
 
 
+LOOKED_AT = 10_000
+"""Live holds that are looked through at once for those that are due; four times as many while there are more."""
+
+
 class Checked(list[str]):
     """
     What `Ledger.check` found: a sentence per discrepancy.
@@ -312,21 +316,34 @@ class Ledger(abc.ABC):
         """
         ended: list[str] = []
         await self.start()
-        while True:
-            now, before = await self.store.read(LiveHolds(limit))
-            due = [hold.id for hold in before.holds.values() if hold.due_at <= now]
-            if not due:
-                return ended
+        due = await self._due()
+        while due:
             await self._submit(Sweep(limit))
-            _, after = await self.store.read(LiveHolds(limit))
-            gone = [hold_id for hold_id in due if hold_id not in after.holds]
+            left = await self._due()
+            gone = [hold_id for hold_id in due if hold_id not in left]
             ended.extend(gone)
             if not gone:
-                return ended
+                break
+            due = left
+        return ended
 
-    async def resolve(self, call: str, *, charge: Amount | None = None) -> Receipt:
+    async def _due(self) -> dict[str, Hold]:
+        """Holds whose grace is over, by id. They may stand anywhere among those that live, so all of these are read."""
+        limit = LOOKED_AT
+        while True:
+            now, state = await self.store.read(LiveHolds(limit))
+            if len(state.holds) < limit:
+                return {hold.id: hold for hold in state.holds.values() if hold.due_at <= now}
+            limit *= 4
+
+    async def resolve(self, call: str, *, charge: Amount | None = None, unit: Unit | None = None) -> Receipt:
         """
         End the hold of a call as a person decides: charge so much, or nothing.
+
+        Args:
+            call: The call's id.
+            charge: Whole units; None gives everything back.
+            unit: Of the call, where it is not the metering's.
 
         What the call's own end says later is recorded, and not charged (DESIGN "Holds"). A hold that has ended already
         answers its receipt with ``applied=False``.
@@ -336,7 +353,7 @@ class Ledger(abc.ABC):
             AmountError: No usable amount.
         """
         hold = await self._hold(check_key(call, "call id"))
-        amount = None if charge is None else self._named(hold.unit, None).parts(charge, "charge")
+        amount = None if charge is None else self._named(hold.unit, unit).parts(charge, "charge")
         basis = Basis.NONE if charge is None else Basis.OBSERVED
         event = {"outcome": "aborted", "reason": "resolved"} if self.tells else None
         ask = End(call, amount, basis, by=EndedBy.PERSON, event=event, failed=charge is None)

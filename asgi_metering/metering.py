@@ -8,47 +8,57 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
-from datetime import datetime
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, Unpack
 
-from asgi_metering.amounts import CREDITS, Amount, Unit
-from asgi_metering.call import CURRENT, Call, Caller, Opening, Origin
+from asgi_metering.alarms import Alarms
+from asgi_metering.amounts import CREDITS, Unit
+from asgi_metering.call import ALL_FEATURES, CURRENT, Call, Caller, Opening, Origin
+from asgi_metering.clients import UpstreamClients
+from asgi_metering.computed import check_sync, is_async
 from asgi_metering.decisions import Decision
 from asgi_metering.errors import ConfigurationError, IdentityError, SettlementError
 from asgi_metering.events.metrics import Meters
+from asgi_metering.events.records import whole_units
 from asgi_metering.events.sinks import Sink
 from asgi_metering.events.span import annotate_span, current_trace
-from asgi_metering.names import check_key
-from asgi_metering.policies import EndpointPolicy
-from asgi_metering.receipts import Balance, Entry, GrantReceipt
-from asgi_metering.rules.book import Book
-from asgi_metering.rules.conservation import discrepancies
+from asgi_metering.ledger import Ledger
+from asgi_metering.outside import leave, planned, prepared
+from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldSize, Price
+from asgi_metering.portal import Portal
+from asgi_metering.receipts import Balance
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.ending import Cause
-from asgi_metering.rules.operations import Admit, Operation, PostGrant
-from asgi_metering.rules.state import NEVER, Account, Hold
+from asgi_metering.rules.operations import Admit, Declare, Operation, Preview
 from asgi_metering.runtime import Runtime
-from asgi_metering.stores.contract import AccountRows, AccountsAfter, EntriesAfter, LiveHolds, Store
+from asgi_metering.stores.contract import Store
 from asgi_metering.stores.urls import store_from_url
+from asgi_metering.stores.use import StoreUse
 from asgi_metering.upstream.readings import QuotaReadings
+
+if TYPE_CHECKING:
+    from starlette.requests import HTTPConnection
+
+    from asgi_metering.sources import PaymentSource
+    from asgi_metering.standing import AllowanceStatus, Previewed
 
 __all__ = ["ALL_FEATURES", "Metering"]
 
-ALL_FEATURES = frozenset({"events", "quotas", "rates", "credits"})
-"""The layers by what they enable."""
+log = logging.getLogger("asgi_metering")
 
 StoreDown = Literal["deny", "allow"]
 
-Identify = Callable[[Any], Awaitable[Caller | None] | Caller | None]
+Identify: TypeAlias = "Callable[[HTTPConnection], Awaitable[Caller | None] | Caller | None]"
+"""Who is behind a connection; None is nobody."""
 
 
-class Metering:
+class Metering(Ledger, UpstreamClients):
     """
     One metering: a store, who calls, in what unit, and where events go.
 
@@ -72,7 +82,8 @@ class Metering:
         ConfigurationError: An argument or URL that cannot work; the sentence says what can.
         MissingExtraError: The store's driver is not installed.
 
-    Used as ``async with metering:``, or by the middleware's lifespan, or lazily by the first call.
+    Used as ``async with metering:``, or by the middleware's lifespan, or lazily by the first call; in several event
+    loops at once if need be, whose backgrounds are apart and whose store is one: the last to stop closes it.
     """
 
     def __init__(
@@ -93,6 +104,15 @@ class Metering:
     ) -> None:
         if identify is not None and not callable(identify):
             raise ConfigurationError(f"identify={identify!r} cannot be called. Pass a function of the connection.")
+        if not isinstance(unit, Unit):
+            raise ConfigurationError(f"unit={unit!r} is no Unit. Declare one: Unit('credits', scale=6).")
+        if new_id is not None:
+            _check_new_id(new_id)
+        if run_sync is not None and not is_async(run_sync):
+            raise ConfigurationError(
+                f"run_sync={run_sync!r} is no async function. Write one: async def run_sync(work): ..., and await in "
+                f"it whatever runs work() elsewhere."
+            )
         for name, seconds in {
             "store_timeout_s": store_timeout_s,
             "ttl_s": ttl_s,
@@ -106,16 +126,22 @@ class Metering:
         self.unit = unit
         self.store_timeout_s = store_timeout_s
         self.end_timeout_s = max(5.0, store_timeout_s)
-        self.on_store_down: Mapping[str, StoreDown] = _store_down(on_store_down or {})
+        self.on_store_down: Mapping[str, StoreDown] = _store_down({} if on_store_down is None else on_store_down)
         self.ttl_s, self.grace_s, self.max_call_s, self.drain_s = ttl_s, grace_s, max_call_s, drain_s
         self.run_sync = run_sync or _run_in_thread
         self.new_id = new_id or _new_id
         self.quotas = QuotaReadings()
         self.meters = Meters()
-        self.sinks: tuple[Sink, ...] = _default_sinks(unit) if sinks is None else tuple(sinks)
+        self.sinks: tuple[Sink, ...] = _default_sinks(unit) if sinks is None else _checked_sinks(sinks)
         self._identify = identify
+        self._units = {unit.name: unit}
+        self._declared: set[str] = set()
         self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
+        self.store_use = StoreUse(self.store)
+        self._portal = Portal(self.stop)
+        self.alarms = Alarms(log)
+        _living.add(self)
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -128,6 +154,12 @@ class Metering:
                 runtime = self._runtimes.setdefault(loop, Runtime(self, loop))
         return runtime
 
+    def forked(self) -> None:
+        """Forget what belongs to the parent of this process; called in each child after a fork."""
+        self._lock = threading.Lock()
+        self.store_use = StoreUse(self.store)
+        self._portal = Portal(self.stop)
+
     async def start(self) -> None:
         """Open the store and start the background of this event loop. Raises as `Store.open`."""
         await self.runtime().start()
@@ -137,7 +169,7 @@ class Metering:
         return await self.runtime().drain(self.drain_s)
 
     async def stop(self) -> None:
-        """Drain, export, and give everything back."""
+        """Drain, export, and give everything back that this event loop uses; others go on."""
         await self.runtime().drain(self.drain_s)
         await self.runtime().stop()
 
@@ -150,229 +182,266 @@ class Metering:
     ) -> None:
         await self.stop()
 
-    # -- what operators use --------------------------------------------------------------------------------
-
-    async def grant(
-        self,
-        payer: str,
-        amount: Amount,
-        *,
-        id: str,  # noqa: A002 -- the field's word; a grant has an id as a webhook has
-        unit: Unit | None = None,
-        priority: int = 0,
-        effective_at: datetime | float | None = None,
-        expires_at: datetime | float | None = None,
-        kind: str = "purchased",
-        actor: str = "",
-    ) -> GrantReceipt:
-        """
-        Give *payer* units, once per *id*: the id of the payment or webhook behind it.
-
-        Args:
-            payer: 1 to 255 printable characters. Its account is made by its first grant.
-            amount: Whole units, above 0.
-            id: The same id and body again changes nothing and answers ``applied=False``.
-            unit: The metering's by default.
-            priority: Lower burns first; then soonest expiry, then oldest.
-            effective_at: When it begins: an aware datetime or epoch seconds; now by default.
-            expires_at: When what is left lapses; never by default.
-            kind: A word for the statement: purchased, promotional...
-            actor: Who gave it, for the statement.
-
-        Raises:
-            IdempotencyConflictError: The id exists with another body.
-            AmountError: The amount is no usable amount, or 0.
-            InvalidKeyError: The payer or id cannot be a key.
-            ConfigurationError: It would expire before it begins; a naive datetime; too many live grants.
-            StoreUnavailableError: No answer came; repeat it with the same id.
-
-        Atomic, one round trip.
-        """
-        counted = unit or self.unit
-        parts = counted.parts(amount, "grant")
-        if parts == 0:
-            raise ConfigurationError(f"Grant {id!r} of {amount!r} gives nothing. Grant more than 0.")
-        if type(priority) is not int:
-            raise ConfigurationError(f"The priority {priority!r} of grant {id!r} is not an int.")
-        ask = PostGrant(
-            check_key(id, "grant id"),
-            check_key(payer, "payer"),
-            counted.name,
-            parts,
-            priority,
-            None if effective_at is None else _epoch(effective_at, "effective_at"),
-            NEVER if expires_at is None else _epoch(expires_at, "expires_at"),
-            kind,
-            actor,
-        )
-        answer = await self._submit(ask)
-        if not isinstance(answer, GrantReceipt):
-            raise AssertionError(f"a grant was answered with {answer!r}")
-        return answer
-
-    async def balance(self, payer: str, *, unit: Unit | None = None) -> Balance:
-        """
-        What *payer* has, in smallest parts of the unit; zeros for an unknown account. Changes nothing.
-
-        A grant whose time has come or gone since the last operation is counted as of now.
-        """
-        counted = unit or self.unit
-        await self.start()
-        now, state = await self.store.read(AccountRows(check_key(payer, "payer"), counted.name))
-        account = state.accounts.get((payer, counted.name)) or Account(payer, counted.name)
-        book = Book(state, (payer, counted.name), max(now, account.seen_at))
-        return Balance(
-            payer,
-            counted.name,
-            book.granted,
-            book.settled,
-            book.held,
-            book.expired,
-            book.available,
-            book.debt,
-            now,
-        )
-
-    async def statement(self, payer: str, *, unit: Unit | None = None, after: int = 0) -> AsyncIterator[Entry]:
-        """The lines of *payer*'s ledger above number *after*, oldest first, read page by page."""
-        counted = unit or self.unit
-        await self.start()
-        while True:
-            _, state = await self.store.read(EntriesAfter(check_key(payer, "payer"), counted.name, after))
-            lines = state.entries.get((payer, counted.name), [])
-            for line in lines:
-                yield line
-            if not lines:
-                return
-            after = lines[-1].number
-
-    async def holds(self, limit: int = 1_000) -> list[Hold]:
-        """Holds that have not ended, oldest first: what is in flight, and what is in doubt."""
-        await self.start()
-        _, state = await self.store.read(LiveHolds(limit))
-        return list(state.holds.values())
-
-    async def check(self) -> list[str]:
-        """
-        Prove that the books balance: each account atomically, the accounts in turn.
-
-        Returns a sentence per discrepancy; an empty list is the proof.
-        """
-        await self.start()
-        wrong: list[str] = []
-        last = ("", "")
-        while True:
-            _, page = await self.store.read(AccountsAfter(*last))
-            if not page.accounts:
-                return wrong
-            for key in sorted(page.accounts):
-                _, rows = await self.store.read(AccountRows(*key))
-                grants = [*rows.grants.get(key, {}).values(), *rows.closed_grants.get(key, {}).values()]
-                wrong.extend(discrepancies(rows.accounts[key], grants, rows.holds.values()))
-                last = key
+    # -- work outside HTTP ---------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def charge(
         self,
         *,
-        payer: str,
         line: str,
-        hold: Any = None,
-        price: Any = None,
+        payer: str | None = None,
+        hold: HoldSize | None = None,
+        price: Price | None = None,
         caller: Caller | None = None,
-        **options: Any,
+        **options: Unpack[ChargeOptions],
     ) -> AsyncIterator[Call]:
         """
         Run one metered call outside HTTP: ``async with metering.charge(payer=..., line=..., hold="0.2") as call:``.
 
         Args:
-            payer: Who pays.
             line: The billing line.
+            payer: Whose account pays. Inside another call it may be left out: then whoever pays that one pays this
+                one, with the same `Payer` (S0.27); its caller is this one's too.
             hold: Whole units to set aside, or an estimate as for `billable`.
             price: A fixed amount, or a measured price that `call.record` is charged by; the hold by default.
-            caller: Who acts, where it is not the payer.
-            options: As for `billable`.
+            caller: Who acts, where it is not the payer; its own payer does not count here.
+            options: As for `billable`, where they mean something outside HTTP: see `ChargeOptions`.
 
         Raises:
             CallRefused: The payer cannot afford it; the body did not run.
-            SettlementError: The body ran, but its end could not be booked yet; it is retried (S3.10).
+            ConfigurationError: An argument that cannot work, such as an estimate without a price to charge by.
+            AmountError: A price or hold that the unit cannot count.
+            PayerError: No payer is given, and no call around this one says who pays.
+            SettlementError: The body succeeded, but its end is not booked. Where the store is down it is retried
+                (S3.10).
 
-        Any exception of the body, cancellation included, releases the hold and rises unchanged (S3.8).
-        Inside another call it is a call of its own; only what `Call` says is inherited (S3.24).
+        Any exception of the body, cancellation included, releases the hold and rises unchanged (S3.8), also where the
+        store is down: the release is logged and retried then. Inside another call it is a call of its own; nothing but
+        who pays and who calls is inherited (S0.29, S3.24).
+
+        The call ends wherever the block is left, also in another task than it was entered in: that of a generator whose
+        reader went away (pitfall 38). Such a block has the call at hand; `current_call` follows the task.
         """
-        from asgi_metering.decorators import billable, gather
-
-        check_key(payer, "payer")
-        asked = price if price is not None else hold
-        if asked is None:
-            raise ConfigurationError(f"charge(line={line!r}) has neither a price nor a hold. Give one.")
-        policy = gather((billable(asked, hold=hold if price is not None else None, line=line, **options),), line, {})
-        opening = Opening(self, ALL_FEATURES, None)
-        call = opening.open_call()
-        call.preset(caller or Caller(payer, payer=payer), payer)
-        token = CURRENT.set(opening)
+        outer = CURRENT.get()
+        policy, call = prepared(self, payer, caller, line, hold, price, options)
+        opening = call.opening
+        CURRENT.set(opening)
         try:
             await call.gate(policy, {})
+            yield call
+        except BaseException:
+            call.see(Cause.ERROR)
+            leave(opening, outer)
+            if call.admitted and not await self._is_booked(call):
+                log.warning("Call %s of line %s failed, and its hold is not released yet.", call.id, call.line)
+            raise
+        call.first_byte = True
+        call.see(Cause.COMPLETED)
+        leave(opening, outer)
+        if await self._is_booked(call):
+            return
+        raise SettlementError(
+            f"Call {call.id!r} of line {call.line!r} ran, but its end is not booked. Where the store is down it is "
+            f"retried, and its receipt will have this id; otherwise the log says what is wrong with it."
+        )
+
+    @contextmanager
+    def charge_sync(
+        self,
+        *,
+        line: str,
+        payer: str | None = None,
+        hold: HoldSize | None = None,
+        price: Price | None = None,
+        caller: Caller | None = None,
+        **options: Unpack[ChargeOptions],
+    ) -> Iterator[Call]:
+        """
+        `charge` for code without an event loop (a Celery task, a script): ``with metering.charge_sync(...) as call:``.
+
+        The call lives on this process's `portal`; the block runs where it stands, in any thread, with `current_call`.
+        Arguments, errors and endings are those of `charge`.
+
+        Raises:
+            ConfigurationError: Also where the thread runs an event loop: use `charge` there.
+        """
+        outer = CURRENT.get()
+        block = self.charge(line=line, payer=payer, hold=hold, price=price, caller=caller, **options)
+        with self.portal().within(block) as call:
+            CURRENT.set(call.opening)
             try:
                 yield call
-            except BaseException:
-                call.see(Cause.ERROR)
-                raise
-            call.first_byte = True
-            call.see(Cause.COMPLETED)
-        finally:
-            CURRENT.reset(token)
-            opening.closed = True
-            if call.admitted:
-                await self._settled(call)
+            finally:
+                # Here, and not where it is left there: each thread has a context of its own.
+                if CURRENT.get() is call.opening:
+                    CURRENT.set(outer)
 
-    async def _settled(self, call: Call) -> None:
-        """Wait for the receipt of *call*; an end that the store does not take in time is an error of its own."""
+    def portal(self) -> Portal:
+        """
+        The thread of this process that runs the metering for code without an event loop, started by its first use.
+
+        ``metering.portal().call(metering.grant, "org_7", 10, id="invoice-1")`` is any of the async verbs. A forked
+        child has one of its own. `close` ends it.
+        """
+        return self._portal
+
+    def close(self) -> None:
+        """
+        End this process's `portal`: drain, export, and give back what it uses. The next use starts it again.
+
+        Where it is not called, the end of the process does it.
+        """
+        self.portal().close()
+
+    # -- how a payer stands --------------------------------------------------------------------------------
+
+    async def preview(
+        self,
+        payer: str,
+        *,
+        line: str,
+        hold: HoldSize | None = None,
+        price: Price | None = None,
+        plan: str | None = None,
+        caller: Caller | None = None,
+        **options: Unpack[ChargeOptions],
+    ) -> Previewed:
+        """
+        Ask what a call would cost and who would pay, without making it: nothing is held, counted or told (S0.37).
+
+        Args:
+            payer: Whose call it would be.
+            line: The billing line.
+            hold: As of `charge`.
+            price: As of `charge`.
+            options: As of `charge`, such as ``sources=``.
+            plan: Of the payer, for allowances by plan.
+            caller: Who would call, where a payer's account is computed from it; its own plan counts, if it has one.
+
+        Raises:
+            ConfigurationError: An argument that cannot work.
+            AmountError: A price or hold that the unit cannot count.
+            StoreUnavailableError: No answer came.
+
+        One round trip. Others may take what is seen here before the call comes.
+        """
+        from asgi_metering.standing import previewed
+
+        policy, call = prepared(self, payer, planned(caller, payer, plan), line, hold, price, options)
+        call.policy = policy
+        await self.start()
+        return await previewed(call)
+
+    async def allowances(
+        self,
+        payer: str,
+        *,
+        sources: Sequence[PaymentSource],
+        unit: Unit | None = None,
+        plan: str | None = None,
+        caller: Caller | None = None,
+    ) -> list[AllowanceStatus]:
+        """
+        How the allowances among *sources* stand: used, held, limit, remaining, and when they reset (S0.13, S4.18).
+
+        Args:
+            payer: Whose. An allowance that names a `Payer` is shown of its account.
+            sources: The list that the routes have, so that limits come from one declaration (S4.2).
+            unit: The metering's by default.
+            plan: Of the payer; none gets the smallest limit, as at the gate.
+            caller: As of `preview`.
+
+        Raises:
+            PayerError: Whose an allowance is could not be resolved.
+            AmountError: A limit that the unit cannot count.
+            StoreUnavailableError: No answer came.
+
+        Changes nothing. One reading per account.
+        """
+        from asgi_metering.standing import allowance_statuses
+
+        policy, call = prepared(
+            self, payer, planned(caller, payer, plan), "allowances", None, 0, {"sources": sources, "unit": unit}
+        )
+        if policy.charge is None:
+            raise AssertionError("billable() makes a charge")
+        await self.start()
+        return await allowance_statuses(call, policy.charge)
+
+    async def balances(self, payer: str) -> dict[str, Balance]:
+        """The `balance` of *payer* in each unit that is known here, by its name: those that routes and grants named."""
+        return {unit.name: await self.balance(payer, unit=unit) for unit in list(self._units.values())}
+
+    async def _is_booked(self, call: Call) -> bool:
+        """End *call* and wait for its receipt, bounded; False where it holds something and the ledger has no end."""
         ending = call.expects_ending()
         self.runtime().finish(call)
         try:
-            await asyncio.wait_for(asyncio.shield(ending), self.end_timeout_s)
+            receipt = await asyncio.wait_for(asyncio.shield(ending), self.end_timeout_s)
         except TimeoutError:
-            raise SettlementError(
-                f"Call {call.id!r} of line {call.line!r} ran, but its end is not booked yet. It is retried; its "
-                f"receipt will have this id."
-            ) from None
-
-    # -- upstream ------------------------------------------------------------------------------------------
-
-    def upstream_client(self, provider: str, **options: Any) -> Any:
-        """
-        An async HTTP client that the model SDKs accept as ``http_client=``; it captures quotas and usage.
-
-        Args:
-            provider: Names the provider in readings and events, such as ``"openai"``.
-            options: As for the client's class; timeouts, limits and redirects are the SDKs' own by default.
-
-        Raises:
-            MissingExtraError: No HTTP client library is installed.
-        """
-        from asgi_metering.upstream.client import upstream_client
-
-        return upstream_client(provider, self._listener(), **options)
-
-    def upstream_transport(self, provider: str, wrap: Any = None) -> Any:
-        """The transport of `upstream_client` alone, around *wrap*, for clients that you build yourself."""
-        from asgi_metering.upstream.client import upstream_transport
-
-        return upstream_transport(provider, self._listener(), wrap=wrap)
-
-    def _listener(self) -> Any:
-        from asgi_metering.booking import UpstreamBooking
-
-        return UpstreamBooking(self)
+            return False
+        return receipt is not None or not call.has_hold
 
     # -- what calls and layers use -------------------------------------------------------------------------
 
+    @property
+    def identifies(self) -> bool:
+        """Whether there is an `identify`; without one nobody is known, and billable routes answer 401."""
+        return self._identify is not None
+
+    def counted(self, unit: Unit | None) -> Unit:
+        """
+        The unit to count in: *unit*, or the metering's own. Every unit that anybody names passes here.
+
+        Raises:
+            ConfigurationError: It is no `Unit`, or its name is known with another scale: amounts written with one and
+                read with the other differ by powers of ten.
+        """
+        if unit is None:
+            return self.unit
+        if not isinstance(unit, Unit):
+            raise ConfigurationError(f"unit={unit!r} is no Unit. Declare one: Unit('credits', scale=6).")
+        known = self._units.setdefault(unit.name, unit)
+        if known.scale != unit.scale:
+            raise ConfigurationError(
+                f"The unit {unit.name!r} has scale {unit.scale} here, and is known to this Metering with scale "
+                f"{known.scale}. Declare the unit once and use that object, or give one of them another name."
+            )
+        return unit
+
+    @property
+    def tells(self) -> bool:
+        """Whether anybody wants usage events."""
+        return bool(self.sinks)
+
+    async def declare_units(self, deadline_s: float) -> None:
+        """
+        Tell the store, within so many seconds, the scales of all units that are known here, once each.
+
+        Raises:
+            ConfigurationError: One is counted with another scale there.
+            StoreError: No answer came.
+        """
+        new = {name: unit.scale for name, unit in self._units.items() if name not in self._declared}
+        if new:
+            await self.runtime().pump.submit(Declare(tuple(new.items())), deadline_s)
+            self._declared.update(new)
+
+    async def foresee(self, ask: Admit) -> Decision:
+        """Ask the store what it would decide on *ask* now. Raises `StoreError`."""
+        return await self._ask(Preview(ask), Decision)
+
     async def _submit(self, operation: Operation) -> Answer:
+        if len(self._declared) < len(self._units):
+            await self.start()
+            await self.declare_units(self.end_timeout_s)
         return await self.runtime().submit(operation, self.end_timeout_s)
 
     async def decide(self, ask: Admit) -> Decision:
         """Ask the store for one admission, within the deadline. Raises `StoreError`."""
+        if len(self._declared) < len(self._units):
+            await self.start()
+            await self.declare_units(self.store_timeout_s)
         answer = await self.runtime().submit(ask, self.store_timeout_s)
         if not isinstance(answer, Decision):
             raise AssertionError(f"an admission was answered with {answer!r}")
@@ -383,7 +452,14 @@ class Metering:
         if call.needs_end:
             self.runtime().register(call)
         if call.charge is not None:
-            annotate_span({"metering.line": call.line, "metering.held": call.held, "metering.unit": call.unit.name})
+            # The same words as on the log record, in the same measure.
+            annotate_span(
+                {
+                    "metering.line": call.line,
+                    "metering.held": whole_units(call.held, call.unit),
+                    "metering.unit": call.unit.name,
+                }
+            )
 
     async def who(self, origin: Origin | None) -> Caller | None:
         """
@@ -427,6 +503,20 @@ class Metering:
             )
 
 
+_living: weakref.WeakSet[Metering] = weakref.WeakSet()
+"""Every metering of this process."""
+
+
+def _after_fork() -> None:
+    """A child has none of its parent's event loops, and a lock that one of them held would never be free."""
+    for metering in list(_living):
+        metering.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def _default_sinks(unit: Unit) -> tuple[Sink, ...]:
     # OpenTelemetry is imported only where events go to it.
     from asgi_metering.events.otel import OTelSink
@@ -434,8 +524,31 @@ def _default_sinks(unit: Unit) -> tuple[Sink, ...]:
     return (OTelSink(units=(unit,)),)
 
 
+def _checked_sinks(sinks: Sequence[Sink]) -> tuple[Sink, ...]:
+    if not isinstance(sinks, list | tuple):
+        raise ConfigurationError(f"sinks={sinks!r} is no list of sinks. Pass a list; an empty one keeps events here.")
+    checked = tuple(sinks)
+    for sink in checked:
+        if inspect.isclass(sink) or not isinstance(sink, Sink) or not is_async(sink.deliver):
+            raise ConfigurationError(
+                f"The sink {sink!r} is none. Pass an object with a name and an async deliver(events), or a "
+                f"CallbackSink(function)."
+            )
+    return checked
+
+
+def _check_new_id(new_id: Callable[[], str]) -> None:
+    if not callable(new_id):
+        raise ConfigurationError(
+            f"new_id={new_id!r} cannot be called. Pass a function that answers a new id each time."
+        )
+    check_sync(new_id, "new_id=")
+
+
 def _store_down(given: Mapping[str, StoreDown]) -> Mapping[str, StoreDown]:
     chosen: dict[str, StoreDown] = {"credits": "deny", "rates": "allow"}
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(f"on_store_down={given!r} is no mapping. Say it per layer: {{'rates': 'deny'}}.")
     for layer, answer in given.items():
         if layer not in chosen or answer not in ("deny", "allow"):
             raise ConfigurationError(
@@ -444,16 +557,6 @@ def _store_down(given: Mapping[str, StoreDown]) -> Mapping[str, StoreDown]:
             )
         chosen[layer] = answer
     return chosen
-
-
-def _epoch(moment: datetime | float, what: str) -> float:
-    if isinstance(moment, datetime):
-        if moment.tzinfo is None:
-            raise ConfigurationError(f"{what}={moment!r} has no time zone. Give it one: moment.replace(tzinfo=UTC).")
-        return moment.timestamp()
-    if isinstance(moment, bool) or not isinstance(moment, int | float) or not 0 <= moment < NEVER:
-        raise ConfigurationError(f"{what}={moment!r} is neither an aware datetime nor epoch seconds.")
-    return float(moment)
 
 
 def _new_id() -> str:

@@ -10,12 +10,15 @@ import re
 
 from asgi_metering.errors import ConfigurationError, InvalidKeyError
 
-__all__ = ["MAX_KEY_LENGTH", "check_key", "check_name"]
+__all__ = ["MAX_KEY_LENGTH", "check_key", "check_name", "is_field_name"]
 
 MAX_KEY_LENGTH = 255
 """Characters of an opaque key (payer, grant id, call id): what every store's index takes without care."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}")
+
+
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
 
 def check_name(name: str, what: str) -> str:
@@ -53,3 +56,8 @@ def check_key(key: str, what: str) -> str:
     if not key.isprintable():
         raise InvalidKeyError(f"The {what} {key!r} has characters that are not printable. Encode it first.")
     return key
+
+
+def is_field_name(text: object, longest: int | None = None) -> bool:
+    """Whether *text* may be the name of a header field (RFC 9110, 5.1: a token), of *longest* characters at most."""
+    return isinstance(text, str) and _TOKEN.fullmatch(text) is not None and (longest is None or len(text) <= longest)

@@ -9,9 +9,9 @@ policy is carried out.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypedDict
 
 from asgi_metering.amounts import Amount, Unit, exact_amount
 from asgi_metering.errors import ConfigurationError
@@ -22,12 +22,17 @@ from asgi_metering.sources import PaymentSource, Wallet
 from asgi_metering.usage import TokenUsage
 
 __all__ = [
+    "ChargeKey",
+    "ChargeOptions",
     "ChargePolicy",
     "ConcurrencyLimit",
     "EndpointPolicy",
     "ErrorShape",
     "From",
     "HoldPolicy",
+    "HoldSize",
+    "Idempotency",
+    "Price",
     "RatePolicy",
     "read_price",
     "up_to",
@@ -130,7 +135,7 @@ class HoldPolicy:
         return (self.estimate,) if isinstance(self.estimate, From) else ()
 
 
-def up_to(estimate: Any = None, *, at_least: Amount) -> HoldPolicy:
+def up_to(estimate: Amount | TokenUsage | Callable[..., Any] | None = None, *, at_least: Amount) -> HoldPolicy:
     """
     Hold the smaller of *estimate* and what is available, and refuse only below *at_least*.
 
@@ -145,6 +150,105 @@ def up_to(estimate: Any = None, *, at_least: Amount) -> HoldPolicy:
     """
     exact_amount(at_least, "least hold")
     return HoldPolicy(_computed(estimate, "hold estimate"), at_least)
+
+
+MAX_REMEMBERED_S = 30 * 86_400
+"""A month: who repeats a request later has made another one."""
+
+MAX_STORED_BODY = 1_048_576
+"""Bytes of an answer that may be kept for its repeats: a store is no file server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Idempotency:
+    """
+    Run a request once per ``Idempotency-Key``, and answer its repeats from what it did.
+
+    Args:
+        ttl_s: Seconds that a key is remembered, from its first request on.
+        store_body: Bytes up to which the body of an answer, streamed or not, is kept and sent again. A larger one, or
+            any where this is None, is stood for by the receipt, as JSON.
+        required: Answer 400 to a request without a key.
+        fingerprint: Computes from the endpoint's arguments what tells this request from another one of its method,
+            path, query and caller: a str, bytes or int. By default it is the body as received.
+
+    Raises:
+        ConfigurationError: Seconds or bytes out of bounds, or what is no function.
+
+    Source: draft-ietf-httpapi-idempotency-key-header, S3.15.
+    """
+
+    ttl_s: float = 86_400.0
+    store_body: int | None = None
+    required: bool = False
+    fingerprint: Callable[..., Any] | From | None = None
+
+    def __post_init__(self) -> None:
+        seconds, most = self.ttl_s, self.store_body
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MAX_REMEMBERED_S:
+            raise ConfigurationError(
+                f"A key cannot be remembered for ttl_s={seconds!r}. Use seconds above 0, up to {MAX_REMEMBERED_S}."
+            )
+        if most is not None and (type(most) is not int or not 0 < most <= MAX_STORED_BODY):
+            raise ConfigurationError(
+                f"store_body={most!r} is no size of a body. Use an int from 1 to {MAX_STORED_BODY}, or None."
+            )
+        if type(self.required) is not bool:
+            raise ConfigurationError(f"required={self.required!r} is no bool. Use True or False.")
+        if self.fingerprint is not None and not isinstance(self.fingerprint, From):
+            if not callable(self.fingerprint):
+                raise ConfigurationError(f"fingerprint={self.fingerprint!r} cannot be called. Pass a function.")
+            object.__setattr__(self, "fingerprint", From(self.fingerprint, "fingerprint"))
+
+
+ChargePer: TypeAlias = Literal["day", "week", "month"]
+"""A calendar window in which a charge key is charged once."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChargeKey:
+    """
+    What makes several requests one charge.
+
+    Attributes:
+        key: Computes the key, or names the request's header field that has it. Without a key a call pays for itself.
+        per: The window: a calendar's, or as many seconds from the first call on.
+        zone: Whose calendar counts.
+    """
+
+    key: From | str
+    per: ChargePer | float = "day"
+    zone: str = "UTC"
+
+
+Price: TypeAlias = Amount | FixedPrice | MeasuredPrice | Callable[..., Any]
+"""What a user may write as a price."""
+
+HoldSize: TypeAlias = Amount | TokenUsage | HoldPolicy | Callable[..., Any]
+"""What a user may write as a hold."""
+
+OnMissingUsage: TypeAlias = Literal["estimate", "observed", "hold", "none"]
+OnError: TypeAlias = Literal["none", "usage", "observed", "estimate", "hold"]
+OnLateError: TypeAlias = Literal["none", "observed", "hold"]
+OnDisconnect: TypeAlias = Literal["observed", "none", "usage", "estimate", "hold"]
+OnEarlyDisconnect: TypeAlias = Literal["observed", "none", "estimate", "hold"]
+OnCut: TypeAlias = Literal["observed", "hold"]
+OnAbort: TypeAlias = Literal["observed", "none", "hold"]
+# What a user may write per row of `rules.ending.END_OF_CALL`, which a test compares with these.
+
+
+class ChargeOptions(TypedDict, total=False):
+    """What `billable` takes and means something outside HTTP too."""
+
+    unit: Unit | None
+    sources: Sequence[PaymentSource] | None
+    on_missing_usage: OnMissingUsage | None
+    on_error: OnError | None
+    on_late_error: OnLateError | None
+    on_abort: OnAbort | None
+    usage: str | None
+    ttl_s: float
+    grace_s: float
 
 
 def _computed(value: Any, what: str) -> Any:
@@ -194,6 +298,9 @@ class ChargePolicy:
         forward_quota_headers: Let the provider's own quota fields pass to the client.
         ttl_s: Seconds that a hold lives without a heartbeat.
         grace_s: Seconds in doubt before the policy ends it.
+        idempotency: Run once per ``Idempotency-Key``; None ignores the field.
+        key: Charge once for all calls of a key; None charges each.
+        skip_if: Tells the calls that are not charged.
     """
 
     price: FixedPrice | MeasuredPrice | From
@@ -209,6 +316,9 @@ class ChargePolicy:
     forward_quota_headers: bool = False
     ttl_s: float = 60.0
     grace_s: float = 30.0
+    idempotency: Idempotency | None = None
+    key: ChargeKey | None = None
+    skip_if: From | None = None
 
     @property
     def measured(self) -> bool:
@@ -218,8 +328,12 @@ class ChargePolicy:
 
     def callables(self) -> tuple[From, ...]:
         """Everything that is computed from the endpoint's arguments."""
-        found = [value for value in (self.price, self.payer) if isinstance(value, From)]
-        return (*found, *self.hold.callables())
+        fingerprint = self.idempotency.fingerprint if self.idempotency is not None else None
+        key = self.key.key if self.key is not None else None
+        asked = (self.price, self.payer, self.skip_if, key, fingerprint)
+        payers = [source.payer for source in self.sources if source.payer is not None]
+        computed = [part for payer in payers for part in payer.callables()]
+        return (*(value for value in asked if isinstance(value, From)), *self.hold.callables(), *computed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,8 +83,15 @@ class TokenPrice:
         return _EXACT.divide(total, self.per)
 
     def affordable(self, kind: str, units: Decimal, used: TokenUsage) -> int:
-        """How many more ``"input"`` or ``"output"`` tokens fit in *units* after *used*; never negative."""
-        prices = {"input": self.input, "output": max(self.output, _or(self.reasoning, self.output))}
+        """
+        How many more ``"input"`` or ``"output"`` tokens fit in *units* after *used*; never negative.
+
+        Each counts at the dearest that it may become: an output token as reasoning, an input token as a cache write.
+        """
+        prices = {
+            "input": max(self.input, _or(self.cached, self.input), _or(self.cache_write, self.input)),
+            "output": max(self.output, _or(self.reasoning, self.output)),
+        }
         if kind not in prices:
             raise ConfigurationError(f"Tokens of kind {kind!r} cannot be afforded one by one. Use 'input' or 'output'.")
         left = _EXACT.subtract(units, self.cost(used))

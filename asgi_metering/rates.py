@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.names import check_name
 
-__all__ = ["RateLimit", "parse_limit"]
+__all__ = ["RateLimit", "Strategy", "parse_limit"]
 
-STRATEGIES = ("fixed", "calendar", "sliding")
+Strategy: TypeAlias = Literal["fixed", "calendar", "sliding"]
+STRATEGIES: tuple[Strategy, ...] = ("fixed", "calendar", "sliding")
 """How a window moves: from the first hit, with the calendar, or as two weighted neighbours."""
 
 METERS = ("requests", "tokens", "input_tokens", "output_tokens")
 """What a limit can count. All but requests are taken by estimate and corrected by the usage."""
 
 _OF_UNIT = re.compile(r"^(?P<limit>.+?)\s+of\s+(?P<meter>[A-Za-z_][A-Za-z0-9_]*)\s*$", re.IGNORECASE)
+_NO_WINDOW = re.compile(r"(?:/|\bper\b)\s*0+\s*[a-z]", re.IGNORECASE)
 _CALENDAR_PERIODS = ("day", "month")
 
 
@@ -50,7 +53,7 @@ class RateLimit:
     zone: str
 
 
-def parse_limit(text: str, strategy: str = "fixed", zone: str = "UTC") -> RateLimit:
+def parse_limit(text: str, strategy: Strategy = "fixed", zone: str = "UTC") -> RateLimit:
     """
     Read one limit.
 
@@ -95,4 +98,7 @@ def _parse(limit: str, text: str) -> tuple[int, int, str, float]:
             f"The limit {text!r} is not in the grammar. Write one limit as '60/minute', '5 per 2 hours' or "
             f"'200000/minute of tokens', and several as several arguments."
         ) from None
+    if _NO_WINDOW.search(limit):
+        # `limits` takes it for one.
+        raise ConfigurationError(f"The limit {text!r} has a window of no length. Write '60/minute', say.")
     return item.amount, item.multiples, item.GRANULARITY.name, float(item.get_expiry())

@@ -17,13 +17,14 @@ from collections import deque
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
+from asgi_metering.attributes import plain_attributes
 from asgi_metering.billing import bill, observed_parts
-from asgi_metering.errors import StoreError
+from asgi_metering.errors import MeteringError, StoreError, StoreUnavailableError, UnwritableError
 from asgi_metering.events.exporter import Exporter
 from asgi_metering.receipts import Receipt
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.ending import Cause
-from asgi_metering.rules.operations import Emit, End, Operation, Renew, Sweep
+from asgi_metering.rules.operations import Admit, Emit, End, Operation, Renew, Sweep, Undo
 from asgi_metering.stores.pump import Pump
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ class Runtime:
         if self._opened is None:
             self._opened = self.loop.create_future()
             try:
-                await self._metering.store.open()
+                await self._metering.store_use.open()
+                await self._declare_units()
             except BaseException as failure:
                 opened, self._opened = self._opened, None
                 opened.set_result(None)
@@ -109,6 +111,13 @@ class Runtime:
         elif not self._opened.done():
             await asyncio.shield(self._opened)
             await self.start()
+
+    async def _declare_units(self) -> None:
+        """A store that opens and gives no answer is asked again before the first admission."""
+        try:
+            await self._metering.declare_units(self._metering.store_timeout_s)
+        except StoreError as failure:
+            log.warning("The store was not told the units yet: %s", failure)
 
     def _start_exporter(self) -> None:
         metering = self._metering
@@ -157,7 +166,11 @@ class Runtime:
         return self.busy
 
     async def stop(self) -> None:
-        """Stop the background and close the store. What was not drained is left to expiry."""
+        """
+        Stop the background of this loop, and close the store if no other loop uses it (`StoreUse`).
+
+        What was not drained is left to expiry.
+        """
         if self._opened is None:
             return
         if self._exporter is not None:
@@ -168,7 +181,7 @@ class Runtime:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.pump.close()
-        await self._metering.store.close()
+        await self._metering.store_use.close()
         self._opened = self._worker = self._ticker = self._exporter = self._exporting = None
 
     # -- calls ---------------------------------------------------------------------------------------------
@@ -186,7 +199,13 @@ class Runtime:
         self._wake.set()
 
     def finish(self, call: Call) -> None:
-        """Queue the end of *call*; only the first time counts. Never waits, never raises."""
+        """
+        Queue the end of *call*; only the first time counts. Never waits, never raises.
+
+        The store is asked again while it does not answer. An end that it refuses as a mistake loses its event and
+        keeps its charge; one that cannot be booked even so, or whose price raises, is logged, and its hold is left to
+        its policy. Whatever becomes of one end, others go on.
+        """
         if call.closed:
             return
         call.closed = True
@@ -219,6 +238,7 @@ class Runtime:
     async def _end(self, call: Call) -> None:
         receipt: Receipt | None = None
         try:
+            self._make_plain(call)
             end, _ = await bill(call)
             operation = self._operation(call, end)
             if operation is not None:
@@ -226,14 +246,32 @@ class Runtime:
                 receipt = answer if isinstance(answer, Receipt) else None
                 if self._exporter is not None:
                     self._exporter.notify()
-        except StoreError as failure:
+        except Exception as failure:
             self._metering.meters.count("ends_lost", line=call.line)
-            log.error("The end of call %s could not be booked: %s", call.id, failure)
+            log.error(
+                "The end of call %s could not be booked; what it holds is left to its policy, by its expiry: %s",
+                call.id,
+                failure,
+                exc_info=None if isinstance(failure, StoreUnavailableError) else failure,
+            )
         finally:
             call.ended(receipt)
             self.busy -= 1
             if not self.busy:
                 self._quiet.set()
+
+    def _make_plain(self, call: Call) -> None:
+        """What a handler put on its call must not keep the end from any store: it becomes text, with an alarm."""
+        if not call.attributes:
+            return
+        call.attributes, converted = plain_attributes(call.attributes)
+        if converted:
+            log.error(
+                "Attributes of call %s are no str, int, finite float or bool, and were told as text: %s. Convert them "
+                "where they are set.",
+                call.id,
+                ", ".join(converted),
+            )
 
     def _operation(self, call: Call, end: End) -> Operation | None:
         """How the end reaches the store: against its hold, or as an event of free work, or not at all."""
@@ -257,18 +295,42 @@ class Runtime:
         return Emit(((call.id, told),))
 
     async def _book(self, operation: Operation) -> Answer:
-        """Until the store takes it: the client has its bytes, so only the ledger can still go wrong."""
+        """
+        Until the store takes it: the client has its bytes, so only the ledger can still go wrong.
+
+        What the store refuses as a mistake it would refuse for ever; then the charge matters more than its event.
+        """
         wait_s = RETRY_FIRST_S
         while True:
             try:
                 return await self.submit(operation, self._metering.end_timeout_s)
-            except StoreError as failure:
+            except MeteringError as failure:
+                if isinstance(failure, UnwritableError) or not isinstance(failure, StoreError):
+                    operation = self._without_event(operation, failure)
+                    continue
                 if self.busy > MAX_QUEUED_ENDS:
                     raise
                 self._metering.meters.count("ends_retried")
                 log.warning("The store did not take %s; trying again in %.1f s: %s", operation, wait_s, failure)
                 await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))  # noqa: S311 -- spreads retries, no secret
                 wait_s = min(2 * wait_s, RETRY_LAST_S)
+
+    def _without_event(self, operation: Operation, failure: MeteringError) -> Operation:
+        """The end alone; raises *failure* where there is no event to leave out."""
+        if not isinstance(operation, End) or operation.event is None:
+            raise failure
+        self._metering.meters.count("events_dropped")
+        log.error(
+            "The store cannot write the end of call %s. It is charged without its usage event, which said: %r",
+            operation.id,
+            dict(operation.event),
+            exc_info=failure,
+        )
+        return operation._replace(event=None)
+
+    def give_back(self, ask: Admit, at: float) -> None:
+        """Undo the admission, decided *at* that time, of a call whose request is over (pitfall 1)."""
+        self._spawn(self._quietly(Undo(ask, at)), f"undoing of {ask.id}")
 
     # -- time ----------------------------------------------------------------------------------------------
 
@@ -278,15 +340,19 @@ class Runtime:
             await asyncio.sleep(TICK_S if self.in_flight else 4 * TICK_S)
             now = self.loop.time()
             for call in list(self.in_flight.values()):
-                self._look_after(call, now)
+                try:
+                    self._look_after(call, now)
+                except Exception as failure:  # noqa: BLE001 -- the heartbeats of all other calls hang on this task
+                    self._metering.alarms.raised("call", f"Call {call.id} could not be looked after.", failure)
             if now - swept_at >= SWEEP_EVERY_S:
                 swept_at = now
                 await self._quietly(Sweep())
-                self._metering.meters.flush()
+                try:
+                    self._metering.meters.flush()
+                except Exception as failure:  # noqa: BLE001 -- a plug-in's, and heartbeats go on
+                    self._metering.alarms.raised("tallies", "The tallies could not be handed on.", failure)
 
     def _look_after(self, call: Call, now: float) -> None:
-        if call.observer is not None:
-            call.observer.digest()
         age = time.time() - call.started_at
         if age > self._metering.max_call_s:
             # A send that never returns, or a handler that was forgotten (pitfall 27).
@@ -296,15 +362,22 @@ class Runtime:
         elif call.has_hold and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:
             call.last_beat = now
             self._spawn(self._beat(call), f"heartbeat of {call.id}")
+        if call.observer is not None:
+            # Last: what a body does to its reader must not cost the call its heartbeat.
+            call.observer.digest()
 
     async def _beat(self, call: Call) -> None:
-        call.observed_parts = max(call.observed_parts, await observed_parts(call))
+        try:
+            call.observed_parts = max(call.observed_parts, await observed_parts(call))
+        except Exception as failure:  # noqa: BLE001 -- a price of the application's own; the call lives, and its hold
+            told = f"What call {call.id} has used so far cannot be told; its heartbeat repeats what was told last."
+            self._metering.alarms.raised("heartbeat", told, failure)
         await self._quietly(Renew(call.id, call.observed_parts))
 
     async def _quietly(self, operation: Operation) -> None:
         try:
             await self.submit(operation, self._metering.end_timeout_s)
-        except StoreError as failure:
+        except MeteringError as failure:
             self._metering.meters.count("store_failures")
             log.warning("The store did not take %s: %s", type(operation).__name__, failure)
 

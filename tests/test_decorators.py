@@ -18,8 +18,9 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from asgi_metering import Allowance, MeteringMiddleware, Unit, Wallet, billable, metered_app, rate_limited, up_to
-from asgi_metering.decorators import decorated, gather, guard_of
+from asgi_metering.decorators import gather
 from asgi_metering.errors import AmountError, ConfigurationError, MeteringError
+from asgi_metering.guards import decorated, guard_of
 from asgi_metering.policies import EndpointPolicy
 from asgi_metering.prices import FixedPrice, per_token
 from asgi_metering.receipts import Basis
@@ -306,6 +307,24 @@ def test_refuse_holds_that_are_no_amount(wrong: str) -> None:
         assert sentence in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("mistake", "what", "shown"),
+    [
+        (lambda: up_to(TokenUsage(input=9), at_least=0.01), "least hold", "0.01"),
+        (lambda: billable(per_token(input=1), hold=up_to(0.5, at_least="0.01")), "hold estimate", "0.5"),
+        (lambda: billable(per_token(input=1), hold=0.2), "hold", "0.2"),
+    ],
+    ids=["at_least", "estimate", "hold"],
+)
+def test_tell_how_to_write_a_float(mistake: Callable[[], Any], what: str, shown: str) -> None:
+    """DESIGN "Amounts": a float is refused with its value and its mend where it is written, in `up_to` as well."""
+    with pytest.raises(AmountError) as caught:
+        mistake()
+    assert str(caught.value) == (f"The {what} {shown} is a float. Write it as a str or a Decimal, so that it is exact.")
+    assert up_to(at_least="0.01").at_least == "0.01"
+    assert up_to(at_least=Decimal("0.01")).at_least == Decimal("0.01")
+
+
 @pytest.mark.parametrize("scale", [0, 2])
 def test_refuse_prices_finer_than_their_unit(scale: int) -> None:
     """DESIGN 2: a price that its route's own unit cannot count fails at import, not on the first paying request."""
@@ -376,6 +395,94 @@ def test_refuse_callables_without_a_signature(what: str) -> None:
 def test_take_callables_that_ask_for_what_is_there(what: str, function: Any) -> None:
     """DESIGN 2: arguments of the endpoint, the call, a default, and everything can be asked for."""
     assert len(policy_of(COMPUTED[what](function)(endpoint)).callables()) == 1
+
+
+def a_generator() -> Any:
+    """Answers nothing but a generator."""
+    yield 1
+
+
+async def an_async_generator() -> Any:
+    """The same, async."""
+    yield 1
+
+
+@pytest.mark.parametrize("what", COMPUTED)
+@pytest.mark.parametrize("function", [a_generator, an_async_generator, functools.partial(a_generator)])
+def test_refuse_callables_that_answer_nothing(what: str, function: Any) -> None:
+    """DESIGN 2: a generator is never iterated for a value, so it fails at import."""
+    with pytest.raises(ConfigurationError) as caught:
+        COMPUTED[what](function)(endpoint)
+    assert f"The {what} of {__name__}.endpoint" in str(caught.value)
+    assert "generator, which answers no value. Return it instead of yielding it." in str(caught.value)
+
+
+async def an_async_function(*_: Any, **__: Any) -> Any:
+    """Answers when it is awaited."""
+
+
+class AsyncCall:
+    """An object that is called like an async function."""
+
+    async def __call__(self, members: Any) -> Any: ...
+
+
+class AsyncPrice:
+    """A measured price one of whose methods is async."""
+
+    def __init__(self, method: str) -> None:
+        setattr(self, method, an_async_function)
+
+    def cost(self, usage: Any) -> Decimal:
+        return Decimal(0)
+
+    def affordable(self, kind: str, units: Decimal, used: Any) -> int:
+        return 0
+
+
+NEVER_AWAITED: dict[str, tuple[Callable[[], Any], str]] = {
+    "customise": (lambda: billable(1, customise=an_async_function), "customise= is tests.test_decorators.an_async_f"),
+    "partial": (lambda: billable(1, customise=functools.partial(an_async_function, 1)), "customise= is tests."),
+    "object": (lambda: billable(1, customise=AsyncCall()), "customise= is tests.test_decorators.AsyncCall, an async"),
+    "method": (lambda: billable(1, customise=AsyncCall().__call__), "customise= is tests.test_decorators.AsyncCall."),
+    "generator": (lambda: billable(1, customise=a_generator), "customise= is tests.test_decorators.a_generator, an"),
+    "cost": (lambda: billable(AsyncPrice("cost")), "The price's cost() is tests.test_decorators.an_async_function"),
+    "affordable": (lambda: billable(AsyncPrice("affordable")), "The price's affordable() is tests.test_decorators.an"),
+}
+
+
+@pytest.mark.parametrize("misuse", NEVER_AWAITED)
+def test_refuse_async_functions_that_nobody_awaits(misuse: str) -> None:
+    """DESIGN 2: what would make a coroutine that is never awaited fails at import, with the mend."""
+    mistake, sentence = NEVER_AWAITED[misuse]
+    with pytest.raises(ConfigurationError) as caught:
+        mistake()
+    assert str(caught.value).startswith(sentence)
+    assert str(caught.value).endswith(
+        ", an async function or generator, and nobody awaits what it answers. Pass a plain function that returns its "
+        "answer."
+    )
+
+
+@pytest.mark.parametrize("hook", [lambda: None, lambda one, two: None, lambda *, members: None])
+def test_refuse_a_hook_that_cannot_be_called(hook: Any) -> None:
+    """DESIGN 2: a hook that does not take the refusal's members would fail on the first refusal; it does at import."""
+    with pytest.raises(ConfigurationError, match="Pass a function of the refusal's members"):
+        billable(1, customise=hook)
+
+
+@pytest.mark.parametrize("hook", [lambda members: (members, {}), lambda *members: members, dict])
+def test_take_a_hook_that_can_be_called(hook: Any) -> None:
+    """DESIGN "Admission": plain functions of one argument are hooks, also those that Python cannot look into."""
+    charge = policy_of(billable(1, customise=hook)(endpoint)).charge
+    assert charge is not None
+    assert charge.customise is hook
+
+
+def test_refuse_a_price_that_was_not_made() -> None:
+    """DESIGN 2: the class of a measured price looks like one, and would fail on the first paying request."""
+    with pytest.raises(ConfigurationError, match=r"AsyncPrice'> is a class\. Make one: AsyncPrice\(\.\.\.\)\."):
+        billable(AsyncPrice)
 
 
 # -- misuse: words -----------------------------------------------------------------------------------------

@@ -671,3 +671,16 @@ def test_wait_for_what_never_comes() -> None:
     """Waiting is bounded, and the error says what was waited for."""
     with pytest.raises(TimeoutError, match=r"Not so after 0\.01 s: the moon; the last answer was 0"):
         wait_until(lambda: 0, timeout_s=0.01, what="the moon")
+
+
+def test_read_a_log_while_it_is_written(tmp_path: Path) -> None:
+    """A last line without its end is left for the next look, wherever it is torn, also inside a character."""
+    log = tmp_path / "harness.log"
+    whole = json.dumps({"event": "started", "path": "/é"}, ensure_ascii=False).encode() + b"\n"
+    log.write_bytes(b"")
+    assert apps.read_log(log) == []
+    for torn in range(len(whole)):
+        log.write_bytes(whole + whole[:torn])
+        assert apps.read_log(log) == [{"event": "started", "path": "/é"}]
+    log.write_bytes(whole + whole)
+    assert len(apps.read_log(log, "started")) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asgi_metering import Allowance, Unit, Wallet
-from asgi_metering.errors import AmountError, ConfigurationError
+from asgi_metering.errors import AmountError, ConfigurationError, InvalidKeyError, MeteringError, PayerError
+from asgi_metering.sources import Payer, check_payers
 
 PLANS = Allowance({"free": 1, "pro": "20", "team": 5})
 
@@ -46,6 +48,7 @@ def test_one_amount_is_everybodys() -> None:
         ({"limit": 1, "days": 30.0}, ConfigurationError, "cannot last 30.0 days"),
         ({"limit": 1, "days": 30, "per": "month"}, ConfigurationError, "or leave out days"),
         ({"limit": 1, "days": 30, "zone": "Europe/Berlin"}, ConfigurationError, "or leave out days"),
+        ({"limit": 1, "payer": "acme"}, ConfigurationError, "payer='acme' is no Payer"),
     ],
 )
 def test_what_cannot_work_is_refused_at_import(arguments: dict[str, Any], error: type, mend: str) -> None:
@@ -81,3 +84,106 @@ def test_wallet_warns_below_an_amount() -> None:
     assert Wallet(warn_below="0.5").warning_level(Unit("credits")) == 500_000
     with pytest.raises(AmountError, match="Write it as a str"):
         Wallet(warn_below=0.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "mend"),
+    [
+        ({"overdraft": 0.5}, AmountError, "Write it as a str"),
+        ({"overdraft": -1}, AmountError, "overdraft"),
+        ({"payer": "acme"}, ConfigurationError, "payer='acme' is no Payer. Declare one"),
+    ],
+    ids=["float", "negative", "a name"],
+)
+def test_wallet_that_cannot_work_is_refused_at_import(arguments: dict[str, Any], error: type, mend: str) -> None:
+    """A mistake in a wallet is a sentence where it is written."""
+    with pytest.raises(error, match=mend):
+        Wallet(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "mend"),
+    [
+        ({"name": "a b"}, ConfigurationError, "Choose another"),
+        ({"account": ""}, InvalidKeyError, "account of payer 'p'"),
+        ({"account": 7}, InvalidKeyError, "is a int, not a str"),
+        ({"account": lambda *parts: "x"}, ConfigurationError, "by position"),
+        ({"credential": "sk-secret"}, ConfigurationError, "is a str. Pass a function that answers it"),
+        ({"headers": [("a", "b")]}, ConfigurationError, "are no mapping"),
+        ({"headers": {"a b": "x"}}, ConfigurationError, "is no name of one"),
+        ({"headers": {"x-bill-to": "acme\r\nx: y"}}, ConfigurationError, "without line breaks"),
+    ],
+    ids=["name", "empty", "number", "position", "credential", "pairs", "field name", "line break"],
+)
+def test_payer_that_cannot_work_is_refused_at_import(arguments: dict[str, Any], error: type, mend: str) -> None:
+    """A mistake in a payer is a sentence where it is written, without the credential in it."""
+    with pytest.raises(error, match=mend) as refused:
+        Payer(**{"name": "p", **arguments})
+    assert "sk-secret" not in str(refused.value)
+
+
+def test_payer_keeps_what_is_secret_to_itself() -> None:
+    """Neither functions nor header fields show in what a payer prints as, and its header fields stay as they are."""
+    payer = Payer("p", account="acme", credential=lambda: "k", headers={"X-Bill-To": "acme"})
+    assert repr(payer) == "Payer(name='p', account='acme')"
+    with pytest.raises(TypeError):
+        payer.headers["X-Bill-To"] = "other"  # type: ignore[index]
+    assert len(payer.callables()) == 1
+
+
+@pytest.mark.parametrize(
+    ("account", "found"),
+    [(None, ""), ("acme", "acme"), (lambda team: f"team_{team}", "team_7"), (lambda call: call, "call")],
+    ids=["own", "named", "of the arguments", "of the call"],
+)
+def test_account_of_a_payer(account: Any, found: str) -> None:
+    """An account is named, computed from the call and its arguments, or the call's own."""
+    assert asyncio.run(Payer("p", account=account).account_of("call", {"team": 7})) == found
+
+
+def test_account_that_is_none_is_no_account() -> None:
+    """A function that answers nothing names nobody: the call's own payer does not stand in for it (S0.25)."""
+    with pytest.raises(MeteringError, match="account of payer 'p'"):
+        asyncio.run(Payer("p", account=lambda: None).account_of("call", {}))
+
+
+async def _asked(call: object) -> str:
+    return f" key of {call}\r\n"
+
+
+@pytest.mark.parametrize(
+    ("credential", "found"), [(_asked, "key of it"), (lambda: {"token": 1}, {"token": 1})], ids=["text", "object"]
+)
+def test_credential_of_a_payer(credential: Any, found: object) -> None:
+    """A credential is what its function answers; a text is cleaned (S0.41)."""
+    assert asyncio.run(Payer("p", credential=credential).credential_of("it", {})) == found
+
+
+def _fails() -> str:
+    raise KeyError("sk-secret")
+
+
+@pytest.mark.parametrize(
+    ("credential", "mend"),
+    [
+        (None, "Give it one"),
+        (lambda: None, "no other one may be used"),
+        (lambda: " \n", "no other one may be used"),
+        (_fails, "could not be resolved"),
+        (lambda missing: "k", "could not be resolved"),
+    ],
+    ids=["undeclared", "nothing", "blank", "fails", "asks too much"],
+)
+def test_payer_without_a_credential_is_a_loud_error(credential: Any, mend: str) -> None:
+    """A credential that is not there is an error, and says nothing secret (S0.25)."""
+    with pytest.raises(PayerError, match=mend) as failed:
+        asyncio.run(Payer("p", credential=credential).credential_of("it", {}))
+    assert "sk-secret" not in str(failed.value)
+
+
+def test_one_name_is_one_payer() -> None:
+    """Decisions know payers by name, so two of one name in a route are refused."""
+    one = Payer("p")
+    check_payers([Wallet(payer=one), Allowance(1, payer=one), Wallet()])
+    with pytest.raises(ConfigurationError, match="Two payers are called 'p'"):
+        check_payers([Wallet(payer=one), Wallet(payer=Payer("p"))])

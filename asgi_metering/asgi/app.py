@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from asgi_metering.amounts import Amount
 from asgi_metering.asgi.types import ASGIApp, Receive, Scope, Send
 from asgi_metering.call import CURRENT, SCOPE_KEY, Opening
 from asgi_metering.decorators import gather
 from asgi_metering.errors import ConfigurationError, NoCallError
+from asgi_metering.guards import Part
 
 __all__ = ["MeteredApp", "metered_app"]
 
@@ -25,7 +25,7 @@ class MeteredApp:
         policy: What every HTTP request to it is asked for.
     """
 
-    def __init__(self, app: ASGIApp, *parts: Any, name: str | None = None) -> None:
+    def __init__(self, app: ASGIApp, *parts: Part | Amount, name: str | None = None) -> None:
         if not callable(app):
             raise ConfigurationError(f"{app!r} is no ASGI app. Pass a callable of scope, receive and send.")
         self.app = app
@@ -46,7 +46,7 @@ class MeteredApp:
         await self.app(scope, receive, send)
 
 
-def metered_app(app: ASGIApp, *parts: Any, name: str | None = None) -> MeteredApp:
+def metered_app(app: ASGIApp, *parts: Part | Amount, name: str | None = None) -> MeteredApp:
     """
     Put the gate in front of a whole ASGI app, such as one that is mounted.
 

@@ -14,12 +14,19 @@ from typing import Any, NamedTuple
 
 from asgi_metering.admission import check_amounts
 from asgi_metering.amounts import Unit
-from asgi_metering.decorators import decorated, guard_of
-from asgi_metering.errors import AmountError
+from asgi_metering.errors import AmountError, ConfigurationError
+from asgi_metering.guards import BARE_MEND, WEBSOCKET_MEND, Guard, Part, decorated, guard_of
 from asgi_metering.metering import ALL_FEATURES
 from asgi_metering.policies import EndpointPolicy
 
 __all__ = ["Layer", "Report", "Row", "audit", "has_routes", "routes_of"]
+
+WEBSOCKET = "WEBSOCKET"
+"""What stands where an HTTP route has its methods."""
+
+HTTP_HANDLERS = {name: name.upper() for name in ("get", "post", "put", "patch", "delete", "head", "options")}
+WEBSOCKET_HANDLERS = dict.fromkeys(("dispatch", "on_connect", "on_receive", "on_disconnect"), WEBSOCKET)
+"""Methods of class endpoints, by the HTTP method that they answer."""
 
 MAX_DEPTH = 32
 """Nested apps and routers that are walked: deeper is a loop."""
@@ -39,11 +46,13 @@ class Row:
 
     Attributes:
         path: As far as prefixes can be told.
-        methods: Sorted; empty for a mounted app.
+        methods: Sorted; empty for a mounted app, ``WEBSOCKET`` alone for a WebSocket.
         endpoint: The function, class or app behind it.
         policy: What the decorators said; None for an unmetered one.
         layers: Ours on the way to it, such as those of a mounted application.
         around: What a `metered_app` on the way to it asks for already.
+        dependencies: Decorated functions that FastAPI calls before it, as dependencies of the route, of its routers or
+            of the application.
     """
 
     path: str
@@ -52,6 +61,18 @@ class Row:
     policy: EndpointPolicy | None
     layers: tuple[Layer, ...] = ()
     around: EndpointPolicy | None = None
+    dependencies: tuple[Guard, ...] = ()
+
+    @property
+    def policies(self) -> tuple[EndpointPolicy, ...]:
+        """What the endpoint and its dependencies ask for."""
+        own = () if self.policy is None else (self.policy,)
+        return (*own, *(guard.policy for guard in self.dependencies))
+
+    @property
+    def is_websocket(self) -> bool:
+        """Whether it answers a WebSocket, which is not metered."""
+        return WEBSOCKET in self.methods
 
 
 @dataclass(slots=True)
@@ -85,14 +106,73 @@ def audit(app: Any, features: frozenset[str], unenforced: frozenset[str], meteri
     if metering is not None:
         report.errors.extend(_other_meterings(report.rows, metering))
     for row in report.rows:
-        if row.policy is not None:
-            covered = frozenset[str]().union(*(layer.features for layer in row.layers))
-            report.errors.extend(_missing_layers(row, row.policy, features | unenforced | covered))
-            report.errors.extend(_nested(row, row.policy))
-            if metering is not None:
-                report.errors.extend(_uncountable(row, row.policy, metering.unit))
+        if isinstance(row.endpoint, Part):
+            report.errors.append(f"{row.path} has a metering decorator for its endpoint. {BARE_MEND}")
+        elif row.is_websocket:
+            _check_websocket(row, report)
+        else:
+            _check_row(row, report, features | unenforced, metering)
+    report.errors.extend(_other_scales(report.rows, metering))
     _check_reach(report)
+    if metering is not None and not metering.identifies:
+        report.warnings.extend(_nobody(report.rows, features))
     return report
+
+
+def _check_row(row: Row, report: Report, covered: frozenset[str], metering: Any) -> None:
+    covered = covered.union(*(layer.features for layer in row.layers))
+    if len(row.policies) > 1:
+        names = " and ".join(policy.name for policy in row.policies)
+        report.errors.append(
+            f"{row.path} is metered as {names}, and a call is metered once. Write all of it on the endpoint, or all of "
+            f"it on one dependency."
+        )
+    for policy in row.policies:
+        report.errors.extend(_missing_layers(row, policy, covered))
+        report.errors.extend(_nested(row, policy))
+        if metering is not None:
+            report.errors.extend(_uncountable(row, policy, metering.unit))
+    if row.policy is not None and row.policy.charge is not None and {"GET", "HEAD"} <= set(row.methods):
+        report.warnings.append(
+            f"{row.path} ({row.policy.name}) is billable, and answers HEAD by running the same handler, free of charge."
+            f" If that spends money, answer HEAD by a route of its own before it, or make it a POST."
+        )
+
+
+def _other_scales(rows: list[Row], metering: Any) -> Iterator[str]:
+    """One unit with two scales: each would read the other's amounts wrong by powers of ten."""
+    known: dict[str, tuple[Unit, str]] = {}
+    if metering is not None:
+        known[metering.unit.name] = metering.unit, "the Metering"
+    policies = [(row.path, policy) for row in rows for policy in row.policies]
+    for path, policy in policies:
+        unit = policy.charge.unit if policy.charge is not None else None
+        if unit is None:
+            continue
+        where = f"{path} ({policy.name})"
+        first, there = known.setdefault(unit.name, (unit, where))
+        if first != unit:
+            yield (
+                f"{where} counts {unit.name!r} with scale {unit.scale}, and {there} with scale {first.scale}. Declare "
+                f"the unit once and use that object, or give one of them another name."
+            )
+        elif metering is not None:
+            try:
+                metering.counted(unit)
+            except ConfigurationError as failure:
+                yield f"{where} cannot be charged. {failure}"
+
+
+def _nobody(rows: list[Row], features: frozenset[str]) -> Iterator[str]:
+    """A warning where every paying call would meet a 401."""
+    for row in rows:
+        covered = features.union(*(layer.features for layer in row.layers))
+        if "credits" in covered and any(policy.charge is not None for policy in row.policies):
+            yield (
+                f"{row.path} is billable, but Metering has no identify: every call of billable routes will be 401. "
+                f"Pass identify=, a function of the connection that answers a Caller."
+            )
+            return
 
 
 def _other_meterings(rows: list[Row], metering: Any) -> Iterator[str]:
@@ -104,6 +184,21 @@ def _other_meterings(rows: list[Row], metering: Any) -> Iterator[str]:
                 f"all of them."
             )
             return
+
+
+def _check_websocket(row: Row, report: Report) -> None:
+    """No middleware opens a call for a WebSocket yet: decorated, it lets nobody in; inside a metered app, everybody."""
+    if row.policies:
+        report.errors.extend(_no_websockets(row, policy.name) for policy in row.policies)
+    elif row.around is not None:
+        report.warnings.append(
+            f"{row.path} is a WebSocket inside {row.around.name}, which lets WebSockets through unmetered. Charge for "
+            f"its work inside it with metering.charge()."
+        )
+
+
+def _no_websockets(row: Row, name: str) -> str:
+    return f"{row.path} ({name}) is a WebSocket, and WebSockets are not metered yet. {WEBSOCKET_MEND}"
 
 
 def _missing_layers(row: Row, policy: EndpointPolicy, covered: frozenset[str]) -> Iterator[str]:
@@ -139,24 +234,36 @@ def _nested(row: Row, policy: EndpointPolicy) -> Iterator[str]:
 
 def _check_reach(report: Report) -> None:
     """Decorators that never see a request: above the route's decorator (pitfall 4), or on no route at all (X.5)."""
-    guards = (guard_of(row.endpoint) for row in report.rows)
-    reached = {guard.policy.name: guard for guard in guards if guard is not None}
+    found = [guard_of(row.endpoint) for row in report.rows]
+    found.extend(guard for row in report.rows for guard in row.dependencies)
+    reached = {guard.policy.name: guard for guard in found if guard is not None}
     bare = {id(inspect.unwrap(row.endpoint)): row for row in report.rows if row.policy is None}
     modules = {getattr(row.endpoint, "__module__", None) for row in report.rows}
     # An application that a function builds may have been built before: those endpoints are the other one's.
     twins = {name.partition("#")[0] for name in reached}
     for guard in decorated():
         name = guard.policy.name
-        if reached.get(name) is guard:
-            continue
         row = bare.get(id(inspect.unwrap(guard.endpoint)))
-        if row is not None:
+        if reached.get(name) is guard:
+            if row is not None:
+                report.warnings.append(_free_too(row, name))
+        elif row is not None and row.is_websocket:
+            report.errors.append(_no_websockets(row, name))
+        elif row is not None:
             report.errors.append(
                 f"{row.path} runs {name} ungated: its metering decorators stand above the route's own. Put them below "
                 f"it."
             )
         elif getattr(guard.endpoint, "__module__", None) in modules and name.partition("#")[0] not in twins:
             report.warnings.append(f"{name} is decorated, but no route reaches it.")
+
+
+def _free_too(row: Row, name: str) -> str:
+    """Metering decorators between two routes: the upper one is gated, the lower one has the plain function."""
+    return (
+        f"{row.path} runs {name} ungated and free, although another route has it metered. If that is not meant, put "
+        f"the metering decorators below the decorators of both routes."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +274,14 @@ class _Place:
     depth: int = 0
     layers: tuple[Layer, ...] = ()
     around: EndpointPolicy | None = None
+    dependencies: tuple[Guard, ...] = ()
 
     def row(self, path: str, methods: Iterable[str], endpoint: Any, policy: EndpointPolicy | None) -> Row:
-        return Row(path, tuple(sorted(methods)), endpoint, policy, self.layers, self.around)
+        found = tuple({guard.policy.name: guard for guard in self.dependencies}.values())
+        return Row(path, tuple(sorted(methods)), endpoint, policy, self.layers, self.around, found)
 
     def below(self, prefix: str, policy: EndpointPolicy | None = None) -> _Place:
-        return _Place(prefix, self.depth + 1, self.layers, policy or self.around)
+        return _Place(prefix, self.depth + 1, self.layers, policy or self.around, self.dependencies)
 
 
 def routes_of(app: Any) -> Iterator[Row]:
@@ -223,6 +332,7 @@ def _route_rows(route: Any, place: _Place) -> Iterator[Row]:
     included = getattr(route, "original_router", None)
     if included is not None:
         context = getattr(route, "include_context", None)
+        place = replace(place, dependencies=(*place.dependencies, *_included_guards(context)))
         yield from _walk(included, place.below(place.prefix + (getattr(context, "prefix", "") or "")))
         return
     path = place.prefix + getattr(route, "path", "")
@@ -231,15 +341,19 @@ def _route_rows(route: Any, place: _Place) -> Iterator[Row]:
     if endpoint is None and inner is not None and not isinstance(inner, type):
         if _policy_of(inner) is None:
             yield place.row(path, (), inner, None)
-        yield from _walk(inner, place.below(path))
+        # Dependencies of an application or router are not those of what it mounts.
+        yield from _walk(inner, replace(place.below(path), dependencies=()))
         return
-    place = replace(place, layers=(*place.layers, *_layers_around(inner)))
+    dependencies = (*place.dependencies, *_guards_of(getattr(route, "dependant", None)))
+    place = replace(place, layers=(*place.layers, *_layers_around(inner)), dependencies=dependencies)
     endpoint = endpoint or inner
+    is_websocket = _is_websocket(route)
     if isinstance(endpoint, type):
-        yield from _class_rows(path, endpoint, place)
+        yield from _class_rows(path, endpoint, place, is_websocket=is_websocket)
         return
     policy = _policy_of(endpoint)
-    yield place.row(path, getattr(route, "methods", None) or (), endpoint, policy)
+    methods = (WEBSOCKET,) if is_websocket else getattr(route, "methods", None) or ()
+    yield place.row(path, methods, endpoint, policy)
     if policy is not None and guard_of(endpoint) is None:
         yield from _walk(getattr(endpoint, "app", None), place.below(path, policy))
 
@@ -253,8 +367,46 @@ def _layers_around(app: Any) -> Iterator[Layer]:
         app = getattr(app, "app", None)
 
 
-def _class_rows(path: str, endpoint: type, place: _Place) -> Iterator[Row]:
-    for method in ("get", "post", "put", "patch", "delete", "head", "options"):
-        function = getattr(endpoint, method, None)
-        if function is not None:
-            yield place.row(path, (method.upper(),), function, _policy_of(function))
+def _guards_of(dependant: Any, depth: int = 0) -> Iterator[Guard]:
+    """What is decorated among the functions that FastAPI calls before an endpoint, theirs included."""
+    for each in getattr(dependant, "dependencies", ()) if depth <= MAX_DEPTH else ():
+        guard = guard_of(each.call)
+        if guard is not None:
+            yield guard
+        yield from _guards_of(each, depth + 1)
+
+
+def _included_guards(context: Any) -> Iterator[Guard]:
+    """The same of what a router was included with."""
+    depends = getattr(context, "dependencies", None)
+    if not depends:
+        return
+    # Only FastAPI includes routers with dependencies.
+    from fastapi.dependencies.utils import get_parameterless_sub_dependant
+
+    for each in depends:
+        dependant = get_parameterless_sub_dependant(depends=each, path="/")
+        guard = guard_of(dependant.call)
+        if guard is not None:
+            yield guard
+        yield from _guards_of(dependant)
+
+
+def _is_websocket(route: Any) -> bool:
+    # Imported late: applications without a framework have no routes.
+    from starlette.routing import WebSocketRoute
+
+    return isinstance(route, WebSocketRoute)
+
+
+def _class_rows(path: str, endpoint: type, place: _Place, *, is_websocket: bool) -> Iterator[Row]:
+    """A row per method that answers; of a WebSocket, which is one connection, per decorated method or one."""
+    handlers = WEBSOCKET_HANDLERS if is_websocket else HTTP_HANDLERS
+    found = [(getattr(endpoint, name, None), method) for name, method in handlers.items()]
+    rows = [place.row(path, (method,), each, _policy_of(each)) for each, method in found if each is not None]
+    if not is_websocket and not hasattr(endpoint, "head"):
+        # Starlette answers HEAD by its `get` then.
+        rows = [replace(row, methods=("GET", "HEAD")) if row.methods == ("GET",) else row for row in rows]
+    if is_websocket:
+        rows = [row for row in rows if row.policy is not None] or [place.row(path, (WEBSOCKET,), endpoint, None)]
+    yield from rows

@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from starlette.requests import ClientDisconnect
-
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
+from asgi_metering.asgi.body import RequestBody, has_key
 from asgi_metering.asgi.fields import limit_fields
 from asgi_metering.asgi.refusals import in_band_error, refusal_response
+from asgi_metering.asgi.replay import keeper
 from asgi_metering.asgi.tap import Tap
 from asgi_metering.asgi.types import ASGIApp, Headers, Message, Receive, Scope, Send
 from asgi_metering.asgi.watch import ClientGone, Watch
@@ -33,10 +33,18 @@ log = logging.getLogger("asgi_metering")
 
 GRACE_S = 0.05
 """
-How long after its last body message an app may still turn out to have failed.
+How long after the server took its last body message an app may still turn out to have failed.
 
 `BaseHTTPMiddleware` fabricates a clean last message when the app behind it raises; the exception follows within
 microseconds. Background tasks that run longer do not delay the end (pitfall 24).
+"""
+
+LAST_SEND_S = 10.0
+"""
+How long the server may take over the last message before the call is ended without its answer.
+
+A client that reads slowly holds it up as long as the buffers are full, and hypercorn's HTTP/2 for ever if the client
+has left (pitfall 27). What is ended so has completed: the bytes were the server's, and nobody was seen to leave.
 """
 
 CHECKPOINT_BYTES = 262_144
@@ -70,11 +78,15 @@ async def run(
     swapped = False  # ours instead of the app's: what the app still sends goes nowhere
     finishing = False  # the last message was handed over
     trailers = False
-    unchecked = 0  # bytes since the loop had a turn
+    sent = unchecked = 0  # bytes of the body that the server took: before the loop last had a turn, and since
+    whole = False  # the server took the whole body in one message
+    dressed: Message | None = None  # the start of an admitted response, as it went out
     begun: Message | None = None  # the start of the app's response, if it passed before an admission
     latest: Message | None = None  # what passed after it, the last of them, before an admission
     spoke = False  # the app has sent something since its call was refused
-    tap: Tap | None = None
+    keep: Callable[[bytes], None] | None = None  # sees every chunk that the server took
+    incoming: RequestBody | None = None  # of a request with an idempotency key
+    looked = False  # for that key
     grace: asyncio.TimerHandle | None = None
     watch = Watch(scope, receive, send) if options.stop_on_disconnect else None
     inner_receive = watch.receive if watch is not None else receive
@@ -83,8 +95,20 @@ async def run(
         if not finishing and opening.call is not None:
             opening.call.see(Cause.CLIENT_GONE)
 
+    def request_body() -> RequestBody:
+        nonlocal incoming
+        if incoming is None:
+            incoming = RequestBody(scope, inner_receive)
+        return incoming
+
     async def receive_() -> Message:
-        message = await inner_receive()
+        nonlocal looked
+        if not looked:
+            # Not before something of the body is read: most requests have none, and most routes no keys.
+            looked = True
+            if has_key(scope):
+                request_body()
+        message = await (inner_receive() if incoming is None else incoming.receive())
         if message["type"] == "http.disconnect":
             gone()
         return message
@@ -115,7 +139,7 @@ async def run(
             await send(message)
 
     async def send_start(call: Call, message: Message) -> None:
-        nonlocal started, begun, trailers, tap
+        nonlocal started, begun, trailers, keep, dressed
         if call.deferred:
             # A generator endpoint: it is asked for now, before its headers go out (pitfall 7). A refusal rises even if
             # its first step met it earlier, for this start says nothing of it (pitfall 15). It is answered when the
@@ -127,9 +151,10 @@ async def run(
                 await refuse(call)
                 return
         elif call.admitted:
-            message, tap = dress(call, message, scope, options)
+            dressed, call.observer = dress(call, message, scope, options)
+            keep = keeper(call, message, call.observer)
+            message = dressed
             call.status = message["status"]
-            call.observer = tap
             trailers = bool(message.get("trailers"))
             if watch is not None:
                 watch.start(gone, asyncio.get_running_loop())
@@ -152,27 +177,28 @@ async def run(
 
     def catch_up(call: Call, start: Message) -> None:
         """The call was admitted after its response had begun: note now what the start said."""
-        nonlocal begun, trailers, tap
+        nonlocal begun, trailers, keep
         begun = None
         call.status = start["status"]
         trailers = bool(start.get("trailers"))
-        call.observer = tap = _tap(call, list(start.get("headers", ())), scope)
+        tap = call.observer = _tap(call, list(start.get("headers", ())), scope)
+        keep = None if tap is None else tap.keep
         if latest is not None:
             call.first_byte = True
         if watch is not None:
             watch.start(gone, asyncio.get_running_loop())
 
     async def send_body(call: Call, message: Message) -> None:
-        nonlocal unchecked
+        nonlocal sent, unchecked
         if not call.admitted:
             await send_unadmitted(call, message)
             return
         body = message.get("body", b"")
-        last = not message.get("more_body", False) and not trailers
-        if last:
-            finish(call)
         # What is sent to a client that was seen to leave reaches nobody: a framework's own 500, say.
         reaches = call.cause is None
+        if not message.get("more_body", False) and not trailers:
+            await send_last(call, message, body, reaches and bool(body))
+            return
         handed_over = True
         try:
             await deliver(call, message)
@@ -183,28 +209,74 @@ async def run(
             # Also when cancelled while the server's `send` waited for its buffer: the bytes are the server's then.
             if body and handed_over:
                 call.first_byte = call.first_byte or reaches
-                if tap is not None:
-                    tap.keep(body)
+                if keep is not None:
+                    keep(body)
         unchecked += len(body)
-        if unchecked >= CHECKPOINT_BYTES and not last:
+        if unchecked >= CHECKPOINT_BYTES:
+            sent += unchecked
             unchecked = 0
             await asyncio.sleep(0)
 
+    async def send_last(call: Call, message: Message, body: bytes, reaches: bool) -> None:
+        """
+        The last message: the runtime ends the call when the app returns, or when the grace after it is over.
+
+        The grace begins when the server has taken the message: a slow client may hold that up for long, and what it
+        reads is charged by what it says. A server that raises `OSError` from it says that the client is gone.
+        """
+        nonlocal finishing, grace
+        if finishing:
+            await deliver(call, message)
+            return
+        finishing = True
+        taken = True
+        if call.needs_end:
+            grace = asyncio.get_running_loop().call_later(LAST_SEND_S, give_up, call, body, reaches)
+        try:
+            await deliver(call, message)
+        except OSError:
+            taken = False
+            raise
+        finally:
+            if taken:
+                took_last(call, body, reaches)
+            if grace is not None:
+                grace.cancel()
+                grace = asyncio.get_running_loop().call_later(GRACE_S, close, call)
+
+    def took_last(call: Call, body: bytes, reaches: bool) -> None:
+        nonlocal unchecked, whole
+        whole = bool(body) and not sent and not unchecked
+        unchecked += len(body)
+        if not call.closed:
+            call.first_byte = call.first_byte or reaches
+            if keep is not None and body:
+                keep(body)
+
+    def give_up(call: Call, body: bytes, reaches: bool) -> None:
+        """The last `send` does not return: end the call as it is, by what the server was given."""
+        took_last(call, body, reaches)
+        close(call)
+
     async def send_other(call: Call, message: Message, kind: str) -> None:
         """A file by path is one message and the end; trailers end a response that announced them (pitfall 36)."""
-        nonlocal latest
+        nonlocal latest, whole
         last = (
             (kind == "http.response.trailers" and not message.get("more_trailers", False))
             or (kind == "http.response.pathsend" and not trailers)
             or (kind == "http.response.zerocopysend" and not message.get("more_body", False) and not trailers)
         )
+        reaches = call.cause is None and kind != "http.response.trailers"
+        if call.reply is not None and kind != "http.response.trailers":
+            call.reply.lose()
         if last and call.admitted:
-            finish(call)
-        reaches = call.cause is None
+            await send_last(call, message, b"", reaches)
+            whole = kind == "http.response.pathsend"
+            return
         await deliver(call, message)
         if not call.admitted:
             latest = message
-        elif kind != "http.response.trailers":
+        else:
             call.first_byte = call.first_byte or reaches
 
     async def deliver(call: Call, message: Message) -> None:
@@ -218,14 +290,6 @@ async def run(
         except OSError:
             call.see(Cause.CLIENT_GONE)
             raise
-
-    def finish(call: Call) -> None:
-        """The last message: mark, and let the runtime end the call when the app returns or the grace is over."""
-        nonlocal finishing, grace
-        if not finishing:
-            finishing = True
-            if call.needs_end:
-                grace = asyncio.get_running_loop().call_later(GRACE_S, close, call)
 
     def close(call: Call) -> None:
         """Hand the call to the runtime; the first cause seen wins."""
@@ -259,6 +323,7 @@ async def run(
         await send({"type": "http.response.body", "body": error})
         return True
 
+    opening.request_body = request_body
     token = CURRENT.set(opening)
     try:
         await app(scope, receive_, send_)
@@ -275,7 +340,8 @@ async def run(
             if not _stops(failure) and await answer_refusal(call) and _is_refusal(failure):
                 return
             raise
-        call.see(_cause_of(failure, finishing))
+        is_whole = whole or (finishing and dressed is not None and _announced(dressed) == sent + unchecked)
+        call.see(Cause.COMPLETED if is_whole else _cause_of(failure, finishing))
         if watch is not None and watch.is_gone and _is_departure(failure):
             # We raised it to stop the app. To the server it is news of nothing, and would fill its log with errors.
             return
@@ -299,10 +365,10 @@ async def run(
             await _close_inline(call, close, opening)
 
 
-async def _close_inline(call: Call, close: object, opening: Opening) -> None:
+async def _close_inline(call: Call, close: Callable[[Call], None], opening: Opening) -> None:
     if not call.admitted or not call.needs_end:
         return
-    close(call)  # type: ignore[operator]
+    close(call)
     runtime = opening.metering.runtime()
     if not runtime.managed and call.receipt is None and call.has_hold:
         # Nobody will hold a shutdown for us, so this task stays until the end is booked (pitfall 32).
@@ -312,7 +378,23 @@ async def _close_inline(call: Call, close: object, opening: Opening) -> None:
             await asyncio.shield(runtime.booked())
 
 
+def _announced(start: Message) -> int | None:
+    """How many bytes a response says it has; None where it does not."""
+    for name, value in start["headers"]:
+        if name.lower() == b"content-length":
+            return int(value) if value.isdigit() else None
+    return None
+
+
 def _cause_of(failure: BaseException, finishing: bool) -> Cause:
+    """
+    What an exception of the app makes of a call that nothing else has ended.
+
+    After the last message it is an error still, if it comes within the grace: `BaseHTTPMiddleware` fabricates that
+    message, an empty one, for an app that broke (pitfall 24). Not asked for here are responses that nobody fabricates:
+    a body in one message, a file by path, and as many bytes as ``Content-Length`` said. They are whole, and charged,
+    whatever raises behind them, such as a background task.
+    """
     if isinstance(failure, Exception) or not isinstance(failure, asyncio.CancelledError | GeneratorExit):
         return Cause.ERROR
     return Cause.COMPLETED if finishing else Cause.ABORTED
@@ -333,6 +415,9 @@ def _is_departure(failure: BaseException) -> bool:
     """Whether *failure* says only that the client left: our word for it, Starlette's, or a group of these."""
     if isinstance(failure, BaseExceptionGroup):
         return all(_is_departure(inner) for inner in failure.exceptions)
+    # Not imported before it is needed: naming the middleware imports no framework.
+    from starlette.requests import ClientDisconnect
+
     return isinstance(failure, ClientGone | ClientDisconnect)
 
 

@@ -17,6 +17,7 @@ from typing import TypeAlias
 from asgi_metering.amounts import Unit
 from asgi_metering.decisions import Decision, WindowState
 from asgi_metering.errors import ConfigurationError
+from asgi_metering.names import is_field_name
 
 __all__ = [
     "DEFAULT_NAMES",
@@ -48,7 +49,6 @@ What epoch seconds lose as floats (half a microsecond is two of their steps): a 
 """
 
 _UNSAFE = re.compile(r"[^\x20-\x7e]")
-_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,64}")
 
 FRAMING = frozenset(
     {
@@ -100,7 +100,7 @@ class HeaderNames:
         for name in names:
             if name is None:
                 continue
-            if not isinstance(name, str) or not _TOKEN.fullmatch(name) or name.lower() in FRAMING:
+            if not is_field_name(name, MAX_NAME) or name.lower() in FRAMING:
                 raise ConfigurationError(
                     f"The header name {name!r} cannot carry a limit. Use another, or None for off."
                 )
@@ -296,4 +296,4 @@ def field_value(text: str) -> bytes | None:
 def field_name(text: str) -> bytes | None:
     """Return *text* in lower case as the name of a header field; None unless it is one and frames nothing."""
     name = text.lower()
-    return name.encode("ascii") if _TOKEN.fullmatch(name) and name not in FRAMING else None
+    return name.encode("ascii") if is_field_name(name, MAX_NAME) and name not in FRAMING else None

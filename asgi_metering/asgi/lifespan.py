@@ -10,10 +10,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from asgi_metering.asgi.audit import audit, has_routes
+from asgi_metering.asgi.audit import Report
+from asgi_metering.asgi.startup import check_one_metering, examined
 from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
+from asgi_metering.asgi.workers import check_workers
 from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.metering import Metering
+from asgi_metering.tokens import warm_up
 
 __all__ = ["LAYERS_KEY", "Lifespan"]
 
@@ -45,7 +48,13 @@ class Lifespan:
         self._refused: Exception | None = None
 
     async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the lifespan through, watching both directions (pitfall 31)."""
+        """
+        Pass the lifespan through, watching both directions (pitfall 31).
+
+        Raises:
+            MeteringError: Why the application must not start, after ``lifespan.startup.failed`` has said so: a client
+                in process (Starlette's `TestClient`) waits for it, and servers that were told already keep quiet of it.
+        """
 
         async def receive_() -> Message:
             self._asked = True
@@ -74,15 +83,20 @@ class Lifespan:
         try:
             await self._app(scope, receive_, send_)
         except _StartupRefused:
-            await self._stop()
-            return
+            pass  # raised below, as it is for an app that swallows it
         except Exception:
+            if self._refused is not None:
+                # hypercorn says so by an exception from its `send`, and serves if that does not end us at once.
+                raise
             if self._asked:
                 await self._stop()
                 raise
             log.debug("The app has no lifespan; the metering keeps one for it.", exc_info=True)
         if not self._asked:
             await self._stand_in(scope, receive, send)
+        if self._refused is not None:
+            # Its way here says nothing: the sentence has the mistake.
+            raise self._refused.with_traceback(None) from None
 
     async def _stop(self) -> None:
         await self._metering.stop()
@@ -90,42 +104,45 @@ class Lifespan:
         self._metering.runtime().managed = False
 
     async def _start(self, send: Send) -> None:
+        outermost = self._layers[0]
+        outermost.proven, outermost.fault = False, None
         try:
-            self._one_metering()
+            check_one_metering(self._layers)
+            check_workers(self._metering.store)
             self._metering.runtime().managed = True
             await self._metering.start()
+            return
         except MeteringError as failure:
-            await self._refuse(failure, send)
-            raise _StartupRefused(str(failure)) from failure
+            refused = failure
+        # Outside of the handler: a server that shows what its own exception came from would tell all of it twice.
+        await self._refuse(refused, send)
+        raise _StartupRefused(str(refused))
 
     async def _check(self, scope: Scope, send: Send) -> bool:
         """Audit the application; False if that refused its startup."""
-        features = frozenset[str]().union(*(layer.features for layer in self._layers))
-        unenforced = frozenset[str].intersection(*(layer.unenforced for layer in self._layers))
+        report: Report | MeteringError
         try:
-            # An app behind middleware that hides it is found through the scope, where frameworks put themselves.
-            application = self._app if has_routes(self._app) else scope.get("app", self._app)
-            report = audit(application, features, unenforced, self._metering)
-            if report.errors:
-                raise ConfigurationError("\n".join(report.errors))
+            report = examined(scope, self._layers)
         except MeteringError as failure:
-            await self._refuse(failure, send)
+            report = failure
+        if isinstance(report, MeteringError):
+            await self._refuse(report, send)
             return False
-        for warning in report.warnings:
-            log.warning(warning)
+        self._layers[0].proven = True
+        if _may_count_tokens(report):
+            # Half a second of a thread now, rather than of the first call that is estimated or cut short.
+            await warm_up()
         return True
 
     async def _refuse(self, failure: Exception, send: Send) -> None:
         self._refused = failure
+        if isinstance(failure, ConfigurationError):
+            # A server that serves all the same shall not serve this; a store that is down may be up again by then.
+            self._layers[0].fault = failure
         log.error("The application cannot start: %s", failure)
+        # Before the server hears of it: what comes after its `send` may not wait for anything.
+        await self._stop()
         await send({"type": "lifespan.startup.failed", "message": str(failure)})
-
-    def _one_metering(self) -> None:
-        if any(layer.metering is not self._metering for layer in self._layers):
-            names = ", ".join(type(layer).__name__ for layer in self._layers)
-            raise ConfigurationError(
-                f"The layers {names} do not share one Metering. Make one, and pass the same object to all of them."
-            )
 
     async def _stand_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Be the lifespan of an app that has none."""
@@ -137,7 +154,6 @@ class Lifespan:
                 except _StartupRefused:
                     return
                 if not await self._check(scope, send):
-                    await self._stop()
                     return
                 await send({"type": "lifespan.startup.complete"})
             elif message["type"] == "lifespan.shutdown":
@@ -145,3 +161,9 @@ class Lifespan:
                 await self._stop()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
+
+
+def _may_count_tokens(report: Report) -> bool:
+    """Whether a call of any route could need the tokenizer: fixed prices never do."""
+    policies = [policy for row in report.rows for policy in row.policies]
+    return any(policy.charge is not None and policy.charge.measured for policy in policies)

@@ -6,15 +6,21 @@ Keeps configuration only; a request's state lives in its exchange. Scopes that i
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
 
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
+from asgi_metering.asgi.audit import MAX_DEPTH
 from asgi_metering.asgi.exchange import ExchangeOptions, run
 from asgi_metering.asgi.lifespan import LAYERS_KEY, Lifespan
 from asgi_metering.asgi.origin import HTTPOrigin
+from asgi_metering.asgi.startup import check_one_metering, examined
 from asgi_metering.asgi.types import ASGIApp, Receive, Scope, Send
+from asgi_metering.asgi.workers import check_workers
 from asgi_metering.call import SCOPE_KEY, Opening
-from asgi_metering.errors import ConfigurationError
+from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.metering import ALL_FEATURES, Metering
 
 __all__ = [
@@ -25,8 +31,14 @@ __all__ = [
     "UsageEventsMiddleware",
 ]
 
+log = logging.getLogger("asgi_metering")
+
 FREE_METHODS = frozenset({"HEAD", "OPTIONS"})
 """Never metered: no body is wanted, and CORS preflights come by OPTIONS (X.4, pitfall 12)."""
+
+
+MISTAKEN = b'{"type":"about:blank","title":"Internal Server Error","status":500,"code":"misconfigured"}'
+"""What a client hears of an application that must not serve: what is wrong is the operator's, and in the log."""
 
 
 class MeteringMiddleware:
@@ -41,7 +53,11 @@ class MeteringMiddleware:
         stop_on_disconnect: Raise `OSError` from ``send`` once the client has left, for apps that would run on.
 
     Raises:
-        ConfigurationError: *metering* is no `Metering`, or *unenforced* is another word.
+        ConfigurationError: *metering* is no `Metering`, *unenforced* is another word, or *answers* no `AnswerOptions`.
+
+    The application is audited once: when its lifespan starts, or, where none comes (a mounted application, daphne, a
+    function behind a gateway), before its first HTTP request is served. One that must not serve answers every request
+    with 500 then, says why in the log, and charges nothing.
 
     With no policy on any endpoint not one byte of any response changes (S2.27). Installed twice, the inner one adds
     nothing (pitfall 37).
@@ -54,7 +70,7 @@ class MeteringMiddleware:
         app: ASGIApp,
         metering: Metering,
         *,
-        unenforced: str = "error",
+        unenforced: Literal["error", "allow"] = "error",
         answers: AnswerOptions = DEFAULT_OPTIONS,
         stop_on_disconnect: bool = False,
     ) -> None:
@@ -64,10 +80,19 @@ class MeteringMiddleware:
             )
         if unenforced not in ("error", "allow"):
             raise ConfigurationError(f"unenforced={unenforced!r} is not known. Use 'error' or 'allow'.")
+        if not isinstance(answers, AnswerOptions):
+            raise ConfigurationError(
+                f"answers={answers!r} is no AnswerOptions. Make one: "
+                f"AnswerOptions(names=HeaderNames.with_legacy()), say."
+            )
         self.app = app
         self.metering = metering
         self.unenforced = ALL_FEATURES - self.features if unenforced == "allow" else frozenset[str]()
         self._options = ExchangeOptions(answers, stop_on_disconnect)
+        # Of the outermost layer: whether the application was audited and may serve, and why not.
+        self.proven = False
+        self.fault: MeteringError | None = None
+        self._proving = threading.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Meter HTTP requests; look after the lifespan; pass everything else on."""
@@ -84,6 +109,9 @@ class MeteringMiddleware:
         if opening is not None:
             await self._join(opening, scope, receive, send)
             return
+        if not self.proven and not self._prove(scope):
+            await _answer_mistaken(send)
+            return
         opening = Opening(
             self.metering,
             self.features,
@@ -94,6 +122,24 @@ class MeteringMiddleware:
         # Into the scope itself, as Starlette's own middleware does: a copy would hide the route from outer layers.
         scope[SCOPE_KEY] = opening
         await run(self.app, opening, scope, receive, send, self._options)
+
+    def _prove(self, scope: Scope) -> bool:
+        """Audit the application, once, where no lifespan did; False for one that must not serve."""
+        # A lock of threads: event loops of several may share one application. Nothing in it waits.
+        with self._proving:
+            if self.fault is None and not self.proven:
+                try:
+                    layers = list(_layers(self))
+                    check_one_metering(layers)
+                    check_workers(self.metering.store)
+                    examined(scope, layers)
+                except MeteringError as failure:
+                    self.fault = failure
+                else:
+                    self.proven = True
+        if self.fault is not None:
+            log.error("The application cannot serve: %s", self.fault)
+        return self.fault is None
 
     async def _join(self, opening: Opening, scope: Scope, receive: Receive, send: Send) -> None:
         """An outer layer opened the call; this one adds what it enables (X.1)."""
@@ -113,6 +159,26 @@ class MeteringMiddleware:
             return
         layers = scope[LAYERS_KEY] = [self]
         await Lifespan(self.app, self.metering, layers).run(scope, receive, send)
+
+
+def _layers(app: Any) -> Iterator[MeteringMiddleware]:
+    """The layers from *app* inwards, as far as middleware that keeps its app as ``app`` lets them be seen."""
+    for _ in range(MAX_DEPTH):
+        if app is None:
+            return
+        if isinstance(app, MeteringMiddleware):
+            yield app
+        app = getattr(app, "app", None)
+
+
+async def _answer_mistaken(send: Send) -> None:
+    fields = [
+        (b"content-type", b"application/problem+json"),
+        (b"content-length", str(len(MISTAKEN)).encode("ascii")),
+        (b"cache-control", b"no-store"),
+    ]
+    await send({"type": "http.response.start", "status": 500, "headers": fields})
+    await send({"type": "http.response.body", "body": MISTAKEN})
 
 
 class RateLimitMiddleware(MeteringMiddleware):

@@ -44,6 +44,18 @@ class HTTPOrigin:
         return str(client[0]) if client else None
 
     @property
+    def target(self) -> tuple[bytes, bytes, bytes]:
+        """Method, path and query, as the client sent them."""
+        scope = self._scope
+        path = scope.get("raw_path") or scope["path"].encode("utf-8", "surrogatepass")
+        return scope["method"].encode("latin-1"), path, scope.get("query_string", b"")
+
+    def fields(self, name: str) -> list[str]:
+        """The lines of the header field *name*, in lower case."""
+        wanted = name.encode("latin-1")
+        return [value.decode("latin-1") for key, value in self._scope.get("headers", ()) if key == wanted]
+
+    @property
     def request_id(self) -> str | None:
         """``X-Request-ID``, cleaned; None if the client sent none (S2.13)."""
         for name, value in self._scope.get("headers", ()):

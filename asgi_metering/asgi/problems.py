@@ -278,10 +278,12 @@ def _anthropic_type(answer: Answer) -> str:
 
 
 _ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
     401: "authentication_error",
     402: "billing_error",
     403: "permission_error",
     409: "conflict_error",
+    413: "request_too_large",
     422: "invalid_request_error",
     429: "rate_limit_error",
 }

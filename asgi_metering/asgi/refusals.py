@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from asgi_metering.asgi.answers import Answer, AnswerOptions, answer
 from asgi_metering.asgi.problems import Customise, Rendered, ndjson_error, render, sse_error
+from asgi_metering.asgi.replay import replay_response
 from asgi_metering.asgi.types import Message
 from asgi_metering.call import Call
 from asgi_metering.errors import MeteringError
@@ -42,7 +43,13 @@ def refusal_answer(call: Call, options: AnswerOptions) -> Answer:
 
 
 def refusal_response(call: Call, options: AnswerOptions) -> Rendered:
-    """The whole response of a refused call, in the shape that its route chose; raises as `refusal_answer`."""
+    """
+    The whole response of a refused call, in the shape that its route chose; raises as `refusal_answer`.
+
+    To a repeat of a request that ran before it is what that one was answered.
+    """
+    if call.decision is not None and call.decision.replay is not None:
+        return replay_response(call, call.decision.replay)
     return render(refusal_answer(call, options), *_spelling(call))
 
 

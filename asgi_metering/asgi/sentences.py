@@ -128,6 +128,10 @@ _DETAILS: Mapping[Reason, str | Callable[[Facts], str]] = {
     Reason.UNAUTHENTICATED: "The request names nobody who may call this.",
     Reason.IDENTITY_DOWN: "Who is calling cannot be determined at present. Nothing was charged.",
     Reason.PAYER: "Who pays for this call could not be determined. Nothing was charged.",
+    Reason.KEY_MISSING: "This request has no Idempotency-Key, and needs one.",
+    Reason.KEY_INVALID: "The Idempotency-Key cannot be read.",
+    Reason.BODY: "The body of this request cannot be fingerprinted for its Idempotency-Key.",
+    Reason.REPLAYED: "A call with this idempotency key was made before, and is not made again.",
     Reason.IN_FLIGHT: "A call with this idempotency key is still running.",
     Reason.FINGERPRINT: "This idempotency key came before with another request.",
     Reason.POLICY: "A policy of this service does not permit the call.",
@@ -138,12 +142,17 @@ _DETAILS: Mapping[Reason, str | Callable[[Facts], str]] = {
     Reason.ALLOWANCE: _allowance,
     Reason.CREDITS: _credits,
     Reason.STORE_DOWN: "Calls cannot be metered at present, so this one was not started. Nothing was charged.",
+    Reason.ENDED: "This call has ended, so it can take no more.",
 }
 
 _REMEDIES: Mapping[Reason, str | Callable[[Facts], str]] = {
     Reason.UNAUTHENTICATED: "Send valid credentials.",
     Reason.IDENTITY_DOWN: _retry,
     Reason.PAYER: "Retry later; if it stays so, tell the operator.",
+    Reason.KEY_MISSING: "Send an Idempotency-Key of your own making, a new one for each new request.",
+    Reason.KEY_INVALID: "Send one key of 1 to 255 printable ASCII characters, in double quotes.",
+    Reason.BODY: "Send a smaller body, or send it without the key. The operator can set fingerprint= on the route.",
+    Reason.REPLAYED: "Use a new key for a new request.",
     Reason.IN_FLIGHT: _retry,
     Reason.FINGERPRINT: "Use a new key for a new request, or repeat the first request unchanged.",
     Reason.POLICY: "Change the request, or ask the operator for access.",
@@ -154,4 +163,5 @@ _REMEDIES: Mapping[Reason, str | Callable[[Facts], str]] = {
     Reason.ALLOWANCE: _after_allowance,
     Reason.CREDITS: _after_credits,
     Reason.STORE_DOWN: _retry,
+    Reason.ENDED: "Make a new call.",
 }

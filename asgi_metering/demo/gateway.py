@@ -7,7 +7,7 @@ What an application would write; everything about metering is in the decorators 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,13 +17,31 @@ from fastapi.responses import StreamingResponse
 from asgi_metering import Caller, Metering, MeteringMiddleware, billable, current_call, rate_limited, up_to
 from asgi_metering.prices import per_million_tokens
 
-__all__ = ["KEYS", "gateway"]
+__all__ = ["KEYS", "gateway", "passing"]
 
 KEYS = {"key-ada": "ada", "key-bob": "bob", "key-carol": "carol"}
 """API keys of the demo, and who they belong to."""
 
 PRICE = per_million_tokens(input=3_000, output=15_000)
 """Credits for a million tokens: high, so that short answers cost something a person can read."""
+
+HOP_BY_HOP = frozenset(
+    (
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    )
+)
+"""Fields of one connection, which no proxy passes on (RFC 9110 section 7.6.1)."""
+
+OUR_SERVERS = frozenset(("date", "server"))
+"""Fields that our own server writes into each response; with the provider's they would stand there twice."""
 
 
 def who(connection: Any) -> Caller | None:
@@ -85,7 +103,17 @@ async def passed_on(client: Any, path: str, request: Request) -> StreamingRespon
         finally:
             await answer.aclose()
 
-    passing = {
-        name: value for name, value in answer.headers.items() if name.lower() not in ("transfer-encoding", "connection")
+    response = StreamingResponse(chunks(), status_code=answer.status_code)
+    for name, value in passing(answer.headers.multi_items()):
+        response.headers.append(name, value)
+    return response
+
+
+def passing(fields: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The header fields of a provider's response that are for the client, each as often as it came."""
+    given = [(name.lower(), value) for name, value in fields]
+    connection = {
+        option.strip().lower() for name, value in given if name == "connection" for option in value.split(",")
     }
-    return StreamingResponse(chunks(), status_code=answer.status_code, headers=passing)
+    kept_here = HOP_BY_HOP | OUR_SERVERS | connection
+    return [(name, value) for name, value in given if name not in kept_here]

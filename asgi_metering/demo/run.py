@@ -56,6 +56,9 @@ async def _play(stage: Stage) -> int:
         except StepFailed as failure:
             failed += 1
             print(f"    FAILED: {failure}\n")
+        except Exception as failure:  # noqa: BLE001 -- it did not do what it says, and the others still may
+            failed += 1
+            print(f"    FAILED: {failure!r}\n")
         else:
             # At once, also into a pipe: a person reads along.
             print("".join(f"      {line}\n" for line in shown.splitlines()), flush=True)

@@ -93,9 +93,9 @@ async def refused_without_credits(stage: Stage) -> str:
     """A stream that nobody can pay for answers 402 before its first byte, and the provider hears nothing."""
     before = len(stage.provider.requests)
     answer = await stage.client.post("/v1/chat/completions", json=asking("echo"), headers=key("ada"))
-    error = answer.json()["error"]
     must(answer.status_code == 402, f"The status is {answer.status_code}, not 402.")
     must(len(stage.provider.requests) == before, "The provider was called.")
+    error = answer.json()["error"]
     return f"402 {error['code']}: {error['message']}"
 
 
@@ -233,7 +233,7 @@ async def usage_events(stage: Stage) -> str:
 
 
 async def statement(stage: Stage) -> str:
-    """The statement shows every charge and what it was based on."""
+    """The statements of ada and bob show every charge and what it was based on."""
     lines = []
     for payer in ("ada", "bob"):
         for entry in await stage.entries(payer):

@@ -18,7 +18,7 @@ from asgi_metering.receipts import Part, Source
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.calendars import pick
 from asgi_metering.rules.hold import HoldState
-from asgi_metering.rules.keys import claim, claimed, live_key, new_key, window_of
+from asgi_metering.rules.keys import claim, claimed, hold_of_key, live_key, new_key, window_of
 from asgi_metering.rules.operations import Admit, AllowanceSource, Grow, KeyAsk, LeaseAsk, SourceAsk
 from asgi_metering.rules.state import (
     NEVER,
@@ -35,10 +35,12 @@ from asgi_metering.rules.state import (
 from asgi_metering.rules.windows import TICK_S, Look, look, window_state
 from asgi_metering.sources import WALLET
 
-__all__ = ["admit", "grow"]
+__all__ = ["admit", "grow", "window_now"]
 
 # Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
 _HELD = HoldState.HELD
+
+_PAYER_OBJECT = attrgetter("payer", "group")
 
 
 class _Taken(NamedTuple):
@@ -111,9 +113,7 @@ def admit(state: State, ask: Admit, now: float) -> tuple[Decision, list[Change]]
     taken = _first_group(state, ask, now)
     if isinstance(taken, _Taken):
         return _admitted(ask, now, taken, looks)
-    if taken.stale:
-        return Decision(ask.id, now, stale_calendar=True), []
-    return _refused(ask, now, _dry_refusal(ask, taken.refusals, now), looks), []
+    return _unpaid(ask, now, taken, looks), []
 
 
 def _by_key(
@@ -128,16 +128,16 @@ def _by_key(
         return _join(state, ask, row, looks, now)
     taken = _first_group(state, ask, now)
     if isinstance(taken, _Dry):
-        if taken.stale:
-            return Decision(ask.id, now, stale_calendar=True), []
-        return _refused(ask, now, _dry_refusal(ask, taken.refusals, now), looks), []
-    row = new_key(wanted, window, f"{ask.id}:key")
+        return _unpaid(ask, now, taken, looks), []
+    row = new_key(wanted, window, hold_of_key(ask.id))
     hold = _hold(ask, now, taken, looks)
     # The key's own hold has no deadline: it ends with its calls, and each of those has one.
     owned = hold._replace(id=row.hold, expires_at=NEVER, due_at=NEVER, windows=(), pools=(), idempotency_key="")
     member = hold._replace(amount=0, parts=(), charge_key=row.key)
     changes = [*taken.changes, *_counted(ask, now, looks)]
-    changes += [(Table.HOLD, row.hold, owned), (Table.HOLD, ask.id, member), (Table.CHARGE_KEY, row.key, row)]
+    # A call's id that comes again long after leaves an ended hold of its key behind: this one is another.
+    changes += [(Table.HOLD, row.hold, None), (Table.HOLD, row.hold, owned), (Table.HOLD, ask.id, member)]
+    changes.append((Table.CHARGE_KEY, row.key, row))
     return _decision(ask, now, taken, looks), changes
 
 
@@ -156,7 +156,7 @@ def _join(state: State, ask: Admit, row: ChargeKey, looks: Sequence[Look], now: 
 def _repeat(state: State, ask: Admit, hold: Hold, now: float) -> Decision:
     """The same id again: the reply was lost, not the decision (S3.15). What is left is told as of now."""
     if hold.charge_key:
-        owned = state.holds.get(f"{hold.id}:key")
+        owned = state.holds.get(hold_of_key(hold.id))
         if owned is None:
             return Decision(hold.id, now, payer=hold.payer, group=hold.group, joined=True)
         hold = owned._replace(id=hold.id)
@@ -207,7 +207,7 @@ def _first_group(state: State, ask: Admit, now: float) -> _Taken | _Dry:
     """Try the payer objects in order; the first whose sources can pay takes the whole call (S0.23)."""
     sources = ask.sources
     dry: list[Refusal] = []
-    for (payer, group), members in groupby(sources, key=attrgetter("payer", "group")):
+    for (payer, group), members in groupby(sources, key=_PAYER_OBJECT):
         got = _from_group(state, ask, payer or ask.payer, group, list(members), now)
         if isinstance(got, _Taken) or got.stale:
             return got
@@ -316,13 +316,9 @@ def _offer(state: State, ask: Admit, source: SourceAsk, book: Book, now: float) 
 
 
 def _allowance_offer(state: State, ask: Admit, source: AllowanceSource, payer: str, now: float) -> _Offer | None:
-    edges = _window_of(state, source, (payer, ask.unit, source.name), now)
-    if edges is None:
-        return None
-    start, end = edges
-    window = state.allowances.get((payer, ask.unit, source.name, start))
+    window = window_now(state, source, (payer, ask.unit, source.name), now)
     if window is None:
-        window = AllowanceWindow(payer, ask.unit, source.name, start, end)
+        return None
     available = source.limit - window.settled - window.held
     refusal = None
     if min(ask.amount, available) < ask.minimum:
@@ -345,16 +341,24 @@ def _resets_at(source: SourceAsk, window: AllowanceWindow) -> float:
     return window.end if isinstance(source, AllowanceSource) and source.boundaries else window.end + TICK_S
 
 
-def _window_of(state: State, source: AllowanceSource, bucket: BucketKey, now: float) -> tuple[float, float] | None:
-    """The window that counts now, as (start, end): the calendar's, or the one that rolls (S4.13, S4.14)."""
-    if source.boundaries:
-        return pick(source.boundaries, now)
-    start = state.latest.get(bucket)
-    window = None if start is None else state.allowances[*bucket, start]
-    # Strictly after its end: at the instant itself the old window still counts (S4.13).
-    if window is not None and now <= window.end:
-        return window.start, window.end
-    return now, now + source.window_s
+def window_now(state: State, source: AllowanceSource, bucket: BucketKey, now: float) -> AllowanceWindow | None:
+    """
+    The window of an allowance that counts now: the calendar's, or the one that rolls (S4.13, S4.14).
+
+    One that nothing was used in yet has no row, and is answered as it would begin. None where the calendar's
+    boundaries do not cover *now*.
+    """
+    if not source.boundaries:
+        start = state.latest.get(bucket)
+        last = None if start is None else state.allowances[*bucket, start]
+        # Strictly after its end: at the instant itself the old window still counts (S4.13).
+        if last is not None and now <= last.end:
+            return last
+        return AllowanceWindow(*bucket, now, now + source.window_s)
+    edges = pick(source.boundaries, now)
+    if edges is None:
+        return None
+    return state.allowances.get((*bucket, edges[0])) or AllowanceWindow(*bucket, *edges)
 
 
 def grow(state: State, ask: Grow, now: float) -> tuple[Decision, list[Change]]:
@@ -410,6 +414,13 @@ def _joined(parts: tuple[Part, ...], more: tuple[Part, ...]) -> tuple[Part, ...]
         known = joined.get(part[:3])
         joined[part[:3]] = part if known is None else known._replace(amount=known.amount + part.amount)
     return tuple(joined.values())
+
+
+def _unpaid(ask: Admit, now: float, dry: _Dry, looks: Sequence[Look]) -> Decision:
+    """What a call is answered that no payer object pays for."""
+    if dry.stale:
+        return Decision(ask.id, now, stale_calendar=True)
+    return _refused(ask, now, _dry_refusal(ask, dry.refusals, now), looks)
 
 
 def _refused(ask: Admit, now: float, refusal: Refusal, looks: Sequence[Look]) -> Decision:

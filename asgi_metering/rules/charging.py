@@ -30,7 +30,8 @@ def charge(state: State, hold: Hold, ask: End, now: float) -> tuple[Receipt, lis
         # A lease alone, or nothing was set aside: no account changes.
         return receipt_of(hold, ask, basis, 0, (), None, now, None), changes
     book = Book(state, (hold.payer, hold.unit), now)
-    parts = _consume(state, book, hold, amount, changes)
+    allowances = sum([part.source is _ALLOWANCE for part in hold.parts])
+    parts = _consume(state, book, hold, amount, changes) if allowances else book.settle(hold.parts, amount)
     number = None
     if amount:
         number = book.write(
@@ -43,8 +44,7 @@ def charge(state: State, hold: Hold, ask: End, now: float) -> tuple[Receipt, lis
             parts=parts,
         )
     changes.extend(book.changes())
-    allowance_only = bool(hold.parts) and all(part.source is _ALLOWANCE for part in hold.parts)
-    available = None if allowance_only else book.available
+    available = None if allowances and allowances == len(hold.parts) else book.available
     return receipt_of(hold, ask, basis, amount, parts, available, now, number), changes
 
 
@@ -66,8 +66,6 @@ def _consume(state: State, book: Book, hold: Hold, amount: int, changes: list[Ch
         else:
             spent.extend(book.settle(run, take))
         at = end
-    if left:
-        spent.extend(book.settle((), left))
     return tuple(spent)
 
 

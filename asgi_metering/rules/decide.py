@@ -38,7 +38,7 @@ from asgi_metering.rules.settlement import end, end_overdue, renew, undo
 from asgi_metering.rules.state import AccountKey, Change, Event, State, Table
 from asgi_metering.rules.units import declare
 
-__all__ = ["Answer", "run"]
+__all__ = ["Answer", "clamped", "paying", "run"]
 
 Answer: TypeAlias = Decision | Receipt | GrantReceipt | Posting | bool | int | tuple[Event, ...]
 """
@@ -81,11 +81,24 @@ def run(state: State, operation: Operation, now: float, written: list[Change]) -
 
 
 def _before_admission(state: State, ask: Admit, now: float, written: list[Change]) -> float:
-    keys = {(ask.payer, ask.unit)}
     for source in ask.sources:
         if source.payer:
-            keys.add((source.payer, ask.unit))
-    return _before_taking(state, keys, now, written)
+            return _before_taking(state, paying(ask), now, written)
+    # Nearly every call: nobody but its own payer is asked.
+    key = (ask.payer, ask.unit)
+    account = state.accounts.get(key)
+    if account is None:
+        return now
+    if account.seen_at > now:
+        now = account.seen_at
+    if account.next_due_at <= now:
+        written.extend(end_overdue(state, key, now, OVERDUE_PER_ADMISSION))
+    return now
+
+
+def paying(ask: Admit) -> set[AccountKey]:
+    """The accounts that *ask* may take from."""
+    return {(ask.payer, ask.unit), *((source.payer, ask.unit) for source in ask.sources if source.payer)}
 
 
 def _before_taking(state: State, keys: set[AccountKey], now: float, written: list[Change]) -> float:
@@ -106,10 +119,10 @@ _Rule: TypeAlias = Callable[[State, Any, float], tuple[Answer, list[Change]]]
 def _on_account(rule: Callable[[State, Any, float], tuple[Any, list[Change]]]) -> _Rule:
     """*rule* at a time that its account has not seen a later one than."""
 
-    def clamped(state: State, ask: Any, now: float) -> tuple[Answer, list[Change]]:
-        return rule(state, ask, _clamped(state, (ask.payer, ask.unit), now))
+    def at_its_time(state: State, ask: Any, now: float) -> tuple[Answer, list[Change]]:
+        return rule(state, ask, clamped(state, (ask.payer, ask.unit), now))
 
-    return clamped
+    return at_its_time
 
 
 def _preview(state: State, ask: Preview, now: float) -> tuple[Answer, list[Change]]:
@@ -126,7 +139,8 @@ def _acknowledge(state: State, ask: Acknowledge, _: float) -> tuple[Answer, list
     return len(known), [(Table.EVENT, key, None) for key in known]
 
 
-def _clamped(state: State, key: AccountKey, now: float) -> float:
+def clamped(state: State, key: AccountKey, now: float) -> float:
+    """*now*, or the latest time that the account has seen: a clock that steps back changes nothing (DESIGN "Time")."""
     account = state.accounts.get(key)
     return now if account is None else max(now, account.seen_at)
 
@@ -172,7 +186,7 @@ def _sweep(state: State, ask: Sweep, now: float, written: list[Change]) -> int:
     }
     left = ask.limit
     for account in sorted(due):
-        changes = end_overdue(state, account, _clamped(state, account, now), left)
+        changes = end_overdue(state, account, clamped(state, account, now), left)
         written.extend(changes)
         left -= sum(1 for table, _, _ in changes if table == Table.HOLD)
         if not left:

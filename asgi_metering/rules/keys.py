@@ -15,7 +15,17 @@ from asgi_metering.rules.hold import HoldEvent, next_state
 from asgi_metering.rules.operations import Admit, End, IdempotencyAsk, KeyAsk
 from asgi_metering.rules.state import Change, ChargeKey, Hold, IdempotencyKey, State, Table
 
-__all__ = ["answer_key", "claim", "claimed", "end_member", "key_rows", "live_key", "new_key", "window_of"]
+__all__ = [
+    "answer_key",
+    "claim",
+    "claimed",
+    "end_member",
+    "hold_of_key",
+    "key_rows",
+    "live_key",
+    "new_key",
+    "window_of",
+]
 
 
 # -- idempotency keys --------------------------------------------------------------------------------------
@@ -72,6 +82,11 @@ def key_rows(ask: KeyAsk) -> list[str]:
 
 def _row_key(key: str, start: float) -> str:
     return f"{key}@{start:.0f}"
+
+
+def hold_of_key(call: str) -> str:
+    """The id of the hold that a charge key owns, by that of the call that brought it first."""
+    return f"{call}:key"
 
 
 def live_key(state: State, ask: KeyAsk, now: float) -> ChargeKey | None:

@@ -14,9 +14,9 @@ from operator import attrgetter
 
 from asgi_metering.receipts import Entry, EntryKind, Source
 from asgi_metering.rules.operations import Sweep
-from asgi_metering.rules.state import AccountKey, Change, Checkpoint, State, Table
+from asgi_metering.rules.state import AccountKey, Change, Checkpoint, Counter, State, Table
 
-__all__ = ["effect", "fold", "forgotten"]
+__all__ = ["effect", "fold", "forgotten", "is_past"]
 
 _SPENDING = frozenset((EntryKind.SETTLE, EntryKind.LATE, EntryKind.BACKFILL, EntryKind.CORRECTION, EntryKind.REFUND))
 
@@ -30,9 +30,9 @@ def effect(entry: Entry) -> tuple[str, int]:
     return ("expired", entry.amount) if entry.kind is EntryKind.EXPIRE else ("debt_paid", entry.amount)
 
 
-def fold(state: State, key: AccountKey, number: int, now: float) -> list[Change]:
+def fold(state: State, key: AccountKey, number: int) -> list[Change]:
     """Fold the ledger lines of an account up to *number* into its checkpoint; none where there are none."""
-    checkpoint = state.checkpoints.get(key) or Checkpoint(*key, 0, now, {})
+    checkpoint = state.checkpoints.get(key) or Checkpoint(*key, 0, 0.0, {})
     lines = [line for line in state.entries.get(key, ()) if checkpoint.number < line.number <= number]
     if not lines:
         return []
@@ -67,10 +67,14 @@ def _dead_leases(state: State, now: float) -> Iterator[Change]:
                 yield (Table.LEASE, (pool, lease.id), None)
 
 
+def is_past(counter: Counter, now: float) -> bool:
+    """Whether a counter's window is over, and so is the one in which a sliding window still weighs it."""
+    return counter.end + (counter.end - counter.start) <= now
+
+
 def _past_counters(state: State, now: float) -> Iterator[Change]:
-    """Counters whose window is over, and for sliding ones also the window in which they are the past."""
     for counter in state.counters.values():
-        if counter.end + (counter.end - counter.start) <= now:
+        if is_past(counter, now):
             yield (Table.COUNTER, counter.key, None)
 
 
@@ -112,5 +116,5 @@ def _old_entries(state: State, ask: Sweep, now: float) -> list[Change]:
     for key in old[: ask.limit]:
         lines = state.entries[key]
         count = min(bisect_right(lines, before, key=attrgetter("at")), ask.limit)
-        changes.extend(fold(state, key, lines[count - 1].number, now))
+        changes.extend(fold(state, key, lines[count - 1].number))
     return changes

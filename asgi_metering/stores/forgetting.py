@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from asgi_metering.rules.retention import fold
+from asgi_metering.rules.retention import fold, is_past
 from asgi_metering.rules.state import (
     Account,
     AccountKey,
@@ -136,7 +136,7 @@ class Forgetting:
                 elif row.receipt is not None:
                     self._keep_ended(key)
             elif table == _ENTRY:
-                self._keep_entries(key, now)
+                self._keep_entries(key)
         for ring in self._rings:
             new = len(ring.rows) - ring.known
             if new > 0:
@@ -155,12 +155,12 @@ class Forgetting:
             oldest, _ = ended.popitem(last=False)
             del self._state.holds[oldest]
 
-    def _keep_entries(self, account: AccountKey, now: float) -> None:
+    def _keep_entries(self, account: AccountKey) -> None:
         state, bound = self._state, self._bounds.entries
         entries = state.entries[account]
         if len(entries) > 2 * bound:
             # Halving seldom costs less than folding one line each time.
-            state.apply(fold(state, account, entries[-bound - 1].number, now))
+            state.apply(fold(state, account, entries[-bound - 1].number))
 
     def _drop_window(self, key: AllowanceKey) -> None:
         self._state.apply([(Table.ALLOWANCE, key, None)])
@@ -185,8 +185,7 @@ class Forgetting:
 
 
 def _is_past(_: str, counter: Counter, now: float) -> bool:
-    """Its window is over, and so is the one in which a sliding window still weighs it, as for the sweep."""
-    return counter.end + (counter.end - counter.start) <= now
+    return is_past(counter, now)
 
 
 def _is_settled(_: object, window: AllowanceWindow, now: float) -> bool:

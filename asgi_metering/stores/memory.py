@@ -13,7 +13,7 @@ from itertools import islice
 
 from asgi_metering.rules.decide import Answer, run
 from asgi_metering.rules.operations import Operation, Sweep
-from asgi_metering.rules.state import AccountKey, Change, State
+from asgi_metering.rules.state import AccountKey, Change, State, Table
 from asgi_metering.stores.contract import (
     AccountRows,
     AccountsAfter,
@@ -132,7 +132,7 @@ class MemoryStore(Store):
         found.closed_grants[key] = dict(state.closed_grants.get(key, {}))
         found.holds = {hold.id: hold for hold in state.live_holds(key)}
         found.live[key] = set(found.holds)
-        found.allowances = {place: row for place, row in state.allowances.items() if place[:2] == key}
+        found.apply([(Table.ALLOWANCE, place, row) for place, row in state.allowances.items() if place[:2] == key])
 
 
 def _copy(state: State) -> State:

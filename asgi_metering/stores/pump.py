@@ -17,9 +17,15 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from asgi_metering.decisions import Decision
-from asgi_metering.errors import MeteringError, StoreContendedError, StoreError, StoreUnavailableError
+from asgi_metering.errors import (
+    MeteringError,
+    StoreContendedError,
+    StoreError,
+    StoreUnavailableError,
+    UnwritableError,
+)
 from asgi_metering.rules.decide import Answer
-from asgi_metering.rules.operations import Admit, End, Operation
+from asgi_metering.rules.operations import Admit, Operation, Undo
 from asgi_metering.stores.contract import Store
 
 __all__ = ["Pump"]
@@ -69,7 +75,7 @@ class Pump:
         Run one operation and return its answer.
 
         A caller that is cancelled, or whose deadline passes, before its batch starts is taken out of it. If an
-        admission is answered after its caller has gone, its hold is released at once, by id (pitfall 29).
+        admission is answered after its caller has gone, it is undone at once, with all that it counted (pitfall 29).
 
         Args:
             operation: One atomic step.
@@ -78,11 +84,17 @@ class Pump:
         Raises:
             StoreUnavailableError: No answer in time, the store cannot be reached, too many are waiting, or the pump
                 was stopped meanwhile.
+            UnwritableError: The store could not run this operation, and will not when it is repeated.
             StoreError: The store could not do it.
             MeteringError: The operation is a mistake; nothing changed.
         """
         if self._store.immediate:
-            return self._store.run_now(operation)
+            try:
+                return self._store.run_now(operation)
+            except MeteringError:
+                raise
+            except Exception as failure:
+                raise _unwritable(self._store, failure) from failure
         if len(self._admissions) >= MAX_WAITING and isinstance(operation, Admit):
             raise StoreUnavailableError(
                 f"{len(self._admissions)} admissions wait for the {self._store.name} store already. Ask again later."
@@ -201,14 +213,14 @@ class Pump:
         elif isinstance(answer, MeteringError):
             future.set_exception(answer)
         else:
-            error = StoreError(f"The {self._store.name} store could not run the operation: {answer!r}.")
+            error = _unwritable(self._store, answer)
             error.__cause__ = answer
             future.set_exception(error)
 
     def _abandoned(self, operation: Operation, answer: object) -> None:
         """The caller is gone: what it would have owned is given back."""
         if isinstance(operation, Admit) and isinstance(answer, Decision) and answer.admitted:
-            release = self._enqueue(End(operation.id, None))
+            release = self._enqueue(Undo(operation, answer.now))
             release.add_done_callback(self._released)
 
     def _released(self, release: asyncio.Future[Answer]) -> None:
@@ -237,6 +249,10 @@ class Pump:
                 self._task = None
 
 
+def _unwritable(store: Store, failure: Exception) -> UnwritableError:
+    return UnwritableError(f"The {store.name} store could not run the operation: {failure!r}.")
+
+
 def _draw(queue: deque[_Waiting], most: int) -> list[_Waiting]:
     drawn: list[_Waiting] = []
     while queue and len(drawn) < most:
@@ -247,7 +263,7 @@ def _draw(queue: deque[_Waiting], most: int) -> list[_Waiting]:
 
 
 def _copy(failure: StoreError) -> StoreError:
-    kinds = (StoreUnavailableError, StoreContendedError, StoreError)
+    kinds = (StoreUnavailableError, StoreContendedError, UnwritableError, StoreError)
     kind = next(kind for kind in kinds if isinstance(failure, kind))
     copy = kind(*failure.args)
     copy.__cause__ = failure.__cause__ or failure

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import lru_cache
+from operator import attrgetter
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
@@ -30,7 +31,7 @@ from asgi_metering.rules.state import (
     Table,
 )
 
-__all__ = ["MAPS", "RowMap"]
+__all__ = ["MAPS", "RowMap", "without_none"]
 
 Row = TypeVar("Row", bound="tuple[Any, ...]")
 
@@ -52,6 +53,7 @@ class RowMap(Generic[Row]):
         changing: The fields that may change in the row's life; all but the key where it is left out.
 
     Attributes:
+        place: Where a row stands in a `State`: the key that a change of it names.
         fields: The columns that are the row, in its order.
         columns: All of them: *fields*, then the derived ones.
         changing: The columns that may change: of *fields*, then the derived ones.
@@ -69,6 +71,7 @@ class RowMap(Generic[Row]):
         self.table = table
         self.row = row
         self.key = key
+        self.place: Callable[[Row], Any] = attrgetter(*(key[:2] if table in (Table.GRANT, Table.ENTRY) else key))
         self.fields: tuple[str, ...] = tuple(hints)
         self.columns: tuple[str, ...] = (*hints, *derived)
         self.changing: tuple[str, ...] = (*(changing or (name for name in hints if name not in key)), *derived)
@@ -112,7 +115,7 @@ def _only_some(codecs: Any) -> tuple[tuple[int, _Codec], ...]:
     return tuple((index, codec) for index, codec in enumerate(codecs) if codec is not None)
 
 
-def _without_none(hint: Any) -> Any:
+def without_none(hint: Any) -> Any:
     """The type behind ``X | None``; *hint* itself where it is no such union."""
     if get_origin(hint) is UnionType:
         (hint,) = [arm for arm in get_args(hint) if arm is not NoneType]
@@ -124,7 +127,7 @@ def _is_nested(hint: Any) -> bool:
 
 
 def _column_encoder(hint: Any) -> _Codec | None:
-    kind = _without_none(hint)
+    kind = without_none(hint)
     if get_origin(kind) is tuple:
         return _remembering(_text)
     if _is_nested(kind):
@@ -136,7 +139,7 @@ def _column_encoder(hint: Any) -> _Codec | None:
 
 
 def _column_decoder(hint: Any) -> _Codec | None:
-    kind = _without_none(hint)
+    kind = without_none(hint)
     inner = _decoder(kind)
     if get_origin(kind) is tuple:
         return _remembering(lambda text: inner(_loads(text)) if inner is not None else None)
@@ -159,7 +162,7 @@ def _decoder(kind: Any) -> _Codec | None:
 
 
 def _decoder_or_none(hint: Any) -> _Codec | None:
-    kind = _without_none(hint)
+    kind = without_none(hint)
     decoder = _decoder(kind)
     return decoder if kind is hint or decoder is None else _optional(decoder)
 

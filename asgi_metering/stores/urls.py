@@ -65,6 +65,8 @@ def _sqlite(url: str, host: str, path: str, options: dict[str, str]) -> Store:
         raise ConfigurationError(
             f"The store URL {_shown(url)!r} names no file. Write sqlite:///relative.db or sqlite:////absolute.db."
         )
+    if "\0" in file:
+        raise ConfigurationError(f"The store URL {_shown(url)!r} has a NUL, %00, in the name of its file. Take it out.")
     unknown = options.keys() - {"synchronous"}
     if unknown:
         raise ConfigurationError(f"The store URL {_shown(url)!r} has unknown options: {', '.join(sorted(unknown))}.")

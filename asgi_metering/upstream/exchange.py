@@ -89,6 +89,7 @@ class Exchange:
     def _attach(self, response: Response, asynchronous: bool) -> None:
         if response.is_stream_consumed:
             self.feed(response.content)
+            self.end()
             self.finish()
         else:
             body_class = _body_class(library_of(response.stream), asynchronous)
@@ -103,6 +104,10 @@ class Exchange:
         except Exception:
             self._reads = False
             _logger.exception(_UNOBSERVED, self._source.provider, "the reader")
+
+    def end(self) -> None:
+        """Note that the body came to its proper end; one that broke, or was left, never comes here."""
+        self._reader.end()
 
     def finish(self) -> None:
         """Tell the end. Body end, close and error may all call this, from any thread; the first one counts."""
@@ -137,6 +142,7 @@ class AsyncBody:
             async for chunk in chunks:
                 self._exchange.feed(chunk)
                 yield chunk
+            self._exchange.end()
         finally:
             self._exchange.finish()
             # A generator that is only dropped gives its connection back at some later time.
@@ -161,6 +167,7 @@ class SyncBody:
             for chunk in self._stream:
                 self._exchange.feed(chunk)
                 yield chunk
+            self._exchange.end()
         finally:
             self._exchange.finish()
 

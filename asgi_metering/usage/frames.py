@@ -12,7 +12,17 @@ from __future__ import annotations
 import codecs
 from typing import Final, NamedTuple, Protocol
 
-__all__ = ["MAX_PAYLOAD", "TAIL", "BodyFrames", "EventFrames", "Frames", "LineFrames", "Payload", "SniffingFrames"]
+__all__ = [
+    "MAX_PAYLOAD",
+    "TAIL",
+    "BodyFrames",
+    "EventFrames",
+    "Frames",
+    "LineFrames",
+    "Payload",
+    "ProseFrames",
+    "SniffingFrames",
+]
 
 MAX_PAYLOAD: Final = 1 << 20
 """Bytes of one payload that are kept whole: parsing 1 MiB of JSON takes 10 ms; images and vectors are larger."""
@@ -33,12 +43,16 @@ class Payload(NamedTuple):
         tail: The end of one that was too large, else `None`.
         torn: The bytes before it were dropped, so that it may begin anywhere.
         last: It is the whole body.
+        lost: Bytes between the beginning and the end of one that was too large.
+        prose: A piece of a text without any format.
     """
 
     data: bytes
     tail: bytes | None = None
     torn: bool = False
     last: bool = False
+    lost: int = 0
+    prose: bool = False
 
 
 class Frames(Protocol):
@@ -60,17 +74,19 @@ class Frames(Protocol):
 class _Clip:
     """Bytes of one payload: all of them up to `MAX_PAYLOAD`, past it a head and a rolling tail."""
 
-    __slots__ = ("_bytes", "_head")
+    __slots__ = ("_bytes", "_head", "_size")
 
     def __init__(self) -> None:
         self._bytes = bytearray()
         self._head: bytes | None = None
+        self._size = 0
 
     def __bool__(self) -> bool:
         return bool(self._bytes) or self._head is not None
 
     def add(self, piece: bytes) -> None:
         self._bytes += piece
+        self._size += len(piece)
         if self._head is None and len(self._bytes) > MAX_PAYLOAD:
             self._head = bytes(self._bytes[:HEAD])
         # Cutting only at twice the size makes the cost of a byte constant.
@@ -86,12 +102,14 @@ class _Clip:
     def peek(self, *, torn: bool = False) -> Payload:
         if self._head is None:
             return Payload(bytes(self._bytes), None, torn)
-        return Payload(self._head, bytes(self._bytes[-TAIL:]), torn)
+        tail = bytes(self._bytes[-TAIL:])
+        return Payload(self._head, tail, torn, lost=max(0, self._size - len(self._head) - len(tail)))
 
     def take(self, *, torn: bool = False) -> Payload:
         payload = self.peek(torn=torn)
         self._bytes.clear()
         self._head = None
+        self._size = 0
         return payload
 
 
@@ -212,7 +230,7 @@ def _value_of(line: Payload) -> Payload | None:
     """Return the value of a ``data`` field, or a torn line as it is; `None` for comments and every other field."""
     data = line.data
     if data.startswith(b"data:"):
-        return Payload(data[6:] if data[5:6] == b" " else data[5:], line.tail)
+        return Payload(data[6:] if data[5:6] == b" " else data[5:], line.tail, lost=line.lost)
     if data == b"data":
         return Payload(b"")
     return line if line.torn else None
@@ -241,6 +259,28 @@ class BodyFrames:
         return self._body.peek()._replace(last=True) if self._body else None
 
 
+class ProseFrames:
+    """Text without a format, such as ``text/html``: each chunk is a payload, cut between characters of UTF-8."""
+
+    __slots__ = ("_decoder",)
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, chunk: bytes) -> list[Payload]:
+        """Return the characters that are whole."""
+        data = self._decoder.decode(chunk).encode()
+        return [Payload(data, prose=True)] if data else []
+
+    def gap(self) -> list[Payload]:
+        """Forget the character that was cut."""
+        self._decoder.reset()
+        return []
+
+    def pending(self) -> None:
+        """Nothing: less than a character waits."""
+
+
 _EVENT_STARTS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 _JSON_STARTS: Final = (b"{", b"[")
 _SNIFFED: Final = 64
@@ -248,21 +288,35 @@ _SNIFFED: Final = 64
 
 
 class SniffingFrames:
-    """Decides by the first bytes, where the response names no content type, or only ``text/plain``."""
+    """
+    Decides by the first bytes, where the response names no content type, or only ``text/plain``.
 
-    __slots__ = ("_frames", "_start")
+    Args:
+        prose: Return what shows no format as text; without it that is not read.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_frames", "_prose", "_start")
+
+    def __init__(self, *, prose: bool = False) -> None:
         self._start = b""
+        self._prose = prose
         self._frames: Frames | None = None
 
     def feed(self, chunk: bytes) -> list[Payload]:
         """Pass the bytes on once it is clear to whom."""
         if self._frames is None:
             chunk = self._start + chunk
-            self._frames = _sniff(chunk.removeprefix(codecs.BOM_UTF8).lstrip())
+            self._frames = self._sniff(chunk.removeprefix(codecs.BOM_UTF8).lstrip())
             self._start = chunk[:_SNIFFED]
         return self._frames.feed(chunk) if self._frames is not None else []
+
+    def _sniff(self, start: bytes) -> Frames | None:
+        if start.startswith(_EVENT_STARTS):
+            return EventFrames()
+        if start.startswith(_JSON_STARTS):
+            return BodyFrames()
+        undecided = any(mark.startswith(start) for mark in _EVENT_STARTS)
+        return ProseFrames() if self._prose and not undecided else None
 
     def gap(self) -> list[Payload]:
         """Pass the gap on; a body that has not shown itself before one never will."""
@@ -274,9 +328,3 @@ class SniffingFrames:
     def pending(self) -> Payload | None:
         """Return what the chosen frames hold."""
         return self._frames.pending() if self._frames is not None else None
-
-
-def _sniff(start: bytes) -> Frames | None:
-    if start.startswith(_EVENT_STARTS):
-        return EventFrames()
-    return BodyFrames() if start.startswith(_JSON_STARTS) else None

@@ -13,15 +13,21 @@ from decimal import Decimal
 from typing import Any, Final
 
 from asgi_metering.usage.dialects import DIALECTS, detect, detect_usage, marks, named
-from asgi_metering.usage.frames import BodyFrames, EventFrames, Frames, LineFrames, Payload, SniffingFrames
+from asgi_metering.usage.frames import (
+    BodyFrames,
+    EventFrames,
+    Frames,
+    LineFrames,
+    Payload,
+    ProseFrames,
+    SniffingFrames,
+)
 from asgi_metering.usage.inflate import Inflate
 from asgi_metering.usage.notes import Dialect, Json, Notes, objects
+from asgi_metering.usage.texts import MAX_TEXT, Heard, Text, join, prose, words
 from asgi_metering.usage.values import UsageReport
 
 __all__ = ["MAX_TEXT", "UsageReader"]
-
-MAX_TEXT: Final = 200_000
-"""Characters of text that are kept: more is not tokenised anyway (see `tokens`), only counted."""
 
 INTRODUCTION: Final = 32
 """Payloads parsed whatever they hold, until the dialect and the model are known: they come in the first events."""
@@ -30,6 +36,7 @@ MAX_CANDIDATES: Final = 8
 """Usage objects tried in a piece of a payload, from its end."""
 
 _LINES: Final = ("ndjson", "jsonl", "jsonlines", "json-lines", "json-seq", "stream+json")
+_PROSE: Final = ("xml", "yaml", "javascript")
 _DONE: Final = b"[DONE]"
 MAX_DONE: Final = 16
 """Bytes of an end mark with white space around it."""
@@ -58,8 +65,8 @@ def _parse(data: bytes) -> Any:
         return None
 
 
-def _frames_for(content_type: str | None) -> Frames | None:
-    """Choose the framing by media type; `None` for one that holds no usage that we can read."""
+def _frames_for(content_type: str | None, texts: bool) -> Frames | None:
+    """Choose the framing by media type; `None` for one that holds neither usage nor text that we can read."""
     media = (content_type or "").partition(";")[0].strip().lower()
     if media == "text/event-stream":
         return EventFrames()
@@ -67,35 +74,9 @@ def _frames_for(content_type: str | None) -> Frames | None:
         return LineFrames()
     if media == "application/json" or media.endswith("+json"):
         return BodyFrames()
-    return SniffingFrames() if media in ("", "text/plain") else None
-
-
-class _Text:
-    """The text that passed: kept up to `MAX_TEXT` characters, counted beyond."""
-
-    __slots__ = ("chars", "kept", "parts")
-
-    def __init__(self, kept: int = 0) -> None:
-        self.parts: list[str] = []
-        self.kept = kept
-        self.chars = 0
-
-    def add(self, part: str) -> None:
-        self.chars += len(part)
-        room = MAX_TEXT - self.kept
-        if room > 0:
-            self.parts.append(part[:room])
-            self.kept += min(len(part), room)
-
-
-def _join(parts: list[str]) -> str:
-    joined = "".join(parts)
-    try:
-        joined.encode()
-    except UnicodeEncodeError:
-        # A pair of surrogates may have been cut between two deltas: joined, it is one character again.
-        return joined.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return joined
+    if media in ("", "text/plain"):
+        return SniffingFrames(prose=texts)
+    return ProseFrames() if texts and (media.startswith("text/") or media.endswith(_PROSE)) else None
 
 
 class UsageReader:
@@ -107,16 +88,33 @@ class UsageReader:
         content_encoding: The response's ``Content-Encoding``; gzip and deflate are followed.
         dialect: A name out of `dialects.DIALECTS`, which overrides detection: an OpenAI-shaped gateway before another
             provider counts as OpenAI does.
-        keep_text: Gather the text as well (`text`), for the tokenizer.
+        keep_text: Gather the text as well (`text`, `heard`), for the tokenizer.
 
     Raises:
         ConfigurationError: There is no dialect of that name.
 
-    Memory: about 1 MiB of an unfinished payload, and `MAX_TEXT` characters. Cost: each byte once; a payload is parsed
-    only if it can hold usage, an end, an error, or text that is wanted.
+    Attributes:
+        ended: Whoever feeds it saw the body's proper end (`end`).
+
+    Memory: about 1 MiB of an unfinished payload, and twice `MAX_TEXT` characters until the dialect is known. Cost: each
+    byte once; a payload is parsed only if it can hold usage, an end, an error, or text that is wanted.
     """
 
-    __slots__ = ("_fixed", "_frames", "_gapped", "_inflate", "_keep_text", "_notes", "_peeked", "_text")
+    __slots__ = (
+        "_fixed",
+        "_frames",
+        "_gapped",
+        "_guess",
+        "_inflate",
+        "_keep_text",
+        "_lost_chars",
+        "_notes",
+        "_peeked",
+        "_read",
+        "_text",
+        "_unread",
+        "ended",
+    )
 
     def __init__(
         self,
@@ -125,38 +123,81 @@ class UsageReader:
         dialect: str | None = None,
         keep_text: bool = False,
     ) -> None:
-        self._frames = _frames_for(content_type)
+        self._frames = _frames_for(content_type, keep_text)
         self._inflate = Inflate(content_encoding)
         self._fixed = dialect is not None
         self._notes = Notes(dialect=named(dialect) if dialect is not None else None)
         self._keep_text = keep_text
-        self._text = _Text()
+        self._text = Text()
+        self._guess = Text()
+        self._read = self._unread = self._lost_chars = 0
         self._gapped = False
-        self._peeked: tuple[Notes, _Text] | None = None
+        self._peeked: tuple[Notes, Text, Text] | None = None
+        self.ended = False
+
+    def keep_text(self) -> None:
+        """Gather the text from here on; who made the reader did not know that somebody needs it."""
+        self._keep_text = True
+
+    def forget_text(self) -> None:
+        """Give up the text that was gathered: what the body reported makes it needless."""
+        self._keep_text = False
+        self._text, self._guess = Text(), Text()
+        self._peeked = None
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes of the body, as they went over the wire. Never raises on what they hold."""
         if self._frames is None:
             return
         self._peeked = None
+        if self._inflate.failed:
+            self._unread += len(chunk)
+            return
+        self._read += len(chunk)
         for piece in self._inflate.feed(bytes(chunk)):
             for payload in self._frames.feed(piece):
-                self._take(payload, self._notes, self._text)
+                self._take(payload, self._notes, self._text, self._guess)
+        if self._guess.parts and self.known:
+            self._guess = Text()
 
-    def gap(self) -> None:
+    def end(self) -> None:
+        """Note that the body came to its proper end, whether or not it said so itself (`ended`)."""
+        self.ended = True
+
+    def gap(self, lost: int = 0) -> None:
         """
         Note that bytes were dropped here, such as those between the kept beginning and end of a long stream.
 
         Reading goes on at the next line or event; a piece of one is searched for its usage. A compressed body cannot
         be entered again: what follows is lost (`undecodable`).
+
+        Args:
+            lost: How many. They count as text as dense as what was read until now, once and for all: what passes
+                later never makes them less.
         """
         self._gapped = True
         self._peeked = None
         if self._inflate.active:
+            self._lost_chars += self._dense(lost)
             self._inflate.failed = True
-        elif self._frames is not None:
-            for payload in self._frames.gap():
-                self._take(payload, self._notes, self._text)
+            return
+        chars = self._text.chars
+        for payload in self._frames.gap() if self._frames is not None else ():
+            self._take(payload, self._notes, self._text, self._guess)
+            if self.known and self._text.chars == chars:
+                # The event that was cut says nothing by itself, so its beginning is lost as well.
+                lost += len(payload.data)
+                self._read -= len(payload.data)
+        self._peeked = None
+        self._lost_chars += self._dense(lost)
+
+    def _dense(self, size: int) -> int:
+        """Return the characters that *size* bytes of the wire stand for; one each where nothing could be read."""
+        if not size or not self._read:
+            return size
+        notes, text, guess = self._peek()
+        chars = self._text.chars + text.chars if _known(notes, self._text) else self._guess.chars + guess.chars
+        return -(-size * chars // self._read)
 
     def report(self) -> UsageReport | None:
         """
@@ -172,7 +213,35 @@ class UsageReader:
 
         At most `MAX_TEXT` characters; empty unless `keep_text` was asked for. What fell into a gap is missing.
         """
-        return _join([*self._text.parts, *self._peek()[1].parts])
+        return join([*self._text.parts, *self._peek()[1].parts])
+
+    def heard(self) -> Heard:
+        """
+        Return what the body said, for counting its tokens, whatever its shape (DESIGN 4 "Observed").
+
+        Of a known dialect it is `text`. Of any other body that is text it is a guess: the strings of its JSON without
+        labels, the data of its events, or all of it. Bytes that could not be read (a gap, a broken coding, Brotli or
+        Zstandard) count as text as dense as what was read before them, or as a character each. Binary media (images,
+        voices, archives) and base64 in JSON are no text: nobody can tell tokens from their bytes, so they are none.
+        """
+        if self._frames is None:
+            return Heard()
+        notes, pending, guess = self._peek()
+        known = _known(notes, self._text)
+        taken, rest = (self._text, pending) if known else (self._guess, guess)
+        text = join([*taken.parts, *rest.parts])
+        more = max(0, taken.chars + rest.chars - len(text)) + self._lost_chars + self._dense(self._unread)
+        return Heard(text, more, bool(more) or (bool(text) and not known))
+
+    @property
+    def known(self) -> bool:
+        """Whether a dialect recognised the body, so that its text is the model's own."""
+        return _known(self._peek()[0], self._text)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the body is one of events or lines, by its media type."""
+        return isinstance(self._frames, EventFrames | LineFrames)
 
     @property
     def text_chars(self) -> int:
@@ -194,25 +263,29 @@ class UsageReader:
         """Whether the content encoding is unknown, broken, inflates to too much, or was cut by a gap."""
         return self._inflate.failed
 
-    def _peek(self) -> tuple[Notes, _Text]:
-        """Return the notes with what is pending, and the text of what is pending, taking neither."""
+    def _peek(self) -> tuple[Notes, Text, Text]:
+        """Return the notes with what is pending, and the text and the guess of what is pending, taking nothing."""
         if self._peeked is None:
-            notes, text = self._notes.copy(), _Text(self._text.kept)
+            notes, text, guess = self._notes.copy(), Text(self._text.kept), Text(self._guess.kept)
             pending = self._frames.pending() if self._frames is not None else None
             if pending is not None:
-                self._take(pending, notes, text)
+                self._take(pending, notes, text, guess)
             if self._inflate.failed:
                 notes.flag("undecodable")
-            self._peeked = notes, text
+            self._peeked = notes, text, guess
         return self._peeked
 
-    def _take(self, payload: Payload, notes: Notes, text: _Text) -> None:
+    def _take(self, payload: Payload, notes: Notes, text: Text, guess: Text) -> None:
         data = payload.data
-        if payload.tail is not None:
+        document: Any = None
+        if payload.prose:
+            pass
+        elif payload.tail is not None:
             self._scan(notes, data, payload.tail)
             notes.complete = notes.complete or (payload.last and payload.tail.rstrip().endswith((b"}", b"]")))
         elif len(data) <= MAX_DONE and data.strip() == _DONE:
             notes.complete = True
+            return
         elif payload.last or self._worthwhile(data, notes):
             document = _parse(data)
             found = [document] if isinstance(document, dict) else list(objects(document))
@@ -221,6 +294,8 @@ class UsageReader:
             notes.complete = notes.complete or (payload.last and bool(found))
             if payload.torn and not found:
                 self._scan(notes, b"", data)
+        if self._keep_text and not _known(notes, text):
+            _guess(payload, document, guess)
 
     def _worthwhile(self, data: bytes, notes: Notes) -> bool:
         """Tell whether a payload may change the notes or bring text, without parsing it."""
@@ -229,12 +304,12 @@ class UsageReader:
             notes.introduced += 1
             return True
         if dialect is None:
-            return any(known.telling.search(data) for known in DIALECTS.values())
+            return self._keep_text or any(known.telling.search(data) for known in DIALECTS.values())
         if dialect.telling.search(data) or _ERROR.search(data):
             return True
-        return self._keep_text and dialect.texty.search(data) is not None
+        return self._keep_text and (not notes.recognised or dialect.texty.search(data) is not None)
 
-    def _note(self, document: Json, notes: Notes, text: _Text) -> None:
+    def _note(self, document: Json, notes: Notes, text: Text) -> None:
         notes.error = notes.error or bool(document.get("error")) or document.get("type") == "error"
         dialect = self._dialect_of(document, notes)
         if dialect is None:
@@ -282,3 +357,22 @@ class UsageReader:
                 notes.flag("clipped")
                 return True
         return False
+
+
+def _known(notes: Notes, text: Text) -> bool:
+    return notes.recognised or text.chars > 0
+
+
+def _guess(payload: Payload, document: Any, guess: Text) -> None:
+    """Add what a payload of unknown shape may say: the words of its JSON, else its bytes as text."""
+    if document is not None:
+        for part in words(document):
+            guess.add(part)
+        return
+    if payload.data.strip() == b"null":
+        return
+    text = prose(payload.data) + (prose(payload.tail) if payload.tail else "")
+    guess.add(text)
+    if payload.lost and payload.tail:
+        # Of the middle of a large payload only the size is known.
+        guess.chars += payload.lost * len(text) // (len(payload.data) + len(payload.tail))

@@ -68,6 +68,10 @@ TABLE = [
     (Refusal(Reason.UNAUTHENTICATED, "caller"), 401, None, None),
     (Refusal(Reason.IDENTITY_DOWN, "caller"), 503, 3, 7),
     (Refusal(Reason.PAYER, "payer"), 503, None, None),
+    (Refusal(Reason.KEY_MISSING, "idempotency-key"), 400, None, None),
+    (Refusal(Reason.KEY_INVALID, "idempotency-key"), 400, None, None),
+    (Refusal(Reason.BODY, "idempotency-key"), 413, None, None),
+    (Refusal(Reason.REPLAYED, "idempotency"), 409, None, None),
     (Refusal(Reason.IN_FLIGHT, "key"), 409, 1, 5),
     (Refusal(Reason.FINGERPRINT, "key"), 422, None, None),
     (Refusal(Reason.POLICY, "regions"), 403, None, None),
@@ -80,6 +84,7 @@ TABLE = [
     (credits_short(transient=True), 402, 1, 5),
     (credits_short(), 402, None, None),
     (Refusal(Reason.STORE_DOWN, "store"), 503, 3, 7),
+    (Refusal(Reason.ENDED, "call"), 409, None, None),
 ]
 
 
@@ -397,7 +402,7 @@ def test_answer_whatever_comes(refusal: Refusal, reset_after_s: float, remaining
     """Whatever a refusal holds, the answer is a status of the table, safe fields and whole seconds from 1."""
     window = WindowState(refusal.name, 10, remaining, reset_after_s, 60.0, "requests")
     answered = ask(refusal, Decision("c", NOW, refusal, windows=(window,)))
-    assert answered.status in {401, 402, 403, 409, 422, 429, 503}
+    assert answered.status in {400, 401, 402, 403, 409, 413, 422, 429, 503}
     assert answered.retry_after_s is None or answered.retry_after_s >= 1
     for name, value in answered.headers:
         assert name == name.lower()

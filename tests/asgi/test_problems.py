@@ -213,10 +213,12 @@ def ask_anthropic(handler: Handler, *, retries: int = 0, streamed: bool = False)
 
 
 OPENAI_ERRORS: dict[int, type[openai.APIStatusError]] = {
+    400: openai.BadRequestError,
     401: openai.AuthenticationError,
     402: openai.APIStatusError,
     403: openai.PermissionDeniedError,
     409: openai.ConflictError,
+    413: openai.APIStatusError,
     422: openai.UnprocessableEntityError,
     429: openai.RateLimitError,
     503: openai.InternalServerError,
@@ -226,6 +228,10 @@ OPENAI_CODES = {
     Reason.UNAUTHENTICATED: ("invalid_request_error", "invalid_api_key"),
     Reason.IDENTITY_DOWN: ("server_error", "identity_unavailable"),
     Reason.PAYER: ("server_error", "payer_unresolved"),
+    Reason.KEY_MISSING: ("invalid_request_error", "idempotency_key_missing"),
+    Reason.KEY_INVALID: ("invalid_request_error", "idempotency_key_invalid"),
+    Reason.BODY: ("invalid_request_error", "body_not_fingerprinted"),
+    Reason.REPLAYED: ("invalid_request_error", "replayed"),
     Reason.IN_FLIGHT: ("invalid_request_error", "in_flight"),
     Reason.FINGERPRINT: ("invalid_request_error", "fingerprint_mismatch"),
     Reason.POLICY: ("request_forbidden", "policy"),
@@ -234,6 +240,7 @@ OPENAI_CODES = {
     Reason.RATE_LIMIT: ("requests", "rate_limit_exceeded"),
     Reason.ALLOWANCE: ("insufficient_quota", "insufficient_quota"),
     Reason.STORE_DOWN: ("server_error", "store_unavailable"),
+    Reason.ENDED: ("invalid_request_error", "call_ended"),
 }
 
 
@@ -279,10 +286,12 @@ def test_tell_openai_clients_which_meter_is_spent() -> None:
 
 
 ANTHROPIC_ERRORS: dict[int, type[anthropic.APIStatusError]] = {
+    400: anthropic.BadRequestError,
     401: anthropic.AuthenticationError,
     402: anthropic.PaymentRequiredError,
     403: anthropic.PermissionDeniedError,
     409: anthropic.ConflictError,
+    413: anthropic.RequestTooLargeError,
     422: anthropic.UnprocessableEntityError,
     429: anthropic.RateLimitError,
     503: anthropic.ServiceUnavailableError,
@@ -292,6 +301,10 @@ ANTHROPIC_TYPES = {
     Reason.UNAUTHENTICATED: "authentication_error",
     Reason.IDENTITY_DOWN: "api_error",
     Reason.PAYER: "api_error",
+    Reason.KEY_MISSING: "invalid_request_error",
+    Reason.KEY_INVALID: "invalid_request_error",
+    Reason.BODY: "request_too_large",
+    Reason.REPLAYED: "conflict_error",
     Reason.IN_FLIGHT: "conflict_error",
     Reason.FINGERPRINT: "invalid_request_error",
     Reason.POLICY: "permission_error",
@@ -301,6 +314,7 @@ ANTHROPIC_TYPES = {
     Reason.ALLOWANCE: "rate_limit_error",
     Reason.CREDITS: "billing_error",
     Reason.STORE_DOWN: "api_error",
+    Reason.ENDED: "conflict_error",
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from asgi_metering.asgi.tap import BLOCK, MAX_WAITING, Tap
 from asgi_metering.usage import TokenUsage
 
@@ -87,3 +89,39 @@ def test_one_huge_chunk_is_not_kept_beyond_the_bound() -> None:
     report = watched.report()
     assert report is not None
     assert report.usage is not None
+
+
+def burst(chunks: int, size: int = 900) -> int:
+    """Characters that a tap hears of a burst that nobody reads."""
+    watched = tap()
+    chunk = delta(("a word " * size)[:size])
+    for _ in range(chunks):
+        watched.keep(chunk)
+    heard = watched.text_reader().heard()
+    return len(heard.text) + heard.more_chars
+
+
+def test_text_past_the_bound_is_an_estimate_from_bytes() -> None:
+    """DESIGN 4: of a burst beyond the bound the text is estimated from the bytes that were dropped, and flagged."""
+    for chunks in (1_000, 1_500, 2_500, 6_000):
+        assert burst(chunks) == pytest.approx(chunks * 900, rel=0.02)
+    watched = tap()
+    for _ in range(2_000):
+        watched.keep(delta("x" * 900))
+    assert watched.text_reader().heard().estimated
+
+
+def test_more_chunks_never_say_less() -> None:
+    """What is heard grows with each chunk, also where a chunk makes the tap drop others."""
+    for size, counts in ((9_000, range(110, 135)), (40_000, range(20, 48))):
+        heard = [burst(chunks, size) for chunks in counts]
+        assert heard == sorted(heard)
+
+
+def test_one_huge_chunk_is_heard_by_its_size() -> None:
+    """A chunk above the bound is read at its beginning, and the rest counts by its bytes; base64 is next to nothing."""
+    for text, chars in (("a word " * 400_000, 2_800_000), ("QUJD" * 700_000, 0)):
+        watched = tap()
+        watched.keep(delta(text))
+        heard = watched.text_reader().heard()
+        assert len(heard.text) + heard.more_chars == pytest.approx(chars, rel=0.02, abs=10_000)

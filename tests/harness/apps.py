@@ -52,10 +52,15 @@ def note(event: str, **fields: object) -> None:
 
 
 def read_log(path: Path, event: str | None = None) -> list[dict[str, Any]]:
-    """Return the lines written so far, oldest first; only those of *event* if given."""
+    """
+    Return the lines written so far, oldest first; only those of *event* if given.
+
+    What has no line end yet is still being written, and is left for the next look.
+    """
     if not path.exists():
         return []
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    lines = [json.loads(line) for line in whole.splitlines()]
     return [line for line in lines if event is None or line["event"] == event]
 
 

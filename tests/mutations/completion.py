@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 from tests.mutations.entries import Mutation
 
 __all__ = ["MUTATIONS"]
 
-TESTS = "tests/pitfalls/test_completion.py::"
+PITFALLS = Path(__file__).parents[1] / "pitfalls"
 EXCHANGE = "asgi_metering.asgi.exchange"
 RUNTIME = "asgi_metering.runtime"
 
 
+@cache
+def _sources() -> dict[str, str]:
+    return {file.name: file.read_text() for file in PITFALLS.glob("test_*.py")}
+
+
 def _test(name: str) -> tuple[str, ...]:
-    return (TESTS + name,)
+    """The test of that name, wherever among the tests of pitfalls it stands."""
+    wanted = f"\ndef {name.partition('[')[0]}("
+    (file,) = [file for file, text in _sources().items() if wanted in text]
+    return (f"tests/pitfalls/{file}::{name}",)
 
 
 MUTATIONS = (
@@ -20,9 +31,8 @@ MUTATIONS = (
         22,
         "await the end in send",
         EXCHANGE,
-        "        if last:\n            finish(call)\n        # What is sent",
-        "        if last:\n            finish(call)\n            close(call)\n            await call.expects_ending()\n"
-        "        # What is sent",
+        "        finishing = True\n        taken = True\n",
+        "        finishing = taken = True\n        close(call)\n        await call.expects_ending()\n",
         _test("test_never_awaits_the_ledger_in_send"),
     ),
     Mutation(
@@ -58,6 +68,35 @@ MUTATIONS = (
         _test("test_background_task_does_not_delay_the_end"),
     ),
     Mutation(
+        24,
+        "the grace begins before the last message is taken",
+        EXCHANGE,
+        "            grace = asyncio.get_running_loop().call_later(LAST_SEND_S, give_up, call, body, reaches)\n",
+        "            grace = asyncio.get_running_loop().call_later(GRACE_S, close, call)\n",
+        _test("test_grace_begins_when_the_server_has_the_last_message[False]")
+        + _test("test_grace_begins_when_the_server_has_the_last_message[True]"),
+    ),
+    Mutation(
+        24,
+        "what breaks behind a whole answer makes it free",
+        EXCHANGE,
+        "        call.see(Cause.COMPLETED if is_whole else _cause_of(failure, finishing))\n",
+        "        call.see(_cause_of(failure, finishing))\n",
+        _test("test_whole_response_is_charged_whatever_breaks_behind_it[sized]")
+        + _test("test_whole_response_is_charged_whatever_breaks_behind_it[one-message]")
+        + _test("test_whole_response_is_charged_whatever_breaks_behind_it[file]")
+        + _test("test_failing_background_task_takes_nothing_back[layers1]"),
+    ),
+    Mutation(
+        24,
+        "every end is whole",
+        EXCHANGE,
+        "        is_whole = whole or (finishing and ",
+        "        is_whole = whole or (finishing or ",
+        _test("test_whole_response_is_charged_whatever_breaks_behind_it[short]")
+        + _test("test_error_that_base_http_middleware_hides_behind_a_clean_end_is_an_error"),
+    ),
+    Mutation(
         25,
         "returning is success",
         EXCHANGE,
@@ -80,6 +119,14 @@ MUTATIONS = (
         "        if age > self._metering.max_call_s:\n",
         "        if False:\n",
         _test("test_send_that_never_returns_is_ended_by_its_age"),
+    ),
+    Mutation(
+        27,
+        "a last send that hangs is never read",
+        EXCHANGE,
+        "        took_last(call, body, reaches)\n        close(call)\n",
+        "        close(call)\n",
+        _test("test_last_send_that_never_returns_is_ended_by_what_was_sent"),
     ),
     Mutation(
         27,
@@ -158,8 +205,8 @@ MUTATIONS = (
         33,
         "admission leaves overdue holds",
         "asgi_metering.rules.decide",
-        "    if account.next_due_at <= now:\n",
-        "    if False:\n",
+        "    for key in sorted(due):\n",
+        "    for key in ():\n",
         _test("test_killed_process_leaves_a_hold_that_expires_and_is_ended_by_its_policy"),
     ),
     Mutation(
@@ -190,8 +237,8 @@ MUTATIONS = (
         36,
         "the last body ends a response with trailers",
         EXCHANGE,
-        '        last = not message.get("more_body", False) and not trailers\n',
-        '        last = not message.get("more_body", False)\n',
+        '        if not message.get("more_body", False) and not trailers:\n',
+        '        if not message.get("more_body", False):\n',
         _test("test_trailers_end_the_response_that_announced_them"),
     ),
     Mutation(
@@ -209,5 +256,144 @@ MUTATIONS = (
         "            await _close_inline(call, close, opening)\n",
         "            pass\n",
         _test("test_settles_although_the_generators_finally_never_ran"),
+    ),
+    Mutation(
+        0,
+        "a hold of nothing is no hold",
+        "asgi_metering.admission",
+        "        asked.sources\n        or asked.leases\n",
+        "        decision.held\n        or asked.leases\n",
+        _test("test_usage_of_a_call_that_held_nothing_posts_in_full[zero]")
+        + _test("test_usage_of_a_call_that_held_nothing_posts_in_full[up-to]")
+        + _test("test_usage_of_a_call_that_held_nothing_posts_in_full[rounds-to-zero]"),
+    ),
+    Mutation(
+        0,
+        "what is measured may ask for nothing",
+        "asgi_metering.admission",
+        "    holds = charge is not None and (amount or _is_measured(call))\n",
+        "    holds = charge is not None and amount\n",
+        _test("test_usage_of_a_call_that_held_nothing_posts_in_full[zero]")
+        + _test("test_usage_of_a_call_that_held_nothing_posts_in_full[rounds-to-zero]"),
+    ),
+    Mutation(
+        1,
+        "who was admitted after the request keeps it",
+        "asgi_metering.admission",
+        "                call.metering.runtime().give_back(asked, decided.now)\n",
+        "                pass\n",
+        ("tests/pitfalls/test_calls.py::test_give_back_what_is_admitted_after_the_request[store]",),
+    ),
+    Mutation(
+        1,
+        "nobody looks whether the request is over by now",
+        "asgi_metering.admission",
+        "    # Whoever asks may outlive its request: a task of the endpoint, a thread.\n    call.opening.check()\n",
+        "",
+        ("tests/pitfalls/test_calls.py::test_give_back_what_is_admitted_after_the_request[identify]",),
+    ),
+    Mutation(
+        29,
+        "what is given back still counts",
+        "asgi_metering.stores.pump",
+        "            release = self._enqueue(Undo(operation, answer.now))\n",
+        "            release = self._enqueue(Undo(operation._replace(limits=()), answer.now))\n",
+        (
+            "tests/stores/test_pump.py::test_cancel_takes_back_what_limits_counted[tokens]",
+            "tests/stores/test_pump.py::test_cancel_takes_back_what_limits_counted[requests]",
+        ),
+    ),
+    Mutation(
+        38,
+        "the block of a charge ends by its token",
+        "asgi_metering.outside",
+        "    opening.closed = True\n    if CURRENT.get() is opening:\n        CURRENT.set(outer)\n",
+        "    opening.closed = True\n    if CURRENT.get() is not opening:\n        raise ValueError(opening)\n"
+        "    CURRENT.set(outer)\n",
+        ("tests/test_charge.py::test_end_a_block_that_is_stepped_in_other_tasks",),
+    ),
+    Mutation(
+        0,
+        "a release that fails replaces what the body raised",
+        "asgi_metering.metering",
+        '                log.warning("Call %s of line %s failed, and its hold i'
+        's not released yet.", call.id, call.line)\n',
+        "                raise SettlementError(call.id) from None\n",
+        (
+            "tests/test_charge.py::test_raise_the_bodys_exception_while_the_store_is_down",
+            "tests/test_charge.py::test_raise_a_cancellation_while_the_store_is_down",
+        ),
+    ),
+    Mutation(
+        0,
+        "no receipt is as good as one",
+        "asgi_metering.metering",
+        "        return receipt is not None or not call.has_hold\n",
+        "        return True\n",
+        ("tests/test_charge.py::test_tell_a_body_that_succeeded_of_an_end_that_cannot_be_booked",),
+    ),
+    Mutation(
+        0,
+        "the first loop to stop closes the store",
+        "asgi_metering.stores.use",
+        "        if self._is_used():\n            return\n",
+        "",
+        ("tests/test_runtime.py::test_stop_in_one_loop_leaves_the_store_to_the_others",),
+    ),
+    Mutation(
+        0,
+        "one bad end ends the worker",
+        RUNTIME,
+        '        except Exception as failure:\n            self._metering.meters.count("ends_lost"',
+        '        except StoreUnavailableError as failure:\n            self._metering.meters.count("ends_lost"',
+        ("tests/test_runtime.py::test_end_others_although_one_end_breaks",),
+    ),
+    Mutation(
+        0,
+        "an event that cannot be written is tried for ever",
+        RUNTIME,
+        "                if isinstance(failure, UnwritableError) or not isinstance(failure, StoreError):\n",
+        "                if not isinstance(failure, StoreError):\n",
+        ("tests/test_charge.py::test_keep_a_charge_whose_event_cannot_be_written",),
+    ),
+    Mutation(
+        0,
+        "attributes go to the store as they are",
+        RUNTIME,
+        "            self._make_plain(call)\n",
+        "",
+        (
+            "tests/test_runtime.py::test_charge_a_call_whose_attributes_no_event_can_carry[True-memory]",
+            "tests/test_runtime.py::test_charge_a_call_whose_attributes_no_event_can_carry[False-sqlite]",
+        ),
+    ),
+    Mutation(
+        33,
+        "one call's trouble ends all heartbeats",
+        RUNTIME,
+        "                except Exception as failure:  # noqa: BLE001 -- the he"
+        "artbeats of all other calls hang on this task\n",
+        "                except StoreError as failure:\n",
+        ("tests/test_runtime.py::test_beat_although_what_was_used_cannot_be_told",),
+    ),
+    Mutation(
+        0,
+        "threads may come between the steps of the memory store",
+        "asgi_metering.stores.memory",
+        "        with self._lock:\n            now = self._clock()\n",
+        "        if True:\n            now = self._clock()\n",
+        ("tests/stores/test_memory.py::test_run_from_several_threads_at_once",),
+    ),
+    Mutation(
+        0,
+        "who is unknown by a failure is counted by the address",
+        "asgi_metering.admission",
+        "        if not charged and not any(isinstance(rate.key, str) and rate."
+        "key in _BY_IDENTITY for rate in rates):\n",
+        "        if not charged:\n",
+        (
+            "tests/pitfalls/test_frameworks.py::test_answer_503_when_nobody_can_say_who_calls[down]",
+            "tests/pitfalls/test_frameworks.py::test_answer_503_when_nobody_can_say_who_calls[wrong]",
+        ),
     ),
 )

@@ -8,10 +8,12 @@ __all__ = ["MUTATIONS"]
 
 AUDIT = "asgi_metering.asgi.audit"
 CALL = "asgi_metering.call"
-DECORATORS = "asgi_metering.decorators"
 EXCHANGE = "asgi_metering.asgi.exchange"
+GUARDS = "asgi_metering.guards"
 LIFESPAN = "asgi_metering.asgi.lifespan"
 MIDDLEWARE = "asgi_metering.asgi.middleware"
+STARTUP = "asgi_metering.asgi.startup"
+WRAPPERS = "asgi_metering.wrappers"
 
 
 def _in(module: str, *names: str) -> tuple[str, ...]:
@@ -46,7 +48,7 @@ CALLS = (
     Mutation(
         1,
         "the gate does not look whether the request is over",
-        DECORATORS,
+        GUARDS,
         "        opening.check()\n        return opening\n",
         "        return opening\n",
         _in("calls", "test_refuse_a_task_that_outlives_a_free_request"),
@@ -54,15 +56,15 @@ CALLS = (
     Mutation(
         2,
         "the context comes before the arguments",
-        DECORATORS,
-        "        opening = _opening_in(args) or _opening_in(kwargs.values()) or CURRENT.get()\n",
-        "        opening = CURRENT.get() or _opening_in(args) or _opening_in(kwargs.values())\n",
+        GUARDS,
+        "        opening = self._opening_in(args) or self._opening_in(kwargs.values()) or CURRENT.get()\n",
+        "        opening = CURRENT.get() or self._opening_in(args) or self._opening_in(kwargs.values())\n",
         _in("calls", "test_charge_the_request_in_the_arguments[request]"),
     ),
     Mutation(
         2,
         "the request behind a context of MCP is not found",
-        DECORATORS,
+        GUARDS,
         '    if not hasattr(type(value), "request_context"):\n',
         "    if True:\n",
         _in("calls", "test_charge_the_request_in_the_arguments[mcp-context]"),
@@ -70,7 +72,7 @@ CALLS = (
     Mutation(
         2,
         "the endpoint sees another current call",
-        DECORATORS,
+        WRAPPERS,
         "        if CURRENT.get() is opening:\n",
         "        if True:\n",
         _in("calls", "test_charge_the_request_in_the_arguments[request]"),
@@ -78,7 +80,7 @@ CALLS = (
     Mutation(
         2,
         "the thread sees another current call",
-        DECORATORS,
+        WRAPPERS,
         "        with _inside(opening):\n            result = ",
         "        if True:\n            result = ",
         _in("calls", "test_charge_the_request_in_the_arguments_of_a_sync_tool"),
@@ -86,7 +88,7 @@ CALLS = (
     Mutation(
         3,
         "without a middleware everything is free",
-        DECORATORS,
+        GUARDS,
         "        if opening is None:\n            raise NoCallError(\n",
         "        if opening is None:\n"
         "            from asgi_metering.metering import Metering\n"
@@ -98,6 +100,19 @@ CALLS = (
             "test_fail_closed_without_middleware_in_fastapi[sync]",
             "test_fail_closed_without_middleware_in_fastapi[async-raw]",
             "test_fail_closed_without_middleware_in_starlette[class/async]",
+        ),
+    ),
+    Mutation(
+        3,
+        "a WebSocket takes the call that the context shows",
+        GUARDS,
+        '                if scope.get("type") == "websocket":\n',
+        "                if False:\n",
+        _in(
+            "websockets",
+            "test_let_nobody_in_to_a_decorated_websocket[starlette-None]",
+            "test_let_nobody_in_to_a_decorated_websocket[starlette-unmetered]",
+            "test_let_nobody_in_to_a_decorated_websocket[class-request]",
         ),
     ),
     Mutation(
@@ -117,8 +132,8 @@ STARTUP = (
         4,
         "the audit overlooks bare routes",
         AUDIT,
-        "        if row is not None:\n            report.errors.append(\n",
-        "        if False:\n            report.errors.append(\n",
+        "        elif row is not None:\n            report.errors.append(\n",
+        "        elif False:\n            report.errors.append(\n",
         _in(
             "startup",
             "test_refuse_to_start_with_decorators_in_the_wrong_order[plain-added]",
@@ -128,7 +143,7 @@ STARTUP = (
     Mutation(
         4,
         "a wrapper that nobody keeps leaves no trace",
-        DECORATORS,
+        GUARDS,
         "        plain.__dict__.setdefault(KEPT, []).append(guard)\n",
         "        pass\n",
         _in(
@@ -157,17 +172,31 @@ STARTUP = (
         4,
         "the audit does not enter mounts",
         AUDIT,
-        "        yield from _walk(inner, place.below(path))\n",
+        "        yield from _walk(inner, replace(place.below(path), dependencies=()))\n",
         "",
         _in("startup", "test_refuse_to_start_with_decorators_in_the_wrong_order[mount-added]"),
     ),
     Mutation(
         4,
         "errors of the audit do not stop the startup",
-        LIFESPAN,
-        "            if report.errors:\n",
-        "            if False:\n",
+        STARTUP,
+        "    if report.errors:\n",
+        "    if False:\n",
         _in("startup", "test_refuse_to_start_with_decorators_in_the_wrong_order[plain-wrapped]"),
+    ),
+    Mutation(
+        0,
+        "the audit takes WebSockets for routes",
+        AUDIT,
+        "        elif row.is_websocket:\n",
+        "        elif False:\n",
+        _in(
+            "websockets",
+            "test_refuse_to_start_with_a_decorated_websocket[starlette-added]",
+            "test_refuse_to_start_with_a_decorated_websocket[class-wrapped]",
+            "test_warn_of_websockets_in_a_metered_app",
+            "test_refuse_a_metered_app_as_a_websocket",
+        ),
     ),
     Mutation(
         0,
@@ -191,11 +220,56 @@ STARTUP = (
         _in("layers", "test_see_the_layers_of_a_mounted_application[sub-app]"),
     ),
     Mutation(
+        31,
+        "a refused startup raises nothing",
+        LIFESPAN,
+        "            raise self._refused.with_traceback(None) from None\n",
+        "            return\n",
+        _in("startup", "test_refuse_to_start_with_decorators_in_the_wrong_order[plain-added]"),
+    ),
+    Mutation(
+        4,
+        "nothing is audited where no lifespan comes",
+        MIDDLEWARE,
+        "        if not self.proven and not self._prove(scope):\n",
+        "        if False:\n",
+        _in(
+            "startup",
+            "test_refuse_every_request_of_what_must_not_serve[ungated]",
+            "test_refuse_requests_after_a_refused_startup",
+            "test_audit_a_mounted_application_on_its_first_request",
+        ),
+    ),
+    Mutation(
+        4,
+        "dependencies reach nothing",
+        AUDIT,
+        "    found.extend(guard for row in report.rows for guard in row.dependencies)\n",
+        "",
+        _in("startup", "test_reach_decorated_dependencies[route]"),
+    ),
+    Mutation(
+        0,
+        "a unit has as many scales as it likes",
+        AUDIT,
+        "        if first != unit:\n",
+        "        if False:\n",
+        _in("startup", "test_refuse_one_unit_with_two_scales"),
+    ),
+    Mutation(
+        12,
+        "a HEAD that runs a paid handler is not told",
+        AUDIT,
+        '{"GET", "HEAD"} <= set(row.methods)',
+        "False",
+        _in("startup", "test_warn_of_a_head_that_runs_a_paid_handler"),
+    ),
+    Mutation(
         0,
         "two meterings may share a stack",
-        LIFESPAN,
-        "        if any(layer.metering is not self._metering for layer in self._layers):\n",
-        "        if False:\n",
+        STARTUP,
+        "    if any(layer.metering is not layers[0].metering for layer in layers):\n",
+        "    if False:\n",
         _in("layers", "test_refuse_to_start_with_two_meterings[plain]"),
     ),
     Mutation(
@@ -220,7 +294,7 @@ ENDPOINTS = (
     Mutation(
         5,
         "async functions are not asked for",
-        DECORATORS,
+        WRAPPERS,
         "            await opening.open_call().gate(guard.policy, guard.arguments(args, kwargs))\n        if CURRENT",
         "            pass\n        if CURRENT",
         _in(
@@ -232,7 +306,7 @@ ENDPOINTS = (
     Mutation(
         5,
         "sync functions are not asked for",
-        DECORATORS,
+        WRAPPERS,
         "            await opening.open_call().gate(guard.policy, guard.arguments(args, kwargs))\n        with _inside",
         "            pass\n        with _inside",
         _in(
@@ -244,7 +318,7 @@ ENDPOINTS = (
     Mutation(
         5,
         "async generators are taken for functions",
-        DECORATORS,
+        WRAPPERS,
         "    if inspect.isasyncgenfunction(endpoint):\n",
         "    if False:\n",
         _in("gate", "test_settle_generators_once[async-jsonl-added-2.3]"),
@@ -252,7 +326,7 @@ ENDPOINTS = (
     Mutation(
         5,
         "classes are let in",
-        DECORATORS,
+        GUARDS,
         "    if inspect.isclass(plain):\n",
         "    if False:\n",
         _of_decorators("test_refuse_what_is_no_function[class-billable]"),
@@ -260,7 +334,7 @@ ENDPOINTS = (
     Mutation(
         6,
         "the wrapper has no signature of its own",
-        DECORATORS,
+        WRAPPERS,
         "    wrapper.__signature__ = guard.signature",
         "    wrapper.__signature__ = inspect.Signature()",
         _in("signatures", "test_leave_the_openapi_document_as_it_was", "test_serve_a_documented_application[added]"),
@@ -268,7 +342,7 @@ ENDPOINTS = (
     Mutation(
         6,
         "annotations stay strings",
-        DECORATORS,
+        GUARDS,
         "        return inspect.signature(endpoint, eval_str=True)\n",
         "        return inspect.signature(endpoint)\n",
         _in("signatures", "test_resolve_string_annotations_in_the_signature"),
@@ -289,7 +363,7 @@ ENDPOINTS = (
     Mutation(
         7,
         "the first step of an async generator does not ask",
-        DECORATORS,
+        WRAPPERS,
         "    await call.ensure()\n    async with aclosing",
         "    async with aclosing",
         _in(
@@ -301,7 +375,7 @@ ENDPOINTS = (
     Mutation(
         7,
         "the first step of a sync generator does not ask",
-        DECORATORS,
+        WRAPPERS,
         "        asyncio.run_coroutine_threadsafe(call.ensure(), loop).result()\n",
         "        pass\n",
         _in("gate", "test_refuse_a_sync_generator_whose_first_step_met_the_refusal"),
@@ -309,7 +383,7 @@ ENDPOINTS = (
     Mutation(
         7,
         "the generator is left to the collector",
-        DECORATORS,
+        WRAPPERS,
         "    async with aclosing(endpoint(*args, **kwargs)) as items:\n"
         "        async for item in items:\n            yield item\n",
         "    async for item in endpoint(*args, **kwargs):\n        yield item\n",
@@ -358,7 +432,7 @@ ENDPOINTS = (
     Mutation(
         9,
         "sync endpoints run on the loop",
-        DECORATORS,
+        WRAPPERS,
         "await opening.metering.run_sync(functools.partial(endpoint, *args, **kwargs))",
         "endpoint(*args, **kwargs)",
         _in(
@@ -407,7 +481,7 @@ ENDPOINTS = (
     Mutation(
         39,
         "limits are not named by the function",
-        DECORATORS,
+        GUARDS,
         "replace(part.rates, scope=policy.name)",
         'replace(part.rates, scope="route")',
         _in("gate", "test_label_by_the_decorated_function", "test_name_two_endpoints_of_one_name_apart"),
@@ -415,7 +489,7 @@ ENDPOINTS = (
     Mutation(
         39,
         "two of one name are one",
-        DECORATORS,
+        GUARDS,
         "    while name in _DECORATED:\n",
         "    while False:\n",
         _in("gate", "test_name_two_endpoints_of_one_name_apart"),
@@ -485,4 +559,54 @@ LAYERS = (
     ),
 )
 
-MUTATIONS = (*CALLS, *STARTUP, *ENDPOINTS, *LAYERS)
+
+def _of_computed(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_computed.py::{name}" for name in names)
+
+
+COMPUTED = "asgi_metering.computed"
+
+ARGUMENTS = (
+    Mutation(
+        0,
+        "wrong answers are not checked",
+        COMPUTED,
+        "            _CHECKS[self.what](call, answered)\n",
+        "            pass\n",
+        _of_computed(
+            "test_tell_a_wrong_answer[price-float-Answers]",
+            "test_tell_a_wrong_answer[hold-negative-AsyncAnswers]",
+            "test_tell_a_wrong_answer[key-bytes-Answers]",
+            "test_tell_a_wrong_answer[cost-bool-Answers]",
+        ),
+    ),
+    Mutation(
+        0,
+        "wrong answers are told by their exception alone",
+        COMPUTED,
+        '            log.error("%s The endpoint did not run, and nothing was charged.", error)\n',
+        "",
+        _of_computed("test_tell_a_wrong_answer[price-nan-Answers]"),
+    ),
+    Mutation(
+        0,
+        "what a callable raises becomes ours",
+        COMPUTED,
+        "            log.warning(told)\n            raise\n",
+        "            log.warning(told)\n            raise ConfigurationError(told) from failure\n",
+        _of_computed("test_raise_what_a_callable_raises[key-Answers]", "test_answer_as_a_callable_answers[price]"),
+    ),
+    Mutation(
+        0,
+        "async hooks are let in",
+        "asgi_metering.decorators",
+        '    check_sync(customise, "customise=")\n',
+        "",
+        _of_decorators(
+            "test_refuse_async_functions_that_nobody_awaits[customise]",
+            "test_refuse_async_functions_that_nobody_awaits[object]",
+        ),
+    ),
+)
+
+MUTATIONS = (*CALLS, *STARTUP, *ENDPOINTS, *LAYERS, *ARGUMENTS)

@@ -7,11 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.mutations import completion, denial, gate
+from tests.mutations import completion, denial, gate, keys
 from tests.mutations.entries import Mutation
 from tests.mutations.running import Runs
 
-MUTATIONS: tuple[Mutation, ...] = (*gate.MUTATIONS, *denial.MUTATIONS, *completion.MUTATIONS)
+MUTATIONS: tuple[Mutation, ...] = (
+    *gate.MUTATIONS,
+    *denial.MUTATIONS,
+    *completion.MUTATIONS,
+    *keys.MUTATIONS,
+)
 
 CALLS = "tests/pitfalls/test_calls.py::"
 ENOUGH = f"{CALLS}test_say_that_no_call_runs"

@@ -18,9 +18,10 @@ from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.receipts import Entry, EntryKind
 from asgi_metering.rules.conservation import discrepancies
 from asgi_metering.stores.contract import AccountRows, EverythingKept
+from asgi_metering.stores.memory import MemoryStore
 from tests.harness.drive import Drive, drive, http_scope, lifespan
 
-__all__ = ["PAYER", "Stage", "staged"]
+__all__ = ["PAYER", "Stage", "StuckAt", "staged", "within"]
 
 PAYER = "ada"
 GRANTED = 1_000
@@ -89,7 +90,7 @@ async def staged(
     """
     events: list[Any] = []
     sinks = [CallbackSink(events.extend)]
-    metering = Metering(identify=_who, **{"sinks": sinks, "store": "memory://", **options})
+    metering = Metering(**{"identify": _who, "sinks": sinks, "store": "memory://", **options})
     stage = Stage(app, metering, events, **(layer or {}))
     if with_lifespan:
         async with lifespan(stage.app):
@@ -116,3 +117,26 @@ def within(seconds: float, fact: Callable[[], bool]) -> Any:
                 await asyncio.sleep(0.001)
 
     return wait()
+
+
+class StuckAt(MemoryStore):
+    """A store that answers operations of one kind only when it is let."""
+
+    immediate = False
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self._kind = kind
+        self.asked = asyncio.Event()
+        self.answer = asyncio.Event()
+        self.answered = asyncio.Event()
+
+    async def run(self, operations: Any) -> Any:
+        stuck = any(isinstance(operation, self._kind) for operation in operations)
+        if stuck:
+            self.asked.set()
+            await self.answer.wait()
+        answers = await super().run(operations)
+        if stuck:
+            self.answered.set()
+        return answers

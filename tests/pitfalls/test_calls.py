@@ -16,14 +16,19 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from asgi_metering import (
+    Caller,
     Metering,
     TokenUsage,
     billable,
     current_call,
+    rate_limited,
 )
 from asgi_metering.call import Call
 from asgi_metering.errors import CallClosedError, NoCallError
 from asgi_metering.prices import per_token
+from asgi_metering.rules.operations import PostGrant
+from asgi_metering.stores.contract import EverythingKept
+from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.testing.unmetered import unmetered
 from tests.harness.drive import body, lifespan, status
 from tests.pitfalls.apps import (
@@ -34,7 +39,7 @@ from tests.pitfalls.apps import (
     installed,
     starlette_app,
 )
-from tests.pitfalls.scene import ANN, POOR, TOKENS, Scene, Visit, make, visit
+from tests.pitfalls.scene import ANN, CREDIT, POOR, TOKENS, Books, Scene, SlowBooks, Visit, make, visit
 
 BOB = "bob"
 
@@ -88,6 +93,46 @@ def test_refuse_a_task_that_outlives_its_request(scene: Scene) -> None:
     assert "metering.charge()" in str(failures[0])
     assert scene.settled() == PRICE
     assert len(scene.books.admissions) == 1
+
+
+@pytest.mark.parametrize("slow", ["identify", "store"])
+def test_give_back_what_is_admitted_after_the_request(slow: str) -> None:
+    """Pitfall 1: a task that asked in time and is answered too late is refused, and holds and takes nothing."""
+    left: list[asyncio.Task[None]] = []
+    tokens = rate_limited("1000/minute of tokens")
+
+    async def play() -> None:
+        free, store = asyncio.Event(), SlowBooks() if slow == "store" else Books()
+
+        async def identify(_connection: Any) -> Caller:
+            if slow == "identify":
+                await free.wait()
+            return Caller(ANN)
+
+        async def endpoint(request: Request) -> PlainTextResponse:
+            price = billable(per_token(output=1), hold=TokenUsage(output=3))
+            left.append(asyncio.create_task(current_call().admit(price, tokens)))
+            await asyncio.sleep(0)
+            return PlainTextResponse("ok")
+
+        metering = Metering(store, identify=identify, sinks=())
+        app = installed(starlette(("/", endpoint)), metering, "added")
+        MemoryStore.run_now(store, PostGrant("g", ANN, "credits", 100 * CREDIT))
+        async with lifespan(app):
+            await make(app, [Visit()])
+            if isinstance(store, SlowBooks):
+                store.door.set()
+            free.set()
+            with pytest.raises(CallClosedError):
+                await left[0]
+            async with asyncio.timeout(5):
+                while (state := (await store.read(EverythingKept())).state).live:
+                    await asyncio.sleep(0.001)
+            assert metering.runtime().in_flight == {}
+            assert state.accounts[ANN, "credits"].held == 0
+            assert [counter.used for counter in state.counters.values()] == ([0] if slow == "store" else [])
+
+    asyncio.run(play())
 
 
 def test_refuse_a_task_that_outlives_a_free_request(scene: Scene, ran: list[str]) -> None:

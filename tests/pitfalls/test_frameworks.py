@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import itertools
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Annotated, Any
 
@@ -528,8 +529,10 @@ def test_let_the_strictest_layer_answer_for_a_dead_store(money: str, rates: str)
 
 
 @pytest.mark.parametrize("identity", ["down", "wrong"])
-def test_answer_503_when_nobody_can_say_who_calls(identity: str, scene: Scene) -> None:
-    """DESIGN 2: a failing `identify` on a billable route is 503; on a route that only counts it is nobody."""
+def test_answer_503_when_nobody_can_say_who_calls(
+    identity: str, scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DESIGN 2: a failing `identify` is 503 and logged, unless the route only counts by something else."""
 
     def identify(connection: Any) -> Any:
         if identity == "down":
@@ -539,10 +542,16 @@ def test_answer_503_when_nobody_can_say_who_calls(identity: str, scene: Scene) -
     scene.metering._identify = identify
     app = FastAPI()
     app.add_api_route("/paid", billable(PRICE)(unit_endpoint()))
-    app.add_api_route("/counted", rate_limited("1/day")(unit_endpoint()))
-    paid, one, two = visit(installed(app, scene.metering, "wrapped"), Visit("/paid"), *[Visit("/counted")] * 2)
-    assert (status(paid.log), problem(paid)["code"]) == (503, "identity_unavailable")
-    assert [status(one.log), status(two.log)] == [200, 429]
+    for key in ("caller", "payer", "address"):
+        app.add_api_route(f"/{key}", rate_limited("1/day", key=key)(unit_endpoint()))
+    app.add_api_route("/computed", rate_limited("1/day", key=lambda: "all")(unit_endpoint()))
+    paths = ("paid", "caller", "payer", "address", "address", "computed", "computed")
+    ended = visit(installed(app, scene.metering, "wrapped"), *(Visit(f"/{path}") for path in paths))
+    assert [status(each.log) for each in ended] == [503, 503, 503, 200, 429, 200, 429]
+    assert {problem(each)["code"] for each in ended[:3]} == {"identity_unavailable"}
+    (told,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert "identify()" in told.getMessage()
+    assert told.exc_info is not None
 
 
 def unit_endpoint() -> Callable[[], Awaitable[str]]:

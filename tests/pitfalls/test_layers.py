@@ -252,9 +252,13 @@ def test_refuse_to_start_with_two_meterings(how: str, scene: Scene) -> None:
 
 
 def test_refuse_a_request_with_two_meterings_where_no_lifespan_came(scene: Scene) -> None:
-    """DESIGN 2: without a lifespan the first request meets the same mistake, and is not charged to anybody."""
-    app = RateLimitMiddleware(CreditGateMiddleware(routed(), Scene().metering), scene.metering)
-    ended = asyncio.run(drive(app, Visit().scope()))
+    """DESIGN 2: where no lifespan came and the inner layer is hidden, the request meets the mistake, uncharged."""
+    inner = CreditGateMiddleware(routed(), Scene().metering)
+
+    async def hiding(scope: Scope, receive: Receive, send: Send) -> None:
+        await inner(scope, receive, send)
+
+    ended = asyncio.run(drive(RateLimitMiddleware(hiding, scene.metering), Visit().scope()))
     assert isinstance(ended.exception, ConfigurationError)
     assert "another Metering than the layer outside it" in str(ended.exception)
 

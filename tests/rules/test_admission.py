@@ -13,7 +13,7 @@ from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import AmountError
 from asgi_metering.receipts import Basis, Part, Source
 from asgi_metering.rules.hold import HoldState
-from asgi_metering.rules.operations import AllowanceSource, LeaseAsk, LimitAsk
+from asgi_metering.rules.operations import AllowanceSource, End, LeaseAsk, LimitAsk
 from asgi_metering.rules.settlement import end_overdue
 from asgi_metering.rules.state import AllowanceWindow, Counter, Hold, Lease
 from tests.rules.world import (
@@ -258,6 +258,19 @@ def test_touch_no_account_for_free_work() -> None:
     decision = world.admit(0, limits=(fixed(1),), leases=(slots(1),))
     assert (decision.admitted, decision.held, decision.available, decision.source) == (True, 0, None, None)
     assert not world.state.accounts
+
+
+@pytest.mark.parametrize("source", [WALLET, AllowanceSource("free", 10, days(MIDNIGHT))])
+def test_hold_nothing_of_a_source(source: Any) -> None:
+    """A call that asks to hold 0 of a source gets a row to settle, and passes until something is owed (S3.7)."""
+    world = World()
+    decision = world.admit(0, "c", sources=(source,))
+    assert (decision.admitted, decision.held) == (True, 0)
+    assert decision.source in ("wallet", "free")
+    assert world.hold("c").amount == 0
+    world.run(End("c", 11, Basis.USAGE))
+    assert not world.admit(0, sources=(source,)).admitted
+    assert imbalances(world.state) == []
 
 
 # -- up to -----------------------------------------------------------------------------------------------------

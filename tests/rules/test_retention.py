@@ -77,7 +77,7 @@ def test_fold_a_few_at_a_time() -> None:
 def test_fold_nothing_twice() -> None:
     """An account without old lines gets no checkpoint, and one with a checkpoint none that says the same again."""
     world = World()
-    assert fold(world.state, ADA, 9, world.now) == []
+    assert fold(world.state, ADA, 9) == []
     world.grant(5)
     given_at = world.now
     world.run(FOLD)
@@ -85,7 +85,7 @@ def test_fold_nothing_twice() -> None:
     world.wait(60)
     world.run(FOLD)
     assert world.state.checkpoints[ADA] == Checkpoint(*ADA, 1, given_at, {"given": 5})
-    assert fold(world.state, ADA, 1, world.now) == []
+    assert fold(world.state, ADA, 1) == []
 
 
 def test_refund_no_charge_that_is_folded() -> None:

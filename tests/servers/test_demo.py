@@ -9,13 +9,24 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx2
 import pytest
 
+from asgi_metering import (
+    CreditGateMiddleware,
+    Metering,
+    RateLimitMiddleware,
+    UsageEventsMiddleware,
+    Wallet,
+    billable,
+    up_to,
+)
 from asgi_metering.cli import main
-from asgi_metering.demo import run
+from asgi_metering.demo import gateway, run
 from asgi_metering.demo.story import STEPS
+from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.testing import Provider
 
 COMMAND = str(Path(sys.executable).parent / "asgi-metering")
@@ -94,12 +105,79 @@ class Silent(Provider):
         await super().__call__(scope, receive, without_quotas)
 
 
-def test_fail_when_a_step_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+class Forgetful(Metering):
+    """Does not know a payment again."""
+
+    async def grant(self, payer: str, amount: Any, *, id: str, **options: Any) -> Any:  # noqa: A002
+        return await super().grant(payer, amount, id=uuid4().hex, **options)
+
+
+class Doubtful(Metering):
+    """Finds something wrong with its books."""
+
+    async def check(self) -> list[str]:
+        return [*await super().check(), "One unit is missing."]
+
+
+def transparent(app: Any, metering: Metering) -> Any:
+    """Every layer but the one that takes a provider's quotas out of the answer."""
+    return RateLimitMiddleware(CreditGateMiddleware(UsageEventsMiddleware(app, metering), metering), metering)
+
+
+def generous(*arguments: Any, **options: Any) -> Any:
+    """Sells on credit."""
+    return billable(*arguments, **options, sources=[Wallet(overdraft=1_000)])
+
+
+def stern(*arguments: Any, **options: Any) -> Any:
+    """Charges the whole hold of whoever leaves, and holds little."""
+    return billable(*arguments, **{**options, "hold": up_to(1, at_least="0.01"), "on_disconnect": "hold"})
+
+
+def unlimited(*_: Any) -> Any:
+    """Limits nothing."""
+    return lambda endpoint: endpoint
+
+
+def twice(take: Any) -> CallbackSink:
+    """Delivers every event two times."""
+    return CallbackSink(lambda events: take([*events, *events]), "twice")
+
+
+BREAKAGES: dict[str, tuple[Any, str, Any, str]] = {
+    "402 before the first byte": (gateway, "billable", generous, "The status is 200, not 402."),
+    "A payment": (run, "Metering", Forgetful, "The same payment was granted twice."),
+    "An OpenAI stream, charged by its tokens": (
+        gateway,
+        "MeteringMiddleware",
+        transparent,
+        "The provider's own limits reached the client: ['x-ratelimit-",
+    ),
+    "429 after six calls a minute": (
+        gateway,
+        "rate_limited",
+        unlimited,
+        "The statuses are [200, 200, 200, 200, 200, 200, 200].",
+    ),
+    "A client that hangs up": (gateway, "billable", stern, "The basis is hold."),
+    "What the providers still allow": (run, "Provider", Silent, "No quota of openai was captured."),
+    "Usage events": (run, "CallbackSink", twice, "events for 10 calls."),
+    "The books": (run, "Metering", Doubtful, "One unit is missing."),
+}
+"""By the step that then does not do what it says: where which name stands for what else, and what is said."""
+
+
+@pytest.mark.parametrize("title", BREAKAGES)
+def test_fail_when_a_step_fails(
+    title: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A step that does not do what it says is named, the others are played, and the demo exits with 1."""
-    monkeypatch.setattr(run, "Provider", Silent)
+    module, name, broken, sentence = BREAKAGES[title]
+    monkeypatch.setattr(module, name, broken)
     assert main(["demo"]) == 1
     output = capsys.readouterr().out
     assert titles(output) == [title for title, _ in STEPS]
-    assert output.count("FAILED") == 1
-    assert "FAILED: No quota of openai was captured." in output
+    (failed,) = re.findall(r"^ ?\d+\. (.+)\n.*\n +FAILED: (.+)$", output, re.MULTILINE)
+    assert failed[0] == title
+    assert sentence in failed[1]
     assert f"{len(STEPS) - 1} of {len(STEPS)} steps did what they say." in output

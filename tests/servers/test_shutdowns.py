@@ -94,15 +94,21 @@ def killed(kind: ServerKind, folder: Path) -> Books:
 
 Scene = tuple[Callable[[ServerKind, Path], Books], ServerKind]
 
-WITH_LIFESPAN: list[Scene] = [(terminated, "uvicorn-h11"), (terminated, "hypercorn")]
+WITH_LIFESPAN: list[Scene] = [
+    (terminated, "uvicorn-h11"),
+    (terminated, "uvicorn-httptools"),
+    (terminated, "hypercorn"),
+]
 
 BOOKED: list[Scene] = [*WITH_LIFESPAN, (terminated, "daphne")]
+
+KILLED: tuple[ServerKind, ...] = ("uvicorn-h11", "hypercorn", "daphne")
 
 IN_DOUBT: list[Scene] = [
     (outlasted, "granian"),
     (cut_short, "granian"),
     (told_as_a_group, "hypercorn"),
-    (killed, "uvicorn-h11"),
+    *((killed, kind) for kind in KILLED),
 ]
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import httpx
 import pytest
 
-from tests.harness.servers import serve
+from tests.harness.servers import ServerKind, serve
 
 MISTAKES = {
     "above": "/search runs tests.servers.broken.search ungated: its metering decorators stand above the route's own. "
@@ -20,25 +21,53 @@ MISTAKES = {
 """By application, the mistake and its mend."""
 
 
-def start(name: str) -> str:
+KINDS: tuple[ServerKind, ...] = ("uvicorn-h11", "hypercorn", "granian")
+CASES = [(name, kind) for kind in KINDS for name in MISTAKES]
+
+ENDS = {
+    "uvicorn-h11": "Application startup failed. Exiting.",
+    "hypercorn": "Lifespan failure in startup.",
+    "granian": "Unexpected exit from worker-1",
+}
+"""How each server says that it does not serve."""
+
+
+def start(name: str, kind: ServerKind) -> str:
     """Try to serve the application, and return what is told of it."""
-    with pytest.raises(RuntimeError) as failed, serve(f"tests.servers.broken:{name}", "uvicorn-h11"):
+    with pytest.raises(RuntimeError) as failed, serve(f"tests.servers.broken:{name}", kind):
         raise AssertionError(f"{name} serves.")
     return str(failed.value)
 
 
 @pytest.fixture(scope="module")
-def told() -> Iterator[dict[str, Future[str]]]:
+def told() -> Iterator[dict[tuple[str, ServerKind], Future[str]]]:
     """What each application's server told; they are tried at once."""
     with ThreadPoolExecutor(len(MISTAKES)) as pool:
-        yield {name: pool.submit(start, name) for name in MISTAKES}
+        yield {(name, kind): pool.submit(start, name, kind) for name, kind in CASES}
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_do_not_start_with_a_mistake(
+    name: str, kind: ServerKind, told: dict[tuple[str, ServerKind], Future[str]]
+) -> None:
+    """The process ends before it served, and its output has the mistake with its mend, in a sentence of its own."""
+    output = told[name, kind].result()
+    assert f"{kind} ended with " in output
+    assert f"The application cannot start: {MISTAKES[name]}" in output.splitlines()
+    assert ENDS[kind] in output
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_do_not_start_with_a_mistake(name: str, told: dict[str, Future[str]]) -> None:
-    """The process exits with 3 before it served, and its output has the mistake with its mend, and no traceback."""
-    output = told[name].result()
+def test_start_uvicorn_with_no_traceback(name: str, told: dict[tuple[str, ServerKind], Future[str]]) -> None:
+    """Uvicorn exits with 3, and has no traceback to tell; granian and hypercorn add one of their own."""
+    output = told[name, "uvicorn-h11"].result()
     assert "uvicorn-h11 ended with 3 before it served." in output
-    assert MISTAKES[name] in output
-    assert "Application startup failed. Exiting." in output
     assert "Traceback" not in output
+
+
+def test_serve_nothing_where_no_lifespan_comes() -> None:
+    """Daphne has no lifespan: it serves, and every request of the mistaken application is answered 500, with a log."""
+    with serve("tests.servers.broken:above", "daphne") as server:
+        for path in ("/search", "/nowhere"):
+            assert httpx.get(server.url + path).status_code == 500
+        assert f"The application cannot serve: {MISTAKES['above']}" in server.output()

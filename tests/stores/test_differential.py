@@ -189,6 +189,20 @@ def _call(call_id: str, amount: int = 10, payer: str = "p", ttl_s: float = 60.0,
     return Admit(call_id, payer, "credits", amount, amount, sources, ttl_s=ttl_s, grace_s=10.0, **more)
 
 
+def test_end_a_call_that_held_nothing(pair: Pair) -> None:
+    """A call that holds 0 of a source has a row, and what it used is charged in full, also into debt, as in memory."""
+    free = AllowanceSource("free", 5, (0.0, 0.0, 1e10, 2e10))
+    for payer, granted, source in (("s", 0, WalletSource()), ("q", 7, WalletSource()), ("r", 0, free)):
+        if granted:
+            pair.run(PostGrant("g", payer, "credits", granted))
+        held, repeated = pair.run(*[Admit(f"of {payer}", payer, "credits", 0, 0, (source,))] * 2)
+        assert (held.admitted, held.held, repeated.admitted) == (True, 0, True)
+        (receipt,) = pair.run(End(f"of {payer}", 9, Basis.USAGE))
+        assert (receipt.applied, receipt.amount) == (True, 9)
+        (after,) = pair.run(Admit(f"again {payer}", payer, "credits", 0, 0, (source,)))
+        assert not after.admitted
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_admit_into_an_account_with_many_overdue_calls(pair: Pair, together: bool) -> None:
     """Admissions end as many overdue calls as in memory, the same first, and look again at the same time."""

@@ -19,10 +19,21 @@ from asgi_metering.errors import (
     StoreContendedError,
     StoreError,
     StoreUnavailableError,
+    UnwritableError,
 )
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.decide import Answer
-from asgi_metering.rules.operations import Admit, Emit, End, LeaseAsk, Operation, PostGrant, WalletSource
+from asgi_metering.rules.operations import (
+    Admit,
+    Emit,
+    End,
+    LeaseAsk,
+    LimitAsk,
+    Operation,
+    PostGrant,
+    WalletSource,
+    WindowKind,
+)
 from asgi_metering.rules.state import Account
 from asgi_metering.stores import pump as pump_module
 from asgi_metering.stores.contract import EverythingKept, Query, Snapshot, Store
@@ -255,6 +266,22 @@ def test_submit_to_a_store_that_answers_at_once() -> None:
     asyncio.run(scene())
 
 
+@pytest.mark.parametrize("facts", [{"ttl_s": "soon"}, {"id": []}])
+def test_submit_what_an_immediate_store_cannot_run(facts: dict[str, Any]) -> None:
+    """What breaks a store that answers at once is told in the words of every other store."""
+
+    async def scene() -> None:
+        pump = Pump(MemoryStore(FakeClock()))
+        await pump.submit(PostGrant("g", "p", "credits", 5))
+        with pytest.raises(UnwritableError, match="The memory store could not run the operation: TypeError"):
+            await pump.submit(ask("a")._replace(**facts))
+        with pytest.raises(MeteringError) as mistake:
+            await pump.submit(PostGrant("g", "p", "credits", 6))
+        assert type(mistake.value) is IdempotencyConflictError
+
+    asyncio.run(scene())
+
+
 def test_submit_outside_of_the_callers_context() -> None:
     """The pump's task does not keep the variables of whichever request started it."""
     secret: contextvars.ContextVar[str] = contextvars.ContextVar("secret")
@@ -300,8 +327,25 @@ def test_cancel_while_the_batch_is_away() -> None:
         store.gate.set()
         await stays
         await pump.drain()
-        assert store.batches == [["gone", "stays"], ["gone"]]
+        assert store.batches == [["gone", "stays"], ["Undo"]]
         assert (await store.account()).held == 5
+
+    play(scene)
+
+
+@pytest.mark.parametrize("meter", ["tokens", "requests"])
+def test_cancel_takes_back_what_limits_counted(meter: str) -> None:
+    """A call that was given back leaves no trace in any counter, of requests or of tokens (DESIGN 4)."""
+    tokens = LimitAsk("tokens", "tokens", WindowKind.FIXED, 100, 60.0, 80, meter=meter)
+
+    async def scene(store: GatedStore, pump: Pump) -> None:
+        (gone,) = submit(pump, ask("gone", 30, limits=(tokens,)))
+        await turns()
+        gone.cancel()
+        store.gate.set()
+        await turns()
+        await pump.drain()
+        assert (await store.read(EverythingKept())).state.counters["tokens"].used == 0
 
     play(scene)
 
@@ -402,7 +446,7 @@ def test_deadline_passes_while_the_batch_is_away() -> None:
             await pump.submit(ask("slow", 30), deadline_s=0.001)
         store.gate.set()
         await pump.drain()
-        assert store.batches == [["slow"], ["slow"]]
+        assert store.batches == [["slow"], ["Undo"]]
         assert (await store.account()).held == 0
 
     play(scene)
@@ -494,7 +538,7 @@ def test_submit_what_sqlite_cannot_write(tmp_path: Path) -> None:
         await pump.submit(PostGrant("g", "p", "credits", 100))
         asks = [ask("a", 10), ask("poison", 10, facts={"when": object()}), ask("b", 10)]
         answers = await asyncio.gather(*submit(pump, *asks), return_exceptions=True)
-        assert [type(answer) for answer in answers] == [Decision, StoreError, Decision]
+        assert [type(answer) for answer in answers] == [Decision, UnwritableError, Decision]
         assert (await store.read(EverythingKept())).state.accounts["p", "credits"].held == 20
         await pump.close()
         await store.close()
@@ -502,7 +546,7 @@ def test_submit_what_sqlite_cannot_write(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
-@pytest.mark.parametrize("kind", [StoreUnavailableError, StoreContendedError, StoreError])
+@pytest.mark.parametrize("kind", [StoreUnavailableError, StoreContendedError, UnwritableError, StoreError])
 def test_submit_to_a_store_that_fails(kind: type[StoreError]) -> None:
     """A store that fails fails the whole batch, once, each caller with an error of its own, and then goes on."""
 

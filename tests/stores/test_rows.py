@@ -118,9 +118,7 @@ ROWS: dict[str, st.SearchStrategy[Any]] = {
     Table.EVENT: st.builds(Event, TEXTS, TIMES, FACTS, TIMES),
     Table.CHARGE_KEY: st.builds(ChargeKey, TEXTS, *[TIMES] * 2, TEXTS, AMOUNTS, st.booleans()),
     Table.IDEMPOTENCY: st.builds(IdempotencyKey, *[TEXTS] * 3, TIMES, st.none() | RECEIPTS, st.none() | FACTS),
-    Table.CHECKPOINT: st.builds(
-        Checkpoint, *[TEXTS] * 2, AMOUNTS, TIMES, st.dictionaries(TEXTS, AMOUNTS, max_size=3)
-    ),
+    Table.CHECKPOINT: st.builds(Checkpoint, *[TEXTS] * 2, AMOUNTS, TIMES, st.dictionaries(TEXTS, AMOUNTS, max_size=3)),
     Table.UNIT: st.builds(DeclaredUnit, TEXTS, AMOUNTS),
 }
 

@@ -160,8 +160,8 @@ def test_clip_a_line_that_has_not_ended() -> None:
     assert clipped.tail == b"x" * TAIL
     assert frames.gap() == [clipped]
     frames.feed(b"y" * (MAX_PAYLOAD + 1))
-    assert frames.pending() == Payload(b"y" * HEAD, b"y" * TAIL, torn=True)
-    assert frames.feed(b"\n\n") == [Payload(b"y" * HEAD, b"y" * TAIL, torn=True)]
+    assert frames.pending() == Payload(b"y" * HEAD, b"y" * TAIL, torn=True, lost=MAX_PAYLOAD + 1 - HEAD - TAIL)
+    assert frames.feed(b"\n\n") == [Payload(b"y" * HEAD, b"y" * TAIL, torn=True, lost=MAX_PAYLOAD + 1 - HEAD - TAIL)]
 
 
 @pytest.mark.parametrize("field", [b"event: ", b": "])
@@ -220,7 +220,7 @@ def test_keep_the_ends_of_a_body_with_a_gap() -> None:
     frames.feed(b"middle")
     frames.gap()
     frames.feed(b"end")
-    assert frames.pending() == Payload(b"begin", b"end", last=True)
+    assert frames.pending() == Payload(b"begin", b"end", last=True, lost=len(b"middle"))
 
 
 def test_keep_the_end_of_a_body_that_began_with_a_gap() -> None:
@@ -235,7 +235,8 @@ def test_clip_a_body_that_is_too_large() -> None:
     """Of a body beyond the bound only its beginning and its end are kept."""
     frames = BodyFrames()
     feed(frames, b"<" + b"x" * MAX_PAYLOAD * 2 + b">", 1 << 15)
-    assert frames.pending() == Payload(b"<" + b"x" * (HEAD - 1), b"x" * (TAIL - 1) + b">", last=True)
+    lost = 2 + 2 * MAX_PAYLOAD - HEAD - TAIL
+    assert frames.pending() == Payload(b"<" + b"x" * (HEAD - 1), b"x" * (TAIL - 1) + b">", last=True, lost=lost)
 
 
 @pytest.mark.parametrize(

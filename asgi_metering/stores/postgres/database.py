@@ -42,9 +42,6 @@ MAY_BEGIN_AGAIN: Final = frozenset(
 )
 """Codes of failures that are nobody's mistake: the same batch, begun again, meets what the others have left."""
 
-_LOST_CLASSES: Final = ("08", "57", "53", "58", "XX")
-"""Codes that begin so are about the connection or the server, and not about a statement."""
-
 
 def check_namespace(name: str) -> str:
     """

@@ -100,11 +100,6 @@ class Link:
         self._file = self._pgconn.socket
         self._loop.add_reader(self._file, self._read)
 
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop that it belongs to."""
-        return self._loop
-
     async def trip(self, statements: Sequence[Statement], answer_within_s: float) -> list[Rows]:
         """
         Send *statements*, and return the rows of each. One round trip.

@@ -59,11 +59,8 @@ class Reading:
             state.holds = {hold.id: hold for hold in map(MAPS[Table.HOLD].decode, found[0])}
             return state
         for (table, _, _), rows in zip(_asked(query), found, strict=True):
-            decode = MAPS[table].decode
-            names = MAPS[table].key if table not in (Table.GRANT, Table.ENTRY) else ("payer", "unit")
-            for row in map(decode, rows):
-                key = tuple(getattr(row, name) for name in names)
-                state.apply([(table, key if len(key) > 1 else key[0], row)])
+            known = MAPS[table]
+            state.apply([(table, known.place(row), row) for row in map(known.decode, rows)])
         return state
 
 

@@ -8,13 +8,12 @@ touches. Knows table and column names, and no rule.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import NoneType, UnionType
-from typing import Any, Final, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Final, NamedTuple, get_type_hints
 
 from asgi_metering.receipts import Source
 from asgi_metering.rules.state import Hold, Table
 from asgi_metering.stores.postgres.link import Statement
-from asgi_metering.stores.rows import MAPS, RowMap
+from asgi_metering.stores.rows import MAPS, RowMap, without_none
 
 __all__ = ["Statements", "array", "quoted"]
 
@@ -104,10 +103,18 @@ class _Rows:
         derived = rows.columns[len(rows.fields) :]
         self.map = rows
         self.further = _FURTHER.get(rows.table, ())
-        self.types = {name: _type(hints[name]) for name in rows.fields}
+        self.types = {name: _TYPES.get(without_none(hints[name]), "text") for name in rows.fields}
         # What the maps derive are times.
         self.types.update(dict.fromkeys(derived, "float8"))
         self.types.update({column.name: column.type for column in self.further})
+
+    def changed(self, names: Sequence[str], rows: Sequence[Any]) -> tuple[str, ...]:
+        """One array for each of *names*: what may change of *rows*, their keys, then what is further."""
+        encode = self.map.encode_change
+        encoded = [[*encode(row), *(column.derive(row) for column in self.further)] for row in rows]
+        return tuple(
+            [array(self.types[name], column) for name, column in zip(names, zip(*encoded, strict=True), strict=True)]
+        )
 
     def values(self, names: Sequence[str], rows: Iterable[Any]) -> tuple[str, ...]:
         """One array for each of the columns *names* of *rows*."""
@@ -118,12 +125,6 @@ class _Rows:
             encoded = [encode(row) for row in rows]
         columns = dict(zip(self.types, zip(*encoded, strict=True), strict=True))
         return tuple([array(self.types[name], columns[name]) for name in names])
-
-
-def _type(hint: Any) -> str:
-    if get_origin(hint) is UnionType:
-        (hint,) = [arm for arm in get_args(hint) if arm is not NoneType]
-    return _TYPES.get(hint, "text")
 
 
 _ROWS: Final[Mapping[str, _Rows]] = {table: _Rows(rows) for table, rows in MAPS.items()}
@@ -164,7 +165,7 @@ class Statements:
     def update_holds(self, rows: Sequence[Hold]) -> Statement:
         """Write what may have changed of holds that are stored."""
         text, names = self._update_hold
-        return Statement(text, _ROWS[Table.HOLD].values(names, rows))
+        return Statement(text, _ROWS[Table.HOLD].changed(names, rows))
 
     def delete(
         self, table: str, keys: Sequence[tuple[Any, ...]], guard: tuple[str, Sequence[float]] | None
@@ -206,7 +207,7 @@ class Statements:
     def _update_of(self, table: str) -> tuple[str, list[str]]:
         rows = _ROWS[table]
         changing = [*rows.map.changing, *(column.name for column in rows.further)]
-        names = [*changing, *rows.map.key]
+        names = [*rows.map.changing, *rows.map.key, *(column.name for column in rows.further)]
         changes = ", ".join(f"{quoted(name)} = {_taken([name], rows.types)}" for name in changing)
         keys = " AND ".join(f"t.{quoted(name)} = x.{quoted(name)}" for name in rows.map.key)
         unnest = _unnest(names, [rows.types[name] for name in names])

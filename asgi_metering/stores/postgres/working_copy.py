@@ -12,8 +12,9 @@ from typing import Any, Final, TypeAlias
 
 from asgi_metering.errors import MeteringError
 from asgi_metering.receipts import Entry, Part, Source
-from asgi_metering.rules.decide import OVERDUE_PER_ADMISSION, Answer, run
+from asgi_metering.rules.decide import OVERDUE_PER_ADMISSION, Answer, clamped, paying, run
 from asgi_metering.rules.hold import HoldState
+from asgi_metering.rules.keys import hold_of_key
 from asgi_metering.rules.operations import (
     Acknowledge,
     Admit,
@@ -192,14 +193,9 @@ class WorkingCopy:
     def _into(self, table: str, state: State | None = None) -> Sink:
         """A sink that takes rows into the state."""
         target, rows = self._state if state is None else state, MAPS[table]
-        names = rows.key[:2] if table in (Table.GRANT, Table.ENTRY) else rows.key
 
         def take(found: list[tuple[Any, ...]]) -> None:
-            changes: list[Change] = []
-            for values in found:
-                row = rows.decode(values)
-                key = tuple([getattr(row, name) for name in names])
-                changes.append((table, key if len(key) > 1 else key[0], row))
+            changes: list[Change] = [(table, rows.place(row), row) for row in map(rows.decode, found)]
             target.apply(changes)
             if table == Table.HOLD:
                 self._stored.update([row.id for _, _, row in changes])
@@ -252,7 +248,7 @@ class WorkingCopy:
                     wants.plain(Table.IDEMPOTENCY, [hold.idempotency_key])
                 if hold.charge_key:
                     wants.plain(Table.CHARGE_KEY, [hold.charge_key])
-                    wants.holds.add(f"{hold.id}:key")
+                    wants.holds.add(hold_of_key(hold.id))
             wants.holds.update(row.hold for row in state.charge_keys.values())
             wants.texts[Table.CHARGE_KEY] -= state.charge_keys.keys()
             wants.texts[Table.IDEMPOTENCY] -= state.idempotency_keys.keys()
@@ -270,13 +266,8 @@ class WorkingCopy:
         if prepare is not None:
             await prepare(self, operation)
 
-    def _clamped(self, key: AccountKey) -> float:
-        account = self._state.accounts.get(key)
-        return self._now if account is None else max(self._now, account.seen_at)
-
     async def _prepare_admit(self, ask: Admit) -> None:
-        payers = {ask.payer, *(source.payer for source in ask.sources if source.payer)}
-        await self._load_due({(payer, ask.unit) for payer in payers})
+        await self._load_due(paying(ask))
 
     async def _prepare_preview(self, ask: Preview) -> None:
         await self._prepare_admit(ask.ask)
@@ -428,8 +419,8 @@ class WorkingCopy:
         while due and left > 0:
             keys, due = due[:ACCOUNTS_AT_ONCE], due[ACCOUNTS_AT_ONCE:]
             for key, holds in (await self._load_overdue(state, keys, now, left)).items():
-                clamped = max(now, state.accounts[key].seen_at) if key in state.accounts else now
-                changing = [hold for hold in holds[:left] if hold.due_at <= clamped or hold.state is HoldState.HELD]
+                at = clamped(state, key, now)
+                changing = [hold for hold in holds[:left] if hold.due_at <= at or hold.state is HoldState.HELD]
                 left -= len(changing)
         await self._load_old(state, ask)
         written: list[Change] = []
@@ -454,13 +445,12 @@ class WorkingCopy:
 
         def guarded(table: str) -> Sink:
             """What may be used again meanwhile."""
-            take, decode, guard = into(table, state), MAPS[table].decode, _GUARDS[table]
+            take, known, guard = into(table, state), MAPS[table], _GUARDS[table]
 
             def noted(rows: list[tuple[Any, ...]]) -> None:
                 take(rows)
-                for row in map(decode, rows):
-                    key = tuple(getattr(row, name) for name in MAPS[table].key)
-                    self._bounds[table, key if len(key) > 1 else key[0]] = getattr(row, guard)
+                for row in map(known.decode, rows):
+                    self._bounds[table, known.place(row)] = getattr(row, guard)
 
             return noted
 

@@ -76,7 +76,5 @@ def _read_account(found: State, key: AccountKey, rows: Any) -> None:
 
 
 def _read_table(found: State, table: str, rows: Any) -> None:
-    key = MAPS[table].key if table not in (Table.GRANT, Table.ENTRY) else ("payer", "unit")
-    for row in rows(table, select(table, _IN_ORDER.get(table, ""))):
-        values = tuple(getattr(row, name) for name in key)
-        found.apply([(table, values[0] if len(values) == 1 else values, row)])
+    place = MAPS[table].place
+    found.apply([(table, place(row), row) for row in rows(table, select(table, _IN_ORDER.get(table, "")))])

@@ -14,9 +14,9 @@ from operator import attrgetter
 from typing import Any
 
 from asgi_metering.receipts import Entry, Part, Source
-from asgi_metering.rules.decide import OVERDUE_PER_ADMISSION, Answer, run
+from asgi_metering.rules.decide import OVERDUE_PER_ADMISSION, Answer, clamped, paying, run
 from asgi_metering.rules.hold import HoldState
-from asgi_metering.rules.keys import key_rows
+from asgi_metering.rules.keys import hold_of_key, key_rows
 from asgi_metering.rules.operations import (
     Acknowledge,
     Admit,
@@ -267,7 +267,7 @@ class WorkingCopy:
         if known is not None:
             # A repeat: its answer tells what its source has left.
             self._load_account_of(known)
-        self._load_due({(ask.payer, ask.unit), *((source.payer, ask.unit) for source in ask.sources if source.payer)})
+        self._load_due(paying(ask))
         for limit in ask.limits:
             self._load_counter(limit.key)
         for lease in ask.leases:
@@ -284,7 +284,7 @@ class WorkingCopy:
         now = self._now
         for key in keys:
             self._load_book(key)
-            now = max(now, self._clamped(key))
+            now = max(now, clamped(self._state, key, self._now))
         for key in keys:
             account = self._state.accounts.get(key)
             if account is not None and account.next_due_at <= now:
@@ -359,7 +359,7 @@ class WorkingCopy:
         if hold.idempotency_key:
             self._load_plain(Table.IDEMPOTENCY, hold.idempotency_key)
         if hold.charge_key:
-            self._load_hold_whole(f"{hold.id}:key")
+            self._load_hold_whole(hold_of_key(hold.id))
             self._load_charge_key(hold.charge_key)
         self._load_book(key)
         for part in hold.parts:
@@ -411,7 +411,7 @@ class WorkingCopy:
         left = ask.limit
         for key in connection.execute(_OVERDUE_ACCOUNTS, (now,)).fetchall():
             self._load_book(key)
-            left -= self._load_overdue(key, self._clamped(key), left)
+            left -= self._load_overdue(key, clamped(self._state, key, self._now), left)
             if not left:
                 break
         for row in connection.execute(_OLD_HOLDS, (now, ask.keep_holds_s, ask.limit)):
@@ -470,10 +470,6 @@ class WorkingCopy:
     def _row(self, table: str, key: tuple[Any, ...]) -> Any:
         found = self.connection.execute(SELECT[table], key).fetchone()
         return None if found is None else MAPS[table].decode(found)
-
-    def _clamped(self, key: AccountKey) -> float:
-        account = self._state.accounts.get(key)
-        return self._now if account is None else max(self._now, account.seen_at)
 
     def _load_book(self, key: AccountKey) -> None:
         """The account and its open grants."""

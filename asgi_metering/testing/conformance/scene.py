@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar, cast
 
 from asgi_metering.decisions import Decision
+from asgi_metering.errors import ConfigurationError
 from asgi_metering.receipts import Basis, Entry, GrantReceipt, Receipt
 from asgi_metering.rules.calendars import Period, boundaries
 from asgi_metering.rules.conservation import discrepancies, ledger_discrepancies
@@ -70,8 +71,11 @@ class Suite:
 
         Returns:
             A store that is open and empty. The test closes it.
+
+        Raises:
+            ConfigurationError: The subclass does not say how its store is made.
         """
-        raise NotImplementedError(f"{type(self).__name__} must say how its store is made. Write make_store().")
+        raise ConfigurationError(f"{type(self).__name__} must say how its store is made. Write make_store().")
 
 
 def tables(state: State) -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""
+What has to be right before the first request: the stack, the workers and the application behind it.
+
+Asked by the lifespan where a server runs one, and by the first request where none comes. Knows nothing of either.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from asgi_metering.asgi.audit import Report, audit, has_routes
+from asgi_metering.asgi.types import Scope
+from asgi_metering.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from asgi_metering.asgi.middleware import MeteringMiddleware
+
+__all__ = ["check_one_metering", "examined"]
+
+log = logging.getLogger("asgi_metering")
+
+
+def check_one_metering(layers: Sequence[MeteringMiddleware]) -> None:
+    """
+    Refuse a stack of layers that do not share one object.
+
+    Raises:
+        ConfigurationError: With the layers' names.
+    """
+    if any(layer.metering is not layers[0].metering for layer in layers):
+        names = ", ".join(type(layer).__name__ for layer in layers)
+        raise ConfigurationError(
+            f"The layers {names} do not share one Metering. Make one, and pass the same object to all of them."
+        )
+
+
+def examined(scope: Scope, layers: Sequence[MeteringMiddleware]) -> Report:
+    """
+    Audit the application behind the stack *layers*, outermost first; what looks wrong and may be meant is logged.
+
+    Raises:
+        ConfigurationError: It must not serve; a sentence for each mistake, with the mend.
+    """
+    outermost = layers[0]
+    features = frozenset[str]().union(*(layer.features for layer in layers))
+    unenforced = frozenset[str].intersection(*(layer.unenforced for layer in layers))
+    # An app behind middleware that hides it is found through the scope, where frameworks put themselves.
+    application = outermost.app if has_routes(outermost.app) else scope.get("app", outermost.app)
+    report = audit(application, features, unenforced, outermost.metering)
+    if report.errors:
+        raise ConfigurationError("\n".join(report.errors))
+    for warning in report.warnings:
+        log.warning(warning)
+    return report

@@ -1,0 +1,212 @@
+"""
+Computed arguments: what the callables of a policy answer for one endpoint, checked before anything is asked.
+
+Knows which argument of which endpoint a callable computes, and what it may answer. Never asks for an admission, and
+never charges.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from asgi_metering.errors import ConfigurationError, MeteringError
+from asgi_metering.policies import ChargePolicy, From, RatePolicy
+from asgi_metering.usage import TokenUsage
+
+__all__ = ["Computed", "bound_charge", "bound_rates", "check_sync", "is_async"]
+
+log = logging.getLogger("asgi_metering")
+
+MAX_SHOWN = 60
+"""Characters of a wrong cost that an error repeats: enough to recognise it, never a request's whole body."""
+
+MAX_FAILURE_SHOWN = 200
+"""The same of what a callable raised; the traceback has all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Computed(From):
+    """
+    A computed argument that knows its endpoint: a wrong answer is told with both names, the value and the mend.
+
+    Attributes:
+        endpoint: The policy's name.
+    """
+
+    endpoint: str
+
+    async def compute(self, call: Any, arguments: Mapping[str, Any]) -> Any:
+        """
+        Compute, and check the answer for *call*. Nothing has been asked of the store yet, so nothing is charged.
+
+        Raises:
+            AmountError: A price or hold that is no amount, or none that the call's unit can count.
+            ConfigurationError: A key or cost that cannot be counted by.
+
+        What the callable itself raises rises unchanged, with a note: it may be the framework's own answer.
+        """
+        try:
+            # Not super(): slots make another class of this one.
+            answered = await From.compute(self, call, arguments)
+        except Exception as failure:
+            told = (
+                f"The {self.what} of {self.endpoint} could not be computed: {_name(self.function)} raised "
+                f"{failure!r:.{MAX_FAILURE_SHOWN}}. The endpoint did not run, and nothing was charged. Answer every "
+                f"call, or raise your framework's own answer, such as its HTTPException."
+            )
+            failure.add_note(told)
+            log.warning(told)
+            raise
+        try:
+            _CHECKS[self.what](call, answered)
+        except MeteringError as wrong:
+            error = type(wrong)(
+                f"The {self.what} of {self.endpoint}, computed by {_name(self.function)}, cannot be used. {wrong}"
+            )
+            # Frameworks may make an answer of any ValueError, and then no server logs it.
+            log.error("%s The endpoint did not run, and nothing was charged.", error)
+            raise error from None
+        return answered
+
+
+def bound_charge(charge: ChargePolicy, endpoint: str) -> ChargePolicy:
+    """
+    *charge* with everything that is computed bound to *endpoint*.
+
+    The payer stays as it is: one who cannot be resolved is refused, and told, at the gate.
+
+    Raises:
+        ConfigurationError: A callable that is a generator, which answers no value.
+    """
+    if not charge.callables():
+        return charge
+    _check_answers(charge.callables(), endpoint)
+    once, key = charge.idempotency, charge.key
+    return replace(
+        charge,
+        price=_bound(charge.price, endpoint),
+        hold=replace(charge.hold, estimate=_bound(charge.hold.estimate, endpoint)),
+        idempotency=None if once is None else replace(once, fingerprint=_bound(once.fingerprint, endpoint)),
+        key=None if key is None else replace(key, key=_bound(key.key, endpoint)),
+        skip_if=_bound(charge.skip_if, endpoint),
+    )
+
+
+def bound_rates(rates: RatePolicy, endpoint: str) -> RatePolicy:
+    """*rates* with their computed key and cost bound to *endpoint*; raises as `bound_charge`."""
+    if not rates.callables():
+        return rates
+    _check_answers(rates.callables(), endpoint)
+    return replace(rates, key=_bound(rates.key, endpoint), cost=_bound(rates.cost, endpoint))
+
+
+def _bound(value: Any, endpoint: str) -> Any:
+    return Computed(value.function, value.what, endpoint) if isinstance(value, From) else value
+
+
+def _check_answers(computed: Iterable[From], endpoint: str) -> None:
+    for each in computed:
+        if _is_a(each.function, inspect.isgeneratorfunction, inspect.isasyncgenfunction):
+            raise ConfigurationError(
+                f"The {each.what} of {endpoint} is computed by {_name(each.function)}, a generator, which answers no "
+                f"value. Return it instead of yielding it."
+            )
+
+
+def check_sync(function: Callable[..., Any], what: str) -> None:
+    """
+    Refuse a function whose result nobody awaits or iterates.
+
+    Raises:
+        ConfigurationError: An async function or a generator, also in a partial or as an object's ``__call__``.
+    """
+    if _is_a(function, inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction):
+        raise ConfigurationError(
+            f"{what} is {_name(function)}, an async function or generator, and nobody awaits what it answers. Pass a "
+            f"plain function that returns its answer."
+        )
+
+
+def is_async(function: Any) -> bool:
+    """Whether *function* is an async function, also in a partial or as an object's ``__call__``."""
+    return callable(function) and _is_a(function, inspect.iscoroutinefunction)
+
+
+def _is_a(function: Any, *kinds: Callable[[Any], bool]) -> bool:
+    function = _unpacked(function)
+    return any(kind(each) for kind in kinds for each in (function, type(function).__call__))
+
+
+def _unpacked(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def _name(function: Any) -> str:
+    plain = _unpacked(function)
+    if not hasattr(plain, "__qualname__"):
+        plain = type(plain)
+    return f"{plain.__module__}.{plain.__qualname__}"
+
+
+def _check_price(call: Any, price: Any) -> None:
+    # Like every computed sum it may be finer than the unit: the gate rounds it once, half up (DESIGN 2).
+    call.unit.round(call.unit.exact(price, "price"))
+
+
+def _check_estimate(call: Any, estimate: Any) -> None:
+    if estimate is not None and not isinstance(estimate, TokenUsage):
+        call.unit.round(call.unit.exact(estimate, "hold estimate"))
+
+
+def _check_key(_: Any, key: Any) -> None:
+    if not isinstance(key, str | int) or key == "":
+        # Of another type it may still be what a caller is known by, perhaps a credential: not for the log.
+        shown = repr(key) if key is None or key == "" else f"a {type(key).__name__}"
+        raise ConfigurationError(
+            f"The key is {shown}. It has to be a non-empty str or an int: an empty key would put everybody together."
+        )
+
+
+def _check_cost(_: Any, cost: Any) -> None:
+    if type(cost) is not int or cost < 0:
+        raise ConfigurationError(f"The cost {cost!r:.{MAX_SHOWN}} is not an int from 0 up. Round it up first.")
+
+
+def _check_charge_key(_: Any, key: Any) -> None:
+    if key is not None and (isinstance(key, bool) or not isinstance(key, str | int) or key == ""):
+        shown = repr(key) if key == "" else f"a {type(key).__name__}"
+        raise ConfigurationError(
+            f"The charge key is {shown}. It has to be a non-empty str, an int, or None for a call that pays for itself."
+        )
+
+
+def _check_fingerprint(_: Any, fingerprint: Any) -> None:
+    if isinstance(fingerprint, bool) or not isinstance(fingerprint, str | bytes | int):
+        raise ConfigurationError(
+            f"The fingerprint is a {type(fingerprint).__name__}. It has to be a str, bytes or int."
+        )
+
+
+def _check_skip(_: Any, skips: Any) -> None:
+    if type(skips) is not bool:
+        # What is merely true, the text 'false' for one, would be a call for nothing.
+        raise ConfigurationError(f"What skip_if answers is a {type(skips).__name__}. It has to be True or False.")
+
+
+_CHECKS: Mapping[str, Callable[[Any, Any], None]] = {
+    "price": _check_price,
+    "hold estimate": _check_estimate,
+    "key": _check_key,
+    "cost": _check_cost,
+    "charge key": _check_charge_key,
+    "fingerprint": _check_fingerprint,
+    "skip_if": _check_skip,
+}
+"""By what is computed, as `From` names it."""

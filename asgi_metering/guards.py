@@ -1,0 +1,290 @@
+"""
+Guards: the one policy that the decorators of an endpoint write, and the request that the endpoint runs in.
+
+Knows endpoints as functions, and every one that is guarded in this process, for the startup audit. Never asks for an
+admission: the wrappers do. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import FunctionType
+from typing import Any, TypeVar
+
+from asgi_metering.call import CURRENT, SCOPE_KEY, Opening
+from asgi_metering.computed import bound_charge, bound_rates
+from asgi_metering.errors import ConfigurationError, NoCallError
+from asgi_metering.policies import ChargePolicy, ConcurrencyLimit, EndpointPolicy, RatePolicy, check_line
+from asgi_metering.usage import TokenUsage
+from asgi_metering.wrappers import wrap
+
+__all__ = ["BARE_MEND", "WEBSOCKET_MEND", "Guard", "Part", "decorated", "guard_of", "merged"]
+
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
+
+GUARD = "__asgi_metering__"
+KEPT = "__asgi_metering_guards__"
+
+_DECORATED: weakref.WeakValueDictionary[str, Guard] = weakref.WeakValueDictionary()
+"""Live guards by endpoint name: for the startup audit, and so that no two endpoints share a name by accident."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one decorator says. Used as a decorator, or handed to `metered_app` and `Call.admit`."""
+
+    charge: ChargePolicy | None = None
+    rates: RatePolicy | None = None
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """
+        None: a framework that asks for it has a decorator for an endpoint, by ``@billable`` without parentheses.
+
+        Raises:
+            ConfigurationError: Always, and so at import; `inspect.signature` says a ValueError where there is none.
+        """
+        raise ConfigurationError(f"A metering decorator is no endpoint. {BARE_MEND}")
+
+    def __call__(self, endpoint: Endpoint) -> Endpoint:
+        """Guard *endpoint*: a function, async function, generator function or async generator function."""
+        guard = guard_of(endpoint)
+        if guard is not None:
+            guard.add(self)
+            return endpoint
+        guard = Guard(endpoint)
+        guard.add(self)
+        _keep(guard, endpoint)
+        wrapper = wrap(endpoint, guard)
+        setattr(wrapper, GUARD, guard)
+        return wrapper  # type: ignore[return-value]
+
+
+class Guard:
+    """
+    The policy of one endpoint while its decorators write it, and what its wrapper asks.
+
+    Attributes:
+        endpoint: The function that was decorated first.
+        policy: What has been written so far.
+    """
+
+    def __init__(self, endpoint: Callable[..., Any]) -> None:
+        _check_endpoint(endpoint)
+        self.endpoint = endpoint
+        self.signature = _signature(endpoint)
+        self.policy = EndpointPolicy(_free_name(endpoint))
+        self._needs_arguments = False
+        rest = (each.name for each in self.signature.parameters.values() if each.kind is each.VAR_KEYWORD)
+        self._rest = next(rest, None)
+        _DECORATED[self.policy.name] = self
+
+    def add(self, part: Part) -> None:
+        """Write one more decorator down; raises `ConfigurationError` for the same line twice."""
+        self.policy = merged(self.policy, part, self.signature.parameters, _plain(self.endpoint).__name__)
+        charge = self.policy.charge
+        # Also where the hold is an amount: what a hang-up pays for its input is estimated from the request.
+        estimated = charge is not None and charge.measured and not isinstance(charge.hold.estimate, TokenUsage)
+        weighted = any(limit.meter != "requests" for rates in self.policy.rates for limit in rates.limits)
+        self._needs_arguments = bool(self.policy.callables()) or estimated or weighted
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+        """The endpoint's arguments by name, if the policy asks for any."""
+        if not self._needs_arguments:
+            return NO_ARGUMENTS
+        if not args and len(kwargs) == len(self.signature.parameters):
+            return kwargs
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        if self._rest is not None:
+            return {**bound.arguments, **bound.arguments[self._rest]}
+        return bound.arguments
+
+    def opening(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Opening:
+        """
+        The request that the endpoint runs in.
+
+        Looked up first in the arguments and then in the context: a framework's session may run an endpoint in the
+        context of another request (pitfalls 1, 2).
+
+        Raises:
+            NoCallError: There is none; the gate fails closed (pitfall 3). WebSockets never have one.
+            CallClosedError: The request is over (pitfall 1).
+        """
+        opening = self._opening_in(args) or self._opening_in(kwargs.values()) or CURRENT.get()
+        if opening is None:
+            raise NoCallError(
+                f"{self.policy.name} is metered, but no middleware opened a call. Add MeteringMiddleware to the "
+                f"application; in a unit test of the endpoint alone use asgi_metering.testing.unmetered()."
+            )
+        opening.check()
+        return opening
+
+    def _opening_in(self, values: Iterable[Any]) -> Opening | None:
+        for value in values:
+            scope = _scope_of(value)
+            if isinstance(scope, dict):
+                opening = scope.get(SCOPE_KEY)
+                if isinstance(opening, Opening):
+                    return opening
+                if scope.get("type") == "websocket":
+                    # Whatever call the context may show, it is another request's.
+                    raise NoCallError(
+                        f"{self.policy.name} is metered, but WebSockets are not metered yet, so nobody is let in. "
+                        f"{WEBSOCKET_MEND}"
+                    )
+        return None
+
+
+BARE_MEND = "Write @billable(2), with its price in parentheses, and not @billable alone."
+"""What to do where a decorator stands for the endpoint that it should have decorated."""
+
+WEBSOCKET_MEND = "Take the metering decorators off, and charge for its work inside it with metering.charge()."
+"""What an endpoint of a WebSocket can do instead."""
+
+NO_ARGUMENTS: Mapping[str, Any] = {}
+
+
+def _keep(guard: Guard, endpoint: Callable[..., Any]) -> None:
+    """
+    Let the guard live as long as the function that it guards.
+
+    Decorators above the route's own make a wrapper that nobody keeps, and the route runs the bare function: without
+    this the audit of an application that a function builds would find no trace of the mistake (pitfall 4).
+    """
+    plain = inspect.unwrap(endpoint)
+    # A bound method's function outlives its object, and would keep it; others have no place for a guard.
+    if isinstance(plain, FunctionType):
+        plain.__dict__.setdefault(KEPT, []).append(guard)
+
+
+def guard_of(endpoint: Any) -> Guard | None:
+    """The guard of a decorated endpoint, also through decorators that keep `functools.wraps`' attributes."""
+    guard = getattr(endpoint, GUARD, None)
+    return guard if isinstance(guard, Guard) else None
+
+
+def decorated() -> list[Guard]:
+    """Every live guard of this process, by name."""
+    return sorted(_DECORATED.values(), key=lambda guard: guard.policy.name)
+
+
+def merged(
+    policy: EndpointPolicy, part: Part, parameters: Mapping[str, inspect.Parameter], short_name: str
+) -> EndpointPolicy:
+    """
+    *policy* with *part* written into it.
+
+    Args:
+        policy: What was written so far.
+        part: What one more decorator says.
+        parameters: What callables of the part may ask for, besides ``call``.
+        short_name: Names the billing line where the part does not.
+
+    Raises:
+        ConfigurationError: A second price, the same limit twice, or a callable that asks for what is not there or
+            answers nothing.
+    """
+    if part.charge is not None:
+        charge = part.charge if part.charge.line else replace(part.charge, line=_line_of(short_name))
+        charge = bound_charge(charge, policy.name)
+        if policy.charge is not None:
+            raise ConfigurationError(
+                f"{policy.name} is billable twice, as {charge.line!r} and as {policy.charge.line!r}. A call is charged "
+                f"once: put the price into one billable()."
+            )
+        policy = replace(policy, charge=charge)
+    if part.rates is not None:
+        rates = part.rates if part.rates.scope else replace(part.rates, scope=policy.name)
+        rates = bound_rates(rates, policy.name)
+        _check_twice(policy, rates)
+        policy = replace(policy, rates=(rates, *policy.rates))
+    for function in policy.callables():
+        function.check(policy.name, parameters)
+    return policy
+
+
+def _check_twice(policy: EndpointPolicy, rates: RatePolicy) -> None:
+    known = {(other.scope, str(other.key), limit.name) for other in policy.rates for limit in other.limits}
+    names = [(rates.scope, str(rates.key), limit.name) for limit in rates.limits]
+    for at, (scope, key, name) in enumerate(names):
+        if (scope, key, name) in known or names.index((scope, key, name)) != at:
+            raise ConfigurationError(f"{policy.name} has the limit {name!r} twice. Remove one.")
+    pools = {_pool(other, each): each.limit for other in policy.rates for each in other.concurrency}
+    for each in rates.concurrency:
+        first = pools.get(_pool(rates, each))
+        if first is not None:
+            raise ConfigurationError(
+                f"{policy.name} has two {each.level} concurrency limits, {each.limit} and {first}, on the same slots. "
+                f"Remove one."
+            )
+
+
+def _pool(rates: RatePolicy, limit: ConcurrencyLimit) -> tuple[str, str, str]:
+    """What two limits share if it is equal; everybody's slots have no key."""
+    return rates.scope, limit.level, str(rates.key) if limit.level == "caller" else ""
+
+
+def _line_of(name: str) -> str:
+    return check_line(re.sub(r"[^A-Za-z0-9_.\-]+", "-", name).strip("-.")[:64] or "call")
+
+
+def _check_endpoint(endpoint: Any) -> None:
+    if isinstance(endpoint, Part):
+        raise ConfigurationError(f"A metering decorator is no endpoint. {BARE_MEND}")
+    if isinstance(endpoint, staticmethod | classmethod):
+        raise ConfigurationError(
+            f"{endpoint!r} is no plain function yet. Put the decorator below @{type(endpoint).__name__}."
+        )
+    plain = _plain(endpoint)
+    if inspect.isclass(plain):
+        raise ConfigurationError(
+            f"{plain!r} is a class. Decorate its methods, or wrap the whole application with metered_app()."
+        )
+    if not inspect.isroutine(plain):
+        raise ConfigurationError(
+            f"{plain!r} is no function. Decorate a function or method, or wrap an ASGI app with metered_app()."
+        )
+
+
+def _signature(endpoint: Callable[..., Any]) -> inspect.Signature:
+    """With annotations resolved where they can be: frameworks read them in the wrapper's module (pitfall 6)."""
+    try:
+        return inspect.signature(endpoint, eval_str=True)
+    except Exception:  # noqa: BLE001 -- an annotation may be any expression; unresolved ones stay strings
+        return inspect.signature(endpoint)
+
+
+def _free_name(endpoint: Callable[..., Any]) -> str:
+    """Module and qualified name; a second live endpoint of the same name gets a number, so that they share nothing."""
+    plain = _plain(endpoint)
+    base = f"{plain.__module__}.{plain.__qualname__.replace('<locals>.', '')}"
+    name, number = base, 1
+    while name in _DECORATED:
+        number += 1
+        name = f"{base}#{number}"
+    return name
+
+
+def _plain(endpoint: Any) -> Any:
+    """The function below wrappers and partials, which has a name."""
+    plain = inspect.unwrap(endpoint)
+    while isinstance(plain, functools.partial):
+        plain = inspect.unwrap(plain.func)
+    return plain
+
+
+def _scope_of(value: Any) -> Any:
+    """The scope of a request or WebSocket, or of the request behind the context that MCP hands to its tools."""
+    if not hasattr(type(value), "request_context"):
+        return getattr(value, "scope", None)
+    try:
+        return value.request_context.request.scope
+    except (AttributeError, LookupError, ValueError):
+        # Tools run without a request too, over stdio.
+        return None

@@ -1,0 +1,99 @@
+"""
+Outside: calls that nobody asked for over HTTP, such as those of `Metering.charge`: who pays them, and their policy.
+
+Knows what may be left out inside another call. Never knows how a call is admitted or ended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from asgi_metering.call import ALL_FEATURES, CURRENT, Call, Caller, Opening
+from asgi_metering.errors import ConfigurationError, PayerError
+from asgi_metering.names import check_key
+from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldPolicy, HoldSize, Price
+from asgi_metering.usage import TokenUsage
+
+if TYPE_CHECKING:
+    from asgi_metering.metering import Metering
+
+__all__ = ["leave", "planned", "prepared"]
+
+
+def prepared(
+    metering: Metering,
+    payer: str | None,
+    caller: Caller | None,
+    line: str,
+    hold: HoldSize | None,
+    price: Price | None,
+    options: ChargeOptions,
+) -> tuple[EndpointPolicy, Call]:
+    """A call outside HTTP, and its policy. Raises as `Metering.charge`."""
+    from asgi_metering.admission import check_amounts
+    from asgi_metering.decorators import billable, gather
+
+    if price is None:
+        price, hold = _price_of_hold(hold, line), None
+    policy = gather((billable(price, hold=hold, line=line, **options),), line, {})
+    if policy.charge is not None:
+        check_amounts(policy.charge, metering.counted(policy.charge.unit))
+    return policy, _call_for(metering, payer, caller, line)
+
+
+def _call_for(metering: Metering, payer: str | None, caller: Caller | None, line: str) -> Call:
+    """A call of *payer*, or of whoever pays the call around this code."""
+    if caller is not None and not isinstance(caller, Caller):
+        raise ConfigurationError(f"caller={caller!r} is no Caller. Make one: Caller('bob', payer='org_7').")
+    inherited = None
+    if payer is None:
+        outer = _paid_call(metering, line)
+        payer, inherited = outer.payer or "", outer.paid_by
+        caller = caller or outer.caller
+    check_key(payer, "payer")
+    # Whose balance pays is said here, whatever the caller's own would be.
+    caller = Caller(payer) if caller is None else replace(caller, payer=payer)
+    call = Opening(metering, ALL_FEATURES, None).open_call()
+    call.preset(caller, payer, inherited)
+    return call
+
+
+def _paid_call(metering: Metering, line: str) -> Call:
+    """The admitted call around this code; raises `PayerError` where there is none of this metering."""
+    outer = CURRENT.get()
+    call = outer.call if outer is not None and not outer.closed and outer.metering is metering else None
+    if call is None or not call.admitted or not call.payer:
+        raise PayerError(
+            f"charge(line={line!r}) names no payer, and runs inside no admitted call that has one. Say who pays: "
+            f"payer='org_7'."
+        )
+    return call
+
+
+def planned(caller: Caller | None, payer: str, plan: str | None) -> Caller:
+    """*caller*, or *payer* itself, with *plan* where it has none of its own."""
+    if caller is None:
+        return Caller(payer, plan=plan)
+    if isinstance(caller, Caller) and caller.plan is None:
+        return replace(caller, plan=plan)
+    return caller
+
+
+def _price_of_hold(hold: HoldSize | None, line: str) -> Price:
+    """What a charge without a price costs: what it holds, where that is an amount."""
+    if hold is None:
+        raise ConfigurationError(f"charge(line={line!r}) has neither a price nor a hold. Give one.")
+    if isinstance(hold, HoldPolicy | TokenUsage):
+        raise ConfigurationError(
+            f"charge(line={line!r}) holds {hold!r}, which says nothing of what is charged. Give a price= as well, such "
+            f"as per_million_tokens(...), or a hold of whole units."
+        )
+    return hold
+
+
+def leave(opening: Opening, outer: Opening | None) -> None:
+    """End the block of a charge in whatever context it is left: a token could be used in the first one only."""
+    opening.closed = True
+    if CURRENT.get() is opening:
+        CURRENT.set(outer)

@@ -1,0 +1,159 @@
+"""
+Standing: how a payer stands, for whoever shows it: what is left of allowances, what a call would cost and who pays.
+
+Reads only, from the same declarations that the gate decides by (S4.2). Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from asgi_metering.admission import asked_of, foresee
+from asgi_metering.decisions import Reason, Refusal
+from asgi_metering.errors import PayerError
+from asgi_metering.rules.admission import window_now
+from asgi_metering.rules.decide import clamped
+from asgi_metering.rules.operations import AllowanceSource
+from asgi_metering.rules.state import BucketKey, State
+from asgi_metering.stores.contract import AccountRows
+
+if TYPE_CHECKING:
+    from asgi_metering.call import Call
+    from asgi_metering.policies import ChargePolicy
+    from asgi_metering.sources import Payer
+
+__all__ = ["AllowanceStatus", "Previewed", "allowance_statuses", "previewed"]
+
+
+class AllowanceStatus(NamedTuple):
+    """
+    One allowance of one payer as it is now, in smallest parts of the unit (S0.13, S4.18).
+
+    Attributes:
+        name: The allowance's.
+        payer, unit: The account.
+        plan: By which the limit was chosen; None where nobody said one.
+        used: Settled in the window.
+        held: Set aside by calls that run; the gate counts these as well.
+        limit: What the window allows to *plan*. Cut meanwhile, it may be below *used*, which is shown as it is.
+        remaining: ``limit - used``, never negative.
+        starts_at: When the window began, epoch seconds: its id. None where a rolling one begins with its next use.
+        resets_at: When it ends.
+    """
+
+    name: str
+    payer: str
+    unit: str
+    plan: str | None
+    used: int
+    held: int
+    limit: int
+    remaining: int
+    starts_at: float | None
+    resets_at: float | None
+
+
+class Previewed(NamedTuple):
+    """
+    What a call would cost and who would pay, had it been asked for now (S0.37). Nothing was consumed.
+
+    Attributes:
+        admitted: Whether it would run.
+        unit: What is counted.
+        held: Smallest parts that it would set aside.
+        available: What the paying source would have left then; None where nothing would be held.
+        payer: Whose account would pay; the asked one where nothing would be held, or nobody can pay.
+        paid_by: The `Payer` that would; None is the asked one itself.
+        source: ``"wallet"``, or the allowance's name; None where nothing would be held.
+        switched: Another payer than the first choice would pay: what a notice before the first paid call tells.
+        refusal: Why it would not run.
+    """
+
+    admitted: bool
+    unit: str
+    held: int
+    available: int | None
+    payer: str
+    paid_by: Payer | None
+    source: str | None
+    switched: bool
+    refusal: Refusal | None
+
+
+async def previewed(call: Call) -> Previewed:
+    """
+    What the gate would say to *call* now.
+
+    Raises:
+        StoreError: No answer came.
+    """
+    try:
+        call.decision = decision = await foresee(call)
+    except PayerError:
+        return _refused(call, Refusal(Reason.PAYER, call.line))
+    if decision.refusal is not None:
+        return _refused(call, decision.refusal)
+    return Previewed(
+        True,
+        call.unit.name,
+        decision.held,
+        decision.available,
+        decision.payer or call.payer or "",
+        call.paid_by,
+        decision.source,
+        call.payer_switched,
+        None,
+    )
+
+
+def _refused(call: Call, refusal: Refusal) -> Previewed:
+    return Previewed(False, call.unit.name, 0, None, call.payer or "", None, None, False, refusal)
+
+
+async def allowance_statuses(call: Call, charge: ChargePolicy) -> list[AllowanceStatus]:
+    """
+    The allowances among the sources of *charge*, in their order, for the payer of *call*.
+
+    Raises:
+        PayerError: Whose they are could not be resolved.
+        StoreUnavailableError: No answer came.
+
+    One reading per account.
+    """
+    store = call.metering.store
+    unit = call.metering.counted(charge.unit).name
+    now, state = await store.read(AccountRows(call.payer or "", unit))
+    sources = await asked_of(call, charge, now)
+    states = {call.payer or "": state}
+    plan = call.caller.plan if call.caller is not None else None
+    found = []
+    for source in sources:
+        if isinstance(source, AllowanceSource):
+            payer = source.payer or call.payer or ""
+            if payer not in states:
+                _, states[payer] = await store.read(AccountRows(payer, unit))
+            # Of the time that the gate would see.
+            seen = clamped(states[payer], (payer, unit), now)
+            found.append(_status(states[payer], source, (payer, unit, source.name), plan, seen))
+    return found
+
+
+def _status(state: State, source: AllowanceSource, bucket: BucketKey, plan: str | None, now: float) -> AllowanceStatus:
+    window = window_now(state, source, bucket, now)
+    if window is None:
+        raise AssertionError(f"the boundaries {source.boundaries} were made around {now} and miss it")
+    payer, unit, name = bucket
+    # A rolling window has not begun before its first use.
+    has_begun = bool(source.boundaries) or (*bucket, window.start) in state.allowances
+    return AllowanceStatus(
+        name,
+        payer,
+        unit,
+        plan,
+        window.settled,
+        window.held,
+        source.limit,
+        max(0, source.limit - window.settled),
+        window.start if has_begun else None,
+        window.end if has_begun else None,
+    )

@@ -1,0 +1,59 @@
+"""How what the gate tells others is switched off, and which test of it must turn red."""
+
+from __future__ import annotations
+
+from tests.mutations.entries import Mutation
+
+__all__ = ["MUTATIONS"]
+
+EXCHANGE = "asgi_metering.asgi.exchange"
+METERING = "asgi_metering.metering"
+
+
+def _gate(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/events/test_through_the_gate.py::{name}" for name in names)
+
+
+def _fields(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/pitfalls/test_fields.py::{name}" for name in names)
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        0,
+        "nothing is written on the span",
+        METERING,
+        "        if call.charge is not None:\n            annotate_span(",
+        "        if False:\n            annotate_span(",
+        _gate(
+            "test_write_on_the_span_before_the_first_byte[/function]",
+            "test_write_on_the_span_before_the_first_byte[/threaded]",
+            "test_write_on_the_span_before_the_first_byte[/generator]",
+        ),
+    ),
+    Mutation(
+        0,
+        "events have no trace",
+        METERING,
+        "        return current_trace()\n",
+        "        return {}\n",
+        _gate(
+            "test_export_the_record_in_the_trace_of_its_request[/function]",
+            "test_export_the_record_in_the_trace_of_its_request[/generator]",
+            "test_export_the_record_of_a_call_that_outlives_its_span",
+        ),
+    ),
+    Mutation(
+        0,
+        "admitted responses have the names by default",
+        EXCHANGE,
+        "limit_fields(call.decision, call.unit, options.answers.names, warn_below=call.warning_level)",
+        "limit_fields(call.decision, call.unit, warn_below=call.warning_level)",
+        _fields(
+            "test_send_the_legacy_fields_where_they_are_asked_for[/whole]",
+            "test_send_the_legacy_fields_where_they_are_asked_for[/streamed]",
+            "test_call_the_fields_as_the_application_does[/whole]",
+            "test_call_the_fields_as_the_application_does[/streamed]",
+        ),
+    ),
+)

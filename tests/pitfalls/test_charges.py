@@ -1,0 +1,193 @@
+"""What an end of a call costs: the route's policy, failures, zeros, and usage beyond the hold."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
+
+from asgi_metering import (
+    Caller,
+    TokenUsage,
+    billable,
+    current_call,
+    rate_limited,
+    up_to,
+)
+from asgi_metering.prices import per_token
+from tests.harness.drive import status
+from tests.pitfalls.stage import PAYER, staged
+from tests.pitfalls.streams import events, sse, starlette
+
+
+@pytest.mark.parametrize(
+    ("texts", "usage", "left_at", "policy", "basis", "amount"),
+    [
+        pytest.param(("one two",), True, None, {}, "usage", 9 + 2 * 10, id="reported"),
+        pytest.param(("one two",), False, None, {}, "estimate", 3 + 8 * 10, id="missing: estimate by default"),
+        pytest.param(
+            ("one two",), False, None, {"on_missing_usage": "observed"}, "observed", 3 + 2 * 10, id="observed"
+        ),
+        pytest.param(("one two",), False, None, {"on_missing_usage": "hold"}, "hold", 83, id="missing: hold"),
+        pytest.param(("one two",), False, None, {"on_missing_usage": "none"}, None, 0, id="missing: none"),
+        pytest.param(("one two", " three"), True, 2, {}, "observed", 3 + 2 * 10, id="left after one event"),
+        pytest.param(("one two", " three"), True, 2, {"on_disconnect": "none"}, None, 0, id="left: none"),
+        pytest.param(("one two", " three"), True, 2, {"on_disconnect": "hold"}, "hold", 83, id="left: hold"),
+        pytest.param(("one two", " three"), True, 2, {"on_disconnect": "usage"}, "estimate", 83, id="left: usage"),
+        pytest.param(("one",), True, 1, {}, None, 0, id="left before the first byte"),
+        pytest.param(("one",), True, 1, {"on_early_disconnect": "hold"}, "hold", 83, id="left early: hold"),
+    ],
+)
+def test_charges_what_the_routes_policy_says(
+    texts: tuple[str, ...],
+    usage: bool,
+    left_at: int | None,
+    policy: dict[str, Any],
+    basis: str | None,
+    amount: int,
+) -> None:
+    """Each way to end a token-priced stream is charged on the basis that its route chose (DESIGN, end of call)."""
+
+    def estimate() -> Any:
+        return TokenUsage(input=3, output=8)
+
+    @rate_limited("1000/minute of tokens")
+    @billable(per_token(input=1, output=10), hold=estimate, **policy)
+    async def endpoint(_request: Request) -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            async for event in events(*texts, usage=usage):
+                yield event
+                if left_at is not None:
+                    await asyncio.sleep(0.05)
+
+        return sse(body())
+
+    async def play() -> None:
+        async with staged(starlette(endpoint)) as stage:
+            await stage.drive(disconnect_at=left_at)
+            charges = await stage.charges()
+            assert [(entry.amount, str(entry.basis)) for entry in charges] == (
+                [] if basis is None else [(amount * 1_000_000, basis)]
+            )
+
+    asyncio.run(play())
+
+
+def test_in_band_failure_is_not_charged() -> None:
+    """A stream that ends well but was marked as failed by the application costs nothing (S4.9, S4.10)."""
+
+    @billable(2)
+    async def endpoint(_request: Request) -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            yield b'data: {"error": "overloaded"}\n\n'
+            current_call().fail("provider_overloaded")
+            yield b"data: [DONE]\n\n"
+
+        return sse(body())
+
+    async def play() -> None:
+        async with staged(starlette(endpoint)) as stage:
+            ended = await stage.drive()
+            assert ended.complete.is_set()
+            assert await stage.charges() == []
+            assert await stage.outcomes() == ["error"]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("status", [400, 404, 500, 503])
+def test_failed_answers_are_not_charged(status: int) -> None:
+    """An answer of 400 or above costs nothing by default (X.3)."""
+
+    @billable(2)
+    async def endpoint(_request: Request) -> JSONResponse:
+        return JSONResponse({}, status)
+
+    async def play() -> None:
+        async with staged(starlette(endpoint)) as stage:
+            await stage.drive()
+            assert await stage.charges() == []
+            assert (await stage.metering.balance(PAYER)).held == 0
+
+    asyncio.run(play())
+
+
+def test_reported_zero_is_charged_as_zero() -> None:
+    """A handler that reports zero tokens is charged zero, and not the estimate (S2.41)."""
+
+    @billable(per_token(input=1, output=1), hold=50)
+    async def endpoint(_request: Request) -> JSONResponse:
+        current_call().record(TokenUsage(input=0, output=0))
+        return JSONResponse({})
+
+    async def play() -> None:
+        async with staged(starlette(endpoint)) as stage:
+            await stage.drive()
+            assert await stage.charges() == []
+            assert (await stage.metering.balance(PAYER)).held == 0
+
+    asyncio.run(play())
+
+
+def test_usage_beyond_the_hold_posts_in_full() -> None:
+    """A call that used more than it held is charged for all of it, into debt if need be (S3.7)."""
+
+    @billable(per_token(output=1), hold=5)
+    async def endpoint(_request: Request) -> JSONResponse:
+        current_call().record(TokenUsage(output=1_500))
+        return JSONResponse({})
+
+    async def play() -> None:
+        async with staged(starlette(endpoint)) as stage:
+            await stage.drive()
+            balance = await stage.metering.balance(PAYER)
+            assert (balance.settled, balance.available, balance.debt) == (1_500_000_000, -500_000_000, 500_000_000)
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("hold", "price"),
+    [
+        (0, per_token(input=1, output=1)),
+        (up_to(5, at_least=0), per_token(input=1, output=1)),
+        (TokenUsage(input=0, output=9), per_token(input=1)),
+    ],
+    ids=["zero", "up-to", "rounds-to-zero"],
+)
+def test_usage_of_a_call_that_held_nothing_posts_in_full(hold: Any, price: Any) -> None:
+    """A hold of 0 passes an empty wallet, is charged in full, and does not pass a payer who owes (DESIGN 4)."""
+
+    @billable(price, hold=hold)
+    async def endpoint(_request: Request) -> JSONResponse:
+        current_call().record(TokenUsage(input=7))
+        return JSONResponse({})
+
+    async def play() -> None:
+        async with staged(starlette(endpoint), identify=lambda _: Caller("empty")) as stage:
+            assert status((await stage.drive()).log) == 200
+            assert (await stage.metering.balance("empty")).debt == 7_000_000
+            assert status((await stage.drive()).log) == 402
+            assert await stage.metering.check() == []
+
+    asyncio.run(play())
+
+
+def test_absurd_usage_never_stops_a_settlement() -> None:
+    """Usage that no account could pay is refused to the hold, with an alarm, and the call ends all the same (S3.21)."""
+
+    @billable(per_token(output=1_000_000_000), hold=5)
+    async def endpoint(_request: Request) -> JSONResponse:
+        current_call().record(TokenUsage(output=10**12))
+        return JSONResponse({})
+
+    async def play() -> None:
+        async with staged(starlette(endpoint)) as stage:
+            await stage.drive()
+            assert await stage.basis() == ("hold",)
+
+    asyncio.run(play())
