@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from asgi_metering.receipts import Part, Source
 from asgi_metering.rules.decide import OVERDUE_PER_ADMISSION
-from asgi_metering.rules.keys import key_rows
+from asgi_metering.rules.keys import hold_of_key, key_rows
 from asgi_metering.rules.operations import (
     Admit,
     AllowanceSource,
@@ -89,6 +89,7 @@ async def _admit(copy: WorkingCopy, ask: Admit) -> None:
     if ask.idempotency is not None:
         wanted.append(names.idempotency(ask.idempotency.key))
     if ask.charge_key is not None:
+        wanted.append(names.hold(hold_of_key(ask.id)))
         wanted.extend(map(names.charge_key, key_rows(ask.charge_key)))
     await copy.rows(wanted)
     await _hold_whole(copy, ask.id)
@@ -161,7 +162,7 @@ async def _hold_whole(copy: WorkingCopy, hold_id: str) -> Hold | None:
         wanted.append(names.idempotency(hold.idempotency_key))
     await copy.rows(wanted)
     if hold.charge_key:
-        await _hold_whole(copy, f"{hold.id}:key")
+        await _hold_whole(copy, hold_of_key(hold.id))
         await _charge_key(copy, hold.charge_key)
     parts = hold.parts if hold.receipt is None else (*hold.parts, *hold.receipt.parts)
     await _parts(copy, key, parts)

@@ -58,6 +58,7 @@ class WorkingCopy:
         self.commands: list[Command] = []
         self._known: set[str] = set()
         self._stored: set[str] = set()
+        self._live: dict[str, AccountKey] = {}
 
     # -- reading -------------------------------------------------------------------------------------------
 
@@ -91,6 +92,10 @@ class WorkingCopy:
     def take(self, key: str, text: str) -> None:
         """Take in one row, as it is kept under *key*."""
         take(self.state, self.texts, key, text)
+        if self.names.kind(key) == "h":
+            hold = self.state.holds[self.names.text(key)]
+            if hold.receipt is None:
+                self._live[hold.id] = (hold.payer, hold.unit)
 
     async def grant(self, account: AccountKey, grant_id: str) -> None:
         """A grant of an account that is loaded, if it is a closed one."""
@@ -175,6 +180,10 @@ class WorkingCopy:
                 commands.extend(self._entry(key, row))
             elif table == Table.GRANT:
                 last[table, (key, row.id)] = row
+            elif table == Table.HOLD and row is None:
+                # Another hold of the same id may follow: this one goes first, with all that points at it.
+                last.pop((table, key), None)
+                commands.extend(self._gone(key))
             else:
                 last.pop((table, key), None)
                 last[table, key] = row
@@ -209,14 +218,21 @@ class WorkingCopy:
         yield ("ZADD", names.of_account("r", key), "0", f"{json_texts(row.ref)}{GLUE}{row.number}")
         yield ("ZADD", names.oldest_lines, "NX", time_text(row.at), rest)
 
-    def _hold(self, key: str, row: Hold | None) -> Iterable[Command]:
+    def _gone(self, key: str) -> Iterable[Command]:
+        names = self.names
+        name = names.hold(key)
+        yield ("DEL", name)
+        yield ("ZREM", names.ended, names.rest(name))
+        account = self._live.get(key)
+        if account is not None:
+            live = names.of_account("l", names.account(*account))
+            yield ("ZREM", live, names.rest(name))
+            yield ("FIRST", names.due, names.rest(names.account(*account)), live)
+
+    def _hold(self, key: str, row: Hold) -> Iterable[Command]:
         names = self.names
         name = names.hold(key)
         member = names.rest(name)
-        if row is None:
-            yield ("DEL", name)
-            yield ("ZREM", names.ended, member)
-            return
         account = names.account(row.payer, row.unit)
         live = names.of_account("l", account)
         yield ("SET", name, self.texts.hold_text(row))

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from asgi_metering.rules.operations import Admit, Operation, Sweep
+from asgi_metering.rules.operations import Operation, Sweep
 from asgi_metering.stores.contract import (
     AccountRows,
     AccountsAfter,
@@ -64,13 +64,8 @@ class Pair:
 
     def run(self, *batch: Operation) -> None:
         """Run *batch* on both and compare; what a sweep forgets is seen by what comes after it."""
-        for is_sweep, some in groupby(batch, key=lambda operation: isinstance(operation, Sweep)):
-            self._run([operation for operation in some if is_sweep or not self._is_reborn(operation)])
-
-    def _is_reborn(self, operation: Operation) -> bool:
-        """Whether a forgotten call would come again while the key's hold that it made is alive: ids are used once."""
-        holds = self.memory._state.holds
-        return isinstance(operation, Admit) and operation.id not in holds and f"{operation.id}:key" in holds
+        for _, some in groupby(batch, key=lambda operation: isinstance(operation, Sweep)):
+            self._run(list(some))
 
     def _run(self, batch: Sequence[Operation]) -> list[Any]:
         async def both() -> list[Any]:

@@ -358,13 +358,17 @@ elseif charge ~= '' then
     end
   end
   if joined == 0 then
+    local owned = KEYS[3] .. ':key'
+    if call('EXISTS', owned) == 1 then
+      -- An id that comes again long after: what it left behind has to go first.
+      return punt(token)
+    end
     local giving
     book, giving = first_group()
     if not book then
       return refused()
     end
     take(giving)
-    local owned = KEYS[3] .. ':key'
     put(owned, hold_text(unit, '', '', int(held), parts_text(parts), '', '', 'inf', 'inf'))
     put(charge_key, concat({ flt(start), flt(finish), '1', '0', owned }, '\t'))
     new_key, new_key_end = charge_key, finish
