@@ -1,16 +1,16 @@
 """
-Calls: the operations that scripts run, as commands, and their replies as answers.
+Calls: the operations that scripts run, as keys and words, and their replies as answers.
 
 What a script tells is as short as the rules allow: refusals, windows and resets are computed here, by the rules, from
-the very rows that the script saw. Knows texts and arguments. Decides nothing.
+the very rows that the script saw. Knows how both sides pack. Decides nothing.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from struct import Struct
+from typing import Any, NamedTuple
 
 from asgi_metering.amounts import MAX_AMOUNT, check_parts
 from asgi_metering.decisions import Decision, WindowState
@@ -31,23 +31,56 @@ from asgi_metering.rules.operations import (
     Operation,
     Renew,
     SourceAsk,
+    WindowKind,
 )
 from asgi_metering.rules.state import NEVER, Counter, Lease, State
 from asgi_metering.rules.windows import look, window_state
 from asgi_metering.sources import WALLET
 from asgi_metering.stores.redis.link import Command, Reply
-from asgi_metering.stores.redis.names import GLUE, Names, escaped, restored
+from asgi_metering.stores.redis.names import Names, escaped, restored
+from asgi_metering.stores.redis.packing import (
+    BASES,
+    ENDERS,
+    WINDOW,
+    Packing,
+    doubles,
+    json_text,
+    receipt_of,
+    time_text,
+    who_of,
+    words,
+)
 from asgi_metering.stores.redis.scripts import Scripts
-from asgi_metering.stores.redis.texts import Texts, json_text, json_texts, receipt_of, time_text
 from asgi_metering.stores.redis.working_copy import take
 
-__all__ = ["BUSY", "HALTED", "PUNTED", "Calls"]
+__all__ = ["Call", "Calls"]
 
 MAX_REMEMBERED = 8_192
 """Of each kind of words that come again: a few hundred bytes each."""
 
-HALTED, BUSY, PUNTED = b"H", b"B", b"S"
-"""Not run: something before it in its batch was not; somebody else works alone; the whole rules are needed."""
+_HEADER = Struct(">cHH")
+_ADMISSION = Struct(">4dH")
+_LIMIT = Struct(">B3d")
+_SOURCE = Struct(">BBBdHH")
+_POOL = Struct(">d")
+_END = Struct(">Bd4B")
+_OBSERVED = Struct(">d")
+_ADMITTED = Struct(">x3dB")
+_JOINED = Struct(">xd")
+_LENGTH = Struct(">I")
+_TIME = Struct(">d")
+
+_LIMIT_KINDS = (WindowKind.FIXED, WindowKind.CALENDAR, WindowKind.SLIDING)
+_SLIDING = WindowKind.SLIDING
+_WALLET, _CALENDAR, _ROLLING = range(3)
+"""As ``lua/admit.lua`` calls them."""
+
+
+class Call(NamedTuple):
+    """One admission, end or heartbeat: the keys that it touches for certain, and its words after its header."""
+
+    keys: Sequence[str]
+    words: Sequence[bytes]
 
 
 class Calls:
@@ -55,33 +88,50 @@ class Calls:
     Commands for operations.
 
     Args:
-        names, texts, scripts: Of the store.
-        halt: The key by which its own batches are told to stop.
+        names, packing, scripts: Of the store.
+        halt: The key by which the store's own commands are told to stop.
     """
 
-    def __init__(self, names: Names, texts: Texts, scripts: Scripts, halt: str) -> None:
+    def __init__(self, names: Names, packing: Packing, scripts: Scripts, halt: str) -> None:
         self._names = names
-        self._texts = texts
+        self._packing = packing
         self._sha = scripts.sha
         self._gates = (names.gate, halt)
         self._outbox = (*self._gates, names.events, names.event_order)
         # The same few accounts pay from the same few sources, until the calendar moves on.
         self._sources = lru_cache(maxsize=MAX_REMEMBERED)(self._make_sources)
+        self._who = lru_cache(maxsize=MAX_REMEMBERED)(packing.who)
 
-    def command(self, operation: Operation, now: str, token: str) -> Command | None:
+    def call(self, operation: Operation) -> Call | None:
         """
-        The command for *operation*; None if no script runs it.
-
-        Args:
-            operation: One atomic step.
-            now: The time of tests; empty for the server's.
-            token: Of the batch; empty for an operation alone.
+        *operation* for the script of calls; None if that does not run it.
 
         Raises:
             AmountError: The operation is a mistake.
             TypeError, ValueError: Something in it is not JSON-safe.
         """
-        encode = _ENCODE.get(type(operation))
+        encode = _CALLS.get(type(operation))
+        return None if encode is None else encode(self, operation)
+
+    def together(self, calls: Sequence[Call], now: str, token: str) -> Command:
+        """
+        The command that runs *calls*.
+
+        Args:
+            calls: In their order.
+            now: The time of tests; empty for the server's.
+            token: Of the commands that are sent together; empty for a lone one.
+        """
+        keys: list[str] = [*self._gates]
+        told: list[str | bytes] = [now, token]
+        for own_keys, own_words in calls:
+            keys += own_keys
+            told += own_words
+        return ("EVALSHA", self._sha["calls"], len(keys), *keys, *told)
+
+    def command(self, operation: Operation, now: str, token: str) -> Command | None:
+        """The command for an *operation* that has a script of its own; None if no script runs it."""
+        encode = _COMMANDS.get(type(operation))
         return None if encode is None else encode(self, operation, now, token)
 
     def answer(self, operation: Operation, reply: Reply) -> Answer:
@@ -90,77 +140,85 @@ class Calls:
 
     # -- admissions ----------------------------------------------------------------------------------------
 
-    def _admit(self, ask: Admit, now: str, token: str) -> Command | None:
+    def _admit(self, ask: Admit) -> Call | None:
         if not 0 <= ask.minimum <= ask.amount <= MAX_AMOUNT:
             # The rules say what is wrong with it.
             return None
-        names = self._names
-        keys = [*self._gates, names.hold(ask.id), names.account(ask.payer, ask.unit)]
+        names, payer, unit = self._names, ask.payer, ask.unit
+        keys = [names.hold(ask.id), names.account(payer, unit)]
         keys += [names.counter(limit.key) for limit in ask.limits]
-        idempotency_at, charge_at, charge, claim = 0, 0, "", ""
-        if ask.idempotency is not None:
-            keys.append(names.idempotency(ask.idempotency.key))
-            idempotency_at = len(keys)
-            claim = f"{time_text(ask.idempotency.ttl_s)}\t{keys[2]}\t{json_texts(ask.idempotency.fingerprint)}"
-        if ask.charge_key is not None:
-            charge_at = len(keys) + 1
-            keys.extend(map(names.charge_key, key_rows(ask.charge_key)))
-            charge = _charge_words(ask.charge_key)
-        base = len(keys)
-        source_keys, source_words = self._sources(ask.sources, ask.payer, ask.unit)
+        rare = b""
+        if ask.leases or ask.charge_key is not None or ask.idempotency is not None:
+            rare = self._rare(ask, keys)
+        source_keys, sources = self._sources(ask.sources, payer, unit)
         keys += source_keys
-        words: list[str | bytes | int] = [now, token, ask.amount, ask.minimum, repr(ask.ttl_s), repr(ask.grace_s)]
-        words += (len(ask.limits), len(ask.leases), len(ask.sources), idempotency_at, charge_at, base)
-        words.append(f"{ask.ttl_s!r}\t{ask.grace_s!r}\t{ask.in_doubt}")
-        words += (json_texts(ask.unit), json_texts(ask.line), json_text(ask.facts))
-        words += (self._who(ask.payer, ask.unit, ""), charge, claim)
-        for limit in ask.limits:
-            words += _limit_words(limit)
-        for lease in ask.leases:
-            words += (names.pool(lease.pool), str(lease.limit))
-        words += source_words
-        return ("EVALSHA", self._sha["admit"], len(keys), *keys, *words)
+        told = (
+            _HEADER.pack(b"A", len(keys), 6),
+            _ADMISSION.pack(ask.amount, ask.minimum, ask.ttl_s, ask.grace_s, len(keys)),
+            b"".join([_limit(*limit[2:]) for limit in ask.limits]),
+            sources,
+            self._who(payer, unit, ""),
+            words(ask.line) + self._packing.kept(ask),
+            rare,
+        )
+        return Call(keys, told)
 
-    def _who(self, payer: str, unit: str, group: str) -> str:
-        return f"{self._names.account(payer, unit)}\t{json_texts(payer)}\t{json_texts(group)}"
+    def _rare(self, ask: Admit, keys: list[str]) -> bytes:
+        """Slots and keys, which most calls do not have."""
+        names, claim, charge = self._names, ask.idempotency, ask.charge_key
+        claimed = b"\0" + _TIME.pack(0.0) + words("")
+        if claim is not None:
+            keys.append(names.idempotency(claim.key))
+            claimed = b"\1" + _TIME.pack(claim.ttl_s) + words(claim.fingerprint)
+        charged = b"\0" + words("")
+        if charge is not None:
+            keys.extend(map(names.charge_key, key_rows(charge)))
+            charged = _charge_words(charge)
+        pools = [words(names.pool(lease.pool)) + _POOL.pack(lease.limit) for lease in ask.leases]
+        return words(b"".join(pools)) + charged + claimed
 
-    def _make_sources(self, sources: tuple[SourceAsk, ...], payer: str, unit: str) -> tuple[list[str], list[str]]:
+    def _make_sources(self, sources: tuple[SourceAsk, ...], payer: str, unit: str) -> tuple[list[str], bytes]:
         """The keys that sources name, and the words that say what to do with them."""
         names = self._names
         keys: list[str] = []
-        words: list[str] = []
+        told: list[bytes] = []
         last: tuple[str, str] | None = None
         for source in sources:
+            account = own = 0
+            if source.payer and source.payer != payer:
+                keys.append(names.account(source.payer, unit))
+                account = len(keys)
             who = source.payer or payer
-            account = len(keys) + 1
-            keys.append(names.account(who, unit))
-            own = len(keys) + 1
-            kind, limit, name, span, start = "w", "0", WALLET, "", ""
+            # The call's own payer is told once for all sources, and again only with the name of a group.
+            pays = self._packing.who(who, unit, source.group) if source.group or account else b""
+            kind, limit, name, span = _WALLET, 0, WALLET, b""
             if isinstance(source, AllowanceSource):
-                kind, limit, name = "c" if source.boundaries else "r", str(source.limit), source.name
-                bucket = names.bucket(who, unit, name)
-                keys.append(bucket)
+                limit, name = source.limit, source.name
+                keys.append(names.bucket(who, unit, name))
+                own = len(keys)
                 keys.extend(names.window(who, unit, name, edge) for edge in source.boundaries[:-1])
-                span = _edges(source.boundaries) if source.boundaries else time_text(source.window_s)
-                start = f"{names.prefix}w:{names.rest(bucket)}{GLUE}"
+                kind = _CALENDAR if source.boundaries else _ROLLING
+                span = doubles(source.boundaries or (source.window_s,))
             else:
-                limit = str(source.overdraft)
+                limit = source.overdraft
             place = (source.payer, source.group)
-            first, split = "01"[place != last], "01"[source.split]
+            told.append(_SOURCE.pack(kind, place != last, source.split, limit, account, own))
+            told.append(words(pays, escaped(name), span))
             last = place
-            told = (kind, first, split, limit, str(account), str(own), self._who(who, unit, source.group))
-            words += (*told, json_texts(name), span, start)
-        return keys, words
+        return keys, b"".join(told)
 
     def _decided(self, ask: Admit, reply: Reply) -> Decision:
-        if reply[0] == b"R":
+        if isinstance(reply, list):
             return self._refused(ask, reply)
-        _, time, held, available, last, who, joined, *texts = reply
-        now = float(time)
-        windows = self._windows(ask, texts, now) if texts else ()
-        if joined:
-            payer, group = map(json.loads, who.decode().split("\t")[1:])
+        if reply[:1] == b"J":
+            (now,) = _JOINED.unpack_from(reply)
+            (length,) = _LENGTH.unpack_from(reply, _JOINED.size)
+            at = _JOINED.size + _LENGTH.size
+            payer, _, group = who_of(reply[at : at + length])
+            windows = self._windows(ask, reply, at + length, now)
             return Decision(ask.id, now, windows=windows, payer=payer, group=group, joined=True)
+        now, held, available, last = _ADMITTED.unpack_from(reply)
+        windows = self._windows(ask, reply, _ADMITTED.size, now) if ask.limits else ()
         if not last:
             return Decision(ask.id, now, windows=windows)
         source = ask.sources[last - 1]
@@ -168,84 +226,91 @@ class Calls:
         payer = source.payer or ask.payer
         return Decision(ask.id, now, None, int(held), int(available), name, windows, False, payer, source.group)
 
-    def _windows(self, ask: Admit, texts: list[bytes | None], now: float) -> tuple[WindowState, ...]:
-        """What the limits tell after the call: from the counters as they were, by the rules."""
+    def _windows(self, ask: Admit, reply: bytes, at: int, now: float) -> tuple[WindowState, ...]:
+        """What the limits tell after the call, from the counters as it left them."""
         windows = []
-        for limit, text in zip(ask.limits, texts, strict=True):
-            counter = None
-            if text is not None:
-                start, end, used, previous = text.split(b"\t")
-                counter = Counter(limit.key, float(start), float(end), int(used), int(previous))
-            seen = look(limit, counter, now)
-            if seen is None:
-                raise StoreError(
-                    f"The scripts of the Redis store know a window of limit {limit!r} at {now}, the rules none."
+        for limit in ask.limits:
+            start, end, used, previous = WINDOW.unpack_from(reply, at)
+            at += WINDOW.size
+            if limit.kind is _SLIDING:
+                before = Counter(limit.key, start, end, int(used) - limit.cost, int(previous))
+                seen = look(limit, before, now)
+                if seen is None:
+                    raise AssertionError(f"a sliding window has no calendar: {limit!r}")
+                windows.append(window_state(seen, taken=True))
+            else:
+                left = limit.limit - int(used)
+                resets = end - now if now > start else end - start
+                windows.append(
+                    WindowState(limit.name, limit.limit, left if left > 0 else 0, resets, limit.window_s, limit.meter)
                 )
-            windows.append(window_state(seen, taken=True))
         return tuple(windows)
 
     def _refused(self, ask: Admit, reply: Reply) -> Decision:
         """Why the call may not run: the rules, on the rows that the script saw."""
         _, time, counts, rows, further = reply
-        command = self._admit(ask, "", "")
-        if command is None:
+        call = self._admit(ask)
+        if call is None:
             raise AssertionError(f"{ask!r} was never sent")
-        keys = [str(key) for key in command[5 : 3 + int(command[2])]]
         state = State()
-        pairs = [*zip(keys, rows[2:], strict=True), *zip(further[::2], further[1::2], strict=True)]
-        for key, text in pairs:
-            if text is not None:
-                take(state, self._texts, key if isinstance(key, str) else key.decode(), text.decode())
+        pairs = [*zip(call.keys, rows, strict=True), *zip(further[::2], further[1::2], strict=True)]
+        for key, row in pairs:
+            if row is not None:
+                take(state, self._packing, key if isinstance(key, str) else key.decode(), row)
         for lease, live in zip(ask.leases, counts, strict=False):
             state.leases[lease.pool] = {str(n): Lease(lease.pool, str(n), NEVER) for n in range(live)}
-        decision, _ = admit(state, ask, float(time))
+        decision, _ = admit(state, ask, *_TIME.unpack(time))
         if decision.admitted:
             raise StoreError(f"The scripts of the Redis store refuse {ask!r}, which the rules admit. Report this.")
         return decision
 
     # -- ends ----------------------------------------------------------------------------------------------
 
-    def _end(self, ask: End, now: str, token: str) -> Command:
-        amount = "" if ask.amount is None else str(check_parts(ask.amount, "charge"))
-        words = [
-            now,
-            token,
-            json_text(ask.id),
-            amount,
-            ask.basis.value,
-            "true" if ask.estimated else "false",
-            ask.by.value,
-            "1" if ask.failed else "0",
-            "" if ask.event is None else json_text(ask.event),
-            "" if ask.reply is None else json_text(ask.reply),
-        ]
-        for meter, used in ask.actual.items():
-            words += (json_texts(meter), str(used))
-        return ("EVALSHA", self._sha["end"], 3, *self._gates, self._names.hold(ask.id), *words)
+    def _end(self, ask: End) -> Call:
+        amount = ask.amount
+        if amount is None:
+            numbers = (0, 0, BASES.index(Basis.NONE))
+        else:
+            numbers = (1, check_parts(amount, "charge"), BASES.index(ask.basis))
+        rare = b""
+        if ask.actual or ask.reply is not None:
+            used = [words(meter) + _POOL.pack(count) for meter, count in ask.actual.items()]
+            rare = words("" if ask.reply is None else json_text(ask.reply)) + b"".join(used)
+        told = (
+            _HEADER.pack(b"E", 1, 3),
+            _END.pack(*numbers, ask.estimated, ENDERS.index(ask.by), ask.failed),
+            b"" if ask.event is None else json_text(ask.event).encode(),
+            rare,
+        )
+        return Call((self._names.hold(ask.id),), told)
 
     def _ended(self, ask: End, reply: Reply) -> Receipt:
-        kind, told = reply
+        kind = reply[:1]
         if kind == b"U":
+            (now,) = _TIME.unpack_from(reply, 1)
             return Receipt(
-                ask.id, "", "", 0, 0, Basis.NONE, False, ask.by, (), None, float(told), None, applied=False, known=False
+                ask.id, "", "", 0, 0, Basis.NONE, False, ask.by, (), None, now, None, applied=False, known=False
             )
-        receipt = receipt_of(told.decode())
+        (length,) = _LENGTH.unpack_from(reply, 1)
+        at = 1 + _LENGTH.size
+        payer, unit, _ = who_of(reply[at : at + length])
+        receipt = receipt_of(reply, payer, unit, at + length)
         if receipt is None:
             raise AssertionError(f"the end of {ask.id!r} has no receipt")
         return receipt if kind == b"E" else receipt._replace(applied=False)
 
     # -- heartbeats and the outbox -------------------------------------------------------------------------
 
-    def _renew(self, beat: Renew, now: str, token: str) -> Command:
-        observed = check_parts(beat.observed, "observed amount")
-        return ("EVALSHA", self._sha["renew"], 3, *self._gates, self._names.hold(beat.id), now, token, observed)
+    def _renew(self, beat: Renew) -> Call:
+        observed = _OBSERVED.pack(check_parts(beat.observed, "observed amount"))
+        return Call((self._names.hold(beat.id),), (_HEADER.pack(b"R", 1, 1), observed))
 
     def _renewed(self, _: Renew, reply: Reply) -> bool:
         return bool(reply)
 
     def _emit(self, ask: Emit, now: str, token: str) -> Command:
-        words = [word for event_id, told in ask.events for word in (escaped(event_id), json_text(told))]
-        return ("EVALSHA", self._sha["emit"], 4, *self._outbox, now, token, *words)
+        told = [word for event_id, event in ask.events for word in (escaped(event_id), json_text(event))]
+        return ("EVALSHA", self._sha["emit"], 4, *self._outbox, now, token, *told)
 
     def _emitted(self, ask: Emit, _: Reply) -> int:
         return len(ask.events)
@@ -256,7 +321,7 @@ class Calls:
     def _claimed(self, _: Claim, reply: Reply) -> Answer:
         found = reply[1]
         pairs = zip(found[::2], found[1::2], strict=True)
-        return tuple([self._texts.event(restored(key.decode()), text.decode()) for key, text in pairs])
+        return tuple([self._packing.event_of(restored(key.decode()), row) for key, row in pairs])
 
     def _acknowledge(self, ask: Acknowledge, now: str, token: str) -> Command:
         return ("EVALSHA", self._sha["acknowledge"], 4, *self._outbox, now, token, *map(escaped, ask.ids))
@@ -265,24 +330,26 @@ class Calls:
         return int(reply[1])
 
 
-def _edges(boundaries: tuple[float, ...]) -> str:
-    return " ".join(map(time_text, boundaries))
-
-
-def _charge_words(ask: KeyAsk) -> str:
-    return f"c\t{_edges(ask.boundaries)}" if ask.boundaries else f"r\t{time_text(ask.window_s)}"
+def _charge_words(ask: KeyAsk) -> bytes:
+    kind = _CALENDAR if ask.boundaries else _ROLLING
+    return bytes((kind,)) + words(doubles(ask.boundaries or (ask.window_s,)))
 
 
 @lru_cache(maxsize=MAX_REMEMBERED)
-def _limit_words(ask: LimitAsk) -> tuple[str, ...]:
-    meter = "" if ask.meter == "requests" else json_texts(ask.meter)
-    return (ask.kind[0], str(ask.limit), repr(ask.window_s), str(ask.cost), meter, _edges(ask.boundaries))
+def _limit(
+    kind: WindowKind, limit: int, window_s: float, cost: int, meter: str, boundaries: tuple[float, ...]
+) -> bytes:
+    counted = "" if meter == "requests" else meter
+    return _LIMIT.pack(_LIMIT_KINDS.index(kind), limit, window_s, cost) + words(counted, doubles(boundaries))
 
 
-_ENCODE: Mapping[type, Callable[[Calls, Any, str, str], Command | None]] = {
+_CALLS: Mapping[type, Callable[[Calls, Any], Call | None]] = {
     Admit: Calls._admit,
     End: Calls._end,
     Renew: Calls._renew,
+}
+
+_COMMANDS: Mapping[type, Callable[[Calls, Any, str, str], Command]] = {
     Emit: Calls._emit,
     Claim: Calls._claim,
     Acknowledge: Calls._acknowledge,

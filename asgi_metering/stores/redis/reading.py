@@ -20,7 +20,7 @@ from asgi_metering.stores.contract import (
 from asgi_metering.stores.redis.link import Link, Reply
 from asgi_metering.stores.redis.names import GLUE, Names, escaped, restored
 from asgi_metering.stores.redis.scripts import Scripts
-from asgi_metering.stores.redis.texts import Texts
+from asgi_metering.stores.redis.packing import Packing
 from asgi_metering.stores.redis.working_copy import WorkingCopy
 
 __all__ = ["Reader"]
@@ -34,22 +34,22 @@ class Reader:
     Answers queries over one link.
 
     Args:
-        link, names, texts, scripts: Of the store.
+        link, names, packing, scripts: Of the store.
         clock: The time of tests; None reads the server's.
     """
 
     def __init__(
-        self, link: Link, names: Names, texts: Texts, scripts: Scripts, clock: Callable[[], float] | None
+        self, link: Link, names: Names, packing: Packing, scripts: Scripts, clock: Callable[[], float] | None
     ) -> None:
         self._link = link
         self._names = names
-        self._texts = texts
+        self._packing = packing
         self._scripts = scripts
         self._clock = clock
 
     async def read(self, query: Query) -> Snapshot:
         """See `Store.read`."""
-        copy = WorkingCopy(self._link, self._names, self._texts, self._clock)
+        copy = WorkingCopy(self._link, self._names, self._packing, self._clock)
         match query:
             case AccountRows(payer, unit):
                 time = await self._account((payer, unit), copy)
@@ -92,14 +92,14 @@ class Reader:
         time, account, closed, holds, windows, checkpoint = await self._script("read_account", keys, *prefixes)
         state.grants[key], state.closed_grants[key], state.live[key] = {}, {}, set()
         if account is not None:
-            copy.take(name, account.decode())
-        state.apply([(Table.GRANT, key, self._texts.grant(*key, text.decode())) for text in closed])
+            copy.take(name, account)
+        state.apply([(Table.GRANT, key, self._packing.grant_of(*key, text)) for text in closed])
         for rows in (holds, windows):
             for row_key, text in zip(rows[::2], rows[1::2], strict=True):
                 if text is not None:
-                    copy.take(row_key.decode(), text.decode())
+                    copy.take(row_key.decode(), text)
         if checkpoint is not None:
-            copy.take(keys[-1], checkpoint.decode())
+            copy.take(keys[-1], checkpoint)
         return time
 
     async def _accounts(self, after: tuple[str, str], limit: int, copy: WorkingCopy) -> Reply:
@@ -134,7 +134,7 @@ class Reader:
             for event_id, text in zip(ids, texts, strict=True):
                 if text is not None:
                     key = restored(event_id.decode())
-                    copy.state.events[key] = self._texts.event(key, text.decode())
+                    copy.state.events[key] = self._packing.event_of(key, text)
         return await self._now()
 
     async def _everything(self, copy: WorkingCopy) -> Reply:
@@ -148,7 +148,7 @@ class Reader:
         events = dict(zip(texts[::2], texts[1::2], strict=True))
         for event_id in content.get(self._names.event_order, []):
             key = restored(event_id.decode())
-            state.events[key] = self._texts.event(key, events[event_id].decode())
+            state.events[key] = self._packing.event_of(key, events[event_id])
         return time
 
 
@@ -161,12 +161,12 @@ def _nothing(copy: WorkingCopy, key: str, rows: Any) -> None:
 
 
 def _row(copy: WorkingCopy, key: str, rows: Any) -> None:
-    copy.take(key, rows.decode())
+    copy.take(key, rows)
 
 
 def _closed_grants(copy: WorkingCopy, key: str, rows: Any) -> None:
     account = copy.names.pair(key)
-    copy.state.apply([(Table.GRANT, account, copy.texts.grant(*account, text.decode())) for text in rows[1::2]])
+    copy.state.apply([(Table.GRANT, account, copy.packing.grant_of(*account, text)) for text in rows[1::2]])
 
 
 def _pool(copy: WorkingCopy, key: str, rows: Any) -> None:

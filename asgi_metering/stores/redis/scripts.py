@@ -8,11 +8,10 @@ from importlib.resources import files
 
 __all__ = ["Scripts"]
 
-_LIBRARY = ("common", "book", "charging")
-"""Put before every script that decides about accounts, in this order."""
+_CALLS = ("common", "book", "work", "admit", "end", "renew", "calls")
+"""One script, in this order."""
 
-_WITH_LIBRARY = ("admit", "end")
-_ALONE = ("renew", "apply", "claim", "acknowledge", "emit", "everything", "read_account", "lines")
+_ALONE = ("apply", "claim", "acknowledge", "emit", "everything", "read_account", "lines")
 
 
 class Scripts:
@@ -20,8 +19,7 @@ class Scripts:
 
     def __init__(self) -> None:
         common = _file("common")
-        library = "".join(map(_file, _LIBRARY))
-        texts = {name: library + _file(name) for name in _WITH_LIBRARY}
+        texts = {"calls": "".join(map(_file, _CALLS))}
         texts |= {name: common + _file(name) for name in _ALONE}
         self._texts = texts
         self.sha = {name: sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in texts.items()}

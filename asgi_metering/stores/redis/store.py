@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from asgi_metering.errors import MeteringError, StoreContendedError, StoreError, StoreUnavailableError
 from asgi_metering.rules.decide import Answer, run
 from asgi_metering.rules.operations import Operation, Sweep
 from asgi_metering.rules.state import Change
 from asgi_metering.stores.contract import Query, Snapshot, Store
-from asgi_metering.stores.redis.calls import BUSY, HALTED, PUNTED, Calls
+from asgi_metering.stores.redis.batch import Batch
+from asgi_metering.stores.redis.calls import Calls
 from asgi_metering.stores.redis.checks import check_server
 from asgi_metering.stores.redis.link import Link
 from asgi_metering.stores.redis.loading import load
@@ -26,7 +26,7 @@ from asgi_metering.stores.redis.places import Place, driver
 from asgi_metering.stores.redis.reading import Reader
 from asgi_metering.stores.redis.scripts import Scripts
 from asgi_metering.stores.redis.sweeping import sweep
-from asgi_metering.stores.redis.texts import Texts, time_text
+from asgi_metering.stores.redis.packing import Packing, time_text
 from asgi_metering.stores.redis.transaction import Mistake, Transactions
 from asgi_metering.stores.redis.working_copy import WorkingCopy
 
@@ -67,13 +67,13 @@ class RedisStore(Store):
     ) -> None:
         self._place = place
         self._names = Names(namespace)
-        self._texts = Texts(self._names)
+        self._packing = Packing(self._names)
         self._scripts = Scripts()
         self._timeout_s = timeout_s
         self._clock = clock
         self._links: dict[asyncio.AbstractEventLoop, Link] = {}
         self._halts = f"{self._names.prefix}halt:{uuid.uuid4().hex}"
-        self._calls = Calls(self._names, self._texts, self._scripts, self._halts)
+        self._calls = Calls(self._names, self._packing, self._scripts, self._halts)
         self._batches = 0
 
     async def open(self) -> None:
@@ -110,59 +110,21 @@ class RedisStore(Store):
         See `Store.run`. One round trip for the operations of calls; two or three for each of the others, and for a call
         that meets something rare on its way.
         """
-        answers: dict[int, Answer | Exception] = {}
-        waiting = list(range(len(operations)))
+        batch = Batch(self._calls, operations)
         pauses = 0
-        while waiting:
-            batch, commands = self._packed(operations, waiting, answers)
-            replies = await self._link().exchange(commands) if commands else []
-            alone = None if commands or not batch else batch[0]
-            for index, reply in zip(batch, replies, strict=bool(commands)):
-                if reply == PUNTED:
-                    alone = index
-                elif reply not in (HALTED, BUSY):
-                    answers[index] = self._answer(operations[index], reply)
-            if alone is not None:
-                answers[alone] = await self._decided(operations[alone])
-            elif BUSY in replies:
+        while batch.waiting:
+            self._batches += 1
+            commands = batch.commands("" if self._clock is None else time_text(self._clock()), str(self._batches))
+            if commands:
+                batch.take(await self._link().exchange(commands), _meaning)
+            if batch.alone is not None:
+                batch.settle(batch.alone, await self._decided(operations[batch.alone]))
+            elif batch.is_busy:
                 pauses += 1
                 if pauses > BUSY_PAUSES:
-                    answers |= {index: _busy() for index in waiting if index not in answers}
+                    batch.give_up(_busy)
                 await asyncio.sleep(PAUSE_S)
-            waiting = [index for index in waiting if index not in answers]
-        return [answers[index] for index in range(len(operations))]
-
-    def _packed(
-        self, operations: Sequence[Operation], waiting: list[int], answers: dict[int, Answer | Exception]
-    ) -> tuple[list[int], list[Any]]:
-        """
-        The next operations that scripts run, and their commands; one operation and none if it needs the rules.
-
-        What cannot be encoded is answered at once.
-        """
-        batch: list[int] = []
-        commands: list[Any] = []
-        token = ""
-        if len(waiting) > 1:
-            self._batches += 1
-            token = str(self._batches)
-        now = "" if self._clock is None else time_text(self._clock())
-        for index in waiting:
-            try:
-                command = self._calls.command(operations[index], now, token)
-            except Exception as mistake:  # noqa: BLE001 -- the answer of one operation, and no neighbour's
-                answers[index] = mistake
-                continue
-            if command is None:
-                return (batch, commands) if batch else ([index], [])
-            batch.append(index)
-            commands.append(command)
-        return batch, commands
-
-    def _answer(self, operation: Operation, reply: Any) -> Answer | Exception:
-        if isinstance(reply, Exception):
-            return _meaning(reply)
-        return self._calls.answer(operation, reply)
+        return [batch.answers[place] for place in range(len(operations))]
 
     async def _decided(self, operation: Operation) -> Answer | Exception:
         """Run one operation by the rules."""
@@ -176,7 +138,7 @@ class RedisStore(Store):
                 raise Mistake(mistake, written) from None
             return answer, written
 
-        transactions = Transactions(self._link(), self._names, self._texts, self._scripts, self._clock)
+        transactions = Transactions(self._link(), self._names, self._packing, self._scripts, self._clock)
         try:
             if isinstance(operation, Sweep):
                 return await sweep(transactions, operation)
@@ -188,7 +150,7 @@ class RedisStore(Store):
 
     async def read(self, query: Query) -> Snapshot:
         """See `Store.read`. Walks over everything in one script only for `EverythingKept`."""
-        return await Reader(self._link(), self._names, self._texts, self._scripts, self._clock).read(query)
+        return await Reader(self._link(), self._names, self._packing, self._scripts, self._clock).read(query)
 
 
 def _busy() -> StoreContendedError:

@@ -19,7 +19,7 @@ from asgi_metering.rules.state import Change
 from asgi_metering.stores.redis.link import Command, Link, Reply
 from asgi_metering.stores.redis.names import Names
 from asgi_metering.stores.redis.scripts import Scripts
-from asgi_metering.stores.redis.texts import Texts
+from asgi_metering.stores.redis.packing import Packing
 from asgi_metering.stores.redis.working_copy import WorkingCopy
 
 __all__ = ["Transactions"]
@@ -47,16 +47,16 @@ class Transactions:
     Run work as transactions, over one link.
 
     Args:
-        link, names, texts, scripts: Of the store.
+        link, names, packing, scripts: Of the store.
         clock: The time of tests; None reads the server's.
     """
 
     def __init__(
-        self, link: Link, names: Names, texts: Texts, scripts: Scripts, clock: Callable[[], float] | None
+        self, link: Link, names: Names, packing: Packing, scripts: Scripts, clock: Callable[[], float] | None
     ) -> None:
         self._link = link
         self._names = names
-        self._texts = texts
+        self._packing = packing
         self._scripts = scripts
         self._clock = clock
 
@@ -77,7 +77,7 @@ class Transactions:
                 token = await self._gate()
                 if not token:
                     continue
-            copy = WorkingCopy(self._link, self._names, self._texts, self._clock)
+            copy = WorkingCopy(self._link, self._names, self._packing, self._clock)
             failure: Exception | None = None
             try:
                 answer, changes = await work(copy)

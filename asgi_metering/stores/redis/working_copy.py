@@ -23,7 +23,7 @@ from asgi_metering.rules.state import (
 )
 from asgi_metering.stores.redis.link import Command, Link, Reply
 from asgi_metering.stores.redis.names import GLUE, Names, escaped, restored, start_text
-from asgi_metering.stores.redis.texts import Texts, json_texts, time_text
+from asgi_metering.stores.redis.packing import Packing, time_text
 
 __all__ = ["WorkingCopy", "take"]
 
@@ -33,7 +33,7 @@ class WorkingCopy:
     Rows of one operation.
 
     Args:
-        link, names, texts: Of the store.
+        link, names, packing: Of the store.
         clock: The time of tests; None reads the server's, with the first rows.
 
     Attributes:
@@ -45,10 +45,10 @@ class WorkingCopy:
         commands: What else is to be written, after the changes: indexes that are only ever behind.
     """
 
-    def __init__(self, link: Link, names: Names, texts: Texts, clock: Callable[[], float] | None) -> None:
+    def __init__(self, link: Link, names: Names, packing: Packing, clock: Callable[[], float] | None) -> None:
         self._link = link
         self.names = names
-        self.texts = texts
+        self.packing = packing
         self._clock = clock
         self.state = State()
         self.now = 0.0
@@ -87,11 +87,11 @@ class WorkingCopy:
         for key, text in zip(new, found, strict=True):
             if text is not None:
                 self._stored.add(key)
-                self.take(key, text.decode())
+                self.take(key, text)
 
-    def take(self, key: str, text: str) -> None:
+    def take(self, key: str, raw: bytes) -> None:
         """Take in one row, as it is kept under *key*."""
-        take(self.state, self.texts, key, text)
+        take(self.state, self.packing, key, raw)
         if self.names.kind(key) == "h":
             hold = self.state.holds[self.names.text(key)]
             if hold.receipt is None:
@@ -101,7 +101,7 @@ class WorkingCopy:
         """A grant of an account that is loaded, if it is a closed one."""
         if self.state.grant(account, grant_id) is None:
             key = self.names.of_account("G", self.names.account(*account))
-            (text,) = await self.read(("HGET", key, json_texts(grant_id)))
+            (text,) = await self.read(("HGET", key, escaped(grant_id)))
             if text is not None:
                 self._take_closed(account, text)
 
@@ -111,8 +111,8 @@ class WorkingCopy:
         for text in (await self.read(("HVALS", key)))[0]:
             self._take_closed(account, text)
 
-    def _take_closed(self, account: AccountKey, text: bytes) -> None:
-        grant = self.texts.grant(*account, text.decode())
+    def _take_closed(self, account: AccountKey, raw: bytes) -> None:
+        grant = self.packing.grant_of(*account, raw)
         if self.state.grant(account, grant.id) is None:
             self.state.apply([(Table.GRANT, account, grant)])
 
@@ -134,7 +134,7 @@ class WorkingCopy:
         """The ledger lines of an account about *ref*."""
         names = self.names
         key = names.account(*account)
-        word = json_texts(ref)
+        word = escaped(ref)
         refs = ("ZRANGEBYLEX", names.of_account("r", key), f"[{word}{GLUE}", f"({word} ")
         checkpoint_key = names.of_account("p", key)
         found, _ = await self.read(refs, ("GET", checkpoint_key))
@@ -147,12 +147,12 @@ class WorkingCopy:
             if text is None:
                 # Folded between the two reads: the write will see that.
                 continue
-            self.state.apply([(Table.ENTRY, account, self.texts.entry(key, text.decode()))])
+            self.state.apply([(Table.ENTRY, account, self.packing.entry_of(key, text))])
 
     def take_lines(self, account: AccountKey, found: Sequence[bytes]) -> None:
         """Take in ledger lines in their order."""
         key = self.names.account(*account)
-        self.state.apply([(Table.ENTRY, account, self.texts.entry(key, text.decode())) for text in found])
+        self.state.apply([(Table.ENTRY, account, self.packing.entry_of(key, raw)) for raw in found])
 
     async def window(self, key: AllowanceKey) -> None:
         """One window of an allowance, and which one is its last."""
@@ -162,7 +162,7 @@ class WorkingCopy:
         """One event of the outbox."""
         (text,) = await self.read(("HGET", self.names.events, escaped(event_id)))
         if text is not None:
-            self.state.events[event_id] = self.texts.event(event_id, text.decode())
+            self.state.events[event_id] = self.packing.event_of(event_id, text)
 
     # -- writing -------------------------------------------------------------------------------------------
 
@@ -198,7 +198,7 @@ class WorkingCopy:
 
     def _account(self, key: AccountKey) -> Iterable[Command]:
         name = self.names.account(*key)
-        text = self.texts.account_text(self.state.accounts[key], self.state.grants.get(key, {}).values())
+        text = self.packing.account(self.state.accounts[key], self.state.grants.get(key, {}).values())
         yield ("SET", name, text)
         if name not in self._stored:
             yield ("ZADD", self.names.accounts, "0", self.names.rest(name))
@@ -206,16 +206,16 @@ class WorkingCopy:
     def _grant(self, key: tuple[AccountKey, str], row: Any) -> Iterable[Command]:
         closed = self.names.of_account("G", self.names.account(*key[0]))
         if row.is_open:
-            yield ("HDEL", closed, json_texts(row.id))
+            yield ("HDEL", closed, escaped(row.id))
         else:
-            yield ("HSET", closed, json_texts(row.id), self.texts.grant_text(row))
+            yield ("HSET", closed, escaped(row.id), self.packing.grant(row))
 
     def _entry(self, account: AccountKey, row: Any) -> Iterable[Command]:
         names = self.names
         key = names.account(*account)
         rest = names.rest(key)
-        yield ("RPUSH", names.of_account("e", key), self.texts.entry_text(row))
-        yield ("ZADD", names.of_account("r", key), "0", f"{json_texts(row.ref)}{GLUE}{row.number}")
+        yield ("RPUSH", names.of_account("e", key), self.packing.entry(row))
+        yield ("ZADD", names.of_account("r", key), "0", f"{escaped(row.ref)}{GLUE}{row.number}")
         yield ("ZADD", names.oldest_lines, "NX", time_text(row.at), rest)
 
     def _gone(self, key: str) -> Iterable[Command]:
@@ -235,7 +235,7 @@ class WorkingCopy:
         member = names.rest(name)
         account = names.account(row.payer, row.unit)
         live = names.of_account("l", account)
-        yield ("SET", name, self.texts.hold_text(row))
+        yield ("SET", name, self.packing.hold(row))
         if row.receipt is None:
             yield ("ZADD", live, time_text(row.expires_at), member)
         else:
@@ -254,7 +254,7 @@ class WorkingCopy:
             yield ("ZREM", names.past_windows, name)
             yield ("SREM", windows, member)
         else:
-            yield ("SET", name, self.texts.window_text(row))
+            yield ("SET", name, self.packing.window(row))
             if name not in self._stored:
                 yield ("ZADD", names.past_windows, time_text(row.end), name)
                 yield ("SADD", windows, member)
@@ -267,7 +267,7 @@ class WorkingCopy:
             yield ("DEL", name)
             yield ("ZREM", names.past_counters, name)
         else:
-            yield ("SET", name, self.texts.counter_text(row))
+            yield ("SET", name, self.packing.counter(row))
             yield ("ZADD", names.past_counters, time_text(row.end + (row.end - row.start)), name)
 
     def _lease(self, key: tuple[str, str], row: Any) -> Iterable[Command]:
@@ -281,7 +281,7 @@ class WorkingCopy:
             yield ("HDEL", names.events, escaped(key))
             yield ("LREM", names.event_order, "1", escaped(key))
         else:
-            yield ("EVENT", names.events, names.event_order, escaped(key), self.texts.event_text(row))
+            yield ("EVENT", names.events, names.event_order, escaped(key), self.packing.event(row))
 
     def _charge_key(self, key: str, row: Any) -> Iterable[Command]:
         name = self.names.charge_key(key)
@@ -289,7 +289,7 @@ class WorkingCopy:
             yield ("DEL", name)
             yield ("ZREM", self.names.past_charge_keys, name)
         else:
-            yield ("SET", name, self.texts.charge_key_text(row))
+            yield ("SET", name, self.packing.charge_key(row))
             yield ("ZADD", self.names.past_charge_keys, time_text(row.end), name)
 
     def _idempotency(self, key: str, row: Any) -> Iterable[Command]:
@@ -298,7 +298,7 @@ class WorkingCopy:
             yield ("DEL", name)
             yield ("ZREM", self.names.past_idempotency, name)
         else:
-            yield ("SET", name, self.texts.idempotency_text(row))
+            yield ("SET", name, self.packing.idempotency(row))
             yield ("ZADD", self.names.past_idempotency, time_text(row.expires_at), name)
 
     def _checkpoint(self, key: AccountKey, row: Any) -> Iterable[Command]:
@@ -307,72 +307,72 @@ class WorkingCopy:
         account = names.account(*key)
         refs, lines = names.of_account("r", account), names.of_account("e", account)
         folded = self.folded.pop(key)
-        yield ("SET", names.of_account("p", account), self.texts.checkpoint_text(row))
+        yield ("SET", names.of_account("p", account), self.packing.checkpoint(row))
         yield ("LTRIM", lines, str(len(folded)), "-1")
         for line in folded:
-            yield ("ZREM", refs, f"{json_texts(line.ref)}{GLUE}{line.number}")
+            yield ("ZREM", refs, f"{escaped(line.ref)}{GLUE}{line.number}")
         yield ("OLDEST", names.oldest_lines, names.rest(account), lines)
 
     def _unit(self, key: str, row: Any) -> Iterable[Command]:
         yield ("SET", self.names.unit(key), str(row.scale))
 
 
-def take(state: State, texts: Texts, key: str, text: str) -> None:
+def take(state: State, packing: Packing, key: str, raw: bytes) -> None:
     """Take one row into *state*, as it is kept under *key*."""
-    _TAKE[texts.names.kind(key)](state, texts, key, text)
+    _TAKE[packing.names.kind(key)](state, packing, key, raw)
 
 
 # -- rows by the letter of their key -----------------------------------------------------------------------
 
 
-def _take_account(state: State, texts: Texts, key: str, text: str) -> None:
-    account, grants = texts.account(key, text)
+def _take_account(state: State, packing: Packing, key: str, raw: bytes) -> None:
+    account, grants = packing.account_of(key, raw)
     place = (account.payer, account.unit)
     state.apply([(Table.ACCOUNT, place, account), *((Table.GRANT, place, grant) for grant in grants)])
 
 
-def _take_hold(state: State, texts: Texts, key: str, text: str) -> None:
-    hold = texts.hold(key, text)
+def _take_hold(state: State, packing: Packing, key: str, raw: bytes) -> None:
+    hold = packing.hold_of(packing.names.text(key), raw)
     state.apply([(Table.HOLD, hold.id, hold)])
 
 
-def _take_window(state: State, texts: Texts, key: str, text: str) -> None:
-    window = texts.window(key, text)
+def _take_window(state: State, packing: Packing, key: str, raw: bytes) -> None:
+    window = packing.window_of(key, raw)
     # Which window is the last one is kept apart: here, not all of them are known.
     state.allowances[window.payer, window.unit, window.name, window.start] = window
 
 
-def _take_bucket(state: State, texts: Texts, key: str, text: str) -> None:
-    payer, unit, name = texts.names.texts(key)
-    state.latest[payer, unit, name] = float(text)
+def _take_bucket(state: State, packing: Packing, key: str, raw: bytes) -> None:
+    payer, unit, name = packing.names.texts(key)
+    state.latest[payer, unit, name] = float(raw)
 
 
-def _take_counter(state: State, texts: Texts, key: str, text: str) -> None:
-    counter = texts.counter(key, text)
+def _take_counter(state: State, packing: Packing, key: str, raw: bytes) -> None:
+    counter = packing.counter_of(key, raw)
     state.counters[counter.key] = counter
 
 
-def _take_charge_key(state: State, texts: Texts, key: str, text: str) -> None:
-    row = texts.charge_key(key, text)
+def _take_charge_key(state: State, packing: Packing, key: str, raw: bytes) -> None:
+    row = packing.charge_key_of(key, raw)
     state.charge_keys[row.key] = row
 
 
-def _take_idempotency(state: State, texts: Texts, key: str, text: str) -> None:
-    row = texts.idempotency(key, text)
+def _take_idempotency(state: State, packing: Packing, key: str, raw: bytes) -> None:
+    row = packing.idempotency_of(key, raw)
     state.idempotency_keys[row.key] = row
 
 
-def _take_checkpoint(state: State, texts: Texts, key: str, text: str) -> None:
-    row = texts.checkpoint(key, text)
+def _take_checkpoint(state: State, packing: Packing, key: str, raw: bytes) -> None:
+    row = packing.checkpoint_of(key, raw)
     state.checkpoints[row.payer, row.unit] = row
 
 
-def _take_unit(state: State, texts: Texts, key: str, text: str) -> None:
-    name = texts.names.text(key)
-    state.units[name] = DeclaredUnit(name, int(text))
+def _take_unit(state: State, packing: Packing, key: str, raw: bytes) -> None:
+    name = packing.names.text(key)
+    state.units[name] = DeclaredUnit(name, int(raw))
 
 
-_TAKE: Mapping[str, Callable[[State, Texts, str, str], None]] = {
+_TAKE: Mapping[str, Callable[[State, Packing, str, bytes], None]] = {
     "a": _take_account,
     "h": _take_hold,
     "w": _take_window,

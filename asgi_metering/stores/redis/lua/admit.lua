@@ -1,230 +1,173 @@
 -- May this call run? Mirrors rules/admission.py: everything is decided in one step, all or nothing.
--- KEYS: gate, halt, hold, account, counters, idempotency key, charge keys, then what the sources name.
--- ARGV: time, token, numbers (10), what the call brings (5), charge key, idempotency key, and of each limit 6 words, of
--- each pool 2, of each source 10.
--- Answers {'A', now, held, available, source, who, counters as they were} if the call may run; {'R', now, live leases
--- of each pool, all rows, further rows with their keys} if not: why, the rules say from these rows.
+-- Its keys: hold, account, counters, idempotency key, charge keys, then what the sources name.
+-- Its words: numbers, limits, sources, who pays, what the hold keeps, what is rare.
+-- Answers 'A' and what it took, 'J' and whose key it joined, or {'R', rows} if it may not run: why, the rules say from
+-- these rows. Answers nothing, and why, if it could not be decided here.
 
-local token = ARGV[2]
-local row = call('MGET', unpack(KEYS))
-local stop = stopped(row[1], row[2], token)
-if stop then
-  return stop
-end
-if row[3] then
-  -- The same id again: the reply was lost, not the decision.
-  return punt(token)
-end
+local FIXED, CALENDAR, SLIDING = 0, 1, 2
+local A_WALLET, A_CALENDAR, A_ROLLING = 0, 1, 2
 
-local amount, minimum, ttl, grace = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local n_limits, n_pools, n_sources = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
-local idempotency_at, charge_at, base = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
-local policy, unit, line, facts, own_who = ARGV[13], ARGV[14], ARGV[15], ARGV[16], ARGV[17]
-local charge, idempotency = ARGV[18], ARGV[19]
-local limits_at = 19
-local pools_at = limits_at + 6 * n_limits
-local sources_at = pools_at + 2 * n_pools
-local now, now_text = clock(ARGV[1])
+-- Limits and sources come again and again: each is read once for all calls.
+local known_limits, known_sources = {}, {}
 
--- Sources: kind, whether it begins a payer object, split, limit or overdraft, where its account and its own first key
--- are, who pays, its name, and of a window its length or its boundaries, and how its keys begin.
-local sources, accounts = {}, { 4 }
-for i = 1, n_sources do
-  local at = sources_at + 10 * i - 10
-  local account = base + tonumber(ARGV[at + 5])
-  sources[i] = {
-    kind = ARGV[at + 1], first = ARGV[at + 2] == '1', split = ARGV[at + 3] == '1', limit = tonumber(ARGV[at + 4]),
-    account = account, own = base + tonumber(ARGV[at + 6]), who = ARGV[at + 7], name = ARGV[at + 8],
-    span = ARGV[at + 9], start = ARGV[at + 10], index = i,
-  }
-  if KEYS[account] ~= KEYS[accounts[#accounts]] then
-    accounts[#accounts + 1] = account
+local function limits_of(text)
+  local limits = known_limits[text]
+  if limits then
+    return limits
   end
+  limits = {}
+  local at = 1
+  while at <= #text do
+    local limit, bounds = {}, nil
+    limit.kind, limit.limit, limit.window, limit.cost, limit.meter, bounds, at = parse('>BdddI4c0I4c0', text, at)
+    limit.bounds = doubles_of(bounds)
+    limits[#limits + 1] = limit
+  end
+  known_limits[text] = limits
+  return limits
 end
 
--- The latest time that any of the accounts has seen, and what of their calls is overdue by then.
-local sums = {}
-for _, at in ipairs(accounts) do
-  if row[at] and not sums[KEYS[at]] then
-    local told = { match(row[at], SUMS) }
-    sums[KEYS[at]] = told
-    local seen = tonumber(told[9])
-    if seen > now then
-      now, now_text = seen, json_time(seen)
+local function sources_of(text)
+  local sources = known_sources[text]
+  if sources then
+    return sources
+  end
+  sources = { keys = 0 }
+  local at = 1
+  while at <= #text do
+    local source, span = {}, nil
+    source.kind, source.first, source.split, source.limit, source.account, source.own, source.who, source.name, span, at =
+      parse('>BBBdHHI4c0I4c0I4c0', text, at)
+    source.first, source.split, source.span = source.first == 1, source.split == 1, doubles_of(span)
+    source.index = #sources + 1
+    sources[source.index] = source
+    if source.account > 0 then
+      sources.keys = max(sources.keys, source.account)
+    end
+    if source.kind ~= A_WALLET then
+      sources.keys = max(sources.keys, source.own + (source.kind == A_CALENDAR and #source.span - 1 or 0))
     end
   end
-end
-for _, at in ipairs(accounts) do
-  local told = sums[KEYS[at]]
-  if told and tonumber(told[8]) <= now then
-    local live = prefix .. 'l:' .. sub(KEYS[at], #prefix + 3)
-    local first = call('ZRANGE', live, 0, 0, 'WITHSCORES')
-    if first[2] and tonumber(first[2]) <= now then
-      return punt(token)
-    end
-    told[8] = first[2] or 'inf'
-    local rest = told[10]
-    told[10] = nil
-    call('SET', KEYS[at], concat(told, '\t') .. rest)
-    told[10] = rest
-  end
+  sources.is_plain = #sources == 1 and sources[1].kind == A_WALLET and sources[1].account == 0
+  known_sources[text] = sources
+  return sources
 end
 
-local counts, further = {}, {}
-
-local function refused()
-  local all = {}
-  for i = 1, #KEYS do
-    all[i] = row[i]
-  end
-  return { 'R', now_text, counts, all, further }
+local function account_at(key)
+  return sub(key, #prefix + 3)
 end
 
-if idempotency ~= '' and row[idempotency_at] then
-  local expires, receipt = match(row[idempotency_at], '^(%S+)\t[^\n]*\n([^\n]*)')
-  if receipt == '' or tonumber(expires) > now then
-    return refused()
+-- What the rules need to say why: all rows of the call as they are now, and how many leases of each pool live.
+local function refused(ask, counts)
+  local found = {}
+  for i = 1, ask.n_keys do
+    local key = KEYS[ask.k + i]
+    local account = match(key, '^a:(.*)$', #prefix + 1)
+    local book = account and books[account]
+    found[i] = book and (book.is_moved or book.is_due_new) and book_text(book) or rows[key]
   end
+  return { 'R', pack('>d', ask.now), counts, found, ask.further or {} }
 end
 
--- Rate limits: what they would be after this call.
-local counters, pinned, past = {}, {}, {}
-local is_stale, is_spent = false, false
-for i = 1, n_limits do
-  local at = limits_at + 6 * i - 6
-  local kind, meter, bounds = ARGV[at + 1], ARGV[at + 5], ARGV[at + 6]
-  local limit, window, cost = tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3]), tonumber(ARGV[at + 4])
-  local text = row[4 + i]
-  local t_start, t_end, t_used, t_previous, c_start, c_end, c_used, c_previous
-  if text then
-    t_start, t_end, t_used, t_previous = match(text, COUNTER)
-    c_start, c_end, c_used = tonumber(t_start), tonumber(t_end), tonumber(t_used)
-    c_previous = t_previous == '0' and 0 or tonumber(t_previous)
-  end
+-- -- rate limits --------------------------------------------------------------------------------------------
+
+-- What one limit's counter would be after this call: its row, start, end, used before; nothing outside its calendar.
+local function counted(limit, text, now)
+  local window = limit.window
   local start, finish, count, previous, used = now, now + window, 0, 0, nil
-  if kind == 's' then
+  local c_start, c_end, c_used, c_previous
+  if text then
+    c_start, c_end, c_used, c_previous = parse(WINDOW, text)
+  end
+  if limit.kind == FIXED then
+    if text and now < c_end then
+      start, finish, count = c_start, c_end, c_used
+    end
+    used = count
+  elseif limit.kind == CALENDAR then
+    local _, from, to = pick(limit.bounds, now)
+    if not from then
+      return nil
+    end
+    start, finish = from, to
+    if text and c_start > now then
+      start, finish, count = c_start, c_end, c_used
+    elseif text and c_start == start then
+      count = c_used
+    end
+    used = count
+  else
     local at = now
     if text and c_start > at then
       at = c_start
     end
     start = floor(at / window) * window
     finish = start + window
-    if text then
-      if c_start == start then
-        count, previous = c_used, c_previous
-      elseif c_start == start - window then
-        previous = c_used
-      end
+    if text and c_start == start then
+      count, previous = c_used, c_previous
+    elseif text and c_start == start - window then
+      previous = c_used
     end
     used = floor(previous * (finish - at) / window) + count
-  elseif kind == 'c' then
-    local _, from, to = pick(words(bounds, ' '), now)
-    if not from then
-      is_stale = true
-    else
-      start, finish = from, to
-      if text and c_start > now then
-        start, finish, count = c_start, c_end, c_used
-      elseif text and c_start == start then
-        count = c_used
-      end
-    end
-    used = count
-  else
-    if text and now < c_end then
-      start, finish, count = c_start, c_end, c_used
-    end
-    used = count
-  end
-  if used + cost > limit then
-    is_spent = true
-  end
-  if count + cost > MAX_AMOUNT then
-    return punt(token)
   end
   local is_new = c_start ~= start or c_end ~= finish
-  if is_new then
-    t_start, t_end = flt(start), flt(finish)
-  end
-  if is_new or previous ~= c_previous then
-    t_previous = int(previous)
-  end
-  counters[i] = t_start .. '\t' .. t_end .. '\t' .. int(count + cost) .. '\t' .. t_previous
-  if is_new then
-    past[#past + 1] = flt(finish + (finish - start))
-    past[#past + 1] = KEYS[4 + i]
-  end
-  if meter ~= '' then
-    pinned[#pinned + 1] = concat({ t_start, int(cost), meter, KEYS[4 + i] }, GLUE)
-  end
-end
-if is_stale then
-  return refused()
+  return pack(WINDOW, start, finish, count + limit.cost, previous), start, finish, used, count, is_new
 end
 
-local is_full = false
-for i = 1, n_pools do
-  local live = call('ZCOUNT', ARGV[pools_at + 2 * i - 1], '(' .. now_text, '+inf')
-  counts[i] = live
-  if live >= tonumber(ARGV[pools_at + 2 * i]) then
-    is_full = true
-  end
-end
-if is_full or is_spent then
-  return refused()
-end
+-- -- sources ------------------------------------------------------------------------------------------------
 
--- Sources: the first payer object that can pay takes the whole call.
-local function window_of(source)
+local function window_of(ask, source)
+  local own, now = ask.base + source.own, ask.now
   local start, finish, key, text
-  if source.kind == 'c' then
+  if source.kind == A_CALENDAR then
     local index
-    index, start, finish = pick(words(source.span, ' '), now)
+    index, start, finish = pick(source.span, now)
     if not index then
       return nil
     end
-    key, text = KEYS[source.own + index], row[source.own + index]
+    key = KEYS[own + index]
+    text = rows[key]
   else
-    local latest = row[source.own]
+    local bucket = KEYS[own]
+    local before = prefix .. 'w:' .. sub(bucket, #prefix + 3) .. GLUE
+    local latest = rows[bucket]
     if latest then
-      key = source.start .. latest
-      text = call('GET', key)
-      further[#further + 1] = key
-      further[#further + 1] = text
-      start, finish = match(text, '^(%S+)\t(%S+)')
-      start, finish = tonumber(start), tonumber(finish)
+      key = before .. latest
+      text = fetch(key)
+      ask.further = ask.further or {}
+      ask.further[#ask.further + 1] = key
+      ask.further[#ask.further + 1] = text
+      start, finish = parse(WINDOW, text)
     end
     if not latest or now > finish then
-      start, finish = now, now + tonumber(source.span)
-      key, text = source.start .. flt(start), false
+      start, finish = now, now + source.span[1]
+      key, text = before .. flt(start), false
     end
   end
   local window = { key = key, start = start, finish = finish, settled = 0, held = 0, is_new = not text }
   if text then
-    local _, _, settled, held = match(text, COUNTER)
-    window.settled, window.held = tonumber(settled), tonumber(held)
+    window.start, window.finish, window.settled, window.held = parse(WINDOW, text)
   end
   return window
 end
 
--- What the source could give; nil where its calendar does not cover now.
-local function offer_of(source, book)
-  local window
-  local can
-  if source.kind == 'w' then
+-- What the source could give; nothing where its calendar does not cover now.
+local function offer_of(ask, source, book)
+  local window, can
+  if source.kind == A_WALLET then
     can = available(book) + source.limit
   else
-    window = window_of(source)
+    window = window_of(ask, source)
     if not window then
       return nil
     end
     can = source.limit - window.settled - window.held
   end
-  return { source = source, can = can, fits = math.min(amount, can) >= minimum, window = window }
+  return { source = source, can = can, fits = min(ask.amount, can) >= ask.minimum, window = window }
 end
 
 -- Those of a split group's offers that give something, or the first one that owes nothing where nothing is taken.
-local function together(offers)
+local function together(ask, offers)
   local giving, sum = {}, 0
   for _, offer in ipairs(offers) do
     if offer.can > 0 then
@@ -232,7 +175,7 @@ local function together(offers)
       sum = sum + offer.can
     end
   end
-  if amount > 0 and #giving > 0 and sum >= minimum then
+  if ask.amount > 0 and #giving > 0 and sum >= ask.minimum then
     return giving
   end
   for _, offer in ipairs(offers) do
@@ -242,20 +185,30 @@ local function together(offers)
   end
 end
 
-local function first_group()
+local function account_of(ask, source)
+  return account_at(source.account > 0 and KEYS[ask.base + source.account] or KEYS[ask.k + 2])
+end
+
+-- The first payer object that can pay takes the whole call: its book, and its sources that give. Without a book, why:
+-- nothing if none can pay.
+local function first_group(ask, sources)
   local i = 1
-  while i <= n_sources do
-    local book = open_book(KEYS[sources[i].account], sums[KEYS[sources[i].account]], now, now_text)
-    local lines_before = #lines
-    local offers, known, is_split = {}, {}, false
+  while i <= #sources do
+    local book = book_at(account_of(ask, sources[i]), ask.now)
+    if not book then
+      return nil, LATER
+    end
+    local offers, known, is_split, giving = {}, {}, false, nil
     repeat
       local source = sources[i]
-      local offer = offer_of(source, book)
+      local offer = offer_of(ask, source, book)
       if not offer then
+        forget(book)
         return nil
       end
       if offer.fits and not source.split then
-        return book, { offer }
+        giving = { offer }
+        break
       end
       is_split = is_split or source.split
       -- A place that is named twice has no more for that.
@@ -264,35 +217,35 @@ local function first_group()
         offers[#offers + 1] = offer
       end
       i = i + 1
-    until i > n_sources or sources[i].first
-    local giving = is_split and together(offers)
+    until i > #sources or sources[i].first
+    giving = giving or is_split and together(ask, offers)
     if giving then
       return book, giving
     end
-    -- Nothing that this account would have written down is written.
-    for at = #lines, lines_before + 1, -1 do
-      lines[at] = nil
-    end
+    forget(book)
   end
   return nil
 end
 
-local expires = now + ttl
-local expires_text = flt(expires)
-local due_text = flt(expires + grace)
-local parts, windows = {}, {}
-local held, left_there, last, who = 0, 0, 0, own_who
-local book
-
-local function take(offers)
-  local left = amount
+-- Hold up to the whole amount, of each offer in turn what it has. Returns the parts, what is held, what the last source
+-- has left, and which one that is.
+local function take(ask, book, offers)
+  local parts, left, left_there, last = {}, ask.amount, nil, nil
   for _, offer in ipairs(offers) do
-    local some = math.min(left, offer.can)
-    local window = offer.window
+    local some, window = min(left, offer.can), offer.window
     if window then
-      parts[#parts + 1] = { 'allowance', json_time(window.start), some, offer.source.name }
-      window.held = window.held + some
-      windows[#windows + 1] = window
+      parts[#parts + 1] = pack(PART, FROM_ALLOWANCE, window.start, some, #offer.source.name, offer.source.name)
+      put(window.key, pack(WINDOW, window.start, window.finish, window.settled, window.held + some))
+      if window.is_new then
+        local bucket, start = match(sub(window.key, #prefix + 3), '^(.*)\31([^\31]*)$')
+        local account, name = match(bucket, '^(.*\31.*)\31([^\31]*)$')
+        push(past_windows, flt(window.finish), window.key)
+        append(windows_of, account, name .. GLUE .. start)
+        local latest = fetch(prefix .. 'W:' .. bucket)
+        if not latest or window.start >= tonumber(latest) then
+          put(prefix .. 'W:' .. bucket, start)
+        end
+      end
     else
       book_hold(book, some, parts)
     end
@@ -303,148 +256,259 @@ local function take(offers)
       break
     end
   end
-  if not left_there then
-    left_there = available(book)
+  return concat(parts), ask.amount - left, left_there or available(book), last
+end
+
+-- -- the call -----------------------------------------------------------------------------------------------
+
+local function hold_text(ask, parts, held, who, rare, expires, due_at)
+  return pack(
+    NEW_HOLD, HELD, LIVE, expires, due_at, 0, held, ask.now, ask.ttl, ask.grace, #parts, parts, #who, who, #rare, rare
+  ) .. ask.kept
+end
+
+-- Looks at the calls of an account that are overdue: none is, or the rules have to end them.
+local function is_due(book, now)
+  if book.due > now then
+    return nil
   end
-  held = amount - left
-  who = offers[1].source.who
+  if live[book.account] or ended_live[book.account] then
+    return LATER
+  end
+  local first = call('ZRANGE', prefix .. 'l:' .. book.account, 0, 0, 'WITHSCORES')
+  if first[2] and tonumber(first[2]) <= now then
+    return RULES
+  end
+  book.due = tonumber(first[2] or 'inf')
+  book.is_due_new = true
 end
 
-local function hold_text(brought_unit, charge_key, its_idempotency, amount_held, its_parts, its_windows, its_pools, ends, falls_due)
-  return 'held\t' .. ends .. '\t' .. falls_due .. '\t0\t' .. amount_held .. '\t' .. now_text .. '\t-\n'
-    .. its_parts .. '\n' .. its_windows .. '\n' .. who .. '\n'
-    .. policy .. '\t' .. brought_unit .. '\t' .. line .. '\t' .. charge_key .. '\t' .. its_idempotency .. '\n'
-    .. its_pools .. '\n' .. facts .. '\n'
-end
-
-local member = sub(KEYS[3], #prefix + 3)
-local idempotency_key = idempotency ~= '' and KEYS[idempotency_at] or ''
-local pools = {}
-for i = 1, n_pools do
-  pools[i] = ARGV[pools_at + 2 * i - 1]
-end
-local pools_text, pinned_text = concat(pools, '\t'), concat(pinned, '\t')
-local charge_key, joined, is_held = '', 0, true
-local new_key, new_key_end
-
-if n_sources == 0 and amount == 0 then
-  is_held = n_pools > 0 or #pinned > 0 or idempotency ~= ''
-elseif charge ~= '' then
-  -- The first call of the key's window pays for all, the others join it free.
-  local kind, span = match(charge, '^(%S)\t(.*)$')
-  local start, finish, at = now, nil, charge_at
-  if kind == 'c' then
+-- The first call of a key's window pays for all, the others join it free. Returns what `take` does, after the book and
+-- who pays; or the key's row and who pays, for a call that joins.
+local function by_key(ask, sources, kind, span, at)
+  local start, finish = ask.now, nil
+  local bounds = doubles_of(span)
+  if kind == CALENDAR then
     local index
-    index, start, finish = pick(words(span, ' '), now)
+    index, start, finish = pick(bounds, ask.now)
     if not index then
-      return refused()
+      return nil
     end
-    at = charge_at + index - 1
+    at = at + index - 1
   else
-    finish = now + tonumber(span)
+    finish = ask.now + bounds[1]
   end
-  charge_key = KEYS[at]
-  local known = row[at]
+  local key = KEYS[at]
+  local known = rows[key]
   if known then
-    local k_start, k_end, k_members, k_settled, k_hold = match(known, '^(%S+)\t(%S+)\t(%S+)\t(%S)\t(.*)$')
-    if kind == 'c' or now < tonumber(k_end) or (k_settled == '0' and k_members ~= '0') then
-      local owned = call('GET', k_hold)
-      if owned then
-        local _, _, _, owned_who, own = match(owned, HOLD)
-        who, unit = owned_who, match(own, '^[^\t]*\t[^\t]*\t[^\t]*\t([^\t]*)')
+    local k_start, k_end, members, settled, place = parse(CHARGE_KEY, known)
+    if kind == CALENDAR or ask.now < k_end or (settled == 0 and members > 0) then
+      return { key = key, text = pack(CHARGE_KEY, k_start, k_end, members + 1, settled) .. sub(known, place),
+        hold = prefix .. 'h:' .. sub(known, place) }
+    end
+  end
+  return { key = key, start = start, finish = finish }
+end
+
+local function admit(k, a)
+  local amount, minimum, ttl, grace, n_keys = parse('>ddddH', ARGV[a + 1])
+  if rows[KEYS[k + 1]] then
+    -- The same id again: the reply was lost, not the decision.
+    return nil, RULES
+  end
+  local limits, sources = limits_of(ARGV[a + 2]), sources_of(ARGV[a + 3])
+  local who, rare = ARGV[a + 4], ARGV[a + 6]
+  local ask = {
+    k = k, n_keys = n_keys, base = k + n_keys - sources.keys, amount = amount, minimum = minimum, ttl = ttl,
+    grace = grace, kept = ARGV[a + 5],
+  }
+  local account = account_at(KEYS[k + 2])
+  local own = book_of(account)
+  local now = max(now_is, own.seen)
+  if not sources.is_plain then
+    for _, source in ipairs(sources) do
+      now = max(now, book_of(account_of(ask, source)).seen)
+    end
+    for _, source in ipairs(sources) do
+      local why = is_due(book_of(account_of(ask, source)), now)
+      if why then
+        return nil, why
       end
-      put(charge_key, concat({ k_start, k_end, int(tonumber(k_members) + 1), k_settled, k_hold }, '\t'))
-      joined = 1
     end
   end
-  if joined == 0 then
-    local owned = KEYS[3] .. ':key'
-    if call('EXISTS', owned) == 1 then
-      -- An id that comes again long after: what it left behind has to go first.
-      return punt(token)
-    end
-    local giving
-    book, giving = first_group()
-    if not book then
-      return refused()
-    end
-    take(giving)
-    put(owned, hold_text(unit, '', '', int(held), parts_text(parts), '', '', 'inf', 'inf'))
-    put(charge_key, concat({ flt(start), flt(finish), '1', '0', owned }, '\t'))
-    new_key, new_key_end = charge_key, finish
+  local why = is_due(own, now)
+  if why then
+    return nil, why
   end
-else
-  local giving
-  book, giving = first_group()
-  if not book then
-    return refused()
-  end
-  take(giving)
-end
+  ask.now = now
 
-if book then
-  close_book(book, expires, expires_text)
-  if not is_exact(book) then
-    return punt(token)
-  end
-end
-for _, window in ipairs(windows) do
-  put(window.key, concat({ flt(window.start), flt(window.finish), int(window.settled), int(window.held) }, '\t'))
-end
-local answer = { 'A', now_text, int(held), int(left_there), last, who, joined }
-for i = 1, n_limits do
-  put(KEYS[4 + i], counters[i])
-  answer[7 + i] = row[4 + i]
-end
-if idempotency ~= '' then
-  local life, claim = match(idempotency, '^(%S+)(.*)$')
-  put(idempotency_key, flt(now + tonumber(life)) .. claim .. '\n\n')
-  call('ZADD', prefix .. 'z:idempotency', flt(now + tonumber(life)), idempotency_key)
-end
-if is_held then
-  local whole = charge_key == ''
-  put(KEYS[3], hold_text(
-    unit, charge_key, idempotency_key, whole and int(held) or '0', whole and parts_text(parts) or '', pinned_text, pools_text,
-    expires_text, due_text
-  ))
-end
-
--- From here on everything is written.
-flush()
-if book then
-  note_account(book)
-end
-if #past > 0 then
-  call('ZADD', prefix .. 'z:counters', unpack(past))
-end
-for _, window in ipairs(windows) do
-  if window.is_new then
-    local rest = sub(window.key, #prefix + 3)
-    local bucket, start = match(rest, '^(.*)\31([^\31]*)$')
-    local account, name = match(bucket, '^(.*\31.*)\31([^\31]*)$')
-    call('ZADD', prefix .. 'z:windows', flt(window.finish), window.key)
-    call('SADD', prefix .. 'v:' .. account, name .. GLUE .. start)
-    local latest = call('GET', prefix .. 'W:' .. bucket)
-    if not latest or window.start >= tonumber(latest) then
-      call('SET', prefix .. 'W:' .. bucket, start)
+  -- What is rare: slots, charge key, idempotency key.
+  local leases, counts, charge_kind, charge_span, life, fingerprint = {}, {}, 0, '', 0, ''
+  local extra = k + 3 + #limits
+  local idempotency_key, claim = nil, 0
+  if rare ~= '' then
+    local text
+    text, charge_kind, charge_span, claim, life, fingerprint = parse('>I4c0BI4c0BdI4c0', rare)
+    local at = 1
+    while at <= #text do
+      local pool = {}
+      pool.key, pool.limit, at = parse('>I4c0d', text, at)
+      leases[#leases + 1] = pool
+    end
+    if claim == 1 then
+      idempotency_key = KEYS[extra]
+      local row = rows[idempotency_key]
+      if row then
+        local expires, _, _, _, _, at_receipt = parse(IDEMPOTENCY, row)
+        if at_receipt > #row or expires > now then
+          return refused(ask, counts)
+        end
+      end
+      extra = extra + 1
     end
   end
-end
-if new_key then
-  call('ZADD', prefix .. 'z:charge', flt(new_key_end), new_key)
-end
-if is_held then
-  local at = expires_text
-  local account = sub(match(who, '^[^\t]*'), #prefix + 3)
-  if new_key then
-    call('ZADD', prefix .. 'l:' .. account, at, member, 'inf', member .. ':key')
+
+  -- Rate limits: what they would be after this call.
+  local counters, pinned, is_stale, is_spent = {}, nil, false, false
+  local past = {}
+  for i, limit in ipairs(limits) do
+    local key = KEYS[k + 2 + i]
+    local row, start, finish, used, count, is_new = counted(limit, rows[key], now)
+    if not row then
+      is_stale = true
+      break
+    end
+    counters[i] = row
+    if used + limit.cost > limit.limit then
+      is_spent = true
+    end
+    if count + limit.cost > MAX_AMOUNT then
+      return nil, RULES
+    end
+    if is_new then
+      push(past, flt(finish + (finish - start)), key)
+    end
+    if limit.meter ~= '' then
+      local counter = account_at(key)
+      pinned = (pinned or '') .. pack(PINNED, start, limit.cost, #limit.meter, limit.meter, #counter, counter)
+    end
+  end
+  if is_stale then
+    return refused(ask, counts)
+  end
+  local is_full = false
+  for i, pool in ipairs(leases) do
+    counts[i] = live_leases(pool.key, now)
+    if counts[i] >= pool.limit then
+      is_full = true
+    end
+  end
+  if is_full or is_spent then
+    return refused(ask, counts)
+  end
+
+  -- Sources.
+  local expires = now + ttl
+  local book, giving, key, joined, is_held
+  if #sources == 0 and amount == 0 then
+    is_held = #leases > 0 or pinned or claim == 1
   else
-    call('ZADD', prefix .. 'l:' .. account, at, member)
+    is_held = true
+    if charge_kind > 0 then
+      key = by_key(ask, sources, charge_kind, charge_span, extra)
+      if not key then
+        return refused(ask, counts)
+      end
+      joined = key.text
+      if not joined and fetch(KEYS[k + 1] .. ':key') then
+        -- An id that comes again long after: what it left behind has to go first.
+        return nil, RULES
+      end
+    end
+    if not joined then
+      if sources.is_plain then
+        local source = sources[1]
+        book = book_at(account, now)
+        if not book then
+          return nil, LATER
+        end
+        local can = available(book) + source.limit
+        if min(amount, can) >= minimum then
+          giving = { { source = source, can = can } }
+        else
+          forget(book)
+          book = nil
+        end
+      else
+        book, giving = first_group(ask, sources)
+        if not book and giving then
+          return nil, giving
+        end
+      end
+      if not book then
+        return refused(ask, counts)
+      end
+      if not is_exact(book, amount) then
+        forget(book)
+        return nil, RULES
+      end
+    end
   end
-  call('ZADD', prefix .. 'z:due', 'LT', at, account)
-  for i = 1, n_pools do
-    call('ZADD', pools[i], at, member)
-    call('ZADD', prefix .. 'z:pools', 'LT', at, pools[i])
+
+  -- It may. From here on everything is taken.
+  local parts, held, left_there, last = '', 0, 0, 0
+  if book then
+    parts, held, left_there, last = take(ask, book, giving)
+    close_book(book, expires)
+    local source = sources[last]
+    who = source.who ~= '' and source.who or who
   end
+  for i, row in ipairs(counters) do
+    put(KEYS[k + 2 + i], row)
+  end
+  for i = 1, #past, 2 do
+    push(past_counters, past[i], past[i + 1])
+  end
+  local hold_key, member = KEYS[k + 1], account_at(KEYS[k + 1])
+  local charge_key, pools_text, rare_text = '', '', ''
+  if joined then
+    local owned = fetch(key.hold)
+    if owned then
+      who = select(11, parse(HOLD, owned))
+    end
+    put(key.key, joined)
+  elseif key then
+    local owned = hold_key .. ':key'
+    put(owned, hold_text(ask, parts, held, who, '', INF, INF))
+    put(key.key, pack(CHARGE_KEY, key.start, key.finish, 1, 0) .. account_at(owned))
+    push(past_charge_keys, flt(key.finish), key.key)
+    lives(parse('>I4c0', who), INF, account_at(owned))
+    parts = ''
+  end
+  if key then
+    charge_key = account_at(key.key)
+  end
+  if claim == 1 then
+    put(idempotency_key, pack(IDEMPOTENCY, now + life, #member, member, #fingerprint, fingerprint, 0, '', 0, ''))
+    push(past_idempotency, flt(now + life), idempotency_key)
+  end
+  for _, pool in ipairs(leases) do
+    lease(pool.key, member, expires)
+    local name = account_at(pool.key)
+    pools_text = pools_text .. pack('>I4c0', #name, name)
+  end
+  if pinned or charge_key ~= '' or claim == 1 or pools_text ~= '' then
+    local its_key = idempotency_key and account_at(idempotency_key) or ''
+    pinned = pinned or ''
+    rare_text = pack(RARE, #pinned, pinned, #pools_text, pools_text, #charge_key, charge_key, #its_key, its_key)
+  end
+  if is_held then
+    local whole = charge_key == '' and held or 0
+    put(hold_key, hold_text(ask, parts, whole, who, rare_text, expires, expires + grace))
+    lives(parse('>I4c0', who), expires, member)
+  end
+  if joined then
+    return pack('>cdI4c0', 'J', now, #who, who) .. concat(counters)
+  end
+  return pack('>cdddB', 'A', now, held, left_there, last) .. concat(counters)
 end
-return answer

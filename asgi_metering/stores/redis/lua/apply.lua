@@ -58,7 +58,8 @@ local OWN = {
   OLDEST = function(words)
     local line = call('LINDEX', words[4], 0)
     if line then
-      call('ZADD', words[2], match(line, '^%[%d+,([^,]+)'), words[3])
+      local _, _, _, _, time = parse(ENTRY, line)
+      call('ZADD', words[2], flt(time), words[3])
     else
       call('ZREM', words[2], words[3])
     end

@@ -1,20 +1,53 @@
--- One account while an operation works on it: burn order, holding, spending, giving back, debt. Mirrors rules/book.py.
--- Every change of a script is collected and written at its end, all at once.
+-- Accounts while calls work on them: burn order, holding, spending, giving back, debt. Mirrors rules/book.py.
+-- A book is read once for all calls of a script, and written once, at its end.
 
 local prefix = sub(KEYS[1], 1, -5)
+local KIND_SETTLE, KIND_EXPIRE, KIND_DEBT_PAYMENT = 1, 2, 3
 
--- What is to be written: texts by key, ledger lines, closed grants, indexes.
-local sets, lines, closed = {}, {}, {}
+-- Rows by key, as the calls before left them; `false` for none. What changes is written when all calls are through.
+-- What is gone is named with its index.
+local rows, changed, gone = {}, {}, {}
 
-local function put(key, text)
-  sets[#sets + 1] = key
-  sets[#sets + 1] = text
+local function fetch(key)
+  local text = rows[key]
+  if text == nil then
+    text = call('GET', key)
+    rows[key] = text
+  end
+  return text
 end
 
--- granted, settled, held, expired, debt, entries, next change, next due, seen; then a line for each open grant.
-local SUMS = '^(%S+)\t(%S+)\t(%S+)\t(%S+)\t(%S+)\t(%S+)\t(%S+)\t(%S+)\t(%S+)(.*)$'
--- (amount, priority, begins, ends, number), settled, held, expired, begun, (reversed, id, the rest)
-local GRANT = '^((%S+)\t(%S+)\t(%S+)\t(%S+)\t(%S+))\t(%S+)\t(%S+)\t(%S+)\t(%S)\t((%S+)\t([^\t]*).*)$'
+local function put(key, text)
+  rows[key], changed[key] = text, true
+  if gone[key] then
+    gone[key] = nil
+  end
+end
+
+local function drop(key, index)
+  rows[key], changed[key], gone[key] = false, nil, index
+end
+
+-- By account: its book; the ledger lines to come, and their places in the index.
+local books, lines, refs = {}, {}, {}
+
+local function book_of(account)
+  local book = books[account]
+  if book then
+    return book
+  end
+  local text = fetch(prefix .. 'a:' .. account)
+  book = { account = account, list = {}, text = text or '', is_new = not text }
+  if text then
+    book.granted, book.settled, book.held, book.expired, book.debt, book.entries, book.change, book.due, book.seen, book.at =
+      parse(ACCOUNT, text)
+  else
+    book.granted, book.settled, book.held, book.expired, book.debt, book.entries = 0, 0, 0, 0, 0, 0
+    book.change, book.due, book.seen, book.at = INF, INF, 0, 1
+  end
+  books[account] = book
+  return book
+end
 
 local function free(grant)
   return grant.amount - grant.settled - grant.held - grant.expired - grant.reversed
@@ -28,231 +61,226 @@ local function available(book)
   return book.granted - book.settled - book.expired - book.held
 end
 
--- The open grants, in burn order: they are kept in it.
-local function grants(book)
-  local list = book.list
-  if list then
-    return list
+-- The grant at a place in burn order, which is that of the row; read when it is first asked for.
+local function grant_at(book, place)
+  local grant = book.list[place]
+  if not grant and book.at <= #book.text then
+    grant = {}
+    grant.amount, grant.priority, grant.begins, grant.ends, grant.number, grant.settled, grant.held, grant.expired,
+      grant.begun, grant.reversed, grant.id, grant.rest, book.at = parse(GRANT, book.text, book.at)
+    book.list[place] = grant
   end
-  list = {}
-  for line in gmatch(book.rest, '[^\n]+') do
-    local first, amount, priority, begins, ends, number, settled, held, expired, begun, last, reversed, id =
-      match(line, GRANT)
-    list[#list + 1] = {
-      text = line,
-      amount = tonumber(amount),
-      begins = tonumber(begins),
-      ends = tonumber(ends),
-      settled = tonumber(settled),
-      held = tonumber(held),
-      expired = tonumber(expired),
-      begun = begun == '1',
-      reversed = tonumber(reversed),
-      id = id,
-      -- What never changes, as it is written; what only orders grants that begin together.
-      first = first,
-      last = last,
-      priority = priority,
-      number = number,
-    }
-  end
-  book.list = list
-  return list
-end
-
-local function touch(grant)
-  grant.text = nil
+  return grant
 end
 
 local function grant_text(grant)
-  if not grant.text then
-    grant.text = concat({
-      grant.first, int(grant.settled), int(grant.held), int(grant.expired), grant.begun and '1' or '0', grant.last,
-    }, '\t')
-  end
-  return grant.text
+  return pack(
+    GRANT, grant.amount, grant.priority, grant.begins, grant.ends, grant.number, grant.settled, grant.held,
+    grant.expired, grant.begun, grant.reversed, #grant.id, grant.id, #grant.rest, grant.rest
+  )
 end
 
--- Add a ledger line; `rest` is what follows its amount up to what is available, `parts` its parts as JSON.
+-- The row; closed grants are no part of it.
+local function book_text(book)
+  local texts = {}
+  for _, grant in ipairs(book.list) do
+    if is_open(grant) then
+      texts[#texts + 1] = grant_text(grant)
+    end
+  end
+  return pack(
+    ACCOUNT, book.granted, book.settled, book.held, book.expired, book.debt, book.entries, book.change, book.due,
+    book.seen
+  ) .. concat(texts) .. sub(book.text, book.at)
+end
+
+-- Add a ledger line. Returns its number.
 local function write(book, kind, amount, ref, line, basis, estimated, parts)
-  book.entries = book.entries + 1
-  lines[#lines + 1] = {
-    book = book,
-    ref = ref,
-    number = int(book.entries),
-    text = concat({
-      '[' .. int(book.entries), book.now_text, '"' .. kind .. '"', int(amount), ref, line or '""',
-      basis or 'null', estimated or 'false', int(available(book)), '""', parts or '[]', '""]',
-    }, ','),
-  }
-  return int(book.entries)
+  local account, number = book.account, book.entries + 1
+  book.entries = number
+  local own = lines[account]
+  if not own then
+    own = {}
+    lines[account], refs[account] = own, {}
+  end
+  own[#own + 1] = pack(
+    ENTRY, kind, basis, estimated, number, book.now, amount, available(book), #ref, ref, #line, line, #parts, parts
+  ) .. '\0\0\0\0\0\0\0\0'
+  local index = refs[account]
+  index[#index + 1] = 0
+  index[#index + 1] = ref .. GLUE .. string.format('%.0f', number)
+  return number
 end
 
 local function pay_debt(book, grant)
-  local paid = math.min(free(grant), book.debt)
+  local paid = min(free(grant), book.debt)
   if paid > 0 then
-    touch(grant)
     grant.settled = grant.settled + paid
     book.debt = book.debt - paid
-    write(book, 'debt_payment', paid, grant.id)
+    write(book, KIND_DEBT_PAYMENT, paid, grant.id, '', 0, 0, '')
   end
 end
 
 local function is_spendable(book, grant)
-  return grant.begun and grant.ends > book.now and is_open(grant) and free(grant) > 0
+  return grant.begun == 1 and grant.ends > book.now and is_open(grant) and free(grant) > 0
 end
 
 local function began_before(one, other)
-  if one.begins ~= other.begins then
-    return one.begins < other.begins
-  end
-  if one.priority ~= other.priority then
-    return tonumber(one.priority) < tonumber(other.priority)
-  end
-  if one.ends ~= other.ends then
-    return one.ends < other.ends
-  end
-  return tonumber(one.number) < tonumber(other.number)
-end
-
-local function mature(book)
-  local beginning = {}
-  for _, grant in ipairs(grants(book)) do
-    if not grant.begun and grant.begins <= book.now then
-      beginning[#beginning + 1] = grant
+  for _, field in ipairs({ 'begins', 'priority', 'ends' }) do
+    if one[field] ~= other[field] then
+      return one[field] < other[field]
     end
   end
-  table.sort(beginning, began_before)
-  for _, grant in ipairs(beginning) do
-    book.granted = book.granted + grant.amount
-    touch(grant)
-    grant.begun = true
-    pay_debt(book, grant)
-  end
-  for _, grant in ipairs(grants(book)) do
-    if is_open(grant) and grant.begun and grant.ends <= book.now and free(grant) > 0 then
-      local lapsed = free(grant)
-      touch(grant)
-      grant.expired = grant.expired + lapsed
-      book.expired = book.expired + lapsed
-      write(book, 'expire', lapsed, grant.id)
-    end
-  end
+  return one.number < other.number
 end
 
--- The account kept under `key`, by the words of its sums; one that nobody touched yet is all zeros.
-local function open_book(key, told, now, now_text)
-  local book = { key = key, now = now, now_text = now_text, is_new = not told, told = told }
-  if told then
-    book.granted, book.settled, book.held = tonumber(told[1]), tonumber(told[2]), tonumber(told[3])
-    book.expired, book.debt, book.entries = tonumber(told[4]), tonumber(told[5]), tonumber(told[6])
-    book.change, book.due, book.rest = tonumber(told[7]), tonumber(told[8]), told[10]
-  else
-    book.granted, book.settled, book.held, book.expired, book.debt, book.entries = 0, 0, 0, 0, 0, 0
-    book.change, book.due, book.rest = INF, INF, ''
-  end
-  if now >= book.change then
-    book.is_rescheduled = true
-    mature(book)
-  end
-  return book
+local function grants(book)
+  repeat
+    local more = grant_at(book, #book.list + 1)
+  until not more
+  return book.list
 end
 
 local function next_change(book)
   local first = INF
   for _, grant in ipairs(grants(book)) do
     if is_open(grant) then
-      if not grant.begun then
-        first = math.min(first, grant.begins)
+      if grant.begun == 0 then
+        first = min(first, grant.begins)
       elseif grant.ends > book.now then
-        first = math.min(first, grant.ends)
+        first = min(first, grant.ends)
       end
     end
   end
   return first
 end
 
--- Set `amount` aside; what grants do not have is held as debt to come. Returns parts, each {source, start, amount, name}.
-local function book_hold(book, amount, parts)
-  local left = amount
-  if left > 0 then
-    for _, grant in ipairs(grants(book)) do
-      if is_spendable(book, grant) then
-        local take = math.min(free(grant), left)
-        touch(grant)
-        grant.held = grant.held + take
-        parts[#parts + 1] = { 'grant', '0.0', take, grant.id }
-        left = left - take
-        if left == 0 then
-          break
-        end
-      end
+-- Begin grants whose time has come, in the order of their beginning, and lapse what is free of those that are over.
+local function mature(book)
+  local beginning = {}
+  for _, grant in ipairs(grants(book)) do
+    if grant.begun == 0 and grant.begins <= book.now then
+      beginning[#beginning + 1] = grant
     end
   end
-  if left > 0 then
-    parts[#parts + 1] = { 'debt', '0.0', left, '""' }
+  table.sort(beginning, began_before)
+  for _, grant in ipairs(beginning) do
+    book.granted = book.granted + grant.amount
+    grant.begun = 1
+    pay_debt(book, grant)
+  end
+  for _, grant in ipairs(book.list) do
+    if is_open(grant) and grant.begun == 1 and grant.ends <= book.now and free(grant) > 0 then
+      local lapsed = free(grant)
+      grant.expired = grant.expired + lapsed
+      book.expired = book.expired + lapsed
+      write(book, KIND_EXPIRE, lapsed, grant.id, '', 0, 0, '')
+    end
+  end
+end
+
+-- The book as of `now`; nothing if it has to be written before that.
+local function book_at(account, now)
+  local book = book_of(account)
+  book.now = now
+  if now >= book.change then
+    if book.is_moved then
+      return nil
+    end
+    book.is_matured = true
+    mature(book)
+  end
+  return book
+end
+
+-- Nobody takes from the book after all: what it would have written down by itself is not written.
+local function forget(book)
+  if book.is_matured and not book.is_moved then
+    local account = book.account
+    lines[account], refs[account], books[account] = nil, nil, nil
+    local again = book_of(account)
+    again.due, again.is_due_new = book.due, book.is_due_new
+  end
+end
+
+-- Set `amount` aside; what grants do not have is held as debt to come. Adds to `parts` where it came from.
+local function book_hold(book, amount, parts)
+  local left, place = amount, 1
+  while left > 0 do
+    local grant = grant_at(book, place)
+    if not grant then
+      parts[#parts + 1] = pack(PART, FROM_DEBT, 0, left, 0, '')
+      break
+    end
+    if is_spendable(book, grant) then
+      local take = min(free(grant), left)
+      grant.held = grant.held + take
+      parts[#parts + 1] = pack(PART, FROM_GRANT, 0, take, #grant.id, grant.id)
+      left = left - take
+    end
+    place = place + 1
   end
   book.held = book.held + amount
 end
 
 -- Spend without a hold: free grants in burn order, then debt.
 local function spend(book, amount, spent)
-  local left = amount
-  for _, grant in ipairs(grants(book)) do
-    if is_spendable(book, grant) then
-      local take = math.min(free(grant), left)
-      touch(grant)
-      grant.settled = grant.settled + take
-      spent[#spent + 1] = { 'grant', '0.0', take, grant.id }
-      left = left - take
-      if left == 0 then
-        break
-      end
+  local left, place = amount, 1
+  while left > 0 do
+    local grant = grant_at(book, place)
+    if not grant then
+      book.debt = book.debt + left
+      spent[#spent + 1] = pack(PART, FROM_DEBT, 0, left, 0, '')
+      break
     end
-  end
-  if left > 0 then
-    book.debt = book.debt + left
-    spent[#spent + 1] = { 'debt', '0.0', left, '""' }
+    if is_spendable(book, grant) then
+      local take = min(free(grant), left)
+      grant.settled = grant.settled + take
+      spent[#spent + 1] = pack(PART, FROM_GRANT, 0, take, #grant.id, grant.id)
+      left = left - take
+    end
+    place = place + 1
   end
   book.settled = book.settled + amount
 end
 
 local function grant_of(book, id)
-  for _, grant in ipairs(grants(book)) do
-    if grant.id == id then
+  local place = 1
+  repeat
+    local grant = grant_at(book, place)
+    if grant and grant.id == id then
       return grant
     end
-  end
+    place = place + 1
+  until not grant
 end
 
 -- Spend `amount` of held parts in their order and give back what is left; false if a part's grant is not open any more.
 local function settle(book, parts, amount, spent)
   local left = amount
   for _, part in ipairs(parts) do
-    local held = part[3]
-    local take = math.min(held, left)
+    local held = part.amount
+    local take = min(held, left)
     left = left - take
-    if part[1] == 'debt' then
-      book.held = book.held - held
+    book.held = book.held - held
+    if part.source == FROM_DEBT then
       left = left + take
     else
-      local grant = grant_of(book, part[4])
+      local grant = grant_of(book, part.name)
       if not grant then
         return false
       end
       local lapsed = grant.ends <= book.now and held - take or 0
-      touch(grant)
       grant.settled = grant.settled + take
       grant.held = grant.held - held
-      grant.expired = grant.expired + lapsed
-      book.held = book.held - held
       book.settled = book.settled + take
       if lapsed > 0 then
+        grant.expired = grant.expired + lapsed
         book.expired = book.expired + lapsed
-        write(book, 'expire', lapsed, grant.id)
+        write(book, KIND_EXPIRE, lapsed, grant.id, '', 0, 0, '')
       end
       if take > 0 then
-        spent[#spent + 1] = { 'grant', part[2], take, part[4] }
+        spent[#spent + 1] = pack(PART, FROM_GRANT, part.start, take, #part.name, part.name)
       end
     end
   end
@@ -269,67 +297,15 @@ local function settle(book, parts, amount, spent)
   return true
 end
 
--- The account is to be written; `due`, with its text, is when a new hold of it falls due.
-local function close_book(book, due, due_text)
-  local list = book.list
-  local rest = book.rest
-  if list then
-    local open = { '' }
-    for _, grant in ipairs(list) do
-      if is_open(grant) then
-        open[#open + 1] = grant_text(grant)
-      else
-        closed[#closed + 1] = { book, grant.id, grant_text(grant) }
-      end
-    end
-    rest = concat(open, '\n')
+-- The book is to be written; `due` is when a new hold of it falls due.
+local function close_book(book, due)
+  if book.is_matured then
+    book.change, book.is_matured = next_change(book), nil
   end
-  -- To write a number costs more than all else here: what has not changed stays as it was written.
-  local told = book.told or {}
-  if book.is_rescheduled or not book.told then
-    told[1], told[7] = int(book.granted), flt(book.is_rescheduled and next_change(book) or book.change)
-  end
-  if lines[1] or not book.told then
-    told[2], told[4], told[5], told[6] = int(book.settled), int(book.expired), int(book.debt), int(book.entries)
-  end
-  told[3] = int(book.held)
-  if due < book.due then
-    told[8] = due_text
-  elseif not book.told then
-    told[8] = 'inf'
-  end
-  told[9], told[10] = book.now_text, nil
-  put(book.key, concat(told, '\t') .. rest)
-  book.is_written = true
+  book.due, book.seen, book.is_moved = min(due, book.due), book.now, true
 end
 
--- Whether the sums are still exact; beyond, nothing is written.
-local function is_exact(book)
-  return math.max(book.granted, book.settled, book.held, book.expired, book.debt) <= MAX_AMOUNT
-end
-
--- Write everything that was collected.
-local function flush()
-  if #sets > 0 then
-    call('MSET', unpack(sets))
-  end
-  for _, one in ipairs(closed) do
-    call('HSET', prefix .. 'G:' .. sub(one[1].key, #prefix + 3), one[2], one[3])
-  end
-  for _, line in ipairs(lines) do
-    local book = line.book
-    if book.is_written then
-      local rest = sub(book.key, #prefix + 3)
-      if call('RPUSH', prefix .. 'e:' .. rest, line.text) == 1 then
-        call('ZADD', prefix .. 'z:lines', book.now_text, rest)
-      end
-      call('ZADD', prefix .. 'r:' .. rest, 0, line.ref .. GLUE .. line.number)
-    end
-  end
-end
-
-local function note_account(book)
-  if book.is_new then
-    call('ZADD', prefix .. 'z:accounts', 0, sub(book.key, #prefix + 3))
-  end
+-- Whether the sums stay exact when `more` is added to any of them.
+local function is_exact(book, more)
+  return max(book.granted, book.settled, book.held, book.expired, book.debt) + more <= MAX_AMOUNT
 end

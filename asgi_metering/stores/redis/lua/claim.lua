@@ -15,9 +15,9 @@ while #taken < 2 * limit do
   end
   local texts = call('HMGET', KEYS[3], unpack(ids))
   for i = 1, #ids do
-    local at, claimed, payload = match(texts[i], '^([^\t]+)\t([^\t]+)\t(.*)$')
-    if tonumber(claimed) <= now and #taken < 2 * limit then
-      local text = at .. '\t' .. json_time(now + lease) .. '\t' .. payload
+    local at, claimed, kept_as, place = parse(EVENT, texts[i])
+    if claimed <= now and #taken < 2 * limit then
+      local text = pack(EVENT, at, now + lease, kept_as) .. sub(texts[i], place)
       call('HSET', KEYS[3], ids[i], text)
       taken[#taken + 1] = ids[i]
       taken[#taken + 1] = text

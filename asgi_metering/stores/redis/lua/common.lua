@@ -1,41 +1,64 @@
--- What all scripts share: numbers as texts, the time, and when a script must not run now.
--- Amounts never pass tostring, .. or cjson: 2^53 - 1 would come out as 9.007199254741e+15.
+-- What all scripts share: how rows are packed, the time, and when a script must not run now.
+-- Numbers are packed as doubles, which are exact up to 2^53, and never pass tostring or `..`, which round.
 
-local call, fmt, find, sub, match, gmatch, concat, floor =
-  redis.call, string.format, string.find, string.sub, string.match, string.gmatch, table.concat, math.floor
+local call, sub, match, gmatch, concat, floor, min, max =
+  redis.call, string.sub, string.match, string.gmatch, table.concat, math.floor, math.min, math.max
+local pack, parse = struct.pack, struct.unpack
 local INF = math.huge
 local MAX_AMOUNT = 9007199254740991
 local GLUE = '\31'
 
-local function int(amount)
-  return fmt('%.0f', amount)
-end
+-- Rows, as stores/redis/packing.py packs them too. A text is its length and its bytes.
+-- granted, settled, held, expired, debt, entries, next change, next due, seen; then the open grants in burn order
+local ACCOUNT = '>ddddddddd'
+-- amount, priority, begins, ends, number, settled, held, expired, begun, reversed, id, what never counts
+local GRANT = '>ddddddddddI4c0I4c0'
+-- state, mark of a late end, expires, due, observed, amount, created, ttl, grace, parts, who pays, what is rare, line;
+-- then the basis in doubt, the facts, and the receipt once there is one
+local HOLD = '>BBdddddddI4c0I4c0I4c0I4c0'
+local NEW_HOLD = '>BBdddddddI4c0I4c0I4c0'
+-- account, payer, unit, group: who pays
+local WHO = '>I4c0I4c0I4c0I4c0'
+-- pinned windows, pools, charge key, idempotency key: what is rare
+local RARE = '>I4c0I4c0I4c0I4c0'
+-- source, start, amount, name
+local PART = '>BddI4c0'
+-- start, taken, meter, counter
+local PINNED = '>ddI4c0I4c0'
+-- basis, whether it is an estimate, who ended it, which of these are known, amount, held, available, at, entry, late, id,
+-- parts
+local RECEIPT = '>BBBBddddddI4c0I4c0'
+-- kind, basis, whether it is an estimate, number, at, amount, available, ref, line, parts; then actor and id
+local ENTRY = '>BBBddddI4c0I4c0I4c0'
+-- start, end, used, previous of a counter; start, end, settled, held of an allowance's window
+local WINDOW = '>dddd'
+-- start, end, members, whether it is settled; then the hold that it owns
+local CHARGE_KEY = '>dddB'
+-- expires, hold, fingerprint, reply, who pays; then the receipt once there is one
+local IDEMPOTENCY = '>dI4c0I4c0I4c0I4c0'
+-- at, claimed until, how the rest is kept: 0 JSON, 1 what the end told and the hold
+local EVENT = '>ddB'
 
-local function flt(seconds)
-  return fmt('%.17g', seconds)
-end
+local HELD, IN_DOUBT, SETTLED, RELEASED = 0, 1, 2, 3
+local LIVE, OPEN_TO_LATE, CLOSED = 0, 1, 2
+local FROM_GRANT, FROM_ALLOWANCE, FROM_DEBT = 0, 1, 2
 
--- A time inside JSON text: a float also where it is whole.
-local function json_time(seconds)
-  local text = fmt('%.17g', seconds)
-  if find(text, '[.e]') then
-    return text
-  end
-  return text .. '.0'
-end
-
--- The store's time, as number and as text: the server's, unless a test says what time it is.
+-- The store's time: the server's, unless a test says what time it is.
 local function clock(given)
   if given ~= '' then
-    return tonumber(given), given
+    return tonumber(given)
   end
   local now = call('TIME')
-  local text = now[1] .. '.' .. sub('000000', #now[2] + 1) .. now[2]
-  return tonumber(text), text
+  return tonumber(now[1]) + tonumber(now[2]) / 1000000
 end
 
--- KEYS[1] is the gate: somebody works alone behind it. KEYS[2] is where a batch is told to stop, so that what follows
--- an operation that could not run here does not overtake it. `token` is the batch's; empty for an operation alone.
+-- A time as a score or in a key: with all its digits.
+local function flt(seconds)
+  return string.format('%.17g', seconds)
+end
+
+-- KEYS[1] is the gate: somebody works alone behind it. KEYS[2] is where commands on their way are told to stop, so that
+-- what follows an operation that could not run here does not overtake it. `token` is theirs; empty for a lone command.
 local HALT_MS = 10000
 
 local function halt(token)
@@ -53,16 +76,3 @@ local function stopped(gate, halted, token)
     return 'B'
   end
 end
-
--- For the caller to decide: it has the whole rules.
-local function punt(token)
-  halt(token)
-  return 'S'
-end
-
--- A hold's text, line by line: what changes, parts, windows, who pays, what the call brought (three lines), receipt.
-local HOLD = '^([^\n]*)\n([^\n]*)\n([^\n]*)\n([^\n]*)\n([^\n]*)\n([^\n]*)\n([^\n]*)\n(.*)$'
--- state, expires, due, observed, amount, created, mark of a late end
-local HOLD_FIRST = '^([^\t]*)\t([^\t]*)\t([^\t]*)\t([^\t]*)\t([^\t]*)\t([^\t]*)\t([^\t]*)$'
--- ttl, grace, in doubt, unit, line, charge key, idempotency key
-local HOLD_OWN = '^([^\t]*)\t([^\t]*)\t([^\t]*)\t([^\t]*)\t([^\t]*)\t([^\t]*)\t([^\t]*)$'

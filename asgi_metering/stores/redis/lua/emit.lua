@@ -4,9 +4,9 @@ local stop = stopped(row[1], row[2], ARGV[2])
 if stop then
   return stop
 end
-local _, at = clock(ARGV[1])
+local at = clock(ARGV[1])
 for i = 3, #ARGV, 2 do
-  if call('HSET', KEYS[3], ARGV[i], at .. '\t0.0\t' .. ARGV[i + 1]) == 1 then
+  if call('HSET', KEYS[3], ARGV[i], pack(EVENT, at, 0, 0) .. ARGV[i + 1]) == 1 then
     call('RPUSH', KEYS[4], ARGV[i])
   end
 end

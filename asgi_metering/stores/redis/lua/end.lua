@@ -1,271 +1,253 @@
--- End a hold, once: settle or release, with its slots, keys, weighted limits and usage event. Mirrors rules/settlement.py.
--- KEYS: gate, halt, hold. ARGV: time, token, the call's id as JSON, amount or '', basis, whether it is an estimate, who
--- ends it, whether the call failed, event or '', reply or '', then meter and actual count in turn.
--- Answers {'E', receipt}; {'X', the first receipt} for a hold that has ended; {'U', now} for one that nobody knows.
+-- End a hold, once: settle or release, with its slots, keys, weighted limits and usage event. Mirrors rules/settlement.py
+-- and rules/charging.py. Its key: hold. Its words: numbers, what the event says, what is rare.
+-- Answers 'E', who pays and the receipt; 'X' with the first ones for a hold that has ended; 'U' for one that nobody
+-- knows. Answers nothing, and why, if it could not be decided here; and whether it has begun to change books.
 
-local token = ARGV[2]
-local row = call('MGET', unpack(KEYS))
-local stop = stopped(row[1], row[2], token)
-if stop then
-  return stop
-end
-local now, now_text = clock(ARGV[1])
-if not row[3] then
-  return { 'U', now_text }
-end
-local id, amount, basis, estimated, by = ARGV[3], tonumber(ARGV[4]), ARGV[5], ARGV[6], ARGV[7]
-local failed, told, reply = ARGV[8] == '1', ARGV[9], ARGV[10]
-local first, parts, windows, who, own, pools, facts, receipt = match(row[3], HOLD)
-local state, expires, due, observed, held, created, mark = match(first, HOLD_FIRST)
-if receipt ~= '' then
-  if by ~= 'call' or mark == 'c' then
-    return { 'X', receipt }
+local BY_CALL = 0
+
+local function parts_of(text)
+  local parts, at = {}, 1
+  while at <= #text do
+    local part = {}
+    part.source, part.start, part.amount, part.name, at = parse(PART, text, at)
+    parts[#parts + 1] = part
   end
-  return punt(token)
-end
-local _, _, _, unit, line, charge_key, idempotency_key = match(own, HOLD_OWN)
-local account, payer = match(who, '^([^\t]*)\t([^\t]*)')
-local account_text = call('GET', account)
-local sums
-if account_text then
-  sums = { match(account_text, SUMS) }
-  local seen = tonumber(sums[9])
-  if seen > now then
-    now, now_text = seen, json_time(seen)
-  end
-end
-if not amount then
-  basis = 'none'
-end
-local rest = sub(account, #prefix + 3)
-local member = sub(KEYS[3], #prefix + 3)
-local book, charged, number = nil, 0, 'null'
-
-local function receipt_text(its_id, its_held, spent, left)
-  return '[' .. concat({
-    its_id, payer, unit, int(charged), its_held, '"' .. basis .. '"', estimated, '"' .. by .. '"', parts_json(spent),
-    left, now_text, number, 'true,null,true]',
-  }, ',')
-end
-
-local function window_key(part)
-  local name = cjson.decode('[' .. part[4] .. ']')[1]
-  name = string.gsub(name, '[%c%%]', function(char)
-    return fmt('%%%02x', string.byte(char))
-  end)
-  return prefix .. 'w:' .. rest .. GLUE .. name .. GLUE .. flt(tonumber(part[2]))
+  return parts
 end
 
 -- Where the charge came from: allowances one by one, the wallet's parts together. False if what was held is gone.
-local function consume(its_parts, left, spent)
+local function consume(book, parts, left, spent)
   local at = 1
-  while at <= #its_parts do
-    local run = { its_parts[at] }
-    local is_window = run[1][1] == 'allowance'
+  while at <= #parts do
+    local run = { parts[at] }
+    local is_window = run[1].source == FROM_ALLOWANCE
     at = at + 1
-    while not is_window and at <= #its_parts and its_parts[at][1] ~= 'allowance' do
-      run[#run + 1] = its_parts[at]
+    while not is_window and at <= #parts and parts[at].source ~= FROM_ALLOWANCE do
+      run[#run + 1] = parts[at]
       at = at + 1
     end
-    local take = left
-    if at <= #its_parts then
+    local some = left
+    if at <= #parts then
       local sum = 0
       for _, part in ipairs(run) do
-        sum = sum + part[3]
+        sum = sum + part.amount
       end
-      take = math.min(left, sum)
+      some = min(left, sum)
     end
-    left = left - take
+    left = left - some
     if is_window then
-      local key = window_key(run[1])
-      local text = call('GET', key)
+      local part = run[1]
+      local key = prefix .. 'w:' .. book.account .. GLUE .. part.name .. GLUE .. flt(part.start)
+      local text = fetch(key)
       if text then
-        local start, finish, settled, kept = match(text, COUNTER)
-        settled = tonumber(settled) + take
-        if settled > MAX_AMOUNT then
+        local start, finish, settled, kept = parse(WINDOW, text)
+        if settled + some > MAX_AMOUNT then
           return false
         end
-        put(key, concat({ start, finish, int(settled), int(tonumber(kept) - run[1][3]) }, '\t'))
-      elseif run[1][3] > 0 then
+        put(key, pack(WINDOW, start, finish, settled + some, kept - part.amount))
+      elseif part.amount > 0 then
         return false
       end
-      if take > 0 then
-        spent[#spent + 1] = { 'allowance', run[1][2], take, run[1][4] }
+      if some > 0 then
+        spent[#spent + 1] = pack(PART, FROM_ALLOWANCE, part.start, some, #part.name, part.name)
       end
-    elseif not settle(book, run, take, spent) then
+    elseif not settle(book, run, some, spent) then
       return false
     end
   end
   return left == 0 or settle(book, {}, left, spent)
 end
 
--- Charge `wanted` for held parts; returns the receipt's text, or nothing if it takes the whole rules.
-local function charge(its_id, its_held, its_parts, wanted)
-  local spent = {}
-  charged = wanted
-  if #its_parts == 0 and wanted == 0 then
-    return receipt_text(its_id, its_held, spent, 'null')
+-- Charge `amount` for a hold's parts. Returns the receipt, or nothing if it takes the whole rules.
+local function charge(ask, id, account, parts_text, held, amount)
+  local basis, estimated = ask.basis, ask.estimated
+  if parts_text == '' and amount == 0 then
+    return pack(RECEIPT, basis, estimated, ask.by, 0, 0, held, 0, ask.now, 0, 0, #id, id, 0, '')
   end
-  book = open_book(account, sums, now, now_text)
-  if not consume(its_parts, wanted, spent) then
+  local book = book_at(account, ask.now)
+  if not book or not is_exact(book, amount) then
     return nil
   end
-  if wanted > 0 then
-    number = write(book, 'settle', wanted, its_id, line, '"' .. basis .. '"', estimated, parts_json(spent))
+  local parts, spent = parts_of(parts_text), {}
+  if not consume(book, parts, amount, spent) then
+    return nil
+  end
+  local known, number, spent_text = 0, 0, concat(spent)
+  if amount > 0 then
+    number = write(book, KIND_SETTLE, amount, id, ask.line, basis, estimated, spent_text)
+    known = 2
   end
   close_book(book, INF)
-  if not is_exact(book) then
+  for _, part in ipairs(parts) do
+    if part.source ~= FROM_ALLOWANCE then
+      known = known + 1
+      break
+    end
+  end
+  if #parts == 0 then
+    known = known + 1
+  end
+  local left = known % 2 == 1 and available(book) or 0
+  return pack(
+    RECEIPT, basis, estimated, ask.by, known, amount, held, left, ask.now, number, 0, #id, id, #spent_text, spent_text
+  )
+end
+
+local function ended_text(text, state, by, receipt)
+  return string.char(state, by == BY_CALL and CLOSED or OPEN_TO_LATE) .. sub(text, 3) .. receipt
+end
+
+-- End one call of a charge key: its first success settles the key's hold, the last failure releases it. Returns the
+-- call's own receipt; nothing if it takes the whole rules.
+local function end_member(ask, id, account, held, created, key)
+  local nothing = pack(RECEIPT, ask.basis, ask.estimated, ask.by, 0, 0, held, 0, ask.now, 0, 0, #id, id, 0, '')
+  local known = fetch(key)
+  if not known then
+    return nothing
+  end
+  local start, finish, members, settled, at = parse(CHARGE_KEY, known)
+  if created < start then
+    return nothing
+  end
+  local owned = sub(known, at)
+  members = max(0, members - 1)
+  if settled == 1 then
+    put(key, pack(CHARGE_KEY, start, finish, members, 1) .. owned)
+    return nothing
+  end
+  local owned_key = prefix .. 'h:' .. owned
+  local text = fetch(owned_key)
+  if not text then
     return nil
   end
-  local left = int(available(book))
-  if #its_parts > 0 then
-    left = 'null'
-    for _, part in ipairs(its_parts) do
-      if part[1] ~= 'allowance' then
-        left = int(available(book))
-      end
+  local state, _, _, _, _, o_held, _, _, _, o_parts, o_who = parse(HOLD, text)
+  if state >= SETTLED or parse('>I4c0', o_who) ~= account then
+    return nil
+  end
+  if ask.is_settled then
+    local receipt = charge(ask, id, account, o_parts, o_held, o_held)
+    if not receipt then
+      return nil
     end
+    put(key, pack(CHARGE_KEY, start, finish, members, 1) .. owned)
+    put(owned_key, ended_text(text, SETTLED, ask.by, receipt))
+    append(ended_live, account, owned)
+    push(ended, flt(ask.now), owned)
+    return receipt
   end
-  return receipt_text(its_id, its_held, spent, left)
+  if members > 0 then
+    put(key, pack(CHARGE_KEY, start, finish, members, 0) .. owned)
+    return nothing
+  end
+  local its = charge(ask, owned, account, o_parts, o_held, 0)
+  if not its then
+    return nil
+  end
+  drop(key, 'charge')
+  put(owned_key, ended_text(text, RELEASED, ask.by, its))
+  append(ended_live, account, owned)
+  push(ended, flt(ask.now), owned)
+  return nothing
 end
 
-local target = amount and 'settled' or 'released'
-local late = by == 'call' and 'c' or 'o'
-
-local function ended(its_first, its_receipt, its_state, middle)
-  local i_expires, i_due, i_observed, i_held, i_created = match(its_first, '^[^\t]*\t([^\t]*)\t([^\t]*)\t([^\t]*)\t([^\t]*)\t([^\t]*)')
-  return concat({ its_state, i_expires, i_due, i_observed, i_held, i_created, late }, '\t') .. '\n' .. middle .. '\n' .. its_receipt
-end
-
-local gone, over, over_key
-local told_held = held
-if charge_key == '' then
-  receipt = charge(id, held, parts_of(parts), amount or 0)
-else
-  receipt = receipt_text(id, held, {}, 'null')
-  local known = call('GET', charge_key)
-  local k_start, k_end, k_members, k_settled, k_hold
-  if known then
-    k_start, k_end, k_members, k_settled, k_hold = match(known, '^(%S+)\t(%S+)\t(%S+)\t(%S)\t(.*)$')
-  end
-  if known and tonumber(created) >= tonumber(k_start) then
-    local members = int(math.max(0, tonumber(k_members) - 1))
-    local owned = k_settled == '0' and call('GET', k_hold)
-    if k_settled == '1' then
-      put(charge_key, concat({ k_start, k_end, members, '1', k_hold }, '\t'))
-    elseif not owned then
-      return punt(token)
-    else
-      local o_first, o_parts, o_windows, o_who, o_own, o_pools, o_facts, o_receipt = match(owned, HOLD)
-      local _, _, _, _, o_held = match(o_first, HOLD_FIRST)
-      local middle = concat({ o_parts, o_windows, o_who, o_own, o_pools, o_facts }, '\n')
-      if o_receipt ~= '' or match(o_who, '^[^\t]*') ~= account then
-        return punt(token)
-      elseif amount then
-        receipt = charge(id, o_held, parts_of(o_parts), tonumber(o_held))
-        put(charge_key, concat({ k_start, k_end, members, '1', k_hold }, '\t'))
-        told_held = o_held
-        over = receipt and ended(o_first, receipt, 'settled', middle)
-      elseif members ~= '0' then
-        put(charge_key, concat({ k_start, k_end, members, '0', k_hold }, '\t'))
-      else
-        local name = string.gsub(sub(k_hold, #prefix + 3), '%%(%x%x)', function(code)
-          return string.char(tonumber(code, 16))
-        end)
-        local its = charge(cjson.encode(name), o_held, parts_of(o_parts), 0)
-        if not its then
-          return punt(token)
-        end
-        gone = charge_key
-        over = ended(o_first, its, 'released', middle)
-      end
-      if over then
-        over_key = k_hold
-        put(k_hold, over)
+-- The windows of weighted limits, as pinned at admission: what was used instead of what was taken.
+local function correct(windows, actual)
+  local at = 1
+  while at <= #windows do
+    local start, taken, meter, counter
+    start, taken, meter, counter, at = parse(PINNED, windows, at)
+    local used, key = actual[meter], prefix .. 'c:' .. counter
+    local text = used and fetch(key)
+    if text then
+      local c_start, c_end, c_used, c_previous = parse(WINDOW, text)
+      if c_start == start then
+        put(key, pack(WINDOW, c_start, c_end, max(0, c_used + used - taken), c_previous))
+      elseif c_start - (c_end - c_start) == start then
+        put(key, pack(WINDOW, c_start, c_end, c_used, max(0, c_previous + used - taken)))
       end
     end
   end
 end
-if not receipt then
-  return punt(token)
-end
-put(KEYS[3], ended(first, receipt, target, concat({ parts, windows, who, own, pools, facts }, '\n')))
 
--- What waits for the end: the idempotency key, and the windows of weighted limits.
-local is_free
-if idempotency_key ~= '' then
-  local text = call('GET', idempotency_key)
-  local claim, holder
-  if text then
-    claim, holder = match(text, '^(%S+\t([^\t]*)[^\n]*)')
+-- The idempotency key gets the answer; it is free again where nothing was done.
+local function answer_key(key, member, is_free, reply, who, receipt)
+  local row = fetch(key)
+  if not row then
+    return
   end
-  if holder == KEYS[3] then
-    if failed and charged == 0 then
-      is_free = true
-    else
-      put(idempotency_key, claim .. '\n' .. receipt .. '\n' .. reply)
-    end
+  local expires, holder, fingerprint = parse(IDEMPOTENCY, row)
+  if holder ~= member then
+    return
   end
-end
-local actual = {}
-for i = 11, #ARGV, 2 do
-  actual[ARGV[i]] = tonumber(ARGV[i + 1])
-end
-for pin in gmatch(windows, '[^\t]+') do
-  local start, taken, meter, key = match(pin, PART)
-  local used = actual[meter]
-  local text = used and call('GET', key)
-  if text then
-    local c_start, c_end, c_used, c_previous = match(text, COUNTER)
-    c_start, c_end, c_used, c_previous = tonumber(c_start), tonumber(c_end), tonumber(c_used), tonumber(c_previous)
-    start = tonumber(start)
-    local delta = used - tonumber(taken)
-    if c_start == start then
-      put_counter(key, c_start, c_end, math.max(0, c_used + delta), c_previous)
-    elseif c_start - (c_end - c_start) == start then
-      put_counter(key, c_start, c_end, c_used, math.max(0, c_previous + delta))
-    end
+  if is_free then
+    drop(key, 'idempotency')
+  else
+    put(key, pack(IDEMPOTENCY, expires, #holder, holder, #fingerprint, fingerprint, #reply, reply, #who, who) .. receipt)
   end
 end
 
--- From here on everything is written.
-flush()
-if book then
-  note_account(book)
-end
-if gone then
-  call('DEL', gone)
-  call('ZREM', prefix .. 'z:charge', gone)
-end
-if is_free then
-  call('DEL', idempotency_key)
-  call('ZREM', prefix .. 'z:idempotency', idempotency_key)
-end
-local at = now_text
-if over_key then
-  local other = sub(over_key, #prefix + 3)
-  call('ZREM', prefix .. 'l:' .. rest, member, other)
-  call('ZADD', prefix .. 'z:ended', at, member, at, other)
-else
-  call('ZREM', prefix .. 'l:' .. rest, member)
-  call('ZADD', prefix .. 'z:ended', at, member)
-end
-for pool in gmatch(pools, '[^\t]+') do
-  call('ZREM', pool, member)
-end
-if told ~= '' then
-  local function inner(json)
-    local text = sub(json, 2, -2)
-    return text == '' and '' or text .. ','
+local function finish(k, a)
+  local key = KEYS[k + 1]
+  local text = rows[key]
+  if not text then
+    return pack('>cd', 'U', now_is)
   end
-  -- Of a name that comes twice the last one counts.
-  local payload = concat({
-    '{"started_at":', created, ',', inner(facts), inner(told), '"id":', id, ',"payer":', payer,
-    ',"unit":', unit, ',"line":', line, ',"amount":', int(charged), ',"held":', told_held,
-    ',"basis":"', basis, '","estimated":', estimated, ',"ended_at":', now_text, '}',
-  })
-  if call('HSET', prefix .. 'events', member, now_text .. '\t0.0\t' .. payload) == 1 then
-    call('RPUSH', prefix .. 'events:order', member)
+  local is_settled, amount, basis, estimated, by, failed = parse('>BdBBBB', ARGV[a + 1])
+  local state, mark, expires, due_at, observed, held, created, ttl, grace, parts, who, rare, line, at = parse(HOLD, text)
+  if state >= SETTLED then
+    if by == BY_CALL and mark ~= CLOSED then
+      return nil, RULES
+    end
+    local _, _, at_receipt = parse('>I4c0I4c0', text, at)
+    return 'X' .. pack('>I4c0', #who, who) .. sub(text, at_receipt)
   end
+  local account = parse('>I4c0', who)
+  local book, member = book_of(account), account_at(key)
+  local now = max(now_is, book.seen)
+  if book.is_moved and now >= book.change then
+    return nil, LATER
+  end
+  local ask = { now = now, is_settled = is_settled == 1, basis = basis, estimated = estimated, by = by, line = line }
+  local told, its_rare = ARGV[a + 2], ARGV[a + 3]
+  local windows, pools_text, charge_key, idempotency_key = '', '', '', ''
+  if rare ~= '' then
+    windows, pools_text, charge_key, idempotency_key = parse(RARE, rare)
+  end
+  local receipt
+  if charge_key == '' then
+    receipt = charge(ask, member, account, parts, held, amount)
+  else
+    receipt = end_member(ask, member, account, held, created, prefix .. 'k:' .. charge_key)
+  end
+  if not receipt then
+    return nil, RULES, true
+  end
+  local new = ended_text(text, ask.is_settled and SETTLED or RELEASED, by, receipt)
+  put(key, new)
+  append(ended_live, account, member)
+  push(ended, flt(now), member)
+  if rare ~= '' then
+    local reply, actual, from = '', {}, nil
+    if its_rare ~= '' then
+      reply, from = parse('>I4c0', its_rare)
+      while from <= #its_rare do
+        local meter, used
+        meter, used, from = parse('>I4c0d', its_rare, from)
+        actual[meter] = used
+      end
+    end
+    if idempotency_key ~= '' then
+      local _, _, _, _, charged = parse('>BBBBd', receipt)
+      answer_key(prefix .. 'i:' .. idempotency_key, member, failed == 1 and charged == 0, reply, who, receipt)
+    end
+    correct(windows, actual)
+    for _, pool in ipairs(texts_of(pools_text)) do
+      lease(prefix .. 'q:' .. pool, member, false)
+    end
+  end
+  if told ~= '' then
+    event_ids[#event_ids + 1] = member
+    push(events, member, pack('>ddBI4c0', now, 0, 1, #told, told) .. new)
+  end
+  return 'E' .. pack('>I4c0', #who, who) .. receipt
 end
-return { 'E', receipt }

@@ -1,0 +1,39 @@
+-- Admissions, ends and heartbeats that wait together: each decided in order on what those before it left, all written at
+-- the end. KEYS: gate, halt, then those of each operation. ARGV: time, token, then of each operation its letter, how
+-- many keys and words it has, and its words.
+-- Answers a reply for each operation. The last one is 'S' for an operation that the rules have to run, 'N' for one that
+-- a script of its own has to; what follows it was not run. 'T' alone: nothing was written, run them one by one.
+local token = ARGV[2]
+do
+  local found = call('MGET', unpack(KEYS))
+  local stop = stopped(found[1], found[2], token)
+  if stop then
+    return stop
+  end
+  for i = 3, #KEYS do
+    rows[KEYS[i]] = found[i]
+  end
+end
+now_is = clock(ARGV[1])
+
+local RUN = { A = admit, E = finish, R = renew }
+local replies, k, a = {}, 2, 3
+while a <= #ARGV do
+  local letter, n_keys, n_words = parse('>cHH', ARGV[a])
+  local reply, why, is_begun = RUN[letter](k, a)
+  if not reply then
+    halt(token)
+    if is_begun and #replies > 0 then
+      return 'T'
+    end
+    replies[#replies + 1] = why
+    if is_begun then
+      return replies
+    end
+    break
+  end
+  replies[#replies + 1] = reply
+  k, a = k + n_keys, a + n_words + 1
+end
+flush()
+return replies
