@@ -100,6 +100,7 @@ class Calls:
         self._outbox = (*self._gates, names.events, names.event_order)
         # The same few accounts pay from the same few sources, until the calendar moves on.
         self._sources = lru_cache(maxsize=MAX_REMEMBERED)(self._make_sources)
+        self._limits = lru_cache(maxsize=MAX_REMEMBERED)(self._make_limits)
         self._who = lru_cache(maxsize=MAX_REMEMBERED)(packing.who)
 
     def call(self, operation: Operation) -> Call | None:
@@ -146,7 +147,8 @@ class Calls:
             return None
         names, payer, unit = self._names, ask.payer, ask.unit
         keys = [names.hold(ask.id), names.account(payer, unit)]
-        keys += [names.counter(limit.key) for limit in ask.limits]
+        counters, limits = self._limits(ask.limits)
+        keys += counters
         rare = b""
         if ask.leases or ask.charge_key is not None or ask.idempotency is not None:
             rare = self._rare(ask, keys)
@@ -155,10 +157,10 @@ class Calls:
         told = (
             _HEADER.pack(b"A", len(keys), 6),
             _ADMISSION.pack(ask.amount, ask.minimum, ask.ttl_s, ask.grace_s, len(keys)),
-            b"".join([_limit(*limit[2:]) for limit in ask.limits]),
+            limits,
             sources,
             self._who(payer, unit, ""),
-            words(ask.line) + self._packing.kept(ask),
+            self._packing.kept(ask),
             rare,
         )
         return Call(keys, told)
@@ -176,6 +178,15 @@ class Calls:
             charged = _charge_words(charge)
         pools = [words(names.pool(lease.pool)) + _POOL.pack(lease.limit) for lease in ask.leases]
         return words(b"".join(pools)) + charged + claimed
+
+    def _make_limits(self, limits: tuple[LimitAsk, ...]) -> tuple[list[str], bytes]:
+        """The keys of the counters, and the words that say how they count."""
+        told = []
+        for _, _, kind, limit, window_s, cost, meter, boundaries in limits:
+            counted = "" if meter == "requests" else meter
+            told.append(_LIMIT.pack(_LIMIT_KINDS.index(kind), limit, window_s, cost))
+            told.append(words(counted, doubles(boundaries)))
+        return [self._names.counter(limit.key) for limit in limits], b"".join(told)
 
     def _make_sources(self, sources: tuple[SourceAsk, ...], payer: str, unit: str) -> tuple[list[str], bytes]:
         """The keys that sources name, and the words that say what to do with them."""
@@ -230,20 +241,19 @@ class Calls:
         """What the limits tell after the call, from the counters as it left them."""
         windows = []
         for limit in ask.limits:
-            start, end, used, previous = WINDOW.unpack_from(reply, at)
+            start, end, count, previous = WINDOW.unpack_from(reply, at)
             at += WINDOW.size
-            if limit.kind is _SLIDING:
-                before = Counter(limit.key, start, end, int(used) - limit.cost, int(previous))
+            name, key, kind, most, window_s, cost, meter, _ = limit
+            if kind is _SLIDING:
+                before = Counter(key, start, end, int(count) - cost, int(previous))
                 seen = look(limit, before, now)
                 if seen is None:
                     raise AssertionError(f"a sliding window has no calendar: {limit!r}")
                 windows.append(window_state(seen, taken=True))
             else:
-                left = limit.limit - int(used)
+                left = most - int(count)
                 resets = end - now if now > start else end - start
-                windows.append(
-                    WindowState(limit.name, limit.limit, left if left > 0 else 0, resets, limit.window_s, limit.meter)
-                )
+                windows.append(WindowState(name, most, left if left > 0 else 0, resets, window_s, meter))
         return tuple(windows)
 
     def _refused(self, ask: Admit, reply: Reply) -> Decision:
@@ -333,14 +343,6 @@ class Calls:
 def _charge_words(ask: KeyAsk) -> bytes:
     kind = _CALENDAR if ask.boundaries else _ROLLING
     return bytes((kind,)) + words(doubles(ask.boundaries or (ask.window_s,)))
-
-
-@lru_cache(maxsize=MAX_REMEMBERED)
-def _limit(
-    kind: WindowKind, limit: int, window_s: float, cost: int, meter: str, boundaries: tuple[float, ...]
-) -> bytes:
-    counted = "" if meter == "requests" else meter
-    return _LIMIT.pack(_LIMIT_KINDS.index(kind), limit, window_s, cost) + words(counted, doubles(boundaries))
 
 
 _CALLS: Mapping[type, Callable[[Calls, Any], Call | None]] = {

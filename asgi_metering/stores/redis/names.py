@@ -34,6 +34,8 @@ def escaped(text: str) -> str:
 
 def restored(text: str) -> str:
     """What was `escaped`."""
+    if "%" not in text:
+        return text
     first, *others = text.split("%")
     return first + "".join(chr(int(part[:2], 16)) + part[2:] for part in others)
 

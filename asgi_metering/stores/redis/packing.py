@@ -8,7 +8,7 @@ their length and their bytes; what is JSON-safe is JSON. ``lua/common.lua`` has 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from struct import Struct
 from typing import Any
@@ -43,7 +43,16 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{value!r} of type {type(value).__name__} is not JSON-safe. Convert it first.")
 
 
-json_text = json.JSONEncoder(separators=(",", ":"), check_circular=False, default=_plain).encode
+def _json() -> Callable[[Any], str]:
+    make = json.encoder.c_make_encoder
+    if make is None:
+        return json.JSONEncoder(separators=(",", ":"), check_circular=False, default=_plain).encode
+    # An encoder of the json module makes this anew for each text, which takes longer than the text.
+    encode = make(None, _plain, json.encoder.encode_basestring_ascii, None, ":", ",", False, False, True)
+    return lambda value: "".join(encode(value, 0))
+
+
+json_text = _json()
 """JSON text on one line."""
 
 MAX_REMEMBERED = 512
@@ -52,7 +61,9 @@ MAX_REMEMBERED = 512
 ACCOUNT = Struct(">9d")
 GRANT = Struct(">10d")
 HOLD = Struct(">BB7d")
-RECEIPT = Struct(">BBBB6d")
+RECEIPT = Struct(">BBBB6dI")
+"""The last number is the length of the id that follows."""
+
 PART = Struct(">Bdd")
 PINNED = Struct(">dd")
 ENTRY = Struct(">BBB4d")
@@ -164,6 +175,9 @@ def _parts_of(raw: bytes) -> tuple[Part, ...]:
     return tuple(parts)
 
 
+_policy = lru_cache(maxsize=MAX_REMEMBERED)(words)
+
+
 def _known(value: Basis | None) -> int:
     return BASES.index(value)
 
@@ -174,17 +188,19 @@ def _receipt(row: Receipt) -> bytes:
     codes = (_known(row.basis), row.estimated, ENDERS.index(row.ended_by), known)
     amounts = (row.amount, row.held, row.available or 0)
     numbers = (*map(exact, amounts), row.at, row.entry or 0, exact(row.late or 0))
-    return RECEIPT.pack(*codes, *numbers) + words(escaped(row.id), _parts(row.parts))
+    call_id = escaped(row.id).encode()
+    return RECEIPT.pack(*codes, *numbers, len(call_id)) + call_id + words(_parts(row.parts))
 
 
 def receipt_of(raw: bytes, payer: str, unit: str, at: int = 0) -> Receipt | None:
     """The receipt that begins at *at*; None where nothing does."""
     if at == len(raw):
         return None
-    row = _Unpacking(raw, at)
-    basis, estimated, by, known, amount, held, available, time, entry, late = row.numbers(RECEIPT)
+    basis, estimated, by, known, amount, held, available, time, entry, late, length = RECEIPT.unpack_from(raw, at)
+    at += RECEIPT.size
+    parts = at + length + _LENGTH.size
     return Receipt(
-        row.name(),
+        restored(raw[at : at + length].decode()),
         payer,
         unit,
         int(amount),
@@ -192,7 +208,7 @@ def receipt_of(raw: bytes, payer: str, unit: str, at: int = 0) -> Receipt | None
         BASES[basis] or Basis.NONE,
         estimated == 1,
         ENDERS[by],
-        _parts_of(row.word()),
+        _parts_of(raw[parts:]),
         int(available) if known & HAS_AVAILABLE else None,
         time,
         int(entry) if known & HAS_ENTRY else None,
@@ -256,12 +272,13 @@ class Packing:
         )
         who = self.who(row.payer, row.unit, row.group)
         receipt = b"" if row.receipt is None else _receipt(row.receipt)
-        return first + words(_parts(row.parts), who, self._rare(row), row.line) + self.kept(row) + receipt
+        return first + words(_parts(row.parts), who, self._rare(row)) + self.kept(row) + receipt
 
     @staticmethod
     def kept(row: Any) -> bytes:
-        """What a hold keeps of the call and no script looks at, of the hold or of its admission."""
-        return words(str(row.in_doubt), json_text(row.facts))
+        """What a hold keeps as the call brought it: line, basis in doubt and facts, of the hold or of its admission."""
+        facts = json_text(row.facts).encode()
+        return _policy(row.line, str(row.in_doubt)) + _LENGTH.pack(len(facts)) + facts
 
     def who(self, payer: str, unit: str, group: str) -> bytes:
         """Who pays."""

@@ -65,6 +65,8 @@ class Reader:
                 copy.state.entries[payer, unit] = []
                 await copy.lines((payer, unit), ref)
                 copy.state.checkpoints.clear()
+                copy.state.holds.clear()
+                copy.state.live.clear()
                 return Snapshot(copy.now, copy.state)
             case HoldRow(hold_id):
                 await copy.rows([self._names.hold(hold_id)])

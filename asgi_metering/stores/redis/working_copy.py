@@ -58,7 +58,7 @@ class WorkingCopy:
         self.commands: list[Command] = []
         self._known: set[str] = set()
         self._stored: set[str] = set()
-        self._live: dict[str, AccountKey] = {}
+        self._holds: dict[str, Hold] = {}
 
     # -- reading -------------------------------------------------------------------------------------------
 
@@ -93,9 +93,8 @@ class WorkingCopy:
         """Take in one row, as it is kept under *key*."""
         take(self.state, self.packing, key, raw)
         if self.names.kind(key) == "h":
-            hold = self.state.holds[self.names.text(key)]
-            if hold.receipt is None:
-                self._live[hold.id] = (hold.payer, hold.unit)
+            call_id = self.names.text(key)
+            self._holds[call_id] = self.state.holds[call_id]
 
     async def grant(self, account: AccountKey, grant_id: str) -> None:
         """A grant of an account that is loaded, if it is a closed one."""
@@ -136,14 +135,18 @@ class WorkingCopy:
         key = names.account(*account)
         word = escaped(ref)
         refs = ("ZRANGEBYLEX", names.of_account("r", key), f"[{word}{GLUE}", f"({word} ")
-        checkpoint_key = names.of_account("p", key)
-        found, _ = await self.read(refs, ("GET", checkpoint_key))
-        await self.rows([checkpoint_key])
+        beside = (names.of_account("p", key), names.hold(ref))
+        found, *_ = await self.read(refs, *[("GET", name) for name in beside])
+        await self.rows(beside)
         checkpoint = self.state.checkpoints.get(account)
         folded = 0 if checkpoint is None else checkpoint.number
-        numbers = sorted(int(member.rpartition(GLUE.encode())[2]) for member in found)
+        numbers = {int(member.rpartition(GLUE.encode())[2]) for member in found}
+        hold = self._holds.get(ref)
+        if hold is not None and (hold.payer, hold.unit) == account:
+            numbers.add(_line_of(hold) or 0)
         lines = names.of_account("e", key)
-        for text in await self.read(*[("LINDEX", lines, str(number - folded - 1)) for number in numbers]):
+        places = [str(number - folded - 1) for number in sorted(numbers) if number > folded]
+        for text in await self.read(*[("LINDEX", lines, place) for place in places]):
             if text is None:
                 # Folded between the two reads: the write will see that.
                 continue
@@ -223,11 +226,19 @@ class WorkingCopy:
         name = names.hold(key)
         yield ("DEL", name)
         yield ("ZREM", names.ended, names.rest(name))
-        account = self._live.get(key)
-        if account is not None:
-            live = names.of_account("l", names.account(*account))
+        hold = self._holds.get(key)
+        if hold is None:
+            return
+        account = names.account(hold.payer, hold.unit)
+        if hold.receipt is None:
+            live = names.of_account("l", account)
             yield ("ZREM", live, names.rest(name))
-            yield ("FIRST", names.due, names.rest(names.account(*account)), live)
+            yield ("FIRST", names.due, names.rest(account), live)
+        elif _line_of(hold) is not None:
+            # The hold said where its line is; from now on the index does.
+            number = str(hold.receipt.entry)
+            refs, checkpoint = names.of_account("r", account), names.of_account("p", account)
+            yield ("REF", refs, checkpoint, f"{escaped(key)}{GLUE}{number}", number)
 
     def _hold(self, key: str, row: Hold) -> Iterable[Command]:
         names = self.names
@@ -315,6 +326,11 @@ class WorkingCopy:
 
     def _unit(self, key: str, row: Any) -> Iterable[Command]:
         yield ("SET", self.names.unit(key), str(row.scale))
+
+
+def _line_of(hold: Hold) -> int | None:
+    """Number of the ledger line of a hold's own settlement."""
+    return hold.receipt.entry if hold.receipt is not None and hold.receipt.id == hold.id else None
 
 
 def take(state: State, packing: Packing, key: str, raw: bytes) -> None:

@@ -320,7 +320,7 @@ local function admit(k, a)
   local who, rare = ARGV[a + 4], ARGV[a + 6]
   local ask = {
     k = k, n_keys = n_keys, base = k + n_keys - sources.keys, amount = amount, minimum = minimum, ttl = ttl,
-    grace = grace, kept = ARGV[a + 5],
+    grace = grace, kept = ARGV[a + 5], now = 0, further = false,
   }
   local account = account_at(KEYS[k + 2])
   local own = book_of(account)

@@ -64,6 +64,13 @@ local OWN = {
       call('ZREM', words[2], words[3])
     end
   end,
+  -- index of an account's lines, its checkpoint, member, number: where a line is found by what it is about.
+  REF = function(words)
+    local checkpoint = call('GET', words[3])
+    if tonumber(words[5]) > (checkpoint and tonumber(match(checkpoint, '^%d+')) or 0) then
+      call('ZADD', words[2], 0, words[4])
+    end
+  end,
   -- events, their order, id, text
   EVENT = function(words)
     if call('HSET', words[2], words[4], words[5]) == 1 then

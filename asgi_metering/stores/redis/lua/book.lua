@@ -37,14 +37,16 @@ local function book_of(account)
     return book
   end
   local text = fetch(prefix .. 'a:' .. account)
-  book = { account = account, list = {}, text = text or '', is_new = not text }
+  local granted, settled, held, expired, debt, entries, change, due, seen, at = 0, 0, 0, 0, 0, 0, INF, INF, 0, 1
   if text then
-    book.granted, book.settled, book.held, book.expired, book.debt, book.entries, book.change, book.due, book.seen, book.at =
-      parse(ACCOUNT, text)
-  else
-    book.granted, book.settled, book.held, book.expired, book.debt, book.entries = 0, 0, 0, 0, 0, 0
-    book.change, book.due, book.seen, book.at = INF, INF, 0, 1
+    granted, settled, held, expired, debt, entries, change, due, seen, at = parse(ACCOUNT, text)
   end
+  -- All fields at once, here and below: a table that grows field by field costs several times as much.
+  book = {
+    account = account, granted = granted, settled = settled, held = held, expired = expired, debt = debt,
+    entries = entries, change = change, due = due, seen = seen, at = at, text = text or '', list = {}, now = seen,
+    is_new = not text, is_moved = false, is_matured = false, is_due_new = false,
+  }
   books[account] = book
   return book
 end
@@ -65,10 +67,13 @@ end
 local function grant_at(book, place)
   local grant = book.list[place]
   if not grant and book.at <= #book.text then
-    grant = {}
-    grant.amount, grant.priority, grant.begins, grant.ends, grant.number, grant.settled, grant.held, grant.expired,
-      grant.begun, grant.reversed, grant.id, grant.rest, book.at = parse(GRANT, book.text, book.at)
-    book.list[place] = grant
+    local amount, priority, begins, ends, number, settled, held, expired, begun, reversed, id, rest, at =
+      parse(GRANT, book.text, book.at)
+    grant = {
+      amount = amount, priority = priority, begins = begins, ends = ends, number = number, settled = settled,
+      held = held, expired = expired, begun = begun, reversed = reversed, id = id, rest = rest,
+    }
+    book.list[place], book.at = grant, at
   end
   return grant
 end
@@ -82,33 +87,39 @@ end
 
 -- The row; closed grants are no part of it.
 local function book_text(book)
-  local texts = {}
+  local texts = ''
   for _, grant in ipairs(book.list) do
     if is_open(grant) then
-      texts[#texts + 1] = grant_text(grant)
+      texts = texts .. grant_text(grant)
     end
   end
   return pack(
     ACCOUNT, book.granted, book.settled, book.held, book.expired, book.debt, book.entries, book.change, book.due,
     book.seen
-  ) .. concat(texts) .. sub(book.text, book.at)
+  ) .. texts .. sub(book.text, book.at)
 end
 
--- Add a ledger line. Returns its number.
+-- Add a ledger line. Returns its number. A settlement's line is found by its hold, which has the number: the index gets
+-- it when the hold is forgotten.
 local function write(book, kind, amount, ref, line, basis, estimated, parts)
   local account, number = book.account, book.entries + 1
   book.entries = number
   local own = lines[account]
-  if not own then
-    own = {}
-    lines[account], refs[account] = own, {}
+  local text = pack(
+    NEW_ENTRY, kind, basis, estimated, number, book.now, amount, available(book), #ref, ref, #line, line, #parts, parts,
+    0, 0
+  )
+  if own then
+    own[#own + 1] = text
+  else
+    lines[account] = { text }
   end
-  own[#own + 1] = pack(
-    ENTRY, kind, basis, estimated, number, book.now, amount, available(book), #ref, ref, #line, line, #parts, parts
-  ) .. '\0\0\0\0\0\0\0\0'
-  local index = refs[account]
-  index[#index + 1] = 0
-  index[#index + 1] = ref .. GLUE .. string.format('%.0f', number)
+  if kind ~= KIND_SETTLE then
+    local index = refs[account] or {}
+    refs[account] = index
+    index[#index + 1] = 0
+    index[#index + 1] = ref .. GLUE .. string.format('%.0f', number)
+  end
   return number
 end
 
@@ -300,7 +311,7 @@ end
 -- The book is to be written; `due` is when a new hold of it falls due.
 local function close_book(book, due)
   if book.is_matured then
-    book.change, book.is_matured = next_change(book), nil
+    book.change, book.is_matured = next_change(book), false
   end
   book.due, book.seen, book.is_moved = min(due, book.due), book.now, true
 end

@@ -30,6 +30,7 @@ local PINNED = '>ddI4c0I4c0'
 local RECEIPT = '>BBBBddddddI4c0I4c0'
 -- kind, basis, whether it is an estimate, number, at, amount, available, ref, line, parts; then actor and id
 local ENTRY = '>BBBddddI4c0I4c0I4c0'
+local NEW_ENTRY = ENTRY .. 'I4I4'
 -- start, end, used, previous of a counter; start, end, settled, held of an allowance's window
 local WINDOW = '>dddd'
 -- start, end, members, whether it is settled; then the hold that it owns
@@ -53,8 +54,12 @@ local function clock(given)
 end
 
 -- A time as a score or in a key: with all its digits.
+local last_seconds, last_text
 local function flt(seconds)
-  return string.format('%.17g', seconds)
+  if seconds ~= last_seconds then
+    last_seconds, last_text = seconds, string.format('%.17g', seconds)
+  end
+  return last_text
 end
 
 -- KEYS[1] is the gate: somebody works alone behind it. KEYS[2] is where commands on their way are told to stop, so that

@@ -18,11 +18,11 @@ end
 
 local function append(lists, key, one, other)
   local list = lists[key]
-  if not list then
-    list = {}
-    lists[key] = list
+  if list then
+    push(list, one, other)
+  else
+    lists[key] = { one, other }
   end
-  push(list, one, other)
 end
 
 -- A hold of the account lives until `expires`.
@@ -116,7 +116,9 @@ local function flush()
       local _, _, _, _, at = parse(ENTRY, own[1])
       call('ZADD', prefix .. 'z:lines', flt(at), account)
     end
-    call('ZADD', prefix .. 'r:' .. account, unpack(refs[account]))
+  end
+  for account, index in pairs(refs) do
+    call('ZADD', prefix .. 'r:' .. account, unpack(index))
   end
   for account, pairs_of in pairs(live) do
     call('ZADD', prefix .. 'l:' .. account, unpack(pairs_of))
