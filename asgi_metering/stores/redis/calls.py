@@ -58,13 +58,12 @@ __all__ = ["Call", "Calls"]
 MAX_REMEMBERED = 8_192
 """Of each kind of words that come again: a few hundred bytes each."""
 
-_HEADER = Struct(">cHH")
-_ADMISSION = Struct(">4dH")
+_ADMISSION = Struct(">cHH4d")
 _LIMIT = Struct(">B3d")
 _SOURCE = Struct(">BBBdHH")
 _POOL = Struct(">d")
-_END = Struct(">Bd4B")
-_OBSERVED = Struct(">d")
+_END = Struct(">cHHBd4B")
+_BEAT = Struct(">cHHd")
 _ADMITTED = Struct(">x3dB")
 _JOINED = Struct(">xd")
 _LENGTH = Struct(">I")
@@ -73,11 +72,12 @@ _TIME = Struct(">d")
 _LIMIT_KINDS = (WindowKind.FIXED, WindowKind.CALENDAR, WindowKind.SLIDING)
 _SLIDING = WindowKind.SLIDING
 _WALLET, _CALENDAR, _ROLLING = range(3)
-"""As ``lua/admit.lua`` calls them."""
+_SETTLED, _RELEASED = range(2)
+"""As the scripts call them."""
 
 
 class Call(NamedTuple):
-    """One admission, end or heartbeat: the keys that it touches for certain, and its words after its header."""
+    """One admission, end or heartbeat: the keys that it touches for certain, and its words."""
 
     keys: Sequence[str]
     words: Sequence[bytes]
@@ -155,13 +155,11 @@ class Calls:
         source_keys, sources = self._sources(ask.sources, payer, unit)
         keys += source_keys
         told = (
-            _HEADER.pack(b"A", len(keys), 6),
-            _ADMISSION.pack(ask.amount, ask.minimum, ask.ttl_s, ask.grace_s, len(keys)),
+            _ADMISSION.pack(b"A", len(keys), 5, ask.amount, ask.minimum, ask.ttl_s, ask.grace_s) + rare,
             limits,
             sources,
             self._who(payer, unit, ""),
             self._packing.kept(ask),
-            rare,
         )
         return Call(keys, told)
 
@@ -279,18 +277,16 @@ class Calls:
     def _end(self, ask: End) -> Call:
         amount = ask.amount
         if amount is None:
-            numbers = (0, 0, BASES.index(Basis.NONE))
+            numbers = (_RELEASED, 0, BASES.index(Basis.NONE))
         else:
-            numbers = (1, check_parts(amount, "charge"), BASES.index(ask.basis))
+            numbers = (_SETTLED, check_parts(amount, "charge"), BASES.index(ask.basis))
         rare = b""
         if ask.actual or ask.reply is not None:
             used = [words(meter) + _POOL.pack(count) for meter, count in ask.actual.items()]
             rare = words("" if ask.reply is None else json_text(ask.reply)) + b"".join(used)
         told = (
-            _HEADER.pack(b"E", 1, 3),
-            _END.pack(*numbers, ask.estimated, ENDERS.index(ask.by), ask.failed),
+            _END.pack(b"E", 1, 2, *numbers, ask.estimated, ENDERS.index(ask.by), ask.failed) + rare,
             b"" if ask.event is None else json_text(ask.event).encode(),
-            rare,
         )
         return Call((self._names.hold(ask.id),), told)
 
@@ -312,8 +308,8 @@ class Calls:
     # -- heartbeats and the outbox -------------------------------------------------------------------------
 
     def _renew(self, beat: Renew) -> Call:
-        observed = _OBSERVED.pack(check_parts(beat.observed, "observed amount"))
-        return Call((self._names.hold(beat.id),), (_HEADER.pack(b"R", 1, 1), observed))
+        observed = check_parts(beat.observed, "observed amount")
+        return Call((self._names.hold(beat.id),), (_BEAT.pack(b"R", 1, 1, observed),))
 
     def _renewed(self, _: Renew, reply: Reply) -> bool:
         return bool(reply)

@@ -60,8 +60,8 @@ MAX_REMEMBERED = 512
 
 ACCOUNT = Struct(">9d")
 GRANT = Struct(">10d")
-HOLD = Struct(">BB7d")
-RECEIPT = Struct(">BBBB6dI")
+HOLD = Struct(">IB7d")
+RECEIPT = Struct(">BBBBBB6dI")
 """The last number is the length of the id that follows."""
 
 PART = Struct(">Bdd")
@@ -73,7 +73,8 @@ EVENT = Struct(">ddB")
 DOUBLE = Struct(">d")
 _LENGTH = Struct(">I")
 
-STATES = (HoldState.HELD, HoldState.IN_DOUBT, HoldState.SETTLED, HoldState.RELEASED)
+LIVES = (HoldState.HELD, HoldState.IN_DOUBT)
+ENDS = (HoldState.SETTLED, HoldState.RELEASED)
 BASES = (None, Basis.USAGE, Basis.OBSERVED, Basis.ESTIMATE, Basis.HOLD, Basis.NONE)
 ENDERS = (EndedBy.CALL, EndedBy.POLICY, EndedBy.PERSON)
 SOURCES = (Source.GRANT, Source.ALLOWANCE, Source.DEBT)
@@ -82,9 +83,6 @@ KINDS = tuple(EntryKind)
 
 HAS_AVAILABLE, HAS_ENTRY, HAS_LATE = 1, 2, 4
 """Which numbers of a receipt are there."""
-
-LIVE, OPEN_TO_LATE, CLOSED = 0, 1, 2
-"""Whether the call's own end may still come after another one."""
 
 AS_JSON, AS_HOLD = 0, 1
 """How an event's payload is kept: as it is, or as the hold that it tells of, with what the end said."""
@@ -182,10 +180,12 @@ def _known(value: Basis | None) -> int:
     return BASES.index(value)
 
 
-def _receipt(row: Receipt) -> bytes:
+def _receipt(row: Receipt, state: HoldState) -> bytes:
     known = HAS_AVAILABLE * (row.available is not None) + HAS_ENTRY * (row.entry is not None)
     known += HAS_LATE * (row.late is not None)
-    codes = (_known(row.basis), row.estimated, ENDERS.index(row.ended_by), known)
+    # Whether the call's own end may still come after another one.
+    is_closed = row.ended_by is EndedBy.CALL or row.late is not None
+    codes = (ENDS.index(state), is_closed, _known(row.basis), row.estimated, ENDERS.index(row.ended_by), known)
     amounts = (row.amount, row.held, row.available or 0)
     numbers = (*map(exact, amounts), row.at, row.entry or 0, exact(row.late or 0))
     call_id = escaped(row.id).encode()
@@ -196,7 +196,7 @@ def receipt_of(raw: bytes, payer: str, unit: str, at: int = 0) -> Receipt | None
     """The receipt that begins at *at*; None where nothing does."""
     if at == len(raw):
         return None
-    basis, estimated, by, known, amount, held, available, time, entry, late, length = RECEIPT.unpack_from(raw, at)
+    _, _, basis, estimated, by, known, amount, held, available, time, entry, late, length = RECEIPT.unpack_from(raw, at)
     at += RECEIPT.size
     parts = at + length + _LENGTH.size
     return Receipt(
@@ -215,12 +215,6 @@ def receipt_of(raw: bytes, payer: str, unit: str, at: int = 0) -> Receipt | None
         True,
         int(late) if known & HAS_LATE else None,
     )
-
-
-def _late_mark(receipt: Receipt | None) -> int:
-    if receipt is None:
-        return LIVE
-    return CLOSED if receipt.ended_by is EndedBy.CALL or receipt.late is not None else OPEN_TO_LATE
 
 
 class Packing:
@@ -267,12 +261,10 @@ class Packing:
     def hold(self, row: Hold) -> bytes:
         """A hold: what changes first, what admission decided, what the call brought, the receipt last."""
         numbers = (row.expires_at, row.due_at, exact(row.observed), exact(row.amount), row.created_at)
-        first = HOLD.pack(
-            STATES.index(row.state), _late_mark(row.receipt), *numbers, float(row.ttl_s), float(row.grace_s)
-        )
-        who = self.who(row.payer, row.unit, row.group)
-        receipt = b"" if row.receipt is None else _receipt(row.receipt)
-        return first + words(_parts(row.parts), who, self._rare(row)) + self.kept(row) + receipt
+        rest = words(_parts(row.parts), self.who(row.payer, row.unit, row.group), self._rare(row)) + self.kept(row)
+        is_in_doubt = row.state is HoldState.IN_DOUBT
+        first = HOLD.pack(HOLD.size + len(rest), is_in_doubt, *numbers, row.ttl_s, row.grace_s)
+        return first + rest + (b"" if row.receipt is None else _receipt(row.receipt, row.state))
 
     @staticmethod
     def kept(row: Any) -> bytes:
@@ -295,7 +287,7 @@ class Packing:
     def hold_of(self, call_id: str, raw: bytes) -> Hold:
         """The hold of *call_id*."""
         row = _Unpacking(raw)
-        state, _, expires, due, observed, amount, created, ttl, grace = row.numbers(HOLD)
+        size, is_in_doubt, expires, due, observed, amount, created, ttl, grace = row.numbers(HOLD)
         parts, who, rare, line, in_doubt, facts = (row.word() for _ in range(6))
         payer, unit, group = who_of(who)
         more = _Unpacking(rare)
@@ -307,7 +299,7 @@ class Packing:
             unit,
             int(amount),
             _parts_of(parts),
-            STATES[state],
+            LIVES[is_in_doubt] if size == len(raw) else ENDS[raw[size]],
             created,
             expires,
             due,
@@ -319,7 +311,7 @@ class Packing:
             tuple(_pinned_of(windows)),
             tuple(_names_of(pools)),
             _loads(facts.decode()),
-            receipt_of(raw, payer, unit, row.at),
+            receipt_of(raw, payer, unit, size),
             group,
             charge_key,
             idempotency_key,
@@ -362,7 +354,8 @@ class Packing:
         receipt = row.receipt
         who = b"" if receipt is None else self.who(receipt.payer, receipt.unit, "")
         first = DOUBLE.pack(row.expires_at) + words(escaped(row.call), row.fingerprint, reply, who)
-        return first if receipt is None else first + _receipt(receipt)
+        # What became of the hold is nobody's question here.
+        return first if receipt is None else first + _receipt(receipt, HoldState.SETTLED)
 
     def idempotency_of(self, key: str, raw: bytes) -> IdempotencyKey:
         """The idempotency key."""

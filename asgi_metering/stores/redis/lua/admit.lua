@@ -1,6 +1,6 @@
 -- May this call run? Mirrors rules/admission.py: everything is decided in one step, all or nothing.
 -- Its keys: hold, account, counters, idempotency key, charge keys, then what the sources name.
--- Its words: numbers, limits, sources, who pays, what the hold keeps, what is rare.
+-- Its words: numbers and what is rare, limits, sources, who pays, what the hold keeps.
 -- Answers 'A' and what it took, 'J' and whose key it joined, or {'R', rows} if it may not run: why, the rules say from
 -- these rows. Answers nothing, and why, if it could not be decided here.
 
@@ -263,8 +263,9 @@ end
 
 local function hold_text(ask, parts, held, who, rare, expires, due_at)
   return pack(
-    NEW_HOLD, HELD, LIVE, expires, due_at, 0, held, ask.now, ask.ttl, ask.grace, #parts, parts, #who, who, #rare, rare
-  ) .. ask.kept
+    NEW_HOLD, NEW_HOLD_SIZE + #parts + #who + #rare + #ask.kept, 0, expires, due_at, 0, held, ask.now, ask.ttl, ask.grace,
+    #parts, parts, #who, who, #rare, rare, ask.kept
+  )
 end
 
 -- Looks at the calls of an account that are overdue: none is, or the rules have to end them.
@@ -310,17 +311,18 @@ local function by_key(ask, sources, kind, span, at)
   return { key = key, start = start, finish = finish }
 end
 
-local function admit(k, a)
-  local amount, minimum, ttl, grace, n_keys = parse('>ddddH', ARGV[a + 1])
+local function admit(k, a, n_keys, at)
+  local numbers = ARGV[a]
+  local amount, minimum, ttl, grace, at_rare = parse('>dddd', numbers, at)
   if rows[KEYS[k + 1]] then
     -- The same id again: the reply was lost, not the decision.
     return nil, RULES
   end
-  local limits, sources = limits_of(ARGV[a + 2]), sources_of(ARGV[a + 3])
-  local who, rare = ARGV[a + 4], ARGV[a + 6]
+  local limits, sources = limits_of(ARGV[a + 1]), sources_of(ARGV[a + 2])
+  local who = ARGV[a + 3]
   local ask = {
     k = k, n_keys = n_keys, base = k + n_keys - sources.keys, amount = amount, minimum = minimum, ttl = ttl,
-    grace = grace, kept = ARGV[a + 5], now = 0, further = false,
+    grace = grace, kept = ARGV[a + 4], now = 0, further = false,
   }
   local account = account_at(KEYS[k + 2])
   local own = book_of(account)
@@ -346,9 +348,9 @@ local function admit(k, a)
   local leases, counts, charge_kind, charge_span, life, fingerprint = {}, {}, 0, '', 0, ''
   local extra = k + 3 + #limits
   local idempotency_key, claim = nil, 0
-  if rare ~= '' then
+  if at_rare <= #numbers then
     local text
-    text, charge_kind, charge_span, claim, life, fingerprint = parse('>I4c0BI4c0BdI4c0', rare)
+    text, charge_kind, charge_span, claim, life, fingerprint = parse('>I4c0BI4c0BdI4c0', numbers, at_rare)
     local at = 1
     while at <= #text do
       local pool = {}
@@ -369,7 +371,8 @@ local function admit(k, a)
   end
 
   -- Rate limits: what they would be after this call.
-  local counters, pinned, is_stale, is_spent = {}, nil, false, false
+  -- The first place is for the answer's own numbers.
+  local counters, pinned, is_stale, is_spent = { '' }, nil, false, false
   local past = {}
   for i, limit in ipairs(limits) do
     local key = KEYS[k + 2 + i]
@@ -378,7 +381,7 @@ local function admit(k, a)
       is_stale = true
       break
     end
-    counters[i] = row
+    counters[i + 1] = row
     if used + limit.cost > limit.limit then
       is_spent = true
     end
@@ -463,8 +466,8 @@ local function admit(k, a)
     local source = sources[last]
     who = source.who ~= '' and source.who or who
   end
-  for i, row in ipairs(counters) do
-    put(KEYS[k + 2 + i], row)
+  for i = 1, #limits do
+    put(KEYS[k + 2 + i], counters[i + 1])
   end
   for i = 1, #past, 2 do
     push(past_counters, past[i], past[i + 1])
@@ -508,7 +511,9 @@ local function admit(k, a)
     lives(parse('>I4c0', who), expires, member)
   end
   if joined then
-    return pack('>cdI4c0', 'J', now, #who, who) .. concat(counters)
+    counters[1] = pack('>cdI4c0', 'J', now, #who, who)
+  else
+    counters[1] = pack('>cdddB', 'A', now, held, left_there, last)
   end
-  return pack('>cdddB', 'A', now, held, left_there, last) .. concat(counters)
+  return concat(counters)
 end

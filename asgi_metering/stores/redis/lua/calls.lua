@@ -1,6 +1,6 @@
 -- Admissions, ends and heartbeats that wait together: each decided in order on what those before it left, all written at
--- the end. KEYS: gate, halt, then those of each operation. ARGV: time, token, then of each operation its letter, how
--- many keys and words it has, and its words.
+-- the end. KEYS: gate, halt, then those of each operation. ARGV: time, token, then the words of each operation, the
+-- first of which begins with its letter, and how many keys and words it has.
 -- Answers a reply for each operation. The last one is 'S' for an operation that the rules have to run, 'N' for one that
 -- a script of its own has to; what follows it was not run. 'T' alone: nothing was written, run them one by one.
 local token = ARGV[2]
@@ -19,8 +19,8 @@ now_is = clock(ARGV[1])
 local RUN = { A = admit, E = finish, R = renew }
 local replies, k, a = {}, 2, 3
 while a <= #ARGV do
-  local letter, n_keys, n_words = parse('>cHH', ARGV[a])
-  local reply, why, is_begun = RUN[letter](k, a)
+  local letter, n_keys, n_words, at = parse('>cHH', ARGV[a])
+  local reply, why, is_begun = RUN[letter](k, a, n_keys, at)
   if not reply then
     halt(token)
     if is_begun and #replies > 0 then
@@ -33,7 +33,7 @@ while a <= #ARGV do
     break
   end
   replies[#replies + 1] = reply
-  k, a = k + n_keys, a + n_words + 1
+  k, a = k + n_keys, a + n_words
 end
 flush()
 return replies

@@ -13,10 +13,10 @@ local GLUE = '\31'
 local ACCOUNT = '>ddddddddd'
 -- amount, priority, begins, ends, number, settled, held, expired, begun, reversed, id, what never counts
 local GRANT = '>ddddddddddI4c0I4c0'
--- state, mark of a late end, expires, due, observed, amount, created, ttl, grace, parts, who pays, what is rare, line;
--- then the basis in doubt, the facts, and the receipt once there is one
-local HOLD = '>BBdddddddI4c0I4c0I4c0I4c0'
-local NEW_HOLD = '>BBdddddddI4c0I4c0I4c0'
+-- its size without the receipt, whether it is in doubt, expires, due, observed, amount, created, ttl, grace, parts, who
+-- pays, what is rare, line; then the basis in doubt, the facts, and the receipt once there is one
+local HOLD = '>I4BdddddddI4c0I4c0I4c0I4c0'
+local NEW_HOLD, NEW_HOLD_SIZE = '>I4BdddddddI4c0I4c0I4c0c0', 73
 -- account, payer, unit, group: who pays
 local WHO = '>I4c0I4c0I4c0I4c0'
 -- pinned windows, pools, charge key, idempotency key: what is rare
@@ -25,9 +25,9 @@ local RARE = '>I4c0I4c0I4c0I4c0'
 local PART = '>BddI4c0'
 -- start, taken, meter, counter
 local PINNED = '>ddI4c0I4c0'
--- basis, whether it is an estimate, who ended it, which of these are known, amount, held, available, at, entry, late, id,
--- parts
-local RECEIPT = '>BBBBddddddI4c0I4c0'
+-- how the hold has ended, whether the call's own end may still come, basis, whether that is an estimate, who ended it,
+-- which of these are known, amount, held, available, at, entry, late, id, parts
+local RECEIPT = '>BBBBBBddddddI4c0I4c0'
 -- kind, basis, whether it is an estimate, number, at, amount, available, ref, line, parts; then actor and id
 local ENTRY = '>BBBddddI4c0I4c0I4c0'
 local NEW_ENTRY = ENTRY .. 'I4I4'
@@ -39,9 +39,10 @@ local CHARGE_KEY = '>dddB'
 local IDEMPOTENCY = '>dI4c0I4c0I4c0I4c0'
 -- at, claimed until, how the rest is kept: 0 JSON, 1 what the end told and the hold
 local EVENT = '>ddB'
+local NEW_EVENT, AS_HOLD = '>ddBI4c0c0', 1
 
-local HELD, IN_DOUBT, SETTLED, RELEASED = 0, 1, 2, 3
-local LIVE, OPEN_TO_LATE, CLOSED = 0, 1, 2
+local SETTLED, RELEASED = 0, 1
+local OPEN_TO_LATE, CLOSED = 0, 1
 local FROM_GRANT, FROM_ALLOWANCE, FROM_DEBT = 0, 1, 2
 
 -- The store's time: the server's, unless a test says what time it is.

@@ -1,5 +1,5 @@
 -- End a hold, once: settle or release, with its slots, keys, weighted limits and usage event. Mirrors rules/settlement.py
--- and rules/charging.py. Its key: hold. Its words: numbers, what the event says, what is rare.
+-- and rules/charging.py. Its key: hold. Its words: numbers and what is rare, what the event says.
 -- Answers 'E', who pays and the receipt; 'X' with the first ones for a hold that has ended; 'U' for one that nobody
 -- knows. Answers nothing, and why, if it could not be decided here; and whether it has begun to change books.
 
@@ -58,11 +58,17 @@ local function consume(book, parts, left, spent)
   return left == 0 or settle(book, {}, left, spent)
 end
 
+local function nothing_charged(ask, id, held)
+  return pack(
+    RECEIPT, ask.state, ask.mark, ask.basis, ask.estimated, ask.by, 0, 0, held, 0, ask.now, 0, 0, #id, id, 0, ''
+  )
+end
+
 -- Charge `amount` for a hold's parts. Returns the receipt, or nothing if it takes the whole rules.
 local function charge(ask, id, account, parts_text, held, amount)
   local basis, estimated = ask.basis, ask.estimated
   if parts_text == '' and amount == 0 then
-    return pack(RECEIPT, basis, estimated, ask.by, 0, 0, held, 0, ask.now, 0, 0, #id, id, 0, '')
+    return nothing_charged(ask, id, held)
   end
   local book = book_at(account, ask.now)
   if not book or not is_exact(book, amount) then
@@ -89,18 +95,15 @@ local function charge(ask, id, account, parts_text, held, amount)
   end
   local left = known % 2 == 1 and available(book) or 0
   return pack(
-    RECEIPT, basis, estimated, ask.by, known, amount, held, left, ask.now, number, 0, #id, id, #spent_text, spent_text
+    RECEIPT, ask.state, ask.mark, basis, estimated, ask.by, known, amount, held, left, ask.now, number, 0, #id, id,
+    #spent_text, spent_text
   )
-end
-
-local function ended_text(text, state, by, receipt)
-  return string.char(state, by == BY_CALL and CLOSED or OPEN_TO_LATE) .. sub(text, 3) .. receipt
 end
 
 -- End one call of a charge key: its first success settles the key's hold, the last failure releases it. Returns the
 -- call's own receipt; nothing if it takes the whole rules.
 local function end_member(ask, id, account, held, created, key)
-  local nothing = pack(RECEIPT, ask.basis, ask.estimated, ask.by, 0, 0, held, 0, ask.now, 0, 0, #id, id, 0, '')
+  local nothing = nothing_charged(ask, id, held)
   local known = fetch(key)
   if not known then
     return nothing
@@ -120,17 +123,17 @@ local function end_member(ask, id, account, held, created, key)
   if not text then
     return nil
   end
-  local state, _, _, _, _, o_held, _, _, _, o_parts, o_who = parse(HOLD, text)
-  if state >= SETTLED or parse('>I4c0', o_who) ~= account then
+  local size, _, _, _, _, o_held, _, _, _, o_parts, o_who = parse(HOLD, text)
+  if size < #text or parse('>I4c0', o_who) ~= account then
     return nil
   end
-  if ask.is_settled then
+  if ask.state == SETTLED then
     local receipt = charge(ask, id, account, o_parts, o_held, o_held)
     if not receipt then
       return nil
     end
     put(key, pack(CHARGE_KEY, start, finish, members, 1) .. owned)
-    put(owned_key, ended_text(text, SETTLED, ask.by, receipt))
+    put(owned_key, text .. receipt)
     append(ended_live, account, owned)
     push(ended, flt(ask.now), owned)
     return receipt
@@ -144,7 +147,7 @@ local function end_member(ask, id, account, held, created, key)
     return nil
   end
   drop(key, 'charge')
-  put(owned_key, ended_text(text, RELEASED, ask.by, its))
+  put(owned_key, text .. its)
   append(ended_live, account, owned)
   push(ended, flt(ask.now), owned)
   return nothing
@@ -186,20 +189,21 @@ local function answer_key(key, member, is_free, reply, who, receipt)
   end
 end
 
-local function finish(k, a)
+local function finish(k, a, _, at)
   local key = KEYS[k + 1]
   local text = rows[key]
   if not text then
     return pack('>cd', 'U', now_is)
   end
-  local is_settled, amount, basis, estimated, by, failed = parse('>BdBBBB', ARGV[a + 1])
-  local state, mark, expires, due_at, observed, held, created, ttl, grace, parts, who, rare, line, at = parse(HOLD, text)
-  if state >= SETTLED then
+  local numbers = ARGV[a]
+  local state, amount, basis, estimated, by, failed, at_rare = parse('>BdBBBB', numbers, at)
+  local size, _, _, _, _, held, created, _, _, parts, who, rare, line = parse(HOLD, text)
+  if size < #text then
+    local _, mark = parse('>BB', text, size + 1)
     if by == BY_CALL and mark ~= CLOSED then
       return nil, RULES
     end
-    local _, _, at_receipt = parse('>I4c0I4c0', text, at)
-    return 'X' .. pack('>I4c0', #who, who) .. sub(text, at_receipt)
+    return pack('>cI4c0c0', 'X', #who, who, sub(text, size + 1))
   end
   local account = parse('>I4c0', who)
   local book, member = book_of(account), account_at(key)
@@ -207,8 +211,11 @@ local function finish(k, a)
   if book.is_moved and now >= book.change then
     return nil, LATER
   end
-  local ask = { now = now, is_settled = is_settled == 1, basis = basis, estimated = estimated, by = by, line = line }
-  local told, its_rare = ARGV[a + 2], ARGV[a + 3]
+  local ask = {
+    now = now, state = state, mark = by == BY_CALL and CLOSED or OPEN_TO_LATE, basis = basis, estimated = estimated,
+    by = by, line = line,
+  }
+  local told = ARGV[a + 1]
   local windows, pools_text, charge_key, idempotency_key = '', '', '', ''
   if rare ~= '' then
     windows, pools_text, charge_key, idempotency_key = parse(RARE, rare)
@@ -222,22 +229,22 @@ local function finish(k, a)
   if not receipt then
     return nil, RULES, true
   end
-  local new = ended_text(text, ask.is_settled and SETTLED or RELEASED, by, receipt)
+  local new = text .. receipt
   put(key, new)
   append(ended_live, account, member)
   push(ended, flt(now), member)
   if rare ~= '' then
     local reply, actual, from = '', {}, nil
-    if its_rare ~= '' then
-      reply, from = parse('>I4c0', its_rare)
-      while from <= #its_rare do
+    if at_rare <= #numbers then
+      reply, from = parse('>I4c0', numbers, at_rare)
+      while from <= #numbers do
         local meter, used
-        meter, used, from = parse('>I4c0d', its_rare, from)
+        meter, used, from = parse('>I4c0d', numbers, from)
         actual[meter] = used
       end
     end
     if idempotency_key ~= '' then
-      local _, _, _, _, charged = parse('>BBBBd', receipt)
+      local _, _, _, _, _, _, charged = parse('>BBBBBBd', receipt)
       answer_key(prefix .. 'i:' .. idempotency_key, member, failed == 1 and charged == 0, reply, who, receipt)
     end
     correct(windows, actual)
@@ -247,7 +254,7 @@ local function finish(k, a)
   end
   if told ~= '' then
     event_ids[#event_ids + 1] = member
-    push(events, member, pack('>ddBI4c0', now, 0, 1, #told, told) .. new)
+    push(events, member, pack(NEW_EVENT, now, 0, AS_HOLD, #told, told, new))
   end
-  return 'E' .. pack('>I4c0', #who, who) .. receipt
+  return pack('>cI4c0c0', 'E', #who, who, receipt)
 end
