@@ -110,9 +110,10 @@ class Batch:
 
     def take(self, replies: Sequence[Reply], meaning: Callable[[Exception], Exception]) -> None:
         """
-        Take in *replies* to the last `commands`.
+        Take in replies.
 
         Args:
+            replies: To the last `commands`.
             meaning: Makes the answer of an operation out of an error reply.
         """
         self._singly = self.is_busy = False

@@ -38,11 +38,10 @@ from asgi_metering.rules.windows import look, window_state
 from asgi_metering.sources import WALLET
 from asgi_metering.stores.redis.link import Command, Reply
 from asgi_metering.stores.redis.names import Names, escaped, restored
-from asgi_metering.stores.redis.packing import (
+from asgi_metering.stores.redis.packed import (
     BASES,
     ENDERS,
     WINDOW,
-    Packing,
     doubles,
     json_text,
     receipt_of,
@@ -50,6 +49,7 @@ from asgi_metering.stores.redis.packing import (
     who_of,
     words,
 )
+from asgi_metering.stores.redis.packing import Packing
 from asgi_metering.stores.redis.scripts import Scripts
 from asgi_metering.stores.redis.working_copy import take
 
@@ -96,6 +96,7 @@ class Calls:
         self._names = names
         self._packing = packing
         self._sha = scripts.sha
+        self._function = scripts.calls
         self._gates = (names.gate, halt)
         self._outbox = (*self._gates, names.events, names.event_order)
         # The same few accounts pay from the same few sources, until the calendar moves on.
@@ -128,7 +129,7 @@ class Calls:
         for own_keys, own_words in calls:
             keys += own_keys
             told += own_words
-        return ("EVALSHA", self._sha["calls"], len(keys), *keys, *told)
+        return ("FCALL", self._function, len(keys), *keys, *told)
 
     def command(self, operation: Operation, now: str, token: str) -> Command | None:
         """The command for an *operation* that has a script of its own; None if no script runs it."""
@@ -251,7 +252,7 @@ class Calls:
             else:
                 left = most - int(count)
                 resets = end - now if now > start else end - start
-                windows.append(WindowState(name, most, left if left > 0 else 0, resets, window_s, meter))
+                windows.append(WindowState(name, most, max(0, left), resets, window_s, meter))
         return tuple(windows)
 
     def _refused(self, ask: Admit, reply: Reply) -> Decision:

@@ -56,6 +56,7 @@ class Link:
         self._backoff_s = 0.0
         self._not_before = 0.0
         self._failure: BaseException | None = None
+        self._has_functions = True
 
     async def exchange(self, commands: Sequence[Command]) -> list[Reply]:
         """
@@ -68,12 +69,16 @@ class Link:
             ConfigurationError: The server refuses us: credentials, or what they may do.
         """
         async with self._turn:
+            if not self._has_functions:
+                commands = list(map(self._scripts.as_script, commands))
             replies = await self._once(commands)
             for _ in range(MAX_MOVES):
                 failed = [at for at, reply in enumerate(replies) if isinstance(reply, Exception)]
                 again = await self._mended([(at, replies[at]) for at in failed]) if failed else []
                 if not again:
                     break
+                if not self._has_functions:
+                    commands = list(map(self._scripts.as_script, commands))
                 for at, reply in zip(again, await self._once([commands[at] for at in again]), strict=True):
                     replies[at] = reply
             return replies
@@ -85,6 +90,12 @@ class Link:
         if lost:
             self._raise_errors(await self._once([("SCRIPT", "LOAD", text) for text in self._scripts.texts()]))
             return lost
+        unknown = [at for at, failure in failures if _is_of_functions(failure)]
+        if unknown:
+            (loaded,) = await self._once([("FUNCTION", "LOAD", "REPLACE", self._scripts.library)])
+            # A server before 7, or one that forbids it.
+            self._has_functions = not isinstance(loaded, Exception)
+            return unknown
         moved = [
             at
             for at, failure in failures
@@ -177,6 +188,15 @@ class Link:
         """Close the connection, after whoever uses it. Again changes nothing."""
         async with self._turn:
             await self._drop()
+
+
+def _is_of_functions(failure: Exception) -> bool:
+    """Whether the server does not know our function, or functions at all, or lets us call none."""
+    said = str(failure)
+    return said.startswith("Function not found") or ("fcall" in said.lower() and said.startswith(_NO_SUCH))
+
+
+_NO_SUCH = ("unknown command", "this user has no permissions", "User ", "NOPERM")
 
 
 async def _is_gone(connection: AbstractConnection) -> bool:

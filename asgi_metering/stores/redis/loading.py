@@ -29,7 +29,7 @@ from asgi_metering.rules.operations import (
     Undo,
 )
 from asgi_metering.rules.state import AccountKey, Hold
-from asgi_metering.stores.redis.packing import time_text
+from asgi_metering.stores.redis.packed import time_text
 from asgi_metering.stores.redis.working_copy import WorkingCopy
 
 __all__ = ["load", "load_overdue"]

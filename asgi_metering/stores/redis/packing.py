@@ -1,21 +1,18 @@
 """
-Packing: how each row is kept under its key, in bytes that scripts take apart with one call.
+Packing: how each row is kept under its key.
 
-Numbers are doubles, which are exact for every amount there is (2^53 - 1 smallest parts) and for every time; texts are
-their length and their bytes; what is JSON-safe is JSON. ``lua/common.lua`` has the same formats.
+What changes comes first and at a fixed place, names come last; ``lua/common.lua`` has the same formats. Knows what
+fields a row has, and nothing of who reads it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from struct import Struct
 from typing import Any
 
-from asgi_metering.amounts import MAX_AMOUNT
-from asgi_metering.errors import AmountError
-from asgi_metering.receipts import Basis, EndedBy, Entry, EntryKind, Part, Receipt, Source
+from asgi_metering.receipts import Basis, Entry
 from asgi_metering.rules.book import burn_order
 from asgi_metering.rules.hold import HoldState
 from asgi_metering.rules.state import (
@@ -31,190 +28,40 @@ from asgi_metering.rules.state import (
     PinnedWindow,
 )
 from asgi_metering.stores.redis.names import Names, escaped, restored
+from asgi_metering.stores.redis.packed import (
+    ACCOUNT,
+    AS_JSON,
+    BASES,
+    CHARGE_KEY,
+    DOUBLE,
+    ENDS,
+    ENTRY,
+    EVENT,
+    GRANT,
+    HOLD,
+    KINDS,
+    LIVES,
+    MAX_REMEMBERED,
+    PINNED,
+    WINDOW,
+    Unpacking,
+    basis_code,
+    exact,
+    json_text,
+    parts_of,
+    parts_packed,
+    receipt_of,
+    receipt_packed,
+    time_text,
+    who_of,
+    words,
+)
 
-__all__ = ["BASES", "ENDERS", "WINDOW", "Packing", "doubles", "exact", "json_text", "receipt_of", "time_text", "who_of", "words"]
+__all__ = ["Packing"]
 
 _loads = json.JSONDecoder().decode
 
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"{value!r} of type {type(value).__name__} is not JSON-safe. Convert it first.")
-
-
-def _json() -> Callable[[Any], str]:
-    make = json.encoder.c_make_encoder
-    if make is None:
-        return json.JSONEncoder(separators=(",", ":"), check_circular=False, default=_plain).encode
-    # An encoder of the json module makes this anew for each text, which takes longer than the text.
-    encode = make(None, _plain, json.encoder.encode_basestring_ascii, None, ":", ",", False, False, True)
-    return lambda value: "".join(encode(value, 0))
-
-
-json_text = _json()
-"""JSON text on one line."""
-
-MAX_REMEMBERED = 512
-"""Tuples remembered: most calls are paid from one grant."""
-
-ACCOUNT = Struct(">9d")
-GRANT = Struct(">10d")
-HOLD = Struct(">IB7d")
-RECEIPT = Struct(">BBBBBB6dI")
-"""The last number is the length of the id that follows."""
-
-PART = Struct(">Bdd")
-PINNED = Struct(">dd")
-ENTRY = Struct(">BBB4d")
-WINDOW = Struct(">4d")
-CHARGE_KEY = Struct(">dddB")
-EVENT = Struct(">ddB")
-DOUBLE = Struct(">d")
-_LENGTH = Struct(">I")
-
-LIVES = (HoldState.HELD, HoldState.IN_DOUBT)
-ENDS = (HoldState.SETTLED, HoldState.RELEASED)
-BASES = (None, Basis.USAGE, Basis.OBSERVED, Basis.ESTIMATE, Basis.HOLD, Basis.NONE)
-ENDERS = (EndedBy.CALL, EndedBy.POLICY, EndedBy.PERSON)
-SOURCES = (Source.GRANT, Source.ALLOWANCE, Source.DEBT)
-KINDS = tuple(EntryKind)
-"""Each is kept as its place here; new ones come last."""
-
-HAS_AVAILABLE, HAS_ENTRY, HAS_LATE = 1, 2, 4
-"""Which numbers of a receipt are there."""
-
-AS_JSON, AS_HOLD = 0, 1
-"""How an event's payload is kept: as it is, or as the hold that it tells of, with what the end said."""
-
-
-def exact(amount: int) -> int:
-    """
-    *amount*, if it is counted exactly.
-
-    Raises:
-        AmountError: Beyond what scripts count exactly.
-    """
-    if not -MAX_AMOUNT <= amount <= MAX_AMOUNT:
-        raise AmountError(
-            f"The store would have to keep {amount} smallest parts, and it counts exactly up to {MAX_AMOUNT}. "
-            f"Declare the unit with a smaller scale."
-        )
-    return amount
-
-
-def time_text(seconds: float) -> str:
-    """A time as a score, with all its digits; infinity is ``inf``."""
-    return repr(float(seconds))
-
-
-def words(*texts: str | bytes) -> bytes:
-    """Texts, each after its length."""
-    packed = []
-    for text in texts:
-        raw = text if isinstance(text, bytes) else text.encode()
-        packed.append(_LENGTH.pack(len(raw)))
-        packed.append(raw)
-    return b"".join(packed)
-
-
-def doubles(numbers: Iterable[float]) -> bytes:
-    """Numbers, one after the other."""
-    return b"".join(map(DOUBLE.pack, numbers))
-
-
-class _Unpacking:
-    """One row while it is taken apart, from its beginning on."""
-
-    __slots__ = ("at", "raw")
-
-    def __init__(self, raw: bytes, at: int = 0) -> None:
-        self.raw = raw
-        self.at = at
-
-    def __bool__(self) -> bool:
-        return self.at < len(self.raw)
-
-    def numbers(self, kind: Struct) -> tuple[Any, ...]:
-        at = self.at
-        self.at = at + kind.size
-        return kind.unpack_from(self.raw, at)
-
-    def word(self) -> bytes:
-        (length,) = self.numbers(_LENGTH)
-        at = self.at
-        self.at = at + length
-        return self.raw[at : self.at]
-
-    def text(self) -> str:
-        return self.word().decode()
-
-    def name(self) -> str:
-        return restored(self.word().decode())
-
-    def rest(self) -> bytes:
-        return self.raw[self.at :]
-
-
-def _parts(parts: Iterable[Part]) -> bytes:
-    return b"".join(
-        PART.pack(SOURCES.index(part.source), part.start, exact(part.amount)) + words(escaped(part.name))
-        for part in parts
-    )
-
-
-@lru_cache(maxsize=MAX_REMEMBERED)
-def _parts_of(raw: bytes) -> tuple[Part, ...]:
-    parts = []
-    row = _Unpacking(raw)
-    while row:
-        source, start, amount = row.numbers(PART)
-        parts.append(Part(SOURCES[source], row.name(), start, int(amount)))
-    return tuple(parts)
-
-
 _policy = lru_cache(maxsize=MAX_REMEMBERED)(words)
-
-
-def _known(value: Basis | None) -> int:
-    return BASES.index(value)
-
-
-def _receipt(row: Receipt, state: HoldState) -> bytes:
-    known = HAS_AVAILABLE * (row.available is not None) + HAS_ENTRY * (row.entry is not None)
-    known += HAS_LATE * (row.late is not None)
-    # Whether the call's own end may still come after another one.
-    is_closed = row.ended_by is EndedBy.CALL or row.late is not None
-    codes = (ENDS.index(state), is_closed, _known(row.basis), row.estimated, ENDERS.index(row.ended_by), known)
-    amounts = (row.amount, row.held, row.available or 0)
-    numbers = (*map(exact, amounts), row.at, row.entry or 0, exact(row.late or 0))
-    call_id = escaped(row.id).encode()
-    return RECEIPT.pack(*codes, *numbers, len(call_id)) + call_id + words(_parts(row.parts))
-
-
-def receipt_of(raw: bytes, payer: str, unit: str, at: int = 0) -> Receipt | None:
-    """The receipt that begins at *at*; None where nothing does."""
-    if at == len(raw):
-        return None
-    _, _, basis, estimated, by, known, amount, held, available, time, entry, late, length = RECEIPT.unpack_from(raw, at)
-    at += RECEIPT.size
-    parts = at + length + _LENGTH.size
-    return Receipt(
-        restored(raw[at : at + length].decode()),
-        payer,
-        unit,
-        int(amount),
-        int(held),
-        BASES[basis] or Basis.NONE,
-        estimated == 1,
-        ENDERS[by],
-        _parts_of(raw[parts:]),
-        int(available) if known & HAS_AVAILABLE else None,
-        time,
-        int(entry) if known & HAS_ENTRY else None,
-        True,
-        int(late) if known & HAS_LATE else None,
-    )
 
 
 class Packing:
@@ -239,12 +86,14 @@ class Packing:
     def account_of(self, key: str, raw: bytes) -> tuple[Account, list[Grant]]:
         """The account and its open grants."""
         payer, unit = self.names.pair(key)
-        row = _Unpacking(raw)
+        row = Unpacking(raw)
         *sums, change, due, seen = row.numbers(ACCOUNT)
         grants = []
         while row:
             grants.append(_grant_of(row, payer, unit))
-        return Account(payer, unit, *map(int, sums), change, due, seen), grants
+        granted, settled, held, expired, debt, entries = map(int, sums)
+        account = Account(payer, unit, granted, settled, held, expired, debt, entries, change, due, seen)
+        return account, grants
 
     def grant(self, row: Grant) -> bytes:
         """One grant."""
@@ -254,23 +103,24 @@ class Packing:
 
     def grant_of(self, payer: str, unit: str, raw: bytes) -> Grant:
         """The grant of *payer* in *unit*."""
-        return _grant_of(_Unpacking(raw), payer, unit)
+        return _grant_of(Unpacking(raw), payer, unit)
 
     # -- holds ---------------------------------------------------------------------------------------------
 
     def hold(self, row: Hold) -> bytes:
         """A hold: what changes first, what admission decided, what the call brought, the receipt last."""
         numbers = (row.expires_at, row.due_at, exact(row.observed), exact(row.amount), row.created_at)
-        rest = words(_parts(row.parts), self.who(row.payer, row.unit, row.group), self._rare(row)) + self.kept(row)
+        rest = words(parts_packed(row.parts), self.who(row.payer, row.unit, row.group), self._rare(row)) + self.kept(
+            row
+        )
         is_in_doubt = row.state is HoldState.IN_DOUBT
         first = HOLD.pack(HOLD.size + len(rest), is_in_doubt, *numbers, row.ttl_s, row.grace_s)
-        return first + rest + (b"" if row.receipt is None else _receipt(row.receipt, row.state))
+        return first + rest + (b"" if row.receipt is None else receipt_packed(row.receipt, row.state))
 
     @staticmethod
     def kept(row: Any) -> bytes:
-        """What a hold keeps as the call brought it: line, basis in doubt and facts, of the hold or of its admission."""
-        facts = json_text(row.facts).encode()
-        return _policy(row.line, str(row.in_doubt)) + _LENGTH.pack(len(facts)) + facts
+        """What a hold keeps as the call brought it: line, basis in doubt and facts; *row* is a hold or its admission."""
+        return _policy(row.line, str(row.in_doubt)) + words(json_text(row.facts))
 
     def who(self, payer: str, unit: str, group: str) -> bytes:
         """Who pays."""
@@ -286,11 +136,11 @@ class Packing:
 
     def hold_of(self, call_id: str, raw: bytes) -> Hold:
         """The hold of *call_id*."""
-        row = _Unpacking(raw)
+        row = Unpacking(raw)
         size, is_in_doubt, expires, due, observed, amount, created, ttl, grace = row.numbers(HOLD)
         parts, who, rare, line, in_doubt, facts = (row.word() for _ in range(6))
         payer, unit, group = who_of(who)
-        more = _Unpacking(rare)
+        more = Unpacking(rare)
         windows, pools = (more.word(), more.word()) if more else (b"", b"")
         charge_key, idempotency_key = (more.name(), more.name()) if more else ("", "")
         return Hold(
@@ -298,7 +148,7 @@ class Packing:
             payer,
             unit,
             int(amount),
-            _parts_of(parts),
+            parts_of(parts),
             LIVES[is_in_doubt] if size == len(raw) else ENDS[raw[size]],
             created,
             expires,
@@ -355,11 +205,11 @@ class Packing:
         who = b"" if receipt is None else self.who(receipt.payer, receipt.unit, "")
         first = DOUBLE.pack(row.expires_at) + words(escaped(row.call), row.fingerprint, reply, who)
         # What became of the hold is nobody's question here.
-        return first if receipt is None else first + _receipt(receipt, HoldState.SETTLED)
+        return first if receipt is None else first + receipt_packed(receipt, HoldState.SETTLED)
 
     def idempotency_of(self, key: str, raw: bytes) -> IdempotencyKey:
         """The idempotency key."""
-        row = _Unpacking(raw)
+        row = Unpacking(raw)
         (expires,) = row.numbers(DOUBLE)
         call, fingerprint, reply, who = row.name(), row.text(), row.text(), row.word()
         payer, unit, _ = who_of(who) if who else ("", "", "")
@@ -384,16 +234,16 @@ class Packing:
 
     def entry(self, row: Entry) -> bytes:
         """A ledger line, without the account whose list it is in."""
-        codes = (KINDS.index(row.kind), _known(row.basis), row.estimated)
+        codes = (KINDS.index(row.kind), basis_code(row.basis), row.estimated)
         numbers = (row.number, row.at, exact(row.amount), exact(row.available))
-        texts = words(escaped(row.ref), row.line, _parts(row.parts), row.actor, row.id)
+        texts = words(escaped(row.ref), row.line, parts_packed(row.parts), row.actor, row.id)
         return ENTRY.pack(*codes, *numbers) + texts
 
     def entry_of(self, account: str, raw: bytes) -> Entry:
         """The ledger line of *account*."""
-        row = _Unpacking(raw)
+        row = Unpacking(raw)
         kind, basis, estimated, number, at, amount, available = row.numbers(ENTRY)
-        ref, line, parts, actor, posting = row.name(), row.text(), _parts_of(row.word()), row.text(), row.text()
+        ref, line, parts, actor, posting = row.name(), row.text(), parts_of(row.word()), row.text(), row.text()
         payer, unit = self.names.pair(account)
         return Entry(
             payer,
@@ -421,14 +271,14 @@ class Packing:
         at, claimed_until, kept_as = EVENT.unpack_from(raw)
         if kept_as == AS_JSON:
             return Event(event_id, at, _loads(raw[EVENT.size :].decode()), claimed_until)
-        row = _Unpacking(raw, EVENT.size)
+        row = Unpacking(raw, EVENT.size)
         told = _loads(row.text())
         return Event(event_id, at, _told(self.hold_of(event_id, row.rest()), told), claimed_until)
 
 
-def _grant_of(row: _Unpacking, payer: str, unit: str) -> Grant:
+def _grant_of(row: Unpacking, payer: str, unit: str) -> Grant:
     amount, priority, begins, ends, number, settled, held, expired, begun, back = row.numbers(GRANT)
-    grant_id, names = row.name(), _Unpacking(row.word())
+    grant_id, names = row.name(), Unpacking(row.word())
     return Grant(
         payer,
         unit,
@@ -449,7 +299,7 @@ def _grant_of(row: _Unpacking, payer: str, unit: str) -> Grant:
 
 
 def _pinned_of(raw: bytes) -> Iterable[PinnedWindow]:
-    row = _Unpacking(raw)
+    row = Unpacking(raw)
     while row:
         start, taken = row.numbers(PINNED)
         meter = row.text()
@@ -457,17 +307,9 @@ def _pinned_of(raw: bytes) -> Iterable[PinnedWindow]:
 
 
 def _names_of(raw: bytes) -> Iterable[str]:
-    row = _Unpacking(raw)
+    row = Unpacking(raw)
     while row:
         yield row.name()
-
-
-@lru_cache(maxsize=MAX_REMEMBERED)
-def who_of(raw: bytes) -> tuple[str, str, str]:
-    """Payer, unit and group of who pays."""
-    row = _Unpacking(raw)
-    row.word()
-    return row.text(), row.text(), row.text()
 
 
 def _told(hold: Hold, told: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -489,5 +331,3 @@ def _told(hold: Hold, told: Mapping[str, Any]) -> Mapping[str, Any]:
         "estimated": receipt.estimated,
         "ended_at": receipt.at,
     }
-
-

@@ -19,8 +19,8 @@ from asgi_metering.stores.contract import (
 )
 from asgi_metering.stores.redis.link import Link, Reply
 from asgi_metering.stores.redis.names import GLUE, Names, escaped, restored
-from asgi_metering.stores.redis.scripts import Scripts
 from asgi_metering.stores.redis.packing import Packing
+from asgi_metering.stores.redis.scripts import Scripts
 from asgi_metering.stores.redis.working_copy import WorkingCopy
 
 __all__ = ["Reader"]

@@ -22,11 +22,12 @@ from asgi_metering.stores.redis.checks import check_server
 from asgi_metering.stores.redis.link import Link
 from asgi_metering.stores.redis.loading import load
 from asgi_metering.stores.redis.names import Names
+from asgi_metering.stores.redis.packed import time_text
+from asgi_metering.stores.redis.packing import Packing
 from asgi_metering.stores.redis.places import Place, driver
 from asgi_metering.stores.redis.reading import Reader
 from asgi_metering.stores.redis.scripts import Scripts
 from asgi_metering.stores.redis.sweeping import sweep
-from asgi_metering.stores.redis.packing import Packing, time_text
 from asgi_metering.stores.redis.transaction import Mistake, Transactions
 from asgi_metering.stores.redis.working_copy import WorkingCopy
 

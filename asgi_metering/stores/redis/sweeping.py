@@ -15,7 +15,7 @@ from asgi_metering.rules.settlement import end_overdue
 from asgi_metering.rules.state import AccountKey, Change, Table
 from asgi_metering.stores.redis.loading import load_overdue
 from asgi_metering.stores.redis.names import Names
-from asgi_metering.stores.redis.packing import time_text
+from asgi_metering.stores.redis.packed import time_text
 from asgi_metering.stores.redis.transaction import Transactions
 from asgi_metering.stores.redis.working_copy import WorkingCopy
 

@@ -18,8 +18,8 @@ from asgi_metering.errors import StoreContendedError
 from asgi_metering.rules.state import Change
 from asgi_metering.stores.redis.link import Command, Link, Reply
 from asgi_metering.stores.redis.names import Names
-from asgi_metering.stores.redis.scripts import Scripts
 from asgi_metering.stores.redis.packing import Packing
+from asgi_metering.stores.redis.scripts import Scripts
 from asgi_metering.stores.redis.working_copy import WorkingCopy
 
 __all__ = ["Transactions"]

@@ -23,7 +23,8 @@ from asgi_metering.rules.state import (
 )
 from asgi_metering.stores.redis.link import Command, Link, Reply
 from asgi_metering.stores.redis.names import GLUE, Names, escaped, restored, start_text
-from asgi_metering.stores.redis.packing import Packing, time_text
+from asgi_metering.stores.redis.packed import time_text
+from asgi_metering.stores.redis.packing import Packing
 
 __all__ = ["WorkingCopy", "take"]
 

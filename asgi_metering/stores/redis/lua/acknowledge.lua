@@ -1,6 +1,6 @@
 -- Forget events. KEYS: gate, halt, events, their order. ARGV: time, token, ids.
 local row = call('MGET', KEYS[1], KEYS[2])
-local stop = stopped(row[1], row[2], ARGV[2])
+local stop = M.stopped(row[1], row[2], ARGV[2])
 if stop then
   return stop
 end

@@ -4,14 +4,24 @@
 -- Answers 'A' and what it took, 'J' and whose key it joined, or {'R', rows} if it may not run: why, the rules say from
 -- these rows. Answers nothing, and why, if it could not be decided here.
 
-local FIXED, CALENDAR, SLIDING = 0, 1, 2
-local A_WALLET, A_CALENDAR, A_ROLLING = 0, 1, 2
+CODE.FIXED, CODE.CALENDAR, CODE.SLIDING = 0, 1, 2
+CODE.A_WALLET, CODE.A_CALENDAR, CODE.A_ROLLING = 0, 1, 2
 
--- Limits and sources come again and again: each is read once for all calls.
-local known_limits, known_sources = {}, {}
+-- Limits and sources come again and again: each is read once, and remembered up to a bound.
+local REMEMBERED = 1000
+local known = { count = 0, limits = {}, sources = {} }
 
-local function limits_of(text)
-  local limits = known_limits[text]
+local function remember(kind, text, told)
+  if known.count == REMEMBERED then
+    known.count, known.limits, known.sources = 0, {}, {}
+  end
+  known.count = known.count + 1
+  known[kind][text] = told
+  return told
+end
+
+function M.limits_of(text)
+  local limits = known.limits[text]
   if limits then
     return limits
   end
@@ -20,51 +30,50 @@ local function limits_of(text)
   while at <= #text do
     local limit, bounds = {}, nil
     limit.kind, limit.limit, limit.window, limit.cost, limit.meter, bounds, at = parse('>BdddI4c0I4c0', text, at)
-    limit.bounds = doubles_of(bounds)
+    limit.bounds = M.doubles_of(bounds)
     limits[#limits + 1] = limit
   end
-  known_limits[text] = limits
-  return limits
+  return remember('limits', text, limits)
 end
 
-local function sources_of(text)
-  local sources = known_sources[text]
+function M.sources_of(text)
+  local sources = known.sources[text]
   if sources then
     return sources
   end
   sources = { keys = 0 }
   local at = 1
   while at <= #text do
-    local source, span = {}, nil
-    source.kind, source.first, source.split, source.limit, source.account, source.own, source.who, source.name, span, at =
-      parse('>BBBdHHI4c0I4c0I4c0', text, at)
-    source.first, source.split, source.span = source.first == 1, source.split == 1, doubles_of(span)
-    source.index = #sources + 1
+    local kind, first, split, limit, account, own, who, name, span
+    kind, first, split, limit, account, own, who, name, span, at = parse('>BBBdHHI4c0I4c0I4c0', text, at)
+    local source = {
+      kind = kind, first = first == 1, split = split == 1, limit = limit, account = account, own = own, who = who,
+      name = name, span = M.doubles_of(span), index = #sources + 1,
+    }
     sources[source.index] = source
     if source.account > 0 then
       sources.keys = max(sources.keys, source.account)
     end
-    if source.kind ~= A_WALLET then
-      sources.keys = max(sources.keys, source.own + (source.kind == A_CALENDAR and #source.span - 1 or 0))
+    if source.kind ~= CODE.A_WALLET then
+      sources.keys = max(sources.keys, source.own + (source.kind == CODE.A_CALENDAR and #source.span - 1 or 0))
     end
   end
-  sources.is_plain = #sources == 1 and sources[1].kind == A_WALLET and sources[1].account == 0
-  known_sources[text] = sources
-  return sources
+  sources.is_plain = #sources == 1 and sources[1].kind == CODE.A_WALLET and sources[1].account == 0
+  return remember('sources', text, sources)
 end
 
-local function account_at(key)
-  return sub(key, #prefix + 3)
+function M.account_at(key)
+  return sub(key, #work.prefix + 3)
 end
 
 -- What the rules need to say why: all rows of the call as they are now, and how many leases of each pool live.
-local function refused(ask, counts)
+function M.refused(ask, counts)
   local found = {}
   for i = 1, ask.n_keys do
-    local key = KEYS[ask.k + i]
-    local account = match(key, '^a:(.*)$', #prefix + 1)
-    local book = account and books[account]
-    found[i] = book and (book.is_moved or book.is_due_new) and book_text(book) or rows[key]
+    local key = keys[ask.k + i]
+    local account = match(key, '^a:(.*)$', #work.prefix + 1)
+    local book = account and work.books[account]
+    found[i] = book and (book.is_moved or book.is_due_new) and M.book_text(book) or work.rows[key]
   end
   return { 'R', pack('>d', ask.now), counts, found, ask.further or {} }
 end
@@ -72,20 +81,20 @@ end
 -- -- rate limits --------------------------------------------------------------------------------------------
 
 -- What one limit's counter would be after this call: its row, start, end, used before; nothing outside its calendar.
-local function counted(limit, text, now)
+function M.counted(limit, text, now)
   local window = limit.window
   local start, finish, count, previous, used = now, now + window, 0, 0, nil
   local c_start, c_end, c_used, c_previous
   if text then
-    c_start, c_end, c_used, c_previous = parse(WINDOW, text)
+    c_start, c_end, c_used, c_previous = parse(AS.WINDOW, text)
   end
-  if limit.kind == FIXED then
+  if limit.kind == CODE.FIXED then
     if text and now < c_end then
       start, finish, count = c_start, c_end, c_used
     end
     used = count
-  elseif limit.kind == CALENDAR then
-    local _, from, to = pick(limit.bounds, now)
+  elseif limit.kind == CODE.CALENDAR then
+    local _, from, to = M.pick(limit.bounds, now)
     if not from then
       return nil
     end
@@ -111,53 +120,53 @@ local function counted(limit, text, now)
     used = floor(previous * (finish - at) / window) + count
   end
   local is_new = c_start ~= start or c_end ~= finish
-  return pack(WINDOW, start, finish, count + limit.cost, previous), start, finish, used, count, is_new
+  return pack(AS.WINDOW, start, finish, count + limit.cost, previous), start, finish, used, count, is_new
 end
 
 -- -- sources ------------------------------------------------------------------------------------------------
 
-local function window_of(ask, source)
+function M.window_of(ask, source)
   local own, now = ask.base + source.own, ask.now
   local start, finish, key, text
-  if source.kind == A_CALENDAR then
+  if source.kind == CODE.A_CALENDAR then
     local index
-    index, start, finish = pick(source.span, now)
+    index, start, finish = M.pick(source.span, now)
     if not index then
       return nil
     end
-    key = KEYS[own + index]
-    text = rows[key]
+    key = keys[own + index]
+    text = work.rows[key]
   else
-    local bucket = KEYS[own]
-    local before = prefix .. 'w:' .. sub(bucket, #prefix + 3) .. GLUE
-    local latest = rows[bucket]
+    local bucket = keys[own]
+    local before = work.prefix .. 'w:' .. sub(bucket, #work.prefix + 3) .. CODE.GLUE
+    local latest = work.rows[bucket]
     if latest then
       key = before .. latest
-      text = fetch(key)
+      text = M.fetch(key)
       ask.further = ask.further or {}
       ask.further[#ask.further + 1] = key
       ask.further[#ask.further + 1] = text
-      start, finish = parse(WINDOW, text)
+      start, finish = parse(AS.WINDOW, text)
     end
     if not latest or now > finish then
       start, finish = now, now + source.span[1]
-      key, text = before .. flt(start), false
+      key, text = before .. M.flt(start), false
     end
   end
   local window = { key = key, start = start, finish = finish, settled = 0, held = 0, is_new = not text }
   if text then
-    window.start, window.finish, window.settled, window.held = parse(WINDOW, text)
+    window.start, window.finish, window.settled, window.held = parse(AS.WINDOW, text)
   end
   return window
 end
 
 -- What the source could give; nothing where its calendar does not cover now.
-local function offer_of(ask, source, book)
+function M.offer_of(ask, source, book)
   local window, can
-  if source.kind == A_WALLET then
-    can = available(book) + source.limit
+  if source.kind == CODE.A_WALLET then
+    can = M.available(book) + source.limit
   else
-    window = window_of(ask, source)
+    window = M.window_of(ask, source)
     if not window then
       return nil
     end
@@ -167,7 +176,7 @@ local function offer_of(ask, source, book)
 end
 
 -- Those of a split group's offers that give something, or the first one that owes nothing where nothing is taken.
-local function together(ask, offers)
+function M.together(ask, offers)
   local giving, sum = {}, 0
   for _, offer in ipairs(offers) do
     if offer.can > 0 then
@@ -185,25 +194,25 @@ local function together(ask, offers)
   end
 end
 
-local function account_of(ask, source)
-  return account_at(source.account > 0 and KEYS[ask.base + source.account] or KEYS[ask.k + 2])
+function M.account_of(ask, source)
+  return M.account_at(source.account > 0 and keys[ask.base + source.account] or keys[ask.k + 2])
 end
 
 -- The first payer object that can pay takes the whole call: its book, and its sources that give. Without a book, why:
 -- nothing if none can pay.
-local function first_group(ask, sources)
+function M.first_group(ask, sources)
   local i = 1
   while i <= #sources do
-    local book = book_at(account_of(ask, sources[i]), ask.now)
+    local book = M.book_at(M.account_of(ask, sources[i]), ask.now)
     if not book then
-      return nil, LATER
+      return nil, CODE.LATER
     end
     local offers, known, is_split, giving = {}, {}, false, nil
     repeat
       local source = sources[i]
-      local offer = offer_of(ask, source, book)
+      local offer = M.offer_of(ask, source, book)
       if not offer then
-        forget(book)
+        M.forget(book)
         return nil
       end
       if offer.fits and not source.split then
@@ -218,36 +227,36 @@ local function first_group(ask, sources)
       end
       i = i + 1
     until i > #sources or sources[i].first
-    giving = giving or is_split and together(ask, offers)
+    giving = giving or is_split and M.together(ask, offers)
     if giving then
       return book, giving
     end
-    forget(book)
+    M.forget(book)
   end
   return nil
 end
 
 -- Hold up to the whole amount, of each offer in turn what it has. Returns the parts, what is held, what the last source
 -- has left, and which one that is.
-local function take(ask, book, offers)
+function M.take(ask, book, offers)
   local parts, left, left_there, last = {}, ask.amount, nil, nil
   for _, offer in ipairs(offers) do
     local some, window = min(left, offer.can), offer.window
     if window then
-      parts[#parts + 1] = pack(PART, FROM_ALLOWANCE, window.start, some, #offer.source.name, offer.source.name)
-      put(window.key, pack(WINDOW, window.start, window.finish, window.settled, window.held + some))
+      parts[#parts + 1] = pack(AS.PART, CODE.FROM_ALLOWANCE, window.start, some, #offer.source.name, offer.source.name)
+      M.put(window.key, pack(AS.WINDOW, window.start, window.finish, window.settled, window.held + some))
       if window.is_new then
-        local bucket, start = match(sub(window.key, #prefix + 3), '^(.*)\31([^\31]*)$')
+        local bucket, start = match(sub(window.key, #work.prefix + 3), '^(.*)\31([^\31]*)$')
         local account, name = match(bucket, '^(.*\31.*)\31([^\31]*)$')
-        push(past_windows, flt(window.finish), window.key)
-        append(windows_of, account, name .. GLUE .. start)
-        local latest = fetch(prefix .. 'W:' .. bucket)
+        M.push(work.past_windows, M.flt(window.finish), window.key)
+        M.append(work.windows_of, account, name .. CODE.GLUE .. start)
+        local latest = M.fetch(work.prefix .. 'W:' .. bucket)
         if not latest or window.start >= tonumber(latest) then
-          put(prefix .. 'W:' .. bucket, start)
+          M.put(work.prefix .. 'W:' .. bucket, start)
         end
       end
     else
-      book_hold(book, some, parts)
+      M.book_hold(book, some, parts)
     end
     left = left - some
     last = offer.source.index
@@ -256,29 +265,29 @@ local function take(ask, book, offers)
       break
     end
   end
-  return concat(parts), ask.amount - left, left_there or available(book), last
+  return concat(parts), ask.amount - left, left_there or M.available(book), last
 end
 
 -- -- the call -----------------------------------------------------------------------------------------------
 
-local function hold_text(ask, parts, held, who, rare, expires, due_at)
+function M.hold_text(ask, parts, held, who, rare, expires, due_at)
   return pack(
-    NEW_HOLD, NEW_HOLD_SIZE + #parts + #who + #rare + #ask.kept, 0, expires, due_at, 0, held, ask.now, ask.ttl, ask.grace,
-    #parts, parts, #who, who, #rare, rare, ask.kept
+    AS.NEW_HOLD, CODE.NEW_HOLD_SIZE + #parts + #who + #rare + #ask.kept, 0, expires, due_at, 0, held, ask.now, ask.ttl,
+    ask.grace, #parts, parts, #who, who, #rare, rare, ask.kept
   )
 end
 
 -- Looks at the calls of an account that are overdue: none is, or the rules have to end them.
-local function is_due(book, now)
+function M.is_due(book, now)
   if book.due > now then
     return nil
   end
-  if live[book.account] or ended_live[book.account] then
-    return LATER
+  if work.live[book.account] or work.ended_live[book.account] then
+    return CODE.LATER
   end
-  local first = call('ZRANGE', prefix .. 'l:' .. book.account, 0, 0, 'WITHSCORES')
+  local first = call('ZRANGE', work.prefix .. 'l:' .. book.account, 0, 0, 'WITHSCORES')
   if first[2] and tonumber(first[2]) <= now then
-    return RULES
+    return CODE.RULES
   end
   book.due = tonumber(first[2] or 'inf')
   book.is_due_new = true
@@ -286,12 +295,12 @@ end
 
 -- The first call of a key's window pays for all, the others join it free. Returns what `take` does, after the book and
 -- who pays; or the key's row and who pays, for a call that joins.
-local function by_key(ask, sources, kind, span, at)
+function M.by_key(ask, sources, kind, span, at)
   local start, finish = ask.now, nil
-  local bounds = doubles_of(span)
-  if kind == CALENDAR then
+  local bounds = M.doubles_of(span)
+  if kind == CODE.CALENDAR then
     local index
-    index, start, finish = pick(bounds, ask.now)
+    index, start, finish = M.pick(bounds, ask.now)
     if not index then
       return nil
     end
@@ -299,46 +308,46 @@ local function by_key(ask, sources, kind, span, at)
   else
     finish = ask.now + bounds[1]
   end
-  local key = KEYS[at]
-  local known = rows[key]
+  local key = keys[at]
+  local known = work.rows[key]
   if known then
-    local k_start, k_end, members, settled, place = parse(CHARGE_KEY, known)
-    if kind == CALENDAR or ask.now < k_end or (settled == 0 and members > 0) then
-      return { key = key, text = pack(CHARGE_KEY, k_start, k_end, members + 1, settled) .. sub(known, place),
-        hold = prefix .. 'h:' .. sub(known, place) }
+    local k_start, k_end, members, settled, place = parse(AS.CHARGE_KEY, known)
+    if kind == CODE.CALENDAR or ask.now < k_end or (settled == 0 and members > 0) then
+      return { key = key, text = pack(AS.CHARGE_KEY, k_start, k_end, members + 1, settled) .. sub(known, place),
+        hold = work.prefix .. 'h:' .. sub(known, place) }
     end
   end
   return { key = key, start = start, finish = finish }
 end
 
-local function admit(k, a, n_keys, at)
-  local numbers = ARGV[a]
+function M.admit(k, a, n_keys, at)
+  local numbers = args[a]
   local amount, minimum, ttl, grace, at_rare = parse('>dddd', numbers, at)
-  if rows[KEYS[k + 1]] then
+  if work.rows[keys[k + 1]] then
     -- The same id again: the reply was lost, not the decision.
-    return nil, RULES
+    return nil, CODE.RULES
   end
-  local limits, sources = limits_of(ARGV[a + 1]), sources_of(ARGV[a + 2])
-  local who = ARGV[a + 3]
+  local limits, sources = M.limits_of(args[a + 1]), M.sources_of(args[a + 2])
+  local who = args[a + 3]
   local ask = {
     k = k, n_keys = n_keys, base = k + n_keys - sources.keys, amount = amount, minimum = minimum, ttl = ttl,
-    grace = grace, kept = ARGV[a + 4], now = 0, further = false,
+    grace = grace, kept = args[a + 4], now = 0, further = false,
   }
-  local account = account_at(KEYS[k + 2])
-  local own = book_of(account)
-  local now = max(now_is, own.seen)
+  local account = M.account_at(keys[k + 2])
+  local own = M.book_of(account)
+  local now = max(work.now_is, own.seen)
   if not sources.is_plain then
     for _, source in ipairs(sources) do
-      now = max(now, book_of(account_of(ask, source)).seen)
+      now = max(now, M.book_of(M.account_of(ask, source)).seen)
     end
     for _, source in ipairs(sources) do
-      local why = is_due(book_of(account_of(ask, source)), now)
+      local why = M.is_due(M.book_of(M.account_of(ask, source)), now)
       if why then
         return nil, why
       end
     end
   end
-  local why = is_due(own, now)
+  local why = M.is_due(own, now)
   if why then
     return nil, why
   end
@@ -358,12 +367,12 @@ local function admit(k, a, n_keys, at)
       leases[#leases + 1] = pool
     end
     if claim == 1 then
-      idempotency_key = KEYS[extra]
-      local row = rows[idempotency_key]
+      idempotency_key = keys[extra]
+      local row = work.rows[idempotency_key]
       if row then
-        local expires, _, _, _, _, at_receipt = parse(IDEMPOTENCY, row)
+        local expires, _, _, _, _, at_receipt = parse(AS.IDEMPOTENCY, row)
         if at_receipt > #row or expires > now then
-          return refused(ask, counts)
+          return M.refused(ask, counts)
         end
       end
       extra = extra + 1
@@ -375,8 +384,8 @@ local function admit(k, a, n_keys, at)
   local counters, pinned, is_stale, is_spent = { '' }, nil, false, false
   local past = {}
   for i, limit in ipairs(limits) do
-    local key = KEYS[k + 2 + i]
-    local row, start, finish, used, count, is_new = counted(limit, rows[key], now)
+    local key = keys[k + 2 + i]
+    local row, start, finish, used, count, is_new = M.counted(limit, work.rows[key], now)
     if not row then
       is_stale = true
       break
@@ -385,29 +394,29 @@ local function admit(k, a, n_keys, at)
     if used + limit.cost > limit.limit then
       is_spent = true
     end
-    if count + limit.cost > MAX_AMOUNT then
-      return nil, RULES
+    if count + limit.cost > CODE.MAX_AMOUNT then
+      return nil, CODE.RULES
     end
     if is_new then
-      push(past, flt(finish + (finish - start)), key)
+      M.push(past, M.flt(finish + (finish - start)), key)
     end
     if limit.meter ~= '' then
-      local counter = account_at(key)
-      pinned = (pinned or '') .. pack(PINNED, start, limit.cost, #limit.meter, limit.meter, #counter, counter)
+      local counter = M.account_at(key)
+      pinned = (pinned or '') .. pack(AS.PINNED, start, limit.cost, #limit.meter, limit.meter, #counter, counter)
     end
   end
   if is_stale then
-    return refused(ask, counts)
+    return M.refused(ask, counts)
   end
   local is_full = false
   for i, pool in ipairs(leases) do
-    counts[i] = live_leases(pool.key, now)
+    counts[i] = M.live_leases(pool.key, now)
     if counts[i] >= pool.limit then
       is_full = true
     end
   end
   if is_full or is_spent then
-    return refused(ask, counts)
+    return M.refused(ask, counts)
   end
 
   -- Sources.
@@ -418,42 +427,42 @@ local function admit(k, a, n_keys, at)
   else
     is_held = true
     if charge_kind > 0 then
-      key = by_key(ask, sources, charge_kind, charge_span, extra)
+      key = M.by_key(ask, sources, charge_kind, charge_span, extra)
       if not key then
-        return refused(ask, counts)
+        return M.refused(ask, counts)
       end
       joined = key.text
-      if not joined and fetch(KEYS[k + 1] .. ':key') then
+      if not joined and M.fetch(keys[k + 1] .. ':key') then
         -- An id that comes again long after: what it left behind has to go first.
-        return nil, RULES
+        return nil, CODE.RULES
       end
     end
     if not joined then
       if sources.is_plain then
         local source = sources[1]
-        book = book_at(account, now)
+        book = M.book_at(account, now)
         if not book then
-          return nil, LATER
+          return nil, CODE.LATER
         end
-        local can = available(book) + source.limit
+        local can = M.available(book) + source.limit
         if min(amount, can) >= minimum then
           giving = { { source = source, can = can } }
         else
-          forget(book)
+          M.forget(book)
           book = nil
         end
       else
-        book, giving = first_group(ask, sources)
+        book, giving = M.first_group(ask, sources)
         if not book and giving then
           return nil, giving
         end
       end
       if not book then
-        return refused(ask, counts)
+        return M.refused(ask, counts)
       end
-      if not is_exact(book, amount) then
-        forget(book)
-        return nil, RULES
+      if not M.is_exact(book, amount) then
+        M.forget(book)
+        return nil, CODE.RULES
       end
     end
   end
@@ -461,54 +470,54 @@ local function admit(k, a, n_keys, at)
   -- It may. From here on everything is taken.
   local parts, held, left_there, last = '', 0, 0, 0
   if book then
-    parts, held, left_there, last = take(ask, book, giving)
-    close_book(book, expires)
+    parts, held, left_there, last = M.take(ask, book, giving)
+    M.close_book(book, expires)
     local source = sources[last]
     who = source.who ~= '' and source.who or who
   end
   for i = 1, #limits do
-    put(KEYS[k + 2 + i], counters[i + 1])
+    M.put(keys[k + 2 + i], counters[i + 1])
   end
   for i = 1, #past, 2 do
-    push(past_counters, past[i], past[i + 1])
+    M.push(work.past_counters, past[i], past[i + 1])
   end
-  local hold_key, member = KEYS[k + 1], account_at(KEYS[k + 1])
+  local hold_key, member = keys[k + 1], M.account_at(keys[k + 1])
   local charge_key, pools_text, rare_text = '', '', ''
   if joined then
-    local owned = fetch(key.hold)
+    local owned = M.fetch(key.hold)
     if owned then
-      who = select(11, parse(HOLD, owned))
+      who = select(11, parse(AS.HOLD, owned))
     end
-    put(key.key, joined)
+    M.put(key.key, joined)
   elseif key then
     local owned = hold_key .. ':key'
-    put(owned, hold_text(ask, parts, held, who, '', INF, INF))
-    put(key.key, pack(CHARGE_KEY, key.start, key.finish, 1, 0) .. account_at(owned))
-    push(past_charge_keys, flt(key.finish), key.key)
-    lives(parse('>I4c0', who), INF, account_at(owned))
+    M.put(owned, M.hold_text(ask, parts, held, who, '', CODE.INF, CODE.INF))
+    M.put(key.key, pack(AS.CHARGE_KEY, key.start, key.finish, 1, 0) .. M.account_at(owned))
+    M.push(work.past_charge_keys, M.flt(key.finish), key.key)
+    M.lives(parse('>I4c0', who), CODE.INF, M.account_at(owned))
     parts = ''
   end
   if key then
-    charge_key = account_at(key.key)
+    charge_key = M.account_at(key.key)
   end
   if claim == 1 then
-    put(idempotency_key, pack(IDEMPOTENCY, now + life, #member, member, #fingerprint, fingerprint, 0, '', 0, ''))
-    push(past_idempotency, flt(now + life), idempotency_key)
+    M.put(idempotency_key, pack(AS.IDEMPOTENCY, now + life, #member, member, #fingerprint, fingerprint, 0, '', 0, ''))
+    M.push(work.past_idempotency, M.flt(now + life), idempotency_key)
   end
   for _, pool in ipairs(leases) do
-    lease(pool.key, member, expires)
-    local name = account_at(pool.key)
+    M.lease(pool.key, member, expires)
+    local name = M.account_at(pool.key)
     pools_text = pools_text .. pack('>I4c0', #name, name)
   end
   if pinned or charge_key ~= '' or claim == 1 or pools_text ~= '' then
-    local its_key = idempotency_key and account_at(idempotency_key) or ''
+    local its_key = idempotency_key and M.account_at(idempotency_key) or ''
     pinned = pinned or ''
-    rare_text = pack(RARE, #pinned, pinned, #pools_text, pools_text, #charge_key, charge_key, #its_key, its_key)
+    rare_text = pack(AS.RARE, #pinned, pinned, #pools_text, pools_text, #charge_key, charge_key, #its_key, its_key)
   end
   if is_held then
     local whole = charge_key == '' and held or 0
-    put(hold_key, hold_text(ask, parts, whole, who, rare_text, expires, expires + grace))
-    lives(parse('>I4c0', who), expires, member)
+    M.put(hold_key, M.hold_text(ask, parts, whole, who, rare_text, expires, expires + grace))
+    M.lives(parse('>I4c0', who), expires, member)
   end
   if joined then
     counters[1] = pack('>cdI4c0', 'J', now, #who, who)

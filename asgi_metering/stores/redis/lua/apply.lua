@@ -58,8 +58,8 @@ local OWN = {
   OLDEST = function(words)
     local line = call('LINDEX', words[4], 0)
     if line then
-      local _, _, _, _, time = parse(ENTRY, line)
-      call('ZADD', words[2], flt(time), words[3])
+      local _, _, _, _, time = parse(AS.ENTRY, line)
+      call('ZADD', words[2], M.flt(time), words[3])
     else
       call('ZREM', words[2], words[3])
     end

@@ -1,45 +1,55 @@
 -- Accounts while calls work on them: burn order, holding, spending, giving back, debt. Mirrors rules/book.py.
 -- A book is read once for all calls of a script, and written once, at its end.
 
-local prefix = sub(KEYS[1], 1, -5)
-local KIND_SETTLE, KIND_EXPIRE, KIND_DEBT_PAYMENT = 1, 2, 3
+CODE.KIND_SETTLE, CODE.KIND_EXPIRE, CODE.KIND_DEBT_PAYMENT = 1, 2, 3
 
--- Rows by key, as the calls before left them; `false` for none. What changes is written when all calls are through.
--- What is gone is named with its index.
-local rows, changed, gone = {}, {}, {}
+-- What a script has read and is to write when all its calls are through.
+function M.begin(its_keys, its_args)
+  keys, args, call = its_keys, its_args, redis.call
+  work = {
+    prefix = sub(keys[1], 1, -5), now_is = 0,
+    -- Rows by key, as the calls before left them; `false` for none. What is gone is named with its index.
+    rows = {}, changed = {}, gone = {},
+    -- By account: its book, the ledger lines to come, and their places in the index.
+    books = {}, lines = {}, refs = {},
+    -- By account or pool: who lives and who does not any more, and until when.
+    live = {}, ended_live = {}, due = {}, pools = {},
+    -- Further indexes, and the outbox.
+    ended = {}, past_counters = {}, past_windows = {}, past_charge_keys = {}, past_idempotency = {}, windows_of = {},
+    events = {}, event_ids = {},
+  }
+end
 
-local function fetch(key)
-  local text = rows[key]
+function M.fetch(key)
+  local text = work.rows[key]
   if text == nil then
     text = call('GET', key)
-    rows[key] = text
+    work.rows[key] = text
   end
   return text
 end
 
-local function put(key, text)
-  rows[key], changed[key] = text, true
-  if gone[key] then
-    gone[key] = nil
+function M.put(key, text)
+  work.rows[key], work.changed[key] = text, true
+  if work.gone[key] then
+    work.gone[key] = nil
   end
 end
 
-local function drop(key, index)
-  rows[key], changed[key], gone[key] = false, nil, index
+function M.drop(key, index)
+  work.rows[key], work.changed[key], work.gone[key] = false, nil, index
 end
 
--- By account: its book; the ledger lines to come, and their places in the index.
-local books, lines, refs = {}, {}, {}
-
-local function book_of(account)
-  local book = books[account]
+function M.book_of(account)
+  local book = work.books[account]
   if book then
     return book
   end
-  local text = fetch(prefix .. 'a:' .. account)
-  local granted, settled, held, expired, debt, entries, change, due, seen, at = 0, 0, 0, 0, 0, 0, INF, INF, 0, 1
+  local text = M.fetch(work.prefix .. 'a:' .. account)
+  local granted, settled, held, expired, debt, entries, seen, at = 0, 0, 0, 0, 0, 0, 0, 1
+  local change, due = CODE.INF, CODE.INF
   if text then
-    granted, settled, held, expired, debt, entries, change, due, seen, at = parse(ACCOUNT, text)
+    granted, settled, held, expired, debt, entries, change, due, seen, at = parse(AS.ACCOUNT, text)
   end
   -- All fields at once, here and below: a table that grows field by field costs several times as much.
   book = {
@@ -47,28 +57,28 @@ local function book_of(account)
     entries = entries, change = change, due = due, seen = seen, at = at, text = text or '', list = {}, now = seen,
     is_new = not text, is_moved = false, is_matured = false, is_due_new = false,
   }
-  books[account] = book
+  work.books[account] = book
   return book
 end
 
-local function free(grant)
+function M.free(grant)
   return grant.amount - grant.settled - grant.held - grant.expired - grant.reversed
 end
 
-local function is_open(grant)
+function M.is_open(grant)
   return grant.settled + grant.expired + grant.reversed < grant.amount
 end
 
-local function available(book)
+function M.available(book)
   return book.granted - book.settled - book.expired - book.held
 end
 
 -- The grant at a place in burn order, which is that of the row; read when it is first asked for.
-local function grant_at(book, place)
+function M.grant_at(book, place)
   local grant = book.list[place]
   if not grant and book.at <= #book.text then
     local amount, priority, begins, ends, number, settled, held, expired, begun, reversed, id, rest, at =
-      parse(GRANT, book.text, book.at)
+      parse(AS.GRANT, book.text, book.at)
     grant = {
       amount = amount, priority = priority, begins = begins, ends = ends, number = number, settled = settled,
       held = held, expired = expired, begun = begun, reversed = reversed, id = id, rest = rest,
@@ -78,65 +88,65 @@ local function grant_at(book, place)
   return grant
 end
 
-local function grant_text(grant)
+function M.grant_text(grant)
   return pack(
-    GRANT, grant.amount, grant.priority, grant.begins, grant.ends, grant.number, grant.settled, grant.held,
+    AS.GRANT, grant.amount, grant.priority, grant.begins, grant.ends, grant.number, grant.settled, grant.held,
     grant.expired, grant.begun, grant.reversed, #grant.id, grant.id, #grant.rest, grant.rest
   )
 end
 
 -- The row; closed grants are no part of it.
-local function book_text(book)
+function M.book_text(book)
   local texts = ''
   for _, grant in ipairs(book.list) do
-    if is_open(grant) then
-      texts = texts .. grant_text(grant)
+    if M.is_open(grant) then
+      texts = texts .. M.grant_text(grant)
     end
   end
   return pack(
-    ACCOUNT, book.granted, book.settled, book.held, book.expired, book.debt, book.entries, book.change, book.due,
+    AS.ACCOUNT, book.granted, book.settled, book.held, book.expired, book.debt, book.entries, book.change, book.due,
     book.seen
   ) .. texts .. sub(book.text, book.at)
 end
 
 -- Add a ledger line. Returns its number. A settlement's line is found by its hold, which has the number: the index gets
 -- it when the hold is forgotten.
-local function write(book, kind, amount, ref, line, basis, estimated, parts)
+function M.write(book, kind, amount, ref, line, basis, estimated, parts)
   local account, number = book.account, book.entries + 1
   book.entries = number
-  local own = lines[account]
+  local own = work.lines[account]
   local text = pack(
-    NEW_ENTRY, kind, basis, estimated, number, book.now, amount, available(book), #ref, ref, #line, line, #parts, parts,
-    0, 0
+    AS.NEW_ENTRY, kind, basis, estimated, number, book.now, amount, M.available(book), #ref, ref, #line, line, #parts,
+    parts, 0, 0
   )
   if own then
     own[#own + 1] = text
   else
-    lines[account] = { text }
+    work.lines[account] = { text }
   end
-  if kind ~= KIND_SETTLE then
-    local index = refs[account] or {}
-    refs[account] = index
+  if kind ~= CODE.KIND_SETTLE then
+    local index = work.refs[account] or {}
+    work.refs[account] = index
     index[#index + 1] = 0
-    index[#index + 1] = ref .. GLUE .. string.format('%.0f', number)
+    index[#index + 1] = ref .. CODE.GLUE .. string.format('%.0f', number)
   end
   return number
 end
 
-local function pay_debt(book, grant)
-  local paid = min(free(grant), book.debt)
+function M.pay_debt(book, grant)
+  local paid = min(M.free(grant), book.debt)
   if paid > 0 then
     grant.settled = grant.settled + paid
     book.debt = book.debt - paid
-    write(book, KIND_DEBT_PAYMENT, paid, grant.id, '', 0, 0, '')
+    M.write(book, CODE.KIND_DEBT_PAYMENT, paid, grant.id, '', 0, 0, '')
   end
 end
 
-local function is_spendable(book, grant)
-  return grant.begun == 1 and grant.ends > book.now and is_open(grant) and free(grant) > 0
+function M.is_spendable(book, grant)
+  return grant.begun == 1 and grant.ends > book.now and M.is_open(grant) and M.free(grant) > 0
 end
 
-local function began_before(one, other)
+function M.began_before(one, other)
   for _, field in ipairs({ 'begins', 'priority', 'ends' }) do
     if one[field] ~= other[field] then
       return one[field] < other[field]
@@ -145,17 +155,17 @@ local function began_before(one, other)
   return one.number < other.number
 end
 
-local function grants(book)
+function M.grants(book)
   repeat
-    local more = grant_at(book, #book.list + 1)
+    local more = M.grant_at(book, #book.list + 1)
   until not more
   return book.list
 end
 
-local function next_change(book)
-  local first = INF
-  for _, grant in ipairs(grants(book)) do
-    if is_open(grant) then
+function M.next_change(book)
+  local first = CODE.INF
+  for _, grant in ipairs(M.grants(book)) do
+    if M.is_open(grant) then
       if grant.begun == 0 then
         first = min(first, grant.begins)
       elseif grant.ends > book.now then
@@ -167,66 +177,66 @@ local function next_change(book)
 end
 
 -- Begin grants whose time has come, in the order of their beginning, and lapse what is free of those that are over.
-local function mature(book)
+function M.mature(book)
   local beginning = {}
-  for _, grant in ipairs(grants(book)) do
+  for _, grant in ipairs(M.grants(book)) do
     if grant.begun == 0 and grant.begins <= book.now then
       beginning[#beginning + 1] = grant
     end
   end
-  table.sort(beginning, began_before)
+  table.sort(beginning, M.began_before)
   for _, grant in ipairs(beginning) do
     book.granted = book.granted + grant.amount
     grant.begun = 1
-    pay_debt(book, grant)
+    M.pay_debt(book, grant)
   end
   for _, grant in ipairs(book.list) do
-    if is_open(grant) and grant.begun == 1 and grant.ends <= book.now and free(grant) > 0 then
-      local lapsed = free(grant)
+    if M.is_open(grant) and grant.begun == 1 and grant.ends <= book.now and M.free(grant) > 0 then
+      local lapsed = M.free(grant)
       grant.expired = grant.expired + lapsed
       book.expired = book.expired + lapsed
-      write(book, KIND_EXPIRE, lapsed, grant.id, '', 0, 0, '')
+      M.write(book, CODE.KIND_EXPIRE, lapsed, grant.id, '', 0, 0, '')
     end
   end
 end
 
 -- The book as of `now`; nothing if it has to be written before that.
-local function book_at(account, now)
-  local book = book_of(account)
+function M.book_at(account, now)
+  local book = M.book_of(account)
   book.now = now
   if now >= book.change then
     if book.is_moved then
       return nil
     end
     book.is_matured = true
-    mature(book)
+    M.mature(book)
   end
   return book
 end
 
 -- Nobody takes from the book after all: what it would have written down by itself is not written.
-local function forget(book)
+function M.forget(book)
   if book.is_matured and not book.is_moved then
     local account = book.account
-    lines[account], refs[account], books[account] = nil, nil, nil
-    local again = book_of(account)
+    work.lines[account], work.refs[account], work.books[account] = nil, nil, nil
+    local again = M.book_of(account)
     again.due, again.is_due_new = book.due, book.is_due_new
   end
 end
 
 -- Set `amount` aside; what grants do not have is held as debt to come. Adds to `parts` where it came from.
-local function book_hold(book, amount, parts)
+function M.book_hold(book, amount, parts)
   local left, place = amount, 1
   while left > 0 do
-    local grant = grant_at(book, place)
+    local grant = M.grant_at(book, place)
     if not grant then
-      parts[#parts + 1] = pack(PART, FROM_DEBT, 0, left, 0, '')
+      parts[#parts + 1] = pack(AS.PART, CODE.FROM_DEBT, 0, left, 0, '')
       break
     end
-    if is_spendable(book, grant) then
-      local take = min(free(grant), left)
+    if M.is_spendable(book, grant) then
+      local take = min(M.free(grant), left)
       grant.held = grant.held + take
-      parts[#parts + 1] = pack(PART, FROM_GRANT, 0, take, #grant.id, grant.id)
+      parts[#parts + 1] = pack(AS.PART, CODE.FROM_GRANT, 0, take, #grant.id, grant.id)
       left = left - take
     end
     place = place + 1
@@ -235,19 +245,19 @@ local function book_hold(book, amount, parts)
 end
 
 -- Spend without a hold: free grants in burn order, then debt.
-local function spend(book, amount, spent)
+function M.spend(book, amount, spent)
   local left, place = amount, 1
   while left > 0 do
-    local grant = grant_at(book, place)
+    local grant = M.grant_at(book, place)
     if not grant then
       book.debt = book.debt + left
-      spent[#spent + 1] = pack(PART, FROM_DEBT, 0, left, 0, '')
+      spent[#spent + 1] = pack(AS.PART, CODE.FROM_DEBT, 0, left, 0, '')
       break
     end
-    if is_spendable(book, grant) then
-      local take = min(free(grant), left)
+    if M.is_spendable(book, grant) then
+      local take = min(M.free(grant), left)
       grant.settled = grant.settled + take
-      spent[#spent + 1] = pack(PART, FROM_GRANT, 0, take, #grant.id, grant.id)
+      spent[#spent + 1] = pack(AS.PART, CODE.FROM_GRANT, 0, take, #grant.id, grant.id)
       left = left - take
     end
     place = place + 1
@@ -255,10 +265,10 @@ local function spend(book, amount, spent)
   book.settled = book.settled + amount
 end
 
-local function grant_of(book, id)
+function M.grant_of(book, id)
   local place = 1
   repeat
-    local grant = grant_at(book, place)
+    local grant = M.grant_at(book, place)
     if grant and grant.id == id then
       return grant
     end
@@ -267,17 +277,17 @@ local function grant_of(book, id)
 end
 
 -- Spend `amount` of held parts in their order and give back what is left; false if a part's grant is not open any more.
-local function settle(book, parts, amount, spent)
+function M.settle(book, parts, amount, spent)
   local left = amount
   for _, part in ipairs(parts) do
     local held = part.amount
     local take = min(held, left)
     left = left - take
     book.held = book.held - held
-    if part.source == FROM_DEBT then
+    if part.source == CODE.FROM_DEBT then
       left = left + take
     else
-      local grant = grant_of(book, part.name)
+      local grant = M.grant_of(book, part.name)
       if not grant then
         return false
       end
@@ -288,20 +298,20 @@ local function settle(book, parts, amount, spent)
       if lapsed > 0 then
         grant.expired = grant.expired + lapsed
         book.expired = book.expired + lapsed
-        write(book, KIND_EXPIRE, lapsed, grant.id, '', 0, 0, '')
+        M.write(book, CODE.KIND_EXPIRE, lapsed, grant.id, '', 0, 0, '')
       end
       if take > 0 then
-        spent[#spent + 1] = pack(PART, FROM_GRANT, part.start, take, #part.name, part.name)
+        spent[#spent + 1] = pack(AS.PART, CODE.FROM_GRANT, part.start, take, #part.name, part.name)
       end
     end
   end
   if left > 0 then
-    spend(book, left, spent)
+    M.spend(book, left, spent)
   end
   if book.debt > 0 then
-    for _, grant in ipairs(grants(book)) do
-      if is_spendable(book, grant) then
-        pay_debt(book, grant)
+    for _, grant in ipairs(M.grants(book)) do
+      if M.is_spendable(book, grant) then
+        M.pay_debt(book, grant)
       end
     end
   end
@@ -309,14 +319,14 @@ local function settle(book, parts, amount, spent)
 end
 
 -- The book is to be written; `due` is when a new hold of it falls due.
-local function close_book(book, due)
+function M.close_book(book, due)
   if book.is_matured then
-    book.change, book.is_matured = next_change(book), false
+    book.change, book.is_matured = M.next_change(book), false
   end
   book.due, book.seen, book.is_moved = min(due, book.due), book.now, true
 end
 
 -- Whether the sums stay exact when `more` is added to any of them.
-local function is_exact(book, more)
-  return max(book.granted, book.settled, book.held, book.expired, book.debt) + more <= MAX_AMOUNT
+function M.is_exact(book, more)
+  return max(book.granted, book.settled, book.held, book.expired, book.debt) + more <= CODE.MAX_AMOUNT
 end

@@ -1,24 +1,24 @@
 -- A heartbeat. Mirrors renew in rules/settlement.py. Its key: hold. Its word: what was observed.
 -- Answers 1, or 0 for a hold that does not live.
-local function renew(k, a, _, at)
-  local key = KEYS[k + 1]
-  local text = rows[key]
+function M.renew(k, a, _, at)
+  local key = keys[k + 1]
+  local text = work.rows[key]
   if not text then
     return 0
   end
-  local size, state, expires, _, observed, _, _, ttl, grace, _, who, rare = parse(HOLD, text)
+  local size, state, expires, _, observed, _, _, ttl, grace, _, who, rare = parse(AS.HOLD, text)
   if size < #text then
     return 0
   end
-  expires = max(now_is + ttl, expires)
-  observed = max(observed, (parse('>d', ARGV[a], at)))
-  put(key, pack('>I4Bddd', size, state, expires, expires + grace, observed) .. sub(text, 30))
-  local member = account_at(key)
-  lives(parse('>I4c0', who), expires, member)
+  expires = max(work.now_is + ttl, expires)
+  observed = max(observed, (parse('>d', args[a], at)))
+  M.put(key, pack('>I4Bddd', size, state, expires, expires + grace, observed) .. sub(text, 30))
+  local member = M.account_at(key)
+  M.lives(parse('>I4c0', who), expires, member)
   if rare ~= '' then
-    local _, pools_text = parse(RARE, rare)
-    for _, pool in ipairs(texts_of(pools_text)) do
-      lease(prefix .. 'q:' .. pool, member, expires)
+    local _, pools_text = parse(AS.RARE, rare)
+    for _, pool in ipairs(M.texts_of(pools_text)) do
+      M.lease(work.prefix .. 'q:' .. pool, member, expires)
     end
   end
   return 1

@@ -1,45 +1,37 @@
 -- What the calls of one script share beside their books: leases, indexes, events, and that all is written at the end.
 
--- The time of this script.
-local now_is
-
 -- Why an operation was not run here: the rules have to; it has to begin a script of its own.
-local RULES, LATER = 'S', 'N'
+CODE.RULES, CODE.LATER = 'S', 'N'
 
--- By account or pool or kind: what goes into sorted sets, and out of them.
-local live, ended_live, pools = {}, {}, {}
-local due, ended, past_counters, past_windows, past_charge_keys, past_idempotency = {}, {}, {}, {}, {}, {}
-local windows_of, events, event_ids = {}, {}, {}
-
-local function push(list, one, other)
+function M.push(list, one, other)
   local n = #list
   list[n + 1], list[n + 2] = one, other
 end
 
-local function append(lists, key, one, other)
+function M.append(lists, key, one, other)
   local list = lists[key]
   if list then
-    push(list, one, other)
+    M.push(list, one, other)
   else
     lists[key] = { one, other }
   end
 end
 
 -- A hold of the account lives until `expires`.
-local function lives(account, expires, member)
-  append(live, account, flt(expires), member)
-  local known = due[account]
+function M.lives(account, expires, member)
+  M.append(work.live, account, M.flt(expires), member)
+  local known = work.due[account]
   if not known or expires < known then
-    due[account] = expires
+    work.due[account] = expires
   end
 end
 
 -- Leases change at the end, and count at once.
-local function lease(pool, member, expires)
-  local own = pools[pool]
+function M.lease(pool, member, expires)
+  local own = work.pools[pool]
   if not own then
     own = {}
-    pools[pool] = own
+    work.pools[pool] = own
   end
   if own[member] == nil then
     own[member] = { before = tonumber(call('ZSCORE', pool, member) or nil) }
@@ -47,9 +39,9 @@ local function lease(pool, member, expires)
   own[member].after = expires
 end
 
-local function live_leases(pool, now)
-  local count = call('ZCOUNT', pool, '(' .. flt(now), '+inf')
-  for _, change in pairs(pools[pool] or {}) do
+function M.live_leases(pool, now)
+  local count = call('ZCOUNT', pool, '(' .. M.flt(now), '+inf')
+  for _, change in pairs(work.pools[pool] or {}) do
     if change.before and change.before > now then
       count = count - 1
     end
@@ -60,7 +52,7 @@ local function live_leases(pool, now)
   return count
 end
 
-local function texts_of(text)
+function M.texts_of(text)
   local list, at = {}, 1
   while at <= #text do
     list[#list + 1], at = parse('>I4c0', text, at)
@@ -69,7 +61,7 @@ local function texts_of(text)
 end
 
 -- The window of `bounds` that holds `now`, as index, start, end; nothing outside of them all.
-local function pick(bounds, now)
+function M.pick(bounds, now)
   local index = 0
   for i = 1, #bounds do
     if bounds[i] > now then
@@ -82,7 +74,7 @@ local function pick(bounds, now)
   end
 end
 
-local function doubles_of(text)
+function M.doubles_of(text)
   local list, at = {}, 1
   while at <= #text do
     list[#list + 1], at = parse('>d', text, at)
@@ -90,84 +82,84 @@ local function doubles_of(text)
   return list
 end
 
-local function flush()
+function M.flush()
   local sets = {}
-  for account, book in pairs(books) do
+  for account, book in pairs(work.books) do
     if book.is_moved or book.is_due_new then
-      put(prefix .. 'a:' .. account, book_text(book))
+      M.put(work.prefix .. 'a:' .. account, M.book_text(book))
       for _, grant in ipairs(book.list) do
-        if not is_open(grant) then
-          call('HSET', prefix .. 'G:' .. account, grant.id, grant_text(grant))
+        if not M.is_open(grant) then
+          call('HSET', work.prefix .. 'G:' .. account, grant.id, M.grant_text(grant))
         end
       end
       if book.is_new then
-        call('ZADD', prefix .. 'z:accounts', 0, account)
+        call('ZADD', work.prefix .. 'z:accounts', 0, account)
       end
     end
   end
-  for key in pairs(changed) do
-    push(sets, key, rows[key])
+  for key in pairs(work.changed) do
+    M.push(sets, key, work.rows[key])
   end
   if #sets > 0 then
     call('MSET', unpack(sets))
   end
-  for account, own in pairs(lines) do
-    if call('RPUSH', prefix .. 'e:' .. account, unpack(own)) == #own then
-      local _, _, _, _, at = parse(ENTRY, own[1])
-      call('ZADD', prefix .. 'z:lines', flt(at), account)
+  for account, own in pairs(work.lines) do
+    if call('RPUSH', work.prefix .. 'e:' .. account, unpack(own)) == #own then
+      local _, _, _, _, at = parse(AS.ENTRY, own[1])
+      call('ZADD', work.prefix .. 'z:lines', M.flt(at), account)
     end
   end
-  for account, index in pairs(refs) do
-    call('ZADD', prefix .. 'r:' .. account, unpack(index))
+  for account, index in pairs(work.refs) do
+    call('ZADD', work.prefix .. 'r:' .. account, unpack(index))
   end
-  for account, pairs_of in pairs(live) do
-    call('ZADD', prefix .. 'l:' .. account, unpack(pairs_of))
+  for account, pairs_of in pairs(work.live) do
+    call('ZADD', work.prefix .. 'l:' .. account, unpack(pairs_of))
   end
-  for account, members in pairs(ended_live) do
-    call('ZREM', prefix .. 'l:' .. account, unpack(members))
+  for account, members in pairs(work.ended_live) do
+    call('ZREM', work.prefix .. 'l:' .. account, unpack(members))
   end
   local first = {}
-  for account, at in pairs(due) do
-    push(first, flt(at), account)
+  for account, at in pairs(work.due) do
+    M.push(first, M.flt(at), account)
   end
   if #first > 0 then
-    call('ZADD', prefix .. 'z:due', 'LT', unpack(first))
+    call('ZADD', work.prefix .. 'z:due', 'LT', unpack(first))
   end
-  for pool, members in pairs(pools) do
+  for pool, members in pairs(work.pools) do
     for member, change in pairs(members) do
       if change.after then
-        call('ZADD', pool, flt(change.after), member)
-        call('ZADD', prefix .. 'z:pools', 'LT', flt(change.after), pool)
+        call('ZADD', pool, M.flt(change.after), member)
+        call('ZADD', work.prefix .. 'z:pools', 'LT', M.flt(change.after), pool)
       else
         call('ZREM', pool, member)
       end
     end
   end
-  for account, members in pairs(windows_of) do
-    call('SADD', prefix .. 'v:' .. account, unpack(members))
+  for account, members in pairs(work.windows_of) do
+    call('SADD', work.prefix .. 'v:' .. account, unpack(members))
   end
   for name, index in pairs({
-    ended = ended, counters = past_counters, windows = past_windows, charge = past_charge_keys,
-    idempotency = past_idempotency,
+    ended = work.ended, counters = work.past_counters, windows = work.past_windows, charge = work.past_charge_keys,
+    idempotency = work.past_idempotency,
   }) do
     if #index > 0 then
-      call('ZADD', prefix .. 'z:' .. name, unpack(index))
+      call('ZADD', work.prefix .. 'z:' .. name, unpack(index))
     end
   end
-  for key, index in pairs(gone) do
+  for key, index in pairs(work.gone) do
     call('DEL', key)
-    call('ZREM', prefix .. 'z:' .. index, key)
+    call('ZREM', work.prefix .. 'z:' .. index, key)
   end
-  if #event_ids > 0 then
-    local known, new = call('HMGET', prefix .. 'events', unpack(event_ids)), {}
-    for i, id in ipairs(event_ids) do
+  if #work.event_ids > 0 then
+    local known, new = call('HMGET', work.prefix .. 'events', unpack(work.event_ids)), {}
+    for i, id in ipairs(work.event_ids) do
       if not known[i] then
         new[#new + 1] = id
       end
     end
-    call('HSET', prefix .. 'events', unpack(events))
+    call('HSET', work.prefix .. 'events', unpack(work.events))
     if #new > 0 then
-      call('RPUSH', prefix .. 'events:order', unpack(new))
+      call('RPUSH', work.prefix .. 'events:order', unpack(new))
     end
   end
 end
