@@ -146,12 +146,13 @@ def valkey(*options: str) -> Iterator[ValkeyServer]:
 
 
 @contextlib.contextmanager
-def sentinel(master: str, watched: ValkeyServer) -> Iterator[ValkeyServer]:
-    """Run one sentinel that knows *watched* as *master*, and calls nobody down by itself; it is stopped at the end."""
+def sentinel(master: str, watched: ValkeyServer, down_after_ms: int = 600_000) -> Iterator[ValkeyServer]:
+    """Run one sentinel that knows *watched* as *master*, and decides alone when that is down."""
     with tempfile.TemporaryDirectory(prefix="sentinel-") as folder:
         config = Path(folder) / "sentinel.conf"
         config.write_text(
-            f"sentinel monitor {master} {HOST} {watched.port} 1\nsentinel down-after-milliseconds {master} 600000\n"
+            f"sentinel monitor {master} {HOST} {watched.port} 1\n"
+            f"sentinel down-after-milliseconds {master} {down_after_ms}\n"
         )
         server = ValkeyServer(Path(folder))
         try:

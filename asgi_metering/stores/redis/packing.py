@@ -119,7 +119,7 @@ class Packing:
 
     @staticmethod
     def kept(row: Any) -> bytes:
-        """What a hold keeps as the call brought it: line, basis in doubt and facts; *row* is a hold or its admission."""
+        """What a hold keeps as the call brought it: line, basis in doubt, facts; *row* is a hold or its admission."""
         return _policy(row.line, str(row.in_doubt)) + words(json_text(row.facts))
 
     def who(self, payer: str, unit: str, group: str) -> bytes:

@@ -161,7 +161,13 @@ class SentinelPlace(Place):
     async def address(self) -> Address:
         """Ask the sentinels in turn."""
         kit, errors = driver().sentinel, driver().exceptions
-        asked = kit.Sentinel(list(self.sentinels), socket_timeout=self.timeout_s, socket_connect_timeout=self.timeout_s)
+        # Asked once each: the driver's own repeats would cost seconds for each sentinel that is gone.
+        once = {
+            "socket_timeout": self.timeout_s,
+            "socket_connect_timeout": self.timeout_s,
+            "retry": driver().retry(),
+        }
+        asked = kit.Sentinel(list(self.sentinels), sentinel_kwargs=once)
         try:
             host, port = await asked.discover_master(self.master)
         except (errors.ConnectionError, errors.TimeoutError, errors.ResponseError, OSError) as error:

@@ -12,7 +12,7 @@ from asgi_metering.decisions import Decision
 from asgi_metering.errors import StoreUnavailableError
 from asgi_metering.receipts import Basis, Receipt
 from asgi_metering.rules.operations import Admit, End, PostGrant, WalletSource
-from asgi_metering.stores.contract import AccountRows, EverythingKept, Store
+from asgi_metering.stores.contract import EverythingKept, Store
 from asgi_metering.stores.redis import ClusterPlace, RedisStore, SentinelPlace
 from asgi_metering.stores.redis.places import driver
 from asgi_metering.stores.urls import store_from_url
@@ -120,43 +120,44 @@ def test_no_node_of_a_cluster_answers() -> None:
     asyncio.run(run())
 
 
-def test_follow_the_master_that_a_sentinel_names() -> None:
-    """The store works on the master, and on the other server when the sentinel names that after a failover."""
-    with (
-        valkey() as first,
-        valkey("--replicaof", HOST, str(first.port)) as second,
-        sentinel("main", first) as watcher,
-    ):
-
-        async def run() -> None:
-            store = store_from_url(f"redis+sentinel://{HOST}:{watcher.port}/main/0")
-            await store.open()
-            await store.run([PostGrant("g", "p", "credits", 100), call("a")])
-            await asyncio.to_thread(_replicated, second)
-            answer = None
-            first.ask("REPLICAOF", HOST, str(second.port))
-            second.ask("REPLICAOF", "NO", "ONE")
-            watcher.ask("SENTINEL", "REMOVE", "main")
-            watcher.ask("SENTINEL", "MONITOR", "main", HOST, str(second.port), "1")
-            for _ in range(100):
-                try:
-                    (answer,) = await store.run([End("a", 3, Basis.USAGE)])
-                except StoreUnavailableError:
-                    answer = None
-                if isinstance(answer, Receipt):
-                    break
-                await asyncio.sleep(0.05)
-            assert isinstance(answer, Receipt)
-            assert answer.amount == 3
-            account = (await store.read(AccountRows("p", "credits"))).state.accounts["p", "credits"]
-            assert account.settled == 3
-            await store.close()
-
-        asyncio.run(run())
+def test_master_dies_and_a_sentinel_fails_over() -> None:
+    """Calls that run while the master is killed go on at the replica that the sentinel makes the master, each once."""
+    with valkey() as first, valkey("--replicaof", HOST, str(first.port)) as second:
+        wait_until(lambda: b"state=online" in first.ask("INFO", "replication"), what="the replica is online")
+        with sentinel("main", first, down_after_ms=300) as watcher:
+            told = ("SENTINEL", "REPLICAS", "main")
+            wait_until(lambda: str(second.port).encode() in watcher.ask(*told), what="the sentinel knows the replica")
+            asyncio.run(_fail_over(first, second, watcher))
 
 
-def _replicated(replica: ValkeyServer) -> None:
-    wait_until(lambda: b"{metering}" in replica.ask("KEYS", "*h:a"), what="the replica has the call")
+async def _fail_over(first: ValkeyServer, second: ValkeyServer, watcher: ValkeyServer) -> None:
+    store = store_from_url(f"redis+sentinel://{HOST}:{watcher.port}/main/0?timeout=1")
+    await store.open()
+    await store.run([PostGrant("g", "p", "credits", 100), *(call(f"c{number}") for number in range(5))])
+    what = "the replica has the calls"
+    await asyncio.to_thread(wait_until, lambda: b"{metering}" in second.ask("KEYS", "*h:c4"), what=what)
+    first.stop(kill=True)
+    for number in range(5):
+        receipt = await _until_answered(store, End(f"c{number}", 3, Basis.USAGE))
+        assert (receipt.amount, receipt.known) == (3, True)
+    state = (await store.read(EverythingKept())).state
+    assert_conserved(state)
+    account = state.accounts["p", "credits"]
+    assert (account.granted, account.settled, account.held) == (100, 15, 0)
+    assert second.ask("ROLE").startswith(b"*3\r\n$6\r\nmaster")
+    await store.close()
+
+
+async def _until_answered(store: Store, end: End) -> Receipt:
+    for _ in range(400):
+        try:
+            (answer,) = await store.run([end])
+        except StoreUnavailableError as failure:
+            answer = failure
+        if isinstance(answer, Receipt):
+            return answer
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"{end!r} was never answered: {answer!r}")
 
 
 def test_no_sentinel_knows_the_master() -> None:

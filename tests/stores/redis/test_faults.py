@@ -11,11 +11,12 @@ import pytest
 from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.decisions import Decision
 from asgi_metering.errors import AmountError, ConfigurationError, StoreError, StoreUnavailableError
-from asgi_metering.receipts import Basis, Receipt
+from asgi_metering.receipts import Basis, GrantReceipt, Receipt
 from asgi_metering.rules.operations import (
     Admit,
     AllowanceSource,
     Correct,
+    Emit,
     End,
     LeaseAsk,
     LimitAsk,
@@ -76,23 +77,49 @@ def test_admit_and_end_cost_one_round_trip_each(server: ValkeyServer, make_store
     assert asyncio.run(run()) == [1, 1, 1, 1, 1]
 
 
-def test_run_after_the_server_forgot_the_scripts(server: ValkeyServer, make_store: Maker) -> None:
-    """After SCRIPT FLUSH the scripts are loaded again, and what failed for want of them is done once."""
+@pytest.mark.parametrize("forget", [("SCRIPT", "FLUSH"), ("FUNCTION", "FLUSH"), ("FLUSHALL",)])
+def test_run_after_the_server_forgot_the_scripts(make_store: Maker, forget: tuple[str, ...]) -> None:
+    """Scripts and functions that the server lost are loaded again, and what failed for want of them is done once."""
+    with valkey() as own:
 
-    async def run() -> None:
-        store = make_store()
-        await store.run([grant()])
-        server.ask("SCRIPT", "FLUSH")
-        answers = await store.run([call("a"), call("b"), End("a", 3, Basis.USAGE), call("c")])
-        assert [type(answer) for answer in answers] == [Decision, Decision, Receipt, Decision]
-        server.ask("SCRIPT", "FLUSH")
-        (posted,) = await store.run([grant(5, "h")])
-        assert not isinstance(posted, Exception)
-        account = (await store.read(AccountRows("p", "credits"))).state.accounts["p", "credits"]
-        assert (account.granted, account.settled, account.held) == (105, 3, 20)
-        await store.close()
+        async def run() -> None:
+            store = make_store(port=own.port)
+            await store.run([grant(1), call("z", 1)])
+            for command in {forget, ("FUNCTION", "FLUSH")}:
+                own.ask(*command)
+            await store.run([grant(100, "h")])
+            answers = await store.run([call("a"), call("b"), End("a", 3, Basis.USAGE), Emit((("e", {}),)), call("c")])
+            assert [type(answer) for answer in answers] == [Decision, Decision, Receipt, int, Decision]
+            own.ask(*forget)
+            await store.run([grant(5, "i")])
+            account = (await store.read(AccountRows("p", "credits"))).state.accounts["p", "credits"]
+            kept = (5, 0, 0) if forget == ("FLUSHALL",) else (106, 3, 21)
+            assert (account.granted, account.settled, account.held) == kept
+            await store.close()
 
-    asyncio.run(run())
+        asyncio.run(run())
+
+
+@pytest.mark.parametrize("missing", [("fcall", "function"), ("function",)])
+@pytest.mark.parametrize("forbidden", [False, True])
+def test_server_without_functions(make_store: Maker, missing: tuple[str, ...], forbidden: bool) -> None:
+    """A server that has no functions, or keeps them from us, runs the same text as a script."""
+    options = () if forbidden else [word for name in missing for word in ("--rename-command", name, "")]
+    with valkey(*options) as own:
+        if forbidden:
+            own.ask("ACL", "SETUSER", "default", *(f"-{name}" for name in missing))
+
+        async def run() -> None:
+            store = make_store(port=own.port)
+            await store.open()
+            for _ in range(2):
+                answers = await store.run([grant(), call("a"), End("a", 3, Basis.USAGE), call("b")])
+                assert [type(answer) for answer in answers] == [GrantReceipt, Decision, Receipt, Decision]
+            account = (await store.read(AccountRows("p", "credits"))).state.accounts["p", "credits"]
+            assert (account.granted, account.settled, account.held) == (100, 3, 10)
+            await store.close()
+
+        asyncio.run(run())
 
 
 @pytest.mark.parametrize("operation", ["admit", "end", "grant"])

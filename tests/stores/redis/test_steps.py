@@ -42,11 +42,13 @@ from asgi_metering.testing.clock import FakeClock
 from asgi_metering.testing.conformance import tables
 from tests.stores.operations import comparable
 
-STEPS = int(os.environ.get("METERING_STEPS", "2500"))
-"""For each seed."""
+STEPS = int(os.environ.get("METERING_STEPS", "20000"))
+"""Operations, of all seeds together. Whoever changes a script runs 100,000 once."""
 
-COMPARED = 25
-"""Steps from one comparison of whole states to the next."""
+SEEDS = 4
+
+COMPARED = 40
+"""Batches from one comparison of whole states to the next; answers are compared for each operation."""
 
 DAY_S = 100.0
 
@@ -211,7 +213,7 @@ class Traffic:
 
 
 @pytest.mark.timeout(1_800)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_traffic_beside_memory(make_store: Callable[..., RedisStore], seed: int) -> None:
     """Thousands of steps of traffic are answered and kept as in memory, with a clock that also steps back."""
     clock = FakeClock()
@@ -221,17 +223,26 @@ def test_traffic_beside_memory(make_store: Callable[..., RedisStore], seed: int)
     # Whole steps meet the very instants at which things begin and end; others have all their digits.
     steps = (0.125,) if seed % 2 else ()
 
-    async def run() -> None:
-        for step in range(STEPS):
+    async def compare(batch: int) -> None:
+        found = tables((await redis.read(EverythingKept())).state)
+        assert found == tables((await memory.read(EverythingKept())).state), batch
+
+    async def run() -> tuple[int, int]:
+        driven = batches = 0
+        while driven < STEPS // SEEDS:
             clock.advance(chance.choice((0.0, 0.0, 0.5, 1.0, 3.0, *steps)) or (chance.random() if steps else 0.0))
             if chance.random() < 0.01:
                 clock.advance(chance.choice((30.0, 70.0, -3.0, -20.0)))
-            for some in (traffic.batch(),):
-                expected = comparable(await memory.run(some))
-                assert comparable(await redis.run(some)) == expected, (step, some)
-            if step % COMPARED == 0 or step == STEPS - 1:
-                found = tables((await redis.read(EverythingKept())).state)
-                assert found == tables((await memory.read(EverythingKept())).state), step
+            some = traffic.batch()
+            expected = comparable(await memory.run(some))
+            assert comparable(await redis.run(some)) == expected, (batches, some)
+            driven += len(some)
+            batches += 1
+            if batches % COMPARED == 0:
+                await compare(batches)
+        await compare(batches)
         await redis.close()
+        return driven, batches
 
-    asyncio.run(run())
+    driven, batches = asyncio.run(run())
+    print(f"{driven} operations in {batches} batches, {batches // COMPARED + 1} whole states compared")
