@@ -52,6 +52,10 @@ class RedisStore(Store):
     Raises:
         ConfigurationError: The namespace is not usable in keys.
 
+    On a Cluster one namespace is one slot: everything of it is on one shard, so that each decision is exact and one
+    round trip, whoever pays and whatever is limited. A namespace does not grow beyond that shard; several of them, say
+    one for each product, spread over all. Where failover is asynchronous it can lose what was acknowledged last.
+
     One connection for each event loop. A batch is one write; each operation in it is atomic, and an operation that
     fails harms no neighbour. A store may be used after a fork: loops of the child have connections of their own.
     """

@@ -28,8 +28,9 @@ def store_from_redis_url(url: str, shown: str) -> RedisStore:
 
     ``redis://user:password@host:6379/0``, ``rediss://`` with TLS;
     ``redis+sentinel://password@host1:26379,host2:26379/master/0`` asks sentinels for the master called *master*;
-    ``redis+cluster://host1:6379,host2:6379`` asks nodes of a Cluster. Options of ours: ``namespace=``, ``timeout=``
-    (seconds for a batch), ``connect_timeout=``, and ``tls=true`` for Sentinel and Cluster; all others are the driver's.
+    ``redis+cluster://host1:6379,host2:6379`` asks nodes of a Cluster, where one namespace is one slot. Options of ours:
+    ``namespace=``, ``timeout=`` (seconds for a batch), ``connect_timeout=``, and ``tls=true`` for Sentinel and Cluster;
+    all others are the driver's.
 
     Args:
         url: Whole.
