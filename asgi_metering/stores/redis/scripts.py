@@ -14,7 +14,7 @@ from importlib.resources import files
 
 __all__ = ["Scripts"]
 
-_CALLS = ("common", "book", "work", "admit", "end", "renew", "calls")
+_CALLS = ("common", "book", "work", "limits", "sources", "admit", "end", "renew", "calls")
 """One text, in this order."""
 
 _ALONE = ("apply", "claim", "acknowledge", "emit", "everything", "read_account", "lines")

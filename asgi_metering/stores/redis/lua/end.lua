@@ -207,7 +207,7 @@ function M.finish(k, a, _, at)
     return pack('>cI4c0c0', 'X', #who, who, sub(text, size + 1))
   end
   local account = parse('>I4c0', who)
-  local book, member = M.book_of(account), M.account_at(key)
+  local book, member = M.book_of(account), M.rest(key)
   local now = max(work.now_is, book.seen)
   if book.is_moved and now >= book.change then
     return nil, CODE.LATER

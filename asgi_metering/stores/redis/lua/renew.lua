@@ -13,7 +13,7 @@ function M.renew(k, a, _, at)
   expires = max(work.now_is + ttl, expires)
   observed = max(observed, (parse('>d', args[a], at)))
   M.put(key, pack('>I4Bddd', size, state, expires, expires + grace, observed) .. sub(text, 30))
-  local member = M.account_at(key)
+  local member = M.rest(key)
   M.lives(parse('>I4c0', who), expires, member)
   if rare ~= '' then
     local _, pools_text = parse(AS.RARE, rare)

@@ -82,8 +82,14 @@ function M.doubles_of(text)
   return list
 end
 
-function M.flush()
-  local sets = {}
+-- What follows the letter of a key.
+function M.rest(key)
+  return sub(key, #work.prefix + 3)
+end
+
+-- -- writing ------------------------------------------------------------------------------------------------
+
+function M.write_rows()
   for account, book in pairs(work.books) do
     if book.is_moved or book.is_due_new then
       M.put(work.prefix .. 'a:' .. account, M.book_text(book))
@@ -97,23 +103,34 @@ function M.flush()
       end
     end
   end
+  local sets = {}
   for key in pairs(work.changed) do
     M.push(sets, key, work.rows[key])
   end
   if #sets > 0 then
     call('MSET', unpack(sets))
   end
-  for account, own in pairs(work.lines) do
-    if call('RPUSH', work.prefix .. 'e:' .. account, unpack(own)) == #own then
-      local _, _, _, _, at = parse(AS.ENTRY, own[1])
+  for key, index in pairs(work.gone) do
+    call('DEL', key)
+    call('ZREM', work.prefix .. 'z:' .. index, key)
+  end
+end
+
+function M.write_lines()
+  for account, lines in pairs(work.lines) do
+    if call('RPUSH', work.prefix .. 'e:' .. account, unpack(lines)) == #lines then
+      local _, _, _, _, at = parse(AS.ENTRY, lines[1])
       call('ZADD', work.prefix .. 'z:lines', M.flt(at), account)
     end
   end
   for account, index in pairs(work.refs) do
     call('ZADD', work.prefix .. 'r:' .. account, unpack(index))
   end
-  for account, pairs_of in pairs(work.live) do
-    call('ZADD', work.prefix .. 'l:' .. account, unpack(pairs_of))
+end
+
+function M.write_lives()
+  for account, members in pairs(work.live) do
+    call('ZADD', work.prefix .. 'l:' .. account, unpack(members))
   end
   for account, members in pairs(work.ended_live) do
     call('ZREM', work.prefix .. 'l:' .. account, unpack(members))
@@ -135,6 +152,9 @@ function M.flush()
       end
     end
   end
+end
+
+function M.write_indexes()
   for account, members in pairs(work.windows_of) do
     call('SADD', work.prefix .. 'v:' .. account, unpack(members))
   end
@@ -146,20 +166,29 @@ function M.flush()
       call('ZADD', work.prefix .. 'z:' .. name, unpack(index))
     end
   end
-  for key, index in pairs(work.gone) do
-    call('DEL', key)
-    call('ZREM', work.prefix .. 'z:' .. index, key)
+end
+
+function M.write_events()
+  local ids = work.event_ids
+  if #ids == 0 then
+    return
   end
-  if #work.event_ids > 0 then
-    local known, new = call('HMGET', work.prefix .. 'events', unpack(work.event_ids)), {}
-    for i, id in ipairs(work.event_ids) do
-      if not known[i] then
-        new[#new + 1] = id
-      end
-    end
-    call('HSET', work.prefix .. 'events', unpack(work.events))
-    if #new > 0 then
-      call('RPUSH', work.prefix .. 'events:order', unpack(new))
+  local known, new = call('HMGET', work.prefix .. 'events', unpack(ids)), {}
+  for i, id in ipairs(ids) do
+    if not known[i] then
+      new[#new + 1] = id
     end
   end
+  call('HSET', work.prefix .. 'events', unpack(work.events))
+  if #new > 0 then
+    call('RPUSH', work.prefix .. 'events:order', unpack(new))
+  end
+end
+
+function M.flush()
+  M.write_rows()
+  M.write_lines()
+  M.write_lives()
+  M.write_indexes()
+  M.write_events()
 end
