@@ -75,6 +75,9 @@ json_text = _json()
 MAX_REMEMBERED = 512
 """Tuples remembered: most calls are paid from one grant."""
 
+MAX_PAYERS = 8_192
+"""Payers remembered, some hundred bytes each: those that call now, call again."""
+
 ACCOUNT = Struct(">9d")
 GRANT = Struct(">10d")
 HOLD = Struct(">IB7d")
@@ -240,7 +243,7 @@ def receipt_of(raw: bytes, payer: str, unit: str, at: int = 0) -> Receipt | None
     )
 
 
-@lru_cache(maxsize=MAX_REMEMBERED)
+@lru_cache(maxsize=MAX_PAYERS)
 def who_of(raw: bytes) -> tuple[str, str, str]:
     """Payer, unit and group of who pays."""
     row = Unpacking(raw)
