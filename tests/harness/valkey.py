@@ -38,12 +38,14 @@ class ValkeyServer:
 
     Attributes:
         port: On `HOST`.
+        bus: Where other nodes of a cluster reach it; by default 10,000 above *port*, where there may be no port.
         process: None while it is stopped.
     """
 
     def __init__(self, folder: Path, options: Sequence[str] = ()) -> None:
         self.folder = folder
         self.port = 0
+        self.bus = 0
         self.process: subprocess.Popen[bytes] | None = None
         self._options = tuple(options)
 
@@ -62,7 +64,10 @@ class ValkeyServer:
         said = b""
         for _ in range(_START_ATTEMPTS):
             self.port = port or free_port()
-            base = ("--port", str(self.port), "--bind", HOST, "--dir", str(self.folder), "--save", "")
+            base = ["--port", str(self.port), "--bind", HOST, "--dir", str(self.folder), "--save", ""]
+            if "--cluster-enabled" in self._options:
+                self.bus = free_port()
+                base += ["--cluster-port", str(self.bus)]
             log = (self.folder / "server.log").open("ab")
             with log:
                 self.process = subprocess.Popen(
@@ -172,7 +177,7 @@ def cluster(nodes: int = 3) -> Iterator[list[ValkeyServer]]:
             _done(server.ask("CLUSTER", "ADDSLOTSRANGE", str(first), str(last)))
             _done(server.ask("CLUSTER", "SET-CONFIG-EPOCH", str(index + 1)))
         for server in servers[1:]:
-            _done(servers[0].ask("CLUSTER", "MEET", HOST, str(server.port)))
+            _done(servers[0].ask("CLUSTER", "MEET", HOST, str(server.port), str(server.bus)))
         wait_until(_all(servers, nodes), what="the nodes know each other")
         yield servers
 

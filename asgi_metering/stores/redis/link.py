@@ -92,6 +92,7 @@ class Link:
             return lost
         unknown = [at for at, failure in failures if _is_of_functions(failure)]
         if unknown:
+            # Replicas get it from their master, so that one is ready when it takes over.
             (loaded,) = await self._once([("FUNCTION", "LOAD", "REPLACE", self._scripts.library)])
             # A server before 7, or one that forbids it.
             self._has_functions = not isinstance(loaded, Exception)
@@ -177,6 +178,8 @@ class Link:
             self._failure = failure.__cause__ or failure
             raise
         self._backoff_s = 0.0
+        # It may be another server.
+        self._has_functions = True
         return self._connection
 
     async def _drop(self) -> None:
