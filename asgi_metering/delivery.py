@@ -8,6 +8,7 @@ idempotent by its call's id, so that what was answered by silence is simply done
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -202,7 +203,9 @@ class Delivery:
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._to_keep.append((call, steps, future))
         if self._writer is None:
-            self._writer = asyncio.get_running_loop().create_task(self._write(), name="asgi_metering journal")
+            self._writer = asyncio.get_running_loop().create_task(
+                self._write(), name="asgi_metering journal", context=contextvars.Context()
+            )
         return await future
 
     async def _write(self) -> None:
