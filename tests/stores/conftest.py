@@ -8,7 +8,9 @@ from itertools import count
 import pytest
 
 from tests.harness.postgres import PostgresServer, postgres_server
+from tests.harness.warm import preload
 
+preload()
 pytest.register_assert_rewrite("asgi_metering.testing.conformance")
 
 _numbers = count(1)
