@@ -7,10 +7,11 @@ Both import it and agree on everything but the fault. Knows nothing of what is r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from starlette.applications import Starlette
@@ -191,17 +192,28 @@ async def ask(app: ASGIApp, path: str) -> Drive:
 # -- the process that is killed ----------------------------------------------------------------------------
 
 
-async def burn(plan: Plan) -> None:
-    """Play *plan* until the fault ends this process; where it never does, return."""
+async def burn(plan: Plan, probes: Mapping[str, Callable[[], object]] = MappingProxyType({})) -> None:
+    """
+    Play *plan* until the fault ends this process; where it never does, return.
+
+    Args:
+        plan: What to play.
+        probes: What else is done at other points of the store.
+    """
     asgi_metering.runtime.TICK_S = 0.005
     # A machine that stalls for 50 ms shall not end a call in place of the application that returns.
     asgi_metering.asgi.exchange.GRACE_S = LIFE_S
-    beaten, clock = asyncio.Event(), FakeClock(plan.now)
+    admitted, beaten, clock = asyncio.Event(), asyncio.Event(), FakeClock(plan.now)
     leaving: list[asyncio.Task[None]] = []
-    fault, beat = crash_after(plan.point, nth=plan.nth), crash_after("heartbeat.after", how=beaten.set)
-    leave = crash_after("admission.after", how=lambda: [task.cancel() for task in leaving])
+    fault = crash_after(plan.point, nth=plan.nth)
     # The fault is nearest to the store: it comes first where several wait for the same point.
-    store = leave.store(beat.store(fault.store(store_at(plan.url, fault.clock(clock)))))
+    store = fault.store(store_at(plan.url, fault.clock(clock)))
+    told = {
+        "admission.after": lambda: (admitted.set(), [task.cancel() for task in leaving]),
+        "heartbeat.after": beaten.set,
+    }
+    for point, how in {**told, **probes}.items():
+        store = crash_after(point, how=how).store(store)
     metering = metering_of(store, plan.payer, fault.sink(deliver_to(plan.log)), "a")
     if not plan.room.startswith("/"):
         async with metering:
@@ -212,19 +224,18 @@ async def burn(plan: Plan) -> None:
     app = fault.app(rooms(metering, plan.policy, fault, beaten))
     async with lifespan(app):
         if plan.room == "/session":
-            await _sessions(app)
+            await _sessions(app, admitted)
         elif plan.leaves:
             await _leave(app, plan.room, leaving)
         else:
             await ask(app, plan.room)
 
 
-async def _sessions(app: ASGIApp) -> None:
+async def _sessions(app: ASGIApp, admitted: asyncio.Event) -> None:
     """A call of the charge key that runs on, one that succeeds, and one that comes after it."""
     running = asyncio.create_task(ask(app, "/session?wait=1"))
+    await admitted.wait()
     for _ in range(2):
-        # Whoever was there first is asked for first.
-        await asyncio.sleep(0)
         await ask(app, "/session")
     running.cancel()
 
