@@ -18,6 +18,8 @@ PRELOADED = (
     "opentelemetry.trace",
     "psycopg",
     "psycopg.adapt",
+    # What each process imports as the main module of its parent.
+    "pytest",
     "tests.stores.crashes.house",
     "tests.stores.takers",
     # Last: it gives nothing but what the others need.

@@ -32,8 +32,8 @@ WORDS: Final = {
 """What each verb of the ledger is called among the points."""
 
 
-LINES: Final = {"grant": 2, "reverse": 4, "refund": 3, "correct": 3, "backfill": 3}
-"""Of the ledger, in the end: the first grant, the charge of `spend` beside all but one, and what the verb writes."""
+LINES: Final = {"grant": 3, "reverse": 4, "refund": 3, "correct": 3, "backfill": 3}
+"""Of the ledger, in the end: the first grant, the charge of `spend`, and what the verb writes."""
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
