@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -39,6 +40,9 @@ KEY = ("payer", "credits")
 
 LATER_S = 1_000.0
 """Between what is prepared for a race of overdue calls and the race."""
+
+OFTEN_S = 1e-5
+"""Between two switches of threads, so that they meet in the middle of everything."""
 
 ENDED_S = 60.0
 """Bound of the end of a process that has told everything."""
@@ -106,8 +110,13 @@ class Course:
             taker = Taker(kind, f"taker{number}", tries)
             asyncio.run(take(store, taker, go, lambda *words: told.append(words)))
 
-        with ThreadPoolExecutor(TAKERS) as threads:
-            list(threads.map(run, range(TAKERS)))
+        interval_s = sys.getswitchinterval()
+        sys.setswitchinterval(OFTEN_S)
+        try:
+            with ThreadPoolExecutor(TAKERS) as threads:
+                list(threads.map(run, range(TAKERS)))
+        finally:
+            sys.setswitchinterval(interval_s)
         return told
 
     @contextmanager

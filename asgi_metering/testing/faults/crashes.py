@@ -75,7 +75,7 @@ class Crash:
         self.reached = 0
         self._nth = nth
         self._how = how
-        self._inside: str | None = None
+        self._inside: tuple[str, ...] = ()
 
     def reach(self, point: str) -> None:
         """Say that *point* is reached."""
@@ -96,9 +96,9 @@ class Crash:
         """
 
         def read() -> float:
-            point, self._inside = self._inside, None
-            if point is not None:
-                # Once for each time that the store is asked: it may begin again, or read its clock twice.
+            # Once for each time that the store is asked: it may begin again, or read its clock twice.
+            points, self._inside = self._inside, ()
+            for point in points:
                 self.reach(point)
             return inner()
 
@@ -148,8 +148,7 @@ class Crash:
 
     def inside(self, words: Sequence[str]) -> None:
         """Say which operations the store runs from now on; empty for none."""
-        waited = [f"{word}.inside" for word in words]
-        self._inside = self.point if self.point in waited else None
+        self._inside = tuple(f"{word}.inside" for word in words)
 
     def _watched(self, send: Send) -> Callable[[Message], Awaitable[None]]:
         begun = False
