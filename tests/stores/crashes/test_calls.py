@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
 from typing import Final
 
 import pytest
@@ -39,10 +38,10 @@ OBSERVED: Final = between("heartbeat.after", "end.inside")
 ENDED: Final = between("end.after", "acknowledgement.after")
 
 EVERYTHING: Final = "METERING_ALL_CRASHES"
-"""Set, this variable plays every policy at every point: it finds no more, and takes half as long again."""
+"""Set, this variable plays every policy at every point: it has found no more, and takes half as long again."""
 
-TELLING: Final = ("heartbeat.after", "end.inside")
-"""The first and the last point at which an observed call is in doubt: at those between them, one policy will do."""
+TELLING: Final = ("admission.after", "heartbeat.inside", "heartbeat.after", "end.inside")
+"""First and last points of a doubt: between them ``observed``, the default, stands for all policies."""
 
 CHARGED: Final[dict[Policy, tuple[int, int]]] = {"observed": (0, SEEN), "none": (0, 0), "hold": (HELD, HELD)}
 """By policy, what a call in doubt is charged before and after a heartbeat that told of `SEEN`."""
@@ -115,12 +114,14 @@ def test_kill_before_the_admission_is_committed(ground: Ground, point: str) -> N
     play(ground, point, "observed", 0, None)
 
 
-def policies(points: list[str], *, apart: Sequence[str] = ()) -> list[tuple[str, Policy]]:
-    """Points with the policies that make a difference there: where nothing was observed ``none`` is ``observed``."""
-    everywhere: tuple[Policy, ...] = ("observed",) if apart else ("observed", "hold")
-    if EVERYTHING in os.environ:
-        everywhere = POLICIES
-    return [(point, policy) for point in points for policy in (POLICIES if point in apart else everywhere)]
+def policies(points: list[str]) -> list[tuple[str, Policy]]:
+    """Each of *points* with the policies that are played there."""
+    return [
+        (point, policy)
+        for point in points
+        for policy in POLICIES
+        if policy == "observed" or point in TELLING or EVERYTHING in os.environ
+    ]
 
 
 @pytest.mark.parametrize(("point", "policy"), policies(UNOBSERVED))
@@ -129,7 +130,7 @@ def test_kill_before_anything_was_observed(ground: Ground, point: str, policy: P
     play(ground, point, policy, CHARGED[policy][0], EndedBy.POLICY)
 
 
-@pytest.mark.parametrize(("point", "policy"), policies(OBSERVED, apart=TELLING))
+@pytest.mark.parametrize(("point", "policy"), policies(OBSERVED))
 def test_kill_after_a_heartbeat(ground: Ground, point: str, policy: Policy) -> None:
     """The call is in doubt, and ``observed`` charges what its last heartbeat had seen, and no more (S2.20)."""
     play(ground, point, policy, CHARGED[policy][1], EndedBy.POLICY)

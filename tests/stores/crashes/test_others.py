@@ -99,23 +99,25 @@ def test_kill_amid_a_growth(ground: Ground, moment: str) -> None:
     asyncio.run(after())
 
 
-SESSIONS: Final = [
-    # Point, the time that it is reached, members in doubt, and whether the key was charged.
-    ("admission.after", 1, 1, False),
-    ("admission.inside", 2, 1, False),
-    ("admission.after", 2, 2, False),
-    ("end.before", 1, 2, False),
-    ("end.inside", 1, 2, False),
-    ("end.after", 1, 1, True),
-    ("admission.after", 3, 2, True),
-    ("end.after", 2, 1, True),
+SESSIONS: Final[list[tuple[str, int, Policy, int, bool]]] = [
+    # Point, the time that it is reached, policy, members in doubt, and whether the key was charged.
+    ("admission.after", 1, "observed", 1, False),
+    ("admission.after", 1, "hold", 1, False),
+    ("admission.inside", 2, "observed", 1, False),
+    ("admission.after", 2, "observed", 2, False),
+    ("admission.after", 2, "hold", 2, False),
+    ("end.before", 1, "none", 2, False),
+    ("end.inside", 1, "observed", 2, False),
+    ("end.after", 1, "observed", 1, True),
+    ("end.after", 1, "hold", 1, True),
+    ("admission.after", 3, "hold", 2, True),
+    ("end.after", 2, "observed", 1, True),
 ]
 
 
-@pytest.mark.parametrize("policy", ["observed", "hold"])
-@pytest.mark.parametrize(("point", "nth", "members", "charged"), SESSIONS)
+@pytest.mark.parametrize(("point", "nth", "policy", "members", "charged"), SESSIONS)
 def test_kill_amid_the_calls_of_a_charge_key(
-    ground: Ground, point: str, nth: int, members: int, charged: bool, policy: Policy
+    ground: Ground, point: str, nth: int, policy: Policy, members: int, charged: bool
 ) -> None:
     """
     Calls of one charge key are charged once in all, however many of them die with their process (S0.3, S0.10).
