@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from asgi_metering.asgi.middleware import RateLimitMiddleware as RateLimitMiddleware
     from asgi_metering.asgi.middleware import UsageEventsMiddleware as UsageEventsMiddleware
     from asgi_metering.call import Call as Call
+    from asgi_metering.call import CallCut as CallCut
     from asgi_metering.call import Caller as Caller
     from asgi_metering.call import CallRefused as CallRefused
     from asgi_metering.call import current_call as current_call
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from asgi_metering.decorators import rate_limited as rate_limited
     from asgi_metering.metering import Metering as Metering
     from asgi_metering.policies import Idempotency as Idempotency
+    from asgi_metering.policies import slices as slices
     from asgi_metering.policies import up_to as up_to
     from asgi_metering.sources import Allowance as Allowance
     from asgi_metering.sources import Payer as Payer
@@ -39,6 +41,7 @@ _HOMES = {
     "CREDITS": "amounts",
     "Allowance": "sources",
     "Call": "call",
+    "CallCut": "call",
     "CallRefused": "call",
     "Caller": "call",
     "CreditGateMiddleware": "asgi.middleware",
@@ -58,6 +61,7 @@ _HOMES = {
     "current_call": "call",
     "metered_app": "asgi.app",
     "rate_limited": "decorators",
+    "slices": "policies",
     "up_to": "policies",
 }
 

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from decimal import Decimal
 from itertools import groupby
 from operator import attrgetter
@@ -21,7 +22,8 @@ from asgi_metering.errors import ConfigurationError, IdentityError, MeteringErro
 from asgi_metering.estimates import estimate_arguments
 from asgi_metering.keying import key_ask, once, shared_key
 from asgi_metering.names import check_key
-from asgi_metering.policies import ChargePolicy, From, RatePolicy
+from asgi_metering.outage import without_store
+from asgi_metering.policies import ChargePolicy, From, RatePolicy, Slices
 from asgi_metering.prices import FixedPrice
 from asgi_metering.rates import RateLimit
 from asgi_metering.rules.calendars import Period, boundaries
@@ -29,6 +31,7 @@ from asgi_metering.rules.ending import EndPolicy, Situation
 from asgi_metering.rules.operations import (
     Admit,
     AllowanceSource,
+    Grow,
     LeaseAsk,
     LimitAsk,
     SourceAsk,
@@ -41,7 +44,7 @@ from asgi_metering.usage import TokenUsage
 if TYPE_CHECKING:
     from asgi_metering.call import Call
 
-__all__ = ["admit", "asked_of", "check_amounts", "foresee", "usage_of"]
+__all__ = ["admit", "asked_of", "check_amounts", "foresee", "hold_more", "leaves_hold", "usage_of"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -109,7 +112,7 @@ async def _decide(
     try:
         decision = await _answered(call, charge, rates, asked, arguments, call.metering.decide)
     except StoreError as failure:
-        _store_down(call, charge, rates, failure)
+        await without_store(call, charge, rates, asked, failure)
         return None
     if decision.refusal is not None:
         raise call.refused(decision.refusal, decision)
@@ -117,16 +120,24 @@ async def _decide(
         raise call.refused(Refusal(Reason.REPLAYED, "idempotency"), decision)
     call.decision = decision
     call.held = decision.held
-    # Also of 0: what it uses is charged in full, and nothing but a hold can be settled.
-    call.has_hold = bool(
+    call.has_hold = leaves_hold(asked)
+    call.ttl_s = asked.ttl_s
+    call.payer = decision.payer or call.payer
+    return decision
+
+
+def leaves_hold(asked: Admit) -> bool:
+    """
+    Whether an admission has something to end.
+
+    Also of 0: what it uses is charged in full, and nothing but a hold can be settled.
+    """
+    return bool(
         asked.sources
         or asked.leases
         or asked.idempotency is not None
         or any(limit.meter != REQUESTS for limit in asked.limits)
     )
-    call.ttl_s = asked.ttl_s
-    call.payer = decision.payer or call.payer
-    return decision
 
 
 async def foresee(call: Call) -> Decision:
@@ -168,6 +179,31 @@ async def _answered(
     return decision
 
 
+async def hold_more(call: Call, charge: ChargePolicy, to: int, debt: int) -> Decision:
+    """
+    Ask the store for a hold of *to* smallest parts for a call that runs, or of whatever more there is.
+
+    Only the sources of the payer object that admitted it are asked (DESIGN 4 "Sources"), its wallet with *debt* beyond
+    its own overdraft. A refusal changes nothing. Raises `StoreError` without an answer; the same may be asked again.
+    """
+    group = call.decision.group if call.decision is not None else ""
+
+    async def decided(now: float) -> Decision:
+        own = tuple(
+            source._replace(overdraft=source.overdraft + debt) if isinstance(source, WalletSource) else source
+            for source in _sources(call, charge, now)
+            if source.group == group
+        )
+        return await call.metering.grow(Grow(call.id, to, call.held + 1, own))
+
+    decision = await decided(time.time())
+    if decision.stale_calendar:
+        decision = await decided(decision.now)
+    if decision.stale_calendar:
+        raise StoreError(f"The store's time {decision.now} does not fit any calendar around it.")
+    return decision
+
+
 async def asked_of(call: Call, charge: ChargePolicy, now: float) -> tuple[SourceAsk, ...]:
     """
     What *call* would ask of its sources around *now*.
@@ -178,19 +214,6 @@ async def asked_of(call: Call, charge: ChargePolicy, now: float) -> tuple[Source
     _pin(call, charge)
     await _payer(call, charge, {})
     return _sources(call, charge, now)
-
-
-def _store_down(call: Call, charge: ChargePolicy | None, rates: tuple[RatePolicy, ...], failure: StoreError) -> None:
-    """No answer: the strictest layer of the route says what that means (X.6)."""
-    metering = call.metering
-    metering.meters.count("store_failures", line=call.line)
-    log.warning("The store gave no answer for call %s: %s", call.id, failure)
-    layers = {"credits": charge is not None and not call.exempt, "rates": bool(rates)}
-    for layer, asked in layers.items():
-        if asked and metering.on_store_down[layer] == "deny":
-            raise call.refused(Refusal(Reason.STORE_DOWN, layer)) from failure
-    call.exempt = True
-    call.decision = Decision(call.id, time.time())
 
 
 # -- who ---------------------------------------------------------------------------------------------------
@@ -270,6 +293,10 @@ async def _price(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any])
         estimate = await estimate_arguments(arguments)
     if isinstance(estimate, TokenUsage):
         call.estimate = call.asked = estimate
+        if charge.hold.slices is not None and estimate.input is None:
+            # A slice of the output, behind all of the input.
+            call.asked = await estimate_arguments(arguments)
+            call.estimate = replace(estimate, input=call.asked.input)
     else:
         call.estimate = exact_amount(estimate, "hold estimate")
         call.asked = await estimate_arguments(arguments)
@@ -304,6 +331,8 @@ def check_amounts(charge: ChargePolicy, unit: Unit) -> None:
         unit.parts(estimate, "hold")
     if charge.hold.at_least is not None:
         unit.parts(charge.hold.at_least, "least hold")
+    if charge.hold.slices is not None:
+        _check_slices(charge.hold.slices, unit)
     check_payers(charge.sources)
     for source in charge.sources:
         source.warning_level(unit)
@@ -313,6 +342,12 @@ def check_amounts(charge: ChargePolicy, unit: Unit) -> None:
             limits = source.limit.values() if isinstance(source.limit, Mapping) else (source.limit,)
             for limit in limits:
                 unit.parts(limit, f"allowance {source.name!r}")
+
+
+def _check_slices(slices: Slices, unit: Unit) -> None:
+    for amount, what in ((slices.step, "step"), (slices.low_water, "low-water mark"), (slices.debt, "debt")):
+        if amount is not None and not isinstance(amount, TokenUsage):
+            unit.parts(amount, what)
 
 
 # -- the operation -----------------------------------------------------------------------------------------

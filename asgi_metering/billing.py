@@ -138,6 +138,10 @@ async def _estimated(call: Call, price: MeasuredPrice, known: Metered) -> int:
     So where some of the call's answers reported and others did not, it is never less than what was observed.
     """
     estimate = call.estimate
+    if call.growth is not None:
+        # A first slice estimates nothing of the whole.
+        used = (await observed_usage(call, known)).usage
+        return 0 if used is None else call.unit.round(price.cost(used))
     amount = call.unit.round(price.cost(estimate)) if isinstance(estimate, TokenUsage) else call.held
     if known.complete or known.usage is None:
         return amount

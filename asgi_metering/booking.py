@@ -65,3 +65,5 @@ class UpstreamBooking:
         report = reader.report()
         if report is not None and report.complete and report.usage is not None and not report.partial:
             reader.forget_text()
+        if isinstance(token, Call) and token.growth is not None:
+            token.growth.nudge()

@@ -26,12 +26,13 @@ from asgi_metering.policies import ChargePolicy, EndpointPolicy
 from asgi_metering.prices import MAX_AFFORDABLE, FixedPrice, MeasuredPrice
 from asgi_metering.receipts import Receipt
 from asgi_metering.rules.ending import Cause
-from asgi_metering.rules.operations import IdempotencyAsk
+from asgi_metering.rules.operations import Admit, IdempotencyAsk
 from asgi_metering.sources import Wallet
 from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
 
 if TYPE_CHECKING:
     from asgi_metering.amounts import Amount
+    from asgi_metering.growing import Growth
     from asgi_metering.guards import Part
     from asgi_metering.metering import Metering
     from asgi_metering.sources import Payer, PaymentSource
@@ -42,6 +43,7 @@ __all__ = [
     "SCOPE_KEY",
     "BalanceStatus",
     "Call",
+    "CallCut",
     "CallRefused",
     "Caller",
     "Observer",
@@ -115,6 +117,20 @@ class CallRefused(Exception):  # noqa: N818 -- a refusal is an answer on its way
         self.call = call
         self.refusal = refusal
         self.decision = decision
+
+
+class CallCut(OSError):  # noqa: N818 -- an end, not an error
+    """
+    The call is cut: what it may use is used up, and nothing more can be held for it (see `slices`). Let it rise.
+
+    Raised from ``send``, and by `Call.record`. An `OSError`, as from a client that left: what frameworks end a stream
+    for. What was observed is charged.
+    """
+
+    def __init__(self, call: Call) -> None:
+        held = f"{call.unit.whole(call.held):f} {call.unit.name}"
+        super().__init__(f"Call {call.id!r} was cut: it has used up the {held} that could be held for it.")
+        self.call = call
 
 
 def _lack(call: Call, refusal: Refusal) -> str:
@@ -201,9 +217,10 @@ class Opening:
         call: The call, once somebody asked for it.
         closed: The request is over; code that outlives it must not admit or charge (pitfall 1).
         request_body: Answers the request's body; None outside HTTP.
+        cut: Stops the work of the call and its answer, on the loop of the request; None outside HTTP.
     """
 
-    __slots__ = ("call", "closed", "features", "free", "metering", "origin", "request_body", "unenforced")
+    __slots__ = ("call", "closed", "cut", "features", "free", "metering", "origin", "request_body", "unenforced")
 
     def __init__(
         self,
@@ -222,6 +239,7 @@ class Opening:
         self.call: Call | None = None
         self.closed = False
         self.request_body: Callable[[], RequestBody] | None = None
+        self.cut: Callable[[], None] | None = None
 
     def check(self) -> None:
         """Raise `CallClosedError` if the request is over."""
@@ -309,11 +327,13 @@ class Call:
         "facts",
         "failure",
         "first_byte",
+        "growth",
         "has_hold",
         "held",
         "id",
         "last_beat",
         "line",
+        "local",
         "observed_parts",
         "observer",
         "once",
@@ -322,6 +342,7 @@ class Call:
         "pending",
         "policy",
         "price",
+        "queued",
         "receipt",
         "refusal",
         "reply",
@@ -375,6 +396,11 @@ class Call:
         self.trace: Mapping[str, str] = {}
         self.facts: Mapping[str, Any] = {}
         self.has_hold = False
+        # Without the store: its charge that waits in the journal, and the id of its local limits.
+        self.queued: Admit | None = None
+        self.local = ""
+        # How its hold grows while it runs; None for one that never does.
+        self.growth: Growth | None = None
         # What makes it run once, and its answer for repeats; the hashed key of the calls that it is charged with.
         self.once: IdempotencyAsk | None = None
         self.reply: Reply | None = None
@@ -412,6 +438,8 @@ class Call:
         Raises:
             UsageError: *usage* is not a `TokenUsage`; the class itself refuses negative or absurd numbers.
             CallClosedError: The call has ended; the report is counted as late and not charged.
+            CallCut: Nothing more can be held for it, by ``hold=slices(...)``. The report counts. Outside HTTP this is
+                what ends the work; let it rise.
         """
         if not isinstance(usage, TokenUsage):
             raise UsageError(f"The usage {usage!r} is not a TokenUsage. Build one: TokenUsage(input=900, output=120).")
@@ -421,6 +449,10 @@ class Call:
         # Names of an enum, say: no store could write them, nor tell them from their text.
         named = [None if name is None else str(name) for name in (model, provider)]
         self.reports.append(Reported(usage, *named))
+        if self.growth is not None:
+            self.growth.nudge()
+            if self.growth.is_cut:
+                raise self.cut()
 
     def fail(self, reason: str) -> None:
         """
@@ -446,7 +478,7 @@ class Call:
         estimated, or as the request shows where the hold is an amount, with its cache reads and writes, unless what
         was used costs more. So that usage and as many tokens cost no more than the hold (DESIGN "A hold's size").
         Where nothing is held because nothing is charged, or the price is not per token, the answer is a number without
-        effect.
+        effect. A hold that grows pays for as many now, and may pay for more later.
 
         Raises:
             ConfigurationError: *kind* cannot be afforded one by one.
@@ -639,7 +671,7 @@ class Call:
     @property
     def needs_end(self) -> bool:
         """Whether its end has to be told to the ledger, or to the audit of free work."""
-        return self.has_hold or self.charge is not None
+        return self.has_hold or self.charge is not None or bool(self.local)
 
     @property
     def warning_level(self) -> int | None:
@@ -692,6 +724,18 @@ class Call:
         """Note why the call ends; only the first cause counts (DESIGN "End of call")."""
         if self.cause is None:
             self.cause = cause
+
+    def cut(self) -> CallCut:
+        """End the call here, unless it has ended otherwise; answers what stops its work."""
+        if self.cause is None:
+            self.see(Cause.CUT)
+            self.metering.meters.count("cuts", line=self.line)
+        return CallCut(self)
+
+    @property
+    def lack(self) -> Refusal | None:
+        """Why the call may not run, or not run on; None where it may."""
+        return self.refusal if self.growth is None or not self.growth.is_cut else self.growth.refusal
 
     def expects_ending(self) -> asyncio.Future[Receipt | None]:
         """A future of the receipt, for who has to wait for the end; None where the end could not be booked."""

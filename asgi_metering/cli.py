@@ -2,7 +2,7 @@
 The command line: thin over `Metering`. Tables for people, ``--json`` for programs.
 
 Every command but ``demo`` and ``routes`` opens the store that ``--store`` or ``ASGI_METERING_STORE`` names; only
-``grant`` makes a new one. Every command but ``demo`` has ``--json``, whose output is one JSON document.
+``grant`` and ``import`` make a new one. Every command but ``demo`` has ``--json``, whose output is one JSON document.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from asgi_metering.errors import ConfigurationError, MeteringError, MissingExtra
 from asgi_metering.ledger import Checked
 from asgi_metering.metering import ALL_FEATURES, Metering
 from asgi_metering.receipts import Posting, Receipt
+from asgi_metering.stores.contract import Store
+from asgi_metering.stores.moving import Moved, export_books, import_books
 
 __all__ = ["main"]
 
@@ -39,6 +41,8 @@ exit codes:
   130  Ctrl-C
   141  whoever read the output left
 """
+
+STORE_HELP = "store URL; ASGI_METERING_STORE by default"
 
 MAX_PORT = 65_535
 
@@ -102,6 +106,18 @@ def _parser() -> argparse.ArgumentParser:
     migrate.add_argument("--sql", action="store_true", help="print what would be done, for psql, and do nothing")
     migrate.add_argument("--json", action="store_true")
     migrate.set_defaults(run=_migrate)
+    for name, run, help_text, file_text in (
+        ("export", _export, "write everything that a store keeps into a file", "what stands there is kept beside it"),
+        ("import", _import, "fill an empty store with what was exported of another", "what export wrote"),
+    ):
+        command = command_of(name, help_text)
+        command.add_argument("file", metavar="FILE", help=file_text)
+        command.add_argument("--store", default=os.environ.get("ASGI_METERING_STORE"), help=STORE_HELP)
+        command.add_argument("--json", action="store_true", help="print JSON")
+        if name == "import":
+            command.add_argument("--resume", action="store_true", help="go on with an import of this file that was cut")
+            command.add_argument("--unbalanced", action="store_true", help="also import books that do not balance")
+        command.set_defaults(run=run)
     for name, run, help_text in (
         ("grant", _grant, "give units to a payer"),
         ("balance", _balance, "what a payer has"),
@@ -138,9 +154,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _store_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--store", default=os.environ.get("ASGI_METERING_STORE"), help="store URL; ASGI_METERING_STORE by default"
-    )
+    command.add_argument("--store", default=os.environ.get("ASGI_METERING_STORE"), help=STORE_HELP)
     command.add_argument("--unit", default=f"{CREDITS.name}:{CREDITS.scale}", help="name:scale of the unit")
     command.add_argument("--json", action="store_true", help="print JSON")
 
@@ -243,6 +257,8 @@ def _route(row: Any) -> dict[str, Any]:
         shown["hold"] = _hold(charge)
         shown["sources"] = ", ".join(_source(source) for source in charge.sources)
         shown["payer"] = "the caller's" if charge.payer is None else _function(charge.payer)
+        shown["idempotency"] = _idempotency(charge.idempotency)
+        shown["charge_key"] = _charge_key(charge.key)
         shown["end"] = {situation.value: charge.end.basis(situation).value for situation in END_OF_CALL}
     return shown
 
@@ -261,7 +277,30 @@ def _hold(charge: Any) -> str:
     text = "estimated from the request" if estimate is None else str(estimate)
     if isinstance(estimate, From):
         text = _function(estimate)
+    if charge.hold.slices is not None:
+        return f"{text} at first, and more while it runs"
     return text if least is None else f"up to {text}, at least {least}"
+
+
+def _idempotency(policy: Any) -> str:
+    """What an ``Idempotency-Key`` does."""
+    if policy is None:
+        return ""
+    told = [f"{'required' if policy.required else 'taken'}, for {policy.ttl_s:g} s"]
+    if policy.fingerprint is not None:
+        told.append(f"fingerprint {_function(policy.fingerprint)}")
+    told.append("answers not kept" if policy.store_body is None else f"answers kept up to {policy.store_body} bytes")
+    return ", ".join(told)
+
+
+def _charge_key(policy: Any) -> str:
+    """What is charged once."""
+    if policy is None:
+        return ""
+    key = policy.key if isinstance(policy.key, str) else _function(policy.key)
+    if not isinstance(policy.per, str):
+        return f"{key} per {policy.per:g} s"
+    return f"{key} per {policy.per}" + ("" if policy.zone == "UTC" else f" in {policy.zone}")
 
 
 def _function(computed: Any) -> str:
@@ -279,8 +318,9 @@ def _details(rows: Iterable[dict[str, Any]]) -> None:
         if "end" not in row:
             continue
         print(f"\n{row['path']}  {row['methods']}".rstrip())
-        for name in ("hold", "sources", "payer"):
-            print(f"  {name}: {row[name]}")
+        for name in ("hold", "sources", "payer", "idempotency", "charge_key"):
+            if row[name]:
+                print(f"  {name.replace('_', ' ')}: {row[name]}")
         for situation, basis in row["end"].items():
             print(f"  {situation}: {basis}")
 
@@ -355,18 +395,26 @@ def _place(failure: BaseException) -> str:
 
 def _metering(given: argparse.Namespace, *, makes: bool = False) -> tuple[Metering, Unit]:
     """The metering of the named store; one that is not there yet is an error unless the command *makes* it."""
-    if not given.store:
-        raise ConfigurationError("No store is named. Pass --store sqlite:///metering.db, or set ASGI_METERING_STORE.")
+    _check_named(given)
     name, _, scale = given.unit.partition(":")
     if not scale.isdigit():
         raise ConfigurationError(f"--unit {given.unit!r} is not name:scale, such as credits:6.")
     unit = Unit(name, int(scale))
     metering = Metering(given.store, unit=unit, sinks=())
-    if not metering.store.durable:
-        raise ConfigurationError(f"The {metering.store.name} store keeps nothing between commands. Name a durable one.")
-    if not makes:
-        _check_there(given.store)
+    _check_usable(metering.store, given.store, makes=makes)
     return metering, unit
+
+
+def _check_named(given: argparse.Namespace) -> None:
+    if not given.store:
+        raise ConfigurationError("No store is named. Pass --store sqlite:///metering.db, or set ASGI_METERING_STORE.")
+
+
+def _check_usable(store: Store, url: str, *, makes: bool) -> None:
+    if not store.durable:
+        raise ConfigurationError(f"The {store.name} store keeps nothing between commands. Name a durable one.")
+    if not makes:
+        _check_there(url)
 
 
 def _check_there(url: str) -> None:
@@ -543,9 +591,71 @@ def _check(given: argparse.Namespace) -> int:
         proof = {"balanced": not wrong, "accounts": wrong.accounts, "discrepancies": wrong}
         print(json.dumps(proof, indent=2))
     else:
-        accounts = f"{wrong.accounts} account{'' if wrong.accounts == 1 else 's'}"
-        print("\n".join(wrong) or f"The books balance: {accounts} proven.")
+        print("\n".join(wrong) or f"The books balance: {_number(wrong.accounts, 'account')} proven.")
     return 1 if wrong else 0
+
+
+# -- moving ------------------------------------------------------------------------------------------------
+
+
+def _export(given: argparse.Namespace) -> int:
+    async def work(store: Store) -> Moved:
+        await store.open()
+        return await export_books(store, given.file)
+
+    moved = asyncio.run(_with_store(given, work, makes=False))
+    return _show_moved(given, moved, "exported")
+
+
+def _import(given: argparse.Namespace) -> int:
+    def work(store: Store) -> Coroutine[Any, Any, Moved]:
+        return import_books(store, given.file, resume=given.resume, unbalanced=given.unbalanced)
+
+    moved = asyncio.run(_with_store(given, work, makes=True))
+    return _show_moved(given, moved, "imported")
+
+
+async def _with_store(
+    given: argparse.Namespace, work: Callable[[Store], Coroutine[Any, Any, Moved]], *, makes: bool
+) -> Moved:
+    """Do *work* on the store alone: no worker of a metering shall sweep it meanwhile."""
+    from asgi_metering.stores.urls import store_from_url
+
+    _check_named(given)
+    store = store_from_url(given.store)
+    _check_usable(store, given.store, makes=makes)
+    try:
+        return await work(store)
+    finally:
+        await store.close()
+
+
+def _show_moved(given: argparse.Namespace, moved: Moved, done: str) -> int:
+    if given.json:
+        told = {
+            done: moved.new,
+            "rows": moved.counts,
+            "accounts": moved.accounts,
+            "balanced": not moved.discrepancies,
+            "discrepancies": moved.discrepancies,
+            "one_instant": moved.one_instant,
+            "backup": None if moved.backup is None else str(moved.backup),
+        }
+        print(json.dumps(told, indent=2))
+    else:
+        _table(("rows", "number"), [{"rows": table, "number": count} for table, count in moved.counts.items() if count])
+        print(f"{_number(moved.new, 'row')} {done}; {_number(moved.accounts, 'account')} proven.")
+        for sentence in moved.discrepancies:
+            print(f"! {sentence}")
+        if not moved.one_instant:
+            print("! This store cannot be read at one instant. Make sure that nobody wrote to it meanwhile.")
+        if moved.backup is not None:
+            print(f"What stood there is now {str(moved.backup)!r}.")
+    return 1 if moved.discrepancies else 0
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 # -- showing -----------------------------------------------------------------------------------------------

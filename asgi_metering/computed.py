@@ -166,7 +166,7 @@ def _check_estimate(call: Any, estimate: Any) -> None:
 
 
 def _check_key(_: Any, key: Any) -> None:
-    if not isinstance(key, str | int) or key == "":
+    if isinstance(key, bool) or not isinstance(key, str | int) or key == "":
         # Of another type it may still be what a caller is known by, perhaps a credential: not for the log.
         shown = repr(key) if key is None or key == "" else f"a {type(key).__name__}"
         raise ConfigurationError(

@@ -113,6 +113,8 @@ class Decision(NamedTuple):
         joined: Another call of its charge key pays, or has paid.
         replay: What the first request of its idempotency key did: this one must not run.
         reply: What that one answered, if it was kept.
+        fallback: How it was decided without the store, layer by layer: ``"credits:queue"``, ``"rates:local"``; empty
+            where the store decided.
     """
 
     id: str
@@ -128,6 +130,7 @@ class Decision(NamedTuple):
     joined: bool = False
     replay: Receipt | None = None
     reply: Mapping[str, Any] | None = None
+    fallback: tuple[str, ...] = ()
 
     @property
     def admitted(self) -> bool:

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, Literal
 
 from asgi_metering.admission import check_amounts
-from asgi_metering.amounts import Unit, exact_amount
+from asgi_metering.amounts import Amount, Unit, exact_amount
 from asgi_metering.computed import check_sync
 from asgi_metering.errors import ConfigurationError, InvalidKeyError
 from asgi_metering.guards import BARE_MEND, Part, guard_of, merged
 from asgi_metering.names import check_key, is_field_name
+from asgi_metering.outage import CHOICES
 from asgi_metering.policies import (
     ERROR_SHAPES,
     ChargeKey,
     ChargePer,
     ChargePolicy,
     ConcurrencyLimit,
+    CreditsDown,
     EndpointPolicy,
     ErrorShape,
     From,
@@ -37,6 +40,8 @@ from asgi_metering.policies import (
     OnMissingUsage,
     Price,
     RatePolicy,
+    RatesDown,
+    Slices,
     check_line,
     read_hold,
     read_price,
@@ -81,6 +86,7 @@ def billable(
     charge_per: ChargePer | float = "day",
     charge_zone: str = "UTC",
     skip_if: Callable[..., Any] | None = None,
+    on_store_down: CreditsDown | None = None,
 ) -> Part:
     """
     Charge for an endpoint; without the money it answers 402 before its first line runs.
@@ -88,9 +94,9 @@ def billable(
     Args:
         price: Whole units (int, Decimal or str), a measured price such as `per_million_tokens`, or a sync or async
             callable of the endpoint's arguments that answers an amount.
-        hold: For measured prices: whole units, a `TokenUsage`, a callable of the endpoint's arguments, or `up_to`;
-            estimated from the request's own body by default. A hold of 0 admits a payer with nothing left, but not
-            one in debt; what the call uses is charged in full.
+        hold: For measured prices: whole units, a `TokenUsage`, a callable of the endpoint's arguments, `up_to`, or
+            `slices`; estimated from the request's own body by default. A hold of 0 admits a payer with nothing left,
+            but not one in debt; what the call uses is charged in full.
         line: The billing line; the endpoint's name by default.
         unit: The metering's by default.
         sources: Where the units come from, in order; the payer's wallet by default.
@@ -118,6 +124,8 @@ def billable(
         charge_zone: Where the days of that window begin.
         skip_if: Answers True, from the endpoint's arguments, for a call that is not charged: the continuation of a
             turn that was (S0.16). It is counted by limits, and audited with an amount of 0.
+        on_store_down: The store gives no answer: ``deny`` with 503, ``queue`` (let in, and charged later out of the
+            metering's journal) or ``allow`` (let in for nothing); what the `Metering` says by default (X.6).
 
     Raises:
         AmountError: A price or hold that is a float, negative, NaN or too large, or too fine for *unit*. Without a
@@ -145,6 +153,7 @@ def billable(
         what = "price that a function computes" if isinstance(read, From) else "fixed price"
         raise ConfigurationError(f"A {what} holds itself. Leave out hold=, or use a measured price.")
     _check_errors(errors)
+    _check_store_down("credits", on_store_down)
     _check_seconds(ttl_s=ttl_s, grace_s=grace_s)
     for name, function in {"payer": payer, "customise": customise, "skip_if": skip_if}.items():
         if function is not None and not callable(function):
@@ -158,13 +167,16 @@ def billable(
     held = read_hold(hold)
     if held.estimate is not None and not isinstance(held.estimate, From | TokenUsage):
         exact_amount(held.estimate, "hold estimate")
+    paid_from = _sources(sources)
+    if held.slices is not None and isinstance(read, MeasuredPrice):
+        _check_slices(held.estimate, held.slices, read, paid_from)
     charge = ChargePolicy(
         price=read,
         line="" if line is None else check_line(line),
         end=EndPolicy({row: _basis(row, basis) for row, basis in chosen.items() if basis is not None}),
         unit=unit,
         hold=held,
-        sources=_sources(sources),
+        sources=paid_from,
         payer=None if payer is None else From(payer, "payer"),
         errors=errors,
         customise=customise,
@@ -175,10 +187,41 @@ def billable(
         idempotency=_idempotency(idempotency),
         key=_charge_key(charge_key, charge_per, charge_zone, measured=isinstance(read, MeasuredPrice)),
         skip_if=None if skip_if is None else From(skip_if, "skip_if"),
+        on_store_down=on_store_down,
     )
     if unit is not None:
         check_amounts(charge, unit)
     return Part(charge=charge)
+
+
+def _check_slices(first: Any, slices: Slices, price: MeasuredPrice, sources: Sequence[PaymentSource]) -> None:
+    """Refuse slices that could never grow, or would have to at once, by this price."""
+    if exact_amount(slices.debt, "debt") and not any(isinstance(source, Wallet) for source in sources):
+        raise ConfigurationError(
+            f"slices(debt={slices.debt!r}) can be owed by no wallet: none is among the sources. Name one, or leave it "
+            f"out."
+        )
+    computed = isinstance(first, From)
+    known = {"first": None if computed else first, "step": slices.step}
+    costs = {name: _cost(size, price) for name, size in known.items() if size is not None}
+    for name, cost in costs.items():
+        if not cost:
+            raise ConfigurationError(
+                f"slices({name}={known[name]!r}) holds nothing by the price {price!r}. Write a slice that costs "
+                f"something."
+            )
+    mark = None if slices.low_water is None else _cost(slices.low_water, price)
+    for name, cost in costs.items():
+        if mark is not None and mark >= cost:
+            raise ConfigurationError(
+                f"slices(low_water={slices.low_water!r}) is no less than {name}={known[name]!r}, so that a hold would "
+                f"have to grow as soon as it is made. Lower the mark, or hold more at once."
+            )
+
+
+def _cost(size: Amount | TokenUsage, price: MeasuredPrice) -> Decimal:
+    """Whole units of a slice."""
+    return price.cost(size) if isinstance(size, TokenUsage) else exact_amount(size, "slice")
 
 
 def _idempotency(given: Idempotency | bool | None) -> Idempotency | None:
@@ -255,6 +298,12 @@ def _check_errors(errors: str) -> None:
         raise ConfigurationError(f"errors={errors!r} is not a shape. Use one of {', '.join(ERROR_SHAPES)}.")
 
 
+def _check_store_down(layer: str, answer: str | None) -> None:
+    if answer is not None and answer not in CHOICES[layer]:
+        offered = ", ".join(map(repr, CHOICES[layer]))
+        raise ConfigurationError(f"on_store_down={answer!r} is not known here. Choose one of {offered}.")
+
+
 def _check_seconds(**spans: float) -> None:
     for name, seconds in spans.items():
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MAX_TTL_S:
@@ -271,6 +320,7 @@ def rate_limited(
     zone: str = "UTC",
     scope: str | None = None,
     errors: ErrorShape = "problem",
+    on_store_down: RatesDown | None = None,
 ) -> Part:
     """
     Limit how often and how many at once.
@@ -286,6 +336,8 @@ def rate_limited(
         zone: Where calendar days begin.
         scope: Endpoints with the same scope share their counts; the endpoint's own by default.
         errors: Shape of refusals where no `billable` says.
+        on_store_down: The store gives no answer: ``deny`` with 503, ``local`` (each process counts by itself, by the
+            same rules) or ``allow``; what the `Metering` says by default (X.6).
 
     Raises:
         ConfigurationError: No limit at all, a text that is not in the grammar, or another argument that cannot work.
@@ -297,6 +349,7 @@ def rate_limited(
     if not limits and concurrency is None and global_concurrency is None:
         raise ConfigurationError("rate_limited() limits nothing. Give it '60/minute', say, or concurrency=4.")
     _check_errors(errors)
+    _check_store_down("rates", on_store_down)
     # Unknown zones are refused here; windows are made when a call comes.
     find_zone(check_zone(zone))
     if not callable(key) and key not in KEYS:
@@ -320,6 +373,7 @@ def rate_limited(
             key=From(key, "key") if callable(key) else key,
             cost=From(cost, "cost") if callable(cost) else cost,
             errors=errors,
+            on_store_down=on_store_down,
         )
     )
 

@@ -15,6 +15,7 @@ __all__ = [
     "IdempotencyConflictError",
     "IdentityError",
     "InvalidKeyError",
+    "JournalError",
     "MeteringError",
     "MissingExtraError",
     "NoCallError",
@@ -122,6 +123,10 @@ class SettlementError(MeteringError):
     Where the store is down it is queued and retried (S3.10); an end that cannot be booked at all is logged, and its
     hold is ended by its policy when it expires.
     """
+
+
+class JournalError(MeteringError):
+    """The journal could not be used: it is full, or its file or disk cannot be written."""
 
 
 class StoreError(MeteringError):

@@ -20,7 +20,6 @@ from asgi_metering.call import CURRENT, SCOPE_KEY, Opening
 from asgi_metering.computed import bound_charge, bound_rates
 from asgi_metering.errors import ConfigurationError, NoCallError
 from asgi_metering.policies import ChargePolicy, ConcurrencyLimit, EndpointPolicy, RatePolicy, check_line
-from asgi_metering.usage import TokenUsage
 from asgi_metering.wrappers import wrap
 
 __all__ = ["BARE_MEND", "WEBSOCKET_MEND", "Guard", "Part", "decorated", "guard_of", "merged"]
@@ -89,7 +88,7 @@ class Guard:
         self.policy = merged(self.policy, part, self.signature.parameters, _plain(self.endpoint).__name__)
         charge = self.policy.charge
         # Also where the hold is an amount: what a hang-up pays for its input is estimated from the request.
-        estimated = charge is not None and charge.measured and not isinstance(charge.hold.estimate, TokenUsage)
+        estimated = charge is not None and charge.measured and charge.hold.reads_request
         weighted = any(limit.meter != "requests" for rates in self.policy.rates for limit in rates.limits)
         self._needs_arguments = bool(self.policy.callables()) or estimated or weighted
 

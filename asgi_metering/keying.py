@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from asgi_metering.decisions import Reason, Refusal
 from asgi_metering.policies import ChargeKey, ChargePolicy, From, Idempotency
+from asgi_metering.prices import FixedPrice
 from asgi_metering.rules.calendars import Period, boundaries
 from asgi_metering.rules.operations import IdempotencyAsk, KeyAsk
 
@@ -70,12 +71,18 @@ async def once(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -
     What makes *call* run once; None where its route, or its request, does not ask for that.
 
     The caller is a part of the fingerprint: whoever shares a payer never gets another's answer by guessing its key.
+    Outside HTTP a fixed price is as well, and there is no body.
 
     Raises:
         CallRefused: The key is missing or malformed, or the body is more than can be fingerprinted.
     """
     policy, origin = charge.idempotency, call.opening.origin
-    if policy is None or origin is None or call.policy is None:
+    if policy is None or call.policy is None:
+        return None
+    if charge.once is not None:
+        price = str(charge.price.amount.normalize()) if isinstance(charge.price, FixedPrice) else ""
+        return _ask(call, charge.once, policy.ttl_s, call.policy.name, (b"outside", _bytes(price)))
+    if origin is None:
         return None
     try:
         key = read_key(origin.fields(KEY_FIELD))
@@ -89,13 +96,19 @@ async def once(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -
         content = await _content(call, policy, arguments)
     except BodyError as failure:
         raise call.refused(Refusal(Reason.BODY, KEY_FIELD, detail=str(failure))) from None
-    caller = call.caller.id if call.caller is not None else ""
-    fingerprint = _sha256(*origin.target, _bytes(caller), content)
     # Without the number of a second endpoint of one name: it tells in what order a process made them, and all processes
     # know the key. Their paths differ, and so do their fingerprints.
     route = call.policy.name.partition("#")[0]
-    scope = (call.payer or "", call.unit.name, charge.line, route, key)
-    return IdempotencyAsk(_sha256(*map(_bytes, scope)), fingerprint, policy.ttl_s)
+    return _ask(call, key, policy.ttl_s, route, (*origin.target, content))
+
+
+def _ask(call: Call, key: str, ttl_s: float, route: str, content: tuple[bytes, ...]) -> IdempotencyAsk:
+    """What to ask of *key*, which belongs to payer, line and *route*; *content* tells one request from another."""
+    caller = call.caller.id if call.caller is not None else ""
+    scope = (call.payer or "", call.unit.name, call.line, route, key)
+    *target, body = content
+    fingerprint = _sha256(*target, _bytes(caller), body)
+    return IdempotencyAsk(_sha256(*map(_bytes, scope)), fingerprint, ttl_s)
 
 
 async def _content(call: Call, policy: Idempotency, arguments: Mapping[str, Any]) -> bytes:

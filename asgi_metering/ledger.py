@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from asgi_metering.amounts import Amount, Unit
-from asgi_metering.errors import AmountError, ConfigurationError
+from asgi_metering.errors import AmountError, ConfigurationError, UnknownHoldError
 from asgi_metering.names import check_key
 from asgi_metering.receipts import Balance, Basis, EndedBy, Entry, GrantReceipt, Posting, Receipt
 from asgi_metering.rules.book import Book
@@ -199,7 +199,8 @@ class Ledger(abc.ABC):
             actor: Who decided it, for the statement.
 
         Raises:
-            ConfigurationError: The call is not known, or nothing is left of its charge.
+            UnknownHoldError: The call is not known, and no *payer* is given.
+            ConfigurationError: Nothing is left of its charge.
             AmountError: More than is left of it; no usable amount.
             IdempotencyConflictError: The id was used for another amount.
             StoreUnavailableError: No answer came; repeat it with the same id.
@@ -349,7 +350,7 @@ class Ledger(abc.ABC):
         answers its receipt with ``applied=False``.
 
         Raises:
-            ConfigurationError: The call is not known.
+            UnknownHoldError: The call is not known.
             AmountError: No usable amount.
         """
         hold = await self._hold(check_key(call, "call id"))
@@ -364,7 +365,7 @@ class Ledger(abc.ABC):
         _, state = await self.store.read(HoldRow(call))
         hold = state.holds.get(call)
         if hold is None:
-            raise ConfigurationError(
+            raise UnknownHoldError(
                 f"No hold of call {call!r} is kept: it never held anything, or ended long ago. Check the id; for a "
                 f"refund of an old charge say whose it was: payer=..."
             )

@@ -8,18 +8,21 @@ reported, what broke counts as it was observed. Asks no store, and never decides
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from asgi_metering.prices import MeasuredPrice
 from asgi_metering.rules.ending import Cause
-from asgi_metering.tokens import count_tokens_async, estimate_tokens, tokens_of
+from asgi_metering.tokens import DEFAULT_ENCODING, TokenCount, count_tokens_async, estimate_tokens, tokens_of
 from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
 
-__all__ = ["Metered", "committed_usage", "failed_in_band", "metered_usage", "observed_usage"]
+__all__ = ["Metered", "TextCounts", "committed_usage", "failed_in_band", "metered_usage", "observed_usage"]
+
+
+NO_TOKENS = TokenCount(0, estimated=False, encoding=DEFAULT_ENCODING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +163,7 @@ def _parts(call: Call, known: Metered) -> list[Part]:
     """
     exchanges = _exchanges(call)
     if known.source != "body":
-        counted = [part for part in exchanges if part.usage is not None or (call.first_byte and part.wrote)]
+        counted = [part for part in exchanges if part.usage is not None or (_begun(call) and part.wrote)]
         if counted:
             return counted
     body = _body(call)
@@ -183,7 +186,7 @@ def _given(call: Call, part: Part) -> tuple[TokenUsage, bool]:
     seen = part.usage
     if seen is not None and seen.input:
         return _input_side(seen), False
-    if call.asked is not None and call.first_byte:
+    if call.asked is not None and _begun(call):
         return _input_side(call.asked), True
     return TokenUsage(input=0), True
 
@@ -192,9 +195,41 @@ def _observation(given: TokenUsage, output: int) -> TokenUsage:
     return TokenUsage(given.input, output, given.cached, given.cache_write, None, given.audio)
 
 
-async def observed_usage(call: Call, known: Metered) -> Metered:
+def _begun(call: Call) -> bool:
+    """
+    Whether what was written counts, and the prompt as read: once a byte went out (DESIGN "End of call").
+
+    For a hold that grows from the beginning: what an upstream has written is money that is gone.
+    """
+    return call.first_byte or (call.growth is not None and call.cause in (None, Cause.CUT))
+
+
+class TextCounts:
+    """Tokens of texts that grow, for whoever looks at them now and again: of each text only what is new is counted."""
+
+    def __init__(self) -> None:
+        self._counted: dict[UsageReader, tuple[int, TokenCount]] = {}
+
+    async def count(self, reader: UsageReader, text: str) -> TokenCount:
+        """The tokens of *text*, which *reader* has read so far; one more, at most, for each time it was looked at."""
+        chars, before = self._counted.get(reader, (0, NO_TOKENS))
+        if len(text) < chars:
+            # What was taken for text was none, once the dialect was known.
+            chars, before = 0, NO_TOKENS
+        more = await count_tokens_async(text[chars:])
+        total = replace(more, tokens=before.tokens + more.tokens, estimated=before.estimated or more.estimated)
+        self._counted[reader] = len(text), total
+        return total
+
+
+async def observed_usage(call: Call, known: Metered, counts: TextCounts | None = None) -> Metered:
     """
     What was delivered (DESIGN 4 "Observed"), each upstream exchange judged by itself and all of them added.
+
+    Args:
+        call: Whose.
+        known: What was reported.
+        counts: Remembers what was counted, for a call that runs; without it all is counted anew.
 
     An answer that reported to its end counts as it reported; of one that broke the input counts as far as it is
     known, and the output is counted from the text that passed. Whatever is not counted makes it an estimate.
@@ -212,7 +247,8 @@ async def observed_usage(call: Call, known: Metered) -> Metered:
         output = 0
         if part.reader is not None:
             heard = part.reader.heard()
-            counted = await count_tokens_async(heard.text)
+            text = heard.text
+            counted = await (count_tokens_async(text) if counts is None else counts.count(part.reader, text))
             output = counted.tokens + tokens_of(heard.more_chars)
             guessed = guessed or heard.estimated or counted.estimated
         usage = _observation(given, output) + usage

@@ -23,20 +23,22 @@ from asgi_metering.call import ALL_FEATURES, CURRENT, Call, Caller, Opening, Ori
 from asgi_metering.clients import UpstreamClients
 from asgi_metering.computed import check_sync, is_async
 from asgi_metering.decisions import Decision
-from asgi_metering.errors import ConfigurationError, IdentityError, SettlementError
+from asgi_metering.errors import ConfigurationError, IdentityError, SettlementError, StoreError
 from asgi_metering.events.metrics import Meters
 from asgi_metering.events.records import whole_units
 from asgi_metering.events.sinks import Sink
 from asgi_metering.events.span import annotate_span, current_trace
 from asgi_metering.ledger import Ledger
+from asgi_metering.outage import LocalLimits, check_choices, read_choices
 from asgi_metering.outside import leave, planned, prepared
 from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldSize, Price
 from asgi_metering.portal import Portal
 from asgi_metering.receipts import Balance
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.ending import Cause
-from asgi_metering.rules.operations import Admit, Declare, Operation, Preview
+from asgi_metering.rules.operations import Admit, Declare, Grow, Operation, Preview
 from asgi_metering.runtime import Runtime
+from asgi_metering.stores.breaker import Breaker, BreakerState
 from asgi_metering.stores.contract import Store
 from asgi_metering.stores.urls import store_from_url
 from asgi_metering.stores.use import StoreUse
@@ -45,6 +47,7 @@ from asgi_metering.upstream.readings import QuotaReadings
 if TYPE_CHECKING:
     from starlette.requests import HTTPConnection
 
+    from asgi_metering.journal import Journal
     from asgi_metering.sources import PaymentSource
     from asgi_metering.standing import AllowanceStatus, Previewed
 
@@ -52,7 +55,7 @@ __all__ = ["ALL_FEATURES", "Metering"]
 
 log = logging.getLogger("asgi_metering")
 
-StoreDown = Literal["deny", "allow"]
+StoreDown: TypeAlias = Literal["deny", "queue", "local", "allow"]
 
 Identify: TypeAlias = "Callable[[HTTPConnection], Awaitable[Caller | None] | Caller | None]"
 """Who is behind a connection; None is nobody."""
@@ -68,8 +71,14 @@ class Metering(Ledger, UpstreamClients):
             async. Runs lazily, once per call, never on unmetered routes.
         unit: What routes count that name no unit.
         sinks: Where usage events go; OpenTelemetry, through its API alone, by default.
-        store_timeout_s: Deadline of a store call before the first byte.
-        on_store_down: ``"deny"`` (503) or ``"allow"``, per layer; credits deny and rates allow by default (X.6).
+        store_timeout_s: Deadline of a store call before the first byte. After some failures in a row nobody waits for
+            it any more, until a probe is answered (`Breaker`).
+        on_store_down: What a layer does without an answer (X.6): ``"credits"`` ``"deny"`` with 503 (the default),
+            ``"queue"`` (let in, and charged later out of the journal) or ``"allow"`` (let in for nothing);
+            ``"rates"`` ``"allow"`` (the default), ``"local"`` (each process counts by itself) or ``"deny"``. The
+            strictest layer of a route answers; routes may say otherwise.
+        journal: A local file that keeps the ends of calls while the store does not take them, across restarts; several
+            processes of one machine may share it. With one, the application also starts while the store is down.
         ttl_s: Seconds that a hold lives without a heartbeat, where a route does not say.
         grace_s: Seconds in doubt before the policy ends a hold, where a route does not say.
         max_call_s: A call older than this is ended as it is (pitfall 27).
@@ -95,6 +104,7 @@ class Metering(Ledger, UpstreamClients):
         sinks: Sequence[Sink] | None = None,
         store_timeout_s: float = 1.0,
         on_store_down: Mapping[str, StoreDown] | None = None,
+        journal: str | os.PathLike[str] | None = None,
         ttl_s: float = 60.0,
         grace_s: float = 30.0,
         max_call_s: float = 3_600.0,
@@ -126,7 +136,8 @@ class Metering(Ledger, UpstreamClients):
         self.unit = unit
         self.store_timeout_s = store_timeout_s
         self.end_timeout_s = max(5.0, store_timeout_s)
-        self.on_store_down: Mapping[str, StoreDown] = _store_down({} if on_store_down is None else on_store_down)
+        self.on_store_down = read_choices(on_store_down)
+        check_choices(self.on_store_down, has_journal=journal is not None)
         self.ttl_s, self.grace_s, self.max_call_s, self.drain_s = ttl_s, grace_s, max_call_s, drain_s
         self.run_sync = run_sync or _run_in_thread
         self.new_id = new_id or _new_id
@@ -138,9 +149,9 @@ class Metering(Ledger, UpstreamClients):
         self._declared: set[str] = set()
         self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
-        self.store_use = StoreUse(self.store)
-        self._portal = Portal(self.stop)
         self.alarms = Alarms(log)
+        self._journal_path = journal
+        self._join_process()
         _living.add(self)
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -157,12 +168,43 @@ class Metering(Ledger, UpstreamClients):
     def forked(self) -> None:
         """Forget what belongs to the parent of this process; called in each child after a fork."""
         self._lock = threading.Lock()
+        self._join_process()
+
+    def _join_process(self) -> None:
+        """Make what belongs to one process: who uses the store, and what there is for the time without it."""
+        self.local = LocalLimits()
         self.store_use = StoreUse(self.store)
+        self.breaker = Breaker(told=self._told_of_store)
+        self.journal = _journal(self._journal_path)
+        self.journal_use = None if self.journal is None else StoreUse(self.journal)
         self._portal = Portal(self.stop)
+
+    def _told_of_store(self, state: BreakerState) -> None:
+        is_up = state is BreakerState.CLOSED
+        self.meters.gauge("store_up", int(is_up))
+        if is_up:
+            # What was counted without it is no longer looked at.
+            self.local.forget()
+            log.warning("The %s store answers again.", self.store.name)
+        else:
+            self.meters.count("store_outages")
+            log.error(
+                "The %s store does not answer. Admissions are decided without it, as on_store_down says, until a "
+                "probe is answered.",
+                self.store.name,
+            )
 
     async def start(self) -> None:
         """Open the store and start the background of this event loop. Raises as `Store.open`."""
         await self.runtime().start()
+
+    async def begin(self) -> None:
+        """The same for an application: with a journal it goes on without a store that may come later."""
+        try:
+            await self.start()
+        except StoreError:
+            if self.journal is None:
+                raise
 
     async def drain(self) -> int:
         """Wait, bounded, until calls in flight have ended and are booked; how many were not."""
@@ -174,7 +216,7 @@ class Metering(Ledger, UpstreamClients):
         await self.runtime().stop()
 
     async def __aenter__(self) -> Self:
-        await self.start()
+        await self.begin()
         return self
 
     async def __aexit__(
@@ -205,19 +247,23 @@ class Metering(Ledger, UpstreamClients):
             hold: Whole units to set aside, or an estimate as for `billable`.
             price: A fixed amount, or a measured price that `call.record` is charged by; the hold by default.
             caller: Who acts, where it is not the payer; its own payer does not count here.
-            options: As for `billable`, where they mean something outside HTTP: see `ChargeOptions`.
+            options: As for `billable`, where they mean something outside HTTP: see `ChargeOptions`. With an
+                ``idempotency_key`` the body runs once; with a ``charge_key`` several calls are one charge.
 
         Raises:
-            CallRefused: The payer cannot afford it; the body did not run.
+            CallRefused: The payer cannot afford it, or its key was used before (`Reason.REPLAYED`, and
+                ``decision.replay`` is the receipt; or it runs still, or for other work); the body did not run.
+            CallCut: The body used up what can be held for it (``hold=slices(...)``): raised by `Call.record` inside of
+                it, and charged as the end of call says (``on_cut``), not released.
             ConfigurationError: An argument that cannot work, such as an estimate without a price to charge by.
             AmountError: A price or hold that the unit cannot count.
             PayerError: No payer is given, and no call around this one says who pays.
             SettlementError: The body succeeded, but its end is not booked. Where the store is down it is retried
                 (S3.10).
 
-        Any exception of the body, cancellation included, releases the hold and rises unchanged (S3.8), also where the
-        store is down: the release is logged and retried then. Inside another call it is a call of its own; nothing but
-        who pays and who calls is inherited (S0.29, S3.24).
+        Any other exception of the body, cancellation included, releases the hold and rises unchanged (S3.8), also where
+        the store is down: the release is logged and retried then. Inside another call it is a call of its own; nothing
+        but who pays and who calls is inherited (S0.29, S3.24).
 
         The call ends wherever the block is left, also in another task than it was entered in: that of a generator whose
         reader went away (pitfall 38). Such a block has the call at hand; `current_call` follows the task.
@@ -414,6 +460,11 @@ class Metering(Ledger, UpstreamClients):
         """Whether anybody wants usage events."""
         return bool(self.sinks)
 
+    @property
+    def has_new_units(self) -> bool:
+        """Whether the store has not been told of all units that are known here."""
+        return len(self._declared) < len(self._units)
+
     async def declare_units(self, deadline_s: float) -> None:
         """
         Tell the store, within so many seconds, the scales of all units that are known here, once each.
@@ -431,18 +482,24 @@ class Metering(Ledger, UpstreamClients):
         """Ask the store what it would decide on *ask* now. Raises `StoreError`."""
         return await self._ask(Preview(ask), Decision)
 
+    async def grow(self, ask: Grow) -> Decision:
+        """Ask the store for more of a hold that is live. Raises `StoreError`."""
+        return await self._ask(ask, Decision)
+
     async def _submit(self, operation: Operation) -> Answer:
-        if len(self._declared) < len(self._units):
-            await self.start()
+        if self.has_new_units:
+            await self.runtime().opened()
             await self.declare_units(self.end_timeout_s)
         return await self.runtime().submit(operation, self.end_timeout_s)
 
     async def decide(self, ask: Admit) -> Decision:
-        """Ask the store for one admission, within the deadline. Raises `StoreError`."""
-        if len(self._declared) < len(self._units):
-            await self.start()
-            await self.declare_units(self.store_timeout_s)
-        answer = await self.runtime().submit(ask, self.store_timeout_s)
+        """Ask the store for one admission, within the deadline, if it is worth asking. Raises `StoreError`."""
+        runtime = self.runtime()
+        if self.store.immediate and not self.has_new_units:
+            answer = await runtime.submit(ask, self.store_timeout_s)
+        else:
+            with self.breaker.attempt(self.store.name):
+                answer = await runtime.submit_known(ask, self.store_timeout_s)
         if not isinstance(answer, Decision):
             raise AssertionError(f"an admission was answered with {answer!r}")
         return answer
@@ -545,18 +602,15 @@ def _check_new_id(new_id: Callable[[], str]) -> None:
     check_sync(new_id, "new_id=")
 
 
-def _store_down(given: Mapping[str, StoreDown]) -> Mapping[str, StoreDown]:
-    chosen: dict[str, StoreDown] = {"credits": "deny", "rates": "allow"}
-    if not isinstance(given, Mapping):
-        raise ConfigurationError(f"on_store_down={given!r} is no mapping. Say it per layer: {{'rates': 'deny'}}.")
-    for layer, answer in given.items():
-        if layer not in chosen or answer not in ("deny", "allow"):
-            raise ConfigurationError(
-                f"on_store_down={{{layer!r}: {answer!r}}} is not known. Layers are 'credits' and 'rates'; answers are "
-                f"'deny' and 'allow'."
-            )
-        chosen[layer] = answer
-    return chosen
+def _journal(path: str | os.PathLike[str] | None) -> Journal | None:
+    if path is None:
+        return None
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigurationError(f"journal={path!r} is no path. Name a file on a local disk.")
+    # The driver is imported only where it is used.
+    from asgi_metering.journal import Journal
+
+    return Journal(path)
 
 
 def _new_id() -> str:

@@ -7,12 +7,13 @@ Knows what may be left out inside another call. Never knows how a call is admitt
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from asgi_metering.call import ALL_FEATURES, CURRENT, Call, Caller, Opening
 from asgi_metering.errors import ConfigurationError, PayerError
 from asgi_metering.names import check_key
-from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldPolicy, HoldSize, Price
+from asgi_metering.outage import check_journal
+from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldPolicy, HoldSize, Idempotency, Price
 from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
@@ -36,10 +37,25 @@ def prepared(
 
     if price is None:
         price, hold = _price_of_hold(hold, line), None
-    policy = gather((billable(price, hold=hold, line=line, **options),), line, {})
+    asked: dict[str, Any] = {**options}
+    once = asked.pop("idempotency_key", None)
+    policy = gather((billable(price, hold=hold, line=line, **_with_charge_key(asked)),), line, {})
     if policy.charge is not None:
         check_amounts(policy.charge, metering.counted(policy.charge.unit))
+        if once is not None:
+            keyed = replace(policy.charge, idempotency=Idempotency(), once=check_key(once, "idempotency key"))
+            policy = replace(policy, charge=keyed)
+        check_journal(policy, has_journal=metering.journal is not None)
     return policy, _call_for(metering, payer, caller, line)
+
+
+def _with_charge_key(options: dict[str, Any]) -> dict[str, Any]:
+    """*options* as `billable` takes them: a charge key is said, and not looked for in a request."""
+    key = options.get("charge_key")
+    if key is None:
+        return options
+    check_key(key, "charge key")
+    return {**options, "charge_key": lambda: key}
 
 
 def _call_for(metering: Metering, payer: str | None, caller: Caller | None, line: str) -> Call:

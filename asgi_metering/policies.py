@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, ClassVar, Literal, TypeAlias, TypedDict
 
 from asgi_metering.amounts import Amount, Unit, exact_amount
 from asgi_metering.errors import ConfigurationError
@@ -26,6 +26,7 @@ __all__ = [
     "ChargeOptions",
     "ChargePolicy",
     "ConcurrencyLimit",
+    "CreditsDown",
     "EndpointPolicy",
     "ErrorShape",
     "From",
@@ -34,7 +35,10 @@ __all__ = [
     "Idempotency",
     "Price",
     "RatePolicy",
+    "RatesDown",
+    "Slices",
     "read_price",
+    "slices",
     "up_to",
 ]
 
@@ -118,6 +122,28 @@ class From:
 
 
 @dataclass(frozen=True, slots=True)
+class Slices:
+    """
+    How a hold grows while its call runs.
+
+    Attributes:
+        step: By how much: whole units or a `TokenUsage`. None: by the first slice.
+        low_water: Once no more than this of the hold is left, in the same words. None: half a step.
+        debt: Whole units that the payer may owe for it.
+        in_use: Whether any were ever made in this process: what prepares for a cut is left out before.
+    """
+
+    in_use: ClassVar[bool] = False
+
+    step: Amount | TokenUsage | None = None
+    low_water: Amount | TokenUsage | None = None
+    debt: Amount = 0
+
+    def __post_init__(self) -> None:
+        Slices.in_use = True
+
+
+@dataclass(frozen=True, slots=True)
 class HoldPolicy:
     """
     How much a measured price holds.
@@ -125,10 +151,18 @@ class HoldPolicy:
     Attributes:
         estimate: Whole units, a `TokenUsage`, or `From` one; None estimates from the request's own body.
         at_least: With ``up_to``: admit from here on, holding what there is. None: all or nothing.
+        slices: With ``slices``: how it grows from *estimate* on. None: it never does.
     """
 
     estimate: Any = None
     at_least: Amount | None = None
+    slices: Slices | None = None
+
+    @property
+    def reads_request(self) -> bool:
+        """Whether something of it, or of what a hang-up pays for its input, is estimated from the request itself."""
+        estimate = self.estimate
+        return not isinstance(estimate, TokenUsage) or (self.slices is not None and estimate.input is None)
 
     def callables(self) -> tuple[From, ...]:
         """The arguments that are computed."""
@@ -150,6 +184,54 @@ def up_to(estimate: Amount | TokenUsage | Callable[..., Any] | None = None, *, a
     """
     exact_amount(at_least, "least hold")
     return HoldPolicy(_computed(estimate, "hold estimate"), at_least)
+
+
+def slices(
+    first: Amount | TokenUsage | Callable[..., Any],
+    *,
+    step: Amount | TokenUsage | None = None,
+    low_water: Amount | TokenUsage | None = None,
+    debt: Amount = 0,
+) -> HoldPolicy:
+    """
+    Hold little at first, and more while the call runs: ``hold=slices(TokenUsage(output=500))``.
+
+    Args:
+        first: What the call is admitted by: whole units, a `TokenUsage`, or a callable of the endpoint's arguments that
+            answers one. The input of a `TokenUsage` that names none is estimated from the request's own body.
+        step: By how much the hold grows each time: whole units, or a `TokenUsage`. *first* by default, without an
+            input that was estimated.
+        low_water: It grows once no more than this of it is left, in the same words; half a step by default.
+        debt: Whole units that the payer may owe once nothing is left, so that a call that runs may come to its end.
+            The bound is of the payer's wallet, not of the call: several calls owe no more together. 0, the default,
+            is no debt beyond the ``overdraft`` of the wallet itself.
+
+    What was used so far is counted off the byte path, a few times a second and when usage is recorded; the store is
+    asked for more at the low-water mark, once at a time, and from the payer object that admitted the call. When it has
+    nothing more the call runs on as long as its hold lasts. Then it is cut: the application's next ``send`` raises
+    `CallCut`, and so does `Call.record`; a handler that is silent for a second is cancelled, one in a thread as soon as
+    the thread is done. The client gets the error of its protocol inside the stream, or a 402 if nothing was sent yet; a
+    body that has no place for it, as a compressed one, ends by a broken connection. An answer that is whole by then is
+    sent. What was observed is charged (``on_cut``), also where it is more than was held. Outside HTTP nothing but
+    `Call.record` stops the work.
+
+    A store that gives no answer cuts nobody: the call runs on, and is charged in full at its end.
+
+    Raises:
+        AmountError: An amount that is not usable (a float, say).
+        ConfigurationError: A slice of nothing, a mark that a slice does not reach, or a callable that takes parameters
+            by position.
+
+    Source: DESIGN 4 "A hold's size".
+    """
+    if first is None:
+        raise ConfigurationError("slices(None) says nothing of the first slice. Write slices('0.01'), say.")
+    if not callable(first) and not isinstance(first, TokenUsage):
+        exact_amount(first, "first slice")
+    for size, what in ((step, "step"), (low_water, "low-water mark"), (debt, "debt")):
+        if size is not None and not isinstance(size, TokenUsage):
+            exact_amount(size, what)
+    return HoldPolicy(_computed(first, "hold estimate"), slices=Slices(step, low_water, debt))
 
 
 MAX_REMEMBERED_S = 30 * 86_400
@@ -234,21 +316,35 @@ OnDisconnect: TypeAlias = Literal["observed", "none", "usage", "estimate", "hold
 OnEarlyDisconnect: TypeAlias = Literal["observed", "none", "estimate", "hold"]
 OnCut: TypeAlias = Literal["observed", "hold"]
 OnAbort: TypeAlias = Literal["observed", "none", "hold"]
+CreditsDown: TypeAlias = Literal["deny", "queue", "allow"]
+RatesDown: TypeAlias = Literal["deny", "local", "allow"]
 # What a user may write per row of `rules.ending.END_OF_CALL`, which a test compares with these.
 
 
 class ChargeOptions(TypedDict, total=False):
-    """What `billable` takes and means something outside HTTP too."""
+    """
+    What `billable` takes and means something outside HTTP too.
+
+    Keys are the keys themselves here, 1 to 255 printable characters: ``charge_key`` counts the calls of payer and line
+    that bring it once per window, requests included; work with an ``idempotency_key`` is done once in 24 hours per
+    payer and line, as `Idempotency` says.
+    """
 
     unit: Unit | None
     sources: Sequence[PaymentSource] | None
     on_missing_usage: OnMissingUsage | None
     on_error: OnError | None
     on_late_error: OnLateError | None
+    on_cut: OnCut | None
     on_abort: OnAbort | None
     usage: str | None
     ttl_s: float
     grace_s: float
+    charge_key: str | None
+    charge_per: ChargePer | float
+    charge_zone: str
+    idempotency_key: str | None
+    on_store_down: CreditsDown | None
 
 
 def _computed(value: Any, what: str) -> Any:
@@ -299,8 +395,10 @@ class ChargePolicy:
         ttl_s: Seconds that a hold lives without a heartbeat.
         grace_s: Seconds in doubt before the policy ends it.
         idempotency: Run once per ``Idempotency-Key``; None ignores the field.
+        once: The idempotency key of work outside HTTP, which has no field.
         key: Charge once for all calls of a key; None charges each.
         skip_if: Tells the calls that are not charged.
+        on_store_down: What happens without an answer of the store; None is what the metering says.
     """
 
     price: FixedPrice | MeasuredPrice | From
@@ -317,8 +415,10 @@ class ChargePolicy:
     ttl_s: float = 60.0
     grace_s: float = 30.0
     idempotency: Idempotency | None = None
+    once: str | None = None
     key: ChargeKey | None = None
     skip_if: From | None = None
+    on_store_down: CreditsDown | None = None
 
     @property
     def measured(self) -> bool:
@@ -360,6 +460,7 @@ class RatePolicy:
         scope: Limits of equal scope and name share their counts; an endpoint's own name by default.
         cost: What one call takes of each request limit; a number, or computed.
         errors: The shape of refusals where no charge policy says.
+        on_store_down: As of `ChargePolicy`.
     """
 
     limits: tuple[RateLimit, ...]
@@ -368,6 +469,7 @@ class RatePolicy:
     key: str | From = "caller"
     cost: int | From = 1
     errors: ErrorShape = "problem"
+    on_store_down: RatesDown | None = None
 
     def callables(self) -> tuple[From, ...]:
         """Everything that is computed from the endpoint's arguments."""

@@ -15,12 +15,16 @@ import random
 import time
 from collections import deque
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from asgi_metering.admission import leaves_hold
 from asgi_metering.attributes import plain_attributes
 from asgi_metering.billing import bill, observed_parts
-from asgi_metering.errors import MeteringError, StoreError, StoreUnavailableError, UnwritableError
+from asgi_metering.delivery import Delivery
+from asgi_metering.errors import MeteringError, StoreError, StoreUnavailableError
 from asgi_metering.events.exporter import Exporter
+from asgi_metering.growing import growth_of
 from asgi_metering.receipts import Receipt
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.ending import Cause
@@ -29,6 +33,7 @@ from asgi_metering.stores.pump import Pump
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
+    from asgi_metering.journal.records import Steps
     from asgi_metering.metering import Metering
 
 __all__ = ["Runtime"]
@@ -44,15 +49,17 @@ BEATS_PER_LIFE = 3
 SWEEP_EVERY_S = 30.0
 """How often this process looks for holds that other processes left behind."""
 
-RETRY_FIRST_S = 0.1
-RETRY_LAST_S = 5.0
-"""An end that the store did not take is tried again after these, doubling."""
-
 BOOK_S = 5.0
 """What the drain still gives the store to book the ends after the calls are over (S2.21)."""
 
-MAX_QUEUED_ENDS = 100_000
-"""Ends that may wait for a dead store in memory; beyond it they are left to their holds' expiry, with an alarm."""
+
+_Seconds = TypeVar("_Seconds", float, "float | None")
+
+
+def _looked_at(task: asyncio.Task[None]) -> None:
+    """Whoever waited for it may be gone."""
+    if not task.cancelled():
+        task.exception()
 
 
 class Runtime:
@@ -72,7 +79,7 @@ class Runtime:
     def __init__(self, metering: Metering, loop: asyncio.AbstractEventLoop) -> None:
         self._metering = metering
         self.loop = loop
-        self.pump = Pump(metering.store)
+        self.pump = Pump(metering.store, self._release)
         self.in_flight: dict[str, Call] = {}
         self.managed = False
         self._ended: deque[Call] = deque()
@@ -87,11 +94,38 @@ class Runtime:
         self._exporting: asyncio.Task[None] | None = None
         self._stop_exporting = asyncio.Event()
         self._opened: asyncio.Future[None] | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._delivery = Delivery(metering, partial(self.submit, is_repeated=True))
+        self._replaying: asyncio.Task[None] | None = None
 
     # -- life ----------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Open the store and start the background; again changes nothing. Raises as `Store.open`."""
+        """
+        Open the store and the journal, and start the background; again changes nothing.
+
+        Raises:
+            ConfigurationError: Either is not usable as configured.
+            StoreError: The store cannot be reached. Where there is a journal the background has started all the same.
+            JournalError: The journal cannot be used.
+        """
+        try:
+            await self._open_all()
+        except StoreError:
+            if self._metering.journal is not None:
+                # It may come later; what ends until then is kept.
+                self._begin()
+            raise
+
+    async def _open_all(self) -> None:
+        if self._metering.journal_use is not None and self._replaying is None:
+            await self._metering.journal_use.open()
+            # Asked again: somebody else may have waited for it too.
+            if self._replaying is None:
+                self._replaying = self._spawn(self._delivery.replay(), "journal")
+        await self._open()
+
+    async def _open(self) -> None:
         if self._opened is None:
             self._opened = self.loop.create_future()
             try:
@@ -104,13 +138,17 @@ class Runtime:
                     log.error("The store could not be opened: %s", failure)
                 raise
             self._opened.set_result(None)
-            self._worker = self._spawn(self._work(), "ends")
-            self._ticker = self._spawn(self._tick(), "heartbeats")
-            if self._metering.sinks:
+            self._begin()
+            if self._metering.sinks and self._exporter is None:
                 self._start_exporter()
         elif not self._opened.done():
             await asyncio.shield(self._opened)
-            await self.start()
+            await self._open()
+
+    def _begin(self) -> None:
+        if self._worker is None:
+            self._worker = self._spawn(self._work(), "ends")
+            self._ticker = self._spawn(self._tick(), "heartbeats")
 
     async def _declare_units(self) -> None:
         """A store that opens and gives no answer is asked again before the first admission."""
@@ -171,30 +209,66 @@ class Runtime:
 
         What was not drained is left to expiry.
         """
-        if self._opened is None:
+        if self._opened is None and self._worker is None and self._replaying is None:
             return
         if self._exporter is not None:
             self._stop_exporting.set()
             await self._exporter.drain(EXPORT_S)
-        tasks = [task for task in (self._worker, self._ticker, self._exporting) if task is not None]
+        background = (self._worker, self._ticker, self._exporting, self._replaying, self._opening)
+        tasks = [task for task in background if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.pump.close()
         await self._metering.store_use.close()
+        if self._metering.journal_use is not None:
+            await self._metering.journal_use.close()
         self._opened = self._worker = self._ticker = self._exporter = self._exporting = None
+        self._replaying = self._opening = None
 
     # -- calls ---------------------------------------------------------------------------------------------
 
-    async def submit(self, operation: Operation, deadline_s: float | None = None) -> Answer:
-        """Run one operation through the pump, opening the store first if nobody did."""
+    async def submit(
+        self, operation: Operation, deadline_s: float | None = None, *, is_repeated: bool = False
+    ) -> Answer:
+        """Run one operation through the pump, within so many seconds, opening the store first if nobody did."""
         if self._opened is None or not self._opened.done():
-            await self.start()
+            deadline_s = await self._opened_within(deadline_s)
+        return await self.pump.submit(operation, deadline_s, is_repeated=is_repeated)
+
+    async def opened(self) -> None:
+        """Open the store if nobody did; raises as `Store.open`, also where there is a journal."""
+        await self._opened_within(None)
+
+    async def submit_known(self, operation: Operation, deadline_s: float) -> Answer:
+        """The same, after the store was told of the units that it does not know: all of it within the deadline."""
+        if self._opened is None or not self._opened.done():
+            deadline_s = await self._opened_within(deadline_s)
+        if self._metering.has_new_units:
+            began = self.loop.time()
+            await self._metering.declare_units(deadline_s)
+            deadline_s = max(0.0, deadline_s - (self.loop.time() - began))
         return await self.pump.submit(operation, deadline_s)
+
+    async def _opened_within(self, deadline_s: _Seconds) -> _Seconds:
+        """Open the store; what is left of the deadline is returned. It goes on opening for whoever comes next."""
+        began = self.loop.time()
+        if self._opening is None or self._opening.done():
+            self._opening = self.loop.create_task(self._open_all(), context=contextvars.Context())
+            self._opening.add_done_callback(_looked_at)
+        try:
+            async with asyncio.timeout(deadline_s):
+                await asyncio.shield(self._opening)
+        except TimeoutError:
+            raise StoreUnavailableError(
+                f"The {self._metering.store.name} store gave no answer within {deadline_s} s to being opened."
+            ) from None
+        return deadline_s if deadline_s is None else max(0.0, deadline_s - (self.loop.time() - began))
 
     def register(self, call: Call) -> None:
         """Beat for *call* until it ends."""
         call.last_beat = self.loop.time()
+        call.growth = growth_of(call, self.loop, self._spawn)
         self.in_flight[call.id] = call
         self._wake.set()
 
@@ -240,20 +314,21 @@ class Runtime:
         try:
             self._make_plain(call)
             end, _ = await bill(call)
-            operation = self._operation(call, end)
-            if operation is not None:
-                answer = await self._book(operation)
+            self._metering.local.end(call, end.actual)
+            steps = self._steps(call, end)
+            if steps or call.queued is not None:
+                answer = await self._delivery.book(call.id, steps)
                 receipt = answer if isinstance(answer, Receipt) else None
                 if self._exporter is not None:
                     self._exporter.notify()
         except Exception as failure:
             self._metering.meters.count("ends_lost", line=call.line)
-            log.error(
-                "The end of call %s could not be booked; what it holds is left to its policy, by its expiry: %s",
-                call.id,
-                failure,
-                exc_info=None if isinstance(failure, StoreUnavailableError) else failure,
-            )
+            told = f"The end of call {call.id} could not be booked; what it holds is left to its policy, by its expiry."
+            if isinstance(failure, StoreUnavailableError):
+                # More wait than there is room for: each would say the same.
+                self._metering.alarms.raised("ends_lost", told, failure)
+            else:
+                log.error("%s", told, exc_info=failure)
         finally:
             call.ended(receipt)
             self.busy -= 1
@@ -273,12 +348,14 @@ class Runtime:
                 ", ".join(converted),
             )
 
-    def _operation(self, call: Call, end: End) -> Operation | None:
-        """How the end reaches the store: against its hold, or as an event of free work, or not at all."""
+    def _steps(self, call: Call, end: End) -> Steps:
+        """How the end reaches the store: against its hold, with its admission, as an event of free work, or not."""
         if call.has_hold:
-            return end
+            return (end,)
+        if call.queued is not None and end.amount:
+            return call.queued, end
         if end.event is None:
-            return None
+            return ()
         told = {
             **call.facts,
             **end.event,
@@ -292,45 +369,26 @@ class Runtime:
             "estimated": end.estimated,
             "ended_at": time.time(),
         }
-        return Emit(((call.id, told),))
-
-    async def _book(self, operation: Operation) -> Answer:
-        """
-        Until the store takes it: the client has its bytes, so only the ledger can still go wrong.
-
-        What the store refuses as a mistake it would refuse for ever; then the charge matters more than its event.
-        """
-        wait_s = RETRY_FIRST_S
-        while True:
-            try:
-                return await self.submit(operation, self._metering.end_timeout_s)
-            except MeteringError as failure:
-                if isinstance(failure, UnwritableError) or not isinstance(failure, StoreError):
-                    operation = self._without_event(operation, failure)
-                    continue
-                if self.busy > MAX_QUEUED_ENDS:
-                    raise
-                self._metering.meters.count("ends_retried")
-                log.warning("The store did not take %s; trying again in %.1f s: %s", operation, wait_s, failure)
-                await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))  # noqa: S311 -- spreads retries, no secret
-                wait_s = min(2 * wait_s, RETRY_LAST_S)
-
-    def _without_event(self, operation: Operation, failure: MeteringError) -> Operation:
-        """The end alone; raises *failure* where there is no event to leave out."""
-        if not isinstance(operation, End) or operation.event is None:
-            raise failure
-        self._metering.meters.count("events_dropped")
-        log.error(
-            "The store cannot write the end of call %s. It is charged without its usage event, which said: %r",
-            operation.id,
-            dict(operation.event),
-            exc_info=failure,
-        )
-        return operation._replace(event=None)
+        return (Emit(((call.id, told),)),)
 
     def give_back(self, ask: Admit, at: float) -> None:
         """Undo the admission, decided *at* that time, of a call whose request is over (pitfall 1)."""
         self._spawn(self._quietly(Undo(ask, at)), f"undoing of {ask.id}")
+
+    def _release(self, ask: Admit) -> None:
+        """
+        Give back what an admission without an answer may hold, when the store answers again.
+
+        What it counted of limits stays counted: whether it did is not known, and nothing is given back twice.
+        """
+        if leaves_hold(ask):
+            self._spawn(self._released(End(ask.id, None, failed=True)), f"release of {ask.id}")
+
+    async def _released(self, end: End) -> None:
+        try:
+            await self._delivery.book(end.id, (end,), durable=False)
+        except MeteringError as failure:
+            self._metering.alarms.raised("release", f"What {end.id!r} may hold is left to its expiry.", failure)
 
     # -- time ----------------------------------------------------------------------------------------------
 
@@ -362,6 +420,8 @@ class Runtime:
         elif call.has_hold and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:
             call.last_beat = now
             self._spawn(self._beat(call), f"heartbeat of {call.id}")
+        if call.growth is not None:
+            call.growth.nudge()
         if call.observer is not None:
             # Last: what a body does to its reader must not cost the call its heartbeat.
             call.observer.digest()
@@ -379,7 +439,8 @@ class Runtime:
             await self.submit(operation, self._metering.end_timeout_s)
         except MeteringError as failure:
             self._metering.meters.count("store_failures")
-            log.warning("The store did not take %s: %s", type(operation).__name__, failure)
+            told = f"The store did not take {type(operation).__name__}: {failure}"
+            self._metering.alarms.raised(type(operation).__name__, told, failure)
 
 
 DRAIN_STEP_S = 0.02

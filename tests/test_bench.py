@@ -105,3 +105,25 @@ def test_refuse_one_round() -> None:
     )
     assert done.returncode == 2
     assert "Quartiles need two rounds" in done.stderr
+
+
+def test_print_a_row_of_each_store() -> None:
+    """Every store is measured against its own row-at-a-time way, on one account and on several."""
+    tiny = ("--rounds", "1", "--seconds", "0.05", "--callers", "1", "4", "--accounts", "1", "20")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench.stores", *tiny],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [tuple(part.strip() for part in line.strip("|").split("|")) for line in done.stdout.splitlines()[4:]]
+    assert [row[:3] for row in rows] == [
+        (store, accounts, callers)
+        for store in ("memory", "sqlite", "postgresql")
+        for accounts in ("1", "20")
+        for callers in ("1", "4")
+    ]
+    assert all(re.fullmatch(NUMBER, figure) for row in rows for figure in row[3:])

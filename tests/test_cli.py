@@ -378,6 +378,42 @@ def test_routes_with_all_of_each_policy(run: Run, audited: str) -> None:
     assert "  cut: observed" in chat.splitlines()
 
 
+KEYED = """
+from starlette.applications import Starlette
+from starlette.routing import Route
+from asgi_metering import Idempotency, billable
+
+def owner(request): ...
+
+@billable(1, idempotency=True, charge_key="X-Session", charge_zone="Europe/Berlin", charge_per="week")
+async def once(request): ...
+
+@billable(1, idempotency=Idempotency(3_600, 10, True, owner), charge_key=owner, charge_per=90)
+async def twice(request): ...
+
+keyed = Starlette(routes=[Route("/once", once), Route("/twice", twice, methods=["POST"])])
+"""
+
+
+def test_routes_with_their_keys(run: Run, audited: str, tmp_path: Path) -> None:
+    """What runs once, and what is charged once, is shown with all that was chosen for it."""
+    (tmp_path / f"{audited}.py").write_text(KEYED)
+    code, output, _ = run("routes", f"{audited}:keyed", "--verbose")
+    assert code == 0
+    once, twice = output.split("\n\n")[1:]
+    assert once.splitlines()[4:6] == [
+        "  idempotency: taken, for 86400 s, answers not kept",
+        "  charge key: x-session per week in Europe/Berlin",
+    ]
+    assert twice.splitlines()[4:6] == [
+        "  idempotency: required, for 3600 s, fingerprint owner(), answers kept up to 10 bytes",
+        "  charge key: owner() per 90 s",
+    ]
+    assert rows(run("routes", f"{audited}:keyed", "--json"))["routes"][0]["charge_key"] == (
+        "x-session per week in Europe/Berlin"
+    )
+
+
 def test_routes_for_programs(run: Run, audited: str) -> None:
     """With --json each metered route also says what it holds, who pays, and what it charges however a call ends."""
     found = rows(run("routes", f"{audited}:app", "--json"))
@@ -499,6 +535,79 @@ def test_routes_of_what_has_no_route_table(run: Run, audited: str) -> None:
     assert f"! {audited}:opaque has no route table that can be read, so nothing was checked." in output
 
 
+# Moving
+
+
+@pytest.fixture
+def books(run: Run, store: str, tmp_path: Path) -> str:
+    """A file with the books of ann."""
+    run(*GRANT)
+    file = str(tmp_path / "books.jsonl")
+    assert run("export", file, "--store", store)[0] == 0
+    return file
+
+
+def test_move_the_books(run: Run, books: str, tmp_path: Path) -> None:
+    """What was exported of one file is imported into another, proven on both ways, and a second import is refused."""
+    other = f"sqlite:///{tmp_path}/other.db"
+    code, output, errors = run("export", books)
+    assert (code, errors) == (0, "")
+    *counts, told, kept = output.splitlines()
+    assert [line.split() for line in counts] == [
+        ["rows", "number"],
+        *[[table, "1"] for table in ("unit", "account", "grant", "entry")],
+    ]
+    assert told == "4 rows exported; 1 account proven."
+    assert re.fullmatch(rf"What stood there is now '{books}\.\d{{8}}T\d{{6}}\.\d{{6}}Z\.bak'\.", kept)
+    code, output, _ = run("import", books, "--store", other)
+    assert (code, output.splitlines()[-1]) == (0, "4 rows imported; 1 account proven.")
+    assert rows(run("balance", "ann", "--store", other, "--json")) == rows(run("balance", "ann", "--json"))
+    code, _, errors = run("import", books, "--store", other)
+    assert code == 2
+    assert "The sqlite store is not empty, so nothing was imported" in errors
+    assert run("import", books, "--store", other, "--resume")[1].splitlines()[-1] == (
+        "0 rows imported; 1 account proven."
+    )
+
+
+def test_move_the_books_for_programs(run: Run, books: str, tmp_path: Path) -> None:
+    """With --json both tell the rows of each kind, whether they balance, and where the old file is."""
+    other = f"sqlite:///{tmp_path}/other.db"
+    exported, imported = rows(run("export", books, "--json")), rows(run("import", books, "--store", other, "--json"))
+    assert Path(exported.pop("backup")).exists()
+    assert imported.pop("backup") is None
+    assert (exported.pop("exported"), imported.pop("imported")) == (4, 4)
+    assert exported == imported
+    assert exported["rows"]["grant"] == 1
+    assert (exported["balanced"], exported["one_instant"], exported["accounts"]) == (True, True, 1)
+
+
+def test_move_books_that_do_not_balance(run: Run, store: str, books: str, tmp_path: Path) -> None:
+    """Books that do not balance are exported and told with 1, refused with 2, and imported with 1 on demand."""
+    other = f"sqlite:///{tmp_path}/other.db"
+    with sqlite3.connect(tmp_path / "metering.db") as connection:
+        connection.execute("UPDATE account SET settled = 7")
+    connection.close()
+    code, output, _ = run("export", books)
+    assert code == 1
+    assert "! 'ann' in 'credits': settled is 7 in the account and 0 in its rows." in output.splitlines()
+    code, _, errors = run("import", books, "--store", other)
+    assert code == 2
+    assert "do not balance, so nothing was imported" in errors
+    assert not (tmp_path / "other.db").exists()
+    assert run("import", books, "--store", other, "--unbalanced")[0] == 1
+
+
+def test_tell_that_a_store_has_no_instants(
+    run: Run, books: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is exported of a store that cannot be read at one instant is told to be looked at."""
+    monkeypatch.setattr("asgi_metering.stores.sqlite.books._FileBooks.one_instant", False)
+    code, output, _ = run("export", str(tmp_path / "again.jsonl"))
+    assert code == 0
+    assert output.splitlines()[-1].startswith("! This store cannot be read at one instant.")
+
+
 # Mistakes
 
 
@@ -518,6 +627,8 @@ def test_routes_of_what_has_no_route_table(run: Run, audited: str) -> None:
         (("balance", "ann", "--store", "memory://"), "The memory store keeps nothing between commands."),
         (("check", "--store", "memory://"), "Name a durable one."),
         ((*GRANT, "--store", "sqlite:////no/such/folder/m.db"), "The folder '/no/such/folder'"),
+        (("export", "/no/such/folder/b.jsonl", "--store", "memory://"), "Name a durable one."),
+        (("import", "/no/such/folder/b.jsonl"), "'/no/such/folder/b.jsonl' cannot be read: No such file or directory."),
         (("holds", "--store", "sqlite:////no/such/folder/m.db"), "There is no database '/no/such/folder/m.db'."),
     ],
 )
@@ -531,7 +642,9 @@ def test_tell_a_mistake(run: Run, arguments: tuple[str, ...], sentence: str) -> 
     assert errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [("balance", "ann"), ("statement", "ann"), ("holds",), ("check",)])
+@pytest.mark.parametrize(
+    "command", [("balance", "ann"), ("statement", "ann"), ("holds",), ("check",), ("export", "books.jsonl")]
+)
 def test_tell_that_there_is_no_database(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
@@ -570,7 +683,9 @@ def test_tell_a_grant_that_conflicts(run: Run) -> None:
     assert rows(run("balance", "ann", "--json"))[0]["granted"] == "12.5"
 
 
-@pytest.mark.parametrize("command", [("balance", "ann"), ("check",), ("grant", "ann", "1", "--id", "x")])
+@pytest.mark.parametrize(
+    "command", [("balance", "ann"), ("check",), ("grant", "ann", "1", "--id", "x"), ("import", "b")]
+)
 def test_tell_that_no_store_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:
     """Without --store and without the environment nothing is guessed."""
     monkeypatch.delenv("ASGI_METERING_STORE", raising=False)
@@ -610,7 +725,7 @@ def test_tell_how_to_use_a_command(run: Run, arguments: tuple[str, ...], sentenc
     assert sentence in errors
 
 
-COMMANDS = ("demo", "routes", "grant", "balance", "statement", "holds", "check")
+COMMANDS = ("demo", "routes", "grant", "balance", "statement", "holds", "check", "export", "import")
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])

@@ -68,6 +68,7 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "key-none": ("key", None, "The key is None. It has to be a non-empty str or an int: an empty key would put every"),
     "key-empty": ("key", "", "The key is ''. It has to be"),
     "key-bytes": ("key", b"sk-secret", "The key is a bytes. It has to be"),
+    "key-bool": ("key", True, "The key is a bool. It has to be"),
     "cost-float": ("cost", 1.5, "The cost 1.5 is not an int from 0 up. Round it up first."),
     "cost-negative": ("cost", -1, "The cost -1 is not an int from 0 up."),
     "cost-bool": ("cost", True, "The cost True is not an int from 0 up."),

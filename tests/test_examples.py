@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import openai
 import pytest
 
 from asgi_metering.testing import Provider
@@ -112,6 +113,42 @@ def test_llm_gateway_charges_what_the_provider_reported(
     assert [line.basis for line in lines] == [None, "usage"]
     assert lines[1].amount >= 20 * 15
     assert quota["provider"] == "openai"
+
+
+def test_growing_hold_streams_until_nothing_is_left(
+    example: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The SDK reads every word that was paid for, then raises its own error; the provider is stopped, a book cut."""
+    provider = Provider()
+    with serve_in_thread(provider) as upstream:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{upstream.url}/v1")
+        monkeypatch.setenv("METERING_STORE", "memory://")
+        module = example("growing_hold")
+        with running(module.app) as server, openai.OpenAI(api_key="-", base_url=server.url, max_retries=0) as client:
+            server.run(lambda: module.metering.grant("ada", "0.0061", id="g"))
+            server.run(lambda: module.metering.grant("bob", "0.004", id="g"))
+            words: list[Any] = []
+            with pytest.raises(openai.APIError) as cut:
+                words.extend(
+                    client.chat.completions.create(
+                        model="echo:endless:slow-1",
+                        messages=[{"role": "user", "content": "Hi"}],
+                        stream=True,
+                        extra_headers={"x-user": "ada"},
+                    )
+                )
+            (seen,) = provider.requests
+            assert seen.ended.wait(20)
+            server.run(lambda: settled(module.metering))
+            (_, line) = server.run(lambda: _statement(module.metering, "ada"))
+            chapters = server.run(lambda: module.write_chapters("bob", ["one", "two"] * 20))
+            book = server.run(lambda: _statement(module.metering, "bob"))[-1]
+    assert cut.value.code == "insufficient_quota"
+    assert 400 <= len(words) < 800
+    assert seen.client_disconnected
+    assert (str(line.basis), str(book.basis)) == ("observed", "observed")
+    assert 2 <= len(chapters) < 40
+    assert chapters[-1].startswith("To be continued")
 
 
 async def _statement(metering: Any, payer: str) -> list[Any]:

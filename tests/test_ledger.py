@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 
 from asgi_metering import Allowance, Metering, Unit, UsageEvent, Wallet
-from asgi_metering.errors import AmountError, ConfigurationError, IdempotencyConflictError, InvalidKeyError
+from asgi_metering.errors import (
+    AmountError,
+    ConfigurationError,
+    IdempotencyConflictError,
+    InvalidKeyError,
+    UnknownHoldError,
+)
 from asgi_metering.events.outbox import read_event
 from asgi_metering.ledger import POSTED
 from asgi_metering.receipts import EndedBy, Entry, EntryKind
@@ -189,7 +195,7 @@ def test_refuse_to_refund_more_than_is_left(play: Play) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "mend"),
     [
-        ({"call": "nobodys", "id": "r"}, ConfigurationError, "No hold of call 'nobodys' is kept"),
+        ({"call": "nobodys", "id": "r"}, UnknownHoldError, "No hold of call 'nobodys' is kept"),
         ({"call": "nobodys", "id": "r", "payer": "ann"}, ConfigurationError, "has no charge left on account 'ann'"),
         ({"call": "", "id": "r"}, InvalidKeyError, "call id"),
         ({"call": "nobodys", "id": "", "payer": "ann"}, InvalidKeyError, "posting id"),
@@ -214,7 +220,7 @@ def test_refund_a_call_whose_hold_is_forgotten(play: Play) -> None:
         call = await books.charge(30)
         books.clock.advance(8 * DAY_S)
         await books.metering._submit(Sweep())
-        with pytest.raises(ConfigurationError, match="say whose it was: payer="):
+        with pytest.raises(UnknownHoldError, match="say whose it was: payer="):
             await books.metering.refund(call, id="r")
         assert (await books.metering.refund(call, id="r", payer="ann")).returned == 30 * CREDIT
 
@@ -395,7 +401,7 @@ def test_resolve_with_nothing_to_charge(play: Play) -> None:
         assert (await books.metering.resolve("c")).amount == 0
         assert await books.metering.holds() == []
         assert await books.sums() == (0, 0, 0, 100)
-        with pytest.raises(ConfigurationError, match="No hold of call 'x' is kept"):
+        with pytest.raises(UnknownHoldError, match="No hold of call 'x' is kept"):
             await books.metering.resolve("x")
 
     play(scene)

@@ -15,17 +15,20 @@ from dataclasses import dataclass
 
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.body import RequestBody, has_key
+from asgi_metering.asgi.cutting import Cutting, let_go
 from asgi_metering.asgi.fields import limit_fields
 from asgi_metering.asgi.refusals import in_band_error, refusal_response
 from asgi_metering.asgi.replay import keeper
 from asgi_metering.asgi.tap import Tap
 from asgi_metering.asgi.types import ASGIApp, Headers, Message, Receive, Scope, Send
 from asgi_metering.asgi.watch import ClientGone, Watch
-from asgi_metering.call import CURRENT, Call, CallRefused, Opening
-from asgi_metering.policies import ChargePolicy
+from asgi_metering.call import CURRENT, Call, CallCut, CallRefused, Opening
+from asgi_metering.growing import LEAST_ROOM
+from asgi_metering.policies import ChargePolicy, Slices
 from asgi_metering.quotas import is_quota_header, read_quota
 from asgi_metering.quotas.dialects import UNKNOWN
 from asgi_metering.rules.ending import Cause
+from asgi_metering.runtime import BOOK_S
 
 __all__ = ["ExchangeOptions", "run"]
 
@@ -88,6 +91,10 @@ async def run(
     incoming: RequestBody | None = None  # of a request with an idempotency key
     looked = False  # for that key
     grace: asyncio.TimerHandle | None = None
+    cutting: Cutting | None = None  # of a call whose hold grows
+    room = CHECKPOINT_BYTES  # after so many bytes the loop gets a turn
+    # To ask for it costs as much as all closures here, so only where some hold of this process may grow.
+    task = asyncio.current_task() if Slices.in_use else None
     watch = Watch(scope, receive, send) if options.stop_on_disconnect else None
     inner_receive = watch.receive if watch is not None else receive
 
@@ -124,8 +131,15 @@ async def run(
         return metered_send(opening.call, message)
 
     async def metered_send(call: Call, message: Message) -> None:
+        nonlocal swapped
         if swapped:
-            raise CallRefused(call, call.refusal, call.decision) if call.refusal else ClientGone("The answer is out.")
+            if cutting is None or not cutting.pending:
+                raise (
+                    CallRefused(call, call.refusal, call.decision) if call.refusal else ClientGone("The answer is out.")
+                )
+            if not cutting.lets(_is_bare_end(message) if started else _is_whole(message)):
+                raise call.cut()
+            swapped = False
         if begun is not None and call.admitted:
             catch_up(call, begun)
         kind = message["type"]
@@ -138,8 +152,17 @@ async def run(
         else:
             await send(message)
 
+    def cut() -> None:
+        """What the call holds is used up: its next message is its last, unless it is over by then."""
+        nonlocal swapped, cutting
+        call = opening.call
+        if call is not None and call.cause is None and not finishing and not opening.closed:
+            cutting = cutting or Cutting(call, task)
+            cutting.begin()
+            swapped = True
+
     async def send_start(call: Call, message: Message) -> None:
-        nonlocal started, begun, trailers, keep, dressed
+        nonlocal started, begun, trailers, keep, dressed, cutting, room
         if call.deferred:
             # A generator endpoint: it is asked for now, before its headers go out (pitfall 7). A refusal rises even if
             # its first step met it earlier, for this start says nothing of it (pitfall 15). It is answered when the
@@ -156,6 +179,9 @@ async def run(
             message = dressed
             call.status = message["status"]
             trailers = bool(message.get("trailers"))
+            if call.growth is not None:
+                cutting = cutting or Cutting(call, task)
+                keep, room = cutting.follow(message, keep), LEAST_ROOM
             if watch is not None:
                 watch.start(gone, asyncio.get_running_loop())
         else:
@@ -177,19 +203,22 @@ async def run(
 
     def catch_up(call: Call, start: Message) -> None:
         """The call was admitted after its response had begun: note now what the start said."""
-        nonlocal begun, trailers, keep
+        nonlocal begun, trailers, keep, cutting, room
         begun = None
         call.status = start["status"]
         trailers = bool(start.get("trailers"))
         tap = call.observer = _tap(call, list(start.get("headers", ())), scope)
         keep = None if tap is None else tap.keep
+        if call.growth is not None:
+            cutting = cutting or Cutting(call, task)
+            keep, room = cutting.follow(start, keep), LEAST_ROOM
         if latest is not None:
             call.first_byte = True
         if watch is not None:
             watch.start(gone, asyncio.get_running_loop())
 
     async def send_body(call: Call, message: Message) -> None:
-        nonlocal sent, unchecked
+        nonlocal sent, unchecked, room
         if not call.admitted:
             await send_unadmitted(call, message)
             return
@@ -212,10 +241,12 @@ async def run(
                 if keep is not None:
                     keep(body)
         unchecked += len(body)
-        if unchecked >= CHECKPOINT_BYTES:
-            sent += unchecked
-            unchecked = 0
+        if unchecked >= room:
+            passed, unchecked = unchecked, 0
+            sent += passed
             await asyncio.sleep(0)
+            if call.growth is not None:
+                room = await call.growth.pace(passed)
 
     async def send_last(call: Call, message: Message, body: bytes, reaches: bool) -> None:
         """
@@ -323,16 +354,25 @@ async def run(
         await send({"type": "http.response.body", "body": error})
         return True
 
-    opening.request_body = request_body
+    opening.request_body, opening.cut = request_body, cut
     token = CURRENT.set(opening)
     try:
         await app(scope, receive_, send_)
         if opening.call is not None and opening.call.is_refused and not started:
             # Somebody caught the refusal and kept silent (pitfall 13).
             await refuse(opening.call)
+        if cutting is not None and cutting.pending and not cutting.call.closed:
+            # Somebody caught what should have stopped the app.
+            cutting.call.cut()
+            if cutting.call.cause is Cause.CUT:
+                await _end_cut(cutting, None, close, refuse if not started else None, send, options)
     except BaseException as failure:
         call = opening.call
         if call is None:
+            raise
+        if cutting is not None and cutting.pending and call.cause is Cause.CUT and not call.closed:
+            if await _end_cut(cutting, failure, close, refuse if not started else None, send, options):
+                return
             raise
         if call.is_refused:
             # Decided by what the call is and not by what arrives: frameworks translate and group (pitfall 13). And
@@ -349,8 +389,12 @@ async def run(
     finally:
         CURRENT.reset(token)
         opening.closed = True
+        # It refers to the opening: a circle for each request would be work for the collector of garbage.
+        opening.cut = None
         if watch is not None:
             watch.stop()
+        if cutting is not None:
+            cutting.close()
         call = opening.call
         if call is not None:
             if begun is not None and call.admitted:
@@ -365,14 +409,43 @@ async def run(
             await _close_inline(call, close, opening)
 
 
+async def _end_cut(
+    cutting: Cutting,
+    failure: BaseException | None,
+    close: Callable[[Call], None],
+    refuse: Callable[[Call], Awaitable[None]] | None,
+    send: Send,
+    options: ExchangeOptions,
+) -> bool:
+    """
+    Settle a call that is cut, and tell its client: by *refuse* if nothing was sent. False where *failure* is to rise.
+
+    Raises:
+        CallCut: Only a broken connection tells that the answer is not whole.
+    """
+    call = cutting.call
+    ours = failure is None or cutting.is_ours(failure) or _is_departure(failure)
+    if cutting.wanted_by_others() or (failure is not None and not ours and _stops(failure)):
+        return False
+    close(call)
+    if failure is not None:
+        let_go(failure)
+    if refuse is not None:
+        await refuse(call)
+    elif not await cutting.tell(send, options.answers):
+        raise CallCut(call) from failure
+    return ours
+
+
 async def _close_inline(call: Call, close: Callable[[Call], None], opening: Opening) -> None:
     if not call.admitted or not call.needs_end:
         return
     close(call)
     runtime = opening.metering.runtime()
     if not runtime.managed and call.receipt is None and call.has_hold:
-        # Nobody will hold a shutdown for us, so this task stays until the end is booked (pitfall 32).
-        await asyncio.shield(call.expects_ending())
+        # Nobody will hold a shutdown for us, so this task stays until the end is booked (pitfall 32). Bounded: a store
+        # that is down shall not keep the tasks of all requests.
+        await asyncio.wait((call.expects_ending(),), timeout=BOOK_S)
         if call.cause is Cause.ABORTED:
             # daphne stops when the first of the calls that it cancelled is over, and not when the last one is.
             await asyncio.shield(runtime.booked())
@@ -412,13 +485,15 @@ def _is_refusal(failure: BaseException | None) -> bool:
 
 
 def _is_departure(failure: BaseException) -> bool:
-    """Whether *failure* says only that the client left: our word for it, Starlette's, or a group of these."""
+    """Whether *failure* says only that nobody reads any more: our words for it, Starlette's, or a group of these."""
     if isinstance(failure, BaseExceptionGroup):
         return all(_is_departure(inner) for inner in failure.exceptions)
-    # Not imported before it is needed: naming the middleware imports no framework.
+    # Not imported before they are needed: naming the middleware imports no framework.
+    from anyio import BrokenResourceError, ClosedResourceError
     from starlette.requests import ClientDisconnect
 
-    return isinstance(failure, ClientGone | ClientDisconnect)
+    # The last two are what the makers of a stream hear when its sender has stopped.
+    return isinstance(failure, ClientGone | CallCut | ClientDisconnect | BrokenResourceError | ClosedResourceError)
 
 
 def _stops(failure: BaseException) -> bool:
@@ -432,6 +507,17 @@ def _is_last(message: Message) -> bool:
     """Whether a response without trailers ends with *message*."""
     kind = message["type"]
     return kind == "http.response.pathsend" or (kind == "http.response.body" and not message.get("more_body", False))
+
+
+def _is_bare_end(message: Message) -> bool:
+    """Whether *message* only says that the answer is over."""
+    return message["type"] == "http.response.body" and _is_last(message) and not message.get("body")
+
+
+def _is_whole(message: Message) -> bool:
+    """Whether *message* begins an answer that is there as a whole, and no framework's answer to an exception."""
+    begins = message["type"] == "http.response.start" and message["status"] < 500
+    return begins and _announced({"headers": (), **message}) is not None
 
 
 def dress(call: Call, message: Message, scope: Scope, options: ExchangeOptions) -> tuple[Message, Tap | None]:

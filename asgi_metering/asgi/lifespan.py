@@ -110,7 +110,7 @@ class Lifespan:
             check_one_metering(self._layers)
             check_workers(self._metering.store)
             self._metering.runtime().managed = True
-            await self._metering.start()
+            await self._metering.begin()
             return
         except MeteringError as failure:
             refused = failure

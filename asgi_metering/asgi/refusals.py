@@ -25,19 +25,20 @@ EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 
 def refusal_answer(call: Call, options: AnswerOptions) -> Answer:
-    """What is answered to a call that was refused. Raises `MeteringError` for one that was not."""
-    if call.refusal is None:
+    """What is answered to a call that was refused, or cut. Raises `MeteringError` for one that was neither."""
+    refusal = call.lack
+    if refusal is None:
         raise MeteringError(f"Call {call.id!r} was not refused, so there is no refusal to answer.")
     charge = call.charge
     sources = charge.sources if charge is not None else ()
     by_name = {source.name: source.status for source in sources if isinstance(source, Allowance)}
     return answer(
-        call.refusal,
+        refusal,
         call.decision,
         unit=call.unit,
         line=call.line,
         plan=call.caller.plan if call.caller is not None else None,
-        allowance_status=402 if by_name.get(call.refusal.name) == 402 else 429,
+        allowance_status=402 if by_name.get(refusal.name) == 402 else 429,
         options=options,
     )
 
@@ -61,7 +62,7 @@ def in_band_error(call: Call, options: AnswerOptions, start: Message | None, lat
     whole.
 
     Args:
-        call: The refused call.
+        call: The refused call, or one that is cut.
         options: The application's choices.
         start: How the stream began.
         latest: What it sent last; None for nothing yet.

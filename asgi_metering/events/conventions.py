@@ -250,6 +250,7 @@ def _counter(name: str, unit: str, description: str) -> Instrument:
 TALLIES: Final[Mapping[str, Instrument]] = MappingProxyType(
     {
         "refusals": _counter("refusals", "{refusal}", "Calls that were not admitted."),
+        "cuts": _counter("cuts", "{cut}", "Calls that were cut, since nothing more could be held for them."),
         "store_failures": _counter("store.failures", "{failure}", "Operations that the store did not answer."),
         "ends_queued": _counter("ends.queued", "{end}", "Ends of calls that had to wait for the store."),
         "ends_retried": _counter("ends.retried", "{end}", "Repeated attempts to book an end."),
@@ -265,6 +266,14 @@ TALLIES: Final[Mapping[str, Instrument]] = MappingProxyType(
         ),
         "outbox_lag": Instrument(
             "metering.outbox.lag", Kind.GAUGE, "s", "Age of the oldest usage event in the outbox."
+        ),
+        "store_outages": _counter("store.outages", "{outage}", "Times that the store was found to be down."),
+        "store_up": Instrument("metering.store.up", Kind.GAUGE, "{store}", "1 while the store is asked, 0 while down."),
+        "journal_backlog": Instrument(
+            "metering.journal.backlog", Kind.GAUGE, "{entry}", "Entries of the journal that wait for the store."
+        ),
+        "journal_set_aside": Instrument(
+            "metering.journal.set_aside", Kind.GAUGE, "{entry}", "Entries of the journal that a person has to look at."
         ),
         "holds": Instrument("metering.holds", Kind.GAUGE, "{hold}", "Holds that have not ended."),
     }

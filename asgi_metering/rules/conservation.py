@@ -14,7 +14,7 @@ from asgi_metering.receipts import Entry, Source
 from asgi_metering.rules.retention import effect
 from asgi_metering.rules.state import Account, AllowanceWindow, Checkpoint, Grant, Hold
 
-__all__ = ["discrepancies", "ledger_discrepancies"]
+__all__ = ["LedgerProof", "discrepancies", "ledger_discrepancies"]
 
 
 def discrepancies(
@@ -109,30 +109,53 @@ def ledger_discrepancies(
         checkpoint: What its older lines were folded into, if some were (DESIGN "Retention").
         entries: Its lines behind the checkpoint, oldest first. Those written after *account* was read are left out.
     """
-    number, at = (checkpoint.number, checkpoint.at) if checkpoint is not None else (0, 0.0)
-    sums = Counter(checkpoint.sums if checkpoint is not None else {})
-    wrong: list[str] = []
-    for line in entries:
-        if line.number > account.entries:
-            break
-        if line.number != number + 1:
-            wrong.append(f"line {line.number} follows line {number}.")
-        if line.at < at:
-            wrong.append(f"line {line.number} is older than the one before it.")
-        number, at = line.number, line.at
-        name, amount = effect(line)
-        sums[name] += amount
-    if number != account.entries:
-        wrong.append(f"the ledger ends with line {number} of {account.entries}.")
-    promised = sum(grant.amount for grant in grants if not grant.begun)
-    proofs = {
-        "given": account.granted + promised,
-        "settled": account.settled,
-        "expired": account.expired,
-    }
-    wrong.extend(
-        f"{name} is {stored} in the account and {sums[name]} in its ledger."
-        for name, stored in proofs.items()
-        if sums[name] != stored
-    )
-    return [f"{account.payer!r} in {account.unit!r}: {what}" for what in wrong]
+    proof = LedgerProof(account, checkpoint)
+    proof.take(entries)
+    return proof.discrepancies(grants)
+
+
+class LedgerProof:
+    """
+    `ledger_discrepancies` of a ledger that comes in pages.
+
+    Args:
+        account: The account's row.
+        checkpoint: What its older lines were folded into, if some were.
+    """
+
+    def __init__(self, account: Account, checkpoint: Checkpoint | None) -> None:
+        self._account = account
+        self._number, self._at = (checkpoint.number, checkpoint.at) if checkpoint is not None else (0, 0.0)
+        self._sums = Counter(checkpoint.sums if checkpoint is not None else {})
+        self._wrong: list[str] = []
+
+    def take(self, entries: Iterable[Entry]) -> None:
+        """Take the next lines, oldest first. Those written after the account was read are left out."""
+        for line in entries:
+            if line.number > self._account.entries:
+                break
+            if line.number != self._number + 1:
+                self._wrong.append(f"line {line.number} follows line {self._number}.")
+            if line.at < self._at:
+                self._wrong.append(f"line {line.number} is older than the one before it.")
+            self._number, self._at = line.number, line.at
+            name, amount = effect(line)
+            self._sums[name] += amount
+
+    def discrepancies(self, grants: Iterable[Grant]) -> list[str]:
+        """What is wrong, once all lines were taken; *grants* are all of the account's."""
+        account, sums, wrong = self._account, self._sums, self._wrong
+        if self._number != account.entries:
+            wrong.append(f"the ledger ends with line {self._number} of {account.entries}.")
+        promised = sum(grant.amount for grant in grants if not grant.begun)
+        proofs = {
+            "given": account.granted + promised,
+            "settled": account.settled,
+            "expired": account.expired,
+        }
+        wrong.extend(
+            f"{name} is {stored} in the account and {sums[name]} in its ledger."
+            for name, stored in proofs.items()
+            if sums[name] != stored
+        )
+        return [f"{account.payer!r} in {account.unit!r}: {what}" for what in wrong]

@@ -10,20 +10,26 @@ suite in `asgi_metering.testing`.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypeAlias, TypeVar, cast
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 from asgi_metering.decisions import Decision
+from asgi_metering.errors import ConfigurationError
 from asgi_metering.receipts import GrantReceipt, Receipt
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, End, Operation, PostGrant, Renew
-from asgi_metering.rules.state import State
+from asgi_metering.rules.state import State, Table
 
 __all__ = [
+    "PAGE_ROWS",
+    "TABLES",
     "AccountRows",
     "AccountsAfter",
+    "Books",
     "EntriesAfter",
     "EverythingKept",
+    "Filling",
     "HoldRow",
     "LinesOf",
     "LiveHolds",
@@ -32,6 +38,23 @@ __all__ = [
     "Snapshot",
     "Store",
 ]
+
+
+TABLES: tuple[str, ...] = (
+    Table.UNIT,
+    Table.HOLD,
+    Table.ACCOUNT,
+    Table.CHECKPOINT,
+    Table.GRANT,
+    Table.ALLOWANCE,
+    Table.ENTRY,
+    Table.CHARGE_KEY,
+    Table.IDEMPOTENCY,
+    Table.COUNTER,
+    Table.LEASE,
+    Table.EVENT,
+)
+"""Every table, in the order in which moving writes them."""
 
 
 class AccountRows(NamedTuple):
@@ -108,6 +131,75 @@ class Snapshot(NamedTuple):
 
 _Answer = TypeVar("_Answer")
 
+PAGE_ROWS = 1_000
+"""Rows in one page of `Books.rows`: some hundred kilobytes, and few enough round trips."""
+
+
+class Books(abc.ABC):
+    """
+    All rows that a store keeps, to be read from one end to the other. See `Store.books`.
+
+    Attributes:
+        now: The store's time when they were opened, epoch seconds.
+        one_instant: Whether every page is of the instant of *now*, whatever is written meanwhile. Where it is not,
+            writers are to be stopped first.
+    """
+
+    now: float
+    one_instant: bool = False
+
+    @abc.abstractmethod
+    def rows(self, table: str) -> AsyncGenerator[Sequence[Any], None]:
+        """
+        Read all rows of one table, each once, in pages of about `PAGE_ROWS`; no page is empty. An async generator.
+
+        Args:
+            table: One of `rules.state.Table`; the rows are those of `rules.state`, and entries those of `receipts`.
+
+        Holds and events come in the order in which the store got them. Accounts, grants, allowances, entries and
+        checkpoints come by payer, then unit, ascending as Python orders strings (which is the order of their UTF-8);
+        within an account grants by number, allowances by name and start, entries by number. Others come in any order.
+
+        Raises:
+            StoreUnavailableError: No answer came.
+        """
+
+    async def counts(self) -> Mapping[str, int]:
+        """How many rows each table has, by its name. A store that can count without reading them does so."""
+        counts = {}
+        for table in TABLES:
+            counts[table] = 0
+            async for page in self.rows(table):
+                counts[table] += len(page)
+        return counts
+
+
+class Filling(Books):
+    """
+    A store that is being filled. What was put is among its `rows`. See `Store.fill`.
+
+    Attributes:
+        whole: Whether all that was put is kept, or nothing: it is one transaction. Where it is not, what was put
+            before a failure stays, and putting the same rows again completes it.
+    """
+
+    whole: bool = False
+
+    @abc.abstractmethod
+    async def put(self, table: str, rows: Sequence[Any]) -> int:
+        """
+        Keep *rows* of one table exactly as they are. A row whose key is kept already stays as it is.
+
+        Returns how many were new. Again with the same rows changes nothing. Holds and events are the newest from now
+        on, in the order given; a checkpoint comes before the entries behind it.
+
+        Raises:
+            UnwritableError: One of them cannot be kept here.
+            StoreUnavailableError: No answer came.
+
+        Whatever it raises, the filling is over: nothing is kept where it is whole, and some of it where it is not.
+        """
+
 
 class Store(abc.ABC):
     """
@@ -121,9 +213,11 @@ class Store(abc.ABC):
         immediate: `run_now` answers at once, so that batching would only cost time.
         durable: Whether an acknowledged operation survives the process.
         shared: Whether several processes may use it at once.
+        namespace: Which of several books in one place these are, for people; empty where there is one.
     """
 
     name: str
+    namespace: str = ""
     immediate: bool = False
     durable: bool = True
     shared: bool = True
@@ -181,6 +275,39 @@ class Store(abc.ABC):
         Raises:
             StoreUnavailableError: No answer came.
         """
+
+    def books(self) -> AbstractAsyncContextManager[Books]:
+        """
+        Open all rows for reading, for whoever moves them elsewhere. Changes nothing, and keeps nobody from writing.
+
+        The rows are of one instant where the store has snapshots (`Books.one_instant`). A store that cannot be read as
+        a whole does not have it.
+
+        Raises:
+            ConfigurationError: This kind of store does not have it.
+            StoreUnavailableError: It cannot be reached, or is not open.
+        """
+        raise ConfigurationError(
+            f"The {self.name} store cannot hand out all of its rows, so it cannot be moved from. It has no books()."
+        )
+
+    def fill(self) -> AbstractAsyncContextManager[Filling]:
+        """
+        Open the store for rows that another one kept. What was put is kept when the block is left without an exception.
+
+        Left with one, nothing is kept where the filling is whole. A store without transactions writes what is put at
+        once, each row if it is absent: that is all that it needs. Nobody else may write meanwhile; a store that can
+        keep others out does so.
+
+        Raises:
+            ConfigurationError: This kind of store does not have it.
+            StoreContendedError: Others are writing.
+            StoreUnavailableError: It cannot be reached, or is not open.
+        """
+        raise ConfigurationError(
+            f"The {self.name} store cannot take rows as another one kept them, so it cannot be moved to. It has no "
+            f"fill()."
+        )
 
     # -- the verbs, over run() -----------------------------------------------------------------------------
 

@@ -142,6 +142,13 @@ class Forgetting:
             if new > 0:
                 ring.turn(now, LOOKS_PER_ROW * new)
 
+    def adopt(self) -> None:
+        """Look after rows that came into the state without an operation; none of them is forgotten at once."""
+        ended = [(hold.receipt.at, hold.id) for hold in self._state.holds.values() if hold.receipt is not None]
+        self._ended = OrderedDict.fromkeys(call_id for _, call_id in sorted(ended))
+        for ring in self._rings:
+            ring.known = len(ring.rows)
+
     def turn(self, now: float, looks: int) -> None:
         """Look at up to *looks* rows of each kind: what a peak has left is also forgotten when nothing new comes."""
         for ring in self._rings:

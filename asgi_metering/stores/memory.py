@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from itertools import chain, islice
+from operator import attrgetter
+from typing import Any
 
+from asgi_metering.errors import StoreContendedError
 from asgi_metering.rules.decide import Answer, run
 from asgi_metering.rules.operations import Operation, Sweep
 from asgi_metering.rules.state import AccountKey, Change, State, Table
 from asgi_metering.stores.contract import (
+    PAGE_ROWS,
+    TABLES,
     AccountRows,
     AccountsAfter,
+    Books,
     EntriesAfter,
+    Filling,
     HoldRow,
     LinesOf,
     LiveHolds,
@@ -27,6 +35,7 @@ from asgi_metering.stores.contract import (
     Store,
 )
 from asgi_metering.stores.forgetting import Bounds, Forgetting
+from asgi_metering.stores.rows import MAPS
 
 __all__ = ["MemoryStore"]
 
@@ -58,6 +67,7 @@ class MemoryStore(Store):
     def __init__(self, clock: Callable[[], float] = time.time, *, bounds: Bounds = _BOUNDS) -> None:
         self._clock = clock
         self._state = State()
+        self._bounds = bounds
         self._forgetting = Forgetting(self._state, bounds)
         self._lock = threading.Lock()
 
@@ -96,6 +106,32 @@ class MemoryStore(Store):
         with self._lock:
             return self._read(query)
 
+    @asynccontextmanager
+    async def books(self) -> AsyncIterator[Books]:
+        """See `Store.books`. A copy of the tables; the rows themselves are shared."""
+        with self._lock:
+            copied = _MemoryBooks(_copy(self._state), self._clock())
+        yield copied
+
+    @asynccontextmanager
+    async def fill(self) -> AsyncIterator[Filling]:
+        """See `Store.fill`. Nobody is kept out: where somebody writes meanwhile, nothing of it is kept."""
+        with self._lock:
+            before = _copy(self._state)
+            filling = _MemoryFilling(before, self._clock())
+        yield filling
+        with self._lock:
+            if any(getattr(self._state, table) != getattr(before, table) for table in State.__slots__):
+                raise StoreContendedError(
+                    "The memory store was written to while it was filled, so it stays as it is. Fill it before its use."
+                )
+            self._state = State()
+            self._forgetting = Forgetting(self._state, self._bounds)
+            for table in TABLES:
+                place = MAPS[table].place
+                self._state.apply([(table, place(row), row) for row in _rows(filling.state, table)])
+            self._forgetting.adopt()
+
     def _read(self, query: Query) -> Snapshot:
         state = self._state
         found = State()
@@ -133,6 +169,75 @@ class MemoryStore(Store):
         found.holds = {hold.id: hold for hold in state.live_holds(key)}
         found.live[key] = set(found.holds)
         found.apply([(Table.ALLOWANCE, place, row) for place, row in state.allowances.items() if place[:2] == key])
+
+
+class _MemoryBooks(Books):
+    """The books of a state that nobody changes."""
+
+    one_instant = True
+
+    def __init__(self, state: State, now: float) -> None:
+        self.state = state
+        self.now = now
+
+    async def rows(self, table: str) -> AsyncGenerator[Sequence[Any], None]:
+        """See `Books.rows`."""
+        rows = iter(_rows(self.state, table))
+        while page := list(islice(rows, PAGE_ROWS)):
+            yield page
+
+
+class _MemoryFilling(_MemoryBooks, Filling):
+    """A state of its own, until it is kept."""
+
+    whole = True
+
+    def __init__(self, before: State, now: float) -> None:
+        super().__init__(_copy(before), now)
+        self._keys = {table: set(map(_key_of(table), _rows(before, table))) for table in TABLES}
+
+    async def put(self, table: str, rows: Sequence[Any]) -> int:
+        """See `Filling.put`."""
+        keys, key_of, place = self._keys[table], _key_of(table), MAPS[table].place
+        new = {key_of(row): row for row in reversed(rows) if key_of(row) not in keys}
+        keys.update(new)
+        self.state.apply([(table, place(row), row) for row in reversed(new.values())])
+        return len(new)
+
+
+def _key_of(table: str) -> Callable[[Any], Any]:
+    return attrgetter(*MAPS[table].key)
+
+
+_ACCOUNTS_GRANT = attrgetter("payer", "unit", "number")
+_ACCOUNTS_WINDOW = attrgetter("payer", "unit", "name", "start")
+
+
+def _rows(state: State, table: str) -> Iterable[Any]:
+    """The rows of one table, in the order of `Books.rows`."""
+    match table:
+        case Table.GRANT:
+            wallets = chain(state.grants.values(), state.closed_grants.values())
+            return sorted(chain.from_iterable(grants.values() for grants in wallets), key=_ACCOUNTS_GRANT)
+        case Table.ALLOWANCE:
+            return sorted(state.allowances.values(), key=_ACCOUNTS_WINDOW)
+        case Table.ENTRY:
+            return chain.from_iterable(state.entries[key] for key in sorted(state.entries))
+        case Table.ACCOUNT:
+            return [state.accounts[key] for key in sorted(state.accounts)]
+        case Table.CHECKPOINT:
+            return [state.checkpoints[key] for key in sorted(state.checkpoints)]
+        case Table.LEASE:
+            return chain.from_iterable(leases.values() for leases in state.leases.values())
+    plain: dict[str, dict[str, Any]] = {
+        Table.UNIT: state.units,
+        Table.HOLD: state.holds,
+        Table.CHARGE_KEY: state.charge_keys,
+        Table.IDEMPOTENCY: state.idempotency_keys,
+        Table.COUNTER: state.counters,
+        Table.EVENT: state.events,
+    }
+    return plain[table].values()
 
 
 def _copy(state: State) -> State:

@@ -12,7 +12,7 @@ import asyncio
 import contextvars
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -43,11 +43,12 @@ ENDS_SHARE = 4
 
 
 class _Waiting(NamedTuple):
-    """An operation and whoever waits for it. ``number`` counts arrivals."""
+    """An operation and whoever waits for it. ``number`` counts arrivals; of ``is_repeated`` see `Pump.submit`."""
 
     number: int
     operation: Operation
     future: asyncio.Future[Answer]
+    is_repeated: bool = False
 
 
 _by_arrival = attrgetter("number")
@@ -59,10 +60,12 @@ class Pump:
 
     Args:
         store: Opened, and closed after the pump, by whoever owns it.
+        unknown: Called with each admission that was sent and got no answer: it may hold something all the same.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, unknown: Callable[[Admit], None] | None = None) -> None:
         self._store = store
+        self._unknown = unknown
         self._admissions: deque[_Waiting] = deque()
         self._others: deque[_Waiting] = deque()
         self._arrived = 0
@@ -70,7 +73,9 @@ class Pump:
         self._wake: asyncio.Future[None] | None = None
         self._idle = asyncio.Event()
 
-    async def submit(self, operation: Operation, deadline_s: float | None = None) -> Answer:
+    async def submit(
+        self, operation: Operation, deadline_s: float | None = None, *, is_repeated: bool = False
+    ) -> Answer:
         """
         Run one operation and return its answer.
 
@@ -80,6 +85,8 @@ class Pump:
         Args:
             operation: One atomic step.
             deadline_s: Seconds to wait for the answer; None waits as long as the store does.
+            is_repeated: The caller asks again, under the same id, until there is an answer: an admission that it did
+                not hear of is not given back, since the next time it would find it ended.
 
         Raises:
             StoreUnavailableError: No answer in time, the store cannot be reached, too many are waiting, or the pump
@@ -99,14 +106,14 @@ class Pump:
             raise StoreUnavailableError(
                 f"{len(self._admissions)} admissions wait for the {self._store.name} store already. Ask again later."
             )
-        future = self._enqueue(operation)
+        future = self._enqueue(operation, is_repeated=is_repeated)
         timer = None
         if deadline_s is not None:
             timer = future.get_loop().call_later(deadline_s, self._expire, future, deadline_s)
         try:
             return await future
         except asyncio.CancelledError:
-            if not future.cancelled():
+            if not future.cancelled() and not is_repeated:
                 # Answered and cancelled in one turn of the loop: the answer never reached the caller.
                 self._abandoned(operation, future.exception() or future.result())
             raise
@@ -114,12 +121,12 @@ class Pump:
             if timer is not None:
                 timer.cancel()
 
-    def _enqueue(self, operation: Operation) -> asyncio.Future[Answer]:
+    def _enqueue(self, operation: Operation, *, is_repeated: bool = False) -> asyncio.Future[Answer]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
         queue = self._admissions if isinstance(operation, Admit) else self._others
         self._arrived += 1
-        queue.append(_Waiting(self._arrived, operation, future))
+        queue.append(_Waiting(self._arrived, operation, future, is_repeated))
         self._idle.clear()
         if self._task is None or self._task.done():
             # Not in the context of whichever request came first: its variables would live as long as the pump.
@@ -131,7 +138,7 @@ class Pump:
     def _expire(self, future: asyncio.Future[Answer], deadline_s: float) -> None:
         if not future.done():
             future.set_exception(
-                StoreUnavailableError(f"The {self._store.name} store gave no answer within {deadline_s} s.")
+                StoreUnavailableError(f"The {self._store.name} store gave no answer within {deadline_s:.3g} s.")
             )
 
     # -- the pump's own task -------------------------------------------------------------------------------
@@ -175,6 +182,10 @@ class Pump:
                 raise StoreError(f"The {store.name} store gave {len(answers)} answers to {len(batch)} operations.")
         except StoreError as failure:
             self._fail(batch, failure)
+            if self._unknown is not None and isinstance(failure, StoreUnavailableError):
+                for waiting in batch:
+                    if isinstance(waiting.operation, Admit) and not waiting.is_repeated:
+                        self._unknown(waiting.operation)
             return
         except Exception as failure:  # noqa: BLE001 -- whatever it is, it is one operation's and not its neighbours'
             unwritable = failure
@@ -207,7 +218,8 @@ class Pump:
     def _deliver(self, waiting: _Waiting, answer: Answer | Exception) -> None:
         future = waiting.future
         if future.done():
-            self._abandoned(waiting.operation, answer)
+            if not waiting.is_repeated:
+                self._abandoned(waiting.operation, answer)
         elif not isinstance(answer, Exception):
             future.set_result(answer)
         elif isinstance(answer, MeteringError):

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from asgi_metering.receipts import Entry
 from asgi_metering.rules.state import (
+    NEVER,
     Account,
     AllowanceWindow,
     ChargeKey,
@@ -79,6 +80,9 @@ class RowMap(Generic[Row]):
         self._changes = [(self.fields.index(name), _column_encoder(hints[name])) for name in changing]
         self._decoders = _only_some(_column_decoder(hint) for hint in hints.values())
         self._encoders = _only_some(_column_encoder(hint) for hint in hints.values())
+        self._times = [name for name, hint in hints.items() if hint is float]
+        readers = {name: _decoder_or_none(hint) for name, hint in hints.items()}
+        self._readers = [(name, reader) for name, reader in readers.items() if reader is not None]
 
     def encode(self, row: Row) -> list[Any]:
         """
@@ -101,6 +105,30 @@ class RowMap(Generic[Row]):
             values.append(derive(row))
         values.extend([getattr(row, name) for name in self.key])
         return values
+
+    def plain(self, row: Row) -> dict[str, Any]:
+        """*row* by its fields' names, for JSON: a time that does not come is None, a nested tuple is an array."""
+        values = dict(zip(self.fields, row, strict=True))
+        for name in self._times:
+            time = float(values[name])
+            values[name] = None if time == NEVER else time
+        return values
+
+    def of_plain(self, values: dict[str, Any]) -> Row:
+        """
+        The row that `plain` said, after its way through JSON. Takes *values* as its own.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is none.
+        """
+        for name, reader in self._readers:
+            values[name] = reader(values[name])
+        for name in self._times:
+            time = values[name]
+            values[name] = NEVER if time is None else float(time)
+        if len(values) != len(self.fields):
+            raise ValueError(f"the fields {sorted(values)} are not those of {self.table!r}")
+        return self.row(**values)
 
     def decode(self, values: Sequence[Any]) -> Row:
         """Turn what the columns of the fields keep, in their order, into the row."""

@@ -13,7 +13,7 @@ from asgi_metering.stores.contract import Store
 
 __all__ = ["store_from_url"]
 
-SCHEMES = ("memory", "sqlite", "postgresql", "postgres")
+SCHEMES = ("memory", "sqlite", "postgresql", "postgres", "redis", "rediss", "redis+sentinel", "redis+cluster")
 """What this version has; the others come behind the same contract."""
 
 POSTGRES_SCHEMES = ("postgresql", "postgres")
@@ -26,6 +26,7 @@ def store_from_url(url: str) -> Store:
     ``memory://`` keeps everything in this process. ``sqlite:///relative.db`` and ``sqlite:////absolute.db`` name a
     file; ``?synchronous=NORMAL`` trades the last milliseconds before a power cut for speed.
     ``postgresql://user:password@host:5432/database`` takes all parameters of libpq, and ``namespace=`` for the schema.
+    ``redis://``, ``rediss://``, ``redis+sentinel://`` and ``redis+cluster://``: see `redis.urls.store_from_redis_url`.
 
     Raises:
         MissingExtraError: The driver that the scheme needs is not installed.
@@ -37,10 +38,15 @@ def store_from_url(url: str) -> Store:
     if parts.scheme not in SCHEMES:
         raise ConfigurationError(
             f"The store URL {_shown(url)!r} has the scheme {parts.scheme!r}. Use one of: memory://, sqlite:///file.db, "
-            f"postgresql://host/database."
+            f"postgresql://host/database, redis://host, rediss://host, redis+sentinel://hosts/master, "
+            f"redis+cluster://hosts."
         )
     if parts.scheme in POSTGRES_SCHEMES:
         return _postgres(url)
+    if parts.scheme.startswith("redis"):
+        from asgi_metering.stores.redis.urls import store_from_redis_url
+
+        return store_from_redis_url(url, _shown(url))
     options = dict(parse_qsl(parts.query))
     if parts.scheme == "memory":
         if parts.netloc or parts.path.strip("/") or options:

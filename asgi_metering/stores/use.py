@@ -9,13 +9,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from typing import Protocol
 
-from asgi_metering.errors import StoreError
-from asgi_metering.stores.contract import Store
+from asgi_metering.errors import MeteringError
 
 __all__ = ["StoreUse"]
 
 log = logging.getLogger("asgi_metering.stores")
+
+
+class Opened(Protocol):
+    """A store, or a journal."""
+
+    async def open(self) -> None:
+        """Get ready; again changes nothing."""
+
+    async def close(self) -> None:
+        """Give everything back; again changes nothing."""
 
 
 class StoreUse:
@@ -26,7 +36,7 @@ class StoreUse:
         store: Opening and closing it again changes nothing, as the contract says.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Opened) -> None:
         self._store = store
         self._loops: set[asyncio.AbstractEventLoop] = set()
         self._lock = threading.Lock()
@@ -54,7 +64,7 @@ class StoreUse:
             # Somebody came meanwhile, and may have found the store open still.
             try:
                 await self._store.open()
-            except StoreError as failure:
+            except MeteringError as failure:
                 log.warning("The store that another event loop uses could not be opened again: %s", failure)
 
     def _is_used(self) -> bool:

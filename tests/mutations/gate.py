@@ -544,9 +544,9 @@ LAYERS = (
     Mutation(
         0,
         "the money alone answers for a dead store",
-        "asgi_metering.admission",
-        ', "rates": bool(rates)}\n',
-        "}\n",
+        "asgi_metering.outage",
+        '    if any(answer == "deny" for _, answer in answers):\n',
+        "    if False:\n",
         _in("frameworks", "test_let_the_strictest_layer_answer_for_a_dead_store[allow-deny]"),
     ),
     Mutation(

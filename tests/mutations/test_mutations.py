@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.mutations import capture, completion, denial, gate, keys, telling
+from tests.mutations import capture, completion, denial, gate, growing, keys, outage, telling
 from tests.mutations.entries import Mutation
 from tests.mutations.running import Runs
 
@@ -18,6 +18,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     *keys.MUTATIONS,
     *capture.MUTATIONS,
     *telling.MUTATIONS,
+    *outage.MUTATIONS,
+    *growing.MUTATIONS,
 )
 
 CALLS = "tests/pitfalls/test_calls.py::"

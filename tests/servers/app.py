@@ -15,6 +15,8 @@ path                answer
 ``/burst``          1 credit a token: ``n`` words as fast as the server takes them; the generator never waits
 ``/slow``           2 credits: JSON, once ``until`` is a file in the folder of gates
 ``/slow/brief``     the same on a hold that lives for 1 s without a heartbeat
+``/sliced``         1 credit a token, held in slices of 5: words without end, 2 ms apart, in the form ``as``: ``sse``;
+                    ``gzip``, compressed; ``silent``: twelve words, and nothing more
 ``/told``           1 credit a token: the endpoint reports 7 tokens at once, and answers as ``/slow``
 ``/upload``         2 credits: the length of the body, which the endpoint reads
 ``/raw/burst/``     2 credits: no framework, ``n`` chunks of 64 KiB in a loop that never looks for the client
@@ -29,8 +31,10 @@ Under ``/watched`` the same routes are behind a layer with ``stop_on_disconnect=
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
+import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +55,7 @@ from asgi_metering import (
     current_call,
     metered_app,
     rate_limited,
+    slices,
 )
 from asgi_metering.prices import per_token
 from asgi_metering.receipts import EntryKind
@@ -201,6 +206,27 @@ async def told(request: Request) -> JSONResponse:
     return JSONResponse({})
 
 
+@billable(per_token(output=1), hold=slices(5), line="words", errors="openai")
+async def sliced(request: Request) -> StreamingResponse:
+    """A stream that nobody can pay for to its end."""
+    form, caller = request.query_params["as"], request.headers.get("x-api-key")
+
+    async def body() -> AsyncIterator[bytes]:
+        packer = zlib.compressobj(wbits=31)
+        try:
+            for number in itertools.count():
+                if form == "silent" and number == 12:
+                    await asyncio.Event().wait()
+                event = delta(" word")
+                yield packer.compress(event) + packer.flush(zlib.Z_SYNC_FLUSH) if form == "gzip" else event
+                await asyncio.sleep(0.002)
+        finally:
+            note("closed", key=caller)
+
+    fields = {"content-encoding": "gzip"} if form == "gzip" else None
+    return StreamingResponse(body(), media_type="text/event-stream", headers=fields)
+
+
 @billable(2)
 async def upload(request: Request) -> JSONResponse:
     """An endpoint that reads the body."""
@@ -263,6 +289,7 @@ _ROUTES = [
     Route("/slow", slow),
     Route("/slow/brief", slow_brief),
     Route("/told", told),
+    Route("/sliced", sliced),
     Route("/upload", upload, methods=["POST"]),
     Mount("/raw/burst", metered_app(_raw_burst, billable(2, line="raw"))),
     Mount("/raw/ticks", metered_app(_raw_ticks, billable(2, line="raw"))),

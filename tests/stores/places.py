@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from asgi_metering.stores.contract import Store
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.stores.postgres import PostgresStore
+from asgi_metering.stores.redis import RedisStore, ServerPlace
 from asgi_metering.stores.sqlite import SQLiteStore
 
 __all__ = ["Clock", "store_at"]
@@ -29,7 +30,8 @@ def store_at(url: str, clock: Clock | None = None, *, migrate: bool = False) -> 
     A patient store at *url*, not opened yet.
 
     Args:
-        url: ``memory://``, ``sqlite:////file.db``, or ``postgresql://...?namespace=schema``.
+        url: ``memory://``, ``sqlite:////file.db``, ``postgresql://...?namespace=schema``, or
+            ``redis://...?namespace=name``.
         clock: What it reads the time from; the store's own by default.
         migrate: Make its tables at `open`, where it does not do so by itself.
     """
@@ -58,8 +60,16 @@ def _postgres(url: str, clock: Clock | None, migrate: bool) -> Store:
     )
 
 
+def _redis(url: str, clock: Clock | None, migrate: bool) -> Store:
+    address, _, namespace = url.partition("?namespace=")
+    parts = urlsplit(address)
+    place = ServerPlace({"host": parts.hostname, "port": parts.port}, PATIENT_S)
+    return RedisStore(place, namespace=namespace, timeout_s=PATIENT_S, clock=clock)
+
+
 _MAKERS: dict[str, Callable[[str, Clock | None, bool], Store]] = {
     "memory": _memory,
     "sqlite": _sqlite,
     "postgresql": _postgres,
+    "redis": _redis,
 }

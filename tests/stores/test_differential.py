@@ -7,16 +7,12 @@ store that decides on everything.
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.operations import (
@@ -30,146 +26,42 @@ from asgi_metering.rules.operations import (
     Sweep,
     WalletSource,
 )
-from asgi_metering.stores.contract import AccountRows, EverythingKept, HoldRow, LiveHolds, PendingEvents
-from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.stores.sqlite import SQLiteStore
-from asgi_metering.testing.clock import FakeClock
-from asgi_metering.testing.conformance import tables
-from tests.stores.operations import CLOCK_STEPS_S, comparable, operations
+from tests.stores.beside import Pair, run_any_sequences, run_as_a_service
 
 
-class Pair:
-    """
-    Both stores, on one clock, and a loop to run them on. SQLite's file is written by two stores in turn.
-
-    Args:
-        folder: Where the file is.
-        forgets: Whether SQLite reads every row again for every batch, instead of keeping what nobody else changed.
-    """
-
-    def __init__(self, folder: Path, forgets: bool) -> None:
-        self._forgets = forgets
-        self.clock = FakeClock()
-        self.memory = MemoryStore(self.clock)
-        self._path = folder / "pair.db"
-        self._loop = asyncio.Runner()
-        self.sqlite, self._other = self._opened(), self._opened()
-
-    def _opened(self) -> SQLiteStore:
-        store = SQLiteStore(self._path, synchronous="OFF", clock=self.clock)
-        self._loop.run(store.open())
-        return store
-
-    def swap(self) -> None:
-        """From now on, the other store on the same file works."""
-        self.sqlite, self._other = self._other, self.sqlite
-
-    def run(self, *batch: Operation) -> list[Any]:
-        """Run *batch* on both, compare, and return the answers."""
-        if self._forgets:
-            self.sqlite._copy = None
-
-        async def both() -> list[Any]:
-            expected = comparable(await self.memory.run(batch))
-            assert comparable(await self.sqlite.run(batch)) == expected
-            assert tables((await self.sqlite.read(EverythingKept())).state) == tables(
-                (await self.memory.read(EverythingKept())).state
-            )
-            return expected
-
-        return self._loop.run(both())
-
-    def sweep_apart(self, sweep: Sweep, times: int) -> None:
-        """Sweep both, and compare how much they do each time, and what is left at the end."""
-
-        async def both() -> None:
-            for _ in range(times):
-                assert await self.sqlite.run([sweep]) == await self.memory.run([sweep])
-
-        self._loop.run(both())
-        self.run(sweep)
-
-    def compare_reads(self, *queries: Any) -> None:
-        """Read *queries* from both and compare what they found."""
-
-        async def both() -> None:
-            for query in queries:
-                found, expected = await self.sqlite.read(query), await self.memory.read(query)
-                assert found.now == expected.now
-                assert tables(found.state) == tables(expected.state)
-
-        self._loop.run(both())
-
-    def reopen(self) -> None:
-        """Close the file for good, and open it again."""
-        self._close_files()
-        self.sqlite, self._other = self._opened(), self._opened()
-
-    def _close_files(self) -> None:
-        self._loop.run(self.sqlite.close())
-        self._loop.run(self._other.close())
-
-    def close(self) -> None:
-        """Close the file and the loop."""
-        self._close_files()
-        self._loop.close()
+def forget(store: SQLiteStore) -> None:
+    """Let the store read every row again, instead of keeping what nobody else changed."""
+    store._copy = None
 
 
-class BesideMemory(RuleBasedStateMachine):
-    """Random sequences on both stores; between them the clock moves, others write, and the file is opened again."""
+def beside(folder: Path, *, forgets: bool) -> Pair:
+    """Both stores; SQLite's file is written by two stores in turn."""
+    path = folder / "pair.db"
+    return Pair(
+        lambda clock: SQLiteStore(path, synchronous="OFF", clock=clock), forget if forgets else lambda store: None
+    )
 
-    @initialize(forgets=st.booleans())
-    def begin(self, forgets: bool) -> None:
-        """Open both."""
-        self.folder = tempfile.TemporaryDirectory()
-        self.pair = Pair(Path(self.folder.name), forgets)
 
-    @rule(data=st.data())
-    def run(self, data: st.DataObject) -> None:
-        """Run one sequence."""
-        self.pair.run(*data.draw(operations(self.pair.clock())))
-
-    @rule(seconds=st.sampled_from(CLOCK_STEPS_S), data=st.data())
-    def run_later(self, seconds: float, data: st.DataObject) -> None:
-        """Let time pass, or step back, and run one sequence."""
-        self.pair.clock.advance(seconds)
-        self.pair.run(*data.draw(operations(self.pair.clock())))
-
-    @rule()
-    def swap(self) -> None:
-        """Let the other one of the two stores on the file work."""
-        self.pair.swap()
-
-    @rule()
-    def reopen(self) -> None:
-        """Close the file and open it again."""
-        self.pair.reopen()
-
-    @rule(call=st.sampled_from(("c0", "c1", "c2")))
-    def read(self, call: str) -> None:
-        """Read parts."""
-        self.pair.compare_reads(AccountRows("p", "credits"), HoldRow(call), LiveHolds(), PendingEvents(3))
-
-    def teardown(self) -> None:
-        """Close what was opened."""
-        if hasattr(self, "pair"):
-            self.pair.close()
-            self.folder.cleanup()
+def pairs(*, forgets: bool) -> Pair:
+    """Both stores, in a folder that goes with them."""
+    folder = tempfile.TemporaryDirectory()
+    pair = beside(Path(folder.name), forgets=forgets)
+    pair._after = folder.cleanup
+    return pair
 
 
 @pytest.mark.timeout(600)  # Making a failure small takes minutes; passing takes seconds.
-def test_run_any_sequences_beside_memory() -> None:
+@pytest.mark.parametrize("forgets", [False, True], ids=["keeps", "forgets"])
+def test_run_any_sequences_beside_memory(forgets: bool) -> None:
     """Whatever is run, SQLite answers as memory does and keeps what memory keeps."""
-    run_state_machine_as_test(
-        BesideMemory,
-        settings=settings(
-            max_examples=100,
-            stateful_step_count=30,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_any_sequences(lambda: pairs(forgets=forgets))
+
+
+@pytest.mark.timeout(1_800)  # For more steps than usual.
+def test_serve_beside_memory() -> None:
+    """Many thousand steps of a service are answered and kept as in memory, with a clock that also steps back."""
+    run_as_a_service(lambda: pairs(forgets=False))
 
 
 # What is too rare to be met by chance.
@@ -178,7 +70,7 @@ def test_run_any_sequences_beside_memory() -> None:
 @pytest.fixture(params=["keeps", "forgets"])
 def pair(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Pair]:
     """Both stores, with one account of 1,000 units."""
-    pair = Pair(tmp_path, request.param == "forgets")
+    pair = beside(tmp_path, forgets=request.param == "forgets")
     pair.run(PostGrant("g", "p", "credits", 1_000))
     yield pair
     pair.close()

@@ -165,7 +165,7 @@ def heard(connections: Sequence[Connection]) -> list[Said]:
     return said
 
 
-@pytest.fixture(params=["memory", "sqlite", "postgresql"])
+@pytest.fixture(params=["memory", "sqlite", "postgresql", "redis"])
 def course(request: pytest.FixtureRequest, tmp_path: Path) -> Course:
     """A fresh store of each kind."""
     if request.param == "memory":
@@ -175,7 +175,7 @@ def course(request: pytest.FixtureRequest, tmp_path: Path) -> Course:
     return _shared(request, tmp_path)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", "postgresql", "redis"])
 def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Course:
     """A fresh store of each kind that several processes share."""
     return _shared(request, tmp_path)
@@ -184,8 +184,10 @@ def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Course:
 def _shared(request: pytest.FixtureRequest, tmp_path: Path) -> Course:
     if request.param == "sqlite":
         return Course(f"sqlite:///{tmp_path / 'metering.db'}")
-    server, schema = request.getfixturevalue("postgres"), request.getfixturevalue("schema")
-    return Course(f"{server.url()}?namespace={schema}")
+    schema = request.getfixturevalue("schema")
+    if request.param == "redis":
+        return Course(f"{request.getfixturevalue('server').url}?namespace={schema}")
+    return Course(f"{request.getfixturevalue('postgres').url()}?namespace={schema}")
 
 
 def admission(call: str, amount: int = PRICE, **more: Any) -> Admit:

@@ -29,6 +29,8 @@ from asgi_metering.rules.state import (
     PinnedWindow,
     Table,
 )
+from asgi_metering.stores.moving.lines import lines_of, page_of
+from asgi_metering.stores.moving.walk import Page
 from asgi_metering.stores.rows import MAPS
 from asgi_metering.stores.sqlite.database import Database
 from asgi_metering.stores.sqlite.statements import INSERT_ENTRY, UPSERT, select
@@ -138,6 +140,20 @@ def test_columns_are_the_fields(connection: sqlite3.Connection, table: str) -> N
     columns = [name for _, name, *_ in connection.execute(f'PRAGMA table_info("{table}")')]
     assert [name for name in columns if name != "position"] == list(MAPS[table].columns)
     assert MAPS[table].fields == MAPS[table].row._fields
+
+
+@pytest.mark.parametrize("table", list(MAPS))
+@given(data=st.data())
+@settings(deadline=None, max_examples=10, database=None)
+def test_read_a_row_as_it_was_exported(table: str, data: st.DataObject) -> None:
+    """A row comes back from its line in a file equal, and of the same types, whatever is in it."""
+    row = data.draw(ROWS[table])
+    (line,) = lines_of(Page(table, (row,)))
+    assert line.isascii()
+    assert line.count(b"\n") == 1
+    read = page_of(line, "Line 2")
+    assert (read.table, read.rows) == (table, (row,))
+    assert _types(read.rows[0]) == _types(row)
 
 
 @pytest.mark.parametrize("table", list(MAPS))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Acknowledge, Admit, End, LimitAsk, Operation, PostGrant, Renew, Sweep
-from asgi_metering.stores.contract import Query, Snapshot, Store
+from asgi_metering.stores.contract import TABLES, Books, Filling, Query, Snapshot, Store
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.testing.clock import NOON, FakeClock
 from asgi_metering.testing.conformance import StoreConformance
@@ -172,6 +174,40 @@ class Partial(MemoryStore):
         return answers
 
 
+class Disorderly(MemoryStore):
+    """It hands its rows out from the last to the first."""
+
+    @asynccontextmanager
+    async def books(self) -> AsyncIterator[Books]:
+        """Turn them around."""
+        async with super().books() as books:
+            found = {table: [row async for page in books.rows(table) for row in page] for table in TABLES}
+
+            async def rows(table: str) -> AsyncGenerator[Sequence[Any], None]:
+                if found[table]:
+                    yield found[table][::-1]
+
+            books.rows = rows  # type: ignore[method-assign]
+            yield books
+
+
+class Overwriting(MemoryStore):
+    """It puts rows over those that it keeps."""
+
+    @asynccontextmanager
+    async def fill(self) -> AsyncIterator[Filling]:
+        """Forget which they are."""
+        async with super().fill() as filling:
+            put = filling.put
+
+            async def over(table: str, rows: Sequence[Any]) -> int:
+                filling._keys[table].clear()  # type: ignore[attr-defined]
+                return await put(table, rows)
+
+            filling.put = over  # type: ignore[method-assign]
+            yield filling
+
+
 class Restless(MemoryStore):
     """Looking at it renews what lives."""
 
@@ -211,6 +247,8 @@ class Restless(MemoryStore):
         (Unforgiving, "failure_that_charged_nothing_frees_its_key"),
         (Partial, "refuse_by_credits_takes_from_no_limit_and_no_pool"),
         (Restless, "read_renews_nothing"),
+        (Disorderly, "order_of_books"),
+        (Overwriting, "put_what_is_kept"),
         (lambda clock: MemoryStore(), "fixed_window_begins_at_the_first_hit"),
         (lambda clock: MemoryStore(FakeClock(clock())), "hold_goes_in_doubt_and_still_counts"),
     ],

@@ -162,6 +162,12 @@ class Statements:
         text, names = self._insert[table]
         return Statement(text, _ROWS[table].values(names, rows))
 
+    def insert_absent(self, table: str, rows: Sequence[Any]) -> Statement:
+        """Write *rows* as they are, each unless there is one of its key; a row comes back for each that was written."""
+        text, names = self._insert[table]
+        keep = f"{text.partition(' ON CONFLICT')[0]} ON CONFLICT ({', '.join(map(quoted, MAPS[table].key))}) DO NOTHING"
+        return Statement(f"{keep} RETURNING true", _ROWS[table].values(names, rows))
+
     def update_holds(self, rows: Sequence[Hold]) -> Statement:
         """Write what may have changed of holds that are stored."""
         text, names = self._update_hold

@@ -11,13 +11,15 @@ import asyncio
 import os
 import random
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Final, TypeVar
 
 from asgi_metering.errors import ConfigurationError, StoreContendedError, StoreUnavailableError
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Operation
-from asgi_metering.stores.contract import Query, Snapshot, Store
+from asgi_metering.stores.contract import Books, Filling, Query, Snapshot, Store
+from asgi_metering.stores.postgres.books import opened_books, opened_filling
 from asgi_metering.stores.postgres.database import DEFAULT_NAMESPACE, MAY_BEGIN_AGAIN, Database
 from asgi_metering.stores.postgres.link import CutError, Link, Statement, driver
 from asgi_metering.stores.postgres.loads import Loads
@@ -134,6 +136,7 @@ class PostgresStore(Store):
             if not 0.001 <= value <= 86_400:
                 raise ConfigurationError(f"{name}={value!r} is no time to wait. Use seconds, from 0.001 to 86,400.")
         self._database = Database(url, namespace, busy_timeout_s, answer_within_s)
+        self.namespace = namespace
         self._loads = Loads(namespace)
         self._reading = Reading(self._loads)
         self._clock = clock
@@ -231,6 +234,20 @@ class PostgresStore(Store):
         """See `Store.read`. One round trip; never waits for writers."""
         lines = self._mine()
         return await lines.shielded(lines.reader.use(lambda link: self._snapshot(link, query)))
+
+    @asynccontextmanager
+    async def books(self) -> AsyncIterator[Books]:
+        """See `Store.books`. One transaction (repeatable read) on a connection of its own."""
+        self._mine()
+        async with opened_books(self._database, self._loads, self._clock) as books:
+            yield books
+
+    @asynccontextmanager
+    async def fill(self) -> AsyncIterator[Filling]:
+        """See `Store.fill`. One transaction on a connection of its own, whose locks keep other writers out."""
+        self._mine()
+        async with opened_filling(self._database, self._loads, self._clock) as filling:
+            yield filling
 
     # -- on the connections --------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from typing import Any
 from asgi_metering.rules.state import Table
 from asgi_metering.stores.rows import MAPS, RowMap
 
-__all__ = ["DELETE", "INSERT_ENTRY", "SELECT", "UPDATE_HOLD", "UPSERT", "select"]
+__all__ = ["DELETE", "INSERT_ABSENT", "INSERT_ENTRY", "SELECT", "UPDATE_HOLD", "UPSERT", "select"]
 
 
 _TAKE_NEW = '"{0}" = excluded."{0}"'
@@ -52,6 +52,12 @@ DELETE = {table: f'DELETE FROM "{table}" {_by_key(rows)}' for table, rows in MAP
 
 UPSERT = {table: _upsert(rows) for table, rows in MAPS.items() if table != Table.ENTRY}
 """Write one row, new or changed."""
+
+INSERT_ABSENT = {
+    table: f"{_upsert(rows).partition(' ON CONFLICT')[0]} ON CONFLICT ({_quoted(rows.key)}) DO NOTHING"
+    for table, rows in MAPS.items()
+}
+"""Write one row as it is, unless there is one of its key."""
 
 UPDATE_HOLD = _update(MAPS[Table.HOLD])
 """What may change of a hold that is stored."""

@@ -11,15 +11,16 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias, TypeGuard
 
 from asgi_metering.errors import ConfigurationError, MeteringError, StoreUnavailableError
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Operation
-from asgi_metering.stores.contract import Query, Snapshot, Store
+from asgi_metering.stores.contract import Books, Filling, Query, Snapshot, Store
+from asgi_metering.stores.sqlite.books import opened_books, opened_filling
 from asgi_metering.stores.sqlite.database import SYNCHRONOUS, Database
 from asgi_metering.stores.sqlite.reading import read
 from asgi_metering.stores.sqlite.thread import ConnectionThread, Turn
@@ -69,6 +70,7 @@ class SQLiteStore(Store):
         if not busy_timeout_s >= 0:
             raise ConfigurationError(f"busy_timeout_s={busy_timeout_s!r} is no time. Use seconds from 0 up.")
         self._database = Database(Path(path).absolute(), synchronous, busy_timeout_s)
+        self.namespace = self._database.path.name
         self._clock = clock
         self._opening = threading.Lock()
         self._threads: _Threads | None = None
@@ -140,6 +142,20 @@ class SQLiteStore(Store):
 
         _, reader = self._opened()
         return await reader.call(snapshot)
+
+    @asynccontextmanager
+    async def books(self) -> AsyncIterator[Books]:
+        """See `Store.books`. One read transaction on a connection of its own; the log grows while it is open."""
+        self._opened()
+        async with opened_books(self._database, self._clock) as books:
+            yield books
+
+    @asynccontextmanager
+    async def fill(self) -> AsyncIterator[Filling]:
+        """See `Store.fill`. One transaction on a connection of its own, which keeps other writers out."""
+        self._opened()
+        async with opened_filling(self._database, self._clock) as filling:
+            yield filling
 
     def _opened(self) -> _Threads:
         path = str(self._database.path)

@@ -21,6 +21,7 @@ from asgi_metering.testing.conformance.granting import Granting, Passing
 from asgi_metering.testing.conformance.growing import Growing, Undoing
 from asgi_metering.testing.conformance.keying import Repeating, Together
 from asgi_metering.testing.conformance.limiting import Limiting
+from asgi_metering.testing.conformance.moving import Moving
 from asgi_metering.testing.conformance.outbox import Delivering, Reading, Sharing
 from asgi_metering.testing.conformance.scene import tables
 
@@ -45,6 +46,7 @@ class StoreConformance(
     Delivering,
     Sharing,
     Reading,
+    Moving,
 ):
     """
     What every store must do. Subclass it, and write `make_store`.

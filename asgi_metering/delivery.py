@@ -1,0 +1,329 @@
+"""
+Delivery: how the ends of calls reach a store that may be down, of one event loop.
+
+At once where the store answers; else by the journal, durable, or out of bounded memory, again and again. Every step is
+idempotent by its call's id, so that what was answered by silence is simply done again. Decides nothing about money.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from asgi_metering.decisions import Decision
+from asgi_metering.errors import JournalError, MeteringError, StoreError, StoreUnavailableError, UnwritableError
+from asgi_metering.rules.decide import Answer
+from asgi_metering.rules.operations import Admit, Backfill, End, Operation, WalletSource
+from asgi_metering.stores.breaker import BreakerState
+
+if TYPE_CHECKING:
+    from asgi_metering.journal import Journal, JournalEntry
+    from asgi_metering.journal.records import Step, Steps
+    from asgi_metering.metering import Metering
+
+__all__ = ["Delivery"]
+
+log = logging.getLogger("asgi_metering")
+
+RETRY_FIRST_S: Final = 0.1
+RETRY_LAST_S: Final = 5.0
+"""A store that did not take an end is asked again after these, doubling."""
+
+RETRY_SPREAD: Final = (0.5, 1.0)
+"""What part of them is waited, drawn each time, so that processes do not ask together."""
+
+MAX_QUEUED_ENDS: Final = 100_000
+"""Ends that may wait for a dead store in memory; beyond it they are left to their holds' expiry, with an alarm."""
+
+IDLE_S: Final = 5.0
+"""How often the journal is looked at for what other processes left in it."""
+
+READ_OFF: Final = 128
+"""Entries of the journal that are under way at once: a batch of the pump."""
+
+
+class Delivery:
+    """
+    Brings ends to the store.
+
+    Args:
+        metering: Whose journal, breaker, alarms and tallies.
+        submit: Runs one operation within so many seconds.
+
+    Attributes:
+        waiting: Ends that wait in memory for the store.
+    """
+
+    def __init__(self, metering: Metering, submit: Callable[[Operation, float | None], Awaitable[Answer]]) -> None:
+        self._metering = metering
+        self._submit = submit
+        self.waiting = 0
+        self._back: asyncio.Future[None] | None = None
+        self._to_keep: list[tuple[str, Steps, asyncio.Future[bool]]] = []
+        self._writer: asyncio.Task[None] | None = None
+        self._kept_more = asyncio.Event()
+
+    @property
+    def _journal(self) -> Journal | None:
+        return self._metering.journal
+
+    async def book(self, call: str, steps: Steps, *, durable: bool = True) -> Answer | None:
+        """
+        Do *steps* for *call*, however long the store takes; the last one's answer is returned.
+
+        None where the journal keeps them: then they are done later, by this process or by another.
+
+        Args:
+            call: The call's id.
+            steps: What its end asks of the store.
+            durable: Whether it is worth the journal: what a hold's expiry does as well is not.
+
+        Raises:
+            StoreUnavailableError: Too many wait already.
+            MeteringError: The store refuses them as a mistake.
+        """
+        journal = self._journal if durable else None
+        # What began in the journal goes on there, and a store that is known to be down is not waited for.
+        if journal is not None and (len(steps) != 1 or self._metering.breaker.state is not BreakerState.CLOSED):
+            if await self._keep(call, steps):
+                return None
+            if not steps:
+                return None
+        within_s = self._metering.end_timeout_s if journal is None else self._metering.store_timeout_s
+        try:
+            # Nearly every end has one step, and no time to lose.
+            return await (self._taken(steps[0], within_s) if len(steps) == 1 else self._do(steps, within_s))
+        except UnwritableError:
+            raise
+        except StoreError as failure:
+            self._metering.meters.count("ends_queued")
+            self._metering.alarms.raised("ends", f"The store takes no ends; they wait: {failure}", failure)
+        if journal is not None and await self._keep(call, steps):
+            return None
+        return await self._again(steps)
+
+    # -- the store -----------------------------------------------------------------------------------------
+
+    async def _do(self, steps: Steps, within_s: float, entry: JournalEntry | None = None) -> Answer | None:
+        if len(steps) == 1:
+            return await self._taken(steps[0], within_s)
+        ask, end = steps
+        if not isinstance(ask, Admit) or not isinstance(end, End):
+            raise AssertionError(f"{steps!r} are no admission and its end")
+        return await self._charge(ask, end, within_s, entry)
+
+    async def _taken(self, step: Step, within_s: float) -> Answer:
+        """What the store refuses as a mistake it would refuse for ever; then the charge matters more than its event."""
+        try:
+            return await self._submit(step, within_s)
+        except MeteringError as failure:
+            if isinstance(failure, StoreError) and not isinstance(failure, UnwritableError):
+                raise
+            if not isinstance(step, End | Backfill) or step.event is None:
+                raise
+            self._metering.meters.count("events_dropped")
+            log.error(
+                "The store cannot write the end of call %s. It is charged without its usage event, which said: %r",
+                step.id,
+                dict(step.event),
+                exc_info=failure,
+            )
+            return await self._submit(step._replace(event=None), within_s)
+
+    async def _charge(self, ask: Admit, end: End, within_s: float, entry: JournalEntry | None) -> Answer | None:
+        """
+        Charge a call that was let in while the store was down: admit it now, for what it cost, and end it.
+
+        What no source of its can pay becomes debt. That is written down before it is posted: who is refused now may be
+        admitted when this is repeated, and would pay twice.
+        """
+        if not end.amount:
+            return None
+        decision = await self._taken(ask._replace(amount=end.amount, minimum=end.amount), within_s)
+        if isinstance(decision, Decision) and decision.admitted:
+            return await self._taken(end, within_s)
+        event = None if end.event is None else {**ask.facts, **end.event}
+        owed = Backfill(ask.id, _debtor(ask), ask.unit, end.amount, ask.line, event=event)
+        if entry is not None and self._journal is not None:
+            await self._journal.replace(entry, (owed,))
+        return await self._taken(owed, within_s)
+
+    async def _again(self, steps: Steps) -> Answer | None:
+        """Wait in memory. One end asks for all: when the store takes it, the others come."""
+        if self.waiting >= MAX_QUEUED_ENDS:
+            raise StoreUnavailableError(
+                f"{self.waiting} ends wait in memory for the store already. Bring it back, or give the Metering a "
+                f"journal."
+            )
+        self.waiting += 1
+        try:
+            while True:
+                if self._back is not None:
+                    await asyncio.shield(self._back)
+                    with suppress(_Down):
+                        return await self._once_more(steps)
+                else:
+                    return await self._until_taken(steps)
+        finally:
+            self.waiting -= 1
+
+    async def _until_taken(self, steps: Steps) -> Answer | None:
+        back = self._back = asyncio.get_running_loop().create_future()
+        wait_s = RETRY_FIRST_S
+        try:
+            while True:
+                await asyncio.sleep(_drawn(wait_s))
+                wait_s = min(2 * wait_s, RETRY_LAST_S)
+                with suppress(_Down):
+                    return await self._once_more(steps)
+        finally:
+            # Also when this one goes without an answer: another one asks then.
+            self._back = None
+            back.set_result(None)
+
+    async def _once_more(self, steps: Steps) -> Answer | None:
+        self._metering.meters.count("ends_retried")
+        try:
+            return await self._do(steps, self._metering.end_timeout_s)
+        except UnwritableError:
+            raise
+        except StoreError as failure:
+            self._metering.alarms.raised("ends", f"The store still takes no ends; {self.waiting} wait.", failure)
+            raise _Down from failure
+
+    # -- the journal ---------------------------------------------------------------------------------------
+
+    async def _keep(self, call: str, steps: Steps) -> bool:
+        """Write *steps* to the journal, together with what else waits for that; False where it cannot be done."""
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._to_keep.append((call, steps, future))
+        if self._writer is None:
+            self._writer = asyncio.get_running_loop().create_task(self._write(), name="asgi_metering journal")
+        return await future
+
+    async def _write(self) -> None:
+        try:
+            while self._to_keep:
+                batch, self._to_keep = self._to_keep, []
+                if not await self._written(batch) and len(batch) > 1:
+                    # One that cannot be written shall harm no neighbour.
+                    for each in batch:
+                        await self._written([each])
+                for _, _, future in batch:
+                    if not future.done():
+                        future.set_result(False)
+                self._kept_more.set()
+        finally:
+            self._writer = None
+
+    async def _written(self, batch: list[tuple[str, Steps, asyncio.Future[bool]]]) -> bool:
+        journal = self._journal
+        assert journal is not None  # noqa: S101 -- asked before
+        try:
+            await journal.keep({call: steps for call, steps, _ in batch if steps})
+            for call, steps, _ in batch:
+                if not steps:
+                    await journal.drop(call)
+        except JournalError as failure:
+            self._metering.alarms.raised("journal", str(failure), failure)
+            return False
+        self._metering.meters.count("ends_queued", len(batch))
+        for _, _, future in batch:
+            if not future.done():
+                future.set_result(True)
+        return True
+
+    async def replay(self) -> None:
+        """Read the journal off for ever: its entries go to the store in order, and are forgotten when it took them."""
+        journal = self._journal
+        assert journal is not None  # noqa: S101 -- started only with one
+        wait_s = RETRY_FIRST_S
+        while True:
+            self._kept_more.clear()
+            try:
+                is_read_off = await self._read_off(journal)
+            except JournalError as failure:
+                self._metering.alarms.raised("journal", str(failure), failure)
+                is_read_off = False
+            if is_read_off:
+                wait_s = RETRY_FIRST_S
+                # Not wait_for(): before Python 3.12 it loses a cancellation that comes together with its result.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_drawn(IDLE_S)):
+                        await self._kept_more.wait()
+            else:
+                await asyncio.sleep(_drawn(wait_s))
+                wait_s = min(2 * wait_s, RETRY_LAST_S)
+
+    async def _read_off(self, journal: Journal) -> bool:
+        """Deliver what is due; False where the store does not take it."""
+        if not await journal.take_turn():
+            return True
+        try:
+            while entries := await journal.due(READ_OFF):
+                # One goes ahead: a dead store is asked for one thing and not for a hundred.
+                done = [entries[0]] if await self._delivered(journal, entries[0]) else []
+                if done:
+                    rest = await asyncio.gather(*(self._delivered(journal, entry) for entry in entries[1:]))
+                    done += [entry for entry, taken in zip(entries[1:], rest, strict=True) if taken]
+                await journal.done(done)
+                if len(done) < len(entries):
+                    return False
+            return True
+        finally:
+            await self._tell_of(journal)
+            await journal.give_turn_back()
+
+    async def _tell_of(self, journal: Journal) -> None:
+        waiting, aside = await journal.counts()
+        self._metering.meters.gauge("journal_backlog", waiting)
+        self._metering.meters.gauge("journal_set_aside", aside)
+
+    async def _delivered(self, journal: Journal, entry: JournalEntry) -> bool:
+        """Whether *entry* is dealt with: done, or set aside for a person since the store will never take it."""
+        try:
+            if entry.fault:
+                await self._set_aside(journal, entry, entry.fault)
+            else:
+                await self._do(entry.steps, self._metering.end_timeout_s, entry)
+                return True
+        except JournalError:
+            raise
+        except StoreError as failure:
+            if not isinstance(failure, UnwritableError):
+                told = f"The store does not take what the journal {str(journal.path)!r} keeps: {failure}"
+                self._metering.alarms.raised("replay", told, failure)
+                return False
+            await self._set_aside(journal, entry, str(failure))
+        except Exception as failure:
+            log.exception("What the journal keeps of call %s cannot be done.", entry.id)
+            await self._set_aside(journal, entry, repr(failure))
+        return True
+
+    async def _set_aside(self, journal: Journal, entry: JournalEntry, why: str) -> None:
+        await journal.set_aside(entry, why)
+        log.error(
+            "Entry %d of the journal %r, of call %s, is set aside: %s Look at it, then await journal.restore().",
+            entry.number,
+            str(journal.path),
+            entry.id,
+            why,
+        )
+
+
+class _Down(Exception):  # noqa: N818 -- turns a loop
+    """The store did not take it this time either."""
+
+
+def _drawn(seconds: float) -> float:
+    return seconds * random.uniform(*RETRY_SPREAD)  # noqa: S311 -- spreads retries, no secret
+
+
+def _debtor(ask: Admit) -> str:
+    """Whose debt it is that nobody can pay: of the source of last resort, preferably a wallet."""
+    last = next((source for source in reversed(ask.sources) if isinstance(source, WalletSource)), ask.sources[-1])
+    return last.payer or ask.payer

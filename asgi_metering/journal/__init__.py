@@ -1,0 +1,9 @@
+"""
+The journal: a local file that keeps what could not be handed to the store, until it can.
+
+Knows operations as values and a file; nothing of stores, calls or retries.
+"""
+
+from asgi_metering.journal.file import Journal, JournalEntry
+
+__all__ = ["Journal", "JournalEntry"]

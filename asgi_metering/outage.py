@@ -1,0 +1,210 @@
+"""
+Outage: what becomes of an admission that the store does not answer, layer by layer (X.6).
+
+Reads what was chosen for each layer and carries it out; the strictest layer of the route answers. Knows no store but
+the one in memory that limits fall back on, and no HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from asgi_metering.decisions import Decision, Reason, Refusal
+from asgi_metering.errors import ConfigurationError, JournalError, StoreError
+from asgi_metering.policies import ChargePolicy, EndpointPolicy, RatePolicy
+from asgi_metering.receipts import Basis
+from asgi_metering.rules.operations import Admit, End
+from asgi_metering.stores.memory import MemoryStore
+
+if TYPE_CHECKING:
+    from asgi_metering.call import Call
+
+__all__ = ["CHOICES", "LocalLimits", "check_journal", "read_choices", "without_store"]
+
+log = logging.getLogger("asgi_metering")
+
+CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
+    "credits": ("deny", "queue", "allow"),
+    "rates": ("deny", "local", "allow"),
+}
+"""What each layer may do, the strictest first."""
+
+DEFAULTS: Final[Mapping[str, str]] = {"credits": "deny", "rates": "allow"}
+"""Fail closed for money, open for rates (X.6)."""
+
+MAX_LOCAL_KEYS: Final = 100_000
+"""Keys of limits that one process counts by itself: tens of MB. With more it begins anew, and says so."""
+
+
+def read_choices(given: Mapping[str, str] | None) -> Mapping[str, str]:
+    """
+    Read what a user wrote as ``on_store_down=`` of a `Metering`.
+
+    Raises:
+        ConfigurationError: No mapping, or a layer or an answer that is not known.
+    """
+    chosen = dict(DEFAULTS)
+    if given is None:
+        return chosen
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(f"on_store_down={given!r} is no mapping. Say it per layer: {{'rates': 'deny'}}.")
+    for layer, answer in given.items():
+        if layer not in chosen or answer not in CHOICES[layer]:
+            known = "; ".join(f"{name!r}: {', '.join(map(repr, answers))}" for name, answers in CHOICES.items())
+            raise ConfigurationError(
+                f"on_store_down={{{layer!r}: {answer!r}}} is not known. Layers and their answers are {known}."
+            )
+        chosen[layer] = answer
+    return chosen
+
+
+def check_journal(policy: EndpointPolicy, *, has_journal: bool) -> None:
+    """
+    Refuse a route that queues charges where nothing would keep them.
+
+    Raises:
+        ConfigurationError: With the mend.
+    """
+    if policy.charge is not None and policy.charge.on_store_down == "queue" and not has_journal:
+        raise ConfigurationError(f"{policy.name} has on_store_down='queue', {_NO_JOURNAL}")
+
+
+_NO_JOURNAL = (
+    "and a charge that waits in memory alone is lost with the process. Give the Metering a journal='metering.journal'."
+)
+
+
+def check_choices(chosen: Mapping[str, str], *, has_journal: bool) -> None:
+    """The same for what a `Metering` says for all its routes."""
+    if chosen["credits"] == "queue" and not has_journal:
+        raise ConfigurationError(f"on_store_down={{'credits': 'queue'}} queues charges, {_NO_JOURNAL}")
+
+
+_NOTHING: Final[Mapping[str, int]] = MappingProxyType({})
+
+
+class LocalLimits:
+    """
+    Rate and concurrency limits of one process by itself, by the same rules, while the store does not answer.
+
+    Each process allows the whole limit. What is counted here is never told to the store. Safe from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._store = MemoryStore()
+        self._keys: set[str] = set()
+
+    def decide(self, ask: Admit) -> Decision:
+        """Decide the limits and leases of *ask*."""
+        self._keys.update(limit.key for limit in ask.limits)
+        self._keys.update(lease.pool for lease in ask.leases)
+        if len(self._keys) > MAX_LOCAL_KEYS:
+            log.error("More than %d keys are limited locally; all of them are counted anew.", MAX_LOCAL_KEYS)
+            self.forget()
+        decision = self._store.run_now(ask)
+        if not isinstance(decision, Decision):
+            raise AssertionError(f"an admission was answered with {decision!r}")
+        return decision
+
+    def end(self, call: Call, actual: Mapping[str, int] = _NOTHING) -> None:
+        """Free the leases of *call*, if it has any here, and correct what its weighted limits took."""
+        if call.local:
+            self._store.run_now(End(call.local, None, actual=actual, failed=True))
+            call.local = ""
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._store, self._keys = MemoryStore(), set()
+
+
+async def without_store(
+    call: Call, charge: ChargePolicy | None, rates: tuple[RatePolicy, ...], asked: Admit, failure: StoreError
+) -> None:
+    """
+    Decide *call* without the store; its decision says how in ``fallback``.
+
+    Raises:
+        CallRefused: A layer of the route denies, its own limits are spent, or its charge could not be kept.
+    """
+    metering = call.metering
+    metering.meters.count("store_failures", line=call.line)
+    metering.alarms.raised("store", f"The store decided on no admission: {failure}", failure)
+    money = None if charge is None or call.exempt else charge.on_store_down or metering.on_store_down["credits"]
+    if money == "queue" and (asked.idempotency is not None or metering.journal is None):
+        # Whether a request of that key ran before cannot be told.
+        money = "deny"
+    answers = [(rate, rate.on_store_down or metering.on_store_down["rates"]) for rate in rates]
+    if money == "deny":
+        raise call.refused(Refusal(Reason.STORE_DOWN, "credits")) from failure
+    if any(answer == "deny" for _, answer in answers):
+        raise call.refused(Refusal(Reason.STORE_DOWN, "rates")) from failure
+    local = [rate for rate, answer in answers if answer == "local"]
+    decision = _decided_locally(call, local, asked) if local else Decision(call.id, time.time())
+    chosen = {f"rates:{answer}" for _, answer in answers} | ({f"credits:{money}"} if money else set())
+    if money == "queue" and asked.sources:
+        await _queue(call, asked, failure)
+        decision = decision._replace(id=call.id, held=asked.amount)
+    else:
+        call.exempt = True
+    call.decision = decision._replace(fallback=tuple(sorted(chosen)))
+    if call.opening.closed:
+        # Its request was over meanwhile: nobody will end it.
+        metering.local.end(call)
+
+
+def _decided_locally(call: Call, rates: list[RatePolicy], asked: Admit) -> Decision:
+    scopes = tuple(f"{rate.scope}|" for rate in rates)
+    ask = Admit(
+        call.id,
+        asked.payer,
+        asked.unit,
+        0,
+        0,
+        limits=tuple(limit for limit in asked.limits if limit.key.startswith(scopes)),
+        leases=tuple(lease for lease in asked.leases if lease.pool.startswith(scopes)),
+        # Nobody beats for it: it lives as long as a call may.
+        ttl_s=call.metering.max_call_s,
+    )
+    decision = call.metering.local.decide(ask)
+    if decision.refusal is not None:
+        raise call.refused(decision.refusal, decision)
+    call.local = ask.id
+    return decision
+
+
+async def _queue(call: Call, asked: Admit, failure: StoreError) -> None:
+    """
+    Let *call* in, and keep its charge in the journal: from here on it is charged, whatever happens to this process.
+
+    It goes on under a new id. Under the old one the store may have admitted it without our knowing, and what it holds
+    there is given back.
+    """
+    journal = call.metering.journal
+    assert journal is not None  # noqa: S101 -- asked before
+    was, call.id = call.id, call.metering.new_id()
+    if call.facts.get("request_id") == was:
+        call.facts = {**call.facts, "request_id": call.id}
+    ask = asked._replace(id=call.id, limits=(), leases=(), in_doubt=Basis.NONE, facts=call.facts)
+    try:
+        # Read off if this process dies before the call has ended: no call is older than that.
+        await journal.keep({call.id: (ask, _lost(asked, call.id))}, due_in_s=call.metering.max_call_s)
+    except JournalError as trouble:
+        call.metering.alarms.raised("journal", str(trouble), trouble)
+        call.metering.local.end(call)
+        raise call.refused(Refusal(Reason.STORE_DOWN, "credits")) from failure
+    if call.opening.closed:
+        await journal.drop(call.id)
+    call.queued = ask
+    call.held = asked.amount
+
+
+def _lost(asked: Admit, call_id: str) -> End:
+    """How the policy ends a queued call whose process has died: nothing was seen of it."""
+    is_charged = asked.in_doubt is Basis.HOLD and asked.amount > 0
+    amount = asked.amount if is_charged else None
+    event = {"outcome": "aborted", "reason": "in_doubt"} if asked.facts else None
+    return End(call_id, amount, asked.in_doubt, event=event, failed=not is_charged)

@@ -1,0 +1,6 @@
+"""The Redis and Valkey store, also on Sentinel and Cluster. Importing it imports no driver."""
+
+from asgi_metering.stores.redis.places import ClusterPlace, Place, SentinelPlace, ServerPlace
+from asgi_metering.stores.redis.store import RedisStore
+
+__all__ = ["ClusterPlace", "Place", "RedisStore", "SentinelPlace", "ServerPlace"]

@@ -1,0 +1,364 @@
+"""
+Calls: the operations that scripts run, as keys and words, and their replies as answers.
+
+What a script tells is as short as the rules allow: refusals, windows and resets are computed here, by the rules, from
+the very rows that the script saw. Knows how both sides pack. Decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from struct import Struct
+from typing import Any, NamedTuple
+
+from asgi_metering.amounts import MAX_AMOUNT, check_parts
+from asgi_metering.decisions import Decision, WindowState
+from asgi_metering.errors import StoreError
+from asgi_metering.receipts import Basis, Receipt
+from asgi_metering.rules.admission import admit
+from asgi_metering.rules.decide import Answer
+from asgi_metering.rules.keys import key_rows
+from asgi_metering.rules.operations import (
+    Acknowledge,
+    Admit,
+    AllowanceSource,
+    Claim,
+    Emit,
+    End,
+    KeyAsk,
+    LimitAsk,
+    Operation,
+    Renew,
+    SourceAsk,
+    WindowKind,
+)
+from asgi_metering.rules.state import NEVER, Counter, Lease, State
+from asgi_metering.rules.windows import look, window_state
+from asgi_metering.sources import WALLET
+from asgi_metering.stores.redis.link import Command, Reply
+from asgi_metering.stores.redis.names import Names, escaped, restored
+from asgi_metering.stores.redis.packed import (
+    BASES,
+    ENDERS,
+    WINDOW,
+    doubles,
+    json_text,
+    receipt_of,
+    time_text,
+    who_of,
+    words,
+)
+from asgi_metering.stores.redis.packing import Packing
+from asgi_metering.stores.redis.scripts import Scripts
+from asgi_metering.stores.redis.working_copy import take
+
+__all__ = ["Call", "Calls"]
+
+MAX_REMEMBERED = 8_192
+"""Of each kind of words that come again: a few hundred bytes each."""
+
+_ADMISSION = Struct(">cHH4d")
+_LIMIT = Struct(">B3d")
+_SOURCE = Struct(">BBBdHH")
+_POOL = Struct(">d")
+_END = Struct(">cHHBd4B")
+_BEAT = Struct(">cHHd")
+_ADMITTED = Struct(">x3dB")
+_JOINED = Struct(">xd")
+_LENGTH = Struct(">I")
+_TIME = Struct(">d")
+
+_LIMIT_KINDS = (WindowKind.FIXED, WindowKind.CALENDAR, WindowKind.SLIDING)
+_SLIDING = WindowKind.SLIDING
+_WALLET, _CALENDAR, _ROLLING = range(3)
+_SETTLED, _RELEASED = range(2)
+"""As the scripts call them."""
+
+
+class Call(NamedTuple):
+    """One admission, end or heartbeat: the keys that it touches for certain, and its words."""
+
+    keys: Sequence[str]
+    words: Sequence[bytes]
+
+
+class Calls:
+    """
+    Commands for operations.
+
+    Args:
+        names, packing, scripts: Of the store.
+        halt: The key by which the store's own commands are told to stop.
+    """
+
+    def __init__(self, names: Names, packing: Packing, scripts: Scripts, halt: str) -> None:
+        self._names = names
+        self._packing = packing
+        self._sha = scripts.sha
+        self._function = scripts.calls
+        self._gates = (names.gate, halt)
+        self._outbox = (*self._gates, names.events, names.event_order)
+        # The same few accounts pay from the same few sources, until the calendar moves on.
+        self._sources = lru_cache(maxsize=MAX_REMEMBERED)(self._make_sources)
+        self._limits = lru_cache(maxsize=MAX_REMEMBERED)(self._make_limits)
+        self._who = lru_cache(maxsize=MAX_REMEMBERED)(packing.who)
+
+    def call(self, operation: Operation) -> Call | None:
+        """
+        *operation* for the script of calls; None if that does not run it.
+
+        Raises:
+            AmountError: The operation is a mistake.
+            TypeError, ValueError: Something in it is not JSON-safe.
+        """
+        encode = _CALLS.get(type(operation))
+        return None if encode is None else encode(self, operation)
+
+    def together(self, calls: Sequence[Call], now: str, token: str) -> Command:
+        """
+        The command that runs *calls*.
+
+        Args:
+            calls: In their order.
+            now: The time of tests; empty for the server's.
+            token: Of the commands that are sent together; empty for a lone one.
+        """
+        keys: list[str] = [*self._gates]
+        told: list[str | bytes] = [now, token]
+        for own_keys, own_words in calls:
+            keys += own_keys
+            told += own_words
+        return ("FCALL", self._function, len(keys), *keys, *told)
+
+    def command(self, operation: Operation, now: str, token: str) -> Command | None:
+        """The command for an *operation* that has a script of its own; None if no script runs it."""
+        encode = _COMMANDS.get(type(operation))
+        return None if encode is None else encode(self, operation, now, token)
+
+    def answer(self, operation: Operation, reply: Reply) -> Answer:
+        """What *reply* says about *operation*."""
+        return _DECODE[type(operation)](self, operation, reply)
+
+    # -- admissions ----------------------------------------------------------------------------------------
+
+    def _admit(self, ask: Admit) -> Call | None:
+        if not 0 <= ask.minimum <= ask.amount <= MAX_AMOUNT:
+            # The rules say what is wrong with it.
+            return None
+        names, payer, unit = self._names, ask.payer, ask.unit
+        keys = [names.hold(ask.id), names.account(payer, unit)]
+        counters, limits = self._limits(ask.limits)
+        keys += counters
+        rare = b""
+        if ask.leases or ask.charge_key is not None or ask.idempotency is not None:
+            rare = self._rare(ask, keys)
+        source_keys, sources = self._sources(ask.sources, payer, unit)
+        keys += source_keys
+        told = (
+            _ADMISSION.pack(b"A", len(keys), 5, ask.amount, ask.minimum, ask.ttl_s, ask.grace_s) + rare,
+            limits,
+            sources,
+            self._who(payer, unit, ""),
+            self._packing.kept(ask),
+        )
+        return Call(keys, told)
+
+    def _rare(self, ask: Admit, keys: list[str]) -> bytes:
+        """Slots and keys, which most calls do not have."""
+        names, claim, charge = self._names, ask.idempotency, ask.charge_key
+        claimed = b"\0" + _TIME.pack(0.0) + words("")
+        if claim is not None:
+            keys.append(names.idempotency(claim.key))
+            claimed = b"\1" + _TIME.pack(claim.ttl_s) + words(claim.fingerprint)
+        charged = b"\0" + words("")
+        if charge is not None:
+            keys.extend(map(names.charge_key, key_rows(charge)))
+            charged = _charge_words(charge)
+        pools = [words(names.pool(lease.pool)) + _POOL.pack(lease.limit) for lease in ask.leases]
+        return words(b"".join(pools)) + charged + claimed
+
+    def _make_limits(self, limits: tuple[LimitAsk, ...]) -> tuple[list[str], bytes]:
+        """The keys of the counters, and the words that say how they count."""
+        told = []
+        for _, _, kind, limit, window_s, cost, meter, boundaries in limits:
+            counted = "" if meter == "requests" else meter
+            told.append(_LIMIT.pack(_LIMIT_KINDS.index(kind), limit, window_s, cost))
+            told.append(words(counted, doubles(boundaries)))
+        return [self._names.counter(limit.key) for limit in limits], b"".join(told)
+
+    def _make_sources(self, sources: tuple[SourceAsk, ...], payer: str, unit: str) -> tuple[list[str], bytes]:
+        """The keys that sources name, and the words that say what to do with them."""
+        names = self._names
+        keys: list[str] = []
+        told: list[bytes] = []
+        last: tuple[str, str] | None = None
+        for source in sources:
+            account = own = 0
+            if source.payer and source.payer != payer:
+                keys.append(names.account(source.payer, unit))
+                account = len(keys)
+            who = source.payer or payer
+            # The call's own payer is told once for all sources, and again only with the name of a group.
+            pays = self._packing.who(who, unit, source.group) if source.group or account else b""
+            kind, limit, name, span = _WALLET, 0, WALLET, b""
+            if isinstance(source, AllowanceSource):
+                limit, name = source.limit, source.name
+                keys.append(names.bucket(who, unit, name))
+                own = len(keys)
+                keys.extend(names.window(who, unit, name, edge) for edge in source.boundaries[:-1])
+                kind = _CALENDAR if source.boundaries else _ROLLING
+                span = doubles(source.boundaries or (source.window_s,))
+            else:
+                limit = source.overdraft
+            place = (source.payer, source.group)
+            told.append(_SOURCE.pack(kind, place != last, source.split, limit, account, own))
+            told.append(words(pays, escaped(name), span))
+            last = place
+        return keys, b"".join(told)
+
+    def _decided(self, ask: Admit, reply: Reply) -> Decision:
+        if isinstance(reply, list):
+            return self._refused(ask, reply)
+        if reply[:1] == b"J":
+            (now,) = _JOINED.unpack_from(reply)
+            (length,) = _LENGTH.unpack_from(reply, _JOINED.size)
+            at = _JOINED.size + _LENGTH.size
+            payer, _, group = who_of(reply[at : at + length])
+            windows = self._windows(ask, reply, at + length, now)
+            return Decision(ask.id, now, windows=windows, payer=payer, group=group, joined=True)
+        now, held, available, last = _ADMITTED.unpack_from(reply)
+        windows = self._windows(ask, reply, _ADMITTED.size, now) if ask.limits else ()
+        if not last:
+            return Decision(ask.id, now, windows=windows)
+        source = ask.sources[last - 1]
+        name = source.name if isinstance(source, AllowanceSource) else WALLET
+        payer = source.payer or ask.payer
+        return Decision(ask.id, now, None, int(held), int(available), name, windows, False, payer, source.group)
+
+    def _windows(self, ask: Admit, reply: bytes, at: int, now: float) -> tuple[WindowState, ...]:
+        """What the limits tell after the call, from the counters as it left them."""
+        windows = []
+        for limit in ask.limits:
+            start, end, count, previous = WINDOW.unpack_from(reply, at)
+            at += WINDOW.size
+            name, key, kind, most, window_s, cost, meter, _ = limit
+            if kind is _SLIDING:
+                before = Counter(key, start, end, int(count) - cost, int(previous))
+                seen = look(limit, before, now)
+                if seen is None:
+                    raise AssertionError(f"a sliding window has no calendar: {limit!r}")
+                windows.append(window_state(seen, taken=True))
+            else:
+                left = most - int(count)
+                resets = end - now if now > start else end - start
+                windows.append(WindowState(name, most, max(0, left), resets, window_s, meter))
+        return tuple(windows)
+
+    def _refused(self, ask: Admit, reply: Reply) -> Decision:
+        """Why the call may not run: the rules, on the rows that the script saw."""
+        _, time, counts, rows, further = reply
+        call = self._admit(ask)
+        if call is None:
+            raise AssertionError(f"{ask!r} was never sent")
+        state = State()
+        pairs = [*zip(call.keys, rows, strict=True), *zip(further[::2], further[1::2], strict=True)]
+        for key, row in pairs:
+            if row is not None:
+                take(state, self._packing, key if isinstance(key, str) else key.decode(), row)
+        for lease, live in zip(ask.leases, counts, strict=False):
+            state.leases[lease.pool] = {str(n): Lease(lease.pool, str(n), NEVER) for n in range(live)}
+        decision, _ = admit(state, ask, *_TIME.unpack(time))
+        if decision.admitted:
+            raise StoreError(f"The scripts of the Redis store refuse {ask!r}, which the rules admit. Report this.")
+        return decision
+
+    # -- ends ----------------------------------------------------------------------------------------------
+
+    def _end(self, ask: End) -> Call:
+        amount = ask.amount
+        if amount is None:
+            numbers = (_RELEASED, 0, BASES.index(Basis.NONE))
+        else:
+            numbers = (_SETTLED, check_parts(amount, "charge"), BASES.index(ask.basis))
+        rare = b""
+        if ask.actual or ask.reply is not None:
+            used = [words(meter) + _POOL.pack(count) for meter, count in ask.actual.items()]
+            rare = words("" if ask.reply is None else json_text(ask.reply)) + b"".join(used)
+        told = (
+            _END.pack(b"E", 1, 2, *numbers, ask.estimated, ENDERS.index(ask.by), ask.failed) + rare,
+            b"" if ask.event is None else json_text(ask.event).encode(),
+        )
+        return Call((self._names.hold(ask.id),), told)
+
+    def _ended(self, ask: End, reply: Reply) -> Receipt:
+        kind = reply[:1]
+        if kind == b"U":
+            (now,) = _TIME.unpack_from(reply, 1)
+            return Receipt(
+                ask.id, "", "", 0, 0, Basis.NONE, False, ask.by, (), None, now, None, applied=False, known=False
+            )
+        (length,) = _LENGTH.unpack_from(reply, 1)
+        at = 1 + _LENGTH.size
+        payer, unit, _ = who_of(reply[at : at + length])
+        receipt = receipt_of(reply, payer, unit, at + length)
+        if receipt is None:
+            raise AssertionError(f"the end of {ask.id!r} has no receipt")
+        return receipt if kind == b"E" else receipt._replace(applied=False)
+
+    # -- heartbeats and the outbox -------------------------------------------------------------------------
+
+    def _renew(self, beat: Renew) -> Call:
+        observed = check_parts(beat.observed, "observed amount")
+        return Call((self._names.hold(beat.id),), (_BEAT.pack(b"R", 1, 1, observed),))
+
+    def _renewed(self, _: Renew, reply: Reply) -> bool:
+        return bool(reply)
+
+    def _emit(self, ask: Emit, now: str, token: str) -> Command:
+        told = [word for event_id, event in ask.events for word in (escaped(event_id), json_text(event))]
+        return ("EVALSHA", self._sha["emit"], 4, *self._outbox, now, token, *told)
+
+    def _emitted(self, ask: Emit, _: Reply) -> int:
+        return len(ask.events)
+
+    def _claim(self, ask: Claim, now: str, token: str) -> Command:
+        return ("EVALSHA", self._sha["claim"], 4, *self._outbox, now, token, ask.limit, time_text(ask.lease_s))
+
+    def _claimed(self, _: Claim, reply: Reply) -> Answer:
+        found = reply[1]
+        pairs = zip(found[::2], found[1::2], strict=True)
+        return tuple([self._packing.event_of(restored(key.decode()), row) for key, row in pairs])
+
+    def _acknowledge(self, ask: Acknowledge, now: str, token: str) -> Command:
+        return ("EVALSHA", self._sha["acknowledge"], 4, *self._outbox, now, token, *map(escaped, ask.ids))
+
+    def _acknowledged(self, _: Acknowledge, reply: Reply) -> int:
+        return int(reply[1])
+
+
+def _charge_words(ask: KeyAsk) -> bytes:
+    kind = _CALENDAR if ask.boundaries else _ROLLING
+    return bytes((kind,)) + words(doubles(ask.boundaries or (ask.window_s,)))
+
+
+_CALLS: Mapping[type, Callable[[Calls, Any], Call | None]] = {
+    Admit: Calls._admit,
+    End: Calls._end,
+    Renew: Calls._renew,
+}
+
+_COMMANDS: Mapping[type, Callable[[Calls, Any, str, str], Command]] = {
+    Emit: Calls._emit,
+    Claim: Calls._claim,
+    Acknowledge: Calls._acknowledge,
+}
+
+_DECODE: Mapping[type, Callable[[Calls, Any, Reply], Answer]] = {
+    Admit: Calls._decided,
+    End: Calls._ended,
+    Renew: Calls._renewed,
+    Emit: Calls._emitted,
+    Claim: Calls._claimed,
+    Acknowledge: Calls._acknowledged,
+}

@@ -1,0 +1,212 @@
+"""
+A link: one connection to the server, for one event loop, on which a whole batch is one write and one wait.
+
+Knows connections, scripts and their errors. Never knows what an operation is. The driver connects, authenticates and
+speaks TLS; only how commands are put together is ours (one packed write is what makes a batch one round trip).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from asgi_metering.errors import ConfigurationError, StoreUnavailableError
+from asgi_metering.stores.redis.places import Place, driver
+from asgi_metering.stores.redis.scripts import Scripts
+
+if TYPE_CHECKING:
+    from redis.asyncio.connection import AbstractConnection
+
+__all__ = ["Command", "Link", "Reply"]
+
+Command: TypeAlias = Sequence[str | bytes | int]
+Reply: TypeAlias = Any
+"""Bytes, an int, None or a list of these; an error of one command is its exception."""
+
+FIRST_BACKOFF_S = 0.02
+MAX_BACKOFF_S = 1.0
+"""Between attempts to connect to a server that cannot be reached: it is tried often, and costs nobody a wait."""
+
+IDLE_S = 1.0
+"""A connection that was quiet for longer may have been closed at the other end: it is looked at before it is used."""
+
+MAX_MOVES = 5
+"""A place that moves more often within one batch is no place."""
+
+
+class Link:
+    """
+    One loop's way to the server.
+
+    Args:
+        place: Where the server is; asked again whenever the connection is lost.
+        scripts: What is loaded into it.
+        timeout_s: Seconds that one batch may take before the server counts as lost.
+    """
+
+    def __init__(self, place: Place, scripts: Scripts, timeout_s: float) -> None:
+        self._place = place
+        self._scripts = scripts
+        self._timeout_s = timeout_s
+        self._connection: AbstractConnection | None = None
+        self._turn = asyncio.Lock()
+        self._used_at = 0.0
+        self._backoff_s = 0.0
+        self._not_before = 0.0
+        self._failure: BaseException | None = None
+        self._has_functions = True
+
+    async def exchange(self, commands: Sequence[Command]) -> list[Reply]:
+        """
+        Send *commands* in one write and return their replies, errors included, in order.
+
+        A script that the server has lost is loaded, and what failed for want of it is sent again.
+
+        Raises:
+            StoreUnavailableError: The connection was lost, or no answer came in time. Any of them may have happened.
+            ConfigurationError: The server refuses us: credentials, or what they may do.
+        """
+        async with self._turn:
+            if not self._has_functions:
+                commands = list(map(self._scripts.as_script, commands))
+            replies = await self._once(commands)
+            for _ in range(MAX_MOVES):
+                failed = [at for at, reply in enumerate(replies) if isinstance(reply, Exception)]
+                again = await self._mended([(at, replies[at]) for at in failed]) if failed else []
+                if not again:
+                    break
+                if not self._has_functions:
+                    commands = list(map(self._scripts.as_script, commands))
+                for at, reply in zip(again, await self._once([commands[at] for at in again]), strict=True):
+                    replies[at] = reply
+            return replies
+
+    async def _mended(self, failures: list[tuple[int, Exception]]) -> list[int]:
+        """Do what some failures ask for, and return those that were not executed and can be sent again."""
+        errors = driver().exceptions
+        lost = [at for at, failure in failures if isinstance(failure, errors.NoScriptError)]
+        if lost:
+            self._raise_errors(await self._once([("SCRIPT", "LOAD", text) for text in self._scripts.texts()]))
+            return lost
+        unknown = [at for at, failure in failures if _is_of_functions(failure)]
+        if unknown:
+            # Replicas get it from their master, so that one is ready when it takes over.
+            (loaded,) = await self._once([("FUNCTION", "LOAD", "REPLACE", self._scripts.library)])
+            # A server before 7, or one that forbids it.
+            self._has_functions = not isinstance(loaded, Exception)
+            return unknown
+        moved = [
+            at
+            for at, failure in failures
+            if isinstance(
+                failure,
+                (
+                    errors.ReadOnlyError,
+                    errors.MovedError,
+                    errors.AskError,
+                    errors.TryAgainError,
+                    errors.ClusterDownError,
+                ),
+            )
+        ]
+        if moved:
+            await self._drop()
+            await self._place.moved(failures[0][1])
+        return moved
+
+    @staticmethod
+    def _raise_errors(replies: list[Reply]) -> None:
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise ConfigurationError(
+                    f"The server does not take our scripts: {reply}. Give this user EVALSHA, SCRIPT and all commands "
+                    f"on its own keys."
+                ) from reply
+
+    async def _once(self, commands: Sequence[Command]) -> list[Reply]:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._packed(commands)
+        except TimeoutError as error:
+            await self._drop()
+            raise StoreUnavailableError(
+                f"The Redis server at {self._place} gave no answer within {self._timeout_s} s. Repeat with the same id."
+            ) from error
+        except (driver().exceptions.ConnectionError, driver().exceptions.TimeoutError, OSError) as error:
+            await self._drop()
+            raise StoreUnavailableError(
+                f"The connection to the Redis server at {self._place} is lost: {error}"
+            ) from error
+        except BaseException:
+            # Whoever cancels a read leaves replies behind that are nobody's.
+            await self._drop()
+            raise
+
+    async def _packed(self, commands: Sequence[Command]) -> list[Reply]:
+        connection = await self._connected()
+        pack = driver().pack
+        await connection.send_packed_command(b"".join([pack(command) for command in commands]), check_health=False)
+        read, failure = connection.read_response, driver().exceptions.ResponseError
+        replies: list[Reply] = []
+        for _ in commands:
+            try:
+                replies.append(await read(disable_decoding=True))
+            except failure as error:
+                replies.append(error)
+        self._used_at = time.monotonic()
+        return replies
+
+    # -- the connection ------------------------------------------------------------------------------------
+
+    async def _connected(self) -> AbstractConnection:
+        connection = self._connection
+        if connection is not None:
+            if time.monotonic() - self._used_at < IDLE_S or not await _is_gone(connection):
+                return connection
+            await self._drop()
+        if time.monotonic() < self._not_before:
+            raise StoreUnavailableError(
+                f"The Redis server at {self._place} cannot be reached: {self._failure}. It is tried again soon."
+            )
+        try:
+            self._connection = await self._place.connect()
+        except StoreUnavailableError as failure:
+            self._backoff_s = min(max(FIRST_BACKOFF_S, 2 * self._backoff_s), MAX_BACKOFF_S)
+            self._not_before = time.monotonic() + self._backoff_s
+            self._failure = failure.__cause__ or failure
+            raise
+        self._backoff_s = 0.0
+        # It may be another server.
+        self._has_functions = True
+        return self._connection
+
+    async def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.disconnect(nowait=True)
+
+    async def close(self) -> None:
+        """Close the connection, after whoever uses it. Again changes nothing."""
+        async with self._turn:
+            await self._drop()
+
+
+def _is_of_functions(failure: Exception) -> bool:
+    """Whether the server does not know our function, or functions at all, or lets us call none."""
+    said = str(failure)
+    return said.startswith("Function not found") or ("fcall" in said.lower() and said.startswith(_NO_SUCH))
+
+
+_NO_SUCH = ("unknown command", "this user has no permissions", "User ", "NOPERM")
+
+
+async def _is_gone(connection: AbstractConnection) -> bool:
+    """Whether the other end has closed it, or has said something that nobody asked for."""
+    try:
+        # Renamed in redis-py 8; the old name is deprecated there.
+        look = getattr(connection, "can_read", None) or connection.can_read_destructive
+        return bool(await look())
+    except (driver().exceptions.ConnectionError, OSError):
+        return True

@@ -1,0 +1,286 @@
+-- May this call run? Mirrors rules/admission.py: everything is decided in one step, all or nothing.
+-- Its keys: hold, account, counters, idempotency key, charge keys, then what the sources name.
+-- Its words: numbers and what is rare, limits, sources, who pays, what the hold keeps.
+-- Answers 'A' and what it took, 'J' and whose key it joined, or {'R', rows} if it may not run: why, the rules say from
+-- these rows. Answers nothing, and why, if it could not be decided here.
+
+-- -- what is asked ------------------------------------------------------------------------------------------
+
+-- Of most calls: no slots, no charge key, no idempotency key.
+local NOTHING_RARE = { leases = {}, charge = 0, key = false }
+
+function M.rare_of(text, at, extra)
+  local pools, charge, span, claim, life, fingerprint = parse('>I4c0BI4c0BdI4c0', text, at)
+  local rare = {
+    leases = {}, charge = charge, span = span, charge_at = extra + claim, key = claim == 1 and keys[extra], life = life,
+    fingerprint = fingerprint,
+  }
+  local place = 1
+  while place <= #pools do
+    local pool = {}
+    pool.key, pool.limit, place = parse('>I4c0d', pools, place)
+    rare.leases[#rare.leases + 1] = pool
+  end
+  return rare
+end
+
+function M.ask_of(k, a, n_keys, at)
+  local numbers = args[a]
+  local amount, minimum, ttl, grace, at_rare = parse('>dddd', numbers, at)
+  local limits, sources = M.limits_of(args[a + 1]), M.sources_of(args[a + 2])
+  return {
+    k = k, n_keys = n_keys, base = k + n_keys - sources.keys, account = M.rest(keys[k + 2]), amount = amount,
+    minimum = minimum, ttl = ttl, grace = grace, limits = limits, sources = sources, who = args[a + 3],
+    kept = args[a + 4],
+    rare = at_rare <= #numbers and M.rare_of(numbers, at_rare, k + 3 + #limits) or NOTHING_RARE,
+    -- What is found out: when, how many leases live, the counters to come after a place for the answer, who pays.
+    now = 0, counts = {}, counters = { '' }, past = {}, pinned = '', further = false, key = false, book = false,
+    giving = false,
+  }
+end
+
+-- What the rules need to say why: all rows of the call as they are now, and how many leases of each pool live.
+function M.refused(ask)
+  local found = {}
+  for i = 1, ask.n_keys do
+    local key = keys[ask.k + i]
+    local account = match(key, '^a:(.*)$', #work.prefix + 1)
+    local book = account and work.books[account]
+    found[i] = book and (book.is_moved or book.is_due_new) and M.book_text(book) or work.rows[key]
+  end
+  return { 'R', pack('>d', ask.now), ask.counts, found, ask.further or {} }
+end
+
+-- -- what may forbid it -------------------------------------------------------------------------------------
+
+-- Looks at the calls of an account that are overdue: none is, or the rules have to end them.
+function M.is_due(book, now)
+  if book.due > now then
+    return nil
+  end
+  if work.live[book.account] or work.ended_live[book.account] then
+    return CODE.LATER
+  end
+  local first = call('ZRANGE', work.prefix .. 'l:' .. book.account, 0, 0, 'WITHSCORES')
+  if first[2] and tonumber(first[2]) <= now then
+    return CODE.RULES
+  end
+  book.due = tonumber(first[2] or 'inf')
+  book.is_due_new = true
+end
+
+-- The call's time, that none of its accounts has seen a later one than. Returns why it cannot be decided, if so.
+function M.come_to_now(ask)
+  local own, sources = M.book_of(ask.account), ask.sources
+  local now = max(work.now_is, own.seen)
+  if not sources.is_plain then
+    for _, source in ipairs(sources) do
+      now = max(now, M.book_of(M.account_of(ask, source)).seen)
+    end
+    for _, source in ipairs(sources) do
+      local why = M.is_due(M.book_of(M.account_of(ask, source)), now)
+      if why then
+        return why
+      end
+    end
+  end
+  ask.now = now
+  return M.is_due(own, now)
+end
+
+-- Whether the idempotency key belongs to another request, or to one that runs.
+function M.is_claimed(ask)
+  local row = ask.rare.key and work.rows[ask.rare.key]
+  if not row then
+    return false
+  end
+  local expires, _, _, _, _, at_receipt = parse(AS.IDEMPOTENCY, row)
+  return at_receipt > #row or expires > ask.now
+end
+
+function M.has_slots(ask)
+  local has = true
+  for i, pool in ipairs(ask.rare.leases) do
+    ask.counts[i] = M.live_leases(pool.key, ask.now)
+    has = has and ask.counts[i] < pool.limit
+  end
+  return has
+end
+
+-- The row of a charge key and its text after a call has joined it; or its window, for the call that begins it. Nothing
+-- where its calendar does not cover now.
+function M.by_key(ask)
+  local rare, now = ask.rare, ask.now
+  local bounds, at, start, finish = M.doubles_of(rare.span), rare.charge_at, now, nil
+  if rare.charge == CODE.CALENDAR then
+    local index
+    index, start, finish = M.pick(bounds, now)
+    if not index then
+      return nil
+    end
+    at = at + index - 1
+  else
+    finish = now + bounds[1]
+  end
+  local key = keys[at]
+  local known = work.rows[key]
+  if known then
+    local k_start, k_end, members, settled, place = parse(AS.CHARGE_KEY, known)
+    if rare.charge == CODE.CALENDAR or now < k_end or (settled == 0 and members > 0) then
+      local hold = sub(known, place)
+      return {
+        key = key, text = pack(AS.CHARGE_KEY, k_start, k_end, members + 1, settled) .. hold,
+        hold = work.prefix .. 'h:' .. hold,
+      }
+    end
+  end
+  return { key = key, start = start, finish = finish }
+end
+
+-- Finds who pays. False if nobody does; nothing, and why, if that could not be decided here.
+function M.is_paid(ask)
+  if ask.rare.charge > 0 then
+    ask.key = M.by_key(ask) or false
+    if not ask.key or ask.key.text then
+      return ask.key and true
+    end
+    if M.fetch(keys[ask.k + 1] .. ':key') then
+      -- An id that comes again long after: what it left behind has to go first.
+      return nil, CODE.RULES
+    end
+  end
+  local book, giving = M.first_group(ask, ask.sources)
+  if not book then
+    if giving then
+      return nil, giving
+    end
+    return false
+  end
+  if not M.is_exact(book, ask.amount) then
+    M.forget(book)
+    return nil, CODE.RULES
+  end
+  ask.book, ask.giving = book, giving
+  return true
+end
+
+-- -- taking -------------------------------------------------------------------------------------------------
+
+function M.hold_text(ask, parts, held, who, rare, expires, due_at)
+  return pack(
+    AS.NEW_HOLD, CODE.NEW_HOLD_SIZE + #parts + #who + #rare + #ask.kept, 0, expires, due_at, 0, held, ask.now, ask.ttl,
+    ask.grace, #parts, parts, #who, who, #rare, rare, ask.kept
+  )
+end
+
+-- The hold that a charge key owns has no deadline: it ends with its calls, and each of those has one.
+function M.begin_key(ask, parts, held)
+  local key, owned = ask.key, keys[ask.k + 1] .. ':key'
+  local member = M.rest(owned)
+  M.put(owned, M.hold_text(ask, parts, held, ask.who, '', CODE.INF, CODE.INF))
+  M.put(key.key, pack(AS.CHARGE_KEY, key.start, key.finish, 1, 0) .. member)
+  M.push(work.past_charge_keys, M.flt(key.finish), key.key)
+  M.lives((parse('>I4c0', ask.who)), CODE.INF, member)
+end
+
+function M.join_key(ask)
+  local owned = M.fetch(ask.key.hold)
+  if owned then
+    ask.who = select(11, parse(AS.HOLD, owned))
+  end
+  M.put(ask.key.key, ask.key.text)
+end
+
+-- Slots and the idempotency key are taken; what of all that is rare the hold keeps.
+function M.take_rare(ask, member, expires)
+  local rare, pools, its_key = ask.rare, '', ''
+  for _, pool in ipairs(rare.leases) do
+    M.lease(pool.key, member, expires)
+    local name = M.rest(pool.key)
+    pools = pools .. pack('>I4c0', #name, name)
+  end
+  if rare.key then
+    local until_then, fingerprint = ask.now + rare.life, rare.fingerprint
+    M.put(rare.key, pack(AS.IDEMPOTENCY, until_then, #member, member, #fingerprint, fingerprint, 0, '', 0, ''))
+    M.push(work.past_idempotency, M.flt(until_then), rare.key)
+    its_key = M.rest(rare.key)
+  end
+  local charge_key = ask.key and M.rest(ask.key.key) or ''
+  if ask.pinned == '' and pools == '' and charge_key == '' and its_key == '' then
+    return ''
+  end
+  return pack(AS.RARE, #ask.pinned, ask.pinned, #pools, pools, #charge_key, charge_key, #its_key, its_key)
+end
+
+-- Takes everything, and returns the answer.
+function M.take_all(ask)
+  local now, k, expires = ask.now, ask.k, ask.now + ask.ttl
+  local parts, held, left_there, last = '', 0, 0, 0
+  if ask.book then
+    parts, held, left_there, last = M.take(ask, ask.book, ask.giving)
+    M.close_book(ask.book, expires)
+    local who = ask.sources[last].who
+    ask.who = who ~= '' and who or ask.who
+  end
+  for i = 1, #ask.limits do
+    M.put(keys[k + 2 + i], ask.counters[i + 1])
+  end
+  for i = 1, #ask.past, 2 do
+    M.push(work.past_counters, ask.past[i], ask.past[i + 1])
+  end
+  local whole = held
+  if ask.key then
+    if ask.key.text then
+      M.join_key(ask)
+    else
+      M.begin_key(ask, parts, held)
+    end
+    parts, whole = '', 0
+  end
+  local member = M.rest(keys[k + 1])
+  local rare = M.take_rare(ask, member, expires)
+  if ask.book or ask.key or rare ~= '' then
+    M.put(keys[k + 1], M.hold_text(ask, parts, whole, ask.who, rare, expires, expires + ask.grace))
+    M.lives((parse('>I4c0', ask.who)), expires, member)
+  end
+  if ask.key and ask.key.text then
+    ask.counters[1] = pack('>cdI4c0', 'J', now, #ask.who, ask.who)
+  else
+    ask.counters[1] = pack('>cdddB', 'A', now, held, left_there, last)
+  end
+  return concat(ask.counters)
+end
+
+function M.admit(k, a, n_keys, at)
+  if work.rows[keys[k + 1]] then
+    -- The same id again: the reply was lost, not the decision.
+    return nil, CODE.RULES
+  end
+  local ask = M.ask_of(k, a, n_keys, at)
+  local why = M.come_to_now(ask)
+  if why then
+    return nil, why
+  end
+  if M.is_claimed(ask) then
+    return M.refused(ask)
+  end
+  local fits
+  fits, why = M.count(ask)
+  if fits == nil then
+    return nil, why
+  end
+  if not M.has_slots(ask) or not fits then
+    return M.refused(ask)
+  end
+  if #ask.sources > 0 or ask.amount > 0 then
+    local is_paid
+    is_paid, why = M.is_paid(ask)
+    if is_paid == nil then
+      return nil, why
+    end
+    if not is_paid then
+      return M.refused(ask)
+    end
+  end
+  return M.take_all(ask)
+end

@@ -1,0 +1,332 @@
+-- Accounts while calls work on them: burn order, holding, spending, giving back, debt. Mirrors rules/book.py.
+-- A book is read once for all calls of a script, and written once, at its end.
+
+CODE.KIND_SETTLE, CODE.KIND_EXPIRE, CODE.KIND_DEBT_PAYMENT = 1, 2, 3
+
+-- What a script has read and is to write when all its calls are through.
+function M.begin(its_keys, its_args)
+  keys, args, call = its_keys, its_args, redis.call
+  work = {
+    prefix = sub(keys[1], 1, -5), now_is = 0,
+    -- Rows by key, as the calls before left them; `false` for none. What is gone is named with its index.
+    rows = {}, changed = {}, gone = {},
+    -- By account: its book, the ledger lines to come, and their places in the index.
+    books = {}, lines = {}, refs = {},
+    -- By account or pool: who lives and who does not any more, and until when.
+    live = {}, ended_live = {}, due = {}, pools = {},
+    -- Further indexes, and the outbox.
+    ended = {}, past_counters = {}, past_windows = {}, past_charge_keys = {}, past_idempotency = {}, windows_of = {},
+    events = {}, event_ids = {},
+  }
+end
+
+function M.fetch(key)
+  local text = work.rows[key]
+  if text == nil then
+    text = call('GET', key)
+    work.rows[key] = text
+  end
+  return text
+end
+
+function M.put(key, text)
+  work.rows[key], work.changed[key] = text, true
+  if work.gone[key] then
+    work.gone[key] = nil
+  end
+end
+
+function M.drop(key, index)
+  work.rows[key], work.changed[key], work.gone[key] = false, nil, index
+end
+
+function M.book_of(account)
+  local book = work.books[account]
+  if book then
+    return book
+  end
+  local text = M.fetch(work.prefix .. 'a:' .. account)
+  local granted, settled, held, expired, debt, entries, seen, at = 0, 0, 0, 0, 0, 0, 0, 1
+  local change, due = CODE.INF, CODE.INF
+  if text then
+    granted, settled, held, expired, debt, entries, change, due, seen, at = parse(AS.ACCOUNT, text)
+  end
+  -- All fields at once, here and below: a table that grows field by field costs several times as much.
+  book = {
+    account = account, granted = granted, settled = settled, held = held, expired = expired, debt = debt,
+    entries = entries, change = change, due = due, seen = seen, at = at, text = text or '', list = {}, now = seen,
+    is_new = not text, is_moved = false, is_matured = false, is_due_new = false,
+  }
+  work.books[account] = book
+  return book
+end
+
+function M.free(grant)
+  return grant.amount - grant.settled - grant.held - grant.expired - grant.reversed
+end
+
+function M.is_open(grant)
+  return grant.settled + grant.expired + grant.reversed < grant.amount
+end
+
+function M.available(book)
+  return book.granted - book.settled - book.expired - book.held
+end
+
+-- The grant at a place in burn order, which is that of the row; read when it is first asked for.
+function M.grant_at(book, place)
+  local grant = book.list[place]
+  if not grant and book.at <= #book.text then
+    local amount, priority, begins, ends, number, settled, held, expired, begun, reversed, id, rest, at =
+      parse(AS.GRANT, book.text, book.at)
+    grant = {
+      amount = amount, priority = priority, begins = begins, ends = ends, number = number, settled = settled,
+      held = held, expired = expired, begun = begun, reversed = reversed, id = id, rest = rest,
+    }
+    book.list[place], book.at = grant, at
+  end
+  return grant
+end
+
+function M.grant_text(grant)
+  return pack(
+    AS.GRANT, grant.amount, grant.priority, grant.begins, grant.ends, grant.number, grant.settled, grant.held,
+    grant.expired, grant.begun, grant.reversed, #grant.id, grant.id, #grant.rest, grant.rest
+  )
+end
+
+-- The row; closed grants are no part of it.
+function M.book_text(book)
+  local texts = ''
+  for _, grant in ipairs(book.list) do
+    if M.is_open(grant) then
+      texts = texts .. M.grant_text(grant)
+    end
+  end
+  return pack(
+    AS.ACCOUNT, book.granted, book.settled, book.held, book.expired, book.debt, book.entries, book.change, book.due,
+    book.seen
+  ) .. texts .. sub(book.text, book.at)
+end
+
+-- Add a ledger line. Returns its number. A settlement's line is found by its hold, which has the number: the index gets
+-- it when the hold is forgotten.
+function M.write(book, kind, amount, ref, line, basis, estimated, parts)
+  local account, number = book.account, book.entries + 1
+  book.entries = number
+  local own = work.lines[account]
+  local text = pack(
+    AS.NEW_ENTRY, kind, basis, estimated, number, book.now, amount, M.available(book), #ref, ref, #line, line, #parts,
+    parts, 0, 0
+  )
+  if own then
+    own[#own + 1] = text
+  else
+    work.lines[account] = { text }
+  end
+  if kind ~= CODE.KIND_SETTLE then
+    local index = work.refs[account] or {}
+    work.refs[account] = index
+    index[#index + 1] = 0
+    index[#index + 1] = ref .. CODE.GLUE .. string.format('%.0f', number)
+  end
+  return number
+end
+
+function M.pay_debt(book, grant)
+  local paid = min(M.free(grant), book.debt)
+  if paid > 0 then
+    grant.settled = grant.settled + paid
+    book.debt = book.debt - paid
+    M.write(book, CODE.KIND_DEBT_PAYMENT, paid, grant.id, '', 0, 0, '')
+  end
+end
+
+function M.is_spendable(book, grant)
+  return grant.begun == 1 and grant.ends > book.now and M.is_open(grant) and M.free(grant) > 0
+end
+
+function M.began_before(one, other)
+  for _, field in ipairs({ 'begins', 'priority', 'ends' }) do
+    if one[field] ~= other[field] then
+      return one[field] < other[field]
+    end
+  end
+  return one.number < other.number
+end
+
+function M.grants(book)
+  repeat
+    local more = M.grant_at(book, #book.list + 1)
+  until not more
+  return book.list
+end
+
+function M.next_change(book)
+  local first = CODE.INF
+  for _, grant in ipairs(M.grants(book)) do
+    if M.is_open(grant) then
+      if grant.begun == 0 then
+        first = min(first, grant.begins)
+      elseif grant.ends > book.now then
+        first = min(first, grant.ends)
+      end
+    end
+  end
+  return first
+end
+
+-- Begin grants whose time has come, in the order of their beginning, and lapse what is free of those that are over.
+function M.mature(book)
+  local beginning = {}
+  for _, grant in ipairs(M.grants(book)) do
+    if grant.begun == 0 and grant.begins <= book.now then
+      beginning[#beginning + 1] = grant
+    end
+  end
+  table.sort(beginning, M.began_before)
+  for _, grant in ipairs(beginning) do
+    book.granted = book.granted + grant.amount
+    grant.begun = 1
+    M.pay_debt(book, grant)
+  end
+  for _, grant in ipairs(book.list) do
+    if M.is_open(grant) and grant.begun == 1 and grant.ends <= book.now and M.free(grant) > 0 then
+      local lapsed = M.free(grant)
+      grant.expired = grant.expired + lapsed
+      book.expired = book.expired + lapsed
+      M.write(book, CODE.KIND_EXPIRE, lapsed, grant.id, '', 0, 0, '')
+    end
+  end
+end
+
+-- The book as of `now`; nothing if it has to be written before that.
+function M.book_at(account, now)
+  local book = M.book_of(account)
+  book.now = now
+  if now >= book.change then
+    if book.is_moved then
+      return nil
+    end
+    book.is_matured = true
+    M.mature(book)
+  end
+  return book
+end
+
+-- Nobody takes from the book after all: what it would have written down by itself is not written.
+function M.forget(book)
+  if book.is_matured and not book.is_moved then
+    local account = book.account
+    work.lines[account], work.refs[account], work.books[account] = nil, nil, nil
+    local again = M.book_of(account)
+    again.due, again.is_due_new = book.due, book.is_due_new
+  end
+end
+
+-- Set `amount` aside; what grants do not have is held as debt to come. Adds to `parts` where it came from.
+function M.book_hold(book, amount, parts)
+  local left, place = amount, 1
+  while left > 0 do
+    local grant = M.grant_at(book, place)
+    if not grant then
+      parts[#parts + 1] = pack(AS.PART, CODE.FROM_DEBT, 0, left, 0, '')
+      break
+    end
+    if M.is_spendable(book, grant) then
+      local take = min(M.free(grant), left)
+      grant.held = grant.held + take
+      parts[#parts + 1] = pack(AS.PART, CODE.FROM_GRANT, 0, take, #grant.id, grant.id)
+      left = left - take
+    end
+    place = place + 1
+  end
+  book.held = book.held + amount
+end
+
+-- Spend without a hold: free grants in burn order, then debt.
+function M.spend(book, amount, spent)
+  local left, place = amount, 1
+  while left > 0 do
+    local grant = M.grant_at(book, place)
+    if not grant then
+      book.debt = book.debt + left
+      spent[#spent + 1] = pack(AS.PART, CODE.FROM_DEBT, 0, left, 0, '')
+      break
+    end
+    if M.is_spendable(book, grant) then
+      local take = min(M.free(grant), left)
+      grant.settled = grant.settled + take
+      spent[#spent + 1] = pack(AS.PART, CODE.FROM_GRANT, 0, take, #grant.id, grant.id)
+      left = left - take
+    end
+    place = place + 1
+  end
+  book.settled = book.settled + amount
+end
+
+function M.grant_of(book, id)
+  local place = 1
+  repeat
+    local grant = M.grant_at(book, place)
+    if grant and grant.id == id then
+      return grant
+    end
+    place = place + 1
+  until not grant
+end
+
+-- Spend `amount` of held parts in their order and give back what is left; false if a part's grant is not open any more.
+function M.settle(book, parts, amount, spent)
+  local left = amount
+  for _, part in ipairs(parts) do
+    local held = part.amount
+    local take = min(held, left)
+    left = left - take
+    book.held = book.held - held
+    if part.source == CODE.FROM_DEBT then
+      left = left + take
+    else
+      local grant = M.grant_of(book, part.name)
+      if not grant then
+        return false
+      end
+      local lapsed = grant.ends <= book.now and held - take or 0
+      grant.settled = grant.settled + take
+      grant.held = grant.held - held
+      book.settled = book.settled + take
+      if lapsed > 0 then
+        grant.expired = grant.expired + lapsed
+        book.expired = book.expired + lapsed
+        M.write(book, CODE.KIND_EXPIRE, lapsed, grant.id, '', 0, 0, '')
+      end
+      if take > 0 then
+        spent[#spent + 1] = pack(AS.PART, CODE.FROM_GRANT, part.start, take, #part.name, part.name)
+      end
+    end
+  end
+  if left > 0 then
+    M.spend(book, left, spent)
+  end
+  if book.debt > 0 then
+    for _, grant in ipairs(M.grants(book)) do
+      if M.is_spendable(book, grant) then
+        M.pay_debt(book, grant)
+      end
+    end
+  end
+  return true
+end
+
+-- The book is to be written; `due` is when a new hold of it falls due.
+function M.close_book(book, due)
+  if book.is_matured then
+    book.change, book.is_matured = M.next_change(book), false
+  end
+  book.due, book.seen, book.is_moved = min(due, book.due), book.now, true
+end
+
+-- Whether the sums stay exact when `more` is added to any of them.
+function M.is_exact(book, more)
+  return max(book.granted, book.settled, book.held, book.expired, book.debt) + more <= CODE.MAX_AMOUNT
+end

@@ -1,0 +1,179 @@
+"""
+The Redis store: any number of processes on one server, a Sentinel's master, or one shard of a Cluster.
+
+The operations of every call are scripts that mirror the rules; the others are decided by the rules themselves, on rows
+that were read, and written if nothing of them has changed. Knows how batches and reads reach the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Sequence
+
+from asgi_metering.errors import MeteringError, StoreContendedError, StoreError, StoreUnavailableError
+from asgi_metering.rules.decide import Answer, run
+from asgi_metering.rules.operations import Operation, Sweep
+from asgi_metering.rules.state import Change
+from asgi_metering.stores.contract import Query, Snapshot, Store
+from asgi_metering.stores.redis.batch import Batch
+from asgi_metering.stores.redis.calls import Calls
+from asgi_metering.stores.redis.checks import check_server
+from asgi_metering.stores.redis.link import Link
+from asgi_metering.stores.redis.loading import load
+from asgi_metering.stores.redis.names import Names
+from asgi_metering.stores.redis.packed import time_text
+from asgi_metering.stores.redis.packing import Packing
+from asgi_metering.stores.redis.places import Place, driver
+from asgi_metering.stores.redis.reading import Reader
+from asgi_metering.stores.redis.scripts import Scripts
+from asgi_metering.stores.redis.sweeping import sweep
+from asgi_metering.stores.redis.transaction import Mistake, Transactions
+from asgi_metering.stores.redis.working_copy import WorkingCopy
+
+__all__ = ["RedisStore"]
+
+BUSY_PAUSES = 2_000
+"""Looks at a closed gate before an operation is told that others work: some seconds."""
+
+PAUSE_S = 0.001
+
+
+class RedisStore(Store):
+    """
+    Metering state on a Redis or Valkey server.
+
+    Args:
+        place: Where the server is (see `places`); `urls.store_from_url` makes one from a URL.
+        namespace: Keeps several applications on one server apart; part of every key.
+        timeout_s: Seconds that one batch may take before the server counts as lost.
+        clock: For tests: answers epoch seconds instead of the server's clock.
+
+    Raises:
+        ConfigurationError: The namespace is not usable in keys.
+
+    On a Cluster one namespace is one slot: everything of it is on one shard, so that each decision is exact and one
+    round trip, whoever pays and whatever is limited. A namespace does not grow beyond that shard; several of them, say
+    one for each product, spread over all. Where failover is asynchronous it can lose what was acknowledged last.
+
+    One connection for each event loop. A batch is one write; each operation in it is atomic, and an operation that
+    fails harms no neighbour. A store may be used after a fork: loops of the child have connections of their own.
+    """
+
+    name = "redis"
+
+    def __init__(
+        self,
+        place: Place,
+        *,
+        namespace: str = "metering",
+        timeout_s: float = 5.0,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self._place = place
+        self._names = Names(namespace)
+        self._packing = Packing(self._names)
+        self._scripts = Scripts()
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._links: dict[asyncio.AbstractEventLoop, Link] = {}
+        self._halts = f"{self._names.prefix}halt:{uuid.uuid4().hex}"
+        self._calls = Calls(self._names, self._packing, self._scripts, self._halts)
+        self._batches = 0
+
+    async def open(self) -> None:
+        """
+        See `Store.open`. Connects, loads the scripts, and looks at the server's settings.
+
+        Raises:
+            MissingExtraError: redis-py is not installed.
+            ConfigurationError: The server refuses our credentials or scripts, is too old, or may evict money.
+            StoreUnavailableError: It cannot be reached.
+        """
+        await check_server(self._link())
+
+    async def close(self) -> None:
+        """See `Store.close`. Waits for a batch of this loop that is on its way; other loops close their own soon."""
+        links, self._links = self._links, {}
+        for loop, link in links.items():
+            if loop is asyncio.get_running_loop():
+                await link.close()
+            elif not loop.is_closed():
+                asyncio.run_coroutine_threadsafe(link.close(), loop)
+
+    def _link(self) -> Link:
+        loop = asyncio.get_running_loop()
+        link = self._links.get(loop)
+        if link is None:
+            for other in [other for other in self._links if other.is_closed()]:
+                del self._links[other]
+            link = self._links[loop] = Link(self._place, self._scripts, self._timeout_s)
+        return link
+
+    async def run(self, operations: Sequence[Operation]) -> list[Answer | Exception]:
+        """
+        See `Store.run`. One round trip for the operations of calls; two or three for each of the others, and for a call
+        that meets something rare on its way.
+        """
+        batch = Batch(self._calls, operations)
+        pauses = 0
+        while batch.waiting:
+            self._batches += 1
+            commands = batch.commands("" if self._clock is None else time_text(self._clock()), str(self._batches))
+            if commands:
+                batch.take(await self._link().exchange(commands), _meaning)
+            if batch.alone is not None:
+                batch.settle(batch.alone, await self._decided(operations[batch.alone]))
+            elif batch.is_busy:
+                pauses += 1
+                if pauses > BUSY_PAUSES:
+                    batch.give_up(_busy)
+                await asyncio.sleep(PAUSE_S)
+        return [batch.answers[place] for place in range(len(operations))]
+
+    async def _decided(self, operation: Operation) -> Answer | Exception:
+        """Run one operation by the rules."""
+
+        async def work(copy: WorkingCopy) -> tuple[Answer, list[Change]]:
+            await load(copy, operation)
+            written: list[Change] = []
+            try:
+                answer = run(copy.state, operation, copy.now, written)
+            except MeteringError as mistake:
+                raise Mistake(mistake, written) from None
+            return answer, written
+
+        transactions = Transactions(self._link(), self._names, self._packing, self._scripts, self._clock)
+        try:
+            if isinstance(operation, Sweep):
+                return await sweep(transactions, operation)
+            return await transactions.run(work)
+        except StoreUnavailableError:
+            raise
+        except Exception as mistake:  # noqa: BLE001 -- the answer of one operation, and no neighbour's
+            return mistake if isinstance(mistake, MeteringError) else _meaning(mistake)
+
+    async def read(self, query: Query) -> Snapshot:
+        """See `Store.read`. Walks over everything in one script only for `EverythingKept`."""
+        return await Reader(self._link(), self._names, self._packing, self._scripts, self._clock).read(query)
+
+
+def _busy() -> StoreContendedError:
+    return StoreContendedError("Somebody else works alone on the Redis store for too long. Try again later.")
+
+
+def _meaning(error: Exception) -> Exception:
+    """What an error reply says about one operation."""
+    if not isinstance(error, driver().exceptions.ResponseError):
+        return error
+    errors = driver().exceptions
+    now = (errors.OutOfMemoryError, errors.ReadOnlyError, errors.MasterDownError, errors.ClusterError)
+    cannot = isinstance(error, now) or str(error).startswith(_NOT_NOW)
+    told = StoreUnavailableError if cannot else StoreError
+    meaning = told(f"The Redis server did not run the operation: {error}")
+    meaning.__cause__ = error
+    return meaning
+
+
+_NOT_NOW = ("MISCONF", "NOREPLICAS", "BUSY")
+"""How the server says that it cannot write now, whatever is asked, where the driver has no class for it."""

@@ -1,0 +1,1 @@
+"""The journal: what it keeps, and who reads it off."""

@@ -1,0 +1,85 @@
+"""Mutations of what is done while the store is down: each handling switched off in turn."""
+
+from __future__ import annotations
+
+from tests.mutations.entries import Mutation
+
+__all__ = ["MUTATIONS"]
+
+BREAKER = "asgi_metering.stores.breaker"
+DELIVERY = "asgi_metering.delivery"
+OUTAGE = "asgi_metering.outage"
+PUMP = "asgi_metering.stores.pump"
+RUNTIME = "asgi_metering.runtime"
+
+
+def _test(name: str, module: str = "delivery") -> tuple[str, ...]:
+    return (f"tests/outage/test_{module}.py::{name}",)
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        0,
+        "breaker never opens",
+        BREAKER,
+        "            if is_news and self._failures < FAILURES:\n",
+        "            if is_news:\n",
+        _test("test_spare_everybody_the_deadline_of_a_dead_store"),
+    ),
+    Mutation(
+        0,
+        "everybody probes",
+        BREAKER,
+        "                self._until = now + PROBE_S\n",
+        "                self._until = now\n",
+        _test("test_recover_with_one_probe"),
+    ),
+    Mutation(
+        0,
+        "journal forgets",
+        DELIVERY,
+        "            await journal.keep({call: steps for call, steps, _ in batch if steps})\n",
+        "            await journal.keep({})\n",
+        _test("test_keep_ends_in_the_journal_until_the_store_is_back"),
+    ),
+    Mutation(
+        0,
+        "queued admission is free",
+        RUNTIME,
+        "            return call.queued, end\n",
+        "            return ()\n",
+        _test("test_charge_later_what_was_let_in", "layers"),
+    ),
+    Mutation(
+        0,
+        "debt is posted before it is written down",
+        DELIVERY,
+        "            await self._journal.replace(entry, (owed,))\n",
+        "            pass\n",
+        _test("test_charge_a_queued_call_once_whatever_reply_is_lost[Backfill]", "layers"),
+    ),
+    Mutation(
+        0,
+        "queued charge is undone",
+        PUMP,
+        "            if not waiting.is_repeated:\n",
+        "            if True:\n",
+        _test("test_charge_a_queued_call_that_is_admitted_late_again", "layers"),
+    ),
+    Mutation(
+        0,
+        "deadline ignored",
+        PUMP,
+        '        if not future.done():\n            future.set_exception(\n                StoreUnavailableError(f"The',
+        '        if future.done():\n            future.set_exception(\n                StoreUnavailableError(f"The',
+        _test("test_give_up_on_a_store_that_says_nothing[True]"),
+    ),
+    Mutation(
+        0,
+        "late admission under the queued id",
+        OUTAGE,
+        "    was, call.id = call.id, call.metering.new_id()\n",
+        "    was = call.id\n",
+        _test("test_charge_a_queued_call_whose_first_admission_was_late", "layers"),
+    ),
+)

@@ -1,0 +1,1 @@
+"""What happens while the store does not answer, and after it."""

@@ -1,0 +1,121 @@
+"""Calls that share a script: what stops a script early, and how what follows still comes in order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from asgi_metering.amounts import MAX_AMOUNT
+from asgi_metering.decisions import Decision, Reason
+from asgi_metering.errors import AmountError
+from asgi_metering.receipts import Basis, Receipt
+from asgi_metering.rules.operations import Admit, End, LeaseAsk, Operation, PostGrant, Renew, WalletSource
+from asgi_metering.stores.contract import EverythingKept
+from asgi_metering.stores.memory import MemoryStore
+from asgi_metering.stores.redis import RedisStore
+from asgi_metering.testing.clock import FakeClock
+from asgi_metering.testing.conformance import tables
+from tests.harness.valkey import ValkeyServer
+from tests.stores.operations import comparable
+from tests.stores.proofs import assert_conserved
+from tests.stores.redis.proxy import Proxy
+
+Maker = Callable[..., RedisStore]
+
+
+def call(call_id: str, amount: int = 10, **more: Any) -> Admit:
+    """A call of the payer, that lives 5 seconds."""
+    return Admit(call_id, "p", "credits", amount, amount, (WalletSource(),), ttl_s=5.0, **more)
+
+
+def beside_memory(server: ValkeyServer, make_store: Maker, *steps: Sequence[Operation]) -> tuple[list[Any], int]:
+    """
+    Run *steps*, 3 seconds apart, on both stores, and compare answers and whole states.
+
+    Returns the answers to the last one, and how many turns it took.
+    """
+    clock = FakeClock()
+
+    async def run() -> tuple[list[Any], int]:
+        async with Proxy(server.port) as proxy:
+            memory, redis = MemoryStore(clock), make_store(port=proxy.port, clock=clock)
+            await redis.open()
+            answers, turns = [], 0
+            for step in steps:
+                clock.advance(3.0)
+                before = proxy.turns
+                answers = await redis.run(step)
+                turns = proxy.turns - before
+                assert comparable(answers) == comparable(await memory.run(step))
+            found, expected = [(await store.read(EverythingKept())).state for store in (redis, memory)]
+            assert tables(found) == tables(expected)
+            await redis.close()
+        return answers, turns
+
+    return asyncio.run(run())
+
+
+def test_call_that_cannot_be_decided_behind_others(server: ValkeyServer, make_store: Maker) -> None:
+    """A call whose account may have overdue holds, behind an end that changes which, begins a script of its own."""
+    answers, turns = beside_memory(
+        server,
+        make_store,
+        [PostGrant("g", "p", "credits", 100), call("a"), call("other", 0)],
+        [Renew("a"), Renew("other")],
+        [End("a", 3, Basis.USAGE), call("b"), End("b", 4, Basis.USAGE)],
+    )
+    assert [type(answer) for answer in answers] == [Receipt, Decision, Receipt]
+    assert turns == 2
+
+
+def test_end_that_fails_when_it_has_begun(make_store: Maker) -> None:
+    """An end that is beyond what is counted exactly is refused alone: those that shared its script are done, once."""
+
+    async def run() -> None:
+        store, most = make_store(), MAX_AMOUNT
+        await store.run([PostGrant("g", "p", "credits", most), call("a", most - 10), End("a", most - 10, Basis.USAGE)])
+        await store.run([call("b", 5)])
+        answers = await store.run(
+            [Renew("b", 1), call("c", 1), End("b", most, Basis.USAGE), End("c", 1, Basis.USAGE, event={})]
+        )
+        assert [type(answer) for answer in answers] == [bool, Decision, AmountError, Receipt]
+        state = (await store.read(EverythingKept())).state
+        assert_conserved(state)
+        account = state.accounts["p", "credits"]
+        assert (account.settled, account.held, len(state.events)) == (most - 9, 5, 1)
+        await store.close()
+
+    asyncio.run(run())
+
+
+def test_slots_are_counted_within_a_batch(server: ValkeyServer, make_store: Maker) -> None:
+    """A slot that a call of the same script has taken is taken, and one that its end gave back is free."""
+    slot = (LeaseAsk("a", "pool", 2),)
+    answers, turns = beside_memory(
+        server,
+        make_store,
+        [PostGrant("g", "p", "credits", 100), call("a", leases=slot)],
+        [
+            *(call(name, 1, leases=slot) for name in ("b", "c")),
+            End("a", 1, Basis.USAGE),
+            Renew("b"),
+            *(call(name, 1, leases=slot) for name in ("d", "e")),
+        ],
+    )
+    admitted = [answer.refusal is None for answer in answers if isinstance(answer, Decision)]
+    assert admitted == [True, False, True, False]
+    assert answers[1].refusal.reason is Reason.CONCURRENCY
+    assert turns == 1
+
+
+def test_many_calls_are_several_scripts(server: ValkeyServer, make_store: Maker) -> None:
+    """More calls than one script runs are sent together all the same, and answered in order."""
+    answers, turns = beside_memory(
+        server,
+        make_store,
+        [PostGrant("g", "p", "credits", 150), call("first", 1)],
+        [call(f"c{number}", 1) for number in range(200)],
+    )
+    assert [answer.admitted for answer in answers] == [True] * 149 + [False] * 51
+    assert turns == 1

@@ -1,0 +1,172 @@
+"""The Redis store on a real Cluster of three nodes, and on what a sentinel names."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from itertools import count
+
+import pytest
+
+from asgi_metering.decisions import Decision
+from asgi_metering.errors import StoreUnavailableError
+from asgi_metering.receipts import Basis, Receipt
+from asgi_metering.rules.operations import Admit, End, PostGrant, WalletSource
+from asgi_metering.stores.contract import EverythingKept, Store
+from asgi_metering.stores.redis import ClusterPlace, RedisStore, SentinelPlace
+from asgi_metering.stores.redis.places import driver
+from asgi_metering.stores.urls import store_from_url
+from asgi_metering.testing.clock import FakeClock
+from asgi_metering.testing.conformance import StoreConformance
+from tests.harness.servers import HOST, free_port
+from tests.harness.valkey import ValkeyServer, cluster, sentinel, valkey
+from tests.harness.waiting import wait_until
+from tests.stores.proofs import assert_conserved
+
+_numbers = count()
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[list[ValkeyServer]]:
+    """Three nodes that share the slots."""
+    with cluster() as running:
+        yield running
+
+
+def url_of(nodes: list[ValkeyServer], namespace: str) -> str:
+    """The Cluster's URL."""
+    return f"redis+cluster://{','.join(f'{HOST}:{node.port}' for node in nodes)}?namespace={namespace}"
+
+
+class TestCluster(StoreConformance):
+    """Every rule of the suite, on a Cluster: namespaces are spread over the nodes, and each of them is exact."""
+
+    @pytest.fixture(autouse=True)
+    def _nodes(self, nodes: list[ValkeyServer]) -> None:
+        self.seeds = [(HOST, node.port) for node in nodes]
+
+    async def make_store(self, clock: FakeClock) -> Store:
+        """Make a store with a namespace, and so a slot, of its own."""
+        namespace = f"suite{next(_numbers)}"
+        place = ClusterPlace(self.seeds, driver().slot(f"{{{namespace}}}".encode()), {}, 5.0)
+        store = RedisStore(place, namespace=namespace, clock=clock)
+        await store.open()
+        return store
+
+
+def call(call_id: str) -> Admit:
+    """A call of 10 units."""
+    return Admit(call_id, "p", "credits", 10, 10, (WalletSource(),))
+
+
+def test_namespaces_are_spread_over_the_nodes(nodes: list[ValkeyServer]) -> None:
+    """Each namespace lives on one node, and several of them on several."""
+
+    async def run() -> None:
+        for number in range(12):
+            store = store_from_url(url_of(nodes, f"spread{number}"))
+            await store.run([PostGrant("g", "p", "credits", 100)])
+            await store.close()
+
+    asyncio.run(run())
+    sizes = [int(node.ask("EVAL", "return #redis.call('KEYS', '{spread*')", "0")[1:]) for node in nodes]
+    assert all(sizes)
+
+
+def test_slot_moves_to_another_node(nodes: list[ValkeyServer]) -> None:
+    """While a slot moves, and after it has, operations come through: nothing is lost and nothing done twice."""
+    slot = driver().slot(b"{moving}")
+    owner = next(node for node in nodes if _owns(node))
+    other = next(node for node in nodes if node is not owner)
+    ids = {node.port: node.ask("CLUSTER", "MYID").split(b"\r\n")[1].decode() for node in nodes}
+
+    async def run() -> None:
+        store = store_from_url(url_of(nodes, "moving"))
+        await store.run([PostGrant("g", "p", "credits", 100), call("a"), call("b")])
+        other.ask("CLUSTER", "SETSLOT", str(slot), "IMPORTING", ids[owner.port])
+        owner.ask("CLUSTER", "SETSLOT", str(slot), "MIGRATING", ids[other.port])
+        keys = owner.ask("CLUSTER", "GETKEYSINSLOT", str(slot), "100").decode().split("\r\n")[2::2]
+        assert len(keys) > 5
+        moved = owner.ask("MIGRATE", HOST, str(other.port), "", "0", "5000", "KEYS", *keys)
+        assert moved == b"+OK\r\n"
+        for node in (other, owner, *nodes):
+            node.ask("CLUSTER", "SETSLOT", str(slot), "NODE", ids[other.port])
+        first, second = await store.run([End("a", 3, Basis.USAGE), call("c")])
+        assert isinstance(first, Receipt)
+        assert isinstance(second, Decision)
+        assert (first.amount, second.admitted) == (3, True)
+        state = (await store.read(EverythingKept())).state
+        assert_conserved(state)
+        account = state.accounts["p", "credits"]
+        assert (account.settled, account.held) == (3, 20)
+        await store.close()
+
+    asyncio.run(run())
+
+
+def _owns(node: ValkeyServer) -> bool:
+    return not node.ask("GET", "{moving}").startswith(b"-MOVED")
+
+
+def test_no_node_of_a_cluster_answers() -> None:
+    """A Cluster of which no node can be reached is an outage."""
+    store = store_from_url(f"redis+cluster://{HOST}:{free_port()}")
+
+    async def run() -> None:
+        with pytest.raises(StoreUnavailableError, match="No node of the Cluster"):
+            await store.open()
+        await store.close()
+
+    asyncio.run(run())
+
+
+def test_master_dies_and_a_sentinel_fails_over() -> None:
+    """Calls that run while the master is killed go on at the replica that the sentinel makes the master, each once."""
+    with valkey() as first, valkey("--replicaof", HOST, str(first.port)) as second:
+        wait_until(lambda: b"state=online" in first.ask("INFO", "replication"), what="the replica is online")
+        with sentinel("main", first, down_after_ms=300) as watcher:
+            told = ("SENTINEL", "REPLICAS", "main")
+            wait_until(lambda: str(second.port).encode() in watcher.ask(*told), what="the sentinel knows the replica")
+            asyncio.run(_fail_over(first, second, watcher))
+
+
+async def _fail_over(first: ValkeyServer, second: ValkeyServer, watcher: ValkeyServer) -> None:
+    store = store_from_url(f"redis+sentinel://{HOST}:{watcher.port}/main/0?timeout=1")
+    await store.open()
+    await store.run([PostGrant("g", "p", "credits", 100), *(call(f"c{number}") for number in range(5))])
+    what = "the replica has the calls"
+    await asyncio.to_thread(wait_until, lambda: b"{metering}" in second.ask("KEYS", "*h:c4"), what=what)
+    first.stop(kill=True)
+    for number in range(5):
+        receipt = await _until_answered(store, End(f"c{number}", 3, Basis.USAGE))
+        assert (receipt.amount, receipt.known) == (3, True)
+    state = (await store.read(EverythingKept())).state
+    assert_conserved(state)
+    account = state.accounts["p", "credits"]
+    assert (account.granted, account.settled, account.held) == (100, 15, 0)
+    assert second.ask("ROLE").startswith(b"*3\r\n$6\r\nmaster")
+    await store.close()
+
+
+async def _until_answered(store: Store, end: End) -> Receipt:
+    for _ in range(400):
+        try:
+            (answer,) = await store.run([end])
+        except StoreUnavailableError as failure:
+            answer = failure
+        if isinstance(answer, Receipt):
+            return answer
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"{end!r} was never answered: {answer!r}")
+
+
+def test_no_sentinel_knows_the_master() -> None:
+    """A master that no sentinel names is an outage."""
+    store = RedisStore(SentinelPlace([(HOST, free_port())], "main", {}, 0.5))
+
+    async def run() -> None:
+        with pytest.raises(StoreUnavailableError, match="No sentinel names a master 'main'"):
+            await store.open()
+        await store.close()
+
+    asyncio.run(run())
