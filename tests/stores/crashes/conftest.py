@@ -53,12 +53,14 @@ async def _prepare(url: str) -> None:
     await store.close()
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module", params=["sqlite", "postgresql", "redis"])
 def ground(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
     """A store with payers; when all tests are over, every account of it must be proven by its rows and its ledger."""
     folder = tmp_path_factory.mktemp("ground")
     if request.param == "sqlite":
         url = f"sqlite:///{folder / 'metering.db'}"
+    elif request.param == "redis":
+        url = f"{request.getfixturevalue('server').url}?namespace={folder.name}"
     else:
         server = request.getfixturevalue("postgres")
         url = f"{server.url()}?namespace={folder.name}"

@@ -194,10 +194,14 @@ def test_kill_amid_the_audit_of_free_work(ground: Ground, moment: str) -> None:
 FEWEST_STEPS: Final = 4
 """Of any transaction that ends a call: it begins, locks or reads, writes and commits."""
 
+in_transactions = pytest.mark.parametrize("ground", ["sqlite", "postgresql"], indirect=True)
+"""The stores whose batches are transactions of many steps; a script of Redis is one."""
+
 MIGRATION_STEPS: Final = (0, 6, 12, 16, 17, 26, 34, 35, 99)
 """Some of the first, of those in the middle, and the last of each kind of store; the last one is behind them all."""
 
 
+@in_transactions
 def test_kill_between_the_steps_of_an_end(ground: Ground) -> None:
     """
     A transaction that is cut anywhere has not happened: charge, ledger line, receipt and event come together or not.
@@ -236,6 +240,7 @@ def _end_cut_at(ground: Ground, step: int) -> EndedBy:
     return ended_by
 
 
+@in_transactions
 def test_kill_between_the_steps_of_a_migration(ground: Ground) -> None:
     """Tables that were left half made are made by the next process that opens the store, which then works."""
     url = f"{ground.url.removesuffix('.db')}_fresh" + (".db" if ground.url.endswith(".db") else "")
