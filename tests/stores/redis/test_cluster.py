@@ -21,7 +21,7 @@ from asgi_metering.testing.conformance import StoreConformance
 from tests.harness.servers import HOST, free_port
 from tests.harness.valkey import ValkeyServer, cluster, sentinel, valkey
 from tests.harness.waiting import wait_until
-from tests.stores.test_processes import assert_conserved
+from tests.stores.proofs import assert_conserved
 
 _numbers = count()
 

@@ -29,8 +29,8 @@ from asgi_metering.stores.contract import AccountRows, EverythingKept, HoldRow
 from asgi_metering.stores.redis import RedisStore, ServerPlace
 from tests.harness.servers import HOST, free_port
 from tests.harness.valkey import ValkeyServer, valkey
+from tests.stores.proofs import assert_conserved
 from tests.stores.redis.proxy import Proxy
-from tests.stores.test_processes import assert_conserved
 
 Maker = Callable[..., RedisStore]
 
