@@ -92,12 +92,17 @@ class Delivery:
             MeteringError: The store refuses them as a mistake.
         """
         journal = self._journal if durable else None
-        # What began in the journal goes on there, and a store that is known to be down is not waited for.
-        if journal is not None and (begun or self._metering.breaker.state is not BreakerState.CLOSED):
+        if journal is not None and begun:
             if await self._keep(call, steps):
                 return None
-            if not steps:
-                return None
+            answer = await self.book(call, steps, durable=False) if steps else None
+            # What the journal says of it is what was to be done if its end had not been seen.
+            await self._keep(call, ())
+            return answer
+        is_down = self._metering.breaker.state is not BreakerState.CLOSED
+        # A store that is known to be down is not waited for.
+        if journal is not None and is_down and await self._keep(call, steps):
+            return None
         within_s = self._metering.end_timeout_s if journal is None else self._metering.store_timeout_s
         try:
             # Nearly every end has one step, and no time to lose.
@@ -247,7 +252,8 @@ class Delivery:
         journal = self._journal
         assert journal is not None  # noqa: S101 -- asked before
         try:
-            await journal.keep({call: steps for call, steps, _ in batch if steps})
+            if any(steps for _, steps, _ in batch):
+                await journal.keep({call: steps for call, steps, _ in batch if steps})
             for call, steps, _ in batch:
                 if not steps:
                     await journal.drop(call)

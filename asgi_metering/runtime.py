@@ -15,6 +15,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asgi_metering.admission import leaves_hold
@@ -226,16 +227,21 @@ class Runtime:
         self._replaying = self._opening = None
 
     async def _stop_asking(self) -> None:
-        """Nothing asks the store from here on: it would open it again. One that says nothing is not waited for."""
+        """Nobody asks the store from here on: that would open it again. One that says nothing is not waited for."""
+        left_s = BOOK_S
         try:
-            async with asyncio.timeout(BOOK_S):
-                await self.pump.close()
+            async with asyncio.timeout(left_s):
+                await self.pump.drain()
         except TimeoutError:
+            left_s = DRAIN_STEP_S
             log.error("The %s store gave no answer before the shutdown.", self._metering.store.name)
         left = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(left_s):
+                await self.pump.close()
 
     # -- calls ---------------------------------------------------------------------------------------------
 

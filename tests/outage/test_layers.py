@@ -442,10 +442,11 @@ def test_charge_queued_calls_of_a_key_once(granted: int, tmp_path: Path) -> None
     asyncio.run(play())
 
 
-def test_keep_nothing_of_a_queued_call_that_failed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_full", [False, True])
+def test_keep_nothing_of_a_queued_call_that_failed(is_full: bool, tmp_path: Path) -> None:
     """A queued call that charges nothing is told of, and is not charged later by the policy for processes that died.
 
-    Also where the store is back before its end.
+    Also where the store is back before its end, and where the journal takes nothing more.
     """
     told: list[Any] = []
     begun, leave = asyncio.Event(), asyncio.Event()
@@ -464,6 +465,8 @@ def test_keep_nothing_of_a_queued_call_that_failed(tmp_path: Path) -> None:
             await begun.wait()
             assert metering.journal is not None
             assert await metering.journal.counts() == (1, 0)
+            if is_full:
+                metering.journal._max_entries = 0
             store.down = False
             leave.set()
             assert (await running).outcome == "raised"
@@ -508,7 +511,12 @@ def test_leave_nothing_of_a_caller_that_left(tmp_path: Path) -> None:
             store.down = True
             app = metered(metering, billable(2, on_abort="hold"), rate_limited("9/day", concurrency=1))
             disk, waits = threading.Event(), threading.Event()
-            slow = asyncio.create_task(journal._in_thread(lambda _: (waits.set(), disk.wait(10))))
+
+            def stall(_: Any) -> None:
+                waits.set()
+                disk.wait(10)
+
+            slow = asyncio.create_task(journal._in_thread(stall))
             await asyncio.to_thread(waits.wait, 10)
             leaving = asyncio.create_task(call(app))
             await until(lambda: _is_local(metering))
