@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.decisions import Decision
@@ -67,7 +67,7 @@ class Delivery:
         self._submit = submit
         self.waiting = 0
         self._back: asyncio.Future[None] | None = None
-        self._to_keep: list[tuple[str, Steps, asyncio.Future[bool]]] = []
+        self._to_keep: list[_Entry] = []
         self._writer: asyncio.Task[None] | None = None
         self._kept_more = asyncio.Event()
 
@@ -93,15 +93,15 @@ class Delivery:
         """
         journal = self._journal if durable else None
         if journal is not None and begun:
-            if await self._keep(call, steps):
+            if await self.keep(call, steps):
                 return None
             answer = await self.book(call, steps, durable=False) if steps else None
             # What the journal says of it is what was to be done if its end had not been seen.
-            await self._keep(call, ())
+            await self.keep(call, ())
             return answer
         is_down = self._metering.breaker.state is not BreakerState.CLOSED
         # A store that is known to be down is not waited for.
-        if journal is not None and is_down and await self._keep(call, steps):
+        if journal is not None and is_down and await self.keep(call, steps):
             return None
         within_s = self._metering.end_timeout_s if journal is None else self._metering.store_timeout_s
         try:
@@ -112,7 +112,7 @@ class Delivery:
         except StoreError as failure:
             self._metering.meters.count("ends_queued")
             self._metering.alarms.raised("ends", f"The store takes no ends; they wait: {failure}", failure)
-        if journal is not None and await self._keep(call, steps):
+        if journal is not None and await self.keep(call, steps):
             return None
         return await self._again(steps)
 
@@ -225,10 +225,10 @@ class Delivery:
 
     # -- the journal ---------------------------------------------------------------------------------------
 
-    async def _keep(self, call: str, steps: Steps) -> bool:
+    async def keep(self, call: str, steps: Steps, *, due_in_s: float = 0.0) -> bool:
         """Write *steps* to the journal, together with what else waits for that; False where it cannot be done."""
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._to_keep.append((call, steps, future))
+        self._to_keep.append(_Entry(call, steps, due_in_s, future))
         if self._writer is None:
             self._writer = asyncio.get_running_loop().create_task(self._write(), name="asgi_metering journal")
         return await future
@@ -241,29 +241,31 @@ class Delivery:
                     # One that cannot be written shall harm no neighbour.
                     for each in batch:
                         await self._written([each])
-                for _, _, future in batch:
-                    if not future.done():
-                        future.set_result(False)
+                for entry in batch:
+                    if not entry.future.done():
+                        entry.future.set_result(False)
                 self._kept_more.set()
         finally:
             self._writer = None
 
-    async def _written(self, batch: list[tuple[str, Steps, asyncio.Future[bool]]]) -> bool:
+    async def _written(self, batch: list[_Entry]) -> bool:
         journal = self._journal
         assert journal is not None  # noqa: S101 -- asked before
         try:
-            if any(steps for _, steps, _ in batch):
-                await journal.keep({call: steps for call, steps, _ in batch if steps})
-            for call, steps, _ in batch:
-                if not steps:
-                    await journal.drop(call)
+            # One write for all that is due at once, and one for what calls that begin leave for the worst case.
+            for due_in_s in sorted({entry.due_in_s for entry in batch if entry.steps}):
+                kept = {entry.call: entry.steps for entry in batch if entry.steps and entry.due_in_s == due_in_s}
+                await journal.keep(kept, due_in_s=due_in_s)
+            for entry in batch:
+                if not entry.steps:
+                    await journal.drop(entry.call)
         except MeteringError as failure:
             self._metering.alarms.raised("journal", str(failure), failure)
             return False
-        self._metering.meters.count("ends_queued", len(batch))
-        for _, _, future in batch:
-            if not future.done():
-                future.set_result(True)
+        self._metering.meters.count("ends_queued", sum(not entry.due_in_s for entry in batch))
+        for entry in batch:
+            if not entry.future.done():
+                entry.future.set_result(True)
         return True
 
     async def replay(self) -> None:
@@ -349,6 +351,15 @@ class Delivery:
             entry.id,
             why,
         )
+
+
+class _Entry(NamedTuple):
+    """What somebody waits for to be written; no steps forget what is kept of the call."""
+
+    call: str
+    steps: Steps
+    due_in_s: float
+    future: asyncio.Future[bool]
 
 
 class _Down(Exception):  # noqa: N818 -- turns a loop

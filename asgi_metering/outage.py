@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from asgi_metering.decisions import Decision, Reason, Refusal
-from asgi_metering.errors import ConfigurationError, JournalError, StoreError
+from asgi_metering.errors import ConfigurationError, StoreError
 from asgi_metering.policies import ChargePolicy, EndpointPolicy, RatePolicy
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.calendars import Period, boundaries_until
@@ -212,17 +212,15 @@ async def _queue(call: Call, asked: Admit, failure: StoreError) -> None:
         call.facts = {**call.facts, "request_id": call.id}
     ask = asked._replace(id=call.id, limits=(), leases=(), in_doubt=Basis.NONE, facts=call.facts)
     try:
-        # Read off if this process dies before the call has ended: no call is older than that.
-        await journal.keep({call.id: (ask, _lost(asked, call.id))}, due_in_s=call.metering.max_call_s)
-    except JournalError as trouble:
-        call.metering.alarms.raised("journal", str(trouble), trouble)
-        call.metering.local.end(call)
-        raise call.refused(Refusal(Reason.STORE_DOWN, "credits")) from failure
+        is_kept = await call.metering.runtime().remember(call.id, (ask, _lost(asked, call.id)))
     except BaseException:
         # Whoever asked has gone while it was written, and it stands there all the same: for work that never began.
         call.metering.local.end(call)
         call.metering.runtime().forget(call.id)
         raise
+    if not is_kept:
+        call.metering.local.end(call)
+        raise call.refused(Refusal(Reason.STORE_DOWN, "credits")) from failure
     if call.opening.closed:
         await journal.drop(call.id)
     call.queued = ask

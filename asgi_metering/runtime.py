@@ -409,6 +409,14 @@ class Runtime:
         """Undo the admission, decided *at* that time, of a call whose request is over (pitfall 1)."""
         self._spawn(self._quietly(Undo(ask, at)), f"undoing of {ask.id}")
 
+    async def remember(self, call_id: str, steps: Steps) -> bool:
+        """
+        Have the journal keep *steps* for a call that begins; False where it cannot.
+
+        They are read off if this process dies before the call has ended: no call is older than that.
+        """
+        return await self._delivery.keep(call_id, steps, due_in_s=self._metering.max_call_s)
+
     def forget(self, call_id: str) -> None:
         """Have the journal keep nothing of a call that never began."""
         self._spawn(self._forgotten(call_id), f"forgetting of {call_id}")

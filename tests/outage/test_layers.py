@@ -396,6 +396,34 @@ def test_charge_a_queued_call_that_is_admitted_late_again(tmp_path: Path) -> Non
     asyncio.run(play())
 
 
+def test_write_charges_that_come_together_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queued calls that come while the disk is busy share its next write: none waits for all before it in turn."""
+    writes = []
+
+    async def play() -> None:
+        store = Gated()
+        async with used(store, journal=tmp_path / "j", on_store_down=QUEUE) as metering:
+            journal = metering.journal
+            assert journal is not None
+            keep = journal.keep
+
+            async def counted(entries: Any, **options: Any) -> None:
+                writes.append(len(entries))
+                await keep(entries, **options)
+
+            monkeypatch.setattr(journal, "keep", counted)
+            store.down = True
+            app = metered(metering, billable(1))
+            ended = await asyncio.gather(*(call(app) for _ in range(40)))
+            assert {status(each.log) for each in ended} == {200}
+            await back(metering, store)
+            assert await settled(metering) == (40 * CREDIT, 0)
+            assert sum(writes) == 80
+            assert len(writes) < 40
+
+    asyncio.run(play())
+
+
 @pytest.mark.parametrize("days", [3, 34])
 def test_charge_a_queued_call_by_the_windows_of_a_later_day(days: int, tmp_path: Path) -> None:
     """An outage over midnight makes no debt of what an allowance pays, and calls of one key stay one charge."""
