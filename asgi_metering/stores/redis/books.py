@@ -31,8 +31,8 @@ from asgi_metering.stores.rows import MAPS
 
 __all__ = ["Access", "opened_books", "opened_filling"]
 
-PUT_ROWS = 250
-"""Rows in one transaction: others on the server wait a millisecond or two for it."""
+PUT_ROWS = 100
+"""Rows in one transaction: others on the server wait some three milliseconds for it."""
 
 ACCOUNTS = 100
 """Accounts looked at at once, where each may have many rows."""

@@ -189,6 +189,23 @@ def test_read_back_for_long(make_store: Maker, server: ValkeyServer) -> None:
     asyncio.run(story())
 
 
+def test_books_show_what_is_written_meanwhile(make_store: Maker) -> None:
+    """Books are not of one instant, and say so: what is written behind their counts is seen, so that it can be told."""
+
+    async def story() -> None:
+        store = make_store()
+        await store.post([PostGrant("g", "p", "credits", 1)])
+        async with store.books() as books:
+            counts = await books.counts()
+            await store.post([PostGrant("g", "q", "credits", 1)])
+            async with aclosing(books.rows(Table.ACCOUNT)) as pages:
+                payers = [account.payer async for page in pages for account in page]
+            assert (books.one_instant, counts[Table.ACCOUNT], payers) == (False, 1, ["p", "q"])
+        await store.close()
+
+    asyncio.run(story())
+
+
 # -- after a cut -------------------------------------------------------------------------------------------
 
 
