@@ -18,7 +18,7 @@ from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.errors import StoreContendedError, StoreError, StoreUnavailableError, UnwritableError
 from asgi_metering.receipts import Entry, EntryKind
 from asgi_metering.rules.operations import Emit, End, PostGrant
-from asgi_metering.rules.state import NEVER, Account, Event, Grant, Table
+from asgi_metering.rules.state import NEVER, Account, AllowanceWindow, Event, Grant, Table
 from asgi_metering.stores.contract import TABLES, EverythingKept, Store
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.stores.moving import export_books, import_books
@@ -120,6 +120,39 @@ def test_move_in_small_pages(make_store: Maker, tmp_path: Path, monkeypatch: pyt
         await import_books(memory, file)
         assert await _whole(memory) == await _whole(source)
         await redis.close()
+
+    asyncio.run(story())
+
+
+def test_grants_of_one_account(make_store: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open grants, which are kept in the order of their use, and any number of closed ones come by their number."""
+    monkeypatch.setattr("asgi_metering.stores.redis.books.PAGE_ROWS", 3)
+    grants = [GRANT._replace(id=f"g{n}", number=n, priority=-n, settled=0 if n % 40 == 0 else 5) for n in range(1, 122)]
+
+    async def story() -> None:
+        store = make_store()
+        async with store.fill() as filling:
+            await filling.put(Table.ACCOUNT, [Account("p", "credits", 605, 590)])
+            assert await filling.put(Table.GRANT, grants[60:]) == 61
+            assert await filling.put(Table.GRANT, grants) == 60
+        async with store.books() as books, aclosing(books.rows(Table.GRANT)) as pages:
+            assert [grant async for page in pages for grant in page] == grants
+        await store.close()
+
+    asyncio.run(story())
+
+
+def test_put_an_earlier_window(make_store: Maker) -> None:
+    """An earlier window of an allowance that comes behind a later one leaves that the last one."""
+    windows = [AllowanceWindow("p", "credits", "free", start, start + 50.0) for start in (100.0, 50.0)]
+
+    async def story() -> None:
+        store = make_store()
+        for window in windows:
+            async with store.fill() as filling:
+                assert await filling.put(Table.ALLOWANCE, [window]) == 1
+        assert (await store.read(EverythingKept())).state.latest == {("p", "credits", "free"): 100.0}
+        await store.close()
 
     asyncio.run(story())
 
