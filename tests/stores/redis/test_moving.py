@@ -117,6 +117,10 @@ def test_move_in_small_pages(make_store: Maker, tmp_path: Path, monkeypatch: pyt
         assert min(moved.counts[table] for table in (*MANY, Table.LEASE)) > 3
         assert await _whole(redis) == await _whole(source)
         assert (await export_books(redis, file)).one_instant is False
+        async with redis.books() as books:
+            for table in TABLES:
+                async with aclosing(books.rows(table)) as pages:
+                    assert {len(page) async for page in pages} <= {1, 2, 3}
         await import_books(memory, file)
         assert await _whole(memory) == await _whole(source)
         await redis.close()
