@@ -21,6 +21,7 @@ from asgi_metering.testing.conformance import StoreConformance
 from tests.harness.servers import HOST, free_port
 from tests.harness.valkey import ValkeyServer, cluster, sentinel, valkey
 from tests.harness.waiting import wait_until
+from tests.stores.beside import STEPS_EACH, Pair, run_as_a_service
 from tests.stores.proofs import assert_conserved
 
 _numbers = count()
@@ -52,6 +53,14 @@ class TestCluster(StoreConformance):
         store = RedisStore(place, namespace=namespace, clock=clock)
         await store.open()
         return store
+
+
+def test_serve_beside_memory(nodes: list[ValkeyServer]) -> None:
+    """Some thousand steps of a service are answered and kept on a Cluster as in memory."""
+    namespace = f"serve{next(_numbers)}"
+    place = ClusterPlace([(HOST, node.port) for node in nodes], driver().slot(f"{{{namespace}}}".encode()), {}, 5.0)
+    pair = Pair(lambda clock: RedisStore(place, namespace=namespace, clock=clock))
+    run_as_a_service(lambda: pair, STEPS_EACH)
 
 
 def call(call_id: str) -> Admit:
