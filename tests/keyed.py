@@ -82,7 +82,7 @@ class Desk:
     app: ASGIApp = field(init=False)
 
     def __post_init__(self) -> None:
-        self.metering = Metering(self.store, identify=identify, sinks=())
+        self.metering = Metering(self.store, identify=identify, sinks=(), store_timeout_s=30.0)
 
     async def ask(self, path: str = "/json", *, body: Any = b"{}", faults: Any = None, **options: Any) -> Drive:
         """One request to its end, its call booked."""
