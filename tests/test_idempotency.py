@@ -633,7 +633,7 @@ def test_run_once_behind_a_real_server(tmp_path: Path) -> None:
         assert len(desk.ran) == 3
 
     async def granted() -> None:
-        other = Metering(store_of("sqlite", tmp_path), identify=identify, sinks=())
+        other = Metering(store_of("sqlite", tmp_path), identify=identify, sinks=(), store_timeout_s=30.0)
         async with other:
             await other.grant(ANN, 100, id="g")
 

@@ -284,7 +284,7 @@ def _child(metering: Metering, answers: Any) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_charge_after_a_fork(tmp_path: Path) -> None:
     """A child that was forked while its parent's portal ran has one of its own, on the same file."""
-    metering = Metering(f"sqlite:///{tmp_path}/metering.db?synchronous=OFF", sinks=())
+    metering = Metering(f"sqlite:///{tmp_path}/metering.db?synchronous=OFF", sinks=(), store_timeout_s=10.0)
     metering.portal().call(metering.grant, "ann", 100, id="g")
     context = multiprocessing.get_context("fork")
     answers = context.Queue()

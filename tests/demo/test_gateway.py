@@ -42,7 +42,9 @@ def test_send_every_field_once(tmp_path: Path) -> None:
     """Behind a real server, streamed or not, no field of the answer stands there twice, and the body is whole."""
 
     async def story() -> None:
-        metering = Metering(f"sqlite:///{tmp_path}/metering.db?synchronous=OFF", identify=who, sinks=())
+        metering = Metering(
+            f"sqlite:///{tmp_path}/metering.db?synchronous=OFF", identify=who, sinks=(), store_timeout_s=10.0
+        )
         async with serving(Provider()) as upstream, serving(gateway(metering, upstream)) as url:
             await metering.grant("ada", 100, id="g")
             async with httpx2.AsyncClient(base_url=url, timeout=20) as client:

@@ -301,7 +301,8 @@ metering = Metering(
     os.environ.get(STORE, "memory://"),
     identify=who,
     sinks=[deliver_to(Path(os.environ[EVENTS]))] if EVENTS in os.environ else (),
-    **json.loads(os.environ.get(OPTIONS, "{}")),
+    # On a machine that is busy with other tests a file may answer late.
+    **{"store_timeout_s": 10.0} | json.loads(os.environ.get(OPTIONS, "{}")),
 )
 _routes = Starlette(routes=[*_ROUTES, Mount("/watched", routes=_ROUTES)])
 _plain = MeteringMiddleware(_routes, metering=metering)

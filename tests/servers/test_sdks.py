@@ -42,7 +42,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """The demo's gateway behind uvicorn, in front of the bundled provider behind another."""
     books = Books(tmp_path_factory.mktemp("gateway") / "metering.db")
     provider = Provider()
-    metering = Metering(f"{books.url}?synchronous=OFF", identify=who, sinks=[deliver_to(books.delivered)])
+    metering = Metering(
+        f"{books.url}?synchronous=OFF", identify=who, sinks=[deliver_to(books.delivered)], store_timeout_s=10.0
+    )
     with serve_in_thread(provider) as upstream, serve_in_thread(gateway(metering, upstream.url)) as server:
         yield Gateway(server.url, books, provider)
 
