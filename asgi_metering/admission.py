@@ -174,6 +174,10 @@ async def _answered(
         # Our clock and the store's disagree about the day: once more, around the store's time.
         again = await _operation(call, charge, rates, arguments, decision.now)
         decision = await ask(again or asked)
+    return _fitting(decision)
+
+
+def _fitting(decision: Decision) -> Decision:
     if decision.stale_calendar:
         raise StoreError(f"The store's time {decision.now} does not fit any calendar around it.")
     return decision
@@ -199,9 +203,7 @@ async def hold_more(call: Call, charge: ChargePolicy, to: int, debt: int) -> Dec
     decision = await decided(time.time())
     if decision.stale_calendar:
         decision = await decided(decision.now)
-    if decision.stale_calendar:
-        raise StoreError(f"The store's time {decision.now} does not fit any calendar around it.")
-    return decision
+    return _fitting(decision)
 
 
 async def asked_of(call: Call, charge: ChargePolicy, now: float) -> tuple[SourceAsk, ...]:

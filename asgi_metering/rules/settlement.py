@@ -32,7 +32,7 @@ from asgi_metering.rules.state import (
 )
 from asgi_metering.rules.windows import correct
 
-__all__ = ["end", "end_overdue", "renew", "undo"]
+__all__ = ["end", "end_overdue", "event_payload", "renew", "undo"]
 
 # Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
 _ALLOWANCE, _RELEASE, _SETTLE = Source.ALLOWANCE, HoldEvent.RELEASE, HoldEvent.SETTLE
@@ -150,8 +150,16 @@ def _correct_windows(state: State, hold: Hold, actual: Mapping[str, int], change
 
 
 def _event(hold: Hold, receipt: Receipt, told: Mapping[str, Any]) -> Change:
-    """The usage event: what was known at admission, what the end says, and what was really charged."""
-    payload = {
+    return (Table.EVENT, receipt.id, Event(receipt.id, receipt.at, event_payload(hold, receipt, told)))
+
+
+def event_payload(hold: Hold, receipt: Receipt, told: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What the usage event of an end says: what was known at admission, what the end tells, and what was really charged.
+
+    Amounts are in smallest parts of the unit, times are epoch seconds. The ledger's own words win over both others.
+    """
+    return {
         "started_at": hold.created_at,
         **hold.facts,
         **told,
@@ -165,7 +173,6 @@ def _event(hold: Hold, receipt: Receipt, told: Mapping[str, Any]) -> Change:
         "estimated": receipt.estimated,
         "ended_at": receipt.at,
     }
-    return (Table.EVENT, receipt.id, Event(receipt.id, receipt.at, payload))
 
 
 # -- ends that come after the end --------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 from asgi_metering.receipts import Basis, Entry
 from asgi_metering.rules.book import burn_order
 from asgi_metering.rules.hold import HoldState
+from asgi_metering.rules.settlement import event_payload
 from asgi_metering.rules.state import (
     Account,
     AllowanceWindow,
@@ -313,21 +314,7 @@ def _names_of(raw: bytes) -> Iterable[str]:
 
 
 def _told(hold: Hold, told: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the event of a call's end says: as `rules.settlement` puts it together."""
     receipt = hold.receipt
     if receipt is None:
         raise AssertionError(f"an event tells of the end of {hold.id!r}, which has not ended")
-    return {
-        "started_at": hold.created_at,
-        **hold.facts,
-        **told,
-        "id": receipt.id,
-        "payer": hold.payer,
-        "unit": hold.unit,
-        "line": hold.line,
-        "amount": receipt.amount,
-        "held": receipt.held,
-        "basis": receipt.basis.value,
-        "estimated": receipt.estimated,
-        "ended_at": receipt.at,
-    }
+    return event_payload(hold, receipt, told)
