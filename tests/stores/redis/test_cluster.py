@@ -13,7 +13,7 @@ from asgi_metering.errors import StoreUnavailableError
 from asgi_metering.receipts import Basis, Receipt
 from asgi_metering.rules.operations import Admit, End, PostGrant, WalletSource
 from asgi_metering.stores.contract import EverythingKept, Store
-from asgi_metering.stores.redis import ClusterPlace, RedisStore, SentinelPlace
+from asgi_metering.stores.redis import ClusterPlace, ClusterStore, RedisStore, SentinelPlace
 from asgi_metering.stores.redis.places import driver
 from asgi_metering.stores.urls import store_from_url
 from asgi_metering.testing.clock import FakeClock
@@ -39,17 +39,18 @@ def url_of(nodes: list[ValkeyServer], namespace: str) -> str:
 
 
 class TestCluster(StoreConformance):
-    """Every rule of the suite, on a Cluster: namespaces are spread over the nodes, and each of them is exact."""
+    """Every rule of the suite, on a Cluster, where payers, limits and pools are in different partitions."""
+
+    partitions = 7
 
     @pytest.fixture(autouse=True)
     def _nodes(self, nodes: list[ValkeyServer]) -> None:
         self.seeds = [(HOST, node.port) for node in nodes]
 
     async def make_store(self, clock: FakeClock) -> Store:
-        """Make a store with a namespace, and so a slot, of its own."""
-        namespace = f"suite{next(_numbers)}"
-        place = ClusterPlace(self.seeds, driver().slot(f"{{{namespace}}}".encode()), {}, 5.0)
-        store = RedisStore(place, namespace=namespace, clock=clock)
+        """Make a store with a namespace of its own."""
+        place = ClusterPlace(self.seeds, {}, 5.0)
+        store = ClusterStore(place, namespace=f"suite{next(_numbers)}", partitions=self.partitions, clock=clock)
         await store.open()
         return store
 

@@ -1,0 +1,77 @@
+-- A part of a call whose hold is in another slot: keep it, end it, or take it back. See stores/redis/parts.py.
+-- Its key: hold. Its word: what to do, life, grace, then what was used by meter. Answers 1, or 0 for a part that is none.
+CODE.KEEP, CODE.END, CODE.TAKE_BACK = 0, 1, 2
+CODE.PLAIN = '#requests'
+
+-- Of whatever meter, nothing was used.
+local NOTHING_USED = setmetatable({}, { __index = function() return 0 end })
+
+function M.is_weighted(windows)
+  local at = 1
+  while at <= #windows do
+    local _, _, meter, _, next_at = parse(AS.PINNED, windows, at)
+    if meter ~= CODE.PLAIN then
+      return true
+    end
+    at = next_at
+  end
+  return false
+end
+
+function M.keep_part(key, text, pools, ttl, grace)
+  local size, state, expires, _, _, held, created, _, _, _, who = parse(AS.HOLD, text)
+  local member = M.rest(key)
+  expires = max(work.now_is + ttl, expires)
+  M.put(key, pack('>I4Bddddddd', size, state, expires, expires + grace, 1, held, created, ttl, grace) .. sub(text, 62))
+  M.lives(parse('>I4c0', who), expires, member)
+  for _, pool in ipairs(pools) do
+    M.lease(work.prefix .. 'q:' .. pool, member, expires)
+  end
+end
+
+function M.drop_part(key, text)
+  local who = select(11, parse(AS.HOLD, text))
+  M.drop(key, 'ended')
+  M.append(work.ended_live, parse('>I4c0', who), M.rest(key))
+end
+
+function M.part(k, a, _, at)
+  local key, numbers = keys[k + 1], args[a]
+  local text = work.rows[key]
+  if not text then
+    return 0
+  end
+  local what, ttl, grace, from = parse('>Bdd', numbers, at)
+  local size, _, expires, _, _, _, _, _, _, _, _, rare = parse(AS.HOLD, text)
+  if size < #text or (what == CODE.KEEP and expires <= work.now_is) then
+    return 0
+  end
+  local windows, pools_text, _, claimed = parse(AS.RARE, rare)
+  local pools = M.texts_of(pools_text)
+  if what == CODE.KEEP then
+    if #pools > 0 or claimed ~= '' or M.is_weighted(windows) then
+      M.keep_part(key, text, pools, ttl, grace)
+    else
+      -- What was counted stays, and nothing of it is ever corrected.
+      M.drop_part(key, text)
+    end
+    return 1
+  end
+  local actual = NOTHING_USED
+  if what == CODE.END then
+    actual = {}
+    while from <= #numbers do
+      local meter, used
+      meter, used, from = parse('>I4c0d', numbers, from)
+      actual[meter] = used
+    end
+  elseif claimed ~= '' then
+    M.answer_key(work.prefix .. 'i:' .. claimed, M.rest(key), true)
+  end
+  M.correct(windows, actual)
+  for _, pool in ipairs(pools) do
+    M.lease(work.prefix .. 'q:' .. pool, M.rest(key), false)
+  end
+  M.drop_part(key, text)
+  return 1
+end
