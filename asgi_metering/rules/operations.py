@@ -80,9 +80,7 @@ class LimitAsk(NamedTuple):
 
 
 class LeaseAsk(NamedTuple):
-    """
-    One slot of a pool. *level* is ``"caller"`` or ``"global"``; *limit* 0 admits nobody; *root* as of `LimitAsk`.
-    """
+    """One slot of a pool. *level* is ``"caller"`` or ``"global"``; *limit* 0 admits nobody; *root* as of `LimitAsk`."""
 
     name: str
     pool: str

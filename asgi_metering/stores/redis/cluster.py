@@ -93,14 +93,14 @@ class ClusterStore(Store):
                 f"A namespace of {partitions!r} partitions cannot be kept. Give partitions=1 to {MAX_PARTITIONS}."
             )
         Names(namespace)
-        self._place = place
+        self.place = place
         self._timeout_s = timeout_s
         self._clock = clock
         self._namespace = namespace
         self._scripts = Scripts()
-        self._partitions = Partitions(partitions)
+        self.partitions = Partitions(partitions)
         any_node = place.node(place.seeds[0])
-        self._shelves = [Shelf(self._nodes, any_node, f"{namespace}:{n}", clock) for n in range(partitions)]
+        self.shelves = [Shelf(self._nodes, any_node, f"{namespace}:{n}", clock) for n in range(partitions)]
         self._own_nodes: dict[asyncio.AbstractEventLoop, Nodes] = {}
         self._calls: OrderedDict[str, Place] = OrderedDict()
         self._events: OrderedDict[str, int] = OrderedDict()
@@ -115,7 +115,7 @@ class ClusterStore(Store):
         if nodes is None:
             for other in [other for other in self._own_nodes if other.is_closed()]:
                 del self._own_nodes[other]
-            nodes = self._own_nodes[loop] = Nodes(self._place, self._scripts, self._timeout_s)
+            nodes = self._own_nodes[loop] = Nodes(self.place, self._scripts, self._timeout_s)
         return nodes
 
     async def open(self) -> None:
@@ -136,8 +136,8 @@ class ClusterStore(Store):
         """Note how many partitions the namespace has, or see that it is as many."""
         if self._is_known:
             return
-        shelf = self._shelves[COMMON]
-        key, count = f"{shelf.names.prefix}partitions", self._partitions.count
+        shelf = self.shelves[COMMON]
+        key, count = f"{shelf.names.prefix}partitions", self.partitions.count
         _, found = await shelf.ask([("SET", key, str(count), "NX"), ("GET", key)])
         if int(found) != count:
             raise ConfigurationError(
@@ -185,11 +185,11 @@ class ClusterStore(Store):
         """The partition that alone runs *operation*; None if several have to."""
         match operation:
             case Admit():
-                return self._partitions.single(operation)
+                return self.partitions.single(operation)
             case Preview(ask):
-                return self._partitions.single(ask)
+                return self.partitions.single(ask)
             case Undo(ask, _):
-                return self._partitions.single(ask)
+                return self.partitions.single(ask)
             case End() | Renew():
                 place = self._place_of(operation.id)
                 return None if place.parts else place.home
@@ -200,7 +200,7 @@ class ClusterStore(Store):
             case Claim() | Acknowledge() | Sweep():
                 return None
             case _:
-                return self._partitions.of(operation.payer)
+                return self.partitions.of(operation.payer)
 
     def _home(self, operation: Operation) -> set[int]:
         """The partitions that are to be asked in order."""
@@ -208,9 +208,9 @@ class ClusterStore(Store):
             case End() | Renew() | Grow():
                 return {self._place_of(operation.id).home}
             case Admit() as ask:
-                return {run.home for run in self._partitions.plan(ask).runs}
+                return {run.home for run in self.partitions.plan(ask).runs}
             case Preview(ask) | Undo(ask):
-                return {run.home for run in self._partitions.plan(ask).runs}
+                return {run.home for run in self.partitions.plan(ask).runs}
             case _:
                 return set()
 
@@ -226,12 +226,12 @@ class ClusterStore(Store):
 
     async def _together(self, place: int, some: Sequence[Operation]) -> Sequence[Answer | Exception]:
         try:
-            return await self._shelves[place].run(some)
+            return await self.shelves[place].run(some)
         except StoreUnavailableError as failure:
             return [failure] * len(some)
 
     async def _spread(self, wave: _Wave, answers: list[Answer | Exception]) -> None:
-        desk = Desk(self._shelves)
+        desk = Desk(self.shelves)
         work: dict[int, Awaitable[Answer]] = {}
         for place, some in wave.single.items():
             for at, operation in some:
@@ -254,7 +254,7 @@ class ClusterStore(Store):
     # -- where calls are -----------------------------------------------------------------------------------
 
     def _place_of(self, call: str) -> Place:
-        return self._calls.get(call) or Place(self._partitions.of(call))
+        return self._calls.get(call) or Place(self.partitions.of(call))
 
     def _note(self, call: str, place: Place) -> None:
         self._calls[call] = place
@@ -264,21 +264,21 @@ class ClusterStore(Store):
     async def _find(self, calls: Iterable[str]) -> None:
         """Look for calls that are not remembered, in all partitions; one trip to each node."""
         unknown = [call for call in dict.fromkeys(calls) if call not in self._calls]
-        if not unknown or self._partitions.count == 1:
+        if not unknown or self.partitions.count == 1:
             return
-        found = await asyncio.gather(*(shelf.calls(unknown) for shelf in self._shelves))
+        found = await asyncio.gather(*(shelf.calls(unknown) for shelf in self.shelves))
         for call, has in zip(unknown, zip(*found, strict=True), strict=True):
             homes = [place for place, (is_home, _) in enumerate(has) if is_home]
             parts = {place: part for place, (_, part) in enumerate(has) if part is not None}
             claims = [place for place, part in parts.items() if part.idempotency_key]
             if homes or parts:
-                home = homes[0] if homes else self._partitions.of(call)
+                home = homes[0] if homes else self.partitions.of(call)
                 self._note(call, Place(home, tuple(parts), claims[0] if claims else None))
 
     # -- what several partitions run -----------------------------------------------------------------------
 
     def _dance(self, ask: Admit, run: Ask) -> Dance:
-        return Dance(ask, self._partitions.plan(ask), run, self._one)
+        return Dance(ask, self.partitions.plan(ask), run, self._one)
 
     async def _admit(self, ask: Admit, run: Ask) -> Answer:
         decision, place = await self._dance(ask, run).admit()
@@ -291,7 +291,7 @@ class ClusterStore(Store):
 
     async def _undo(self, ask: Undo, run: Ask) -> Answer:
         known = self._calls.pop(ask.ask.id, None)
-        plan, dance = self._partitions.plan(ask.ask), self._dance(ask.ask, run)
+        plan, dance = self.partitions.plan(ask.ask), self._dance(ask.ask, run)
         home = next((run for run in plan.runs if known is not None and run.home == known.home), plan.runs[0])
         parts = dance.beside(home.home)
         own = dance.own(home, is_reserved=known is not None and home.home in known.parts)
@@ -316,19 +316,19 @@ class ClusterStore(Store):
         parts = [run(at, part) for at in place.parts if at != place.claim]
         receipt, *_ = await asyncio.gather(run(place.home, ask), *parts)
         if place.claim is not None and isinstance(receipt, Receipt):
-            await self._shelves[place.claim].answer(ask, receipt)
+            await self.shelves[place.claim].answer(ask, receipt)
         return receipt
 
     # -- what all partitions run ---------------------------------------------------------------------------
 
     async def _claim(self, ask: Claim, _: Ask) -> Answer:
         """Partition by partition, of those that have some; each time another one is the first."""
-        sizes = await asyncio.gather(*(shelf.pending() for shelf in self._shelves))
+        sizes = await asyncio.gather(*(shelf.pending() for shelf in self.shelves))
         waiting = [place for place, size in enumerate(sizes) if size]
         first = self._next_claim
-        self._next_claim = (first + 1) % self._partitions.count
+        self._next_claim = (first + 1) % self.partitions.count
         claimed: list[Event] = []
-        for place in sorted(waiting, key=lambda place: (place - first) % self._partitions.count):
+        for place in sorted(waiting, key=lambda place: (place - first) % self.partitions.count):
             if len(claimed) == ask.limit:
                 break
             some = await self._one(place, Claim(ask.limit - len(claimed), ask.lease_s))
@@ -343,7 +343,7 @@ class ClusterStore(Store):
         by_place: dict[int, list[str]] = {}
         for event in ask.ids:
             known = self._events.get(event)
-            for place in range(self._partitions.count) if known is None else (known,):
+            for place in range(self.partitions.count) if known is None else (known,):
                 by_place.setdefault(place, []).append(event)
         counts = await asyncio.gather(*(run(place, Acknowledge(tuple(ids))) for place, ids in by_place.items()))
         for event in ask.ids:
@@ -353,20 +353,22 @@ class ClusterStore(Store):
     async def _sweep(self, ask: Sweep, _: Ask) -> Answer:
         """Each partition that may have something, in turn; what its calls did is told to parts that wait for it."""
         touched = 0
-        due = await asyncio.gather(*(shelf.is_due(ask) for shelf in self._shelves))
-        for place in [place for place, is_due in enumerate(due) if is_due]:
+        due = await asyncio.gather(*(shelf.is_due(ask) for shelf in self.shelves))
+        places = [place for place, is_due in enumerate(due) if is_due]
+        for place in places:
             touched += cast("int", await self._one(place, ask))
+        for place in places:
             touched += await self._answer_waiting(place)
         return touched
 
     async def _answer_waiting(self, place: int) -> int:
         """A part that has the idempotency key of a call whose process died learns what became of the call."""
-        shelf, done = self._shelves[place], 0
+        shelf, done = self.shelves[place], 0
         for part in await shelf.waiting_parts():
             call = call_of(part.id)
             self._calls.pop(call, None)
             await self._find([call])
-            home = await self._shelves[self._place_of(call).home].read(HoldRow(call))
+            home = await self.shelves[self._place_of(call).home].read(HoldRow(call))
             hold = home.state.holds.get(call)
             receipt = _nothing(part, home.now) if hold is None else hold.receipt
             if receipt is not None:
@@ -381,10 +383,10 @@ class ClusterStore(Store):
         await self._known()
         if isinstance(query, HoldRow):
             await self._find([query.id])
-            return await self._shelves[self._place_of(query.id).home].read(query)
+            return await self.shelves[self._place_of(query.id).home].read(query)
         if isinstance(query, AccountRows | EntriesAfter | LinesOf):
-            return await self._shelves[self._partitions.of(query.payer)].read(query)
-        found = await asyncio.gather(*(shelf.read(query) for shelf in self._shelves))
+            return await self.shelves[self.partitions.of(query.payer)].read(query)
+        found = await asyncio.gather(*(shelf.read(query) for shelf in self.shelves))
         return merged(query, found)
 
 

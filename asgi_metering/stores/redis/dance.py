@@ -1,19 +1,20 @@
 """
 The dance: an admission whose parts are in several slots of a Cluster (DESIGN "Redis").
 
-1. *Reserve.* Slots and counts of other partitions are taken there, partition by partition in the order of their numbers,
-   as parts with a short life (see `parts`). Whoever asks meanwhile finds them taken: that is what may refuse capacity
-   to others for a moment.
+1. *Reserve.* Slots and counts of other partitions are taken there, partition by partition in the order of their
+   numbers, as parts with a short life (see `parts`). Whoever asks meanwhile finds them taken: that is what may refuse
+   capacity to others for a moment.
 2. *Decide.* The partition of who pays decides all the rest in one step, and has the call's hold. Money is never in two
    partitions: one account pays a whole call. Payer objects in several partitions are asked in their order, each with
    everything else reserved.
 3. *Keep, or take back.* Only when every part is known to be kept is the call admitted. A part that is not there any
    more, because all this took longer than its life, makes the call give back everything: nothing was decided.
 
-So no call runs without all that it took, whatever dies when; what is counted may be too much, for `RESERVED_S`, and never
-too little. Whoever dies in the middle leaves reservations, which expire, and perhaps a hold that nobody renews: it goes
-in doubt, and ends as that of any call whose process died. A repeat with the same id finds what is there, and completes
-it. Ends go to the hold and to all parts; each of them ends once, so that they are repeated until all have answered.
+So no call runs without all that it took, whatever dies when; what is counted may be too much, for `RESERVED_S`, and
+never too little. Whoever dies in the middle leaves reservations, which expire, and perhaps a hold that nobody renews:
+it goes in doubt, and ends as that of any call whose process died. A repeat with the same id finds what is there, and
+completes it. Ends go to the hold and to all parts; each of them ends once, so that they are repeated until all have
+answered.
 
 Refused, the call is told the first reason in the order of the rules, over all partitions: they are asked once more for
 that, without taking anything.
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import ConfigurationError, StoreContendedError
+from asgi_metering.rules.calendars import pick
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, Preview, Undo
 from asgi_metering.stores.redis.partitions import Plan, Run
@@ -109,12 +111,12 @@ class Dance:
         reserved: dict[int, Decision] = {}
         try:
             for run in self._plan.runs:
-                for place in self.beside(run.home):
-                    if place not in reserved:
-                        decision = _decision(await self._run(place, self.part(place)))
+                for other in self.beside(run.home):
+                    if other not in reserved:
+                        decision = _decision(await self._run(other, self.part(other)))
                         if not decision.admitted:
                             return await self._refused(decision, reserved), None
-                        reserved[place] = decision
+                        reserved[other] = decision
                 own = self.own(run, is_reserved=run.home in reserved)
                 decision = _decision(await self._run(run.home, own))
                 if decision.admitted:
@@ -163,39 +165,65 @@ class Dance:
         asks = [(run.home, self.own(run)) for run in runs]
         asks += [(place, self.part(place)) for place in self.beside(runs[0].home) if place not in homes]
         told = [_decision(one) for one in await asyncio.gather(*(self._look(at, Preview(ask)) for at, ask in asks))]
-        refused = [decision for decision in told if not decision.admitted and not _is_dry(decision)]
-        paying = next((decision for decision in told[: len(runs)] if decision.admitted), None)
+        paying = next((at for at, decision in enumerate(told[: len(runs)]) if decision.admitted), len(runs))
+        refused = [
+            decision
+            for at, decision in enumerate(told)
+            # Nobody's sources are asked after who pays; limits are, wherever they are.
+            if not decision.admitted and not _is_dry(decision) and (at < paying or self._rank(decision) < (5,))
+        ]
         if refused:
             chosen = min(refused, key=self._rank)
+        elif paying < len(runs):
+            chosen = told[paying]
         else:
-            chosen = _dry(told[: len(runs)]) if paying is None else paying
-        return self._merged(chosen, told)
+            chosen = _dry(told[: len(runs)])
+        return self._merged(chosen, told if chosen.admitted else await self._untaken(asks, told))
+
+    async def _untaken(self, asks: Sequence[tuple[int, Admit]], told: Sequence[Decision]) -> list[Decision]:
+        """*told*, with the windows of limits as they are: of a call that is refused nothing is counted anywhere."""
+        untold = [
+            (at, _only_look(ask))
+            for (at, ask), decision in zip(asks, told, strict=True)
+            if ask.limits and (decision.admitted or not decision.windows)
+        ]
+        looks = await asyncio.gather(*(self._look(at, Preview(ask)) for at, ask in untold))
+        return [*map(_decision, looks), *(one for one in told if not one.admitted)]
 
     def _rank(self, decision: Decision) -> tuple[float, ...]:
         """What is told first (DESIGN "Admission"): lower is earlier."""
         refusal, ask = decision.refusal, self._ask
         if refusal is None:
-            return (0,) if decision.replay is not None else (1,)
+            return (0,) if decision.replay is not None else (1,) if self._is_stale(decision.now) else (5,)
         if refusal.reason in (Reason.IN_FLIGHT, Reason.FINGERPRINT):
             return (0,)
         if refusal.reason is Reason.CONCURRENCY:
             return (2, [(lease.name, lease.level) for lease in ask.leases].index((refusal.name, refusal.level or "")))
+        if _is_dry(decision):
+            return (5,)
         place = [limit.name for limit in ask.limits].index(refusal.name)
         if refusal.reason is Reason.EXCEEDS_LIMIT:
             return (3, place)
         return (4, -(refusal.retry_after_s or 0.0), place)
 
+    def _is_stale(self, now: float) -> bool:
+        """Whether a limit's calendar does not cover *now*; otherwise that of a source, which is looked at last."""
+        return any(limit.boundaries and pick(limit.boundaries, now) is None for limit in self._ask.limits)
+
     def _merged(self, decision: Decision, others: Iterable[Decision]) -> Decision:
         """*decision*, with the windows of all, in the order of the limits."""
-        limits, windows = {limit.name: limit for limit in self._ask.limits}, {}
-        for other in (decision, *others):
-            for window in other.windows:
-                # Of a call that is refused nothing is counted, not even where it would be admitted.
-                back = limits[window.name].cost if other.admitted and not decision.admitted else 0
-                told = window._replace(meter=unmetered(window.meter), remaining=window.remaining + back)
-                windows.setdefault(window.name, told)
-        in_order = tuple(windows[name] for name in limits if name in windows)
-        return decision._replace(id=self._ask.id, windows=in_order)
+        if not decision.admitted and (decision.refusal is None or self._rank(decision) == (0,)):
+            # Limits were not looked at, or are not told.
+            return decision._replace(id=self._ask.id, windows=())
+        windows = {window.name: window for other in (decision, *others) for window in other.windows}
+        in_order = [windows[limit.name] for limit in self._ask.limits if limit.name in windows]
+        told = tuple(window._replace(meter=unmetered(window.meter)) for window in in_order)
+        return decision._replace(id=self._ask.id, windows=told)
+
+
+def _only_look(ask: Admit) -> Admit:
+    limits = tuple(limit._replace(cost=0) for limit in ask.limits)
+    return ask._replace(amount=0, minimum=0, sources=(), limits=limits, leases=(), charge_key=None, idempotency=None)
 
 
 def _decision(answer: Answer) -> Decision:

@@ -1,11 +1,11 @@
 """
 Nodes: the ways of one event loop to the nodes of a Cluster, and which of them owns a slot.
 
-What waits for a node while it is being asked goes to it together, whatever slots it is for. A node that is not the owner
-says so and has done nothing: the owner is looked up, and asked. While a slot is on its way from one node to another,
-some of its rows are here and others there, and no script may see only some: what names a row that is not there is
-refused by both nodes, every script of ours names one that never is, and nobody is ever asked out of turn (``ASKING``).
-Whoever needs the slot waits until it has arrived. Does not know what is said.
+What waits for a node while it is being asked goes to it together, whatever slots it is for. A node that is not the
+owner says so and has done nothing: the owner is looked up, and asked. While a slot is on its way from one node to
+another, some of its rows are here and others there, and no script may see only some: what names a row that is not there
+is refused by both nodes, every script of ours names one that never is, and nobody is ever asked out of turn
+(``ASKING``). Whoever needs the slot waits until it has arrived. Does not know what is said.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """
 Partitions: which slot of a Cluster has what, and what of an admission belongs to which.
 
-A namespace is a fixed number of partitions, each with a hash tag, and so a slot, of its own; they spread over all nodes.
-A payer's partition is its account root: accounts in all units, their grants, allowances, ledgers and live holds, the
-holds of the calls that it pays, its idempotency and charge keys, the events of these calls, and the limits and pools
-that are counted for it (`LimitAsk.root`). Everything in one partition is decided by one script in one round trip,
-exactly as on one server; two payers of one partition as well. What is counted for nobody's account, an address or a pool
-for all, has the partition of its own name. Indexes are one for each partition, so that sweeps, outbox and reads walk a
-known list. Does not know how a partition is asked.
+A namespace is a fixed number of partitions, each with a hash tag, and so a slot, of its own; they spread over all
+nodes. A payer's partition is its account root: accounts in all units, their grants, allowances, ledgers and live holds,
+the holds of the calls that it pays, its idempotency and charge keys, the events of these calls, and the limits and
+pools that are counted for it (`LimitAsk.root`). Everything in one partition is decided by one script in one round trip,
+exactly as on one server; two payers of one partition as well. What is counted for nobody's account, an address or a
+pool for all, has the partition of its own name. Indexes are one for each partition, so that sweeps, outbox and reads
+walk a known list. Does not know how a partition is asked.
 """
 
 from __future__ import annotations

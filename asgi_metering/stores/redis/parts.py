@@ -17,6 +17,7 @@ from asgi_metering.rules.keys import answer_key
 from asgi_metering.rules.operations import Admit, End, IdempotencyAsk, LeaseAsk, LimitAsk
 from asgi_metering.rules.settlement import end
 from asgi_metering.rules.state import AccountKey, Change, Hold, State, Table
+from asgi_metering.rules.windows import correct
 from asgi_metering.stores.redis.working_copy import WorkingCopy
 
 __all__ = [
@@ -41,6 +42,8 @@ RESERVED_S = 10.0
 """
 Life of a reservation. Thousands of times what the rest of an admission takes; after a crash others wait for no longer.
 """
+
+REQUESTS = "requests"
 
 _SUFFIX = "\x1fpart"
 _MARK = "#"
@@ -103,23 +106,25 @@ def reservation(
 ) -> Admit:
     """The admission by which *limits*, *leases* and *claim* of *ask* are reserved in their slot."""
     counted = tuple(limit._replace(meter=metered(limit.meter)) for limit in limits)
-    reserved = {"ttl_s": RESERVED_S, "grace_s": 0.0, "in_doubt": Basis.NONE, "idempotency": claim}
-    return Admit(part_of(ask.id), *NOBODY, 0, 0, (), counted, leases, **reserved)
+    payer, unit = NOBODY
+    nothing = Admit(part_of(ask.id), payer, unit, 0, 0, (), counted, leases)
+    return nothing._replace(ttl_s=RESERVED_S, grace_s=0.0, in_doubt=Basis.NONE, idempotency=claim)
 
 
 async def taken_back(copy: WorkingCopy, limit: int) -> tuple[list[Change], list[Change]]:
     """
     Forget parts that nobody renewed, at most *limit*, of those that are loaded.
 
-    A reservation gives back what it counted; of a part that was kept, what it counted stays, as at any end by time. One
-    that has an idempotency key waits: what its call did is known elsewhere.
+    A reservation gives back what it counted. Of a part that was kept, what it counted stays, as at any end by time, and
+    so does the part while its windows run: the call's own end may still come and correct them. One that has an
+    idempotency key waits: what its call did is known elsewhere.
     """
     now, state = copy.now, copy.state
-    overdue = sorted((hold for hold in state.live_holds(NOBODY) if hold.expires_at <= now), key=_by_expiry)
-    over = [hold for hold in overdue if not (hold.observed and hold.idempotency_key)][:limit]
+    overdue = [hold for hold in state.live_holds(NOBODY) if (hold.due_at if hold.observed else hold.expires_at) <= now]
+    over = [hold for hold in overdue if not (hold.observed and hold.idempotency_key)]
     await copy.rows(copy.names.counter(pinned.key) for hold in over for pinned in hold.windows)
     done: list[Change] = []
-    for hold in over:
+    for hold in sorted((hold for hold in over if not _may_be_corrected(state, hold)), key=_by_expiry)[:limit]:
         changes = _gone(state, hold, now)
         state.apply(changes)
         done.extend(changes)
@@ -130,16 +135,32 @@ def _by_expiry(hold: Hold) -> tuple[float, str]:
     return hold.expires_at, hold.id
 
 
+def _may_be_corrected(state: State, hold: Hold) -> bool:
+    return bool(hold.observed) and any(
+        unmetered(pinned.meter) != REQUESTS and correct(pinned, state.counters.get(pinned.key), 0) is not None
+        for pinned in hold.windows
+    )
+
+
 def _gone(state: State, hold: Hold, now: float) -> list[Change]:
     actual = {} if hold.observed else {pinned.meter: 0 for pinned in hold.windows}
     _, changes = end(state, End(hold.id, None, by=EndedBy.POLICY, actual=actual, failed=True), now)
-    return [*[change for change in changes if change[0] != Table.HOLD], (Table.HOLD, hold.id, None)]
+    rest = [_unless_unused(change) for change in changes if change[0] != Table.HOLD]
+    return [*rest, (Table.HOLD, hold.id, None)]
+
+
+def _unless_unused(change: Change) -> Change:
+    """A window that only a part has begun has not begun."""
+    table, key, row = change
+    if table == Table.COUNTER and not (row.used or row.previous):
+        return (table, key, None)
+    return change
 
 
 def answered(state: State, part: str, ask: End, receipt: Receipt, now: float) -> list[Change]:
     """The end of a part that has the idempotency key of its call, which got *receipt*. Again changes nothing."""
     hold = state.holds.get(part)
-    if hold is None or hold.receipt is not None:
+    if hold is None:
         return []
     actual = {metered(meter): used for meter, used in ask.actual.items()}
     _, changes = end(state, End(part, None, by=ask.by, actual=actual), now)

@@ -54,20 +54,29 @@ class TestCluster(StoreConformance):
         await store.open()
         return store
 
+    def test_run_together_as_one_by_one(self) -> None:
+        """Where all is in one partition; in several, what is handed over together runs at the same time."""
+        self.partitions = 1
+        super().test_run_together_as_one_by_one()
+
+    def test_sweep_a_few_at_a_time(self) -> None:
+        """As many of a kind as it was asked to, of each partition."""
+        self.partitions = 1
+        super().test_sweep_a_few_at_a_time()
+
 
 def call(call_id: str) -> Admit:
     """A call of 10 units."""
     return Admit(call_id, "p", "credits", 10, 10, (WalletSource(),))
 
 
-def test_namespaces_are_spread_over_the_nodes(nodes: list[ValkeyServer]) -> None:
-    """Each namespace lives on one node, and several of them on several."""
+def test_payers_are_spread_over_the_nodes(nodes: list[ValkeyServer]) -> None:
+    """One namespace's payers live on all nodes."""
 
     async def run() -> None:
-        for number in range(12):
-            store = store_from_url(url_of(nodes, f"spread{number}"))
-            await store.run([PostGrant("g", "p", "credits", 100)])
-            await store.close()
+        store = store_from_url(url_of(nodes, "spread"))
+        await store.run([PostGrant(f"g{number}", f"p{number}", "credits", 100) for number in range(12)])
+        await store.close()
 
     asyncio.run(run())
     sizes = [int(node.ask("EVAL", "return #redis.call('KEYS', '{spread*')", "0")[1:]) for node in nodes]
@@ -75,38 +84,48 @@ def test_namespaces_are_spread_over_the_nodes(nodes: list[ValkeyServer]) -> None
 
 
 def test_slot_moves_to_another_node(nodes: list[ValkeyServer]) -> None:
-    """While a slot moves, and after it has, operations come through: nothing is lost and nothing done twice."""
-    slot = driver().slot(b"{moving}")
-    owner = next(node for node in nodes if _owns(node))
+    """While a slot moves, its calls wait; when it has, they come through: nothing is lost and nothing done twice."""
+    tag = b"moving:0"
+    slot = driver().slot(b"{%s}" % tag)
+    owner = next(node for node in nodes if not node.ask("GET", "{moving:0}").startswith(b"-MOVED"))
     other = next(node for node in nodes if node is not owner)
     ids = {node.port: node.ask("CLUSTER", "MYID").split(b"\r\n")[1].decode() for node in nodes}
 
-    async def run() -> None:
-        store = store_from_url(url_of(nodes, "moving"))
-        await store.run([PostGrant("g", "p", "credits", 100), call("a"), call("b")])
+    def begin() -> None:
         other.ask("CLUSTER", "SETSLOT", str(slot), "IMPORTING", ids[owner.port])
         owner.ask("CLUSTER", "SETSLOT", str(slot), "MIGRATING", ids[other.port])
-        keys = owner.ask("CLUSTER", "GETKEYSINSLOT", str(slot), "100").decode().split("\r\n")[2::2]
-        assert len(keys) > 5
-        moved = owner.ask("MIGRATE", HOST, str(other.port), "", "0", "5000", "KEYS", *keys)
-        assert moved == b"+OK\r\n"
+
+    def keys() -> list[str]:
+        return owner.ask("CLUSTER", "GETKEYSINSLOT", str(slot), "100").decode().split("\r\n")[2::2]
+
+    def move(some: list[str]) -> None:
+        assert owner.ask("MIGRATE", HOST, str(other.port), "", "0", "5000", "KEYS", *some) == b"+OK\r\n"
+
+    async def run() -> None:
+        store = store_from_url(url_of(nodes, "moving") + "&partitions=1")
+        await store.run([PostGrant("g", "p", "credits", 100), call("a"), call("b")])
+        begin()
+        half = keys()[::2]
+        assert len(half) > 3
+        move(half)
+        failures = await store.run([End("a", 9, Basis.USAGE), PostGrant("h", "p", "credits", 1)])
+        assert [type(failure) for failure in failures] == [StoreUnavailableError] * 2
+        waiting = asyncio.ensure_future(store.run([End("a", 3, Basis.USAGE), call("c")]))
+        await asyncio.sleep(0)
+        move(keys())
         for node in (other, owner, *nodes):
             node.ask("CLUSTER", "SETSLOT", str(slot), "NODE", ids[other.port])
-        first, second = await store.run([End("a", 3, Basis.USAGE), call("c")])
+        first, second = await waiting
         assert isinstance(first, Receipt)
         assert isinstance(second, Decision)
         assert (first.amount, second.admitted) == (3, True)
         state = (await store.read(EverythingKept())).state
         assert_conserved(state)
         account = state.accounts["p", "credits"]
-        assert (account.settled, account.held) == (3, 20)
+        assert (account.settled, account.held, account.granted) == (3, 20, 100)
         await store.close()
 
     asyncio.run(run())
-
-
-def _owns(node: ValkeyServer) -> bool:
-    return not node.ask("GET", "{moving}").startswith(b"-MOVED")
 
 
 def test_no_node_of_a_cluster_answers() -> None:

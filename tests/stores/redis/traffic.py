@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 
-from asgi_metering.decisions import Decision
+from asgi_metering.decisions import Decision, Reason
 from asgi_metering.receipts import Basis, Receipt
-from asgi_metering.rules.operations import Admit, End, IdempotencyAsk, KeyAsk, PostGrant, Renew, Sweep, WalletSource
+from asgi_metering.rules.operations import (
+    Admit,
+    End,
+    IdempotencyAsk,
+    KeyAsk,
+    LeaseAsk,
+    LimitAsk,
+    PostGrant,
+    Renew,
+    Sweep,
+    WalletSource,
+    WindowKind,
+)
 from asgi_metering.stores.pump import Pump
 from asgi_metering.stores.urls import store_from_url
 from tests.stores.traffic import KINDS, tell
@@ -63,12 +76,39 @@ async def ends(pump: Pump, name: str, tries: int) -> None:
     await asyncio.gather(*(one(number) for number in range(tries)))
 
 
+async def slots(pump: Pump, name: str, limit: int) -> None:
+    """Run calls over three slots of a Cluster until there is nothing left, and tell from when to when each ran."""
+    tell("ready")
+    await asyncio.to_thread(sys.stdin.readline)
+    limits = (LimitAsk("calls", "everybody", WindowKind.FIXED, limit, 1e6),)
+    leases = (LeaseAsk("at once", "slots", 4),)
+
+    async def caller(number: int) -> None:
+        refused = turn = 0
+        # What another call gives back may be refused for a moment, and not for long.
+        while refused < 100:
+            turn += 1
+            call_id = f"{name}.{number}.{turn}"
+            decision = await pump.submit(Admit(call_id, "payer", "credits", 1, 1, (WalletSource(),), limits, leases))
+            assert isinstance(decision, Decision)
+            if decision.admitted:
+                refused, start = 0, time.monotonic()
+                await asyncio.sleep(0.001)
+                tell("ran", start, time.monotonic())
+                await pump.submit(End(call_id, 1, Basis.USAGE))
+            else:
+                refused += decision.refusal is not None and decision.refusal.reason is not Reason.CONCURRENCY
+                await asyncio.sleep(0.002)
+
+    await asyncio.gather(*(caller(number) for number in range(4)))
+
+
 async def main(kind: str, url: str, name: str, tries: str) -> None:
     """Open a store of this process's own on *url* and run one kind of traffic."""
     store = store_from_url(url)
     await store.open()
     pump = Pump(store)
-    await {**KINDS, "keys": keys, "ends": ends}[kind](pump, name, int(tries))
+    await {**KINDS, "keys": keys, "ends": ends, "slots": slots}[kind](pump, name, int(tries))
     await pump.close()
     await store.close()
 

@@ -18,10 +18,28 @@ function M.is_weighted(windows)
   return false
 end
 
+-- A window that only the part has begun has not begun: refusals leave no trace.
+function M.drop_unused(windows)
+  local at = 1
+  while at <= #windows do
+    local _, _, _, counter, next_at = parse(AS.PINNED, windows, at)
+    local key = work.prefix .. 'c:' .. counter
+    local text = M.fetch(key)
+    if text then
+      local _, _, used, previous = parse(AS.WINDOW, text)
+      if used == 0 and previous == 0 then
+        M.drop(key, 'counters')
+      end
+    end
+    at = next_at
+  end
+end
+
 function M.keep_part(key, text, pools, ttl, grace)
-  local size, state, expires, _, _, held, created, _, _, _, who = parse(AS.HOLD, text)
+  local size, state, expires, _, observed, held, created, _, _, _, who = parse(AS.HOLD, text)
   local member = M.rest(key)
-  expires = max(work.now_is + ttl, expires)
+  -- From a reservation's life to the call's own, which may be shorter; kept again it only lives longer.
+  expires = observed == 1 and max(work.now_is + ttl, expires) or work.now_is + ttl
   M.put(key, pack('>I4Bddddddd', size, state, expires, expires + grace, 1, held, created, ttl, grace) .. sub(text, 62))
   M.lives(parse('>I4c0', who), expires, member)
   for _, pool in ipairs(pools) do
@@ -69,6 +87,9 @@ function M.part(k, a, _, at)
     M.answer_key(work.prefix .. 'i:' .. claimed, M.rest(key), true)
   end
   M.correct(windows, actual)
+  if what == CODE.TAKE_BACK then
+    M.drop_unused(windows)
+  end
   for _, pool in ipairs(pools) do
     M.lease(work.prefix .. 'q:' .. pool, M.rest(key), false)
   end
