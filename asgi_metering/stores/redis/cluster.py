@@ -297,7 +297,7 @@ class ClusterStore(Store):
         own = dance.own(home, is_reserved=known is not None and home.home in known.parts)
         undone = await run(home.home, Undo(own, ask.at))
         if undone:
-            taken = await asyncio.gather(*(run(at, Part(part_of(ask.ask.id), What.TAKE_BACK)) for at in parts))
+            taken = await asyncio.gather(*(run(at, Part(part_of(ask.ask.id), What.UNDO)) for at in parts))
             # What was only counted has left no part: the time of the decision says where.
             counted = [at for at, was_there in zip(parts, taken, strict=True) if not was_there]
             await asyncio.gather(*(run(at, Undo(dance.part(at), ask.at)) for at in counted))

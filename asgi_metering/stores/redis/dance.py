@@ -32,7 +32,7 @@ from asgi_metering.rules.calendars import pick
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, Preview, Undo
 from asgi_metering.stores.redis.partitions import Plan, Run
-from asgi_metering.stores.redis.parts import Part, What, part_of, reservation, unmetered
+from asgi_metering.stores.redis.parts import REQUESTS, Part, What, part_of, reservation, unmetered
 
 __all__ = ["Ask", "Dance", "Place"]
 
@@ -121,7 +121,7 @@ class Dance:
                 decision = _decision(await self._run(run.home, own))
                 if decision.admitted:
                     place = self._place(run.home, reserved)
-                    await self._keep(own, decision, place)
+                    await self._keep(own, decision, run.home, reserved)
                     return self._merged(decision, reserved.values()), place
                 if not _is_dry(decision):
                     break
@@ -139,14 +139,17 @@ class Dance:
         return self._merged(decision, ()) if told.admitted else told
 
     def _place(self, home: int, reserved: Mapping[int, Decision]) -> Place:
-        is_claimed = self._ask.idempotency is not None and self._plan.root in reserved
-        return Place(home, tuple(reserved), self._plan.root if is_claimed else None)
+        """Where the call is, without what was only counted: nothing of that ends."""
+        ask, plan = self._ask, self._plan
+        claim = plan.root if ask.idempotency is not None and plan.root in reserved else None
+        weighted = {at for at, some in plan.limits.items() if any(limit.meter != REQUESTS for limit in some)}
+        return Place(home, tuple(at for at in reserved if at in plan.leases or at in weighted or at == claim), claim)
 
-    async def _keep(self, own: Admit, decision: Decision, place: Place) -> None:
+    async def _keep(self, own: Admit, decision: Decision, home: int, reserved: Iterable[int]) -> None:
         part = Part(part_of(own.id), What.KEEP, own.ttl_s, own.grace_s)
-        kept = await asyncio.gather(*(self._run(at, part) for at in place.parts))
+        kept = await asyncio.gather(*(self._run(at, part) for at in reserved))
         if not all(kept):
-            await self._run(place.home, Undo(own, decision.now))
+            await self._run(home, Undo(own, decision.now))
             raise StoreContendedError(
                 f"Call {own.id!r} took longer to admit than its reservations live, and was given back. Try it again "
                 f"with another id."

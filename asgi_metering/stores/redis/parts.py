@@ -22,6 +22,7 @@ from asgi_metering.stores.redis.working_copy import WorkingCopy
 
 __all__ = [
     "NOBODY",
+    "REQUESTS",
     "RESERVED_S",
     "Part",
     "What",
@@ -44,6 +45,7 @@ Life of a reservation. Thousands of times what the rest of an admission takes; a
 """
 
 REQUESTS = "requests"
+"""The meter that no end corrects."""
 
 _SUFFIX = "\x1fpart"
 _MARK = "#"
@@ -56,6 +58,10 @@ class What(IntEnum):
     KEEP = 0
     END = 1
     TAKE_BACK = 2
+    """As if it had not been: a refusal leaves no trace."""
+
+    UNDO = 3
+    """The same, and windows that it began go on, as at any `Undo`."""
 
 
 class Part(NamedTuple):

@@ -64,6 +64,7 @@ class Books:
         self._place = ClusterPlace([(HOST, nodes[0].port)], {}, 5.0)
         self._namespace = f"dance{next(_numbers)}"
         self._more = more
+        self._stores: list[ClusterStore] = []
         self.store = self.fellow()
         of = self.store.partitions.of
         names = [f"x{number}" for number in range(100)]
@@ -74,7 +75,14 @@ class Books:
     def fellow(self) -> ClusterStore:
         """Another process's store."""
         options = {"partitions": PARTITIONS, "clock": self.clock, **self._more}
-        return ClusterStore(self._place, namespace=self._namespace, **options)
+        store = ClusterStore(self._place, namespace=self._namespace, **options)
+        self._stores.append(store)
+        return store
+
+    async def close(self) -> None:
+        """Close all stores."""
+        for store in self._stores:
+            await store.close()
 
     def limit(self, limit: int = 1, **more: Any) -> LimitAsk:
         """A limit on an address."""
@@ -112,13 +120,15 @@ def play(nodes: list[ValkeyServer], story: Callable[[Books], Awaitable[None]], *
 
     async def told() -> None:
         books = Books(nodes, **more)
-        await story(books)
-        await books.store.close()
+        try:
+            await story(books)
+        finally:
+            await books.close()
 
     asyncio.run(told())
 
 
-class Death(Exception):
+class DeathError(Exception):
     """The process is dead from now on: it asks nothing any more."""
 
 
@@ -129,14 +139,13 @@ def dies(store: ClusterStore, after: int, *, unheard: bool, monkeypatch: pytest.
 
     def ask(desk: Desk, turn: int, place: int, operation: Operation | Part) -> Any:
         number = next(asked)
-        if number > after:
-            raise Death
-        answered = really(desk, turn, place, operation)
-        return answered if number < after or not unheard else _lost(answered)
+        answered = really(desk, turn, place, operation) if number <= after else None
+        return answered if answered is not None and (number < after or not unheard) else _dead(answered)
 
-    async def _lost(answered: Awaitable[Any]) -> Any:
-        await answered
-        raise Death
+    async def _dead(answered: Awaitable[Any] | None) -> Any:
+        if answered is not None:
+            await answered
+        raise DeathError
 
     monkeypatch.setattr(Desk, "ask", ask)
 
@@ -156,7 +165,7 @@ def test_die_at_any_step(nodes: list[ValkeyServer], monkeypatch: pytest.MonkeyPa
             dies(books.store, after, unheard=unheard, monkeypatch=patch)
             (answer,) = await books.store.run([books.ask("dead")])
         is_whole = after == STEPS and not unheard
-        assert isinstance(answer, Decision if is_whole else Death)
+        assert isinstance(answer, Decision if is_whole else DeathError)
         books.store = books.fellow()
         assert not (await books.one(books.ask("early"))).admitted
         await books.state()
@@ -314,7 +323,7 @@ def test_somebody_else_pays_from_another_slot(nodes: list[ValkeyServer]) -> None
 
 @pytest.mark.parametrize("observed", [0, 6])
 def test_key_learns_what_became_of_a_dead_call(nodes: list[ValkeyServer], observed: int) -> None:
-    """While a call is in doubt its key is taken; then it is free if nothing was charged, and else answers the receipt."""
+    """While a call is in doubt its key is taken; then it is free if nothing was charged, or else has the receipt."""
 
     async def story(books: Books) -> None:
         await books.grant(100, books.owner)
@@ -395,7 +404,7 @@ def test_undo_takes_everything_back(nodes: list[ValkeyServer]) -> None:
 
 
 def test_refusals_tell_the_first_reason_of_all(nodes: list[ValkeyServer]) -> None:
-    """Concurrency before rates before credits, whichever partition says so; a preview tells the same and takes nothing."""
+    """Concurrency before rates before credits, whichever partition says so; a preview tells the same, takes nothing."""
 
     async def story(books: Books) -> None:
         full, spent = (LeaseAsk("at once", books.pool, 0),), (books.limit(0),)
@@ -472,9 +481,9 @@ def most_at_once(spans: list[tuple[float, float]]) -> int:
     return max(accumulate((step for _, step in edges), initial=0))
 
 
-@pytest.mark.parametrize(("limit", "wallet"), [(60, 40), (25, 40)])
+@pytest.mark.parametrize(("limit", "wallet"), [(40, 25), (20, 40)])
 def test_processes_race_over_slots(nodes: list[ValkeyServer], limit: int, wallet: int) -> None:
-    """Whatever processes race for a limit, a pool and a wallet in three slots: never more than there is, and no less."""
+    """Processes that race for a limit, a pool and a wallet in three slots get never more than there is, and no less."""
     namespace = f"race{next(_numbers)}"
     url = f"redis+cluster://{HOST}:{nodes[0].port}?namespace={namespace}&partitions=8"
     store = ClusterStore(ClusterPlace([(HOST, nodes[0].port)], {}, 5.0), namespace=namespace, partitions=8)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from asgi_metering.errors import ConfigurationError, MissingExtraError
 from asgi_metering.stores.redis import ClusterStore, RedisStore, SentinelPlace, ServerPlace
 from asgi_metering.stores.redis.names import Names, escaped, restored
+from asgi_metering.stores.redis.places import driver
 from asgi_metering.stores.urls import store_from_url
 from tests.harness.valkey import ValkeyServer
 

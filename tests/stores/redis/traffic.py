@@ -86,7 +86,7 @@ async def slots(pump: Pump, name: str, limit: int) -> None:
     async def caller(number: int) -> None:
         refused = turn = 0
         # What another call gives back may be refused for a moment, and not for long.
-        while refused < 100:
+        while refused < 20:
             turn += 1
             call_id = f"{name}.{number}.{turn}"
             decision = await pump.submit(Admit(call_id, "payer", "credits", 1, 1, (WalletSource(),), limits, leases))
@@ -100,7 +100,7 @@ async def slots(pump: Pump, name: str, limit: int) -> None:
                 refused += decision.refusal is not None and decision.refusal.reason is not Reason.CONCURRENCY
                 await asyncio.sleep(0.002)
 
-    await asyncio.gather(*(caller(number) for number in range(4)))
+    await asyncio.gather(*(caller(number) for number in range(3)))
 
 
 async def main(kind: str, url: str, name: str, tries: str) -> None:

@@ -1,6 +1,6 @@
 -- A part of a call whose hold is in another slot: keep it, end it, or take it back. See stores/redis/parts.py.
 -- Its key: hold. Its word: what to do, life, grace, then what was used by meter. Answers 1, or 0 for a part that is none.
-CODE.KEEP, CODE.END, CODE.TAKE_BACK = 0, 1, 2
+CODE.KEEP, CODE.END, CODE.TAKE_BACK, CODE.UNDO = 0, 1, 2, 3
 CODE.PLAIN = '#requests'
 
 -- Of whatever meter, nothing was used.
@@ -47,10 +47,14 @@ function M.keep_part(key, text, pools, ttl, grace)
   end
 end
 
+function M.account_of_part(text)
+  local account = parse('>I4c0', (select(11, parse(AS.HOLD, text))))
+  return account
+end
+
 function M.drop_part(key, text)
-  local who = select(11, parse(AS.HOLD, text))
   M.drop(key, 'ended')
-  M.append(work.ended_live, parse('>I4c0', who), M.rest(key))
+  M.append(work.ended_live, M.account_of_part(text), M.rest(key))
 end
 
 function M.part(k, a, _, at)
@@ -67,11 +71,11 @@ function M.part(k, a, _, at)
   local windows, pools_text, _, claimed = parse(AS.RARE, rare)
   local pools = M.texts_of(pools_text)
   if what == CODE.KEEP then
-    if #pools > 0 or claimed ~= '' or M.is_weighted(windows) then
-      M.keep_part(key, text, pools, ttl, grace)
-    else
-      -- What was counted stays, and nothing of it is ever corrected.
-      M.drop_part(key, text)
+    M.keep_part(key, text, pools, ttl, grace)
+    if #pools == 0 and claimed == '' and not M.is_weighted(windows) then
+      -- What was counted stays, and nothing of it is ever corrected: the part is only for whoever repeats the call soon.
+      M.append(work.ended_live, M.account_of_part(text), M.rest(key))
+      M.push(work.fading, key, string.format('%.0f', 1000 * ttl))
     end
     return 1
   end
