@@ -32,7 +32,16 @@ from asgi_metering.rules.operations import (
     Undo,
 )
 from asgi_metering.rules.state import Event, Hold
-from asgi_metering.stores.contract import AccountRows, EntriesAfter, HoldRow, LinesOf, Query, Snapshot, Store
+from asgi_metering.stores.contract import (
+    AccountRows,
+    AccountsAfter,
+    EntriesAfter,
+    HoldRow,
+    LinesOf,
+    Query,
+    Snapshot,
+    Store,
+)
 from asgi_metering.stores.redis.checks import check_server
 from asgi_metering.stores.redis.dance import Ask, Dance, Place
 from asgi_metering.stores.redis.desk import Desk
@@ -44,6 +53,7 @@ from asgi_metering.stores.redis.parts import Part, What, call_of, metered, part_
 from asgi_metering.stores.redis.places import ClusterPlace
 from asgi_metering.stores.redis.scripts import Scripts
 from asgi_metering.stores.redis.shelf import Shelf
+from asgi_metering.stores.redis.waves import Wave, asked_by_id
 
 __all__ = ["ClusterStore"]
 
@@ -165,21 +175,27 @@ class ClusterStore(Store):
         with that, and its neighbours are not harmed.
         """
         await self._known()
-        await self._find(_asked_by_id(operations))
+        await self._find(asked_by_id(operations))
         answers: list[Answer | Exception] = [_UNANSWERED] * len(operations)
-        wave = _Wave()
+        wave = Wave()
         for at, operation in enumerate(operations):
-            single = self._single(operation)
-            if not wave.takes(operation, single, self._home(operation)):
+            single, homes = self._where(operation)
+            if not wave.takes(operation, single, homes):
                 await self._run_wave(wave, answers)
-                wave = _Wave()
-                single = self._single(operation)
+                wave = Wave()
+                # What ran may have told where a call is.
+                single, homes = self._where(operation)
             if type(operation) is Admit and single is not None:
                 # Known before it is answered, for what follows of the same call.
                 self._note(operation.id, Place(single))
-            wave.add(at, operation, single, self._home(operation))
+            wave.add(at, operation, single, homes)
         await self._run_wave(wave, answers)
         return answers
+
+    def _where(self, operation: Operation) -> tuple[int | None, set[int]]:
+        """The partition that alone runs *operation*; or None, and those that are to be asked in order."""
+        single = self._single(operation)
+        return single, self._home(operation) if single is None else set()
 
     def _single(self, operation: Operation) -> int | None:
         """The partition that alone runs *operation*; None if several have to."""
@@ -203,7 +219,6 @@ class ClusterStore(Store):
                 return self.partitions.of(operation.payer)
 
     def _home(self, operation: Operation) -> set[int]:
-        """The partitions that are to be asked in order."""
         match operation:
             case End() | Renew() | Grow():
                 return {self._place_of(operation.id).home}
@@ -214,7 +229,7 @@ class ClusterStore(Store):
             case _:
                 return set()
 
-    async def _run_wave(self, wave: _Wave, answers: list[Answer | Exception]) -> None:
+    async def _run_wave(self, wave: Wave, answers: list[Answer | Exception]) -> None:
         if len(wave.single) == 1 and not wave.several:
             # Of one partition: nothing has to be put together.
             ((place, some),) = wave.single.items()
@@ -230,7 +245,7 @@ class ClusterStore(Store):
         except StoreUnavailableError as failure:
             return [failure] * len(some)
 
-    async def _spread(self, wave: _Wave, answers: list[Answer | Exception]) -> None:
+    async def _spread(self, wave: Wave, answers: list[Answer | Exception]) -> None:
         desk = Desk(self.shelves)
         work: dict[int, Awaitable[Answer]] = {}
         for place, some in wave.single.items():
@@ -386,8 +401,20 @@ class ClusterStore(Store):
             return await self.shelves[self._place_of(query.id).home].read(query)
         if isinstance(query, AccountRows | EntriesAfter | LinesOf):
             return await self.shelves[self.partitions.of(query.payer)].read(query)
+        if isinstance(query, AccountsAfter):
+            return await self._accounts(query)
         found = await asyncio.gather(*(shelf.read(query) for shelf in self.shelves))
         return merged(query, found)
+
+    async def _accounts(self, query: AccountsAfter) -> Snapshot:
+        """Names first: of each partition's next accounts most are not among the next of all."""
+        names = await asyncio.gather(*(shelf.accounts_after(query) for shelf in self.shelves))
+        first = sorted((name, place) for place, some in enumerate(names) for name in some)[: query.limit]
+        by_place: dict[int, list[bytes]] = {}
+        for name, place in first:
+            by_place.setdefault(place, []).append(name)
+        found = await asyncio.gather(*(self.shelves[place].accounts(some) for place, some in by_place.items()))
+        return merged(query, found or [await self.shelves[COMMON].accounts([])])
 
 
 _UNANSWERED = StoreUnavailableError("The operation was not run.")
@@ -397,71 +424,6 @@ def _nothing(part: Hold, now: float) -> Receipt:
     """The receipt of a call whose hold is nowhere: nothing was ever charged for it."""
     return Receipt(call_of(part.id), "", "", 0, 0, Basis.NONE, False, EndedBy.POLICY, (), None, now, None)
 
-
-def _call_of(operation: Operation) -> str | None:
-    """The call that an operation is about; postings have ids of their own."""
-    match operation:
-        case Admit() | End() | Renew() | Grow():
-            return operation.id
-        case Preview(ask) | Undo(ask):
-            return ask.id
-        case _:
-            return None
-
-
-def _asked_by_id(operations: Sequence[Operation]) -> list[str]:
-    """The calls that operations name by nothing but their ids, unless they begin here."""
-    begun: set[str] = set()
-    asked = []
-    for operation in operations:
-        if type(operation) is Admit:
-            begun.add(operation.id)
-        elif isinstance(operation, End | Renew | Grow) and operation.id not in begun:
-            asked.append(operation.id)
-    return asked
-
-
-class _Wave:
-    """
-    Operations that run at the same time: those of one partition in order, those of several beside them.
-
-    Attributes:
-        single: By partition, what it runs alone; each with its place in the batch.
-        several: The others.
-    """
-
-    def __init__(self) -> None:
-        self.single: dict[int, list[tuple[int, Operation]]] = {}
-        self.several: list[tuple[int, Operation]] = []
-        self._calls: dict[str, int | None] = {}
-        self._homes: set[int] = set()
-        self._is_full = False
-
-    def takes(self, operation: Operation, single: int | None, homes: set[int]) -> bool:
-        """Whether *operation* may run beside those that are here: its order to them does not matter, or is kept."""
-        if self._is_full:
-            return False
-        if type(operation) in _FOR_ALL:
-            return not (self.single or self.several)
-        call = _call_of(operation)
-        if call is not None and call in self._calls and (single is None or self._calls[call] != single):
-            return False
-        return not homes & self.single.keys() if single is None else single not in self._homes
-
-    def add(self, at: int, operation: Operation, single: int | None, homes: set[int]) -> None:
-        """Add the operation at the place *at*."""
-        if single is None:
-            self.several.append((at, operation))
-            self._homes |= homes
-        else:
-            self.single.setdefault(single, []).append((at, operation))
-        call = _call_of(operation)
-        if call is not None:
-            self._calls[call] = single
-        self._is_full = type(operation) in _FOR_ALL
-
-
-_FOR_ALL = frozenset((Claim, Acknowledge, Sweep))
 
 _ALONE: Mapping[type, Callable[[ClusterStore, Any, Ask], Awaitable[Answer]]] = {
     Admit: ClusterStore._admit,

@@ -26,7 +26,7 @@ def merged(query: Query, found: Sequence[Snapshot]) -> Snapshot:
     events = sorted(state.events.values(), key=attrgetter("at"))
     match query:
         case AccountsAfter(limit=limit):
-            state.accounts = {key: state.accounts[key] for key in sorted(state.accounts)[:limit]}
+            state.accounts = dict(sorted(state.accounts.items())[:limit])
         case LiveHolds(limit=limit):
             holds = sorted(state.holds.values(), key=attrgetter("created_at"))
             state.holds = {hold.id: hold for hold in holds[:limit]}

@@ -58,8 +58,8 @@ class Nodes:
         replies: list[Reply] = [None] * len(commands)
         waiting, pause_s = list(range(len(commands))), FIRST_PAUSE_S
         for move in range(MAX_MOVES):
-            lookups = self._lookups
             node = self._node(await self._owner(slot))
+            lookups = self._lookups
             try:
                 found = await node.exchange([commands[at] for at in waiting])
             except StoreUnavailableError:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from asgi_metering.receipts import Receipt
 from asgi_metering.rules.operations import End, Sweep
 from asgi_metering.rules.state import Change, Hold
+from asgi_metering.stores.contract import AccountsAfter, Snapshot
 from asgi_metering.stores.redis.link import Command, Link, Reply
 from asgi_metering.stores.redis.loading import load
-from asgi_metering.stores.redis.names import Names
+from asgi_metering.stores.redis.names import GLUE, Names, escaped
 from asgi_metering.stores.redis.nodes import Nodes, SlotLink
 from asgi_metering.stores.redis.parts import NOBODY, answered, metered, part_of
 from asgi_metering.stores.redis.places import NodePlace
@@ -85,6 +86,21 @@ class Shelf(RedisStore):
         for call, has, part in zip(ids, replies[::2], replies[1::2], strict=True):
             found.append((bool(has), None if part is None else self._packing.hold_of(part_of(call), part)))
         return found
+
+    async def accounts_after(self, query: AccountsAfter) -> list[bytes]:
+        """The keys of its next accounts, in their order. One round trip."""
+        after = (query.payer, query.unit)
+        above = f"({GLUE.join(map(escaped, after))}" if any(after) else "-"
+        (found,) = await self.ask([("ZRANGEBYLEX", self._names.accounts, above, "+", "LIMIT", "0", str(query.limit))])
+        return list(found)
+
+    async def accounts(self, keys: Sequence[bytes]) -> Snapshot:
+        """These accounts. One round trip."""
+        copy = self._copy()
+        await copy.read()
+        await copy.rows([f"{self._names.prefix}a:{key.decode()}" for key in keys])
+        copy.state.grants.clear()
+        return Snapshot(copy.now, copy.state)
 
     async def pending(self) -> int:
         """How many events wait. One round trip."""
