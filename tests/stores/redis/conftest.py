@@ -10,7 +10,7 @@ import pytest
 
 from asgi_metering.stores.redis import RedisStore, ServerPlace
 from tests.harness.servers import HOST
-from tests.harness.valkey import ValkeyServer, valkey
+from tests.harness.valkey import ValkeyServer, cluster, valkey
 
 _numbers = count()
 
@@ -19,6 +19,13 @@ _numbers = count()
 def server() -> Iterator[ValkeyServer]:
     """A server that lives as long as the tests."""
     with valkey("--appendonly", "yes", "--appendfsync", "no") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[list[ValkeyServer]]:
+    """Three nodes that share the slots of a Cluster."""
+    with cluster() as running:
         yield running
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from itertools import count
 
 import pytest
@@ -15,22 +14,17 @@ from asgi_metering.rules.operations import Admit, End, PostGrant, WalletSource
 from asgi_metering.stores.contract import EverythingKept, Store
 from asgi_metering.stores.redis import ClusterPlace, ClusterStore, RedisStore, SentinelPlace
 from asgi_metering.stores.redis.places import driver
+from asgi_metering.stores.redis.transaction import Transactions
+from asgi_metering.stores.redis.working_copy import WorkingCopy
 from asgi_metering.stores.urls import store_from_url
 from asgi_metering.testing.clock import FakeClock
 from asgi_metering.testing.conformance import StoreConformance
 from tests.harness.servers import HOST, free_port
-from tests.harness.valkey import ValkeyServer, cluster, sentinel, valkey
+from tests.harness.valkey import ValkeyServer, sentinel, valkey
 from tests.harness.waiting import wait_until
 from tests.stores.test_processes import assert_conserved
 
 _numbers = count()
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[list[ValkeyServer]]:
-    """Three nodes that share the slots."""
-    with cluster() as running:
-        yield running
 
 
 def url_of(nodes: list[ValkeyServer], namespace: str) -> str:
@@ -41,7 +35,7 @@ def url_of(nodes: list[ValkeyServer], namespace: str) -> str:
 class TestCluster(StoreConformance):
     """Every rule of the suite, on a Cluster, where payers, limits and pools are in different partitions."""
 
-    partitions = 7
+    partitions = 3
 
     @pytest.fixture(autouse=True)
     def _nodes(self, nodes: list[ValkeyServer]) -> None:
@@ -83,38 +77,53 @@ def test_payers_are_spread_over_the_nodes(nodes: list[ValkeyServer]) -> None:
     assert all(sizes)
 
 
+class Moving:
+    """A slot that is moved from its node to another one, step by step."""
+
+    def __init__(self, nodes: list[ValkeyServer], tag: str) -> None:
+        self._slot = str(driver().slot(tag.encode()))
+        self._nodes = nodes
+        self._owner = next(node for node in nodes if not node.ask("GET", tag).startswith(b"-MOVED"))
+        self._other = next(node for node in nodes if node is not self._owner)
+        self._ids = {node.port: node.ask("CLUSTER", "MYID").split(b"\r\n")[1].decode() for node in nodes}
+
+    def begin(self) -> None:
+        """Both nodes know."""
+        self._other.ask("CLUSTER", "SETSLOT", self._slot, "IMPORTING", self._ids[self._owner.port])
+        self._owner.ask("CLUSTER", "SETSLOT", self._slot, "MIGRATING", self._ids[self._other.port])
+
+    def keys(self) -> list[str]:
+        """What has not moved yet."""
+        return self._owner.ask("CLUSTER", "GETKEYSINSLOT", self._slot, "100").decode().split("\r\n")[2::2]
+
+    def move(self, keys: list[str]) -> None:
+        """Move some."""
+        moved = self._owner.ask("MIGRATE", HOST, str(self._other.port), "", "0", "5000", "KEYS", *keys)
+        assert moved == b"+OK\r\n"
+
+    def end(self) -> None:
+        """All nodes know."""
+        for node in (self._other, self._owner, *self._nodes):
+            node.ask("CLUSTER", "SETSLOT", self._slot, "NODE", self._ids[self._other.port])
+
+
 def test_slot_moves_to_another_node(nodes: list[ValkeyServer]) -> None:
     """While a slot moves, its calls wait; when it has, they come through: nothing is lost and nothing done twice."""
-    tag = b"moving:0"
-    slot = driver().slot(b"{%s}" % tag)
-    owner = next(node for node in nodes if not node.ask("GET", "{moving:0}").startswith(b"-MOVED"))
-    other = next(node for node in nodes if node is not owner)
-    ids = {node.port: node.ask("CLUSTER", "MYID").split(b"\r\n")[1].decode() for node in nodes}
-
-    def begin() -> None:
-        other.ask("CLUSTER", "SETSLOT", str(slot), "IMPORTING", ids[owner.port])
-        owner.ask("CLUSTER", "SETSLOT", str(slot), "MIGRATING", ids[other.port])
-
-    def keys() -> list[str]:
-        return owner.ask("CLUSTER", "GETKEYSINSLOT", str(slot), "100").decode().split("\r\n")[2::2]
-
-    def move(some: list[str]) -> None:
-        assert owner.ask("MIGRATE", HOST, str(other.port), "", "0", "5000", "KEYS", *some) == b"+OK\r\n"
+    moving = Moving(nodes, "{moving:0}")
 
     async def run() -> None:
         store = store_from_url(url_of(nodes, "moving") + "&partitions=1")
         await store.run([PostGrant("g", "p", "credits", 100), call("a"), call("b")])
-        begin()
-        half = keys()[::2]
+        moving.begin()
+        half = moving.keys()[::2]
         assert len(half) > 3
-        move(half)
+        moving.move(half)
         failures = await store.run([End("a", 9, Basis.USAGE), PostGrant("h", "p", "credits", 1)])
         assert [type(failure) for failure in failures] == [StoreUnavailableError] * 2
         waiting = asyncio.ensure_future(store.run([End("a", 3, Basis.USAGE), call("c")]))
         await asyncio.sleep(0)
-        move(keys())
-        for node in (other, owner, *nodes):
-            node.ask("CLUSTER", "SETSLOT", str(slot), "NODE", ids[other.port])
+        moving.move(moving.keys())
+        moving.end()
         first, second = await waiting
         assert isinstance(first, Receipt)
         assert isinstance(second, Decision)
@@ -123,6 +132,29 @@ def test_slot_moves_to_another_node(nodes: list[ValkeyServer]) -> None:
         assert_conserved(state)
         account = state.accounts["p", "credits"]
         assert (account.settled, account.held, account.granted) == (3, 20, 100)
+        await store.close()
+
+    asyncio.run(run())
+
+
+def test_nobody_works_alone_on_half_a_slot(nodes: list[ValkeyServer]) -> None:
+    """Not even a transaction that keeps all others out writes while some of its rows may be elsewhere."""
+    moving = Moving(nodes, "{alone:0}")
+
+    async def run() -> None:
+        store = store_from_url(url_of(nodes, "alone") + "&partitions=1")
+        assert isinstance(store, ClusterStore)
+        (shelf,) = store.shelves
+        link, packing, scripts = shelf._link(), shelf._packing, shelf._scripts
+        await shelf.ask([("SET", shelf.names.gate, "ours"), *[("SCRIPT", "LOAD", text) for text in scripts.texts()]])
+        moving.begin()
+        copy = WorkingCopy(link, shelf.names, packing, None)
+        alone = Transactions(link, shelf.names, packing, scripts, None)
+        with pytest.raises(driver().exceptions.TryAgainError):
+            await alone._commit(copy, [], "ours")
+        moving.move(moving.keys())
+        moving.end()
+        assert await alone._commit(copy, [], "ours") == 1
         await store.close()
 
     asyncio.run(run())

@@ -86,7 +86,7 @@ async def slots(pump: Pump, name: str, limit: int) -> None:
     async def caller(number: int) -> None:
         refused = turn = 0
         # What another call gives back may be refused for a moment, and not for long.
-        while refused < 20:
+        while refused < 12:
             turn += 1
             call_id = f"{name}.{number}.{turn}"
             decision = await pump.submit(Admit(call_id, "payer", "credits", 1, 1, (WalletSource(),), limits, leases))
