@@ -138,7 +138,7 @@ async def _estimated(call: Call, price: MeasuredPrice, known: Metered) -> int:
     So where some of the call's answers reported and others did not, it is never less than what was observed.
     """
     estimate = call.estimate
-    if call.growth is not None:
+    if call.charge is not None and call.charge.hold.slices is not None:
         # A first slice estimates nothing of the whole.
         used = (await observed_usage(call, known)).usage
         return 0 if used is None else call.unit.round(price.cost(used))

@@ -8,16 +8,21 @@ idempotent by its call's id, so that what was answered by silence is simply done
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
+from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.decisions import Decision
 from asgi_metering.errors import JournalError, MeteringError, StoreError, StoreUnavailableError, UnwritableError
+from asgi_metering.receipts import Receipt
+from asgi_metering.rules.calendars import around
 from asgi_metering.rules.decide import Answer
-from asgi_metering.rules.operations import Admit, Backfill, End, Operation, WalletSource
+from asgi_metering.rules.operations import Admit, AllowanceSource, Backfill, End, Operation, SourceAsk, WalletSource
 from asgi_metering.stores.breaker import BreakerState
 
 if TYPE_CHECKING:
@@ -63,7 +68,7 @@ class Delivery:
         self._submit = submit
         self.waiting = 0
         self._back: asyncio.Future[None] | None = None
-        self._to_keep: list[tuple[str, Steps, asyncio.Future[bool]]] = []
+        self._to_keep: list[_Entry] = []
         self._writer: asyncio.Task[None] | None = None
         self._kept_more = asyncio.Event()
 
@@ -71,7 +76,7 @@ class Delivery:
     def _journal(self) -> Journal | None:
         return self._metering.journal
 
-    async def book(self, call: str, steps: Steps, *, durable: bool = True) -> Answer | None:
+    async def book(self, call: str, steps: Steps, *, begun: bool = False, durable: bool = True) -> Answer | None:
         """
         Do *steps* for *call*, however long the store takes; the last one's answer is returned.
 
@@ -80,6 +85,7 @@ class Delivery:
         Args:
             call: The call's id.
             steps: What its end asks of the store.
+            begun: The journal keeps something of the call already, which these replace.
             durable: Whether it is worth the journal: what a hold's expiry does as well is not.
 
         Raises:
@@ -87,12 +93,17 @@ class Delivery:
             MeteringError: The store refuses them as a mistake.
         """
         journal = self._journal if durable else None
-        # What began in the journal goes on there, and a store that is known to be down is not waited for.
-        if journal is not None and (len(steps) != 1 or self._metering.breaker.state is not BreakerState.CLOSED):
-            if await self._keep(call, steps):
+        if journal is not None and begun:
+            if await self.keep(call, steps):
                 return None
-            if not steps:
-                return None
+            answer = await self.book(call, steps, durable=False) if steps else None
+            # What the journal says of it is what was to be done if its end had not been seen.
+            await self.keep(call, ())
+            return answer
+        is_down = self._metering.breaker.state is not BreakerState.CLOSED
+        # A store that is known to be down is not waited for.
+        if journal is not None and is_down and await self.keep(call, steps):
+            return None
         within_s = self._metering.end_timeout_s if journal is None else self._metering.store_timeout_s
         try:
             # Nearly every end has one step, and no time to lose.
@@ -102,7 +113,7 @@ class Delivery:
         except StoreError as failure:
             self._metering.meters.count("ends_queued")
             self._metering.alarms.raised("ends", f"The store takes no ends; they wait: {failure}", failure)
-        if journal is not None and await self._keep(call, steps):
+        if journal is not None and await self.keep(call, steps):
             return None
         return await self._again(steps)
 
@@ -119,7 +130,7 @@ class Delivery:
     async def _taken(self, step: Step, within_s: float) -> Answer:
         """What the store refuses as a mistake it would refuse for ever; then the charge matters more than its event."""
         try:
-            return await self._submit(step, within_s)
+            return self._looked_at(step, await self._submit(step, within_s))
         except MeteringError as failure:
             if isinstance(failure, StoreError) and not isinstance(failure, UnwritableError):
                 raise
@@ -132,7 +143,19 @@ class Delivery:
                 dict(step.event),
                 exc_info=failure,
             )
-            return await self._submit(step._replace(event=None), within_s)
+            return self._looked_at(step, await self._submit(step._replace(event=None), within_s))
+
+    def _looked_at(self, step: Step, answer: Answer) -> Answer:
+        """A charge for a call that the store knows nothing of, as after a failover that lost it, is told of."""
+        if isinstance(step, End) and step.amount and isinstance(answer, Receipt) and not answer.known:
+            self._metering.meters.count("ends_lost")
+            log.error(
+                "The store does not know call %s, whose end charges %d smallest parts: nothing was charged. Look "
+                "whether it was, and metering.backfill() it if not.",
+                step.id,
+                step.amount,
+            )
+        return answer
 
     async def _charge(self, ask: Admit, end: End, within_s: float, entry: JournalEntry | None) -> Answer | None:
         """
@@ -143,11 +166,17 @@ class Delivery:
         """
         if not end.amount:
             return None
-        decision = await self._taken(ask._replace(amount=end.amount, minimum=end.amount), within_s)
+        decision = await self._taken(_of_its_time(ask, end.amount, time.time()), within_s)
+        if isinstance(decision, Decision) and decision.stale_calendar:
+            # The store's clock is another one.
+            decision = await self._taken(_of_its_time(ask, end.amount, decision.now), within_s)
+        if isinstance(decision, Decision) and decision.refusal is not None and ask.charge_key is not None:
+            # Posted one by one, calls that share a key would owe it as often: the first of them holds what it owes.
+            decision = await self._taken(_of_its_time(_on_debt(ask), end.amount, decision.now), within_s)
         if isinstance(decision, Decision) and decision.admitted:
             return await self._taken(end, within_s)
         event = None if end.event is None else {**ask.facts, **end.event}
-        owed = Backfill(ask.id, _debtor(ask), ask.unit, end.amount, ask.line, event=event)
+        owed = Backfill(ask.id, _debtor(ask).payer or ask.payer, ask.unit, end.amount, ask.line, event=event)
         if entry is not None and self._journal is not None:
             await self._journal.replace(entry, (owed,))
         return await self._taken(owed, within_s)
@@ -197,12 +226,14 @@ class Delivery:
 
     # -- the journal ---------------------------------------------------------------------------------------
 
-    async def _keep(self, call: str, steps: Steps) -> bool:
+    async def keep(self, call: str, steps: Steps, *, due_in_s: float = 0.0) -> bool:
         """Write *steps* to the journal, together with what else waits for that; False where it cannot be done."""
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._to_keep.append((call, steps, future))
+        self._to_keep.append(_Entry(call, steps, due_in_s, future))
         if self._writer is None:
-            self._writer = asyncio.get_running_loop().create_task(self._write(), name="asgi_metering journal")
+            self._writer = asyncio.get_running_loop().create_task(
+                self._write(), name="asgi_metering journal", context=contextvars.Context()
+            )
         return await future
 
     async def _write(self) -> None:
@@ -213,28 +244,31 @@ class Delivery:
                     # One that cannot be written shall harm no neighbour.
                     for each in batch:
                         await self._written([each])
-                for _, _, future in batch:
-                    if not future.done():
-                        future.set_result(False)
+                for entry in batch:
+                    if not entry.future.done():
+                        entry.future.set_result(False)
                 self._kept_more.set()
         finally:
             self._writer = None
 
-    async def _written(self, batch: list[tuple[str, Steps, asyncio.Future[bool]]]) -> bool:
+    async def _written(self, batch: list[_Entry]) -> bool:
         journal = self._journal
         assert journal is not None  # noqa: S101 -- asked before
         try:
-            await journal.keep({call: steps for call, steps, _ in batch if steps})
-            for call, steps, _ in batch:
-                if not steps:
-                    await journal.drop(call)
-        except JournalError as failure:
+            # One write for all that is due at once, and one for what calls that begin leave for the worst case.
+            for due_in_s in sorted({entry.due_in_s for entry in batch if entry.steps}):
+                kept = {entry.call: entry.steps for entry in batch if entry.steps and entry.due_in_s == due_in_s}
+                await journal.keep(kept, due_in_s=due_in_s)
+            for entry in batch:
+                if not entry.steps:
+                    await journal.drop(entry.call)
+        except MeteringError as failure:
             self._metering.alarms.raised("journal", str(failure), failure)
             return False
-        self._metering.meters.count("ends_queued", len(batch))
-        for _, _, future in batch:
-            if not future.done():
-                future.set_result(True)
+        self._metering.meters.count("ends_queued", sum(not entry.due_in_s for entry in batch))
+        for entry in batch:
+            if not entry.future.done():
+                entry.future.set_result(True)
         return True
 
     async def replay(self) -> None:
@@ -246,7 +280,7 @@ class Delivery:
             self._kept_more.clear()
             try:
                 is_read_off = await self._read_off(journal)
-            except JournalError as failure:
+            except MeteringError as failure:
                 self._metering.alarms.raised("journal", str(failure), failure)
                 is_read_off = False
             if is_read_off:
@@ -267,16 +301,23 @@ class Delivery:
             while entries := await journal.due(READ_OFF):
                 # One goes ahead: a dead store is asked for one thing and not for a hundred.
                 done = [entries[0]] if await self._delivered(journal, entries[0]) else []
+                failures: list[BaseException] = []
                 if done:
-                    rest = await asyncio.gather(*(self._delivered(journal, entry) for entry in entries[1:]))
-                    done += [entry for entry, taken in zip(entries[1:], rest, strict=True) if taken]
+                    # All of them come to an end before the turn is anybody else's.
+                    others = (self._delivered(journal, entry) for entry in entries[1:])
+                    rest = await asyncio.gather(*others, return_exceptions=True)
+                    done += [entry for entry, taken in zip(entries[1:], rest, strict=True) if taken is True]
+                    failures = [failure for failure in rest if isinstance(failure, BaseException)]
                 await journal.done(done)
+                for failure in failures:
+                    raise failure
                 if len(done) < len(entries):
                     return False
             return True
         finally:
-            await self._tell_of(journal)
+            # First: whatever else fails, others may read it off.
             await journal.give_turn_back()
+            await self._tell_of(journal)
 
     async def _tell_of(self, journal: Journal) -> None:
         waiting, aside = await journal.counts()
@@ -315,6 +356,15 @@ class Delivery:
         )
 
 
+class _Entry(NamedTuple):
+    """What somebody waits for to be written; no steps forget what is kept of the call."""
+
+    call: str
+    steps: Steps
+    due_in_s: float
+    future: asyncio.Future[bool]
+
+
 class _Down(Exception):  # noqa: N818 -- turns a loop
     """The store did not take it this time either."""
 
@@ -323,7 +373,24 @@ def _drawn(seconds: float) -> float:
     return seconds * random.uniform(*RETRY_SPREAD)  # noqa: S311 -- spreads retries, no secret
 
 
-def _debtor(ask: Admit) -> str:
+def _of_its_time(ask: Admit, amount: int, now: float) -> Admit:
+    """*ask* for *amount*, with the calendars that the time *now* asks for of all that were kept with it."""
+    sources = tuple(
+        source._replace(boundaries=around(source.boundaries, now)) if isinstance(source, AllowanceSource) else source
+        for source in ask.sources
+    )
+    key = ask.charge_key
+    if key is not None:
+        key = key._replace(boundaries=around(key.boundaries, now))
+    return ask._replace(amount=amount, minimum=amount, sources=sources, charge_key=key)
+
+
+def _debtor(ask: Admit) -> SourceAsk:
     """Whose debt it is that nobody can pay: of the source of last resort, preferably a wallet."""
-    last = next((source for source in reversed(ask.sources) if isinstance(source, WalletSource)), ask.sources[-1])
-    return last.payer or ask.payer
+    return next((source for source in reversed(ask.sources) if isinstance(source, WalletSource)), ask.sources[-1])
+
+
+def _on_debt(ask: Admit) -> Admit:
+    """*ask* to be paid by its debtor, whatever that owes."""
+    debtor = _debtor(ask)
+    return ask._replace(sources=(WalletSource(MAX_AMOUNT // 2, debtor.payer, debtor.group),))

@@ -177,7 +177,13 @@ class Growth:
             # The client has its bytes: a store that is down cuts nobody, and the end charges in full.
             self._down = True
             call.metering.meters.count("store_failures", line=call.line)
-            log.warning("The hold of call %s did not grow; it is asked again: %s", call.id, failure)
+            told = f"The hold of call {call.id} did not grow; it is asked again: {failure}"
+            call.metering.alarms.raised("growth_unanswered", told, failure)
+            return False
+        except Exception as failure:  # noqa: BLE001 -- units that nobody can count together, say; looks go on
+            self._down = True
+            told = f"The hold of call {call.id} cannot grow, so that nothing cuts it: {failure!r}"
+            call.metering.alarms.raised("growth_unasked", told, failure)
             return False
         self._down = False
         if decision.refusal is None:
@@ -213,7 +219,7 @@ class Growth:
         How many bytes of the answer may pass now, after *passed* more of them, before this is asked again.
 
         Seldom waits: an answer that comes no faster than it is looked at finds a look that was made meanwhile. One
-        that outruns its hold waits for the store, at most as long as an admission does.
+        that outruns its hold waits for the store, at most as long as an admission does; not for one that is down.
         """
         self._passed += passed
         if self._over:
@@ -223,7 +229,9 @@ class Growth:
             if self.left <= self._low:
                 self._begin()
         if self.left <= 0 and self._look is not None and not self._down:
-            await asyncio.wait([self._look], timeout=self._call.metering.store_timeout_s)
+            _, waiting = await asyncio.wait([self._look], timeout=self._call.metering.store_timeout_s)
+            # One that says nothing is not waited for again before it has answered.
+            self._down = self._down or bool(waiting)
         return self._next_room()
 
     def _next_room(self) -> int:

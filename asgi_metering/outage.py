@@ -14,10 +14,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from asgi_metering.decisions import Decision, Reason, Refusal
-from asgi_metering.errors import ConfigurationError, JournalError, StoreError
+from asgi_metering.errors import ConfigurationError, StoreError
 from asgi_metering.policies import ChargePolicy, EndpointPolicy, RatePolicy
 from asgi_metering.receipts import Basis
-from asgi_metering.rules.operations import Admit, End
+from asgi_metering.rules.calendars import Period, boundaries_until
+from asgi_metering.rules.operations import Admit, AllowanceSource, End
+from asgi_metering.sources import Allowance
 from asgi_metering.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
 
 DEFAULTS: Final[Mapping[str, str]] = {"credits": "deny", "rates": "allow"}
 """Fail closed for money, open for rates (X.6)."""
+
+CALENDAR_S: Final = 35 * 86_400.0
+"""A queued charge finds the windows of its allowances for so long: a month, and some days to mend things in."""
 
 MAX_LOCAL_KEYS: Final = 100_000
 """Keys of limits that one process counts by itself: tens of MB. With more it begins anew, and says so."""
@@ -145,8 +150,8 @@ async def without_store(
     local = [rate for rate, answer in answers if answer == "local"]
     decision = _decided_locally(call, local, asked) if local else Decision(call.id, time.time())
     chosen = {f"rates:{answer}" for _, answer in answers} | ({f"credits:{money}"} if money else set())
-    if money == "queue" and asked.sources:
-        await _queue(call, asked, failure)
+    if money == "queue" and asked.sources and charge is not None:
+        await _queue(call, _lasting(asked, charge), failure)
         decision = decision._replace(id=call.id, held=asked.amount)
     else:
         call.exempt = True
@@ -176,6 +181,23 @@ def _decided_locally(call: Call, rates: list[RatePolicy], asked: Admit) -> Decis
     return decision
 
 
+def _lasting(asked: Admit, charge: ChargePolicy) -> Admit:
+    """*asked* with the calendars of many windows to come: nobody knows when it will be read."""
+    now = time.time()
+    until = now + CALENDAR_S
+    sources = tuple(
+        ask._replace(boundaries=boundaries_until(Period(source.per), source.zone, now, until, source.anchor))
+        if isinstance(ask, AllowanceSource) and isinstance(source, Allowance) and ask.boundaries
+        else ask
+        for ask, source in zip(asked.sources, charge.sources, strict=True)
+    )
+    key = asked.charge_key
+    if key is not None and charge.key is not None and isinstance(charge.key.per, str):
+        edges = boundaries_until(Period(charge.key.per), charge.key.zone, now, until)
+        key = key._replace(boundaries=edges)
+    return asked._replace(sources=sources, charge_key=key)
+
+
 async def _queue(call: Call, asked: Admit, failure: StoreError) -> None:
     """
     Let *call* in, and keep its charge in the journal: from here on it is charged, whatever happens to this process.
@@ -190,10 +212,13 @@ async def _queue(call: Call, asked: Admit, failure: StoreError) -> None:
         call.facts = {**call.facts, "request_id": call.id}
     ask = asked._replace(id=call.id, limits=(), leases=(), in_doubt=Basis.NONE, facts=call.facts)
     try:
-        # Read off if this process dies before the call has ended: no call is older than that.
-        await journal.keep({call.id: (ask, _lost(asked, call.id))}, due_in_s=call.metering.max_call_s)
-    except JournalError as trouble:
-        call.metering.alarms.raised("journal", str(trouble), trouble)
+        is_kept = await call.metering.runtime().remember(call.id, (ask, _lost(asked, call.id)))
+    except BaseException:
+        # Whoever asked has gone while it was written, and it stands there all the same: for work that never began.
+        call.metering.local.end(call)
+        call.metering.runtime().forget(call.id)
+        raise
+    if not is_kept:
         call.metering.local.end(call)
         raise call.refused(Refusal(Reason.STORE_DOWN, "credits")) from failure
     if call.opening.closed:

@@ -215,7 +215,8 @@ def slices(
     sent. What was observed is charged (``on_cut``), also where it is more than was held. Outside HTTP nothing but
     `Call.record` stops the work.
 
-    A store that gives no answer cuts nobody: the call runs on, and is charged in full at its end.
+    A store that gives no answer cuts nobody: the call runs on, and is charged in full at its end. So does a call that
+    was let in without the store (``on_store_down="queue"``): its hold never grows.
 
     Raises:
         AmountError: An amount that is not usable (a float, say).

@@ -15,7 +15,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Coroutine
-from functools import partial
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asgi_metering.admission import leaves_hold
@@ -95,7 +95,7 @@ class Runtime:
         self._stop_exporting = asyncio.Event()
         self._opened: asyncio.Future[None] | None = None
         self._opening: asyncio.Task[None] | None = None
-        self._delivery = Delivery(metering, partial(self.submit, is_repeated=True))
+        self._delivery = Delivery(metering, self._submit_again)
         self._replaying: asyncio.Task[None] | None = None
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -219,12 +219,29 @@ class Runtime:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.pump.close()
+        await self._stop_asking()
         await self._metering.store_use.close()
         if self._metering.journal_use is not None:
             await self._metering.journal_use.close()
         self._opened = self._worker = self._ticker = self._exporter = self._exporting = None
         self._replaying = self._opening = None
+
+    async def _stop_asking(self) -> None:
+        """Nobody asks the store from here on: that would open it again. One that says nothing is not waited for."""
+        left_s = BOOK_S
+        try:
+            async with asyncio.timeout(left_s):
+                await self.pump.drain()
+        except TimeoutError:
+            left_s = DRAIN_STEP_S
+            log.error("The %s store gave no answer before the shutdown.", self._metering.store.name)
+        left = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(left_s):
+                await self.pump.close()
 
     # -- calls ---------------------------------------------------------------------------------------------
 
@@ -235,6 +252,23 @@ class Runtime:
         if self._opened is None or not self._opened.done():
             deadline_s = await self._opened_within(deadline_s)
         return await self.pump.submit(operation, deadline_s, is_repeated=is_repeated)
+
+    async def _submit_again(self, operation: Operation, deadline_s: float | None = None) -> Answer:
+        """
+        The same for what is asked until it is answered.
+
+        Why the store cannot be opened, such as tables that nobody has migrated yet, says nothing of the operation.
+        """
+        if self._opened is None or not self._opened.done():
+            try:
+                deadline_s = await self._opened_within(deadline_s)
+            except StoreError:
+                raise
+            except MeteringError as failure:
+                raise StoreUnavailableError(
+                    f"The {self._metering.store.name} store cannot be opened: {failure}"
+                ) from failure
+        return await self.pump.submit(operation, deadline_s, is_repeated=True)
 
     async def opened(self) -> None:
         """Open the store if nobody did; raises as `Store.open`, also where there is a journal."""
@@ -317,7 +351,7 @@ class Runtime:
             self._metering.local.end(call, end.actual)
             steps = self._steps(call, end)
             if steps or call.queued is not None:
-                answer = await self._delivery.book(call.id, steps)
+                answer = await self._delivery.book(call.id, steps, begun=call.queued is not None)
                 receipt = answer if isinstance(answer, Receipt) else None
                 if self._exporter is not None:
                     self._exporter.notify()
@@ -374,6 +408,21 @@ class Runtime:
     def give_back(self, ask: Admit, at: float) -> None:
         """Undo the admission, decided *at* that time, of a call whose request is over (pitfall 1)."""
         self._spawn(self._quietly(Undo(ask, at)), f"undoing of {ask.id}")
+
+    async def remember(self, call_id: str, steps: Steps) -> bool:
+        """
+        Have the journal keep *steps* for a call that begins; False where it cannot.
+
+        They are read off if this process dies before the call has ended: no call is older than that.
+        """
+        return await self._delivery.keep(call_id, steps, due_in_s=self._metering.max_call_s)
+
+    def forget(self, call_id: str) -> None:
+        """Have the journal keep nothing of a call that never began."""
+        self._spawn(self._forgotten(call_id), f"forgetting of {call_id}")
+
+    async def _forgotten(self, call_id: str) -> None:
+        await self._delivery.book(call_id, (), begun=True)
 
     def _release(self, ask: Admit) -> None:
         """

@@ -122,7 +122,7 @@ def test_print_a_row_of_each_store() -> None:
     rows = [tuple(part.strip() for part in line.strip("|").split("|")) for line in done.stdout.splitlines()[4:]]
     assert [row[:3] for row in rows] == [
         (store, accounts, callers)
-        for store in ("memory", "sqlite", "postgresql")
+        for store in ("memory", "sqlite", "postgresql", "redis")
         for accounts in ("1", "20")
         for callers in ("1", "4")
     ]

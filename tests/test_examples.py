@@ -16,6 +16,9 @@ import pytest
 
 from asgi_metering.testing import Provider
 from tests.harness.servers import serve_in_thread
+from tests.harness.warm import preload
+
+preload()
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -194,3 +197,11 @@ def test_topup_webhook_grants_each_payment_once(example: Callable[[str], Any]) -
         {"granted": True, "available": "12.5"},
         {"granted": False, "available": "12.5"},
     ]
+
+
+def test_faults_in_tests_are_tests_that_pass(example: Callable[[str], Any], tmp_path: Path) -> None:
+    """The tests that show the fault kit pass: after a killed worker, a client that left, and a store that was down."""
+    module = example("faults_in_tests")
+    module.test_killed_worker_costs_nobody_anything(tmp_path)
+    module.test_client_that_hangs_up_pays_for_what_it_got()
+    module.test_store_that_is_down_lets_nobody_in_for_free()

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from asgi_metering import Allowance, Metering, Payer, TokenUsage, Wallet, billable, current_call, slices
 from asgi_metering.asgi.exchange import CHECKPOINT_BYTES
 from asgi_metering.call import Call, CallCut
-from asgi_metering.errors import StoreUnavailableError
+from asgi_metering.errors import ConfigurationError, StoreUnavailableError
 from asgi_metering.growing import LEAST_ROOM, MOST_ROOM
 from asgi_metering.measuring import TextCounts
 from asgi_metering.prices import per_token
@@ -462,6 +462,33 @@ def test_cut_nobody_for_a_store_that_is_down(caplog: pytest.LogCaptureFixture) -
     assert "did not grow; it is asked again" in caplog.text
 
 
+def test_tell_of_growths_that_fail_as_one_alarm(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While the store is down, or cannot count a unit, every look of every call fails: that is told seldom."""
+    monkeypatch.setattr("asgi_metering.runtime.TICK_S", 0.001)
+    failures = [StoreUnavailableError("down"), ConfigurationError("another scale")]
+
+    async def play() -> None:
+        async with opened() as metering:
+            asked = [0]
+
+            async def grow(_: Grow) -> Any:
+                asked[0] += 1
+                raise failures[asked[0] % 2]
+
+            monkeypatch.setattr(metering, "grow", grow)
+            async with growing(metering, slices(2)) as call:
+                call.record(TokenUsage(output=3))
+                await within(10, lambda: asked[0] > 10)
+                assert call.lack is None
+            assert await books(metering) == (3, 0, 0)
+
+    asyncio.run(play())
+    assert [record.message.partition(";")[0].partition(" of ")[0] for record in caplog.records] == ["The hold"] * 2
+    assert "so that nothing cuts it" in caplog.text
+
+
 def test_grow_no_hold_that_has_ended() -> None:
     """A call whose hold somebody ended while it runs is neither cut nor asked for again."""
 
@@ -572,6 +599,36 @@ def test_wait_for_the_store_only_as_long_as_for_an_admission() -> None:
                 store.answer.set()
                 await stage.booked()
             assert await stage.basis() == ("estimate",)
+
+    asyncio.run(play())
+
+
+def test_wait_once_for_a_store_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that has waited in vain for a growth does not wait for the same one again at each of its chunks."""
+    waits = []
+    wait = asyncio.wait
+
+    async def counted(tasks: Any, **options: Any) -> Any:
+        waits.append(tasks)
+        return await wait(tasks, **options)
+
+    async def words() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield delta(" word" * 60)
+
+    @billable(PRICE, hold=slices(5))
+    async def endpoint(request: Any) -> Response:
+        return sse(words())
+
+    async def play() -> None:
+        store = StuckAt(Grow)
+        async with staged(starlette(endpoint), store=store, store_timeout_s=0.01) as stage:
+            monkeypatch.setattr("asgi_metering.growing.asyncio.wait", counted)
+            async with Drive(stage.app, http_scope()) as run:
+                assert await run.ended() == "returned"
+                store.answer.set()
+            assert len([tasks for tasks in waits if "growth" in str(tasks)]) == 1
+            await stage.booked()
 
     asyncio.run(play())
 

@@ -7,15 +7,17 @@ kept is on the disk when `keep` returns. Knows no store.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
-from asgi_metering.errors import ConfigurationError, JournalError
+from asgi_metering.errors import ConfigurationError, JournalError, StoreUnavailableError
 from asgi_metering.journal.records import Steps, decode, encode
 from asgi_metering.stores.sqlite.thread import ConnectionThread, Turn
 
@@ -90,6 +92,7 @@ class Journal:
         self._clock = clock
         self._thread: ConnectionThread | None = None
         self._turn: sqlite3.Connection | None = None
+        self._turning = threading.Lock()
 
     async def open(self) -> None:
         """
@@ -107,8 +110,7 @@ class Journal:
         """Close the file; what it keeps stays. Again changes nothing."""
         thread, self._thread = self._thread, None
         if thread is not None:
-            with suppress(JournalError):
-                await self._run(thread, self._give_turn_back)
+            await self.give_turn_back()
             await thread.stop()
 
     async def keep(self, entries: Mapping[str, Steps], *, due_in_s: float = 0.0) -> None:
@@ -145,11 +147,23 @@ class Journal:
 
     async def take_turn(self) -> bool:
         """Become the one who reads the journal off; False while somebody else is, in whatever process."""
-        return await self._in_thread(self._take_turn)
+        wanted = threading.Event()
+        wanted.set()
+        try:
+            return await self._in_thread(lambda _: self._take_turn(wanted))
+        except asyncio.CancelledError:
+            # The thread may take it all the same, or has: it would be nobody's.
+            with self._turning:
+                if wanted.is_set():
+                    wanted.clear()
+                else:
+                    self._end_turn()
+            raise
 
     async def give_turn_back(self) -> None:
-        """Let others read it off."""
-        await self._in_thread(self._give_turn_back)
+        """Let others read it off. Neither the disk nor a cancellation keeps it from that."""
+        with self._turning:
+            self._end_turn()
 
     async def due(self, limit: int) -> list[JournalEntry]:
         """Up to *limit* entries that are due and not set aside, oldest first."""
@@ -222,7 +236,7 @@ class Journal:
 
         try:
             return await thread.call(turn)
-        except sqlite3.Error as failure:
+        except (sqlite3.Error, StoreUnavailableError) as failure:
             raise JournalError(
                 f"The journal {str(self.path)!r} could not be used: {failure}. Look at its disk first."
             ) from failure
@@ -252,23 +266,26 @@ class Journal:
             raise
         return connection
 
-    def _take_turn(self, _: sqlite3.Connection) -> bool:
-        if self._turn is not None:
-            return False
-        turn = sqlite3.connect(f"{self.path}.turn", timeout=0.0, isolation_level=None)
-        try:
-            turn.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError:
-            turn.close()
-            return False
-        self._turn = turn
-        return True
+    def _take_turn(self, wanted: threading.Event) -> bool:
+        with self._turning:
+            if self._turn is not None or not wanted.is_set():
+                return False
+            # Given back by whoever stops reading, in whatever thread: one at a time, by the lock.
+            turn = sqlite3.connect(f"{self.path}.turn", timeout=0.0, isolation_level=None, check_same_thread=False)
+            try:
+                turn.execute("BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError:
+                turn.close()
+                return False
+            self._turn = turn
+            wanted.clear()
+            return True
 
-    def _give_turn_back(self, _: sqlite3.Connection) -> None:
-        if self._turn is not None:
+    def _end_turn(self) -> None:
+        turn, self._turn = self._turn, None
+        if turn is not None:
             # Closing ends the transaction, and so the lock.
-            self._turn.close()
-            self._turn = None
+            turn.close()
 
 
 _REPLACE: Final = "UPDATE entry SET steps = ? WHERE number = ?"

@@ -17,7 +17,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from asgi_metering.errors import ConfigurationError
 
-__all__ = ["Period", "boundaries", "pick", "zone"]
+__all__ = ["Period", "around", "boundaries", "boundaries_until", "pick", "zone"]
 
 
 class Period(StrEnum):
@@ -103,6 +103,20 @@ def _boundaries(period: Period, zone_name: str, current: _Day, anchor: int) -> t
     starts = (datetime(*_shift(period, current, by, anchor), tzinfo=tz).timestamp() for by in (-1, 0, 1, 2))
     first, second, third, fourth = starts
     return first, second, third, fourth
+
+
+def boundaries_until(period: Period, zone_name: str, now: float, until: float, anchor: int = 1) -> tuple[float, ...]:
+    """As `boundaries`, and further on: at least the window that holds *until* is whole among them."""
+    edges: tuple[float, ...] = boundaries(period, zone_name, now, anchor)
+    while edges[-1] <= until:
+        edges += boundaries(period, zone_name, edges[-1], anchor)[2:]
+    return edges
+
+
+def around(edges: tuple[float, ...], now: float) -> tuple[float, ...]:
+    """Those four of *edges* that `boundaries` gives around *now*; the nearest four where they do not reach so far."""
+    first = min(bisect.bisect_right(edges, now) - 2, len(edges) - 4)
+    return edges[max(0, first) :][:4]
 
 
 def pick(edges: tuple[float, ...], now: float) -> tuple[float, float] | None:

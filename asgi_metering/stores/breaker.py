@@ -23,7 +23,7 @@ __all__ = ["Breaker", "BreakerState"]
 log = logging.getLogger("asgi_metering.stores")
 
 FAILURES: Final = 5
-"""So many in a row are no hiccup: one slow batch, a restarted connection, cost fewer."""
+"""So many in a row are no hiccup. Calls that waited together fail together: under load one stalled batch is enough."""
 
 FIRST_PAUSE_S: Final = 0.5
 LAST_PAUSE_S: Final = 5.0

@@ -156,9 +156,10 @@ class Books(abc.ABC):
         Args:
             table: One of `rules.state.Table`; the rows are those of `rules.state`, and entries those of `receipts`.
 
-        Holds and events come in the order in which the store got them. Accounts, grants, allowances, entries and
-        checkpoints come by payer, then unit, ascending as Python orders strings (which is the order of their UTF-8);
-        within an account grants by number, allowances by name and start, entries by number. Others come in any order.
+        Events come in the order in which the store got them, holds by the time of their admission (of those of one
+        instant any first). Accounts, grants, allowances, entries and checkpoints come by payer, then unit, ascending as
+        Python orders strings (which is the order of their UTF-8); within an account grants by number, allowances by
+        name and start, entries by number. Others come in any order.
 
         Raises:
             StoreUnavailableError: No answer came.
@@ -191,10 +192,11 @@ class Filling(Books):
         Keep *rows* of one table exactly as they are. A row whose key is kept already stays as it is.
 
         Returns how many were new. Again with the same rows changes nothing. Holds and events are the newest from now
-        on, in the order given; a checkpoint comes before the entries behind it.
+        on, in the order given; an account comes before its grants, a checkpoint before the entries behind it, and
+        entries come by their number.
 
         Raises:
-            UnwritableError: One of them cannot be kept here.
+            UnwritableError: One of them cannot be kept here. Nothing of an empty store's filling is kept then.
             StoreUnavailableError: No answer came.
 
         Whatever it raises, the filling is over: nothing is kept where it is whole, and some of it where it is not.

@@ -1,5 +1,6 @@
 """
-What helps a user's own tests: a model provider, a clock, the suite that a store has to pass, a gate that stays open.
+What helps a user's own tests: a model provider, a clock, the suite that a store has to pass, a gate that stays open,
+faults.
 
 Knows where each part lives and imports it on first use. Never imported by the package itself.
 """
@@ -12,17 +13,32 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from asgi_metering.testing.clock import FakeClock
     from asgi_metering.testing.conformance import StoreConformance
+    from asgi_metering.testing.faults import crash_after, disconnect_at, store_down, until_killed
     from asgi_metering.testing.provider import Provider, SeenRequest
     from asgi_metering.testing.unmetered import unmetered
 
-__all__ = ["FakeClock", "Provider", "SeenRequest", "StoreConformance", "unmetered"]
+__all__ = [
+    "FakeClock",
+    "Provider",
+    "SeenRequest",
+    "StoreConformance",
+    "crash_after",
+    "disconnect_at",
+    "store_down",
+    "unmetered",
+    "until_killed",
+]
 
 _HOMES = {
     "FakeClock": "asgi_metering.testing.clock",
     "Provider": "asgi_metering.testing.provider",
     "SeenRequest": "asgi_metering.testing.provider",
     "StoreConformance": "asgi_metering.testing.conformance",
+    "crash_after": "asgi_metering.testing.faults",
+    "disconnect_at": "asgi_metering.testing.faults",
+    "store_down": "asgi_metering.testing.faults",
     "unmetered": "asgi_metering.testing.unmetered",
+    "until_killed": "asgi_metering.testing.faults",
 }
 
 

@@ -1,8 +1,9 @@
 """
 Operations per second of each store, against the row-at-a-time way of the same: ``tox run -e bench-stores``.
 
-The row-at-a-time way is the store without its pump: a pool of them, each operation its own transaction. Both work on
-the same rows, interleaved, round by round; SQLite with ``synchronous=FULL``, PostgreSQL with fsync on. Options:
+The row-at-a-time way is the store without its pump: a pool of them, each operation its own transaction, or a command of
+its own. Both work on the same rows, interleaved, round by round; SQLite with ``synchronous=FULL``, PostgreSQL with
+fsync on, Valkey with ``appendonly yes``, which it writes to disk once a second. Options:
 ``--stores NAME ...``, ``--callers N ...``, ``--accounts N ...``, ``--rounds N``, ``--seconds S``.
 """
 
@@ -26,7 +27,9 @@ from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.stores.postgres import PostgresStore
 from asgi_metering.stores.pump import Pump
 from asgi_metering.stores.sqlite import SQLiteStore
+from asgi_metering.stores.urls import store_from_url
 from tests.harness.postgres import postgres_server
+from tests.harness.valkey import valkey
 
 POOL = 10
 """Connections of the row-at-a-time way, where a store can use several at once."""
@@ -91,7 +94,13 @@ def _postgres() -> Iterator[tuple[Make, int]]:
         yield lambda: PostgresStore(server.url(), migrate=True), POOL
 
 
-STORES = {"memory": _memory, "sqlite": _sqlite, "postgres": _postgres}
+@contextmanager
+def _redis() -> Iterator[tuple[Make, int]]:
+    with valkey("--appendonly", "yes", "--appendfsync", "everysec") as server:
+        yield lambda: store_from_url(server.url), POOL
+
+
+STORES = {"memory": _memory, "sqlite": _sqlite, "postgres": _postgres, "redis": _redis}
 
 
 async def drive(submit: Submit, name: str, callers: int, accounts: int, seconds: float) -> Sample:

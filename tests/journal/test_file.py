@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,52 @@ def test_give_the_turn_to_one(tmp_path: Path) -> None:
         await one.close()
 
     asyncio.run(scene())
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_give_the_turn_back_that_nobody_waits_for(has_begun: bool, tmp_path: Path) -> None:
+    """A reader that is cancelled while it takes its turn keeps it from nobody, taken already or not."""
+
+    async def scene() -> None:
+        one, other = Journal(tmp_path / "j"), Journal(tmp_path / "j")
+        await one.open()
+        await other.open()
+        disk = threading.Event()
+        if has_begun:
+            # Taken, and its answer is on the way.
+            taking = asyncio.create_task(one.take_turn())
+            await asyncio.sleep(0)
+            while one._turn is None:
+                pass
+        else:
+            slow = asyncio.create_task(one._in_thread(lambda _: disk.wait(10)))
+            taking = asyncio.create_task(one.take_turn())
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        taking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await taking
+        disk.set()
+        if not has_begun:
+            await slow
+        await one.counts()
+        assert await other.take_turn()
+        await other.close()
+        await one.close()
+
+    asyncio.run(scene())
+
+
+def test_fail_as_a_journal_where_its_thread_has_ended(tmp_path: Path) -> None:
+    """Whoever comes while it is closed by another event loop is told by the error that journals have."""
+
+    async def scene(journal: Journal) -> None:
+        assert journal._thread is not None
+        await journal._thread.stop()
+        with pytest.raises(JournalError, match="has ended"):
+            await journal.keep({"a": (End("a", None),)})
+
+    play(tmp_path / "j", scene)
 
 
 def process(path: Path, body: str) -> subprocess.Popen[str]:

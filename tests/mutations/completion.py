@@ -166,7 +166,7 @@ MUTATIONS = (
         RUNTIME,
         '        task = self.loop.create_task(work, name=f"asgi_metering {what}", context=contextvars.Context())\n',
         '        task = self.loop.create_task(work, name=f"asgi_metering {what}")\n',
-        _test("test_background_tasks_do_not_inherit_a_requests_variables"),
+        _test("test_looks_at_a_call_do_not_inherit_its_variables"),
     ),
     Mutation(
         30,

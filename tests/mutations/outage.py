@@ -38,8 +38,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         0,
         "journal forgets",
         DELIVERY,
-        "            await journal.keep({call: steps for call, steps, _ in batch if steps})\n",
-        "            await journal.keep({})\n",
+        "                await journal.keep(kept, due_in_s=due_in_s)\n",
+        "                await journal.keep({}, due_in_s=due_in_s)\n",
         _test("test_keep_ends_in_the_journal_until_the_store_is_back"),
     ),
     Mutation(

@@ -10,8 +10,9 @@ from __future__ import annotations
 import importlib.machinery
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -25,6 +26,12 @@ CHANGE = "MUTATION_CHANGE"
 
 REPORT = "MUTATION_REPORT"
 """The file that the outcome of each test is written to, as JSON."""
+
+TEST_TIMEOUT_S = 10.0
+"""Many a mutation shows by waiting for ever; no test that is named takes a tenth of this."""
+
+AGAIN_S = 1.0
+"""A task that is interrupted keeps what was raised to itself, and the test waits on: so it is raised again."""
 
 
 class MutantLoader(importlib.machinery.SourceFileLoader):
@@ -80,6 +87,22 @@ def install(change: dict[str, str]) -> MutantFinder:
 _finder = install(json.loads(os.environ[CHANGE])) if CHANGE in os.environ else None
 _outcomes: dict[str, dict[str, Any]] = {}
 _failed_to_collect: list[str] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Fail a test that takes too long, however it is held up."""
+
+    def give_up(_number: int, _frame: object) -> None:
+        pytest.fail(f"Not done after {TEST_TIMEOUT_S} s.")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, TEST_TIMEOUT_S, AGAIN_S)
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from asgi_metering import Metering, billable, rate_limited
-from asgi_metering.errors import JournalError, SettlementError, StoreUnavailableError
+from asgi_metering.errors import ConfigurationError, JournalError, SettlementError, StoreUnavailableError
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.receipts import Basis, EntryKind
 from asgi_metering.rules.decide import Answer
@@ -485,6 +485,169 @@ def test_go_on_after_the_journal_could_not_be_read(
             await journal.keep({"x": (End("x", None),)})
             await until(lambda: _is_read_off(metering))
             assert "The disk is away." in caplog.text
+
+    asyncio.run(play())
+
+
+def test_let_others_read_off_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader whose journal fails while it has the turn gives it back all the same, and reads on later."""
+
+    async def play() -> None:
+        store = Gated()
+        async with used(store, journal=tmp_path / "j") as metering:
+            journal = metering.journal
+            assert journal is not None
+            counts, times = journal.counts, [0]
+
+            async def broken() -> Any:
+                times[0] += 1
+                if times[0] == 1:
+                    raise JournalError("The disk is away.")
+                return await counts()
+
+            monkeypatch.setattr(journal, "counts", broken)
+            await until(lambda: _has_failed(times))
+            await journal.keep({"x": (End("x", None),)})
+            await until(lambda: _is_read_off(metering))
+
+    asyncio.run(play())
+
+
+async def _has_failed(times: list[int]) -> bool:
+    return times[0] > 0
+
+
+def test_go_on_without_a_journal_whose_folder_is_gone(tmp_path: Path) -> None:
+    """A journal that cannot even be opened again holds up no end, and is read off once it can."""
+    folder = tmp_path / "there"
+    folder.mkdir()
+
+    def broken(connection: Any) -> None:
+        folder.rename(tmp_path / "gone")
+        connection.execute("BEGIN")
+        raise KeyError("A transaction is left open, and so the connection is given up.")
+
+    async def play() -> None:
+        store = Gated()
+        async with used(store, journal=folder / "j") as metering:
+            journal = metering.journal
+            assert journal is not None
+            await journal.keep({"later": (End("later", None),)}, due_in_s=0.1)
+            with pytest.raises(KeyError):
+                await journal._in_thread(broken)
+            await admitted(metering, store, 3)
+            await until(lambda: _wait_in_memory(metering, 3))
+            store.down = False
+            await until(lambda: _quiet(metering))
+            assert await settled(metering) == (3 * CREDIT, 0)
+            (tmp_path / "gone").rename(folder)
+            await until(lambda: _is_read_off(metering))
+
+    asyncio.run(play())
+
+
+async def _wait_in_memory(metering: Metering, number: int) -> bool:
+    return metering.runtime()._delivery.waiting == number
+
+
+class Unmigrated(Gated):
+    """A store that cannot be opened as it is."""
+
+    is_migrated = False
+
+    async def open(self) -> None:
+        if not self.is_migrated:
+            await asyncio.sleep(0.01)
+            raise ConfigurationError("The tables are too old. Migrate them.")
+
+
+def test_keep_what_waits_for_a_migration(tmp_path: Path) -> None:
+    """A store that cannot be opened says nothing of what waits for it: nothing of that is set aside."""
+
+    async def play() -> None:
+        later = Unmigrated()
+        metering = Metering(later, sinks=(), store_timeout_s=0.05, drain_s=0.05, journal=tmp_path / "j")
+        with pytest.raises(ConfigurationError, match="Migrate"):
+            await metering.start()
+        assert metering.journal is not None
+        await metering.journal.keep({"a": (End("a", None),), "b": (End("b", None),)})
+        await until(lambda: _is_alarmed(metering))
+        assert await kept(metering) == (2, 0)
+        later.is_migrated = True
+        await until(lambda: _is_read_off(metering))
+        await metering.stop()
+
+    asyncio.run(play())
+
+
+async def _is_alarmed(metering: Metering) -> bool:
+    return "replay" in metering.alarms._told
+
+
+# -- the shutdown ------------------------------------------------------------------------------------------
+
+
+class Counted(Gated):
+    """Counts how often it is opened and closed."""
+
+    opened = closed = 0
+
+    async def open(self) -> None:
+        self.opened += 1
+
+    async def close(self) -> None:
+        self.closed += 1
+
+
+def test_stop_for_good_while_the_store_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends that still wait in memory when the metering is stopped open nothing again behind it."""
+    monkeypatch.setattr("asgi_metering.runtime.BOOK_S", 0.01)
+
+    async def play() -> None:
+        store = Counted()
+        metering = Metering(store, identify=identify, sinks=(), store_timeout_s=0.05, drain_s=0.01)
+        await metering.start()
+        metering.runtime().managed = True
+        await metering.grant("ann", 100, id="g")
+        await admitted(metering, store, 3)
+        await metering.stop()
+        assert (store.opened, store.closed) == (1, 1)
+        assert [task.get_name() for task in asyncio.all_tasks() - {asyncio.current_task()}] == []
+
+    asyncio.run(play())
+
+
+def test_stop_while_the_store_says_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A shutdown waits for a silent store bounded, and says so."""
+    monkeypatch.setattr("asgi_metering.runtime.BOOK_S", 0.05)
+
+    async def play() -> None:
+        store = Gated()
+        metering = Metering(store, identify=identify, sinks=(), store_timeout_s=0.05, drain_s=0.01)
+        await metering.start()
+        metering.runtime().managed = True
+        store.silent = True
+        assert status((await call(metered(metering, billable(1)))).log) == 503
+        await asyncio.wait_for(metering.stop(), 10)
+
+    asyncio.run(play())
+    assert "gave no answer before the shutdown" in caplog.text
+
+
+# -- what cannot be done -----------------------------------------------------------------------------------
+
+
+def test_tell_of_a_charge_that_found_no_hold(caplog: pytest.LogCaptureFixture) -> None:
+    """A store that lost a hold, as by a failover, charges nothing at its end: that is an error and a tally."""
+
+    async def play() -> None:
+        store = Gated()
+        async with used(store) as metering:
+            async with metering.charge(payer="ann", line="job", price=3) as call:
+                del store._state.holds[call.id]
+                store._state.live.clear()
+            assert sum(metering.meters.totals("ends_lost").values()) == 1
+            assert f"does not know call {call.id}, whose end charges 3000000" in caplog.text
 
     asyncio.run(play())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +15,14 @@ from asgi_metering import (
     Allowance,
     CallRefused,
     Metering,
+    MeteringMiddleware,
     TokenUsage,
     Wallet,
     billable,
     current_call,
+    metered_app,
     rate_limited,
+    slices,
 )
 from asgi_metering.asgi.audit import audit
 from asgi_metering.errors import ConfigurationError
@@ -31,6 +36,7 @@ from asgi_metering.sources import PaymentSource
 from asgi_metering.stores.contract import EverythingKept
 from tests.harness.drive import Drive, body, headers, http_scope, status
 from tests.outage.gated import CREDIT, Gated, call, identify, metered, settled, until, used
+from tests.pitfalls.streams import delta
 
 QUEUE: dict[str, Literal["queue"]] = {"credits": "queue"}
 
@@ -388,6 +394,175 @@ def test_charge_a_queued_call_that_is_admitted_late_again(tmp_path: Path) -> Non
             assert await settled(metering) == (2 * CREDIT, 0)
 
     asyncio.run(play())
+
+
+def test_write_charges_that_come_together_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queued calls that come while the disk is busy share its next write: none waits for all before it in turn."""
+    writes = []
+
+    async def play() -> None:
+        store = Gated()
+        async with used(store, journal=tmp_path / "j", on_store_down=QUEUE) as metering:
+            journal = metering.journal
+            assert journal is not None
+            keep = journal.keep
+
+            async def counted(entries: Any, **options: Any) -> None:
+                writes.append(len(entries))
+                await keep(entries, **options)
+
+            monkeypatch.setattr(journal, "keep", counted)
+            store.down = True
+            app = metered(metering, billable(1))
+            ended = await asyncio.gather(*(call(app) for _ in range(40)))
+            assert {status(each.log) for each in ended} == {200}
+            await back(metering, store)
+            assert await settled(metering) == (40 * CREDIT, 0)
+            assert sum(writes) == 80
+            assert len(writes) < 40
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("days", [3, 34])
+def test_charge_a_queued_call_by_the_windows_of_a_later_day(days: int, tmp_path: Path) -> None:
+    """An outage over midnight makes no debt of what an allowance pays, and calls of one key stay one charge."""
+    sources = [Allowance(5, per="day")]
+
+    async def play() -> None:
+        store = Gated()
+        now = [time.time()]
+        store._clock = lambda: now[0]
+        async with used(store, journal=tmp_path / "j", on_store_down=QUEUE) as metering:
+            once = metered(metering, billable(1, sources=sources))
+            shared = metered(metering, billable(2, sources=sources, charge_key=lambda: "s"))
+            store.down = True
+            for app in (once, shared, shared):
+                assert status((await call(app, "bob")).log) == 200
+            now[0] += days * 86_400
+            await back(metering, store)
+            balance = await metering.balance("bob")
+            assert (balance.settled, balance.debt) == (0, 0)
+            assert await _spent_by_allowance(store) == 3 * CREDIT
+
+    asyncio.run(play())
+
+
+async def _spent_by_allowance(store: Gated) -> int:
+    return sum(window.settled for window in (await store.read(EverythingKept())).state.allowances.values())
+
+
+@pytest.mark.parametrize("granted", [0, 2])
+def test_charge_queued_calls_of_a_key_once(granted: int, tmp_path: Path) -> None:
+    """S0.10: calls that share a key are one charge, also where nobody can pay it and it becomes debt."""
+
+    async def play() -> None:
+        store = Gated()
+        async with used(store, journal=tmp_path / "j", on_store_down=QUEUE) as metering:
+            await metering.grant("bob", granted or 1, id="b")
+            app = metered(metering, billable(2, charge_key=lambda: "session"))
+            store.down = True
+            for _ in range(3):
+                assert status((await call(app, "bob")).log) == 200
+            await back(metering, store)
+            assert await settled(metering, "bob") == (2 * CREDIT, 0)
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_keep_nothing_of_a_queued_call_that_failed(is_full: bool, tmp_path: Path) -> None:
+    """A queued call that charges nothing is told of, and is not charged later by the policy for processes that died.
+
+    Also where the store is back before its end, and where the journal takes nothing more.
+    """
+    told: list[Any] = []
+    begun, leave = asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        begun.set()
+        await leave.wait()
+        raise LookupError("gone")
+
+    async def play() -> None:
+        store = Gated()
+        sinks = [CallbackSink(told.extend)]
+        async with used(store, journal=tmp_path / "j", on_store_down=QUEUE, sinks=sinks) as metering:
+            store.down = True
+            running = asyncio.create_task(call(metered(metering, billable(2, on_abort="hold"), work=work)))
+            await begun.wait()
+            assert metering.journal is not None
+            assert await metering.journal.counts() == (1, 0)
+            if is_full:
+                metering.journal._max_entries = 0
+            store.down = False
+            leave.set()
+            assert (await running).outcome == "raised"
+            await until(lambda: is_empty(metering))
+            await until(lambda: _told(told))
+            assert await settled(metering) == (0, 0)
+
+    asyncio.run(play())
+
+
+def test_charge_a_queued_call_by_more_than_its_first_slice(tmp_path: Path) -> None:
+    """Without reported usage a call whose hold would have grown is charged by what was observed, as any other."""
+    head = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send(head)
+        await send({"type": "http.response.body", "body": delta(" word" * 20), "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def play() -> None:
+        store = Gated()
+        async with used(store, journal=tmp_path / "j", on_store_down=QUEUE) as metering:
+            store.down = True
+            price = per_token(input=0, output=1)
+            part = billable(price, hold=slices(TokenUsage(output=3)))
+            assert status((await call(MeteringMiddleware(metered_app(app, part), metering=metering))).log) == 200
+            await back(metering, store)
+            assert await settled(metering) == (20 * CREDIT, 0)
+
+    asyncio.run(play())
+
+
+def test_leave_nothing_of_a_caller_that_left(tmp_path: Path) -> None:
+    """Whoever leaves while its charge is written is not charged for work that never began; its local slot is free."""
+
+    async def play() -> None:
+        store = Gated()
+        down = {"credits": "queue", "rates": "local"}
+        async with used(store, journal=tmp_path / "j", on_store_down=down) as metering:
+            journal = metering.journal
+            assert journal is not None
+            store.down = True
+            app = metered(metering, billable(2, on_abort="hold"), rate_limited("9/day", concurrency=1))
+            disk, waits = threading.Event(), threading.Event()
+
+            def stall(_: Any) -> None:
+                waits.set()
+                disk.wait(10)
+
+            slow = asyncio.create_task(journal._in_thread(stall))
+            await asyncio.to_thread(waits.wait, 10)
+            leaving = asyncio.create_task(call(app))
+            await until(lambda: _is_local(metering))
+            leaving.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await leaving
+            disk.set()
+            await slow
+            await until(lambda: is_empty(metering))
+            assert status((await call(app)).log) == 200
+            await back(metering, store)
+            assert await settled(metering) == (2 * CREDIT, 0)
+
+    asyncio.run(play())
+
+
+async def _is_local(metering: Metering) -> bool:
+    return bool(metering.local._store._state.leases)
 
 
 async def _is_alarmed(metering: Metering) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from decimal import Decimal
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,9 +18,11 @@ from asgi_metering import (
     Caller,
     Metering,
     MeteringMiddleware,
+    TokenUsage,
     billable,
     metered_app,
     rate_limited,
+    slices,
 )
 from asgi_metering.call import CURRENT
 from asgi_metering.events.sinks import CallbackSink
@@ -55,6 +59,46 @@ def test_background_tasks_do_not_inherit_a_requests_variables() -> None:
         await within(5, lambda: len(seen) == 2)
         assert seen == [None, None]
         await metering.stop()
+
+    asyncio.run(play())
+
+
+WHERE: ContextVar[str] = ContextVar("WHERE", default="nowhere")
+
+
+class Noting:
+    """A price that notes which task asks for it, and what that task knows."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    def cost(self, usage: TokenUsage) -> Decimal:
+        """One unit a token."""
+        task = asyncio.current_task()
+        self.asked.append(("" if task is None else task.get_name(), WHERE.get()))
+        return Decimal(usage.output or 0)
+
+    def affordable(self, _kind: str, units: Decimal, _used: TokenUsage) -> int:
+        """As many tokens as units."""
+        return int(units)
+
+
+def test_looks_at_a_call_do_not_inherit_its_variables() -> None:
+    """Pitfall 30: the tasks that look at what a call has used know nothing of whoever runs it."""
+    price = Noting()
+
+    def looks() -> list[str]:
+        return [known for task, known in price.asked if task.startswith("asgi_metering growth")]
+
+    async def play() -> None:
+        async with Metering(MemoryStore(), sinks=()) as metering:
+            await metering.grant(PAYER, 100, id="g")
+            WHERE.set("request")
+            async with metering.charge(payer=PAYER, line="job", price=price, hold=slices(9)) as call:
+                call.record(TokenUsage(output=1))
+                await within(5, looks)
+        assert set(looks()) == {"nowhere"}
+        assert WHERE.get() == "request"
 
     asyncio.run(play())
 

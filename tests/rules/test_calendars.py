@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asgi_metering.errors import ConfigurationError
-from asgi_metering.rules.calendars import Period, boundaries, pick, zone
+from asgi_metering.rules.calendars import Period, around, boundaries, boundaries_until, pick, zone
 
 DAY, WEEK, MONTH = Period
 
@@ -306,3 +306,30 @@ def test_pick_no_window_without_length() -> None:
     """Where two boundaries fall together, as around a skipped day, the window between them is never picked."""
     assert pick((10.0, 20.0, 20.0, 30.0), 20.0) == (20.0, 30.0)
     assert pick((10.0, 20.0, 20.0, 30.0), 19.0) == (10.0, 20.0)
+
+
+# -- far ahead -----------------------------------------------------------------------------------------------
+
+
+@given(
+    period=st.sampled_from(Period),
+    name=st.sampled_from(ZONES),
+    now=st.floats(epoch(2020, 1, 1), epoch(2030, 1, 1)),
+    later=st.floats(0, 90 * 86_400),
+    anchor=st.integers(1, 31),
+)
+def test_keep_boundaries_for_later(period: Period, name: str, now: float, later: float, anchor: int) -> None:
+    """Of boundaries that were made long before, those around a time are what is made anew for that time."""
+    edges = boundaries_until(period, name, now, now + later, anchor)
+    assert list(edges) == sorted(set(edges))
+    assert edges[:4] == boundaries(period, name, now, anchor)
+    assert around(edges, now) == edges[:4]
+    pinned = pick(around(edges, now + later), now + later)
+    assert pinned == pick(boundaries(period, name, now + later, anchor), now + later)
+
+
+def test_choose_the_nearest_boundaries_outside() -> None:
+    """Where none are around a time the nearest four are answered, and what rolls has none."""
+    edges = (1.0, 2.0, 3.0, 4.0, 5.0)
+    assert [around(edges, now) for now in (0.0, 9.0)] == [edges[:4], edges[1:]]
+    assert around((), 1.0) == ()

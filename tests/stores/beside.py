@@ -33,7 +33,7 @@ from asgi_metering.testing.conformance import tables
 from tests.stores.operations import CLOCK_STEPS_S, comparable, operations
 from tests.stores.service import Service
 
-__all__ = ["STEPS", "Pair", "run_any_sequences", "run_as_a_service"]
+__all__ = ["STEPS", "STEPS_EACH", "Pair", "run_any_sequences", "run_as_a_service"]
 
 STEPS = int(os.environ.get("METERING_TEST_STEPS", "20000"))
 """Operations of a service that each store answers beside memory."""
@@ -41,7 +41,7 @@ STEPS = int(os.environ.get("METERING_TEST_STEPS", "20000"))
 STEPS_EACH = 2_000
 """Operations from one empty store to the next."""
 
-COMPARED = 10
+COMPARED = 20
 """Batches of a service from one comparison of whole states to the next; answers are compared at every one."""
 
 EXAMPLES = 25
@@ -62,7 +62,7 @@ class Pair:
         self,
         make: Callable[[FakeClock], Store],
         before: Callable[[Any], None] = lambda store: None,
-        after: Callable[[], None] = lambda: None,
+        after: Callable[[], object] = lambda: None,
     ) -> None:
         self.clock = FakeClock()
         self.memory = MemoryStore(self.clock)
@@ -204,11 +204,11 @@ def run_any_sequences(pairs: Callable[[], Pair]) -> None:
     )
 
 
-def run_as_a_service(pairs: Callable[[], Pair]) -> None:
-    """Long traffic in which calls live and end as in service; Hypothesis chooses what it begins from."""
+def run_as_a_service(pairs: Callable[[], Pair], steps: int = STEPS) -> None:
+    """Long traffic, *steps* operations that live and end as in service; Hypothesis chooses what it begins from."""
 
     # A smaller number is no smaller traffic: nothing to shrink.
-    @settings(max_examples=-(-STEPS // STEPS_EACH), deadline=None, database=None, phases=[Phase.generate])
+    @settings(max_examples=-(-steps // STEPS_EACH), deadline=None, database=None, phases=[Phase.generate])
     @given(st.integers(0, 2**32), st.booleans())
     def play(seed: int, whole: bool) -> None:
         pair = pairs()

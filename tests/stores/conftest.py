@@ -8,7 +8,10 @@ from itertools import count
 import pytest
 
 from tests.harness.postgres import PostgresServer, postgres_server
+from tests.harness.valkey import ValkeyServer, valkey
+from tests.harness.warm import preload
 
+preload()
 pytest.register_assert_rewrite("asgi_metering.testing.conformance")
 
 _numbers = count(1)
@@ -25,3 +28,10 @@ def postgres() -> Iterator[PostgresServer]:
 def schema() -> str:
     """A schema that no other test has."""
     return f"test_{next(_numbers)}"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ValkeyServer]:
+    """One Valkey server for all tests of this process; each test takes a namespace of its own."""
+    with valkey("--appendonly", "yes", "--appendfsync", "no") as running:
+        yield running

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, cast
 
@@ -35,7 +36,9 @@ from asgi_metering.rules.state import Event, Hold
 from asgi_metering.stores.contract import (
     AccountRows,
     AccountsAfter,
+    Books,
     EntriesAfter,
+    Filling,
     HoldRow,
     LinesOf,
     Query,
@@ -147,7 +150,8 @@ class ClusterStore(Store):
         if self._is_known:
             return
         shelf = self.shelves[COMMON]
-        key, count = f"{shelf.names.prefix}partitions", self.partitions.count
+        # Beside its books, and none of them: they may be empty.
+        key, count = f"{shelf.names.prefix[:-1]}.partitions", self.partitions.count
         _, found = await shelf.ask([("SET", key, str(count), "NX"), ("GET", key)])
         if int(found) != count:
             raise ConfigurationError(
@@ -199,6 +203,8 @@ class ClusterStore(Store):
 
     def _single(self, operation: Operation) -> int | None:
         """The partition that alone runs *operation*; None if several have to."""
+        if self.partitions.count == 1:
+            return COMMON
         match operation:
             case Admit():
                 return self.partitions.single(operation)
@@ -396,6 +402,8 @@ class ClusterStore(Store):
     async def read(self, query: Query) -> Snapshot:
         """See `Store.read`. What is in several partitions is not of one instant."""
         await self._known()
+        if self.partitions.count == 1:
+            return await self.shelves[0].read(query)
         if isinstance(query, HoldRow):
             await self._find([query.id])
             return await self.shelves[self._place_of(query.id).home].read(query)
@@ -405,6 +413,22 @@ class ClusterStore(Store):
             return await self._accounts(query)
         found = await asyncio.gather(*(shelf.read(query) for shelf in self.shelves))
         return merged(query, found)
+
+    def books(self) -> AbstractAsyncContextManager[Books]:
+        """See `RedisStore.books`. Only of one partition: where a limit is kept among several, its row does not say."""
+        return self._only_shelf().books()
+
+    def fill(self) -> AbstractAsyncContextManager[Filling]:
+        """See `RedisStore.fill`, and `books`."""
+        return self._only_shelf().fill()
+
+    def _only_shelf(self) -> Shelf:
+        if self.partitions.count > 1:
+            raise ConfigurationError(
+                f"The namespace {self._namespace!r} has {self.partitions.count} partitions, and only the books of one "
+                f"can be moved. Keep them with partitions=1 where they shall move."
+            )
+        return self.shelves[0]
 
     async def _accounts(self, query: AccountsAfter) -> Snapshot:
         """Names first: of each partition's next accounts most are not among the next of all."""

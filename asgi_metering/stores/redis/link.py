@@ -122,6 +122,12 @@ class Link:
             raise StoreUnavailableError(
                 f"The Redis server at {self._place} gave no answer within {self._timeout_s} s. Repeat with the same id."
             ) from error
+        except driver().exceptions.AuthenticationError as error:
+            # Redis 7.0 says so at the first command, and not when a connection is made.
+            await self._drop()
+            raise ConfigurationError(
+                f"The Redis server at {self._place} does not accept our credentials: {error}. Check user and password."
+            ) from error
         except (driver().exceptions.ConnectionError, driver().exceptions.TimeoutError, OSError) as error:
             await self._drop()
             raise StoreUnavailableError(

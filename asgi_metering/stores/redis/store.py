@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 
 from asgi_metering.errors import MeteringError, StoreContendedError, StoreError, StoreUnavailableError
 from asgi_metering.rules.decide import Answer, run
 from asgi_metering.rules.operations import Operation, Sweep
 from asgi_metering.rules.state import Change
-from asgi_metering.stores.contract import Query, Snapshot, Store
+from asgi_metering.stores.contract import Books, Filling, Query, Snapshot, Store
 from asgi_metering.stores.redis.batch import Batch
+from asgi_metering.stores.redis.books import Access, opened_books, opened_filling
 from asgi_metering.stores.redis.calls import Calls
 from asgi_metering.stores.redis.checks import check_server
 from asgi_metering.stores.redis.link import Link, moves
@@ -71,6 +73,7 @@ class RedisStore(Store):
         clock: Callable[[], float] | None = None,
     ) -> None:
         self._place = place
+        self.namespace = namespace
         self._names = Names(namespace)
         self._packing = Packing(self._names)
         self._scripts = Scripts()
@@ -143,19 +146,45 @@ class RedisStore(Store):
                 raise Mistake(mistake, written) from None
             return answer, written
 
-        transactions = Transactions(self._link(), self._names, self._packing, self._scripts, self._clock)
         try:
             if isinstance(operation, Sweep):
-                return await sweep(transactions, operation)
-            return await transactions.run(work)
+                return await sweep(self._transactions(), operation)
+            return await self._transactions().run(work)
         except StoreUnavailableError:
             raise
         except Exception as mistake:  # noqa: BLE001 -- the answer of one operation, and no neighbour's
             return mistake if isinstance(mistake, MeteringError) else meaning(mistake)
 
+    def _transactions(self) -> Transactions:
+        return Transactions(self._link(), self._names, self._packing, self._scripts, self._clock)
+
     async def read(self, query: Query) -> Snapshot:
         """See `Store.read`. Walks over everything in one script only for `EverythingKept`."""
         return await Reader(self._link(), self._names, self._packing, self._scripts, self._clock).read(query)
+
+    @asynccontextmanager
+    async def books(self) -> AsyncIterator[Books]:
+        """
+        See `Store.books`. Not of one instant: whoever moves the books stops those who write first.
+
+        Looks at the names of all keys on the server, also of other namespaces, in steps that block nobody.
+        """
+        async with opened_books(self._access()) as books:
+            yield books
+
+    @asynccontextmanager
+    async def fill(self) -> AsyncIterator[Filling]:
+        """
+        See `Store.fill`. Keeps other writers out. What was put stays, and putting it again after a cut completes it.
+
+        A process that dies in a filling keeps the others out for a minute. A row that cannot be kept takes back what
+        was put before it, if the namespace was empty.
+        """
+        async with opened_filling(self._access()) as filling:
+            yield filling
+
+    def _access(self) -> Access:
+        return Access(self._link(), self._names, self._packing, self._transactions(), meaning, self._clock)
 
 
 def _busy() -> StoreContendedError:

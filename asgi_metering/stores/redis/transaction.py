@@ -94,6 +94,45 @@ class Transactions:
                 await _pause()
         raise StoreContendedError(f"Others changed the same rows of the Redis store for {BUSY_S} s. Try again later.")
 
+    # -- for who works alone longer than one transaction ---------------------------------------------------
+
+    async def enter(self, seconds: float) -> str:
+        """
+        Close the gate for *seconds*, and return what opens it: until then, only `run_alone` with it writes.
+
+        Raises:
+            StoreContendedError: Others work alone, for `BUSY_S` seconds.
+        """
+        deadline = time.monotonic() + BUSY_S
+        while time.monotonic() < deadline:
+            if token := await self._gate(seconds):
+                return token
+        raise StoreContendedError(f"Somebody else works alone on the Redis store for {BUSY_S} s. Try again later.")
+
+    async def run_alone(self, token: str, seconds: float, work: Work[Answer]) -> Answer:
+        """
+        Do *work* behind our own gate, which stays closed for *seconds* from then on.
+
+        Raises:
+            StoreContendedError: It was not closed all the time; nothing of *work* is kept.
+        """
+        copy = WorkingCopy(self._link, self._names, self._packing, self._clock)
+        (found,) = await copy.read(("GET", self._names.gate))
+        if found == token.encode():
+            answer, changes = await work(copy)
+            copy.commands.append(("KEEP", self._names.gate, int(seconds * 1_000)))
+            if await self._commit(copy, changes, token) == 1:
+                return answer
+        raise StoreContendedError(
+            "Others may have written to the Redis store, which was to be filled by one alone. Stop them, and begin "
+            "again: an import is resumed."
+        )
+
+    async def leave(self, token: str) -> None:
+        """Open the gate, if it is still ours."""
+        copy = WorkingCopy(self._link, self._names, self._packing, self._clock)
+        await self._commit(copy, [], token)
+
     async def _commit(self, copy: WorkingCopy, changes: list[Change], token: str) -> Reply:
         writes = copy.writes(changes)
         words: list[str | bytes | int] = [token, len(copy.reads)]
@@ -110,9 +149,9 @@ class Transactions:
             raise reply
         return reply
 
-    async def _gate(self) -> str:
+    async def _gate(self, seconds: float = GATE_S) -> str:
         token = uuid.uuid4().hex
-        command: Command = ("SET", self._names.gate, token, "NX", "PX", int(GATE_S * 1_000))
+        command: Command = ("SET", self._names.gate, token, "NX", "PX", int(seconds * 1_000))
         (reply,) = await self._link.exchange([command])
         if reply == b"OK":
             return token

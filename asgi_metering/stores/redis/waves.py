@@ -73,7 +73,7 @@ class Wave:
         """Whether *operation* may run beside those that are here: its order to them does not matter, or is kept."""
         if self._is_full:
             return False
-        if type(operation) in _FOR_ALL:
+        if single is None and type(operation) in _FOR_ALL:
             return not (self.single or self.several)
         call = _call_of(operation)
         if call is not None and call in self._calls and (single is None or self._calls[call] != single):
@@ -90,4 +90,4 @@ class Wave:
         call = _call_of(operation)
         if call is not None:
             self._calls[call] = single
-        self._is_full = type(operation) in _FOR_ALL
+        self._is_full = single is None and type(operation) in _FOR_ALL

@@ -201,8 +201,12 @@ class WorkingCopy:
         return [*commands, *self.commands]
 
     def _account(self, key: AccountKey) -> Iterable[Command]:
+        account = self.state.accounts.get(key)
+        if account is None:
+            # Closed grants may be put before it.
+            return
         name = self.names.account(*key)
-        text = self.packing.account(self.state.accounts[key], self.state.grants.get(key, {}).values())
+        text = self.packing.account(account, self.state.grants.get(key, {}).values())
         yield ("SET", name, text)
         if name not in self._stored:
             yield ("ZADD", self.names.accounts, "0", self.names.rest(name))

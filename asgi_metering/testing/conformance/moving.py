@@ -10,8 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.decisions import Decision
-from asgi_metering.errors import ConfigurationError
+from asgi_metering.errors import ConfigurationError, UnwritableError
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.operations import (
     Acknowledge,
@@ -261,21 +262,23 @@ class Moving(Suite):
 
     @_movable
     async def test_order_of_books(self, scene: Scene) -> None:
-        """Rows of accounts come by payer and unit as Python orders them, holds and events as they were made."""
+        """Rows of accounts come by payer and unit as Python orders them, holds by their time, events as they came."""
         await scene.run(
             *(
                 PostGrant(grant, payer, UNIT, 9)
                 for grant in ("g2", "g1")
-                for payer in ("é", "z", "Z", "a", "\U0001f600")
+                for payer in ("é", "a%", "a$", "a\x01", "a", "Z", "\U0001f600")
             )
         )
         calls = [f"{number}{payer}" for number in (2, 1) for payer in ("é", "Z")]
-        await scene.run(*(Admit(call, call[1:], UNIT, 1, 1, WALLET) for call in calls))
+        for call in calls:
+            scene.clock.advance(1.0)
+            await scene.run(Admit(call, call[1:], UNIT, 1, 1, WALLET))
         await scene.run(*(Emit(((event, {}),)) for event in ("y", "x")))
         async with scene.store.books() as books:
             payers = [account.payer for account in await _rows(books, Table.ACCOUNT)]
             assert payers == sorted(payers)
-            assert len(payers) == 5
+            assert len(payers) == 7
             grants = [(grant.payer, grant.number, grant.id) for grant in await _rows(books, Table.GRANT)]
             assert grants == [(payer, number, f"g{3 - number}") for payer in payers for number in (1, 2)]
             lines = [(line.payer, line.number) for line in await _rows(books, Table.ENTRY)]
@@ -313,11 +316,11 @@ class Moving(Suite):
 
     @_movable
     async def test_put_exactly(self, scene: Scene) -> None:
-        """Amounts beyond 2^53, times to their last bit and texts of any kind come back as they were put."""
+        """The largest amounts, times to their last bit and texts of any kind come back as they were put."""
         texts = ('\'; DROP TABLE "grant" --', "\U0001f600 e\u0301 é \u2028", '{\\x41},"NULL"', " NULL ", "null")
         rows = [
-            Grant(PAYER, UNIT, text, 2**62 + number, -number, 0.1 + 0.2, 1e10 / 3, number, text, text)
-            for number, text in enumerate(texts)
+            Grant(PAYER, UNIT, text, amount, -number, 0.1 + 0.2, 1e10 / 3, number, text, text, amount)
+            for number, (amount, text) in enumerate(zip(range(MAX_AMOUNT, 0, -1), texts, strict=False))
         ]
         events = [Event(text, 1.1, {text: [2**53 + 1, 0.1, None, True, {"": text}]}, NEVER) for text in texts]
         async with scene.store.fill() as filling:
@@ -327,6 +330,24 @@ class Moving(Suite):
         async with scene.store.books() as books:
             assert await _rows(books, Table.GRANT) == rows
             assert await _rows(books, Table.EVENT) == events
+
+    @_movable
+    async def test_put_more_than_is_counted(self, scene: Scene) -> None:
+        """An amount beyond 2^53 - 1 is kept exactly, or refused with a sentence that has it; then nothing is kept."""
+        much = 2**62 + 1
+        row = Grant(PAYER, UNIT, "g", much, 0, 1.0, NEVER, 1, settled=much)
+        told = ""
+        try:
+            async with scene.store.fill() as filling:
+                await filling.put(Table.EVENT, [Event("e", 1.0, {})])
+                await filling.put(Table.GRANT, [row._replace(id="h", number=2, amount=1, settled=1), row])
+        except UnwritableError as refusal:
+            told = str(refusal)
+        if told:
+            assert str(much) in told
+            assert not any(tables(await scene.state()).values())
+        else:
+            assert await scene.grant_row("g") == row
 
     @_movable
     async def test_fill_that_fails(self, scene: Scene) -> None:

@@ -25,7 +25,7 @@ from asgi_metering.stores.postgres.link import Statement
 from asgi_metering.stores.pump import Pump
 from tests.harness.cutting import cutting_proxy
 from tests.harness.postgres import PostgresServer
-from tests.stores.test_processes import assert_conserved
+from tests.stores.proofs import assert_conserved
 
 ROOT = Path(__file__).parents[3]
 

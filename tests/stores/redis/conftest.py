@@ -1,4 +1,4 @@
-"""One Valkey server for the tests of the Redis store; each test has a namespace of its own."""
+"""Stores on the Valkey server of all tests; each test has a namespace of its own."""
 
 from __future__ import annotations
 
@@ -10,16 +10,9 @@ import pytest
 
 from asgi_metering.stores.redis import RedisStore, ServerPlace
 from tests.harness.servers import HOST
-from tests.harness.valkey import ValkeyServer, cluster, valkey
+from tests.harness.valkey import ValkeyServer, cluster
 
 _numbers = count()
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[ValkeyServer]:
-    """A server that lives as long as the tests."""
-    with valkey("--appendonly", "yes", "--appendfsync", "no") as running:
-        yield running
 
 
 @pytest.fixture(scope="session")

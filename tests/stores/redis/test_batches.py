@@ -18,8 +18,8 @@ from asgi_metering.testing.clock import FakeClock
 from asgi_metering.testing.conformance import tables
 from tests.harness.valkey import ValkeyServer
 from tests.stores.operations import comparable
+from tests.stores.proofs import assert_conserved
 from tests.stores.redis.proxy import Proxy
-from tests.stores.test_processes import assert_conserved
 
 Maker = Callable[..., RedisStore]
 

@@ -19,10 +19,12 @@ from asgi_metering.stores.redis.working_copy import WorkingCopy
 from asgi_metering.stores.urls import store_from_url
 from asgi_metering.testing.clock import FakeClock
 from asgi_metering.testing.conformance import StoreConformance
+from asgi_metering.testing.conformance.moving import Moving
 from tests.harness.servers import HOST, free_port
 from tests.harness.valkey import ValkeyServer, sentinel, valkey
 from tests.harness.waiting import wait_until
-from tests.stores.test_processes import assert_conserved
+from tests.stores.beside import STEPS_EACH, Pair, run_as_a_service
+from tests.stores.proofs import assert_conserved
 
 _numbers = count()
 
@@ -38,8 +40,11 @@ class TestCluster(StoreConformance):
     partitions = 3
 
     @pytest.fixture(autouse=True)
-    def _nodes(self, nodes: list[ValkeyServer]) -> None:
+    def _nodes(self, nodes: list[ValkeyServer], request: pytest.FixtureRequest) -> None:
         self.seeds = [(HOST, node.port) for node in nodes]
+        if hasattr(Moving, request.function.__name__):
+            # Only the books of one partition move.
+            self.partitions = 1
 
     async def make_store(self, clock: FakeClock) -> Store:
         """Make a store with a namespace of its own."""
@@ -57,6 +62,17 @@ class TestCluster(StoreConformance):
         """As many of a kind as it was asked to, of each partition."""
         self.partitions = 1
         super().test_sweep_a_few_at_a_time()
+
+
+def test_serve_beside_memory(nodes: list[ValkeyServer]) -> None:
+    """Some thousand steps of a service are answered and kept on a Cluster as in memory, where all is in one slot."""
+    place = ClusterPlace([(HOST, node.port) for node in nodes], {}, 5.0)
+
+    def pair() -> Pair:
+        namespace = f"serve{next(_numbers)}"
+        return Pair(lambda clock: ClusterStore(place, namespace=namespace, partitions=1, clock=clock))
+
+    run_as_a_service(pair, STEPS_EACH)
 
 
 def call(call_id: str) -> Admit:
@@ -77,7 +93,7 @@ def test_payers_are_spread_over_the_nodes(nodes: list[ValkeyServer]) -> None:
     assert all(sizes)
 
 
-class Moving:
+class MovingSlot:
     """A slot that is moved from its node to another one, step by step."""
 
     def __init__(self, nodes: list[ValkeyServer], tag: str) -> None:
@@ -109,7 +125,7 @@ class Moving:
 
 def test_slot_moves_to_another_node(nodes: list[ValkeyServer]) -> None:
     """While a slot moves, its calls wait; when it has, they come through: nothing is lost and nothing done twice."""
-    moving = Moving(nodes, "{moving:0}")
+    moving = MovingSlot(nodes, "{moving:0}")
 
     async def run() -> None:
         store = store_from_url(url_of(nodes, "moving") + "&partitions=1")
@@ -139,7 +155,7 @@ def test_slot_moves_to_another_node(nodes: list[ValkeyServer]) -> None:
 
 def test_nobody_works_alone_on_half_a_slot(nodes: list[ValkeyServer]) -> None:
     """Not even a transaction that keeps all others out writes while some of its rows may be elsewhere."""
-    moving = Moving(nodes, "{alone:0}")
+    moving = MovingSlot(nodes, "{alone:0}")
 
     async def run() -> None:
         store = store_from_url(url_of(nodes, "alone") + "&partitions=1")

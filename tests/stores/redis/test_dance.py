@@ -41,8 +41,8 @@ from asgi_metering.stores.redis.parts import RESERVED_S, Part
 from asgi_metering.testing.clock import FakeClock
 from tests.harness.servers import HOST
 from tests.harness.valkey import ValkeyServer
-from tests.stores.redis.test_processes import all_at_once, processes
-from tests.stores.test_processes import assert_conserved
+from tests.stores.proofs import assert_conserved
+from tests.stores.redis.racing import SLOTS, Span, race
 
 _numbers = count()
 
@@ -446,6 +446,17 @@ def test_another_number_of_partitions(nodes: list[ValkeyServer]) -> None:
     play(nodes, story)
 
 
+def test_move_the_books_of_several_partitions(nodes: list[ValkeyServer]) -> None:
+    """Books in several partitions cannot be moved, and say so."""
+
+    async def story(books: Books) -> None:
+        for opened in (books.store.books, books.store.fill):
+            with pytest.raises(ConfigurationError, match="has 5 partitions, and only the books of one"):
+                opened()
+
+    play(nodes, story)
+
+
 def test_one_node_is_down(nodes: list[ValkeyServer]) -> None:
     """Operations whose node gives no answer are told so; those of other nodes are answered."""
 
@@ -465,10 +476,7 @@ def test_one_node_is_down(nodes: list[ValkeyServer]) -> None:
     play(nodes, story, timeout_s=0.5)
 
 
-SLOTS = 4
-
-
-def most_at_once(spans: list[tuple[float, float]]) -> int:
+def most_at_once(spans: list[Span]) -> int:
     """How many of *spans* there were at the same time."""
     edges = sorted([*((start, 1) for start, _ in spans), *((end, -1) for _, end in spans)])
     return max(accumulate((step for _, step in edges), initial=0))
@@ -487,9 +495,7 @@ def test_processes_race_over_slots(nodes: list[ValkeyServer], limit: int, wallet
         await store.close()
 
     asyncio.run(begin())
-    with processes("slots", url, 3, limit) as workers:
-        told = all_at_once(workers)
-    spans = [(float(start), float(end)) for _, start, end in told]
+    spans = race(url, 3, limit)
     assert len(spans) == min(limit, wallet)
     assert most_at_once(spans) <= SLOTS
 

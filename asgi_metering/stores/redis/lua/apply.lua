@@ -43,6 +43,8 @@ local function same(found, expected)
   return true
 end
 
+local gate = call('GET', KEYS[1])
+
 -- What no single command does.
 local OWN = {
   -- index, member, sorted set: the member's score becomes the set's first one.
@@ -77,9 +79,13 @@ local OWN = {
       call('RPUSH', words[3], words[4])
     end
   end,
+  -- gate, milliseconds: it is not opened behind this.
+  KEEP = function(words)
+    call('PEXPIRE', words[2], words[3])
+    gate = nil
+  end,
 }
 
-local gate = call('GET', KEYS[1])
 if gate and gate ~= ARGV[1] then
   return -1
 end
