@@ -447,16 +447,31 @@ async def _limits(
     limits: list[LimitAsk],
     leases: list[LeaseAsk],
 ) -> None:
-    key = await _key(call, rate, arguments)
+    key, root = await _key(call, rate, arguments), _root(call, rate)
     cost = rate.cost
     if isinstance(cost, From):
         cost = await cost.compute(call, arguments)
     for limit in rate.limits:
         taken = cost if limit.meter == REQUESTS else await _weight(call, limit, arguments)
-        limits.append(_limit_ask(rate, limit, key, taken, now))
+        limits.append(_limit_ask(rate, limit, key, taken, now)._replace(root=root))
     for slots in rate.concurrency:
-        pool = f"{rate.scope}|global" if slots.level == "global" else f"{rate.scope}|{key}"
-        leases.append(LeaseAsk(rate.scope, pool, slots.limit, slots.level))
+        if slots.level == "global":
+            leases.append(LeaseAsk(rate.scope, f"{rate.scope}|global", slots.limit, slots.level))
+        else:
+            leases.append(LeaseAsk(rate.scope, f"{rate.scope}|{key}", slots.limit, slots.level, root))
+
+
+def _root(call: Call, rate: RatePolicy) -> str:
+    """
+    The payer beside whose accounts a rate's counters are kept, so that most calls ask one place.
+
+    That of a caller is the one that `identify` names, whoever pays this call: one caller has one counter.
+    """
+    if rate.key == "payer" and call.payer:
+        return call.payer
+    if isinstance(rate.key, str) and rate.key != "address" and call.caller is not None:
+        return call.caller.payer
+    return ""
 
 
 def _limit_ask(rate: RatePolicy, limit: RateLimit, key: str, cost: int, now: float) -> LimitAsk:

@@ -64,6 +64,8 @@ class LimitAsk(NamedTuple):
         cost: What this call takes; 0 looks without taking.
         meter: What is counted. Anything but ``"requests"`` is corrected at the call's end.
         boundaries: For calendar windows: four instants around the caller's time, ascending.
+        root: The payer whose accounts the counter is kept beside, where a store keeps payers apart; always the same one
+            for one *key*. Empty: it is nobody's.
     """
 
     name: str
@@ -74,15 +76,17 @@ class LimitAsk(NamedTuple):
     cost: int = 1
     meter: str = "requests"
     boundaries: tuple[float, ...] = ()
+    root: str = ""
 
 
 class LeaseAsk(NamedTuple):
-    """One slot of a pool. *level* is ``"caller"`` or ``"global"``; *limit* 0 admits nobody."""
+    """One slot of a pool. *level* is ``"caller"`` or ``"global"``; *limit* 0 admits nobody; *root* as of `LimitAsk`."""
 
     name: str
     pool: str
     limit: int
     level: str = "caller"
+    root: str = ""
 
 
 class WalletSource(NamedTuple):

@@ -16,6 +16,7 @@ from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, End, Operation, Renew
 from asgi_metering.stores.redis.calls import Call, Calls
 from asgi_metering.stores.redis.link import Command, Reply
+from asgi_metering.stores.redis.parts import Part
 
 __all__ = ["Batch"]
 
@@ -29,7 +30,7 @@ _RULES, _LATER = b"S", b"N"
 """A call was not run: the whole rules are needed; a script of its own is."""
 
 
-_CALLED = (Admit, End, Renew)
+_CALLED = (Admit, End, Renew, Part)
 
 
 class Batch:

@@ -50,6 +50,7 @@ from asgi_metering.stores.redis.packed import (
     words,
 )
 from asgi_metering.stores.redis.packing import Packing
+from asgi_metering.stores.redis.parts import Part
 from asgi_metering.stores.redis.scripts import Scripts
 from asgi_metering.stores.redis.working_copy import take
 
@@ -64,6 +65,7 @@ _SOURCE = Struct(">BBBdHH")
 _POOL = Struct(">d")
 _END = Struct(">cHHBd4B")
 _BEAT = Struct(">cHHd")
+_PART = Struct(">cHHBdd")
 _ADMITTED = Struct(">x3dB")
 _JOINED = Struct(">xd")
 _LENGTH = Struct(">I")
@@ -181,7 +183,7 @@ class Calls:
     def _make_limits(self, limits: tuple[LimitAsk, ...]) -> tuple[list[str], bytes]:
         """The keys of the counters, and the words that say how they count."""
         told = []
-        for _, _, kind, limit, window_s, cost, meter, boundaries in limits:
+        for _, _, kind, limit, window_s, cost, meter, boundaries, _ in limits:
             counted = "" if meter == "requests" else meter
             told.append(_LIMIT.pack(_LIMIT_KINDS.index(kind), limit, window_s, cost))
             told.append(words(counted, doubles(boundaries)))
@@ -242,7 +244,7 @@ class Calls:
         for limit in ask.limits:
             start, end, count, previous = WINDOW.unpack_from(reply, at)
             at += WINDOW.size
-            name, key, kind, most, window_s, cost, meter, _ = limit
+            name, key, kind, most, window_s, cost, meter, *_ = limit
             if kind is _SLIDING:
                 before = Counter(key, start, end, int(count) - cost, int(previous))
                 seen = look(limit, before, now)
@@ -312,7 +314,12 @@ class Calls:
         observed = check_parts(beat.observed, "observed amount")
         return Call((self._names.hold(beat.id),), (_BEAT.pack(b"R", 1, 1, observed),))
 
-    def _renewed(self, _: Renew, reply: Reply) -> bool:
+    def _part(self, ask: Part) -> Call:
+        used = [words(meter) + _POOL.pack(count) for meter, count in ask.actual.items()]
+        told = _PART.pack(b"P", 1, 1, ask.what, ask.ttl_s, ask.grace_s) + b"".join(used)
+        return Call((self._names.hold(ask.id),), (told,))
+
+    def _done(self, _: Any, reply: Reply) -> bool:
         return bool(reply)
 
     def _emit(self, ask: Emit, now: str, token: str) -> Command:
@@ -346,6 +353,7 @@ _CALLS: Mapping[type, Callable[[Calls, Any], Call | None]] = {
     Admit: Calls._admit,
     End: Calls._end,
     Renew: Calls._renew,
+    Part: Calls._part,
 }
 
 _COMMANDS: Mapping[type, Callable[[Calls, Any, str, str], Command]] = {
@@ -357,7 +365,8 @@ _COMMANDS: Mapping[type, Callable[[Calls, Any, str, str], Command]] = {
 _DECODE: Mapping[type, Callable[[Calls, Any, Reply], Answer]] = {
     Admit: Calls._decided,
     End: Calls._ended,
-    Renew: Calls._renewed,
+    Renew: Calls._done,
+    Part: Calls._done,
     Emit: Calls._emitted,
     Claim: Calls._claimed,
     Acknowledge: Calls._acknowledged,

@@ -19,7 +19,7 @@ from asgi_metering.stores.redis.scripts import Scripts
 if TYPE_CHECKING:
     from redis.asyncio.connection import AbstractConnection
 
-__all__ = ["Command", "Link", "Reply"]
+__all__ = ["Command", "Link", "Reply", "moves"]
 
 Command: TypeAlias = Sequence[str | bytes | int]
 Reply: TypeAlias = Any
@@ -97,24 +97,12 @@ class Link:
             # A server before 7, or one that forbids it.
             self._has_functions = not isinstance(loaded, Exception)
             return unknown
-        moved = [
-            at
-            for at, failure in failures
-            if isinstance(
-                failure,
-                (
-                    errors.ReadOnlyError,
-                    errors.MovedError,
-                    errors.AskError,
-                    errors.TryAgainError,
-                    errors.ClusterDownError,
-                ),
-            )
-        ]
-        if moved:
+        moved = [at for at, failure in failures if isinstance(failure, moves())]
+        if moved and self._place.may_move:
             await self._drop()
             await self._place.moved(failures[0][1])
-        return moved
+            return moved
+        return []
 
     @staticmethod
     def _raise_errors(replies: list[Reply]) -> None:
@@ -197,6 +185,12 @@ class Link:
         """Close the connection, after whoever uses it. Again changes nothing."""
         async with self._turn:
             await self._drop()
+
+
+def moves() -> tuple[type[Exception], ...]:
+    """How a server says that it is not the one to ask, or not now; nothing was done."""
+    errors = driver().exceptions
+    return (errors.ReadOnlyError, errors.MovedError, errors.AskError, errors.TryAgainError, errors.ClusterDownError)
 
 
 def _is_of_functions(failure: Exception) -> bool:

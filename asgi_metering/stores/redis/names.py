@@ -65,6 +65,9 @@ class Names:
             )
         self.prefix = prefix = f"{{{namespace}}}:"
         self.gate = f"{prefix}gate"
+        # The second key never exists: where a slot is on its way to another node, a Cluster then runs no script that
+        # names both, and none finds one row here and the next one there.
+        self.fence = (self.gate, f"{prefix}fence")
         self.due = f"{prefix}z:due"
         self.ended = f"{prefix}z:ended"
         self.past_counters = f"{prefix}z:counters"

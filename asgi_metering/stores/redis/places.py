@@ -1,7 +1,7 @@
 """
 Places: where the server is, and how a connection to it is made. A place is asked again after every lost connection.
 
-One server; the master that sentinels name; the node of a Cluster that owns a namespace. Does not know what is said.
+One server; the master that sentinels name; the nodes of a Cluster. Does not know what is said.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from asgi_metering.errors import ConfigurationError, MissingExtraError, StoreUna
 if TYPE_CHECKING:
     from redis.asyncio.connection import AbstractConnection
 
-__all__ = ["Address", "ClusterPlace", "Place", "SentinelPlace", "ServerPlace", "driver"]
+__all__ = ["Address", "ClusterPlace", "NodePlace", "Place", "SentinelPlace", "ServerPlace", "driver"]
 
 Address = tuple[str, int]
 
@@ -72,6 +72,9 @@ class Place(abc.ABC):
         options: Of the driver's connection, without an address: user, password, database, TLS.
         timeout_s: Seconds to wait for a connection.
     """
+
+    may_move = True
+    """Whether it is asked again when a server says that it is not the one."""
 
     def __init__(self, options: Mapping[str, Any], timeout_s: float) -> None:
         self.options = dict(options)
@@ -178,31 +181,59 @@ class SentinelPlace(Place):
         return str(host), int(port)
 
 
-class ClusterPlace(Place):
+class NodePlace(Place):
     """
-    The node of a Cluster that owns one slot: all keys of a namespace are in it.
+    One node of a Cluster.
 
     Args:
-        seeds: Nodes to ask first.
-        slot: Of the namespace.
+        node: Where it is.
         options, timeout_s: As of `Place`.
     """
 
-    def __init__(self, seeds: Sequence[Address], slot: int, options: Mapping[str, Any], timeout_s: float) -> None:
+    may_move = False
+
+    def __init__(self, node: Address, options: Mapping[str, Any], timeout_s: float) -> None:
         super().__init__(options, timeout_s)
-        self.seeds = tuple(seeds)
-        self.slot = slot
-        self._nodes: list[Address] = list(seeds)
-        self._owner: Address | None = None
+        self.node = node
 
     def __str__(self) -> str:
-        return f"the Cluster of {_shown(self.seeds)}, slot {self.slot}"
+        return _shown([self.node])
 
     async def address(self) -> Address:
-        """Ask the nodes that are known, until one tells who owns the slot; what a node has told of it comes first."""
-        if self._owner is not None:
-            owner, self._owner = self._owner, None
-            return owner
+        """Always the same."""
+        return self.node
+
+
+class ClusterPlace:
+    """
+    The nodes of a Cluster.
+
+    Args:
+        seeds: Nodes to ask first.
+        options, timeout_s: As of `Place`, for each node.
+    """
+
+    def __init__(self, seeds: Sequence[Address], options: Mapping[str, Any], timeout_s: float) -> None:
+        self.seeds = tuple(seeds)
+        self._options = dict(options)
+        self._timeout_s = timeout_s
+        self._nodes: list[Address] = list(seeds)
+
+    def __str__(self) -> str:
+        return f"the Cluster of {_shown(self.seeds)}"
+
+    def node(self, address: Address) -> NodePlace:
+        """The node at *address*."""
+        return NodePlace(address, self._options, self._timeout_s)
+
+    async def owners(self) -> dict[tuple[int, int], Address]:
+        """
+        Who owns which slots, by first and last slot: as the first node says that answers.
+
+        Raises:
+            StoreUnavailableError: None does.
+            ConfigurationError: As of `Place.connect`.
+        """
         failure: Exception | None = None
         for node in self._nodes:
             try:
@@ -211,30 +242,20 @@ class ClusterPlace(Place):
                 failure = error
         raise StoreUnavailableError(f"No node of {self} answers: {failure}") from failure
 
-    async def _asked(self, node: Address) -> Address:
+    async def _asked(self, node: Address) -> dict[tuple[int, int], Address]:
         errors = driver().exceptions
-        connection = await super().connect(node)
+        connection = await self.node(node).connect()
         try:
-            await connection.send_command("CLUSTER", "SLOTS")
-            ranges = await connection.read_response(disable_decoding=True)
+            async with asyncio.timeout(self._timeout_s):
+                await connection.send_command("CLUSTER", "SLOTS")
+                ranges = await connection.read_response(disable_decoding=True)
         except (errors.RedisError, OSError) as error:
-            raise StoreUnavailableError(f"The node {node[0]}:{node[1]} tells no slots: {error}") from error
+            raise StoreUnavailableError(f"The node {_shown([node])} tells no slots: {error}") from error
         finally:
             await connection.disconnect(nowait=True)
-        masters = {(first, last): (master[0].decode() or node[0], master[1]) for first, last, master, *_ in ranges}
+        masters = {(first, last): (master[0].decode() or node[0], int(master[1])) for first, last, master, *_ in ranges}
         self._nodes = list(dict.fromkeys([*masters.values(), *self.seeds]))
-        for (first, last), master in masters.items():
-            if first <= self.slot <= last:
-                return master
-        raise StoreUnavailableError(f"No node of {self} owns the slot now.")
-
-    async def moved(self, failure: Exception) -> None:
-        """A node that knows the new owner says so; any other error is worth a pause."""
-        if isinstance(failure, driver().exceptions.MovedError):
-            host = str(failure.host) if failure.host else self._nodes[0][0]
-            self._owner = (host, int(failure.port))
-        else:
-            await super().moved(failure)
+        return masters
 
 
 def _shown(addresses: Sequence[Address]) -> str:

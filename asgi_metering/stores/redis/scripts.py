@@ -14,7 +14,7 @@ from importlib.resources import files
 
 __all__ = ["Scripts"]
 
-_CALLS = ("common", "book", "work", "limits", "sources", "admit", "end", "renew", "calls")
+_CALLS = ("common", "book", "work", "limits", "sources", "admit", "end", "renew", "part", "calls")
 """One text, in this order."""
 
 _ALONE = ("apply", "claim", "acknowledge", "emit", "everything", "read_account", "lines")
@@ -47,14 +47,8 @@ class Scripts:
     """
 
     def __init__(self) -> None:
-        common = _file("common")
-        calls = "".join(map(_file, _CALLS))
-        texts = {name: common + _RUN_ALONE + _file(name) for name in _ALONE}
-        texts["calls"] = calls + _RUN_CALLS
-        self._texts = texts
-        self.sha = {name: _digest(text) for name, text in texts.items()}
-        self.calls = f"metering_{self.sha['calls'][:16]}"
-        self.library = _LIBRARY.format(name=self.calls, text=calls)
+        self._texts, self.sha, self.library = _made()
+        self.calls = _name(self.sha["calls"])
 
     def texts(self) -> list[str]:
         """What is loaded where a script is not known."""
@@ -63,6 +57,20 @@ class Scripts:
     def as_script(self, command: Sequence[str | bytes | int]) -> Sequence[str | bytes | int]:
         """*command*, without functions."""
         return ("EVALSHA", self.sha["calls"], *command[2:]) if command[0] == "FCALL" else command
+
+
+@cache
+def _made() -> tuple[dict[str, str], dict[str, str], str]:
+    """Texts and digests of the scripts, by name, and the library; made once, whatever stores there are."""
+    common, calls = _file("common"), "".join(map(_file, _CALLS))
+    texts = {name: common + _RUN_ALONE + _file(name) for name in _ALONE}
+    texts["calls"] = calls + _RUN_CALLS
+    sha = {name: _digest(text) for name, text in texts.items()}
+    return texts, sha, _LIBRARY.format(name=_name(sha["calls"]), text=calls)
+
+
+def _name(digest: str) -> str:
+    return f"metering_{digest[:16]}"
 
 
 def _digest(text: str) -> str:

@@ -1,5 +1,5 @@
 """
-The Redis store: any number of processes on one server, a Sentinel's master, or one shard of a Cluster.
+The Redis store: any number of processes on one server, or a Sentinel's master; one partition of a Cluster's.
 
 The operations of every call are scripts that mirror the rules; the others are decided by the rules themselves, on rows
 that were read, and written if nothing of them has changed. Knows how batches and reads reach the server.
@@ -21,7 +21,7 @@ from asgi_metering.stores.redis.batch import Batch
 from asgi_metering.stores.redis.books import Access, opened_books, opened_filling
 from asgi_metering.stores.redis.calls import Calls
 from asgi_metering.stores.redis.checks import check_server
-from asgi_metering.stores.redis.link import Link
+from asgi_metering.stores.redis.link import Link, moves
 from asgi_metering.stores.redis.loading import load
 from asgi_metering.stores.redis.names import Names
 from asgi_metering.stores.redis.packed import time_text
@@ -33,7 +33,7 @@ from asgi_metering.stores.redis.sweeping import sweep
 from asgi_metering.stores.redis.transaction import Mistake, Transactions
 from asgi_metering.stores.redis.working_copy import WorkingCopy
 
-__all__ = ["RedisStore"]
+__all__ = ["RedisStore", "meaning"]
 
 BUSY_PAUSES = 2_000
 """Looks at a closed gate before an operation is told that others work: some seconds."""
@@ -54,9 +54,9 @@ class RedisStore(Store):
     Raises:
         ConfigurationError: The namespace is not usable in keys.
 
-    On a Cluster one namespace is one slot: everything of it is on one shard, so that each decision is exact and one
-    round trip, whoever pays and whatever is limited. A namespace does not grow beyond that shard; several of them, say
-    one for each product, spread over all. Where failover is asynchronous it can lose what was acknowledged last.
+    Everything of a namespace is on this one server, so that each decision is exact and one round trip, whoever pays and
+    whatever is limited; see `ClusterStore` for many. Where failover is asynchronous it can lose what was acknowledged
+    last.
 
     One connection for each event loop. A batch is one write; each operation in it is atomic, and an operation that
     fails harms no neighbour. A store may be used after a fork: loops of the child have connections of their own.
@@ -124,7 +124,7 @@ class RedisStore(Store):
             self._batches += 1
             commands = batch.commands("" if self._clock is None else time_text(self._clock()), str(self._batches))
             if commands:
-                batch.take(await self._link().exchange(commands), _meaning)
+                batch.take(await self._link().exchange(commands), meaning)
             if batch.alone is not None:
                 batch.settle(batch.alone, await self._decided(operations[batch.alone]))
             elif batch.is_busy:
@@ -153,7 +153,7 @@ class RedisStore(Store):
         except StoreUnavailableError:
             raise
         except Exception as mistake:  # noqa: BLE001 -- the answer of one operation, and no neighbour's
-            return mistake if isinstance(mistake, MeteringError) else _meaning(mistake)
+            return mistake if isinstance(mistake, MeteringError) else meaning(mistake)
 
     def _transactions(self) -> Transactions:
         return Transactions(self._link(), self._names, self._packing, self._scripts, self._clock)
@@ -184,19 +184,19 @@ class RedisStore(Store):
             yield filling
 
     def _access(self) -> Access:
-        return Access(self._link(), self._names, self._packing, self._transactions(), _meaning, self._clock)
+        return Access(self._link(), self._names, self._packing, self._transactions(), meaning, self._clock)
 
 
 def _busy() -> StoreContendedError:
     return StoreContendedError("Somebody else works alone on the Redis store for too long. Try again later.")
 
 
-def _meaning(error: Exception) -> Exception:
+def meaning(error: Exception) -> Exception:
     """What an error reply says about one operation."""
     if not isinstance(error, driver().exceptions.ResponseError):
         return error
     errors = driver().exceptions
-    now = (errors.OutOfMemoryError, errors.ReadOnlyError, errors.MasterDownError, errors.ClusterError)
+    now = (errors.OutOfMemoryError, errors.MasterDownError, errors.ClusterError, *moves())
     cannot = isinstance(error, now) or str(error).startswith(_NOT_NOW)
     told = StoreUnavailableError if cannot else StoreError
     meaning = told(f"The Redis server did not run the operation: {error}")

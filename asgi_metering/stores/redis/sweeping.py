@@ -16,6 +16,7 @@ from asgi_metering.rules.state import AccountKey, Change, Table
 from asgi_metering.stores.redis.loading import load_overdue
 from asgi_metering.stores.redis.names import Names
 from asgi_metering.stores.redis.packed import time_text
+from asgi_metering.stores.redis.parts import NOBODY, taken_back
 from asgi_metering.stores.redis.transaction import Transactions
 from asgi_metering.stores.redis.working_copy import WorkingCopy
 
@@ -67,6 +68,8 @@ def _ended(key: AccountKey, limit: int) -> Callable[[WorkingCopy], Awaitable[tup
         account = copy.state.accounts.get(key)
         now = copy.now if account is None else max(copy.now, account.seen_at)
         await load_overdue(copy, key, now, limit)
+        if key == NOBODY:
+            return await taken_back(copy, limit)
         changes = end_overdue(copy.state, key, now, limit)
         return changes, changes
 

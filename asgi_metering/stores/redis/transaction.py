@@ -144,7 +144,7 @@ class Transactions:
         if not writes and not token and len(copy.reads) < 2:
             # One read, nothing to write: it was true when it was read.
             return 1
-        (reply,) = await self._link.exchange([("EVALSHA", self._scripts.sha["apply"], 1, self._names.gate, *words)])
+        (reply,) = await self._link.exchange([("EVALSHA", self._scripts.sha["apply"], 2, *self._names.fence, *words)])
         if isinstance(reply, Exception):
             raise reply
         return reply

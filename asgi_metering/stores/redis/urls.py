@@ -10,7 +10,9 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 from asgi_metering.errors import ConfigurationError
+from asgi_metering.stores.redis.cluster import ClusterStore
 from asgi_metering.stores.redis.names import Names
+from asgi_metering.stores.redis.partitions import PARTITIONS
 from asgi_metering.stores.redis.places import Address, ClusterPlace, Place, SentinelPlace, ServerPlace, driver
 from asgi_metering.stores.redis.store import RedisStore
 
@@ -22,15 +24,15 @@ TIMEOUT_S = 5.0
 SENTINEL_PORT, REDIS_PORT = 26_379, 6_379
 
 
-def store_from_redis_url(url: str, shown: str) -> RedisStore:
+def store_from_redis_url(url: str, shown: str) -> RedisStore | ClusterStore:
     """
     Make the store that *url* names.
 
     ``redis://user:password@host:6379/0``, ``rediss://`` with TLS;
     ``redis+sentinel://password@host1:26379,host2:26379/master/0`` asks sentinels for the master called *master*;
-    ``redis+cluster://host1:6379,host2:6379`` asks nodes of a Cluster, where one namespace is one slot. Options of ours:
-    ``namespace=``, ``timeout=`` (seconds for a batch), ``connect_timeout=``, and ``tls=true`` for Sentinel and Cluster;
-    all others are the driver's.
+    ``redis+cluster://host1:6379,host2:6379`` asks nodes of a Cluster. Options of ours: ``namespace=``, ``timeout=``
+    (seconds for a batch), ``connect_timeout=``, ``tls=true`` for Sentinel and Cluster, and for a Cluster
+    ``partitions=`` (over how many shards a namespace may spread); all others are the driver's.
 
     Args:
         url: Whole.
@@ -43,7 +45,7 @@ def store_from_redis_url(url: str, shown: str) -> RedisStore:
     parts = urlsplit(url)
     options = dict(parse_qsl(parts.query))
     namespace = options.pop("namespace", "metering")
-    names = Names(namespace)
+    Names(namespace)
     timeout_s = _seconds(options, "timeout", TIMEOUT_S, shown)
     connect_s = _seconds(options, "connect_timeout", CONNECT_S, shown)
     kind = parts.scheme.partition("+")[2]
@@ -64,9 +66,11 @@ def store_from_redis_url(url: str, shown: str) -> RedisStore:
         else:
             if path not in ("", "0"):
                 raise ConfigurationError(f"The store URL {shown!r} names a database. A Cluster has only number 0.")
+            partitions = _whole(options.pop("partitions", str(PARTITIONS)), shown)
             more = _many(options, credentials, "", shown)
             seeds = _addresses(hosts, REDIS_PORT, shown)
-            place = ClusterPlace(seeds, driver().slot(names.gate.encode()), more, connect_s)
+            cluster = ClusterPlace(seeds, more, connect_s)
+            return ClusterStore(cluster, namespace=namespace, partitions=partitions, timeout_s=timeout_s)
     return RedisStore(place, namespace=namespace, timeout_s=timeout_s)
 
 
@@ -79,6 +83,12 @@ def _seconds(options: dict[str, str], name: str, default: float, shown: str) -> 
     if not 0.0 < seconds < float("inf"):
         raise ConfigurationError(f"The store URL {shown!r} has {name}={told!r}, which is no number of seconds above 0.")
     return seconds
+
+
+def _whole(told: str, shown: str) -> int:
+    if not (told.isascii() and told.isdigit()):
+        raise ConfigurationError(f"The store URL {shown!r} has partitions={told!r}, which is no whole number.")
+    return int(told)
 
 
 def _parsed(url: str, shown: str) -> dict[str, Any]:

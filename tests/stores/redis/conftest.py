@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 
@@ -10,9 +10,16 @@ import pytest
 
 from asgi_metering.stores.redis import RedisStore, ServerPlace
 from tests.harness.servers import HOST
-from tests.harness.valkey import ValkeyServer
+from tests.harness.valkey import ValkeyServer, cluster
 
 _numbers = count()
+
+
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[list[ValkeyServer]]:
+    """Three nodes that share the slots of a Cluster."""
+    with cluster() as running:
+        yield running
 
 
 @pytest.fixture

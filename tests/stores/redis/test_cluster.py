@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from itertools import count
 
 import pytest
@@ -13,25 +12,21 @@ from asgi_metering.errors import StoreUnavailableError
 from asgi_metering.receipts import Basis, Receipt
 from asgi_metering.rules.operations import Admit, End, PostGrant, WalletSource
 from asgi_metering.stores.contract import EverythingKept, Store
-from asgi_metering.stores.redis import ClusterPlace, RedisStore, SentinelPlace
+from asgi_metering.stores.redis import ClusterPlace, ClusterStore, RedisStore, SentinelPlace
 from asgi_metering.stores.redis.places import driver
+from asgi_metering.stores.redis.transaction import Transactions
+from asgi_metering.stores.redis.working_copy import WorkingCopy
 from asgi_metering.stores.urls import store_from_url
 from asgi_metering.testing.clock import FakeClock
 from asgi_metering.testing.conformance import StoreConformance
+from asgi_metering.testing.conformance.moving import Moving
 from tests.harness.servers import HOST, free_port
-from tests.harness.valkey import ValkeyServer, cluster, sentinel, valkey
+from tests.harness.valkey import ValkeyServer, sentinel, valkey
 from tests.harness.waiting import wait_until
 from tests.stores.beside import STEPS_EACH, Pair, run_as_a_service
 from tests.stores.proofs import assert_conserved
 
 _numbers = count()
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[list[ValkeyServer]]:
-    """Three nodes that share the slots."""
-    with cluster() as running:
-        yield running
 
 
 def url_of(nodes: list[ValkeyServer], namespace: str) -> str:
@@ -40,27 +35,44 @@ def url_of(nodes: list[ValkeyServer], namespace: str) -> str:
 
 
 class TestCluster(StoreConformance):
-    """Every rule of the suite, on a Cluster: namespaces are spread over the nodes, and each of them is exact."""
+    """Every rule of the suite, on a Cluster, where payers, limits and pools are in different partitions."""
+
+    partitions = 3
 
     @pytest.fixture(autouse=True)
-    def _nodes(self, nodes: list[ValkeyServer]) -> None:
+    def _nodes(self, nodes: list[ValkeyServer], request: pytest.FixtureRequest) -> None:
         self.seeds = [(HOST, node.port) for node in nodes]
+        if hasattr(Moving, request.function.__name__):
+            # Only the books of one partition move.
+            self.partitions = 1
 
     async def make_store(self, clock: FakeClock) -> Store:
-        """Make a store with a namespace, and so a slot, of its own."""
-        namespace = f"suite{next(_numbers)}"
-        place = ClusterPlace(self.seeds, driver().slot(f"{{{namespace}}}".encode()), {}, 5.0)
-        store = RedisStore(place, namespace=namespace, clock=clock)
+        """Make a store with a namespace of its own."""
+        place = ClusterPlace(self.seeds, {}, 5.0)
+        store = ClusterStore(place, namespace=f"suite{next(_numbers)}", partitions=self.partitions, clock=clock)
         await store.open()
         return store
 
+    def test_run_together_as_one_by_one(self) -> None:
+        """Where all is in one partition; in several, what is handed over together runs at the same time."""
+        self.partitions = 1
+        super().test_run_together_as_one_by_one()
+
+    def test_sweep_a_few_at_a_time(self) -> None:
+        """As many of a kind as it was asked to, of each partition."""
+        self.partitions = 1
+        super().test_sweep_a_few_at_a_time()
+
 
 def test_serve_beside_memory(nodes: list[ValkeyServer]) -> None:
-    """Some thousand steps of a service are answered and kept on a Cluster as in memory."""
-    namespace = f"serve{next(_numbers)}"
-    place = ClusterPlace([(HOST, node.port) for node in nodes], driver().slot(f"{{{namespace}}}".encode()), {}, 5.0)
-    pair = Pair(lambda clock: RedisStore(place, namespace=namespace, clock=clock))
-    run_as_a_service(lambda: pair, STEPS_EACH)
+    """Some thousand steps of a service are answered and kept on a Cluster as in memory, where all is in one slot."""
+    place = ClusterPlace([(HOST, node.port) for node in nodes], {}, 5.0)
+
+    def pair() -> Pair:
+        namespace = f"serve{next(_numbers)}"
+        return Pair(lambda clock: ClusterStore(place, namespace=namespace, partitions=1, clock=clock))
+
+    run_as_a_service(pair, STEPS_EACH)
 
 
 def call(call_id: str) -> Admit:
@@ -68,53 +80,100 @@ def call(call_id: str) -> Admit:
     return Admit(call_id, "p", "credits", 10, 10, (WalletSource(),))
 
 
-def test_namespaces_are_spread_over_the_nodes(nodes: list[ValkeyServer]) -> None:
-    """Each namespace lives on one node, and several of them on several."""
+def test_payers_are_spread_over_the_nodes(nodes: list[ValkeyServer]) -> None:
+    """One namespace's payers live on all nodes."""
 
     async def run() -> None:
-        for number in range(12):
-            store = store_from_url(url_of(nodes, f"spread{number}"))
-            await store.run([PostGrant("g", "p", "credits", 100)])
-            await store.close()
+        store = store_from_url(url_of(nodes, "spread"))
+        await store.run([PostGrant(f"g{number}", f"p{number}", "credits", 100) for number in range(12)])
+        await store.close()
 
     asyncio.run(run())
     sizes = [int(node.ask("EVAL", "return #redis.call('KEYS', '{spread*')", "0")[1:]) for node in nodes]
     assert all(sizes)
 
 
+class MovingSlot:
+    """A slot that is moved from its node to another one, step by step."""
+
+    def __init__(self, nodes: list[ValkeyServer], tag: str) -> None:
+        self._slot = str(driver().slot(tag.encode()))
+        self._nodes = nodes
+        self._owner = next(node for node in nodes if not node.ask("GET", tag).startswith(b"-MOVED"))
+        self._other = next(node for node in nodes if node is not self._owner)
+        self._ids = {node.port: node.ask("CLUSTER", "MYID").split(b"\r\n")[1].decode() for node in nodes}
+
+    def begin(self) -> None:
+        """Both nodes know."""
+        self._other.ask("CLUSTER", "SETSLOT", self._slot, "IMPORTING", self._ids[self._owner.port])
+        self._owner.ask("CLUSTER", "SETSLOT", self._slot, "MIGRATING", self._ids[self._other.port])
+
+    def keys(self) -> list[str]:
+        """What has not moved yet."""
+        return self._owner.ask("CLUSTER", "GETKEYSINSLOT", self._slot, "100").decode().split("\r\n")[2::2]
+
+    def move(self, keys: list[str]) -> None:
+        """Move some."""
+        moved = self._owner.ask("MIGRATE", HOST, str(self._other.port), "", "0", "5000", "KEYS", *keys)
+        assert moved == b"+OK\r\n"
+
+    def end(self) -> None:
+        """All nodes know."""
+        for node in (self._other, self._owner, *self._nodes):
+            node.ask("CLUSTER", "SETSLOT", self._slot, "NODE", self._ids[self._other.port])
+
+
 def test_slot_moves_to_another_node(nodes: list[ValkeyServer]) -> None:
-    """While a slot moves, and after it has, operations come through: nothing is lost and nothing done twice."""
-    slot = driver().slot(b"{moving}")
-    owner = next(node for node in nodes if _owns(node))
-    other = next(node for node in nodes if node is not owner)
-    ids = {node.port: node.ask("CLUSTER", "MYID").split(b"\r\n")[1].decode() for node in nodes}
+    """While a slot moves, its calls wait; when it has, they come through: nothing is lost and nothing done twice."""
+    moving = MovingSlot(nodes, "{moving:0}")
 
     async def run() -> None:
-        store = store_from_url(url_of(nodes, "moving"))
+        store = store_from_url(url_of(nodes, "moving") + "&partitions=1")
         await store.run([PostGrant("g", "p", "credits", 100), call("a"), call("b")])
-        other.ask("CLUSTER", "SETSLOT", str(slot), "IMPORTING", ids[owner.port])
-        owner.ask("CLUSTER", "SETSLOT", str(slot), "MIGRATING", ids[other.port])
-        keys = owner.ask("CLUSTER", "GETKEYSINSLOT", str(slot), "100").decode().split("\r\n")[2::2]
-        assert len(keys) > 5
-        moved = owner.ask("MIGRATE", HOST, str(other.port), "", "0", "5000", "KEYS", *keys)
-        assert moved == b"+OK\r\n"
-        for node in (other, owner, *nodes):
-            node.ask("CLUSTER", "SETSLOT", str(slot), "NODE", ids[other.port])
-        first, second = await store.run([End("a", 3, Basis.USAGE), call("c")])
+        moving.begin()
+        half = moving.keys()[::2]
+        assert len(half) > 3
+        moving.move(half)
+        failures = await store.run([End("a", 9, Basis.USAGE), PostGrant("h", "p", "credits", 1)])
+        assert [type(failure) for failure in failures] == [StoreUnavailableError] * 2
+        waiting = asyncio.ensure_future(store.run([End("a", 3, Basis.USAGE), call("c")]))
+        await asyncio.sleep(0)
+        moving.move(moving.keys())
+        moving.end()
+        first, second = await waiting
         assert isinstance(first, Receipt)
         assert isinstance(second, Decision)
         assert (first.amount, second.admitted) == (3, True)
         state = (await store.read(EverythingKept())).state
         assert_conserved(state)
         account = state.accounts["p", "credits"]
-        assert (account.settled, account.held) == (3, 20)
+        assert (account.settled, account.held, account.granted) == (3, 20, 100)
         await store.close()
 
     asyncio.run(run())
 
 
-def _owns(node: ValkeyServer) -> bool:
-    return not node.ask("GET", "{moving}").startswith(b"-MOVED")
+def test_nobody_works_alone_on_half_a_slot(nodes: list[ValkeyServer]) -> None:
+    """Not even a transaction that keeps all others out writes while some of its rows may be elsewhere."""
+    moving = MovingSlot(nodes, "{alone:0}")
+
+    async def run() -> None:
+        store = store_from_url(url_of(nodes, "alone") + "&partitions=1")
+        assert isinstance(store, ClusterStore)
+        (shelf,) = store.shelves
+        link, packing, scripts = shelf._link(), shelf._packing, shelf._scripts
+        await shelf.ask([("SET", shelf.names.gate, "ours"), *[("SCRIPT", "LOAD", text) for text in scripts.texts()]])
+        moving.begin()
+        copy = WorkingCopy(link, shelf.names, packing, None)
+        alone = Transactions(link, shelf.names, packing, scripts, None)
+        with pytest.raises(driver().exceptions.TryAgainError):
+            await alone._commit(copy, [], "ours")
+        moving.move(moving.keys())
+        moving.end()
+        assert await alone._commit(copy, [], "ours") == 1
+        await store.close()
+
+    asyncio.run(run())
 
 
 def test_no_node_of_a_cluster_answers() -> None:

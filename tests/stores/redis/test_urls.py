@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asgi_metering.errors import ConfigurationError, MissingExtraError
-from asgi_metering.stores.redis import ClusterPlace, RedisStore, SentinelPlace, ServerPlace
+from asgi_metering.stores.redis import ClusterStore, RedisStore, SentinelPlace, ServerPlace
 from asgi_metering.stores.redis.names import Names, escaped, restored
 from asgi_metering.stores.redis.places import driver
 from asgi_metering.stores.urls import store_from_url
@@ -22,6 +22,13 @@ def store_of(url: str) -> RedisStore:
     """The store that *url* names."""
     store = store_from_url(url)
     assert isinstance(store, RedisStore)
+    return store
+
+
+def cluster_of(url: str) -> ClusterStore:
+    """The same, of a Cluster."""
+    store = store_from_url(url)
+    assert isinstance(store, ClusterStore)
     return store
 
 
@@ -53,10 +60,11 @@ def test_make_the_store_of_a_sentinels_master() -> None:
 
 
 def test_make_the_store_of_a_cluster() -> None:
-    """Nodes are listed; the slot is that of the namespace."""
-    place = store_of("redis+cluster://a,b:7001?namespace=shop")._place
-    assert isinstance(place, ClusterPlace)
-    assert (place.seeds, place.slot) == ((("a", 6_379), ("b", 7_001)), driver().slot(b"{shop}"))
+    """Nodes are listed; a namespace has 64 partitions unless the URL says otherwise."""
+    store = cluster_of("redis+cluster://a,b:7001?namespace=shop")
+    assert store.place.seeds == (("a", 6_379), ("b", 7_001))
+    assert store.partitions.count == 64
+    assert cluster_of("redis+cluster://a?partitions=8").partitions.count == 8
 
 
 @pytest.mark.parametrize(
@@ -72,6 +80,8 @@ def test_make_the_store_of_a_cluster() -> None:
         ("redis+cluster://a,,b", "names no servers"),
         ("redis+cluster://a:port", "names no servers"),
         ("redis+cluster://a/1", "A Cluster has only number 0"),
+        ("redis+cluster://a?partitions=many", "partitions='many', which is no whole number"),
+        ("redis+cluster://a?partitions=0", "A namespace of 0 partitions cannot be kept"),
         ("redis+other://a", "has the scheme 'redis\\+other'"),
     ],
 )

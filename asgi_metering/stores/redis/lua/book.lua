@@ -17,6 +17,8 @@ function M.begin(its_keys, its_args)
     -- Further indexes, and the outbox.
     ended = {}, past_counters = {}, past_windows = {}, past_charge_keys = {}, past_idempotency = {}, windows_of = {},
     events = {}, event_ids = {},
+    -- Rows that go by themselves, and in how many milliseconds.
+    fading = {},
   }
 end
 

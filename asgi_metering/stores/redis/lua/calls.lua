@@ -3,7 +3,7 @@
 -- first of which begins with its letter, and how many keys and words it has.
 -- Answers a reply for each operation. The last one is 'S' for an operation that the rules have to run, 'N' for one that
 -- a script of its own has to; what follows it was not run. 'T' alone: nothing was written, run them one by one.
-local RUN = { A = M.admit, E = M.finish, R = M.renew }
+local RUN = { A = M.admit, E = M.finish, R = M.renew, P = M.part }
 
 function M.calls(its_keys, its_args)
   M.begin(its_keys, its_args)

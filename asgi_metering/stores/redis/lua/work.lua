@@ -110,6 +110,9 @@ function M.write_rows()
   if #sets > 0 then
     call('MSET', unpack(sets))
   end
+  for i = 1, #work.fading, 2 do
+    call('PEXPIRE', work.fading[i], work.fading[i + 1])
+  end
   for key, index in pairs(work.gone) do
     call('DEL', key)
     call('ZREM', work.prefix .. 'z:' .. index, key)
