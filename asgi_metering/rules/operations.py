@@ -288,7 +288,7 @@ class Grow(NamedTuple):
         id: The call's id.
         to: Smallest parts that shall be held in all: repeated it changes nothing.
         minimum: What of that will do; equal to *to* for all or nothing.
-        sources: Those of the hold's own payer object, in its order.
+        sources: Those of the hold's own payer object, in its order. The hold says who pays: payers named here do not.
     """
 
     id: str

@@ -19,6 +19,7 @@ from asgi_metering.rules.operations import (
     Admit,
     AllowanceSource,
     End,
+    Grow,
     LeaseAsk,
     Operation,
     PostGrant,
@@ -93,6 +94,17 @@ def test_end_a_call_that_held_nothing(pair: Pair) -> None:
         assert (receipt.applied, receipt.amount) == (True, 9)
         (after,) = pair.run(Admit(f"again {payer}", payer, "credits", 0, 0, (source,)))
         assert not after.admitted
+
+
+def test_grow_by_sources_that_name_another_payer(pair: Pair) -> None:
+    """Growth is decided on the windows of who pays the hold, also where its sources name somebody else, as in memory."""
+    free, rolls = AllowanceSource("free", 30, (0.0, 0.0, 1e10, 2e10)), AllowanceSource("rolls", 30, window_s=500.0)
+    for source in (free, rolls):
+        call_id = f"by {source.name}"
+        pair.run(Admit(source.name, "q", "credits", 20, 20, (source,)), End(source.name, 20, Basis.USAGE))
+        pair.run(Admit(call_id, "q", "credits", 0, 0, (WalletSource(),)))
+        (decision,) = pair.run(Grow(call_id, 25, 1, (source._replace(payer="p"),)))
+        assert (decision.payer, decision.held, decision.available) == ("q", 10, 0)
 
 
 @pytest.mark.parametrize("together", [True, False])

@@ -58,7 +58,7 @@ async def load(copy: WorkingCopy, operation: Operation) -> None:
             hold = await _hold_whole(copy, operation.id)
             if hold is not None:
                 await _due(copy, {(hold.payer, hold.unit)})
-                await _sources(copy, operation.sources, hold.payer, hold.unit)
+                await _sources(copy, [(hold.payer, source) for source in operation.sources], hold.unit)
         case PostGrant():
             key = (operation.payer, operation.unit)
             await copy.rows([names.account(*key)])
@@ -96,7 +96,7 @@ async def _admit(copy: WorkingCopy, ask: Admit) -> None:
     await _due(copy, {key, *((source.payer, ask.unit) for source in ask.sources if source.payer)})
     for lease in ask.leases:
         await copy.leases(lease.pool)
-    await _sources(copy, ask.sources, ask.payer, ask.unit)
+    await _sources(copy, [(source.payer or ask.payer, source) for source in ask.sources], ask.unit)
     for row_key in key_rows(ask.charge_key) if ask.charge_key is not None else ():
         await _charge_key(copy, row_key)
 
@@ -119,12 +119,11 @@ async def _charge_key(copy: WorkingCopy, row_key: str) -> None:
         await _hold_whole(copy, row.hold)
 
 
-async def _sources(copy: WorkingCopy, sources: Iterable[SourceAsk], payer: str, unit: str) -> None:
+async def _sources(copy: WorkingCopy, sources: Iterable[tuple[str, SourceAsk]], unit: str) -> None:
     names = copy.names
     wanted: list[str] = []
     rolling = []
-    for source in sources:
-        who = source.payer or payer
+    for who, source in sources:
         wanted.append(names.account(who, unit))
         if isinstance(source, AllowanceSource):
             bucket = (who, unit, source.name)

@@ -237,7 +237,8 @@ class WorkingCopy:
                 hold = self._load_hold_whole(operation.id)
                 if hold is not None:
                     self._load_due({(hold.payer, hold.unit)})
-                    self._load_sources(operation.sources, hold.payer, hold.unit)
+                    for source in operation.sources:
+                        self._load_source(source, hold.payer, hold.unit)
             case PostGrant():
                 key = (operation.payer, operation.unit)
                 self._load_book(key)
@@ -272,7 +273,8 @@ class WorkingCopy:
             self._load_counter(limit.key)
         for lease in ask.leases:
             self._load_pool(lease.pool)
-        self._load_sources(ask.sources, ask.payer, ask.unit)
+        for source in ask.sources:
+            self._load_source(source, source.payer or ask.payer, ask.unit)
         if ask.idempotency is not None:
             self._load_plain(Table.IDEMPOTENCY, ask.idempotency.key)
         if ask.charge_key is not None:
@@ -297,10 +299,9 @@ class WorkingCopy:
         if row is not None:
             self._load_hold_whole(row.hold)
 
-    def _load_sources(self, sources: Iterable[SourceAsk], payer: str, unit: str) -> None:
-        for source in sources:
-            if isinstance(source, AllowanceSource):
-                self._load_allowances((source.payer or payer, unit, source.name), source.boundaries)
+    def _load_source(self, source: SourceAsk, payer: str, unit: str) -> None:
+        if isinstance(source, AllowanceSource):
+            self._load_allowances((payer, unit, source.name), source.boundaries)
 
     def _load_end(self, ask: End) -> None:
         hold = self._load_hold(ask.id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from asgi_metering.decisions import Reason
 from asgi_metering.rules.operations import Grow, LeaseAsk, Preview, Renew, Sweep, Undo, WalletSource, WindowKind
-from asgi_metering.testing.conformance.scene import DAY_S, GRACE_S, LIFE_S, WALLET, Scene, Suite, scenario
+from asgi_metering.testing.conformance.scene import DAY_S, GRACE_S, LIFE_S, PAYER, WALLET, Scene, Suite, scenario
 
 __all__ = ["Growing", "Undoing"]
 
@@ -52,6 +52,15 @@ class Growing(Suite):
         assert await scene.settled_and_held() == [(50, 0), (40, 0)]
         account = await scene.account()
         assert (account.settled, account.held, account.debt) == (14, 0, 4)
+
+    @scenario
+    async def test_grow_from_who_pays_already(self, scene: Scene) -> None:
+        """The hold says whose sources growth is taken from, whatever payer the sources name."""
+        free = scene.allowance(50)
+        await scene.admit("other", 30, sources=[free])
+        await scene.admit("a", 0)
+        decision = await scene.one(Grow("a", 15, 15, (free._replace(payer="someone else"),)))
+        assert (decision.payer, decision.held, decision.available) == (PAYER, 15, 5)
 
     @scenario
     async def test_grow_a_call_that_has_ended(self, scene: Scene) -> None:
