@@ -97,7 +97,7 @@ def test_end_a_call_that_held_nothing(pair: Pair) -> None:
 
 
 def test_grow_by_sources_that_name_another_payer(pair: Pair) -> None:
-    """Growth is decided on the windows of who pays the hold, also where its sources name somebody else, as in memory."""
+    """Growth is decided on the windows of who pays the hold, also where sources name somebody else, as in memory."""
     free, rolls = AllowanceSource("free", 30, (0.0, 0.0, 1e10, 2e10)), AllowanceSource("rolls", 30, window_s=500.0)
     for source in (free, rolls):
         call_id = f"by {source.name}"
