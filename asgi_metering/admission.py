@@ -38,6 +38,7 @@ from asgi_metering.rules.operations import (
     WalletSource,
     WindowKind,
 )
+from asgi_metering.rules.roots import rooted
 from asgi_metering.sources import Allowance, Wallet, check_payers
 from asgi_metering.usage import TokenUsage
 
@@ -453,12 +454,12 @@ async def _limits(
         cost = await cost.compute(call, arguments)
     for limit in rate.limits:
         taken = cost if limit.meter == REQUESTS else await _weight(call, limit, arguments)
-        limits.append(_limit_ask(rate, limit, key, taken, now)._replace(root=root))
+        limits.append(_limit_ask(rate, limit, rooted(key, root), taken, now))
     for slots in rate.concurrency:
         if slots.level == "global":
             leases.append(LeaseAsk(rate.scope, f"{rate.scope}|global", slots.limit, slots.level))
         else:
-            leases.append(LeaseAsk(rate.scope, f"{rate.scope}|{key}", slots.limit, slots.level, root))
+            leases.append(LeaseAsk(rate.scope, rooted(f"{rate.scope}|{key}", root), slots.limit, slots.level))
 
 
 def _root(call: Call, rate: RatePolicy) -> str:

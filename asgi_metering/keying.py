@@ -17,6 +17,7 @@ from asgi_metering.policies import ChargeKey, ChargePolicy, From, Idempotency
 from asgi_metering.prices import FixedPrice
 from asgi_metering.rules.calendars import Period, boundaries
 from asgi_metering.rules.operations import IdempotencyAsk, KeyAsk
+from asgi_metering.rules.roots import rooted
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
@@ -108,7 +109,7 @@ def _ask(call: Call, key: str, ttl_s: float, route: str, content: tuple[bytes, .
     scope = (call.payer or "", call.unit.name, call.line, route, key)
     *target, body = content
     fingerprint = _sha256(*target, _bytes(caller), body)
-    return IdempotencyAsk(_sha256(*map(_bytes, scope)), fingerprint, ttl_s)
+    return IdempotencyAsk(rooted(_sha256(*map(_bytes, scope)), call.payer or ""), fingerprint, ttl_s)
 
 
 async def _content(call: Call, policy: Idempotency, arguments: Mapping[str, Any]) -> bytes:
@@ -130,7 +131,8 @@ async def shared_key(call: Call, charge: ChargePolicy, arguments: Mapping[str, A
     key = await _charge_key(call, charge.key, arguments)
     if key is None:
         return None
-    return _sha256(*map(_bytes, (call.payer or "", call.unit.name, charge.line, f"{type(key).__name__} {key}")))
+    payer = call.payer or ""
+    return rooted(_sha256(*map(_bytes, (payer, call.unit.name, charge.line, f"{type(key).__name__} {key}"))), payer)
 
 
 async def _charge_key(call: Call, asked: ChargeKey, arguments: Mapping[str, Any]) -> Any:

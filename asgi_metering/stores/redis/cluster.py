@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
+from operator import itemgetter
 from typing import Any, cast
 
 from asgi_metering.errors import ConfigurationError, StoreUnavailableError
@@ -52,10 +53,11 @@ from asgi_metering.stores.redis.gathering import merged
 from asgi_metering.stores.redis.names import Names
 from asgi_metering.stores.redis.nodes import Nodes
 from asgi_metering.stores.redis.partitions import PARTITIONS, Partitions
-from asgi_metering.stores.redis.parts import Part, What, call_of, metered, part_of
+from asgi_metering.stores.redis.parts import Part, What, call_of, part_of
 from asgi_metering.stores.redis.places import ClusterPlace
 from asgi_metering.stores.redis.scripts import Scripts
 from asgi_metering.stores.redis.shelf import Shelf
+from asgi_metering.stores.redis.volumes import Library, opened_volumes, refilled_volumes
 from asgi_metering.stores.redis.waves import Wave, asked_by_id
 
 __all__ = ["ClusterStore"]
@@ -109,7 +111,7 @@ class ClusterStore(Store):
         self.place = place
         self._timeout_s = timeout_s
         self._clock = clock
-        self._namespace = namespace
+        self.namespace = namespace
         self._scripts = Scripts()
         self.partitions = Partitions(partitions)
         any_node = place.node(place.seeds[0])
@@ -155,7 +157,7 @@ class ClusterStore(Store):
         _, found = await shelf.ask([("SET", key, str(count), "NX"), ("GET", key)])
         if int(found) != count:
             raise ConfigurationError(
-                f"The namespace {self._namespace!r} has {int(found)} partitions, and was opened with {count}. "
+                f"The namespace {self.namespace!r} has {int(found)} partitions, and was opened with {count}. "
                 f"Write partitions={int(found)}, or move its books to a namespace with {count}."
             )
         self._is_known = True
@@ -302,7 +304,14 @@ class ClusterStore(Store):
         return Dance(ask, self.partitions.plan(ask), run, self._one)
 
     async def _admit(self, ask: Admit, run: Ask) -> Answer:
-        decision, place = await self._dance(ask, run).admit()
+        plan = self.partitions.plan(ask)
+        _, *others = plan.homes
+        if others:
+            # A repeat: whoever pays its call already pays it, also where one who comes first could by now.
+            found = await asyncio.gather(*(self.shelves[home].calls([ask.id]) for home in others))
+            paying = [home for home, [(is_home, _)] in zip(others, found, strict=True) if is_home]
+            plan = plan.first_at(paying[0]) if paying else plan
+        decision, place = await Dance(ask, plan, run, self._one).admit()
         if place is not None:
             self._note(ask.id, place)
         return decision
@@ -332,8 +341,7 @@ class ClusterStore(Store):
 
     async def _end(self, ask: End, run: Ask) -> Answer:
         place = self._place_of(ask.id)
-        actual = {metered(meter): used for meter, used in ask.actual.items()}
-        part = Part(part_of(ask.id), What.END, actual=actual)
+        part = Part(part_of(ask.id), What.END, actual=ask.actual)
         parts = [run(at, part) for at in place.parts if at != place.claim]
         receipt, *_ = await asyncio.gather(run(place.home, ask), *parts)
         if place.claim is not None and isinstance(receipt, Receipt):
@@ -348,17 +356,18 @@ class ClusterStore(Store):
         waiting = [place for place, size in enumerate(sizes) if size]
         first = self._next_claim
         self._next_claim = (first + 1) % self.partitions.count
-        claimed: list[Event] = []
+        claimed: list[tuple[float, int, Event]] = []
         for place in sorted(waiting, key=lambda place: (place - first) % self.partitions.count):
             if len(claimed) == ask.limit:
                 break
             some = await self._one(place, Claim(ask.limit - len(claimed), ask.lease_s))
             for event in cast("tuple[Event, ...]", some):
-                claimed.append(event)
+                claimed.append((event.at, place, event))
                 self._events[event.id] = place
         while len(self._events) > MAX_CALLS:
             self._events.popitem(last=False)
-        return tuple(sorted(claimed, key=lambda event: event.at))
+        # Of one instant in the order in which books have them.
+        return tuple(event for *_, event in sorted(claimed, key=itemgetter(0, 1)))
 
     async def _acknowledge(self, ask: Acknowledge, run: Ask) -> Answer:
         by_place: dict[int, list[str]] = {}
@@ -414,21 +423,26 @@ class ClusterStore(Store):
         found = await asyncio.gather(*(shelf.read(query) for shelf in self.shelves))
         return merged(query, found)
 
-    def books(self) -> AbstractAsyncContextManager[Books]:
-        """See `RedisStore.books`. Only of one partition: where a limit is kept among several, its row does not say."""
-        return self._only_shelf().books()
+    @asynccontextmanager
+    async def books(self) -> AsyncIterator[Books]:
+        """
+        See `RedisStore.books`. Of all partitions; looks at the names of all keys on all nodes.
 
-    def fill(self) -> AbstractAsyncContextManager[Filling]:
-        """See `RedisStore.fill`, and `books`."""
-        return self._only_shelf().fill()
+        Memory: a page of each partition, and what calls in flight have in other partitions than who pays.
+        """
+        await self._known()
+        async with opened_volumes(self._library()) as books:
+            yield books
 
-    def _only_shelf(self) -> Shelf:
-        if self.partitions.count > 1:
-            raise ConfigurationError(
-                f"The namespace {self._namespace!r} has {self.partitions.count} partitions, and only the books of one "
-                f"can be moved. Keep them with partitions=1 where they shall move."
-            )
-        return self.shelves[0]
+    @asynccontextmanager
+    async def fill(self) -> AsyncIterator[Filling]:
+        """See `RedisStore.fill`. Keeps other writers out of all partitions."""
+        await self._known()
+        async with refilled_volumes(self._library()) as filling:
+            yield filling
+
+    def _library(self) -> Library:
+        return Library(self.namespace, self.partitions, self.shelves, self._nodes())
 
     async def _accounts(self, query: AccountsAfter) -> Snapshot:
         """Names first: of each partition's next accounts most are not among the next of all."""

@@ -33,6 +33,7 @@ from asgi_metering.rules.operations import (
     WalletSource,
     WindowKind,
 )
+from asgi_metering.rules.roots import rooted
 from asgi_metering.rules.state import State
 from asgi_metering.stores.contract import EverythingKept
 from asgi_metering.stores.redis import ClusterPlace, ClusterStore
@@ -252,7 +253,7 @@ def test_trips_by_slots(nodes: list[ValkeyServer]) -> None:
 
     async def story(books: Books) -> None:
         await books.grant()
-        own = LimitAsk("own", f"route|{books.payer}", WindowKind.FIXED, 9, 60.0, root=books.payer)
+        own = LimitAsk("own", rooted("route", books.payer), WindowKind.FIXED, 9, 60.0)
         asks = {
             "one payer's": (books.ask("a", limits=(own,), leases=()), 1),
             "one more": (books.ask("b", leases=()), 3),
@@ -428,7 +429,7 @@ def test_key_of_several_owners_is_a_mistake(nodes: list[ValkeyServer]) -> None:
 
     async def story(books: Books) -> None:
         ask = books.ask("a", sources=books.theirs(), charge_key=KeyAsk("session", window_s=60.0))
-        with pytest.raises(ConfigurationError, match="different partitions of the Cluster"):
+        with pytest.raises(ConfigurationError, match="in other partitions of the Cluster than the key"):
             await books.one(ask)
 
     play(nodes, story)
