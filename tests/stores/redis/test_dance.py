@@ -447,17 +447,6 @@ def test_another_number_of_partitions(nodes: list[ValkeyServer]) -> None:
     play(nodes, story)
 
 
-def test_move_the_books_of_several_partitions(nodes: list[ValkeyServer]) -> None:
-    """Books in several partitions cannot be moved, and say so."""
-
-    async def story(books: Books) -> None:
-        for opened in (books.store.books, books.store.fill):
-            with pytest.raises(ConfigurationError, match="has 5 partitions, and only the books of one"):
-                opened()
-
-    play(nodes, story)
-
-
 def test_one_node_is_down(nodes: list[ValkeyServer]) -> None:
     """Operations whose node gives no answer are told so; those of other nodes are answered."""
 
