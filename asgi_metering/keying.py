@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.decisions import Reason, Refusal
+from asgi_metering.errors import ConfigurationError
 from asgi_metering.policies import ChargeKey, ChargePolicy, From, Idempotency
 from asgi_metering.prices import FixedPrice
 from asgi_metering.rules.calendars import Period, boundaries
@@ -21,8 +22,10 @@ from asgi_metering.rules.roots import rooted
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
+    from asgi_metering.policies import EndpointPolicy
+    from asgi_metering.stores.contract import Store
 
-__all__ = ["KEY_FIELD", "BodyError", "key_ask", "once", "read_key", "shared_key"]
+__all__ = ["KEY_FIELD", "BodyError", "check_shared", "key_ask", "once", "read_key", "shared_key"]
 
 KEY_FIELD = "idempotency-key"
 
@@ -122,6 +125,26 @@ async def _content(call: Call, policy: Idempotency, arguments: Mapping[str, Any]
 
 
 # -- charge keys -------------------------------------------------------------------------------------------
+
+
+def check_shared(policy: EndpointPolicy, store: Store) -> None:
+    """
+    Refuse a charge key that several owners may pay for, where their accounts may be in different places.
+
+    Raises:
+        ConfigurationError: With the mend.
+    """
+    charge = policy.charge
+    if charge is None or charge.key is None or store.one_place:
+        return
+    for source in charge.sources:
+        # A payer object without an account is the call's own payer, on another credential.
+        if source.payer is not None and source.payer.account is not None:
+            raise ConfigurationError(
+                f"{policy.name} has a charge_key, and {source.payer.name!r} may pay for it. On this {store.name} store "
+                f"payers are kept apart, and a key has one place: it could be charged to each of them. Leave the "
+                f"sources to the call's own payer, or keep all in one place: partitions=1."
+            )
 
 
 async def shared_key(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> str | None:

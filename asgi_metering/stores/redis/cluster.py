@@ -87,7 +87,15 @@ class ClusterStore(Store):
     also takes from another partition, an address, a pool for all, another owner's wallet, takes a trip for each of
     them, one to decide, and one to keep what it took; it is never admitted beyond any of them, but while it is being
     decided others may be refused what it gives back then. A receipt, a ledger and a sweep are of one partition each;
-    what reads several of them is not of one instant. Where failover is asynchronous it can lose what was acknowledged
+    what reads several of them is not of one instant.
+
+    Two things are not as on other stores. A charge key has one place, that of the payer whose key it is: a call that
+    others may pay for as well is refused as a `ConfigurationError`. And an id is known where its call is paid: one that
+    comes again for a payer of another partition is another call, while other stores answer the first one's decision.
+    Its end is that of the call that this process admitted last; the other one goes in doubt, as if its process had
+    died. Within one partition, and for the same payers, a repeat is one everywhere.
+
+    Where failover is asynchronous it can lose what was acknowledged
     last. While a slot moves to another node, its calls wait, and are told that the store is unavailable when that takes
     longer than about a second.
     """
@@ -114,6 +122,7 @@ class ClusterStore(Store):
         self.namespace = namespace
         self._scripts = Scripts()
         self.partitions = Partitions(partitions)
+        self.one_place = partitions == 1
         any_node = place.node(place.seeds[0])
         self.shelves = [Shelf(self._nodes, any_node, f"{namespace}:{n}", clock) for n in range(partitions)]
         self._own_nodes: dict[asyncio.AbstractEventLoop, Nodes] = {}
@@ -342,11 +351,19 @@ class ClusterStore(Store):
     async def _end(self, ask: End, run: Ask) -> Answer:
         place = self._place_of(ask.id)
         part = Part(part_of(ask.id), What.END, actual=ask.actual)
-        parts = [run(at, part) for at in place.parts if at != place.claim]
-        receipt, *_ = await asyncio.gather(run(place.home, ask), *parts)
-        if place.claim is not None and isinstance(receipt, Receipt):
-            await self.shelves[place.claim].answer(ask, receipt)
-        return receipt
+        parts = [at for at in place.parts if at != place.claim]
+        if ask.by is EndedBy.CALL:
+            first, *_ = await asyncio.gather(run(place.home, ask), *(run(at, part) for at in parts))
+        else:
+            first = await run(place.home, ask)
+            if isinstance(first, Receipt) and first.ended_by is not ask.by:
+                # Somebody else was first: only the call's own end may still correct what was counted.
+                return first
+            await asyncio.gather(*(run(at, part) for at in parts))
+        if place.claim is not None and isinstance(first, Receipt):
+            told = ask if first.ended_by is ask.by else _of_another(ask, first)
+            await self.shelves[place.claim].answer(told, first._replace(applied=True, late=None))
+        return first
 
     # -- what all partitions run ---------------------------------------------------------------------------
 
@@ -456,6 +473,11 @@ class ClusterStore(Store):
 
 
 _UNANSWERED = StoreUnavailableError("The operation was not run.")
+
+
+def _of_another(ask: End, first: Receipt) -> End:
+    """The end that won: what the call brought with its own is nobody's answer."""
+    return End(ask.id, None, by=first.ended_by, failed=not first.amount, actual=ask.actual)
 
 
 def _nothing(part: Hold, now: float) -> Receipt:

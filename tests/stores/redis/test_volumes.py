@@ -230,7 +230,7 @@ def test_fill_with_what_it_cannot_keep(nodes: list[ValkeyServer], empty: bool) -
 
 def test_put_rows_of_nobody(nodes: list[ValkeyServer]) -> None:
     """Rows that say of nobody whose they are come back as they were put, charge keys of unknown calls as well."""
-    rows = {
+    rows: dict[str, list[Any]] = {
         Table.CHARGE_KEY: [ChargeKey("session@5", 5.0, 9.0, "gone:key"), ChargeKey(rooted("k", "p"), 5.0, 9.0, "x")],
         Table.COUNTER: [Counter("everybody", 1.0, 9.0, 3)],
         Table.EVENT: [Event(event, at, {}) for event, at in (("b", 2.0), ("a", 1.0), ("c", 1.5))],
