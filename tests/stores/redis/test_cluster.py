@@ -22,8 +22,10 @@ from asgi_metering.testing.conformance import StoreConformance
 from tests.harness.servers import HOST, free_port
 from tests.harness.valkey import ValkeyServer, sentinel, valkey
 from tests.harness.waiting import wait_until
-from tests.stores.beside import STEPS_EACH, Pair, run_as_a_service
+from tests.stores.beside import Pair
 from tests.stores.proofs import assert_conserved
+from tests.stores.redis.test_partitions import STEPS
+from tests.stores.service import Service
 
 _numbers = count()
 
@@ -61,14 +63,17 @@ class TestCluster(StoreConformance):
 
 
 def test_serve_beside_memory(nodes: list[ValkeyServer]) -> None:
-    """Some thousand steps of a service are answered and kept on a Cluster as in memory, where all is in one slot."""
+    """What a service asks together is answered and kept on a Cluster as in memory, where all is in one slot."""
     place = ClusterPlace([(HOST, node.port) for node in nodes], {}, 5.0)
-
-    def pair() -> Pair:
-        namespace = f"serve{next(_numbers)}"
-        return Pair(lambda clock: ClusterStore(place, namespace=namespace, partitions=1, clock=clock))
-
-    run_as_a_service(pair, STEPS_EACH)
+    namespace = f"serve{next(_numbers)}"
+    pair = Pair(lambda clock: ClusterStore(place, namespace=namespace, partitions=1, clock=clock))
+    service = Service(0, pair.clock, whole_steps=False)
+    try:
+        for _ in range(STEPS):
+            pair.answer(*service.batch())
+        pair.compare()
+    finally:
+        pair.close()
 
 
 def call(call_id: str) -> Admit:

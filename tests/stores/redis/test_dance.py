@@ -44,6 +44,7 @@ from tests.harness.servers import HOST
 from tests.harness.valkey import ValkeyServer
 from tests.stores.proofs import assert_conserved
 from tests.stores.redis.racing import SLOTS, Span, race
+from tests.stores.redis.test_partitions import SEEDS
 
 _numbers = count()
 
@@ -548,7 +549,7 @@ def most_at_once(spans: list[Span]) -> int:
     return max(accumulate((step for _, step in edges), initial=0))
 
 
-@pytest.mark.parametrize(("limit", "wallet"), [(20, 12), (12, 20)])
+@pytest.mark.parametrize(("limit", "wallet"), [(20, 12), (12, 20), (20, 30), (25, 20)][: len(SEEDS)])
 def test_processes_race_over_slots(nodes: list[ValkeyServer], limit: int, wallet: int) -> None:
     """Processes that race for a limit, a pool and a wallet in three slots get never more than there is, and no less."""
     namespace = f"race{next(_numbers)}"

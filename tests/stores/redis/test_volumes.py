@@ -27,12 +27,12 @@ from tests.stores.operations import comparable
 from tests.stores.redis.test_cluster import MovingSlot
 from tests.stores.redis.test_dance import Books as Scene
 from tests.stores.redis.test_dance import DeathError, dies, play
-from tests.stores.redis.test_partitions import made_fit, state_of
+from tests.stores.redis.test_partitions import SEEDS, made_fit, state_of
 from tests.stores.service import Service
 
 _numbers = count()
 
-SERVED, THEN = 400, 150
+SERVED, THEN = 250, 60
 """Operations before a move and behind it."""
 
 
@@ -75,7 +75,7 @@ def cluster_of(nodes: list[ValkeyServer], partitions: int, clock: FakeClock) -> 
     return ClusterStore(place, namespace=f"volumes{next(_numbers)}", partitions=partitions, clock=clock)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_move_into_partitions_and_go_on(nodes: list[ValkeyServer], tmp_path: Path, seed: int) -> None:
     """A store that has served is on a Cluster what it was; what comes then is answered as where it came from."""
 
