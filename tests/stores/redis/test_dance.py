@@ -196,6 +196,32 @@ def test_reservation_expires_whole(nodes: list[ValkeyServer], monkeypatch: pytes
     play(nodes, story)
 
 
+@pytest.mark.parametrize("dead", [False, True])
+def test_window_of_others_goes_on(nodes: list[ValkeyServer], monkeypatch: pytest.MonkeyPatch, dead: bool) -> None:
+    """A window that counts nothing now ends when it would have, though a call that was refused, or died, counted."""
+
+    async def story(books: Books) -> None:
+        await books.grant(15)
+        limit = books.limit(100, cost=5, meter="tokens")
+        await books.one(books.ask("a", limits=(limit,), leases=()))
+        began = (await books.state()).counters[books.address].start
+        await books.one(End("a", 9, Basis.USAGE, actual={"tokens": 0}))
+        books.clock.advance(50.0)
+        ask = books.ask("b", limits=(limit,), leases=())
+        if dead:
+            with monkeypatch.context() as patch:
+                dies(books.store, 1, unheard=True, monkeypatch=patch)
+                await books.store.run([ask])
+            books.clock.advance(RESERVED_S)
+            await books.one(Sweep())
+        else:
+            assert (await books.one(ask)).refusal.reason is Reason.CREDITS
+        counter = (await books.state()).counters[books.address]
+        assert (counter.start, counter.used) == (began, 0)
+
+    play(nodes, story)
+
+
 @pytest.mark.parametrize("after", range(1, STEPS + 1))
 def test_repeat_completes_what_was_begun(
     nodes: list[ValkeyServer], monkeypatch: pytest.MonkeyPatch, after: int

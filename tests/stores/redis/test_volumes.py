@@ -12,7 +12,7 @@ import pytest
 
 from asgi_metering.errors import StoreContendedError, StoreUnavailableError, UnwritableError
 from asgi_metering.receipts import Basis, EndedBy
-from asgi_metering.rules.operations import Claim, Emit, End, IdempotencyAsk, LeaseAsk, PostGrant, Renew, Sweep
+from asgi_metering.rules.operations import Claim, Emit, End, IdempotencyAsk, KeyAsk, LeaseAsk, PostGrant, Renew, Sweep
 from asgi_metering.rules.roots import rooted
 from asgi_metering.rules.state import NEVER, Account, ChargeKey, Counter, DeclaredUnit, Event, Grant, Table
 from asgi_metering.stores.contract import EverythingKept, Store
@@ -141,6 +141,20 @@ def test_move_a_call_of_many_partitions(nodes: list[ValkeyServer], tmp_path: Pat
     play(nodes, story)
 
 
+def test_key_that_somebody_else_pays_ends_after_a_move(nodes: list[ValkeyServer], tmp_path: Path) -> None:
+    """A charge key that another owner pays, which a Cluster does not begin, is settled there by calls that came so."""
+
+    async def story(books: Scene) -> None:
+        memory, key = MemoryStore(books.clock), KeyAsk(rooted("session", books.payer), window_s=900.0)
+        ask = books.ask("a", sources=books.theirs(), limits=(), leases=(), charge_key=key)
+        await memory.run([PostGrant("g", books.owner, "credits", 100), ask, ask._replace(id="b")])
+        await _move(memory, books.store, tmp_path / "books.jsonl")
+        receipts = [await books.one(End(call, 10, Basis.USAGE)) for call in "ab"]
+        assert [(receipt.payer, receipt.amount) for receipt in receipts] == [(books.owner, 10), (books.owner, 0)]
+
+    play(nodes, story)
+
+
 def test_late_end_after_a_move(nodes: list[ValkeyServer], tmp_path: Path) -> None:
     """A call that its policy ended before a move is corrected by its own end after it, wherever it was counted."""
 
@@ -195,9 +209,14 @@ def test_fill_keeps_others_out_of_all_partitions(nodes: list[ValkeyServer], monk
         grants = [PostGrant("g", name, "credits", 1) for name in (books.payer, books.owner, books.pool)]
         async with books.store.fill() as filling:
             await filling.put(Table.UNIT, [DeclaredUnit("credits", 6)])
-            for gate in filling._each:  # type: ignore[attr-defined]
-                gate._renewed_at -= 40.0
-            assert (await filling.counts())[Table.UNIT] == 1
+            for shelf, each in zip(books.store.shelves, filling._each, strict=True):  # type: ignore[attr-defined]
+                await shelf.ask([("PEXPIRE", shelf.names.gate, "20000")])
+                each._renewed_at -= 40.0
+            await filling.put(Table.UNIT, [DeclaredUnit("usd", 2)])
+            for shelf in books.store.shelves:
+                (left_ms,) = await shelf.ask([("PTTL", shelf.names.gate)])
+                assert left_ms > 50_000
+            assert (await filling.counts())[Table.UNIT] == 2
             answers = await books.fellow().run(grants)
             assert {type(answer) for answer in answers} == {StoreContendedError}
             with pytest.raises(StoreContendedError):
