@@ -109,10 +109,10 @@ async def once(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -
 def _ask(call: Call, key: str, ttl_s: float, route: str, content: tuple[bytes, ...]) -> IdempotencyAsk:
     """What to ask of *key*, which belongs to payer, line and *route*; *content* tells one request from another."""
     caller = call.caller.id if call.caller is not None else ""
-    scope = (call.payer or "", call.unit.name, call.line, route, key)
+    scope = (owner := call.payer or "", call.unit.name, call.line, route, key)
     *target, body = content
     fingerprint = _sha256(*target, _bytes(caller), body)
-    return IdempotencyAsk(rooted(_sha256(*map(_bytes, scope)), call.payer or ""), fingerprint, ttl_s)
+    return IdempotencyAsk(rooted(_sha256(*map(_bytes, scope)), owner), fingerprint, ttl_s)
 
 
 async def _content(call: Call, policy: Idempotency, arguments: Mapping[str, Any]) -> bytes:

@@ -140,8 +140,8 @@ MUTATIONS = (
         0,
         "payers share keys",
         KEYING,
-        '    scope = (call.payer or "", call.unit.name, call.line, route, key)\n',
-        '    scope = ("", call.unit.name, call.line, route, key)\n',
+        '    scope = (owner := call.payer or "", call.unit.name, call.line, route, key)\n',
+        '    scope = (owner := "", call.unit.name, call.line, route, key)\n',
         _once("test_keep_keys_of_payers_and_routes_apart"),
     ),
     Mutation(
@@ -156,8 +156,8 @@ MUTATIONS = (
         0,
         "sessions of all payers are one",
         KEYING,
-        '    return _sha256(*map(_bytes, (call.payer or "", call.unit.name, charge.line, ',
-        '    return _sha256(*map(_bytes, ("", call.unit.name, charge.line, ',
+        '    payer = call.payer or ""\n',
+        '    payer = ""\n',
         _shared("test_count_a_session_over_the_routes_of_a_line"),
     ),
     Mutation(
