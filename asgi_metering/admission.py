@@ -154,6 +154,8 @@ async def foresee(call: Call) -> Decision:
     _pin(call, charge)
     await _payer(call, charge, {})
     await _price(call, charge, {})
+    call.once = await once(call, charge, {})
+    call.shared = await shared_key(call, charge, {})
     asked = await _operation(call, charge, (), {}, time.time())
     if asked is None:
         return Decision(call.id, time.time())

@@ -13,7 +13,7 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, Unpack
 
@@ -290,6 +290,53 @@ class Metering(Ledger, UpstreamClients):
             f"Call {call.id!r} of line {call.line!r} ran, but its end is not booked. Where the store is down it is "
             f"retried, and its receipt will have this id; otherwise the log says what is wrong with it."
         )
+
+    def charged(
+        self,
+        client: Any,
+        method: str,
+        *,
+        line: str,
+        payer: str | None = None,
+        hold: HoldSize | None = None,
+        price: Price | None = None,
+        caller: Caller | None = None,
+        **options: Unpack[ChargeOptions],
+    ) -> Any:
+        """
+        *client*, each call of whose async *method* is charged; everything else of it is as it is (S3.41).
+
+        ``metering.charged(AsyncOpenAI(http_client=...), "chat.completions.create", line="podcast", price=PRICE)``. The
+        method is not called where the charge is refused. A stream that it answers is charged when that is exhausted,
+        fails or is closed. What the method uses is told by an upstream client, or by what it calls itself.
+
+        Args:
+            client: Any object. What it answers elsewhere, a copy with other options for instance, is not charged.
+            method: Its name, with dots for a part of a part.
+            line: As of `charge`, for each call; as are:
+            payer: Who pays.
+            hold: What is set aside.
+            price: What is charged.
+            caller: Who acts.
+            options: The rest.
+
+        Raises:
+            ConfigurationError: The client has no such method.
+
+        The method raises as `charge` does, and what the client's own raises, unchanged (S3.8).
+        """
+        from asgi_metering.charged import ChargedClient
+
+        found = client
+        for name in method.split("."):
+            found = getattr(found, name, None)
+        if not callable(found):
+            raise ConfigurationError(f"{client!r} has no method {method!r}. Name one that it has.")
+
+        def charge() -> AbstractAsyncContextManager[Call]:
+            return self.charge(line=line, payer=payer, hold=hold, price=price, caller=caller, **options)
+
+        return ChargedClient(client, tuple(method.split(".")), charge)
 
     @contextmanager
     def charge_sync(

@@ -66,6 +66,7 @@ class Previewed(NamedTuple):
         paid_by: The `Payer` that would; None is the asked one itself.
         source: ``"wallet"``, or the allowance's name; None where nothing would be held.
         switched: Another payer than the first choice would pay: what a notice before the first paid call tells.
+        joined: Another call of its charge key pays, or has paid in this window, so nothing more is held (S0.35).
         refusal: Why it would not run.
     """
 
@@ -77,6 +78,7 @@ class Previewed(NamedTuple):
     paid_by: Payer | None
     source: str | None
     switched: bool
+    joined: bool
     refusal: Refusal | None
 
 
@@ -93,6 +95,8 @@ async def previewed(call: Call) -> Previewed:
         return _refused(call, Refusal(Reason.PAYER, call.line))
     if decision.refusal is not None:
         return _refused(call, decision.refusal)
+    if decision.replay is not None:
+        return _refused(call, Refusal(Reason.REPLAYED, "idempotency"))
     return Previewed(
         True,
         call.unit.name,
@@ -102,12 +106,13 @@ async def previewed(call: Call) -> Previewed:
         call.paid_by,
         decision.source,
         call.payer_switched,
+        decision.joined,
         None,
     )
 
 
 def _refused(call: Call, refusal: Refusal) -> Previewed:
-    return Previewed(False, call.unit.name, 0, None, call.payer or "", None, None, False, refusal)
+    return Previewed(False, call.unit.name, 0, None, call.payer or "", None, None, False, False, refusal)
 
 
 async def allowance_statuses(call: Call, charge: ChargePolicy) -> list[AllowanceStatus]:
