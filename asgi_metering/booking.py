@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from asgi_metering.call import CURRENT, Call
+from asgi_metering.call import Call
+from asgi_metering.opening import CURRENT
 from asgi_metering.prices import FixedPrice
 from asgi_metering.usage import UsageReader
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any, TypeVar
 
-from asgi_metering.call import CURRENT, SCOPE_KEY, Opening
 from asgi_metering.computed import bound_charge, bound_rates
 from asgi_metering.errors import ConfigurationError, NoCallError
+from asgi_metering.opening import CURRENT, SCOPE_KEY, Opening
 from asgi_metering.policies import ChargePolicy, ConcurrencyLimit, EndpointPolicy, RatePolicy, check_line
 from asgi_metering.wrappers import wrap
 

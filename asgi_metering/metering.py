@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, Unpack
 
 from asgi_metering.alarms import Alarms
 from asgi_metering.amounts import CREDITS, Unit
-from asgi_metering.call import ALL_FEATURES, CURRENT, Call, Caller, Opening, Origin
+from asgi_metering.call import Call
+from asgi_metering.caller import Caller
 from asgi_metering.clients import UpstreamClients
 from asgi_metering.computed import check_sync, is_async
 from asgi_metering.decisions import Decision
@@ -29,6 +30,7 @@ from asgi_metering.events.records import whole_units
 from asgi_metering.events.sinks import Sink
 from asgi_metering.events.span import annotate_span, current_trace
 from asgi_metering.ledger import Ledger
+from asgi_metering.opening import ALL_FEATURES, CURRENT, Opening, Origin
 from asgi_metering.outage import LocalLimits, check_choices, read_choices
 from asgi_metering.outside import leave, planned, prepared
 from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldSize, Price

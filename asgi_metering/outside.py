@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from asgi_metering.call import ALL_FEATURES, CURRENT, Call, Caller, Opening
+from asgi_metering.call import Call
+from asgi_metering.caller import Caller
 from asgi_metering.errors import ConfigurationError, PayerError
 from asgi_metering.names import check_key
+from asgi_metering.opening import ALL_FEATURES, CURRENT, Opening
 from asgi_metering.outage import check_journal
 from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldPolicy, HoldSize, Idempotency, Price
 from asgi_metering.usage import TokenUsage

@@ -14,8 +14,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from asgi_metering.call import CURRENT, Call, Opening
+from asgi_metering.call import Call
 from asgi_metering.errors import ConfigurationError
+from asgi_metering.opening import CURRENT, Opening
 
 if TYPE_CHECKING:
     from asgi_metering.guards import Guard

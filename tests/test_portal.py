@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from asgi_metering import Metering, TokenUsage, current_call
-from asgi_metering.call import CURRENT, CallRefused
+from asgi_metering.call import CallRefused
 from asgi_metering.errors import ConfigurationError, PayerError, SettlementError, StoreUnavailableError
+from asgi_metering.opening import CURRENT
 from asgi_metering.portal import Portal
 from asgi_metering.prices import per_token
 from asgi_metering.receipts import Balance

@@ -22,8 +22,9 @@ from asgi_metering.asgi.replay import keeper
 from asgi_metering.asgi.tap import Tap
 from asgi_metering.asgi.types import ASGIApp, Headers, Message, Receive, Scope, Send
 from asgi_metering.asgi.watch import ClientGone, Watch
-from asgi_metering.call import CURRENT, Call, CallCut, CallRefused, Opening
+from asgi_metering.call import Call, CallCut, CallRefused
 from asgi_metering.growing import LEAST_ROOM
+from asgi_metering.opening import CURRENT, Opening
 from asgi_metering.policies import ChargePolicy, Slices
 from asgi_metering.quotas import is_quota_header, read_quota
 from asgi_metering.quotas.dialects import UNKNOWN

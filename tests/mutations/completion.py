@@ -38,7 +38,7 @@ MUTATIONS = (
     Mutation(
         23,
         "the last cause wins",
-        "asgi_metering.call",
+        "asgi_metering.call_state",
         "        if self.cause is None:\n            self.cause = cause\n",
         "        self.cause = cause\n",
         _test("test_disconnect_before_the_end_beats_a_completion"),

@@ -12,6 +12,7 @@ EXCHANGE = "asgi_metering.asgi.exchange"
 GUARDS = "asgi_metering.guards"
 LIFESPAN = "asgi_metering.asgi.lifespan"
 MIDDLEWARE = "asgi_metering.asgi.middleware"
+OPENING = "asgi_metering.opening"
 STARTUP = "asgi_metering.asgi.startup"
 WRAPPERS = "asgi_metering.wrappers"
 
@@ -28,7 +29,7 @@ CALLS = (
     Mutation(
         1,
         "a closed request opens calls",
-        CALL,
+        OPENING,
         "        if self.closed:\n            raise CallClosedError(\n",
         "        if False:\n            raise CallClosedError(\n",
         _in(

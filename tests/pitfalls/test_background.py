@@ -24,8 +24,8 @@ from asgi_metering import (
     rate_limited,
     slices,
 )
-from asgi_metering.call import CURRENT
 from asgi_metering.events.sinks import CallbackSink
+from asgi_metering.opening import CURRENT
 from asgi_metering.prices import per_token
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.operations import Admit, Emit, End, WalletSource
