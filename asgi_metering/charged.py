@@ -13,8 +13,9 @@ from inspect import isawaitable
 from types import TracebackType
 from typing import Any, Self
 
-from asgi_metering.call import CURRENT, Call, Opening
+from asgi_metering.call import Call
 from asgi_metering.errors import ConfigurationError
+from asgi_metering.opening import CURRENT, Opening
 
 __all__ = ["Charge", "ChargedClient", "ChargedStream"]
 

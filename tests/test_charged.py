@@ -11,9 +11,10 @@ import openai
 import pytest
 
 from asgi_metering import Metering, TokenUsage, current_call
-from asgi_metering.call import CURRENT, CallRefused
+from asgi_metering.call import CallRefused
 from asgi_metering.charged import ChargedStream
 from asgi_metering.errors import ConfigurationError
+from asgi_metering.opening import CURRENT
 from asgi_metering.prices import per_token
 from asgi_metering.receipts import Basis
 from asgi_metering.testing.provider import Provider
