@@ -74,6 +74,9 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
     call.exempt = "credits" not in features
     rates = policy.rates if "rates" in features else ()
     await _identify(call, rates, charged=charge is not None and not call.exempt)
+    if call.caller is not None and call.caller.exempt:
+        call.exempt = True
+        rates = tuple([rate for rate in map(_of_everybody, rates) if rate is not None])
     if charge is not None:
         _pin(call, charge)
         try:
@@ -81,8 +84,9 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
         except PayerError as failure:
             raise call.refused(Refusal(Reason.PAYER, charge.line)) from failure
         await _price(call, charge, arguments)
-        if not call.exempt:
+        if "credits" in features:
             call.once = await once(call, charge, arguments)
+        if not call.exempt:
             call.shared = await shared_key(call, charge, arguments)
         call.trace = call.metering.trace()
         call.facts = _facts(call)
@@ -151,6 +155,7 @@ async def foresee(call: Call) -> Decision:
     charge = call.policy.charge if call.policy is not None else None
     if charge is None:
         raise ConfigurationError("A call without a price has nothing to foresee. Give it one.")
+    call.exempt = call.caller is not None and call.caller.exempt
     _pin(call, charge)
     await _payer(call, charge, {})
     await _price(call, charge, {})
@@ -244,6 +249,14 @@ async def _identify(call: Call, rates: tuple[RatePolicy, ...], *, charged: bool)
         raise call.refused(Refusal(Reason.UNAUTHENTICATED, "identify"))
     if caller is not None:
         call.payer = caller.payer
+
+
+def _of_everybody(rate: RatePolicy) -> RatePolicy | None:
+    """What of *rate* an exempt caller is counted by: nothing that is counted by who it is (S0.18)."""
+    if rate.key not in _BY_IDENTITY:
+        return rate
+    shared = tuple([slots for slots in rate.concurrency if slots.level == "global"])
+    return replace(rate, limits=(), concurrency=shared) if shared else None
 
 
 async def _payer(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:

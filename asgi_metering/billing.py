@@ -49,7 +49,11 @@ async def bill(call: Call) -> tuple[End, Metered]:
     basis = policy.basis(row)
     if basis is Basis.USAGE and not fixed and not known.complete:
         basis = policy.basis(Situation.UNREPORTED)
-    if fixed:
+    amount: int | None
+    if call.exempt:
+        # Its hold is of limits and slots alone, and what it used is nobody's charge.
+        amount, used, estimated, basis = None, known, False, Basis.NONE
+    elif fixed:
         amount, used, estimated = _fixed_amount(call, basis), known, False
     else:
         amount, used, estimated, basis = await _measured_amount(call, basis, known, policy)
@@ -150,7 +154,9 @@ async def _estimated(call: Call, price: MeasuredPrice, known: Metered) -> int:
 
 
 async def observed_parts(call: Call) -> int:
-    """Smallest parts that the call has used so far, for its heartbeat; 0, with an alarm, where it cannot be priced."""
+    """Smallest parts that the call owes so far, for its heartbeat; 0, with an alarm, where it cannot be priced."""
+    if call.exempt:
+        return 0
     if isinstance(call.price, FixedPrice):
         return _due(call) if call.first_byte else 0
     try:

@@ -528,6 +528,14 @@ LAYERS = (
     ),
     Mutation(
         0,
+        "what is only counted is charged by its usage",
+        "asgi_metering.billing",
+        "    if call.exempt:\n        # Its hold",
+        "    if False:\n        # Its hold",
+        _in("layers", "test_charge_nothing_without_the_gate[measured-events-rates]"),
+    ),
+    Mutation(
+        0,
         "quotas are captured without their layer",
         EXCHANGE,
         '    if call.policy is not None and "quotas" in call.opening.features:\n',
