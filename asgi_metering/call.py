@@ -92,6 +92,7 @@ class Call(CallState):
         unit: What is counted.
         line: The billing line; empty on routes that are not billable.
         receipt: What the end did; None until the ledger answered.
+        hold_lost: Its heartbeats did not come through for so long that its policy has ended its hold while it runs.
         attributes: What else the usage event says, for the handler to set: str, int, finite float or bool. What is none
             of these is told as text, with an alarm; None is left out.
     """

@@ -92,6 +92,7 @@ class CallState:
         "growth",
         "has_hold",
         "held",
+        "hold_lost",
         "id",
         "last_beat",
         "line",
@@ -154,6 +155,7 @@ class CallState:
         self.trace: Mapping[str, str] = {}
         self.facts: Mapping[str, Any] = {}
         self.has_hold = False
+        self.hold_lost = False
         # Without the store: its charge that waits in the journal, and the id of its local limits.
         self.queued: Admit | None = None
         self.local = ""

@@ -88,6 +88,9 @@ class Metering(Ledger, UpstreamClients):
         run_sync: Runs sync endpoints off the loop: an async function of a callable without arguments; anyio's
             threads by default (pitfall 9).
         new_id: Makes call ids; random ones by default (X.8).
+        on_hold_lost: Gets a `Call` that runs on although its policy has ended its hold and freed its slots, because no
+            heartbeat came through for so long: time to stop what relies on them (S0.57). Sync or async, on the event
+            loop of the call, once per call.
 
     Raises:
         ConfigurationError: An argument or URL that cannot work; the sentence says what can.
@@ -113,9 +116,12 @@ class Metering(Ledger, UpstreamClients):
         drain_s: float = 10.0,
         run_sync: Callable[[Callable[[], Any]], Coroutine[Any, Any, Any]] | None = None,
         new_id: Callable[[], str] | None = None,
+        on_hold_lost: Callable[[Call], Any] | None = None,
     ) -> None:
         if identify is not None and not callable(identify):
             raise ConfigurationError(f"identify={identify!r} cannot be called. Pass a function of the connection.")
+        if on_hold_lost is not None and not callable(on_hold_lost):
+            raise ConfigurationError(f"on_hold_lost={on_hold_lost!r} cannot be called. Pass a function of the call.")
         if not isinstance(unit, Unit):
             raise ConfigurationError(f"unit={unit!r} is no Unit. Declare one: Unit('credits', scale=6).")
         if new_id is not None:
@@ -147,6 +153,7 @@ class Metering(Ledger, UpstreamClients):
         self.meters = Meters()
         self.sinks: tuple[Sink, ...] = _default_sinks(unit) if sinks is None else _checked_sinks(sinks)
         self._identify = identify
+        self._on_hold_lost = on_hold_lost
         self._units = {unit.name: unit}
         self._declared: set[str] = set()
         self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()
@@ -585,6 +592,13 @@ class Metering(Ledger, UpstreamClients):
         if caller is not None and not isinstance(caller, Caller):
             raise IdentityError(f"identify() answered a {type(caller).__name__}. It should answer a Caller or None.")
         return caller
+
+    async def hold_lost(self, call: Call) -> None:
+        """Tell the application that *call* has lost its hold; raises what its function does."""
+        if self._on_hold_lost is not None:
+            answer = self._on_hold_lost(call)
+            if inspect.isawaitable(answer):
+                await answer
 
     def trace(self) -> Mapping[str, str]:
         """The ids of the current trace, as the usage event saves them; empty without one."""

@@ -407,7 +407,10 @@ class Runtime:
 
     def give_back(self, ask: Admit, at: float) -> None:
         """Undo the admission, decided *at* that time, of a call whose request is over (pitfall 1)."""
-        self._spawn(self._quietly(Undo(ask, at)), f"undoing of {ask.id}")
+        self._spawn(self._undone(Undo(ask, at)), f"undoing of {ask.id}")
+
+    async def _undone(self, undo: Undo) -> None:
+        await self._quietly(undo)
 
     async def remember(self, call_id: str, steps: Steps) -> bool:
         """
@@ -466,7 +469,7 @@ class Runtime:
             call.see(Cause.ABORTED)
             log.error("Call %s is older than %s s; it is ended as it is.", call.id, self._metering.max_call_s)
             self.finish(call)
-        elif call.has_hold and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:
+        elif call.has_hold and not call.hold_lost and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:
             call.last_beat = now
             self._spawn(self._beat(call), f"heartbeat of {call.id}")
         if call.growth is not None:
@@ -481,15 +484,36 @@ class Runtime:
         except Exception as failure:  # noqa: BLE001 -- a price of the application's own; the call lives, and its hold
             told = f"What call {call.id} has used so far cannot be told; its heartbeat repeats what was told last."
             self._metering.alarms.raised("heartbeat", told, failure)
-        await self._quietly(Renew(call.id, call.observed_parts))
+        renewed = await self._quietly(Renew(call.id, call.observed_parts))
+        # Its own end may have come between.
+        if renewed is False and not call.closed:
+            await self._lost(call)
 
-    async def _quietly(self, operation: Operation) -> None:
+    async def _lost(self, call: Call) -> None:
+        """Say once that *call* runs on without its hold and its slots, which its policy has ended (S0.57)."""
+        if call.hold_lost:
+            return
+        call.hold_lost = True
+        self._metering.meters.count("holds_lost", line=call.line)
+        log.error(
+            "Call %s runs on, and its hold has been ended by its policy: no heartbeat came for longer than it lives. "
+            "What its own end says is posted as the difference; others may have its slots. Give it a longer ttl_s.",
+            call.id,
+        )
         try:
-            await self.submit(operation, self._metering.end_timeout_s)
+            await self._metering.hold_lost(call)
+        except Exception as failure:  # noqa: BLE001 -- the application's own
+            self._metering.alarms.raised("on_hold_lost", f"on_hold_lost failed for call {call.id}.", failure)
+
+    async def _quietly(self, operation: Operation) -> Answer | None:
+        """The answer to *operation*, or None and an alarm."""
+        try:
+            return await self.submit(operation, self._metering.end_timeout_s)
         except MeteringError as failure:
             self._metering.meters.count("store_failures")
             told = f"The store did not take {type(operation).__name__}: {failure}"
             self._metering.alarms.raised(type(operation).__name__, told, failure)
+            return None
 
 
 DRAIN_STEP_S = 0.02

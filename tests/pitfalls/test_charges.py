@@ -99,6 +99,26 @@ def test_in_band_failure_is_not_charged() -> None:
     asyncio.run(play())
 
 
+def test_tell_what_failed_work_has_used() -> None:
+    """S3.34: the event of a call that failed says what it used, and looks charged nowhere."""
+
+    @billable(per_token(input=1, output=1), hold=9)
+    async def endpoint(_request: Request) -> JSONResponse:
+        current_call().record(TokenUsage(input=3, output=4), model="gpt-5.5")
+        raise LookupError("no disk")
+
+    async def play() -> None:
+        async with staged(starlette(endpoint)) as stage:
+            await stage.drive()
+            assert await stage.outcomes() == ["error"]
+            (event,) = stage.events
+            assert (event.amount, event.basis, event.estimated) == (0, "none", False)
+            assert (event.usage, event.model) == (TokenUsage(input=3, output=4), "gpt-5.5")
+            assert await stage.charges() == []
+
+    asyncio.run(play())
+
+
 @pytest.mark.parametrize("status", [400, 404, 500, 503])
 def test_failed_answers_are_not_charged(status: int) -> None:
     """An answer of 400 or above costs nothing by default (X.3)."""
