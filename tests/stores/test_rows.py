@@ -33,7 +33,7 @@ from asgi_metering.stores.moving.lines import lines_of, page_of
 from asgi_metering.stores.moving.walk import Page
 from asgi_metering.stores.rows import MAPS
 from asgi_metering.stores.sqlite.database import Database
-from asgi_metering.stores.sqlite.statements import INSERT_ENTRY, UPSERT, select
+from asgi_metering.stores.sqlite.statements import INSERT, UPSERT, select
 
 AMOUNTS = st.integers(-(2**53), 2**53)
 TIMES = st.floats(allow_nan=False) | st.just(NEVER)
@@ -163,7 +163,7 @@ def test_read_a_row_as_it_was_written(connection: sqlite3.Connection, table: str
     """A row comes back equal, and of the same types, whatever its texts, amounts and times are."""
     row = data.draw(ROWS[table])
     connection.execute(f'DELETE FROM "{table}"')
-    connection.execute(UPSERT.get(table, INSERT_ENTRY), MAPS[table].encode(row))
+    connection.execute(UPSERT.get(table) or INSERT[table], MAPS[table].encode(row))
     (found,) = map(MAPS[table].decode, connection.execute(select(table, "")))
     assert found == row
     assert _types(found) == _types(row)

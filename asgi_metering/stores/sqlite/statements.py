@@ -11,7 +11,7 @@ from typing import Any
 from asgi_metering.rules.state import Table
 from asgi_metering.stores.rows import MAPS, RowMap
 
-__all__ = ["DELETE", "INSERT_ABSENT", "INSERT_ENTRY", "SELECT", "UPDATE_HOLD", "UPSERT", "select"]
+__all__ = ["DELETE", "INSERT", "INSERT_ABSENT", "SELECT", "UPDATE_HOLD", "UPSERT", "select"]
 
 
 _TAKE_NEW = '"{0}" = excluded."{0}"'
@@ -62,5 +62,5 @@ INSERT_ABSENT = {
 UPDATE_HOLD = _update(MAPS[Table.HOLD])
 """What may change of a hold that is stored."""
 
-INSERT_ENTRY = _upsert(MAPS[Table.ENTRY]).partition(" ON CONFLICT")[0]
-"""Write a ledger line. It is always new: a second one of its number is an error, never a change."""
+INSERT = {table: _upsert(MAPS[table]).partition(" ON CONFLICT")[0] for table in (Table.HOLD, Table.ENTRY)}
+"""Write a row that is new: a second one of its key is an error, never a change."""
