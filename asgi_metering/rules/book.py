@@ -9,7 +9,7 @@ Does not know holds' lives, calls or limits.
 from __future__ import annotations
 
 from asgi_metering.receipts import Basis, Entry, EntryKind, Part, Source
-from asgi_metering.rules.state import NEVER, TAKEN_BACK, Account, AccountKey, Change, Grant, State, Table
+from asgi_metering.rules.state import NEVER, TAKEN_BACK, Account, AccountKey, Change, Grant, State, Table, build
 
 __all__ = ["Book", "burn_order"]
 
@@ -56,15 +56,10 @@ class Book:
         self.key = key
         self.now = now
         self.account = account
-        self.granted = account.granted
-        self.settled = account.settled
-        self.held = account.held
-        self.expired = account.expired
-        self.debt = account.debt
-        self.entries = account.entries
+        (_, _, self.granted, self.settled, self.held, self.expired, self.debt, self.entries, changes_at, _, _) = account
         self._touched: dict[str, Grant] = {}
         self._entries: list[Entry] = []
-        self._is_rescheduled = now >= account.next_change_at
+        self._is_rescheduled = now >= changes_at
         if self._is_rescheduled:
             self._mature()
 
@@ -149,7 +144,7 @@ class Book:
             if take > left:
                 take = left
             self._touched[grant.id] = grant.moved(0, take)
-            parts.append(Part(_GRANT, grant.id, 0.0, take))
+            parts.append(build(Part, (_GRANT, grant.id, 0.0, take)))
             left -= take
             if not left:
                 break
@@ -179,7 +174,7 @@ class Book:
                 continue
             self._unhold(part, take)
             if take:
-                spent.append(part if take == part.amount else part._replace(amount=take))
+                spent.append(part if take == part.amount else build(Part, (*part[:3], take)))
         if left:
             spent.extend(self.spend(left))
         if self.debt:
@@ -320,24 +315,14 @@ class Book:
         """Add a ledger line and return its number; the time, and what the account has left, are filled in."""
         self.entries += 1
         payer, unit = self.key
-        entry = Entry(
-            payer,
-            unit,
-            self.entries,
-            self.now,
-            kind,
-            amount,
-            ref,
-            line,
-            basis,
-            estimated,
-            self.available,
-            actor,
-            parts,
-            id,
+        number, now, available = self.entries, self.now, self.available
+        self._entries.append(
+            build(
+                Entry,
+                (payer, unit, number, now, kind, amount, ref, line, basis, estimated, available, actor, parts, id),
+            )
         )
-        self._entries.append(entry)
-        return self.entries
+        return number
 
     def changes(self, due_at: float = NEVER) -> list[Change]:
         """
@@ -346,30 +331,19 @@ class Book:
         Args:
             due_at: When a new hold of the account falls due.
         """
-        account, now, key = self.account, self.now, self.key
-        payer, unit = key
-        if due_at > account.next_due_at:
-            due_at = account.next_due_at
-        changes: list[Change] = [(Table.GRANT, key, grant) for grant in self._touched.values()]
-        changes.append(
-            (
-                Table.ACCOUNT,
-                key,
-                Account(
-                    payer,
-                    unit,
-                    self.granted,
-                    self.settled,
-                    self.held,
-                    self.expired,
-                    self.debt,
-                    self.entries,
-                    self._next_change() if self._is_rescheduled else account.next_change_at,
-                    due_at,
-                    now,
-                ),
-            )
+        key = self.key
+        payer, unit, *_, changes_at, known_due_at, _ = self.account
+        if self._is_rescheduled:
+            changes_at = self._next_change()
+        if due_at > known_due_at:
+            due_at = known_due_at
+        granted, settled, held, expired, debt = self.granted, self.settled, self.held, self.expired, self.debt
+        account = build(
+            Account,
+            (payer, unit, granted, settled, held, expired, debt, self.entries, changes_at, due_at, self.now),
         )
+        changes: list[Change] = [(Table.GRANT, key, grant) for grant in self._touched.values()]
+        changes.append((Table.ACCOUNT, key, account))
         for entry in self._entries:
             changes.append((Table.ENTRY, key, entry))
         return changes

@@ -29,6 +29,7 @@ from asgi_metering.rules.state import (
     PinnedWindow,
     State,
     Table,
+    build,
 )
 from asgi_metering.rules.windows import correct
 
@@ -150,7 +151,8 @@ def _correct_windows(state: State, hold: Hold, actual: Mapping[str, int], change
 
 
 def _event(hold: Hold, receipt: Receipt, told: Mapping[str, Any]) -> Change:
-    return (Table.EVENT, receipt.id, Event(receipt.id, receipt.at, event_payload(hold, receipt, told)))
+    key = receipt.id
+    return (Table.EVENT, key, build(Event, (key, receipt.at, event_payload(hold, receipt, told), 0.0)))
 
 
 def event_payload(hold: Hold, receipt: Receipt, told: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,8 @@ from typing import Any, TypeVar
 from asgi_metering.errors import StoreUnavailableError, UnwritableError
 from asgi_metering.rules.state import Table
 from asgi_metering.stores.contract import PAGE_ROWS, TABLES, Books, Filling
-from asgi_metering.stores.rows import MAPS
 from asgi_metering.stores.sqlite.database import Database
-from asgi_metering.stores.sqlite.statements import INSERT_ABSENT, select
+from asgi_metering.stores.sqlite.statements import INSERT_ABSENT, ROWS, select
 from asgi_metering.stores.sqlite.thread import ConnectionThread, Turn
 
 __all__ = ["opened_books", "opened_filling"]
@@ -28,7 +27,7 @@ _IN_ORDER = {
     Table.HOLD: "ORDER BY position",
     Table.EVENT: "ORDER BY position",
     Table.GRANT: "ORDER BY payer, unit, number",
-    **{table: f"ORDER BY {', '.join(MAPS[table].key)}" for table in (Table.ACCOUNT, Table.ALLOWANCE, Table.CHECKPOINT)},
+    **{table: f"ORDER BY {', '.join(ROWS[table].key)}" for table in (Table.ACCOUNT, Table.ALLOWANCE, Table.CHECKPOINT)},
     Table.ENTRY: "ORDER BY payer, unit, number",
 }
 
@@ -80,7 +79,7 @@ class _FileBooks(Books):
 
     async def rows(self, table: str) -> AsyncGenerator[Sequence[Any], None]:
         """See `Books.rows`."""
-        query, decode = select(table, _IN_ORDER.get(table, "")), MAPS[table].decode
+        query, decode = select(table, _IN_ORDER.get(table, "")), ROWS[table].decode
         cursor = await self._within(lambda connection: connection.execute(query))
         try:
             while found := await self._within(lambda _: cursor.fetchmany(PAGE_ROWS)):
@@ -123,7 +122,7 @@ class _FileFilling(_FileBooks, Filling):
 
     async def put(self, table: str, rows: Sequence[Any]) -> int:
         """See `Filling.put`."""
-        encode = MAPS[table].encode
+        encode = ROWS[table].encode
 
         def job(connection: sqlite3.Connection) -> int:
             try:
