@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from decimal import Decimal
+from functools import lru_cache
 from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ from asgi_metering.rules.operations import (
     WalletSource,
     WindowKind,
 )
+from asgi_metering.rules.state import build
 from asgi_metering.sources import Allowance, Wallet, check_payers
 from asgi_metering.usage import TokenUsage
 
@@ -328,10 +330,16 @@ def _amounts(call: Call) -> tuple[int, int]:
         exact = Decimal(0) if isinstance(price, FixedPrice) else price.cost(estimate)
     else:
         exact = estimate
-    amount = call.unit.parts(exact) if isinstance(price, FixedPrice) else call.unit.round(exact)
+    amount = _fixed_parts(call.unit, exact) if isinstance(price, FixedPrice) else call.unit.round(exact)
     if charge.hold.at_least is None:
         return amount, amount
     return amount, min(amount, call.unit.parts(charge.hold.at_least, "least hold"))
+
+
+@lru_cache(maxsize=1024)
+def _fixed_parts(unit: Unit, price: Decimal) -> int:
+    """Prices are few, and the same for every call of a route."""
+    return unit.parts(price)
 
 
 def check_amounts(charge: ChargePolicy, unit: Unit) -> None:
@@ -468,7 +476,7 @@ async def _limits(
         cost = await cost.compute(call, arguments)
     for limit in rate.limits:
         taken = cost if limit.meter == REQUESTS else await _weight(call, limit, arguments)
-        limits.append(_limit_ask(rate, limit, key, taken, now)._replace(root=root))
+        limits.append(_limit_ask(rate.scope, limit, key, taken, root, now))
     for slots in rate.concurrency:
         if slots.level == "global":
             leases.append(LeaseAsk(rate.scope, f"{rate.scope}|global", slots.limit, slots.level))
@@ -489,13 +497,19 @@ def _root(call: Call, rate: RatePolicy) -> str:
     return ""
 
 
-def _limit_ask(rate: RatePolicy, limit: RateLimit, key: str, cost: int, now: float) -> LimitAsk:
-    kind = WindowKind(limit.strategy)
-    edges = boundaries(Period(limit.period), limit.zone, now) if kind is WindowKind.CALENDAR else ()
-    window_s = edges[2] - edges[1] if edges else limit.window_s
-    return LimitAsk(
-        limit.name, f"{rate.scope}|{limit.name}|{key}", kind, limit.amount, window_s, cost, limit.meter, edges
-    )
+def _limit_ask(scope: str, limit: RateLimit, key: str, cost: int, root: str, now: float) -> LimitAsk:
+    window_s: float = limit.window_s
+    edges: tuple[float, ...] = ()
+    if limit.period:
+        edges = boundaries(Period(limit.period), limit.zone, now)
+        window_s = edges[2] - edges[1]
+    name, kind = limit.name, _KINDS[limit.strategy]
+    counted = f"{scope}|{name}|{key}"
+    return build(LimitAsk, (name, counted, kind, limit.amount, window_s, cost, limit.meter, edges, root))
+
+
+_KINDS = {str(kind): kind for kind in WindowKind}
+"""How windows move, by the name of their strategy: to ask the enum itself takes as long as all the rest of an ask."""
 
 
 async def _weight(call: Call, limit: RateLimit, arguments: Mapping[str, Any]) -> int:

@@ -157,6 +157,7 @@ class Metering(Ledger, UpstreamClients):
         self._units = {unit.name: unit}
         self._declared: set[str] = set()
         self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()
+        self._latest: Runtime | None = None
         self._lock = threading.Lock()
         self.alarms = Alarms(log)
         self._journal_path = journal
@@ -168,10 +169,15 @@ class Metering(Ledger, UpstreamClients):
     def runtime(self) -> Runtime:
         """The background of the running event loop."""
         loop = asyncio.get_running_loop()
-        runtime = self._runtimes.get(loop)
-        if runtime is None:
-            with self._lock:
-                runtime = self._runtimes.setdefault(loop, Runtime(self, loop))
+        latest = self._latest
+        if latest is not None and latest.loop is loop:
+            return latest
+        with self._lock:
+            runtime = self._runtimes.get(loop)
+            if runtime is None:
+                runtime = self._runtimes[loop] = Runtime(self, loop)
+            # Nearly always there is one loop; an ended one may stay until the next comes.
+            self._latest = runtime
         return runtime
 
     def forked(self) -> None:
@@ -585,6 +591,9 @@ class Metering(Ledger, UpstreamClients):
             return None
         try:
             caller = self._identify(origin.connection)
+            # Most answer one at once, and to ask anything whether it can be awaited takes longer than all else here.
+            if type(caller) is Caller:
+                return caller
             if inspect.isawaitable(caller):
                 caller = await caller
         except Exception as failure:
