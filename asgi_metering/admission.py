@@ -39,6 +39,7 @@ from asgi_metering.rules.operations import (
     WalletSource,
     WindowKind,
 )
+from asgi_metering.rules.roots import rooted
 from asgi_metering.rules.state import build
 from asgi_metering.sources import Allowance, Wallet, check_payers
 from asgi_metering.usage import TokenUsage
@@ -476,12 +477,12 @@ async def _limits(
         cost = await cost.compute(call, arguments)
     for limit in rate.limits:
         taken = cost if limit.meter == REQUESTS else await _weight(call, limit, arguments)
-        limits.append(_limit_ask(rate.scope, limit, key, taken, root, now))
+        limits.append(_limit_ask(rate.scope, limit, rooted(key, root), taken, now))
     for slots in rate.concurrency:
         if slots.level == "global":
             leases.append(LeaseAsk(rate.scope, f"{rate.scope}|global", slots.limit, slots.level))
         else:
-            leases.append(LeaseAsk(rate.scope, f"{rate.scope}|{key}", slots.limit, slots.level, root))
+            leases.append(LeaseAsk(rate.scope, rooted(f"{rate.scope}|{key}", root), slots.limit, slots.level))
 
 
 def _root(call: Call, rate: RatePolicy) -> str:
@@ -497,7 +498,7 @@ def _root(call: Call, rate: RatePolicy) -> str:
     return ""
 
 
-def _limit_ask(scope: str, limit: RateLimit, key: str, cost: int, root: str, now: float) -> LimitAsk:
+def _limit_ask(scope: str, limit: RateLimit, key: str, cost: int, now: float) -> LimitAsk:
     window_s: float = limit.window_s
     edges: tuple[float, ...] = ()
     if limit.period:
@@ -505,7 +506,7 @@ def _limit_ask(scope: str, limit: RateLimit, key: str, cost: int, root: str, now
         window_s = edges[2] - edges[1]
     name, kind = limit.name, _KINDS[limit.strategy]
     counted = f"{scope}|{name}|{key}"
-    return build(LimitAsk, (name, counted, kind, limit.amount, window_s, cost, limit.meter, edges, root))
+    return build(LimitAsk, (name, counted, kind, limit.amount, window_s, cost, limit.meter, edges))
 
 
 _KINDS = {str(kind): kind for kind in WindowKind}

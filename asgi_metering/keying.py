@@ -13,15 +13,19 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.decisions import Reason, Refusal
+from asgi_metering.errors import ConfigurationError
 from asgi_metering.policies import ChargeKey, ChargePolicy, From, Idempotency
 from asgi_metering.prices import FixedPrice
 from asgi_metering.rules.calendars import Period, boundaries
 from asgi_metering.rules.operations import IdempotencyAsk, KeyAsk
+from asgi_metering.rules.roots import rooted
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
+    from asgi_metering.policies import EndpointPolicy
+    from asgi_metering.stores.contract import Store
 
-__all__ = ["KEY_FIELD", "BodyError", "key_ask", "once", "read_key", "shared_key"]
+__all__ = ["KEY_FIELD", "BodyError", "check_shared", "key_ask", "once", "read_key", "shared_key"]
 
 KEY_FIELD = "idempotency-key"
 
@@ -108,7 +112,7 @@ def _ask(call: Call, key: str, ttl_s: float, route: str, content: tuple[bytes, .
     scope = (call.payer or "", call.unit.name, call.line, route, key)
     *target, body = content
     fingerprint = _sha256(*target, _bytes(caller), body)
-    return IdempotencyAsk(_sha256(*map(_bytes, scope)), fingerprint, ttl_s)
+    return IdempotencyAsk(rooted(_sha256(*map(_bytes, scope)), call.payer or ""), fingerprint, ttl_s)
 
 
 async def _content(call: Call, policy: Idempotency, arguments: Mapping[str, Any]) -> bytes:
@@ -123,6 +127,26 @@ async def _content(call: Call, policy: Idempotency, arguments: Mapping[str, Any]
 # -- charge keys -------------------------------------------------------------------------------------------
 
 
+def check_shared(policy: EndpointPolicy, store: Store) -> None:
+    """
+    Refuse a charge key that several owners may pay for, where their accounts may be in different places.
+
+    Raises:
+        ConfigurationError: With the mend.
+    """
+    charge = policy.charge
+    if charge is None or charge.key is None or store.one_place:
+        return
+    for source in charge.sources:
+        # A payer object without an account is the call's own payer, on another credential.
+        if source.payer is not None and source.payer.account is not None:
+            raise ConfigurationError(
+                f"{policy.name} has a charge_key, and {source.payer.name!r} may pay for it. On this {store.name} store "
+                f"payers are kept apart, and a key has one place: it could be charged to each of them. Leave the "
+                f"sources to the call's own payer, or keep all in one place: partitions=1."
+            )
+
+
 async def shared_key(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> str | None:
     """The key of the calls that are charged once together with *call*, scoped to payer and line, hashed."""
     if charge.key is None:
@@ -130,7 +154,8 @@ async def shared_key(call: Call, charge: ChargePolicy, arguments: Mapping[str, A
     key = await _charge_key(call, charge.key, arguments)
     if key is None:
         return None
-    return _sha256(*map(_bytes, (call.payer or "", call.unit.name, charge.line, f"{type(key).__name__} {key}")))
+    payer = call.payer or ""
+    return rooted(_sha256(*map(_bytes, (payer, call.unit.name, charge.line, f"{type(key).__name__} {key}"))), payer)
 
 
 async def _charge_key(call: Call, asked: ChargeKey, arguments: Mapping[str, Any]) -> Any:

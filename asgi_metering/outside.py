@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from asgi_metering.call import Call
 from asgi_metering.caller import Caller
 from asgi_metering.errors import ConfigurationError, PayerError
+from asgi_metering.keying import check_shared
 from asgi_metering.names import check_key
 from asgi_metering.opening import ALL_FEATURES, CURRENT, Opening
 from asgi_metering.outage import check_journal
@@ -48,6 +49,7 @@ def prepared(
             keyed = replace(policy.charge, idempotency=Idempotency(), once=check_key(once, "idempotency key"))
             policy = replace(policy, charge=keyed)
         check_journal(policy, has_journal=metering.journal is not None)
+        check_shared(policy, metering.store)
     return policy, _call_for(metering, payer, caller, line)
 
 

@@ -17,7 +17,18 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
-from asgi_metering import Allowance, Wallet, billable, current_call, metered_app, rate_limited
+from asgi_metering import (
+    Allowance,
+    Metering,
+    MeteringMiddleware,
+    Payer,
+    Wallet,
+    billable,
+    current_call,
+    metered_app,
+    rate_limited,
+)
+from asgi_metering.asgi.audit import audit
 from asgi_metering.billing import observed_parts
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.events.sinks import CallbackSink
@@ -25,6 +36,7 @@ from asgi_metering.stores.contract import EverythingKept
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.testing import FakeClock
 from tests.harness.drive import Drive, body, drive, headers, status
+from tests.harness.servers import free_port
 from tests.keyed import ANN, PRICE, Desk, asked, at_desk, store_of
 
 KINDS = ("memory", "sqlite")
@@ -405,3 +417,26 @@ def test_replay_a_call_of_a_charge_key() -> None:
         assert await desk.spent() == PRICE
 
     at_desk(functools.partial(app_of, idempotency=True, sources=[Wallet()]), story, MemoryStore())
+
+
+def test_refuse_keys_that_several_owners_pay_for_where_payers_are_apart() -> None:
+    """On a Cluster a key has one place: a route of which others may pay is found at startup, also outside HTTP."""
+    sources = [Wallet(payer=Payer("own")), Wallet(payer=Payer("platform", account="acme"))]
+    part = billable(1, charge_key="x-session", sources=sources)
+    nowhere = f"redis+cluster://127.0.0.1:{free_port()}"
+    errors = {}
+    for url in (nowhere, f"{nowhere}?partitions=1", "memory://"):
+        metering = Metering(url, sinks=())
+        app = MeteringMiddleware(metered_app(PlainTextResponse("done"), part, name=f"keyed {url}"), metering=metering)
+        errors[url] = audit(app, app.features, frozenset(), metering).errors
+    (error,) = errors.pop(nowhere)
+    assert "has a charge_key, and 'platform' may pay for it" in error
+    assert list(errors.values()) == [[], []]
+
+    async def outside() -> None:
+        metering = Metering(nowhere, sinks=())
+        with pytest.raises(ConfigurationError, match="Leave the sources to the call's own payer"):
+            async with metering.charge(payer="ann", line="job", price=1, charge_key="s", sources=sources):
+                raise AssertionError("It ran.")
+
+    asyncio.run(outside())

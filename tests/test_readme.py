@@ -15,6 +15,9 @@ from asgi_metering.rules.operations import Sweep
 from asgi_metering.rules.posting import MAX_LIVE_GRANTS
 from asgi_metering.stores.forgetting import LATE_S, Bounds
 from asgi_metering.stores.postgres.database import DEFAULT_NAMESPACE
+from asgi_metering.stores.redis.cluster import MAX_PARTITIONS
+from asgi_metering.stores.redis.partitions import PARTITIONS
+from asgi_metering.stores.redis.parts import RESERVED_S
 
 RETENTION = Sweep()
 DAY_S = 86_400
@@ -35,6 +38,14 @@ def test_lists_the_end_of_call_policies_of_the_code() -> None:
         _, _, shown_default, shown_choices, *_ = (cell.strip() for cell in row.split("|"))
         assert shown_default == f"`{default.value}`"
         assert {Basis(name) for name in re.findall(r"`(\w+)`", shown_choices)} == set(choices)
+
+
+def test_tells_the_bounds_of_a_cluster() -> None:
+    """The README's numbers of partitions and the life of a reservation are the code's."""
+    assert f"a namespace is {PARTITIONS} partitions" in README
+    assert f"hosts?partitions={PARTITIONS}`" in README
+    assert f"from 1 to {MAX_PARTITIONS}, and is fixed" in README
+    assert f"free again after {RESERVED_S:g} seconds" in README
 
 
 def _row(start: str) -> list[str]:

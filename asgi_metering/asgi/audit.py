@@ -16,6 +16,7 @@ from asgi_metering.admission import check_amounts
 from asgi_metering.amounts import Unit
 from asgi_metering.errors import AmountError, ConfigurationError
 from asgi_metering.guards import BARE_MEND, WEBSOCKET_MEND, Guard, Part, decorated, guard_of
+from asgi_metering.keying import check_shared
 from asgi_metering.metering import ALL_FEATURES, Metering
 from asgi_metering.outage import check_journal
 from asgi_metering.policies import EndpointPolicy
@@ -133,7 +134,7 @@ def _check_row(row: Row, report: Report, covered: frozenset[str], metering: Any)
         report.errors.extend(_nested(row, policy))
         if metering is not None:
             report.errors.extend(_uncountable(row, policy, metering.unit))
-            report.errors.extend(_unjournalled(row, policy, metering))
+            report.errors.extend(_unkept(row, policy, metering))
     if row.policy is not None and row.policy.charge is not None and {"GET", "HEAD"} <= set(row.methods):
         report.warnings.append(
             f"{row.path} ({row.policy.name}) is billable, and answers HEAD by running the same handler, free of charge."
@@ -226,9 +227,11 @@ def _uncountable(row: Row, policy: EndpointPolicy, unit: Unit) -> Iterator[str]:
         yield f"{row.path} ({policy.name}) cannot be charged. {failure}"
 
 
-def _unjournalled(row: Row, policy: EndpointPolicy, metering: Metering) -> Iterator[str]:
+def _unkept(row: Row, policy: EndpointPolicy, metering: Metering) -> Iterator[str]:
+    """What the metering has no place for: charges that wait, keys that several may pay for."""
     try:
         check_journal(policy, has_journal=metering.journal is not None)
+        check_shared(policy, metering.store)
     except ConfigurationError as failure:
         yield f"{row.path}: {failure}"
 

@@ -57,15 +57,14 @@ class LimitAsk(NamedTuple):
 
     Attributes:
         name: Unique on the route; names the limit in answers.
-        key: What is counted together: limit and key value, already hashed where it is personal.
+        key: What is counted together: limit and key value, already hashed where it is personal. Whose it is, it says
+            itself (`roots`), for stores that keep payers apart.
         kind: How the window moves.
         limit: What one window allows.
         window_s: The window's length in seconds, for a calendar window the current one's.
         cost: What this call takes; 0 looks without taking.
         meter: What is counted. Anything but ``"requests"`` is corrected at the call's end.
         boundaries: For calendar windows: four instants around the caller's time, ascending.
-        root: The payer whose accounts the counter is kept beside, where a store keeps payers apart; always the same one
-            for one *key*. Empty: it is nobody's.
     """
 
     name: str
@@ -76,17 +75,15 @@ class LimitAsk(NamedTuple):
     cost: int = 1
     meter: str = "requests"
     boundaries: tuple[float, ...] = ()
-    root: str = ""
 
 
 class LeaseAsk(NamedTuple):
-    """One slot of a pool. *level* is ``"caller"`` or ``"global"``; *limit* 0 admits nobody; *root* as of `LimitAsk`."""
+    """One slot of *pool*, a key as of `LimitAsk`. *level* is ``"caller"`` or ``"global"``; *limit* 0 admits nobody."""
 
     name: str
     pool: str
     limit: int
     level: str = "caller"
-    root: str = ""
 
 
 class WalletSource(NamedTuple):
@@ -133,7 +130,7 @@ class KeyAsk(NamedTuple):
     Charge once for all calls that bring this key within a window (S0.3, S0.10).
 
     Attributes:
-        key: Scoped to what it counts for, and hashed where it is personal.
+        key: Scoped to what it counts for, and hashed where it is personal; it says whose it is (`roots`).
         boundaries: Of a calendar window: four instants around the caller's time. Empty for one that rolls.
         window_s: Seconds that a rolling window lasts from the first call on.
     """
@@ -148,7 +145,7 @@ class IdempotencyAsk(NamedTuple):
     Run one request of this key, and answer its repeats from what it did (DESIGN "Idempotency").
 
     Attributes:
-        key: Scoped to payer and route, and hashed.
+        key: Scoped to payer and route, and hashed; it says whose it is (`roots`).
         fingerprint: Of the request: the same key with another one is a mistake.
         ttl_s: Seconds that the key is remembered.
     """

@@ -52,7 +52,7 @@ class Look(NamedTuple):
 
 def look(ask: LimitAsk, counter: Counter | None, now: float) -> Look | None:
     """What *ask* meets at *now*; None when its calendar boundaries do not cover *now*."""
-    _, key, kind, limit, window_s, cost, _, boundaries, _ = ask
+    _, key, kind, limit, window_s, cost, _, boundaries = ask
     if kind is _SLIDING:
         return _look_sliding(ask, counter, now)
     if kind is _CALENDAR:
@@ -112,7 +112,7 @@ def _until_below(bound: int, count: int, previous: int, left: float, window: flo
 def window_state(seen: Look, taken: bool) -> WindowState:
     """What the answer tells of the limit, after the decision."""
     ask, used, _, _, reset_after_s, _ = seen
-    name, _, kind, limit, window_s, cost, meter, _, _ = ask
+    name, _, kind, limit, window_s, cost, meter, _ = ask
     if taken:
         used += cost
     if kind is _SLIDING:

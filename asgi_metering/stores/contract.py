@@ -216,6 +216,8 @@ class Store(abc.ABC):
         durable: Whether an acknowledged operation survives the process.
         shared: Whether several processes may use it at once.
         namespace: Which of several books in one place these are, for people; empty where there is one.
+        one_place: All accounts are in one place, so that a charge key may be paid for by others than the call's own
+            payer. Where they are not, that is refused.
     """
 
     name: str
@@ -223,6 +225,7 @@ class Store(abc.ABC):
     immediate: bool = False
     durable: bool = True
     shared: bool = True
+    one_place: bool = True
 
     @abc.abstractmethod
     async def open(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from asgi_metering.errors import AmountError, StoreUnavailableError, UnwritableError
 from asgi_metering.receipts import Entry
-from asgi_metering.rules.state import Change, DeclaredUnit, Grant, Lease, Table
+from asgi_metering.rules.state import Change, DeclaredUnit, Grant, Hold, Lease, Table
 from asgi_metering.stores.contract import PAGE_ROWS, TABLES, Books, Filling
 from asgi_metering.stores.redis.link import Command, Link, Reply
 from asgi_metering.stores.redis.names import Names, restored
@@ -26,10 +26,10 @@ from asgi_metering.stores.redis.packing import Packing
 from asgi_metering.stores.redis.places import driver
 from asgi_metering.stores.redis.putting import put
 from asgi_metering.stores.redis.transaction import Transactions
-from asgi_metering.stores.redis.walking import GRANTS, Walk, keys_of
+from asgi_metering.stores.redis.walking import GRANTS, PARTS, Walk, keys_of
 from asgi_metering.stores.redis.working_copy import WorkingCopy
 
-__all__ = ["Access", "opened_books", "opened_filling"]
+__all__ = ["Access", "NamespaceBooks", "NamespaceFilling", "kept_alone", "opened_books", "opened_filling"]
 
 PUT_ROWS = 100
 """Rows in one transaction: others on the server wait some three milliseconds for it."""
@@ -88,9 +88,9 @@ class Access(NamedTuple):
 
 
 @asynccontextmanager
-async def opened_books(access: Access) -> AsyncIterator[Books]:
+async def opened_books(access: Access) -> AsyncIterator[NamespaceBooks]:
     """All rows of the namespace, until the block is left. Raises `StoreUnavailableError`."""
-    books = _NamespaceBooks(access, await access.now())
+    books = NamespaceBooks(access, await access.now())
     try:
         yield books
     finally:
@@ -100,10 +100,17 @@ async def opened_books(access: Access) -> AsyncIterator[Books]:
 @asynccontextmanager
 async def opened_filling(access: Access) -> AsyncIterator[Filling]:
     """The namespace, kept for one who fills it. Raises `StoreContendedError`, `StoreUnavailableError`."""
-    token = await access.transactions.enter(ALONE_S)
-    filling = _NamespaceFilling(access, await access.now(), token)
-    try:
+    async with kept_alone(access) as filling:
         await filling.look()
+        yield filling
+
+
+@asynccontextmanager
+async def kept_alone(access: Access) -> AsyncIterator[NamespaceFilling]:
+    """The same for one who knows whether the namespace is empty."""
+    token = await access.transactions.enter(ALONE_S)
+    filling = NamespaceFilling(access, await access.now(), token)
+    try:
         yield filling
     finally:
         filling.forget()
@@ -112,29 +119,30 @@ async def opened_filling(access: Access) -> AsyncIterator[Filling]:
             await access.transactions.leave(token)
 
 
-class _NamespaceBooks(Books):
+class NamespaceBooks(Books):
     """Rows of the keys that are there when they are first looked for."""
 
     def __init__(self, access: Access, now: float) -> None:
         self.now = now
         self._access = access
         self._names, self._packing = access.names, access.packing
-        self._walk: Walk | None = None
+        self.walk: Walk | None = None
 
     def forget(self) -> None:
         """Look for the keys again, when they are needed."""
-        if self._walk is not None:
-            self._walk.close()
-            self._walk = None
+        if self.walk is not None:
+            self.walk.close()
+            self.walk = None
 
-    async def _ask(self, *commands: Command) -> list[Reply]:
+    async def ask(self, *commands: Command) -> list[Reply]:
+        """See `Access.ask`."""
         return await self._access.ask(*commands)
 
     async def _walked(self) -> Walk:
-        if self._walk is None:
-            self._walk = Walk(self._names)
-            await self._walk.fill(self._ask)
-        return self._walk
+        if self.walk is None:
+            self.walk = Walk(self._names)
+            await self.walk.fill(self.ask)
+        return self.walk
 
     async def rows(self, table: str) -> AsyncGenerator[Sequence[Any], None]:
         """See `Books.rows`. Looks at the names of all keys of the server first, once for all tables."""
@@ -152,7 +160,7 @@ class _NamespaceBooks(Books):
     async def _rows(self, table: str) -> AsyncGenerator[Sequence[Any], None]:
         """The rows of keys that have one each."""
         for keys in (await self._walked()).keys(_KINDS[table], PAGE_ROWS):
-            found = await self._ask(*[("GET", key) for key in keys])
+            found = await self.ask(*[("GET", key) for key in keys])
             yield [self._row(table, key, raw) for key, raw in zip(keys, found, strict=True) if raw is not None]
 
     def _row(self, table: str, key: str, raw: bytes) -> Any:
@@ -164,11 +172,19 @@ class _NamespaceBooks(Books):
             return DeclaredUnit(self._names.text(key), int(raw))
         return getattr(self._packing, _DECODED[table])(key, raw)
 
+    async def parts(self) -> list[Hold]:
+        """The parts that calls have here, whose holds are in other partitions of a Cluster: as many as calls run."""
+        parts: list[Hold] = []
+        for keys in (await self._walked()).keys(PARTS, PAGE_ROWS):
+            found = await self.ask(*[("GET", key) for key in keys])
+            parts += [self._row(Table.HOLD, key, raw) for key, raw in zip(keys, found, strict=True) if raw is not None]
+        return parts
+
     async def _grants(self) -> AsyncGenerator[list[Grant], None]:
         """Open and closed ones of an account by number, however many there are of the latter."""
         page: list[Grant] = []
         for accounts in (await self._walked()).keys(GRANTS, ACCOUNTS):
-            found = await self._ask(*[("GET", key) for key in accounts])
+            found = await self.ask(*[("GET", key) for key in accounts])
             closed = [self._names.of_account("G", key) for key in accounts]
             texts = await self._hashes(closed)
             for key, raw in zip(accounts, found, strict=True):
@@ -191,7 +207,7 @@ class _NamespaceBooks(Books):
         found: dict[str, list[bytes]] = {key: [] for key in keys}
         cursors = dict.fromkeys(keys, b"0")
         while cursors:
-            steps = await self._ask(*[("HSCAN", key, cursor, "COUNT", PAGE_ROWS) for key, cursor in cursors.items()])
+            steps = await self.ask(*[("HSCAN", key, cursor, "COUNT", PAGE_ROWS) for key, cursor in cursors.items()])
             for key, (cursor, some) in zip(list(cursors), steps, strict=True):
                 found[key] += some[1::2]
                 cursors[key] = cursor
@@ -201,11 +217,11 @@ class _NamespaceBooks(Books):
 
     async def _entries(self) -> AsyncGenerator[list[Entry], None]:
         for keys in (await self._walked()).keys("e", ACCOUNTS):
-            lengths = await self._ask(*[("LLEN", key) for key in keys])
+            lengths = await self.ask(*[("LLEN", key) for key in keys])
             for some in _in_pages(list(zip(keys, lengths, strict=True))):
                 ranges = [("LRANGE", key, str(first), str(last)) for key, first, last in some]
                 page: list[Entry] = []
-                for (key, _, _), texts in zip(some, await self._ask(*ranges), strict=True):
+                for (key, _, _), texts in zip(some, await self.ask(*ranges), strict=True):
                     account = self._names.account(*self._names.pair(key))
                     page += [self._packing.entry_of(account, text) for text in texts]
                 yield page
@@ -215,7 +231,7 @@ class _NamespaceBooks(Books):
             pool, first = self._names.text(keys[0]), 0
             while True:
                 words = (str(first), str(first + PAGE_ROWS - 1), "WITHSCORES")
-                (found,) = await self._ask(("ZRANGE", keys[0], *words))
+                (found,) = await self.ask(("ZRANGE", keys[0], *words))
                 if not found:
                     break
                 pairs = zip(found[::2], found[1::2], strict=True)
@@ -226,10 +242,10 @@ class _NamespaceBooks(Books):
         first = 0
         while True:
             order = ("LRANGE", self._names.event_order, str(first), str(first + PAGE_ROWS - 1))
-            (ids,) = await self._ask(order)
+            (ids,) = await self.ask(order)
             if not ids:
                 break
-            (texts,) = await self._ask(("HMGET", self._names.events, *ids))
+            (texts,) = await self.ask(("HMGET", self._names.events, *ids))
             pairs = [(restored(found.decode()), text) for found, text in zip(ids, texts, strict=True)]
             yield [self._packing.event_of(found, text) for found, text in pairs if text is not None]
             first += PAGE_ROWS
@@ -242,8 +258,8 @@ class _NamespaceBooks(Books):
             counts[Table.GRANT] = sum([len(page) async for page in pages])
         for table, kind, command in ((Table.ENTRY, "e", "LLEN"), (Table.LEASE, "q", "ZCARD")):
             for keys in walk.keys(kind, PAGE_ROWS):
-                counts[table] += sum(await self._ask(*[(command, key) for key in keys]))
-        (counts[Table.EVENT],) = await self._ask(("LLEN", self._names.event_order))
+                counts[table] += sum(await self.ask(*[(command, key) for key in keys]))
+        (counts[Table.EVENT],) = await self.ask(("LLEN", self._names.event_order))
         # What somebody writes from now on is to be noticed by whoever compares.
         self.forget()
         return counts
@@ -275,32 +291,38 @@ def _in_pages(lengths: Sequence[tuple[str, int]]) -> Iterator[list[tuple[str, in
         yield some
 
 
-class _NamespaceFilling(_NamespaceBooks, Filling):
+class NamespaceFilling(NamespaceBooks, Filling):
     """The same for one who writes, and whose token closes the gate."""
 
     def __init__(self, access: Access, now: float, token: str) -> None:
         super().__init__(access, now)
         self._token = token
-        self._was_empty = True
+        self._was_empty = False
         self._is_over = False
         self._renewed_at = time.monotonic()
 
     async def look(self) -> None:
         """Learn whether there is anything yet."""
-        async with aclosing(keys_of(self._ask, self._names)) as pages:
+        self._was_empty = True
+        async with aclosing(keys_of(self.ask, self._names)) as pages:
             async for keys in pages:
-                if any(map(self._is_kept, keys)):
+                if any(map(self.is_kept, keys)):
                     self._was_empty = False
                     break
 
-    def _is_kept(self, key: str) -> bool:
+    def is_kept(self, key: str) -> bool:
+        """Whether *key* is anything that is kept, and no gate."""
         return self._names.kind(key) not in ("gate", "halt")
 
-    async def _ask(self, *commands: Command) -> list[Reply]:
-        # Half of the time is left for what may take long: whoever reads back, or writes a file in between.
+    async def ask(self, *commands: Command) -> list[Reply]:
+        """The same, behind the gate."""
+        await self.keep_alone()
+        return await super().ask(*commands)
+
+    async def keep_alone(self) -> None:
+        """Keep the gate closed, if it has been for long: half of its time is left for what may take long in between."""
         if time.monotonic() - self._renewed_at > ALONE_S / 2:
             await self._alone(_nothing)
-        return await super()._ask(*commands)
 
     async def _alone(self, work: Any) -> Any:
         try:
@@ -336,11 +358,11 @@ class _NamespaceFilling(_NamespaceBooks, Filling):
 
     async def _clear(self) -> None:
         """Take back what was put."""
-        async with aclosing(keys_of(self._ask, self._names)) as pages:
+        async with aclosing(keys_of(self.ask, self._names)) as pages:
             async for keys in pages:
-                gone = [key for key in keys if self._is_kept(key)]
+                gone = [key for key in keys if self.is_kept(key)]
                 if gone:
-                    await self._ask(("UNLINK", *gone))
+                    await self.ask(("UNLINK", *gone))
 
 
 async def _nothing(_: WorkingCopy) -> tuple[None, list[Change]]:

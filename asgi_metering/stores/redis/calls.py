@@ -183,7 +183,7 @@ class Calls:
     def _make_limits(self, limits: tuple[LimitAsk, ...]) -> tuple[list[str], bytes]:
         """The keys of the counters, and the words that say how they count."""
         told = []
-        for _, _, kind, limit, window_s, cost, meter, boundaries, _ in limits:
+        for _, _, kind, limit, window_s, cost, meter, boundaries in limits:
             counted = "" if meter == "requests" else meter
             told.append(_LIMIT.pack(_LIMIT_KINDS.index(kind), limit, window_s, cost))
             told.append(words(counted, doubles(boundaries)))

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
+from operator import itemgetter
 from typing import Any, cast
 
 from asgi_metering.errors import ConfigurationError, StoreUnavailableError
@@ -52,10 +53,11 @@ from asgi_metering.stores.redis.gathering import merged
 from asgi_metering.stores.redis.names import Names
 from asgi_metering.stores.redis.nodes import Nodes
 from asgi_metering.stores.redis.partitions import PARTITIONS, Partitions
-from asgi_metering.stores.redis.parts import Part, What, call_of, metered, part_of
+from asgi_metering.stores.redis.parts import Part, What, call_of, part_of
 from asgi_metering.stores.redis.places import ClusterPlace
 from asgi_metering.stores.redis.scripts import Scripts
 from asgi_metering.stores.redis.shelf import Shelf
+from asgi_metering.stores.redis.volumes import Library, opened_volumes, refilled_volumes
 from asgi_metering.stores.redis.waves import Wave, asked_by_id
 
 __all__ = ["ClusterStore"]
@@ -85,7 +87,15 @@ class ClusterStore(Store):
     also takes from another partition, an address, a pool for all, another owner's wallet, takes a trip for each of
     them, one to decide, and one to keep what it took; it is never admitted beyond any of them, but while it is being
     decided others may be refused what it gives back then. A receipt, a ledger and a sweep are of one partition each;
-    what reads several of them is not of one instant. Where failover is asynchronous it can lose what was acknowledged
+    what reads several of them is not of one instant.
+
+    Two things are not as on other stores. A charge key has one place, that of the payer whose key it is: a call that
+    others may pay for as well is refused as a `ConfigurationError`. And an id is known where its call is paid: one that
+    comes again for a payer of another partition is another call, while other stores answer the first one's decision.
+    Its end is that of the call that this process admitted last; the other one goes in doubt, as if its process had
+    died. Within one partition, and for the same payers, a repeat is one everywhere.
+
+    Where failover is asynchronous it can lose what was acknowledged
     last. While a slot moves to another node, its calls wait, and are told that the store is unavailable when that takes
     longer than about a second.
     """
@@ -109,9 +119,10 @@ class ClusterStore(Store):
         self.place = place
         self._timeout_s = timeout_s
         self._clock = clock
-        self._namespace = namespace
+        self.namespace = namespace
         self._scripts = Scripts()
         self.partitions = Partitions(partitions)
+        self.one_place = partitions == 1
         any_node = place.node(place.seeds[0])
         self.shelves = [Shelf(self._nodes, any_node, f"{namespace}:{n}", clock) for n in range(partitions)]
         self._own_nodes: dict[asyncio.AbstractEventLoop, Nodes] = {}
@@ -155,7 +166,7 @@ class ClusterStore(Store):
         _, found = await shelf.ask([("SET", key, str(count), "NX"), ("GET", key)])
         if int(found) != count:
             raise ConfigurationError(
-                f"The namespace {self._namespace!r} has {int(found)} partitions, and was opened with {count}. "
+                f"The namespace {self.namespace!r} has {int(found)} partitions, and was opened with {count}. "
                 f"Write partitions={int(found)}, or move its books to a namespace with {count}."
             )
         self._is_known = True
@@ -302,7 +313,14 @@ class ClusterStore(Store):
         return Dance(ask, self.partitions.plan(ask), run, self._one)
 
     async def _admit(self, ask: Admit, run: Ask) -> Answer:
-        decision, place = await self._dance(ask, run).admit()
+        plan = self.partitions.plan(ask)
+        _, *others = plan.homes
+        if others:
+            # A repeat: whoever pays its call already pays it, also where one who comes first could by now.
+            found = await asyncio.gather(*(self.shelves[home].calls([ask.id]) for home in others))
+            paying = [home for home, [(is_home, _)] in zip(others, found, strict=True) if is_home]
+            plan = plan.first_at(paying[0]) if paying else plan
+        decision, place = await Dance(ask, plan, run, self._one).admit()
         if place is not None:
             self._note(ask.id, place)
         return decision
@@ -332,13 +350,20 @@ class ClusterStore(Store):
 
     async def _end(self, ask: End, run: Ask) -> Answer:
         place = self._place_of(ask.id)
-        actual = {metered(meter): used for meter, used in ask.actual.items()}
-        part = Part(part_of(ask.id), What.END, actual=actual)
-        parts = [run(at, part) for at in place.parts if at != place.claim]
-        receipt, *_ = await asyncio.gather(run(place.home, ask), *parts)
-        if place.claim is not None and isinstance(receipt, Receipt):
-            await self.shelves[place.claim].answer(ask, receipt)
-        return receipt
+        part = Part(part_of(ask.id), What.END, actual=ask.actual)
+        parts = [at for at in place.parts if at != place.claim]
+        if ask.by is EndedBy.CALL:
+            first, *_ = await asyncio.gather(run(place.home, ask), *(run(at, part) for at in parts))
+        else:
+            first = await run(place.home, ask)
+            if isinstance(first, Receipt) and first.ended_by is not ask.by:
+                # Somebody else was first: only the call's own end may still correct what was counted.
+                return first
+            await asyncio.gather(*(run(at, part) for at in parts))
+        if place.claim is not None and isinstance(first, Receipt):
+            told = ask if first.ended_by is ask.by else _of_another(ask, first)
+            await self.shelves[place.claim].answer(told, first._replace(applied=True, late=None))
+        return first
 
     # -- what all partitions run ---------------------------------------------------------------------------
 
@@ -348,17 +373,18 @@ class ClusterStore(Store):
         waiting = [place for place, size in enumerate(sizes) if size]
         first = self._next_claim
         self._next_claim = (first + 1) % self.partitions.count
-        claimed: list[Event] = []
+        claimed: list[tuple[float, int, Event]] = []
         for place in sorted(waiting, key=lambda place: (place - first) % self.partitions.count):
             if len(claimed) == ask.limit:
                 break
             some = await self._one(place, Claim(ask.limit - len(claimed), ask.lease_s))
             for event in cast("tuple[Event, ...]", some):
-                claimed.append(event)
+                claimed.append((event.at, place, event))
                 self._events[event.id] = place
         while len(self._events) > MAX_CALLS:
             self._events.popitem(last=False)
-        return tuple(sorted(claimed, key=lambda event: event.at))
+        # Of one instant in the order in which books have them.
+        return tuple(event for *_, event in sorted(claimed, key=itemgetter(0, 1)))
 
     async def _acknowledge(self, ask: Acknowledge, run: Ask) -> Answer:
         by_place: dict[int, list[str]] = {}
@@ -414,21 +440,26 @@ class ClusterStore(Store):
         found = await asyncio.gather(*(shelf.read(query) for shelf in self.shelves))
         return merged(query, found)
 
-    def books(self) -> AbstractAsyncContextManager[Books]:
-        """See `RedisStore.books`. Only of one partition: where a limit is kept among several, its row does not say."""
-        return self._only_shelf().books()
+    @asynccontextmanager
+    async def books(self) -> AsyncIterator[Books]:
+        """
+        See `RedisStore.books`. Of all partitions; looks at the names of all keys on all nodes.
 
-    def fill(self) -> AbstractAsyncContextManager[Filling]:
-        """See `RedisStore.fill`, and `books`."""
-        return self._only_shelf().fill()
+        Memory: a page of each partition, and what calls in flight have in other partitions than who pays.
+        """
+        await self._known()
+        async with opened_volumes(self._library()) as books:
+            yield books
 
-    def _only_shelf(self) -> Shelf:
-        if self.partitions.count > 1:
-            raise ConfigurationError(
-                f"The namespace {self._namespace!r} has {self.partitions.count} partitions, and only the books of one "
-                f"can be moved. Keep them with partitions=1 where they shall move."
-            )
-        return self.shelves[0]
+    @asynccontextmanager
+    async def fill(self) -> AsyncIterator[Filling]:
+        """See `RedisStore.fill`. Keeps other writers out of all partitions."""
+        await self._known()
+        async with refilled_volumes(self._library()) as filling:
+            yield filling
+
+    def _library(self) -> Library:
+        return Library(self.namespace, self.partitions, self.shelves, self._nodes())
 
     async def _accounts(self, query: AccountsAfter) -> Snapshot:
         """Names first: of each partition's next accounts most are not among the next of all."""
@@ -442,6 +473,11 @@ class ClusterStore(Store):
 
 
 _UNANSWERED = StoreUnavailableError("The operation was not run.")
+
+
+def _of_another(ask: End, first: Receipt) -> End:
+    """The end that won: what the call brought with its own is nobody's answer."""
+    return End(ask.id, None, by=first.ended_by, failed=not first.amount, actual=ask.actual)
 
 
 def _nothing(part: Hold, now: float) -> Receipt:

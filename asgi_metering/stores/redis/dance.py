@@ -59,14 +59,14 @@ class Dance:
         look: How it is asked for what changes nothing.
 
     Raises:
-        ConfigurationError: It is charged by key, and several owners may pay: the key has one place.
+        ConfigurationError: It is charged by key, which has one place, and others may pay than the one whose key it is.
     """
 
     def __init__(self, ask: Admit, plan: Plan, run: Ask, look: Ask) -> None:
-        if ask.charge_key is not None and len({run.home for run in plan.runs}) > 1:
+        if plan.charged is not None and [plan.charged] != plan.homes:
             raise ConfigurationError(
-                f"Call {ask.id!r} is charged by key, and its sources belong to payers in different partitions of the "
-                f"Cluster: the key would be charged in each. Charge it to one payer, or use partitions=1."
+                f"Call {ask.id!r} is charged by key, and its sources are in other partitions of the Cluster than the "
+                f"key, which could be charged in each. Let the call's own payer pay for it, or use partitions=1."
             )
         self._ask = ask
         self._plan = plan
@@ -78,7 +78,7 @@ class Dance:
     def part(self, place: int) -> Admit:
         """What is reserved at *place*."""
         ask, plan = self._ask, self._plan
-        claim = ask.idempotency if place == plan.root else None
+        claim = ask.idempotency if place == plan.claim else None
         return reservation(ask, plan.limits.get(place, ()), plan.leases.get(place, ()), claim)
 
     def own(self, run: Run, *, is_reserved: bool = False) -> Admit:
@@ -90,12 +90,12 @@ class Dance:
             sources=run.sources,
             limits=plan.limits.get(run.home, ()),
             leases=plan.leases.get(run.home, ()),
-            idempotency=ask.idempotency if run.home == plan.root else None,
+            idempotency=ask.idempotency if run.home == plan.claim else None,
         )
 
     def beside(self, home: int) -> list[int]:
         """Where parts are, if the hold is at *home*."""
-        return self._plan.foreign(home, is_once=self._ask.idempotency is not None)
+        return self._plan.foreign(home)
 
     # -- the steps -----------------------------------------------------------------------------------------
 
@@ -140,8 +140,8 @@ class Dance:
 
     def _place(self, home: int, reserved: Mapping[int, Decision]) -> Place:
         """Where the call is, without what was only counted: nothing of that ends."""
-        ask, plan = self._ask, self._plan
-        claim = plan.root if ask.idempotency is not None and plan.root in reserved else None
+        plan = self._plan
+        claim = plan.claim if plan.claim in reserved else None
         weighted = {at for at, some in plan.limits.items() if any(limit.meter != REQUESTS for limit in some)}
         return Place(home, tuple(at for at in reserved if at in plan.leases or at in weighted or at == claim), claim)
 

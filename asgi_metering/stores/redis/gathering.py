@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
-from operator import attrgetter
+from operator import attrgetter, itemgetter
+from typing import TypeVar
 
-from asgi_metering.rules.state import Hold, State
+from asgi_metering.rules.state import NEVER, Hold, PinnedWindow, State
 from asgi_metering.stores.contract import AccountsAfter, LiveHolds, PendingEvents, Query, Snapshot
-from asgi_metering.stores.redis.parts import NOBODY, call_of, is_part, unmetered
+from asgi_metering.stores.redis.parts import COPIED, NOBODY, POOLS, REQUESTS, WINDOWS, call_of, is_part, unmetered
 
-__all__ = ["merged"]
+__all__ = ["by_call", "merged", "whole"]
+
+_Some = TypeVar("_Some")
 
 
 def merged(query: Query, found: Sequence[Snapshot]) -> Snapshot:
@@ -19,10 +22,10 @@ def merged(query: Query, found: Sequence[Snapshot]) -> Snapshot:
     parts = [hold for snapshot in found for hold in snapshot.state.holds.values() if is_part(hold.id)]
     for snapshot in found:
         _take(state, snapshot.state)
-    for part in parts:
-        hold = state.holds.get(call_of(part.id))
+    for call, its_parts in by_call(parts).items():
+        hold = state.holds.get(call)
         if hold is not None:
-            state.holds[hold.id] = _whole(hold, part)
+            state.holds[call] = whole(hold, its_parts)
     events = sorted(state.events.values(), key=attrgetter("at"))
     match query:
         case AccountsAfter(limit=limit):
@@ -36,14 +39,36 @@ def merged(query: Query, found: Sequence[Snapshot]) -> Snapshot:
     return Snapshot(max(snapshot.now for snapshot in found), state)
 
 
-def _whole(hold: Hold, part: Hold) -> Hold:
-    """The hold of a call as it would be with its part in one place."""
-    windows = [window._replace(meter=unmetered(window.meter)) for window in part.windows]
-    return hold._replace(
-        windows=(*hold.windows, *(window for window in windows if window.meter != "requests")),
-        pools=(*hold.pools, *part.pools),
-        idempotency_key=hold.idempotency_key or part.idempotency_key,
-    )
+def by_call(parts: Iterable[Hold]) -> dict[str, list[Hold]]:
+    """Parts by the call that they belong to."""
+    calls: dict[str, list[Hold]] = {}
+    for part in parts:
+        calls.setdefault(call_of(part.id), []).append(part)
+    return calls
+
+
+def whole(hold: Hold, parts: Iterable[Hold]) -> Hold:
+    """The hold of a call as it would be with its *parts* in one place."""
+    windows, pools, key = list(hold.windows), list(hold.pools), hold.idempotency_key
+    taken: list[tuple[float, PinnedWindow]] = []
+    slots: list[tuple[float, str]] = []
+    for part in parts:
+        if part.facts.get(COPIED):
+            continue
+        told = [window._replace(meter=unmetered(window.meter)) for window in part.windows]
+        told = [window for window in told if window.meter != REQUESTS]
+        taken += zip(part.facts.get(WINDOWS, [NEVER] * len(told)), told, strict=True)
+        slots += zip(part.facts.get(POOLS, [NEVER] * len(part.pools)), part.pools, strict=True)
+        key = key or part.idempotency_key
+    _insert(windows, taken)
+    _insert(pools, slots)
+    return hold._replace(windows=tuple(windows), pools=tuple(pools), idempotency_key=key)
+
+
+def _insert(own: list[_Some], others: list[tuple[float, _Some]]) -> None:
+    """Put *others* to their places, if they are known: those of a hold that came from another store."""
+    for place, some in sorted(others, key=itemgetter(0)):
+        own.insert(int(min(place, len(own))), some)
 
 
 def _take(state: State, more: State) -> None:

@@ -11,7 +11,7 @@ is refused by both nodes, every script of ours names one that never is, and nobo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from asgi_metering.errors import StoreUnavailableError
 from asgi_metering.stores.redis.link import Command, Link, Reply, moves
@@ -101,6 +101,12 @@ class Nodes:
         async with self._turn:
             if lookups == self._lookups:
                 self._owners = {}
+
+    async def looked_up(self) -> Mapping[tuple[int, int], Address]:
+        """Who owns which slots, as the nodes say now. Raises `StoreUnavailableError`."""
+        await self._forget(self._lookups)
+        await self._owner(0)
+        return dict(self._owners)
 
     async def every(self) -> list[Link]:
         """The links to all nodes that own something, in the order of their slots."""

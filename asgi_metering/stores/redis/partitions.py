@@ -3,11 +3,11 @@ Partitions: which slot of a Cluster has what, and what of an admission belongs t
 
 A namespace is a fixed number of partitions, each with a hash tag, and so a slot, of its own; they spread over all
 nodes. A payer's partition is its account root: accounts in all units, their grants, allowances, ledgers and live holds,
-the holds of the calls that it pays, its idempotency and charge keys, the events of these calls, and the limits and
-pools that are counted for it (`LimitAsk.root`). Everything in one partition is decided by one script in one round trip,
-exactly as on one server; two payers of one partition as well. What is counted for nobody's account, an address or a
-pool for all, has the partition of its own name. Indexes are one for each partition, so that sweeps, outbox and reads
-walk a known list. Does not know how a partition is asked.
+the holds of the calls that it pays, the events of these calls, and the keys, limits and pools that say that they are
+its own (`rules.roots`). Everything in one partition is decided by one script in one round trip, exactly as on one
+server; two payers of one partition as well. What is nobody's, a limit on an address or a pool for all, has the
+partition of its own name. Where a row is, it says itself, so that rows can be moved. Indexes are one for each
+partition, so that sweeps, outbox and reads walk a known list. Does not know how a partition is asked.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from asgi_metering.rules.operations import Admit, LeaseAsk, LimitAsk, SourceAsk
+from asgi_metering.rules.roots import root_of
 
 __all__ = ["PARTITIONS", "Partitions", "Plan", "Run"]
 
@@ -26,6 +27,8 @@ PARTITIONS = 64
 """
 As many shards as a namespace can use. Whatever looks at all of it asks each of them, so more would cost small ones.
 """
+
+NOWHERE = -1
 
 MAX_REMEMBERED = 65_536
 """Names whose partition is remembered: to tell it anew takes a microsecond."""
@@ -43,19 +46,30 @@ class Plan(NamedTuple):
     Where an admission is decided.
 
     Attributes:
-        root: The partition of its payer.
         runs: Where the call's hold may be, in the order in which they are asked; at least one.
+        claim: The partition of its idempotency key; None if it has none.
+        charged: The partition of its charge key; None if it has none.
         limits, leases: By partition.
     """
 
-    root: int
     runs: tuple[Run, ...]
+    claim: int | None
+    charged: int | None
     limits: Mapping[int, tuple[LimitAsk, ...]]
     leases: Mapping[int, tuple[LeaseAsk, ...]]
 
-    def foreign(self, home: int, *, is_once: bool) -> list[int]:
-        """The partitions that are asked beside *home*, ascending; *is_once*: the call has an idempotency key."""
-        beside = {*self.limits, *self.leases, *([self.root] if is_once else [])}
+    @property
+    def homes(self) -> list[int]:
+        """The partitions of those who may pay, each once, in the order of `runs`."""
+        return list(dict.fromkeys(run.home for run in self.runs))
+
+    def first_at(self, home: int) -> Plan:
+        """The same, with those who are at *home* asked first."""
+        return self._replace(runs=tuple(sorted(self.runs, key=lambda run: run.home != home)))
+
+    def foreign(self, home: int) -> list[int]:
+        """The partitions that are asked beside *home*, ascending."""
+        beside = {*self.limits, *self.leases, *([] if self.claim is None else [self.claim])}
         return sorted(beside - {home})
 
 
@@ -74,39 +88,53 @@ class Partitions:
     def _of(self, name: str) -> int:
         return crc_hqx(name.encode(), 0) % self.count
 
+    def of_key(self, key: str) -> int:
+        """The partition of the one whose *key* it is; of its own name if it is nobody's."""
+        return self.of(root_of(key) or key)
+
+    def charged_at(self, key: str) -> int:
+        """The partition of a charge key; `NOWHERE` if it is nobody's: the rows of one key would be in several."""
+        root = root_of(key)
+        return self.of(root) if root else NOWHERE
+
     def single(self, ask: Admit) -> int | None:
         """The partition that all of *ask* is in; None if it is in several. What nobody pays for needs no payer's."""
-        if not (ask.sources or ask.amount or ask.idempotency is not None):
-            places = {self.of(limit.root or limit.key) for limit in ask.limits}
-            places |= {self.of(lease.root or lease.pool) for lease in ask.leases}
+        once, charge = ask.idempotency, ask.charge_key
+        if not (ask.sources or ask.amount or once is not None):
+            places = {self.of_key(limit.key) for limit in ask.limits}
+            places |= {self.of_key(lease.pool) for lease in ask.leases}
             return places.pop() if len(places) == 1 else None if places else self.of(ask.payer)
         home = self.of(ask.payer)
         for limit in ask.limits:
-            if self.of(limit.root or limit.key) != home:
+            if self.of_key(limit.key) != home:
                 return None
         for lease in ask.leases:
-            if self.of(lease.root or lease.pool) != home:
+            if self.of_key(lease.pool) != home:
                 return None
         for source in ask.sources:
             if source.payer and self.of(source.payer) != home:
                 return None
-        return home
+        if once is not None and self.of_key(once.key) != home:
+            return None
+        return None if charge is not None and self.charged_at(charge.key) != home else home
 
     def plan(self, ask: Admit) -> Plan:
         """What of *ask* is where."""
-        of, root = self.of, self.of(ask.payer)
+        of, of_key = self.of, self.of_key
         limits: dict[int, tuple[LimitAsk, ...]] = {}
         leases: dict[int, tuple[LeaseAsk, ...]] = {}
         for limit in ask.limits:
-            place = of(limit.root or limit.key)
+            place = of_key(limit.key)
             limits[place] = (*limits.get(place, ()), limit)
         for lease in ask.leases:
-            place = of(lease.root or lease.pool)
+            place = of_key(lease.pool)
             leases[place] = (*leases.get(place, ()), lease)
         runs = [Run(home, tuple(some)) for home, some in groupby(ask.sources, key=lambda s: of(s.payer or ask.payer))]
         if not runs:
-            runs = [Run(_home_of_free(ask, root, limits, leases), ())]
-        return Plan(root, tuple(runs), limits, leases)
+            runs = [Run(_home_of_free(ask, of(ask.payer), limits, leases), ())]
+        claim = None if ask.idempotency is None else of_key(ask.idempotency.key)
+        charged = None if ask.charge_key is None else self.charged_at(ask.charge_key.key)
+        return Plan(tuple(runs), claim, charged, limits, leases)
 
 
 def _home_of_free(

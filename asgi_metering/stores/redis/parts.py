@@ -8,11 +8,12 @@ with it; a reservation that nobody keeps is taken back. Does not know which slot
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import NamedTuple
 
 from asgi_metering.receipts import Basis, EndedBy, Receipt
+from asgi_metering.rules.hold import HoldState
 from asgi_metering.rules.keys import answer_key
 from asgi_metering.rules.operations import Admit, End, IdempotencyAsk, LeaseAsk, LimitAsk
 from asgi_metering.rules.settlement import end
@@ -21,18 +22,23 @@ from asgi_metering.rules.windows import correct
 from asgi_metering.stores.redis.working_copy import WorkingCopy
 
 __all__ = [
+    "COPIED",
     "NOBODY",
+    "POOLS",
     "REQUESTS",
     "RESERVED_S",
+    "WINDOWS",
     "Part",
     "What",
     "answered",
+    "apart",
     "call_of",
     "is_part",
     "metered",
     "part_of",
     "reservation",
     "taken_back",
+    "told_to_parts",
     "unmetered",
 ]
 
@@ -47,9 +53,18 @@ Life of a reservation. Thousands of times what the rest of an admission takes; a
 REQUESTS = "requests"
 """The meter that no end corrects."""
 
+WINDOWS, POOLS, COPIED = "windows", "pools", "copied"
+"""
+What a part that came from another store knows beside: where among all of its call's its own windows and pools were, so
+that the call's hold is told as it came; and whether that has ended, and has them all itself.
+"""
+
 _SUFFIX = "\x1fpart"
-_MARK = "#"
-"""Before the meters of a part: all its counts are remembered with it, those of requests too."""
+_COUNTED, _BEGUN = "#", "+"
+"""
+Before the meters of a part: all its counts are remembered with it, those of requests too. The second one says that its
+window began with the part; ``lua/limits.lua`` writes it.
+"""
 
 
 class What(IntEnum):
@@ -72,7 +87,7 @@ class Part(NamedTuple):
         id: Of the part.
         what: What to do.
         ttl_s, grace_s: Of its call, to keep it for.
-        actual: To end it with: what its limits should have counted, by `metered` meter.
+        actual: To end it with: what its limits should have counted, by meter.
     """
 
     id: str
@@ -99,12 +114,17 @@ def is_part(hold: str) -> bool:
 
 def metered(meter: str) -> str:
     """How a part calls a meter."""
-    return _MARK + meter
+    return _COUNTED + meter
 
 
 def unmetered(meter: str) -> str:
     """How everybody else calls it."""
-    return meter.removeprefix(_MARK)
+    return meter[1:] if meter.startswith((_COUNTED, _BEGUN)) else meter
+
+
+def told_to_parts(actual: Mapping[str, int]) -> dict[str, int]:
+    """What was used by meter, as parts call the meters."""
+    return {mark + meter: used for meter, used in actual.items() for mark in (_COUNTED, _BEGUN)}
 
 
 def reservation(
@@ -115,6 +135,56 @@ def reservation(
     payer, unit = NOBODY
     nothing = Admit(part_of(ask.id), payer, unit, 0, 0, (), counted, leases)
     return nothing._replace(ttl_s=RESERVED_S, grace_s=0.0, in_doubt=Basis.NONE, idempotency=claim)
+
+
+def apart(hold: Hold, home: int, place_of: Callable[[str], int]) -> tuple[Hold, dict[int, Hold]]:
+    """
+    A hold that another store kept in one place, as its call would have left it at *home*, and its parts elsewhere.
+
+    Args:
+        hold: Live, or ended.
+        home: The partition of who pays.
+        place_of: The partition of a key.
+
+    What has ended is kept whole: a part only corrects the windows of a call whose own end may still come.
+    """
+    receipt = hold.receipt
+    if receipt is not None and (receipt.ended_by is not EndedBy.POLICY or receipt.late is not None):
+        return hold, {}
+    is_live = receipt is None
+    key = hold.idempotency_key if is_live else ""
+    pools = hold.pools if is_live else ()
+    places = {place_of(name) for name in (*(window.key for window in hold.windows), *pools, *([key] if key else []))}
+    parts = {}
+    for place in places - {home}:
+        windows = [(at, window) for at, window in enumerate(hold.windows) if place_of(window.key) == place]
+        slots = [(at, pool) for at, pool in enumerate(pools) if place_of(pool) == place]
+        parts[place] = hold._replace(
+            id=part_of(hold.id),
+            payer=NOBODY[0],
+            unit=NOBODY[1],
+            group="",
+            amount=0,
+            parts=(),
+            state=HoldState.HELD,
+            in_doubt=Basis.NONE,
+            line="",
+            observed=1,
+            windows=tuple(window._replace(meter=metered(window.meter)) for _, window in windows),
+            pools=tuple(pool for _, pool in slots),
+            facts={WINDOWS: [at for at, _ in windows], POOLS: [at for at, _ in slots], COPIED: not is_live},
+            receipt=None,
+            charge_key="",
+            idempotency_key=key if key and place_of(key) == place else "",
+        )
+    if not is_live:
+        return hold, parts
+    own = hold._replace(
+        windows=tuple(window for window in hold.windows if place_of(window.key) == home),
+        pools=tuple(pool for pool in pools if place_of(pool) == home),
+        idempotency_key=key if key and place_of(key) == home else "",
+    )
+    return own, parts
 
 
 async def taken_back(copy: WorkingCopy, limit: int) -> tuple[list[Change], list[Change]]:
@@ -151,14 +221,15 @@ def _may_be_corrected(state: State, hold: Hold) -> bool:
 def _gone(state: State, hold: Hold, now: float) -> list[Change]:
     actual = {} if hold.observed else {pinned.meter: 0 for pinned in hold.windows}
     _, changes = end(state, End(hold.id, None, by=EndedBy.POLICY, actual=actual, failed=True), now)
-    rest = [_unless_unused(change) for change in changes if change[0] != Table.HOLD]
+    begun = {pinned.key for pinned in hold.windows if pinned.meter.startswith(_BEGUN)}
+    rest = [_unless_unused(change, begun) for change in changes if change[0] != Table.HOLD]
     return [*rest, (Table.HOLD, hold.id, None)]
 
 
-def _unless_unused(change: Change) -> Change:
-    """A window that only a part has begun has not begun."""
+def _unless_unused(change: Change, begun: set[str]) -> Change:
+    """A window that a part has begun has not begun if nobody else counts in it."""
     table, key, row = change
-    if table == Table.COUNTER and not (row.used or row.previous):
+    if table == Table.COUNTER and key in begun and not (row.used or row.previous):
         return (table, key, None)
     return change
 
@@ -168,7 +239,6 @@ def answered(state: State, part: str, ask: End, receipt: Receipt, now: float) ->
     hold = state.holds.get(part)
     if hold is None:
         return []
-    actual = {metered(meter): used for meter, used in ask.actual.items()}
-    _, changes = end(state, End(part, None, by=ask.by, actual=actual), now)
+    _, changes = end(state, End(part, None, by=ask.by, actual=told_to_parts(ask.actual)), now)
     kept = [change for change in changes if change[0] not in (Table.HOLD, Table.IDEMPOTENCY)]
     return [*kept, *answer_key(state, hold, ask, receipt), (Table.HOLD, part, None)]

@@ -14,11 +14,12 @@ from asgi_metering.receipts import Receipt
 from asgi_metering.rules.operations import End, Sweep
 from asgi_metering.rules.state import Change, Hold
 from asgi_metering.stores.contract import AccountsAfter, Snapshot
+from asgi_metering.stores.redis.books import Access
 from asgi_metering.stores.redis.link import Command, Link, Reply
 from asgi_metering.stores.redis.loading import load
 from asgi_metering.stores.redis.names import GLUE, Names, escaped
 from asgi_metering.stores.redis.nodes import Nodes, SlotLink
-from asgi_metering.stores.redis.parts import NOBODY, answered, metered, part_of
+from asgi_metering.stores.redis.parts import NOBODY, answered, part_of, told_to_parts
 from asgi_metering.stores.redis.places import NodePlace
 from asgi_metering.stores.redis.store import RedisStore, meaning
 from asgi_metering.stores.redis.transaction import Transactions
@@ -71,6 +72,10 @@ class Shelf(RedisStore):
             if isinstance(reply, Exception):
                 raise meaning(reply)
         return replies
+
+    def access(self) -> Access:
+        """How its books are reached."""
+        return self._access()
 
     def _copy(self) -> WorkingCopy:
         return WorkingCopy(self._link(), self._names, self._packing, self._clock)
@@ -140,10 +145,9 @@ class Shelf(RedisStore):
     async def answer(self, ask: End, receipt: Receipt) -> None:
         """End the part that has the idempotency key of a call, which got *receipt*. Two or three round trips."""
         part = part_of(ask.id)
-        actual = {metered(meter): used for meter, used in ask.actual.items()}
 
         async def work(copy: WorkingCopy) -> tuple[None, list[Change]]:
-            await load(copy, End(part, None, actual=actual))
+            await load(copy, End(part, None, actual=told_to_parts(ask.actual)))
             return None, answered(copy.state, part, ask, receipt, copy.now)
 
         await Transactions(self._link(), self._names, self._packing, self._scripts, self._clock).run(work)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing
 from itertools import chain
 from typing import Any
 
@@ -16,8 +17,9 @@ from asgi_metering.errors import StoreUnavailableError
 from asgi_metering.stores.redis.link import Command, Reply
 from asgi_metering.stores.redis.names import Names
 from asgi_metering.stores.redis.packed import HOLD
+from asgi_metering.stores.redis.parts import is_part
 
-__all__ = ["GRANTS", "Ask", "Walk", "keys_of"]
+__all__ = ["GRANTS", "PARTS", "Ask", "Walk", "keys_like", "keys_of"]
 
 Ask = Callable[..., Awaitable[list[Reply]]]
 """Asks the server several commands at once, and raises the first error."""
@@ -27,6 +29,9 @@ SCANNED = 1_000
 
 GRANTS = "g"
 """What accounts that have grants are known by, open or closed ones: no letter of a key."""
+
+PARTS = "part"
+"""What parts of calls, on a Cluster, are known by: they are kept as holds, and are none of the books."""
 
 _BY_TEXTS = ("a", "G", "p", "e", "w")
 """What is ordered by the texts of its key."""
@@ -43,10 +48,17 @@ async def keys_of(ask: Ask, names: Names) -> AsyncGenerator[list[str], None]:
     Raises:
         StoreUnavailableError: No answer came, or another server did: what it walked through is not this one's.
     """
+    async with aclosing(keys_like(ask, f"{names.prefix}*")) as pages:
+        async for keys in pages:
+            yield keys
+
+
+async def keys_like(ask: Ask, pattern: str) -> AsyncGenerator[list[str], None]:
+    """The same of all keys like *pattern*."""
     server = await _run_of(ask)
     cursor = b"0"
     while True:
-        scan: Command = ("SCAN", cursor, "MATCH", f"{names.prefix}*", "COUNT", SCANNED)
+        scan: Command = ("SCAN", cursor, "MATCH", pattern, "COUNT", SCANNED)
         ((cursor, found),) = await ask(scan)
         if found:
             yield [key.decode() for key in found]
@@ -77,13 +89,17 @@ class Walk:
 
     async def fill(self, ask: Ask) -> None:
         """Take all keys. Raises as `keys_of`."""
-        kind = self._names.kind
-        async for keys in keys_of(ask, self._names):
-            holds = [key for key in keys if kind(key) == "h"]
-            began = await ask(*[("GETRANGE", key, "0", str(HOLD.size - 1)) for key in holds])
-            times = {key: HOLD.unpack(raw)[6] for key, raw in zip(holds, began, strict=True) if raw}
-            rows = chain.from_iterable(self._placed(key, times) for key in keys)
-            self._base.executemany("INSERT OR IGNORE INTO walked VALUES (?, ?, ?, ?, ?, ?)", list(rows))
+        async with aclosing(keys_of(ask, self._names)) as pages:
+            async for keys in pages:
+                await self.take(ask, keys)
+
+    async def take(self, ask: Ask, keys: Sequence[str]) -> None:
+        """Take some keys. Raises `StoreUnavailableError`."""
+        holds = [key for key in keys if self._names.kind(key) == "h"]
+        began = await ask(*[("GETRANGE", key, "0", str(HOLD.size - 1)) for key in holds])
+        times = {key: HOLD.unpack(raw)[6] for key, raw in zip(holds, began, strict=True) if raw}
+        rows = chain.from_iterable(self._placed(key, times) for key in keys)
+        self._base.executemany("INSERT OR IGNORE INTO walked VALUES (?, ?, ?, ?, ?, ?)", list(rows))
 
     def _placed(self, key: str, times: dict[str, float]) -> Iterator[Sequence[Any]]:
         kind = self._names.kind(key)
@@ -95,7 +111,7 @@ class Walk:
                 yield GRANTS, payer, unit, "", 0.0, self._names.account(payer, unit)
         elif kind == "h":
             if key in times:
-                yield kind, times[key], key, "", 0.0, key
+                yield PARTS if is_part(self._names.text(key)) else kind, times[key], key, "", 0.0, key
         elif kind in _PLAIN:
             yield kind, key, "", "", 0.0, key
 

@@ -9,7 +9,8 @@ from typing import Any
 from asgi_metering.decisions import Decision, Reason
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.operations import End, IdempotencyAsk, KeyAsk, Renew, Sweep, Undo, WindowKind
-from asgi_metering.testing.conformance.scene import DAY_S, GRACE_S, LIFE_S, Scene, Suite, scenario
+from asgi_metering.rules.roots import rooted
+from asgi_metering.testing.conformance.scene import DAY_S, GRACE_S, LIFE_S, PAYER, Scene, Suite, scenario
 
 __all__ = ["Repeating", "Together"]
 
@@ -19,7 +20,7 @@ OTHER = KEY._replace(fingerprint="another print")
 
 PRICE = 30
 SESSION_S = 10.0
-SESSION = KeyAsk("session", window_s=SESSION_S)
+SESSION = KeyAsk(rooted("session", PAYER), window_s=SESSION_S)
 
 
 class Repeating(Suite):
@@ -233,7 +234,7 @@ class Together(Suite):
 
 def _daily(scene: Scene) -> KeyAsk:
     """A key that counts once per UTC day."""
-    return KeyAsk("session", scene.days())
+    return KeyAsk(rooted("session", PAYER), scene.days())
 
 
 async def _member(scene: Scene, call: str, key: KeyAsk = SESSION, **more: Any) -> Decision:

@@ -34,6 +34,7 @@ from asgi_metering.rules.operations import (
     WalletSource,
     WindowKind,
 )
+from asgi_metering.rules.roots import rooted
 from asgi_metering.rules.state import NEVER, Event, Grant, Table
 from asgi_metering.stores.contract import PAGE_ROWS, TABLES, Books, EntriesAfter, Store
 from asgi_metering.stores.memory import MemoryStore
@@ -51,6 +52,8 @@ from asgi_metering.testing.conformance.scene import (
 )
 
 __all__ = ["Moving"]
+
+SESSION, OTHER = (KeyAsk(rooted(name, PAYER), window_s=9_000.0) for name in ("session", "other"))
 
 _AnySuite = TypeVar("_AnySuite", bound=Suite)
 
@@ -129,9 +132,9 @@ async def _live(scene: Scene) -> None:
         Claim(1, 1e6),
         admit("live", 20, limits=(weighted, scene.limit(WindowKind.FIXED, 9)), leases=slots),
         admit("held", 2, sources=(scene.allowance(5), WalletSource())),
-        admit("first", 30, charge_key=KeyAsk("session", window_s=9_000.0)),
+        admit("first", 30, charge_key=SESSION),
         End("first", 30, Basis.USAGE),
-        admit("one", 30, charge_key=KeyAsk("other", window_s=9_000.0)),
+        admit("one", 30, charge_key=OTHER),
         admit("done", 1, idempotency=IdempotencyAsk("k1", "f")),
         End("done", 1, Basis.USAGE, reply={"status": 200}),
         admit("runs", 1, idempotency=IdempotencyAsk("k2", "f")),
@@ -147,8 +150,8 @@ def _what_comes(scene: Scene) -> Sequence[Operation]:
         End("live", 99, Basis.USAGE),
         End("lost", 9, Basis.USAGE),
         End("held", 2, Basis.USAGE),
-        ask._replace(id="joins", charge_key=KeyAsk("session", window_s=9_000.0)),
-        ask._replace(id="two", charge_key=KeyAsk("other", window_s=9_000.0)),
+        ask._replace(id="joins", charge_key=SESSION),
+        ask._replace(id="two", charge_key=OTHER),
         End("one", None, failed=True),
         End("two", 30, Basis.USAGE),
         ask._replace(idempotency=IdempotencyAsk("k1", "f")),

@@ -31,6 +31,7 @@ class StoreBetween(Store):
         self.name = inner.name
         self.durable = inner.durable
         self.shared = inner.shared
+        self.one_place = inner.one_place
 
     async def open(self) -> None:
         """See `Store.open`."""

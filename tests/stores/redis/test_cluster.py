@@ -19,7 +19,6 @@ from asgi_metering.stores.redis.working_copy import WorkingCopy
 from asgi_metering.stores.urls import store_from_url
 from asgi_metering.testing.clock import FakeClock
 from asgi_metering.testing.conformance import StoreConformance
-from asgi_metering.testing.conformance.moving import Moving
 from tests.harness.servers import HOST, free_port
 from tests.harness.valkey import ValkeyServer, sentinel, valkey
 from tests.harness.waiting import wait_until
@@ -40,11 +39,8 @@ class TestCluster(StoreConformance):
     partitions = 3
 
     @pytest.fixture(autouse=True)
-    def _nodes(self, nodes: list[ValkeyServer], request: pytest.FixtureRequest) -> None:
+    def _nodes(self, nodes: list[ValkeyServer]) -> None:
         self.seeds = [(HOST, node.port) for node in nodes]
-        if hasattr(Moving, request.function.__name__):
-            # Only the books of one partition move.
-            self.partitions = 1
 
     async def make_store(self, clock: FakeClock) -> Store:
         """Make a store with a namespace of its own."""

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from asgi_metering.rules.operations import Admit, Claim, Operation, Preview, Sweep, Undo
+from asgi_metering.rules.roots import rooted
 from asgi_metering.rules.state import Hold
 from asgi_metering.stores.contract import AccountsAfter, EverythingKept, LiveHolds
 from asgi_metering.stores.memory import MemoryStore
@@ -54,8 +55,8 @@ def _scoped(ask: Admit) -> Admit:
     if charge is not None and any(source.payer not in ("", ask.payer) for source in ask.sources):
         charge = None
     return ask._replace(
-        charge_key=charge and charge._replace(key=f"{ask.payer}|{ask.unit}|{charge.key}"),
-        idempotency=once and once._replace(key=f"{ask.payer}|{once.key}"),
+        charge_key=charge and charge._replace(key=rooted(f"{ask.unit}|{charge.key}", ask.payer)),
+        idempotency=once and once._replace(key=rooted(once.key, ask.payer)),
     )
 
 

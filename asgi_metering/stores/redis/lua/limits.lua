@@ -2,6 +2,9 @@
 
 CODE.FIXED, CODE.CALENDAR, CODE.SLIDING = 0, 1, 2
 
+-- Before the meters of what a part counts: see stores/redis/parts.py.
+CODE.COUNTED, CODE.BEGUN = '#', '+'
+
 -- Limits and sources come again and again: each is read once, and remembered up to a bound.
 local REMEMBERED = 1000
 local known = { count = 0, limits = {}, sources = {} }
@@ -93,8 +96,11 @@ function M.count(ask)
       M.push(ask.past, M.flt(finish + (finish - start)), key)
     end
     if limit.meter ~= '' then
-      local counter = M.rest(key)
-      ask.pinned = ask.pinned .. pack(AS.PINNED, start, limit.cost, #limit.meter, limit.meter, #counter, counter)
+      local counter, meter = M.rest(key), limit.meter
+      if is_new and sub(meter, 1, 1) == CODE.COUNTED then
+        meter = CODE.BEGUN .. sub(meter, 2)
+      end
+      ask.pinned = ask.pinned .. pack(AS.PINNED, start, limit.cost, #meter, meter, #counter, counter)
     end
   end
   return fits

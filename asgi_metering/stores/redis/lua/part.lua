@@ -1,7 +1,7 @@
 -- A part of a call whose hold is in another slot: keep it, end it, or take it back. See stores/redis/parts.py.
 -- Its key: hold. Its word: what to do, life, grace, then what was used by meter. Answers 1, or 0 for a part that is none.
 CODE.KEEP, CODE.END, CODE.TAKE_BACK, CODE.UNDO = 0, 1, 2, 3
-CODE.PLAIN = '#requests'
+CODE.PLAIN = 'requests'
 
 -- Of whatever meter, nothing was used.
 local NOTHING_USED = setmetatable({}, { __index = function() return 0 end })
@@ -10,7 +10,7 @@ function M.is_weighted(windows)
   local at = 1
   while at <= #windows do
     local _, _, meter, _, next_at = parse(AS.PINNED, windows, at)
-    if meter ~= CODE.PLAIN then
+    if sub(meter, 2) ~= CODE.PLAIN then
       return true
     end
     at = next_at
@@ -18,13 +18,13 @@ function M.is_weighted(windows)
   return false
 end
 
--- A window that only the part has begun has not begun: refusals leave no trace.
+-- A window that the part has begun has not begun if nobody else counts in it: refusals leave no trace.
 function M.drop_unused(windows)
   local at = 1
   while at <= #windows do
-    local _, _, _, counter, next_at = parse(AS.PINNED, windows, at)
+    local _, _, meter, counter, next_at = parse(AS.PINNED, windows, at)
     local key = work.prefix .. 'c:' .. counter
-    local text = M.fetch(key)
+    local text = sub(meter, 1, 1) == CODE.BEGUN and M.fetch(key)
     if text then
       local _, _, used, previous = parse(AS.WINDOW, text)
       if used == 0 and previous == 0 then
@@ -85,7 +85,7 @@ function M.part(k, a, _, at)
     while from <= #numbers do
       local meter, used
       meter, used, from = parse('>I4c0d', numbers, from)
-      actual[meter] = used
+      actual[CODE.COUNTED .. meter], actual[CODE.BEGUN .. meter] = used, used
     end
   elseif claimed ~= '' then
     M.answer_key(work.prefix .. 'i:' .. claimed, M.rest(key), true)
