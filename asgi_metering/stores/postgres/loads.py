@@ -222,7 +222,7 @@ class Loads:
         """Events that nobody has claimed, oldest first."""
         return self.statements.select(
             Table.EVENT,
-            "WHERE t.claimed_until <= $1::float8 ORDER BY t.position LIMIT $2::bigint",
+            "WHERE t.acknowledged_at IS NULL AND t.claimed_until <= $1::float8 ORDER BY t.position LIMIT $2::bigint",
             _number(now),
             str(limit),
         )
@@ -310,6 +310,16 @@ class Loads:
             _number(now),
             _number(ask.keep_holds_s),
             str(ask.limit),
+        )
+
+    def delivered_events(self, now: float, ask: Sweep) -> Statement:
+        """Acknowledged events that were kept long enough, without what they say."""
+        return Statement(
+            "SELECT t.id, t.at, '{}', t.claimed_until, t.acknowledged_at "  # noqa: S608 -- names of our own
+            f"FROM {self.statements.table(Table.EVENT)} t "
+            f"WHERE t.acknowledged_at <= $1::float8 - $2::float8 + {_ROUNDING_S} "
+            "AND t.acknowledged_at + $2::float8 <= $1::float8 ORDER BY t.acknowledged_at, t.id LIMIT $3::bigint",
+            (_number(now), _number(ask.keep_events_s), str(ask.limit)),
         )
 
     def past_windows(self, now: float, ask: Sweep) -> Statement:

@@ -208,6 +208,9 @@ class Statements:
             key = rows.map.key
             changes = ", ".join(f"{quoted(name)} = excluded.{quoted(name)}" for name in names if name not in key)
             text += f" ON CONFLICT ({', '.join(map(quoted, key))}) DO UPDATE SET {changes}"
+        if table == Table.EVENT:
+            # What was delivered stays as it is.
+            text += f" WHERE {quoted(table)}.acknowledged_at IS NULL"
         return text, names
 
     def _update_of(self, table: str) -> tuple[str, list[str]]:

@@ -349,12 +349,10 @@ class WorkingCopy:
         await self._load_later(*pairs)
 
     async def _prepare_claim(self, ask: Claim) -> None:
-        """Events that nobody has claimed, the oldest first, before whatever else of the outbox is known."""
+        """Events that nobody has claimed, the oldest first, and no others."""
         free: list[tuple[Any, ...]] = []
         await self._load_later((self._loads.free_events(self._now, ask.limit), free.extend))
-        decode, state = MAPS[Table.EVENT].decode, self._state
-        oldest = {event.id: event for event in map(decode, free)}
-        state.events = {**oldest, **{key: event for key, event in state.events.items() if key not in oldest}}
+        self._state.events = {event.id: event for event in map(MAPS[Table.EVENT].decode, free)}
 
     async def _prepare_acknowledge(self, ask: Acknowledge) -> None:
         await self._load_later((self._loads.events(ask.ids), self._into(Table.EVENT)))
@@ -457,6 +455,7 @@ class WorkingCopy:
         await self._load_later(
             (loads.old_holds(self._now, ask), mine(Table.HOLD)),
             (loads.past_windows(self._now, ask), mine(Table.ALLOWANCE)),
+            (loads.delivered_events(self._now, ask), into(Table.EVENT, state)),
             *((loads.past(table, self._now, ask), guarded(table)) for table in _GUARDS),
             (loads.old_accounts(self._now, ask), lambda rows: accounts.extend([(one, two) for one, two in rows])),
         )

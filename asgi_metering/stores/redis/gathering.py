@@ -69,6 +69,7 @@ _PLAIN = (
     "checkpoints",
     "closed_grants",
     "counters",
+    "delivered",
     "entries",
     "events",
     "grants",

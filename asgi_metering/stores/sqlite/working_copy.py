@@ -112,7 +112,15 @@ _PAST_COUNTERS = select(
     Table.COUNTER,
     'INDEXED BY counter_past WHERE "end" + ("end" - start) <= ? ORDER BY "end" + ("end" - start) LIMIT ?',
 )
-_FREE_EVENTS = select(Table.EVENT, "WHERE claimed_until <= ? ORDER BY position LIMIT ?")
+_FREE_EVENTS = select(
+    Table.EVENT,
+    "INDEXED BY event_next WHERE acknowledged_at IS NULL AND claimed_until <= ? ORDER BY position LIMIT ?",
+)
+# Not what they say: the rule looks at the time alone.
+_DELIVERED_EVENTS = (
+    "SELECT id, at, '{}', claimed_until, acknowledged_at FROM event INDEXED BY event_delivered "
+    "WHERE acknowledged_at <= ?1 - ?2 + 1.0 AND acknowledged_at + ?2 <= ?1 ORDER BY acknowledged_at, id LIMIT ?3"
+)
 
 
 class WorkingCopy:
@@ -158,6 +166,7 @@ class WorkingCopy:
         self._state.entries.clear()
         self._state.refs.clear()
         self._state.events.clear()
+        self._state.delivered.clear()
 
     def run(self, operation: Operation) -> Answer:
         """
@@ -258,8 +267,7 @@ class WorkingCopy:
             case Claim():
                 self._load_free_events(operation.limit)
             case Acknowledge():
-                for event_id in operation.ids:
-                    self._load_event(event_id)
+                self._load_events(operation.ids)
             case Sweep():
                 self._load_sweep(operation)
 
@@ -437,6 +445,9 @@ class WorkingCopy:
                 found = MAPS[table].decode(row)
                 if self._is_new(table, found.key):
                     self._state.apply([(table, found.key, found)])
+        for row in connection.execute(_DELIVERED_EVENTS, (now, ask.keep_events_s, ask.limit)):
+            event = MAPS[Table.EVENT].decode(row)
+            self._state.delivered[event.id] = event
         self._load_old_entries(ask)
 
     def _load_old_entries(self, ask: Sweep) -> None:
@@ -554,8 +565,10 @@ class WorkingCopy:
             if row is not None:
                 self._state.apply([(table, key, row)])
 
-    def _load_event(self, event_id: str) -> None:
-        if event_id not in self._state.events and event_id not in self._deleted[Table.EVENT]:
+    def _load_events(self, ids: Iterable[str]) -> None:
+        """Events as they are stored, with what the batch appended."""
+        self.write()
+        for event_id in ids:
             event = self._row(Table.EVENT, (event_id,))
             if event is not None:
-                self._state.events[event_id] = event
+                self._state.apply([(Table.EVENT, event_id, event)])
