@@ -30,7 +30,7 @@ from asgi_metering.rules.operations import (
     ReverseGrant,
     Sweep,
 )
-from asgi_metering.rules.state import NEVER, AccountKey, Change, Hold, State, Table
+from asgi_metering.rules.state import NEVER, AccountKey, Change, Event, Hold, State, Table
 from asgi_metering.stores.postgres.link import Statement
 from asgi_metering.stores.postgres.loads import Loads
 from asgi_metering.stores.postgres.wants import Wants, account_lock
@@ -86,6 +86,7 @@ class WorkingCopy:
         self._put: dict[str, dict[Any, Any]] = {table: {} for table in MAPS}
         self._deleted: dict[str, dict[Any, float]] = {table: {} for table in MAPS}
         self._entries: list[Entry] = []
+        self._acknowledged: list[Event] = []
         self._bounds: dict[tuple[str, Any], float] = {}
 
     # -- the batch -----------------------------------------------------------------------------------------
@@ -130,6 +131,8 @@ class WorkingCopy:
             elif row is None:
                 put[table].pop(key, None)
                 deleted[table][key] = self._bounds.get((table, key), NEVER)
+            elif table == Table.EVENT and row.acknowledged_at is not None:
+                self._acknowledged.append(row)
             else:
                 put[table][(*key, row.id) if table == Table.GRANT else key] = row
 
@@ -152,6 +155,10 @@ class WorkingCopy:
         if self._entries:
             made.append(statements.insert(Table.ENTRY, self._entries))
             self._entries.clear()
+        # Before events, of which one may be told again behind its acknowledgement.
+        if self._acknowledged:
+            made.append(statements.acknowledge(self._acknowledged))
+            self._acknowledged.clear()
         for table, rows in self._put.items():
             if rows:
                 made.extend(self._written(table, rows))

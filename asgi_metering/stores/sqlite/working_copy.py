@@ -116,9 +116,12 @@ _FREE_EVENTS = select(
     Table.EVENT,
     "INDEXED BY event_next WHERE acknowledged_at IS NULL AND claimed_until <= ? ORDER BY position LIMIT ?",
 )
-# Not what they say: the rule looks at the time alone.
+# Not what they say: the rules look at the times alone.
+_EVENT_TIMES = "SELECT id, at, '{}', claimed_until, acknowledged_at FROM event"
+_EVENT = f"{_EVENT_TIMES} WHERE id = ?"
+_ACKNOWLEDGE = "UPDATE event SET acknowledged_at = ? WHERE id = ? AND acknowledged_at IS NULL"
 _DELIVERED_EVENTS = (
-    "SELECT id, at, '{}', claimed_until, acknowledged_at FROM event INDEXED BY event_delivered "
+    f"{_EVENT_TIMES} INDEXED BY event_delivered "
     "WHERE acknowledged_at <= ?1 - ?2 + 1.0 AND acknowledged_at + ?2 <= ?1 ORDER BY acknowledged_at, id LIMIT ?3"
 )
 
@@ -134,7 +137,18 @@ class WorkingCopy:
         connection: The only one that writes what this copy decides.
     """
 
-    __slots__ = ("_deleted", "_entries", "_known", "_now", "_put", "_state", "_stored", "_version", "connection")
+    __slots__ = (
+        "_acknowledged",
+        "_deleted",
+        "_entries",
+        "_known",
+        "_now",
+        "_put",
+        "_state",
+        "_stored",
+        "_version",
+        "connection",
+    )
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
@@ -148,6 +162,7 @@ class WorkingCopy:
         self._put: dict[str, dict[Any, Any]] = {table: {} for table in UPSERT}
         self._deleted: dict[str, set[Any]] = {table: set() for table in UPSERT}
         self._entries: list[list[Any]] = []
+        self._acknowledged: list[tuple[float, str]] = []
         self._now = -NEVER
 
     def begin(self, now: float) -> None:
@@ -192,6 +207,8 @@ class WorkingCopy:
             elif row is None:
                 put[table].pop(key, None)
                 deleted[table].add(key)
+            elif table == Table.EVENT and row.acknowledged_at is not None:
+                self._acknowledged.append((row.acknowledged_at, key))
             else:
                 put[table][(*key, row.id) if table == Table.GRANT else key] = row
 
@@ -208,6 +225,10 @@ class WorkingCopy:
         if self._entries:
             connection.executemany(INSERT_ENTRY, self._entries)
             self._entries.clear()
+        # Before events, of which one may be told again behind its acknowledgement.
+        if self._acknowledged:
+            connection.executemany(_ACKNOWLEDGE, self._acknowledged)
+            self._acknowledged.clear()
         for table, rows in self._put.items():
             if rows:
                 if table == Table.CHECKPOINT:
@@ -569,6 +590,5 @@ class WorkingCopy:
         """Events as they are stored, with what the batch appended."""
         self.write()
         for event_id in ids:
-            event = self._row(Table.EVENT, (event_id,))
-            if event is not None:
-                self._state.apply([(Table.EVENT, event_id, event)])
+            for row in self.connection.execute(_EVENT, (event_id,)):
+                self._state.apply([(Table.EVENT, event_id, MAPS[Table.EVENT].decode(row))])

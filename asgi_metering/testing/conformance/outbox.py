@@ -124,6 +124,17 @@ class Delivering(Suite):
         assert [event.payload for event in claimed] == [{}, {}, {"n": 2}]
 
     @scenario
+    async def test_tell_again_behind_the_acknowledgement(self, scene: Scene) -> None:
+        """In one sequence, too, what was acknowledged before it is told again is not delivered again."""
+        await scene.one(Emit((("e1", {"n": 1}),)))
+        *_, claimed = await scene.run(
+            Acknowledge(("e1",)), Emit((("e1", {"n": 2}), ("e2", {}))), Acknowledge(("e2",)), Claim(5, LEASE_S)
+        )
+        assert claimed == ()
+        kept = (await scene.state()).delivered
+        assert {event_id: event.payload for event_id, event in kept.items()} == {"e1": {"n": 1}, "e2": {}}
+
+    @scenario
     async def test_event_survives_until_it_is_acknowledged(self, scene: Scene) -> None:
         """Neither time nor sweeps take an undelivered event from the outbox."""
         await scene.grant(10)
