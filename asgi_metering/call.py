@@ -398,7 +398,7 @@ class Call(CallState):
         """Mark the call as refused and answer the exception to raise."""
         self.refusal = refusal
         self.decision = decision
-        self.metering.meters.count("refusals", reason=refusal.reason.value, line=self.line)
+        self.metering.refused(self, refusal)
         return CallRefused(self, refusal, decision)
 
     def cut(self) -> CallCut:

@@ -23,7 +23,7 @@ from asgi_metering.call import Call
 from asgi_metering.caller import Caller
 from asgi_metering.clients import UpstreamClients
 from asgi_metering.computed import check_sync, is_async
-from asgi_metering.decisions import Decision
+from asgi_metering.decisions import Decision, Refusal
 from asgi_metering.errors import ConfigurationError, IdentityError, SettlementError, StoreError
 from asgi_metering.events.metrics import Meters
 from asgi_metering.events.records import whole_units
@@ -579,6 +579,11 @@ class Metering(Ledger, UpstreamClients):
                     "metering.unit": call.unit.name,
                 }
             )
+
+    def refused(self, call: Call, refusal: Refusal) -> None:
+        """Count a refusal, and say so on the server's span, in the same words."""
+        self.meters.count("refusals", reason=refusal.reason.value, line=call.line)
+        annotate_span({"metering.line": call.line or None, "metering.refusal.reason": refusal.reason.value})
 
     async def who(self, origin: Origin | None) -> Caller | None:
         """

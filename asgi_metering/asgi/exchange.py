@@ -51,6 +51,12 @@ A client that reads slowly holds it up as long as the buffers are full, and hype
 has left (pitfall 27). What is ended so has completed: the bytes were the server's, and nobody was seen to leave.
 """
 
+CUSTOMARY = frozenset((b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset"))
+"""
+What applications say of limits of their own, by custom. Providers that use these names, too, send others with them; of
+one that does not, a route says that it passes the answers on by naming their dialect.
+"""
+
 CHECKPOINT_BYTES = 262_144
 """
 After so many bytes the loop gets a turn, so that a burst that never waits still notices a client that left
@@ -544,6 +550,8 @@ def dress(call: Call, message: Message, scope: Scope, options: ExchangeOptions) 
 def _capture(call: Call, charge: ChargePolicy | None, given: Headers, status: int) -> Headers:
     quotas = [field for field in given if is_quota_header(field[0])]
     if not quotas:
+        return given
+    if (charge is None or charge.dialect is None) and all(name.lower() in CUSTOMARY for name, _ in quotas):
         return given
     provider = (charge.dialect if charge is not None else None) or _provider_of(quotas, status)
     call.metering.quotas.record(provider, given, status=status, started_at=call.started_at)

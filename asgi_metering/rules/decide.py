@@ -134,9 +134,9 @@ def _emit(_: State, ask: Emit, now: float) -> tuple[Answer, list[Change]]:
     return len(ask.events), [(Table.EVENT, key, Event(key, now, told)) for key, told in ask.events]
 
 
-def _acknowledge(state: State, ask: Acknowledge, _: float) -> tuple[Answer, list[Change]]:
-    known = [key for key in ask.ids if key in state.events]
-    return len(known), [(Table.EVENT, key, None) for key in known]
+def _acknowledge(state: State, ask: Acknowledge, now: float) -> tuple[Answer, list[Change]]:
+    known = [state.events[key] for key in ask.ids if key in state.events]
+    return len(known), [(Table.EVENT, event.id, event._replace(acknowledged_at=now)) for event in known]
 
 
 def clamped(state: State, key: AccountKey, now: float) -> float:

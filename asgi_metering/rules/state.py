@@ -213,12 +213,13 @@ class Lease(NamedTuple):
 
 
 class Event(NamedTuple):
-    """A usage event in the outbox, waiting to be delivered."""
+    """A usage event in the outbox: waiting to be delivered, until it was ``acknowledged_at``."""
 
     id: str
     at: float
     payload: Mapping[str, Any]
     claimed_until: float = 0.0
+    acknowledged_at: float | None = None
 
 
 class ChargeKey(NamedTuple):
@@ -313,7 +314,8 @@ class State:
         leases: By pool, then by call id.
         entries: New ledger lines by (payer, unit), oldest first.
         refs: The same by (payer, unit, ref): what refunds and corrections look up.
-        events: The outbox, oldest first.
+        events: The outbox: events that wait, oldest first.
+        delivered: Events that were acknowledged and are still kept, by id.
         charge_keys, idempotency_keys: By key.
         checkpoints: By (payer, unit).
         units: By name.
@@ -326,6 +328,7 @@ class State:
         "checkpoints",
         "closed_grants",
         "counters",
+        "delivered",
         "entries",
         "events",
         "grants",
@@ -351,6 +354,7 @@ class State:
         self.entries: dict[AccountKey, list[Entry]] = {}
         self.refs: dict[tuple[str, str, str], list[Entry]] = {}
         self.events: dict[str, Event] = {}
+        self.delivered: dict[str, Event] = {}
         self.charge_keys: dict[str, ChargeKey] = {}
         self.idempotency_keys: dict[str, IdempotencyKey] = {}
         self.checkpoints: dict[AccountKey, Checkpoint] = {}
@@ -463,12 +467,26 @@ def _put_checkpoint(state: State, key: AccountKey, row: Checkpoint) -> None:
     del lines[:folded]
 
 
+def _put_event(state: State, key: str, row: Event | None) -> None:
+    if row is not None and row.acknowledged_at is None:
+        # What is told again, by one who never learned that it was told, is not delivered twice.
+        if key not in state.delivered:
+            state.events[key] = row
+        return
+    state.events.pop(key, None)
+    if row is None:
+        state.delivered.pop(key, None)
+    else:
+        state.delivered[key] = row
+
+
 _PUT: Mapping[str, Any] = {
     Table.GRANT: _put_grant,
     Table.HOLD: _put_hold,
     Table.ALLOWANCE: _put_allowance,
     Table.LEASE: _put_lease,
     Table.ENTRY: _put_entry,
+    Table.EVENT: _put_event,
     Table.CHECKPOINT: _put_checkpoint,
 }
 
@@ -476,7 +494,6 @@ _PUT: Mapping[str, Any] = {
 _PLAIN: Mapping[str, str] = {
     Table.ACCOUNT: "accounts",
     Table.COUNTER: "counters",
-    Table.EVENT: "events",
     Table.CHARGE_KEY: "charge_keys",
     Table.IDEMPOTENCY: "idempotency_keys",
     Table.UNIT: "units",

@@ -104,13 +104,15 @@ def test_claim_the_oldest_events_for_a_time() -> None:
     assert world.run(Claim(0, 60)) == ()
 
 
-def test_forget_what_was_delivered() -> None:
-    """Acknowledged events are gone, unknown ones are passed over, and the answer counts those that were there."""
+def test_tell_nobody_again_what_was_delivered() -> None:
+    """Acknowledged events wait no more, unknown ones are passed over, and the answer counts those that waited."""
     world = World()
     world.run(Emit((("e1", {}), ("e2", {}))))
     assert world.run(Acknowledge(("e1", "never"))) == 1
     assert set(world.state.events) == {"e2"}
     assert world.run(Acknowledge(("e1",))) == 0
+    assert world.run(Emit((("e1", {}), ("e3", {})))) == 2
+    assert (set(world.state.events), set(world.state.delivered)) == ({"e2", "e3"}, {"e1"})
 
 
 # -- sweeping ------------------------------------------------------------------------------------------------
@@ -276,6 +278,7 @@ def test_delete_rows_that_are_there_and_rows_that_are_not() -> None:
         (Table.LEASE, ("pool", "a"), Lease("pool", "a", 1.0)),
         (Table.LEASE, ("pool", "b"), Lease("pool", "b", 1.0)),
         (Table.EVENT, "e", Event("e", 0.0, {})),
+        (Table.EVENT, "f", Event("f", 0.0, {}, 0.0, 1.0)),
     ]
     empty = snapshot(state)
     deleted = [(table, key, None) for table, key, _ in put if table != Table.HOLD]

@@ -118,7 +118,7 @@ ROWS: dict[str, st.SearchStrategy[Any]] = {
         PARTS,
         TEXTS,
     ),
-    Table.EVENT: st.builds(Event, TEXTS, TIMES, FACTS, TIMES),
+    Table.EVENT: st.builds(Event, TEXTS, TIMES, FACTS, TIMES, st.none() | TIMES),
     Table.CHARGE_KEY: st.builds(ChargeKey, TEXTS, *[TIMES] * 2, TEXTS, AMOUNTS, st.booleans()),
     Table.IDEMPOTENCY: st.builds(IdempotencyKey, *[TEXTS] * 3, TIMES, st.none() | RECEIPTS, st.none() | FACTS),
     Table.CHECKPOINT: st.builds(Checkpoint, *[TEXTS] * 2, AMOUNTS, TIMES, st.dictionaries(TEXTS, AMOUNTS, max_size=3)),

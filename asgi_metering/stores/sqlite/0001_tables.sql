@@ -138,8 +138,16 @@ CREATE TABLE event (
     id TEXT NOT NULL UNIQUE,
     at REAL NOT NULL,
     payload TEXT NOT NULL,
-    claimed_until REAL NOT NULL
+    claimed_until REAL NOT NULL,
+    -- NULL while it waits.
+    acknowledged_at REAL
 );
+
+-- What a claim looks through: events that wait.
+CREATE INDEX event_next ON event (position) WHERE acknowledged_at IS NULL;
+
+-- What a sweep forgets.
+CREATE INDEX event_delivered ON event (acknowledged_at) WHERE acknowledged_at IS NOT NULL;
 
 CREATE TABLE charge_key (
     key TEXT NOT NULL PRIMARY KEY,

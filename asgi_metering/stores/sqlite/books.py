@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 _IN_ORDER = {
     Table.HOLD: "ORDER BY position",
-    Table.EVENT: "ORDER BY position",
+    Table.EVENT: "INDEXED BY event_next WHERE acknowledged_at IS NULL ORDER BY position",
     Table.GRANT: "ORDER BY payer, unit, number",
     **{table: f"ORDER BY {', '.join(ROWS[table].key)}" for table in (Table.ACCOUNT, Table.ALLOWANCE, Table.CHECKPOINT)},
     Table.ENTRY: "ORDER BY payer, unit, number",
@@ -92,6 +92,7 @@ class _FileBooks(Books):
 
         def job(connection: sqlite3.Connection) -> dict[str, int]:
             queries = {table: f'SELECT count(*) FROM "{table}"' for table in TABLES}  # noqa: S608 -- names of our own
+            queries[Table.EVENT] += " WHERE acknowledged_at IS NULL"
             return {table: int(connection.execute(query).fetchone()[0]) for table, query in queries.items()}
 
         return await self._within(job)

@@ -59,6 +59,8 @@ def _upsert(rows: RowMap[Any]) -> str:
     return (
         f'INSERT INTO "{rows.table}" ({_quoted(rows.columns)}) VALUES ({_quoted(rows.columns, "?")}) '  # noqa: S608
         f"ON CONFLICT ({_quoted(rows.key)}) DO UPDATE SET {_quoted(rest, _TAKE_NEW)}"
+        # What was delivered stays as it is.
+        + (" WHERE acknowledged_at IS NULL" if rows.table == Table.EVENT else "")
     )
 
 

@@ -125,7 +125,18 @@ _PAST_COUNTERS = select(
     Table.COUNTER,
     'INDEXED BY counter_past WHERE "end" + ("end" - start) <= ? ORDER BY "end" + ("end" - start) LIMIT ?',
 )
-_FREE_EVENTS = select(Table.EVENT, "WHERE claimed_until <= ? ORDER BY position LIMIT ?")
+_FREE_EVENTS = select(
+    Table.EVENT,
+    "INDEXED BY event_next WHERE acknowledged_at IS NULL AND claimed_until <= ? ORDER BY position LIMIT ?",
+)
+# Not what they say: the rules look at the times alone.
+_EVENT_TIMES = "SELECT id, at, '{}', claimed_until, acknowledged_at FROM event"
+_EVENT = f"{_EVENT_TIMES} WHERE id = ?"
+_ACKNOWLEDGE = "UPDATE event SET acknowledged_at = ? WHERE id = ? AND acknowledged_at IS NULL"
+_DELIVERED_EVENTS = (
+    f"{_EVENT_TIMES} INDEXED BY event_delivered "
+    "WHERE acknowledged_at <= ?1 - ?2 + 1.0 AND acknowledged_at + ?2 <= ?1 ORDER BY acknowledged_at, id LIMIT ?3"
+)
 
 
 class WorkingCopy:
@@ -140,6 +151,7 @@ class WorkingCopy:
     """
 
     __slots__ = (
+        "_acknowledged",
         "_deleted",
         "_ended",
         "_entries",
@@ -165,6 +177,7 @@ class WorkingCopy:
         self._put: dict[str, dict[Any, Any]] = {table: {} for table in UPSERT}
         self._deleted: dict[str, set[Any]] = {table: set() for table in UPSERT}
         self._entries: list[list[Any]] = []
+        self._acknowledged: list[tuple[float, str]] = []
         self._now = -NEVER
 
     def begin(self, now: float) -> None:
@@ -184,6 +197,7 @@ class WorkingCopy:
         self._state.entries.clear()
         self._state.refs.clear()
         self._state.events.clear()
+        self._state.delivered.clear()
 
     def _drop_ended(self) -> None:
         """A call that has ended is hardly asked for again: it makes room for others."""
@@ -229,6 +243,8 @@ class WorkingCopy:
             elif row is None:
                 put[table].pop(key, None)
                 deleted[table].add(key)
+            elif table == Table.EVENT and row.acknowledged_at is not None:
+                self._acknowledged.append((row.acknowledged_at, key))
             else:
                 put[table][(*key, row.id) if table == Table.GRANT else key] = row
 
@@ -245,6 +261,10 @@ class WorkingCopy:
         if self._entries:
             connection.executemany(INSERT[Table.ENTRY], self._entries)
             self._entries.clear()
+        # Before events, of which one may be told again behind its acknowledgement.
+        if self._acknowledged:
+            connection.executemany(_ACKNOWLEDGE, self._acknowledged)
+            self._acknowledged.clear()
         for table, rows in self._put.items():
             if rows:
                 if table == Table.CHECKPOINT:
@@ -310,8 +330,7 @@ class WorkingCopy:
             case Claim():
                 self._load_free_events(operation.limit)
             case Acknowledge():
-                for event_id in operation.ids:
-                    self._load_event(event_id)
+                self._load_events(operation.ids)
             case Sweep():
                 self._load_sweep(operation)
 
@@ -489,6 +508,9 @@ class WorkingCopy:
                 found = ROWS[table].decode(row)
                 if self._is_new(table, found.key):
                     self._state.apply([(table, found.key, found)])
+        for row in connection.execute(_DELIVERED_EVENTS, (now, ask.keep_events_s, ask.limit)):
+            event = ROWS[Table.EVENT].decode(row)
+            self._state.delivered[event.id] = event
         self._load_old_entries(ask)
 
     def _load_old_entries(self, ask: Sweep) -> None:
@@ -606,8 +628,9 @@ class WorkingCopy:
             if row is not None:
                 self._state.apply([(table, key, row)])
 
-    def _load_event(self, event_id: str) -> None:
-        if event_id not in self._state.events and event_id not in self._deleted[Table.EVENT]:
-            event = self._row(Table.EVENT, (event_id,))
-            if event is not None:
-                self._state.events[event_id] = event
+    def _load_events(self, ids: Iterable[str]) -> None:
+        """Events as they are stored, with what the batch appended."""
+        self.write()
+        for event_id in ids:
+            for row in self.connection.execute(_EVENT, (event_id,)):
+                self._state.apply([(Table.EVENT, event_id, ROWS[Table.EVENT].decode(row))])

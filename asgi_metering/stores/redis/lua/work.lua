@@ -180,6 +180,9 @@ function M.write_events()
   for i, id in ipairs(ids) do
     if not known[i] then
       new[#new + 1] = id
+    elseif call('ZSCORE', work.prefix .. 'z:delivered', id) then
+      -- What was delivered stays as it is.
+      work.events[2 * i] = known[i]
     end
   end
   call('HSET', work.prefix .. 'events', unpack(work.events))
