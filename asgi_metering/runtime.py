@@ -47,7 +47,10 @@ BEATS_PER_LIFE = 3
 """Heartbeats within one life of a hold, so that one may be lost."""
 
 SWEEP_EVERY_S = 30.0
-"""How often this process looks for holds that other processes left behind."""
+"""
+How often this process looks for holds that other processes left behind, and for what is old; processes that start
+together do so at times of their own.
+"""
 
 BOOK_S = 5.0
 """What the drain still gives the store to book the ends after the calls are over (S2.21)."""
@@ -445,7 +448,7 @@ class Runtime:
     # -- time ----------------------------------------------------------------------------------------------
 
     async def _tick(self) -> None:
-        swept_at = self.loop.time() + random.uniform(0, SWEEP_EVERY_S)  # noqa: S311 -- spreads processes, no secret
+        sweep_at = flush_at = self.loop.time() + SWEEP_EVERY_S * (1.0 + random.random())  # noqa: S311 -- no secret
         while True:
             await asyncio.sleep(TICK_S if self.in_flight else 4 * TICK_S)
             now = self.loop.time()
@@ -454,9 +457,12 @@ class Runtime:
                     self._look_after(call, now)
                 except Exception as failure:  # noqa: BLE001 -- the heartbeats of all other calls hang on this task
                     self._metering.alarms.raised("call", f"Call {call.id} could not be looked after.", failure)
-            if now - swept_at >= SWEEP_EVERY_S:
-                swept_at = now
-                await self._quietly(Sweep())
+            if now >= sweep_at:
+                swept = await self._quietly(Sweep())
+                # What was full has left more behind: as much must go as comes, whatever the traffic.
+                sweep_at = now if isinstance(swept, int) and swept >= Sweep().limit else now + SWEEP_EVERY_S
+            if now >= flush_at:
+                flush_at = now + SWEEP_EVERY_S
                 try:
                     self._metering.meters.flush()
                 except Exception as failure:  # noqa: BLE001 -- a plug-in's, and heartbeats go on

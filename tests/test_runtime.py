@@ -190,6 +190,38 @@ def test_beat_although_a_sweep_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(play())
 
 
+def test_sweep_on_while_there_is_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much is forgotten as comes: a sweep that was full is followed by another at once, one that was not by none."""
+    monkeypatch.setattr("asgi_metering.runtime.TICK_S", 0.001)
+    monkeypatch.setattr("asgi_metering.runtime.random.random", lambda: -1.0)
+    rows = Sweep().limit
+
+    class Full(Breaking):
+        """A store that has much to forget."""
+
+        left = 5 * rows + 1
+
+        def run_now(self, operation: Operation) -> Answer:
+            answer = super().run_now(operation)
+            if not isinstance(operation, Sweep):
+                return answer
+            swept = min(rows, self.left)
+            self.left -= swept
+            return swept
+
+    async def play() -> None:
+        store = Full()
+        async with Metering(store, sinks=()) as metering:
+            await metering.grant("ann", 100, id="g")
+            await within(5, lambda: store.left == 0)
+            async with charging(metering, ttl_s=0.003) as call:
+                # Ticks enough for many more.
+                await within(5, lambda: sum(isinstance(s, Renew) and s.id == call.id for s in store.seen) >= 5)
+        assert sum(isinstance(seen, Sweep) for seen in store.seen) == 6
+
+    asyncio.run(play())
+
+
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
 @pytest.mark.parametrize("managed", [True, False])
 def test_charge_a_call_whose_attributes_no_event_can_carry(

@@ -152,7 +152,7 @@ def _correct_windows(state: State, hold: Hold, actual: Mapping[str, int], change
 
 def _event(hold: Hold, receipt: Receipt, told: Mapping[str, Any]) -> Change:
     key = receipt.id
-    return (Table.EVENT, key, build(Event, (key, receipt.at, event_payload(hold, receipt, told), 0.0)))
+    return (Table.EVENT, key, build(Event, (key, receipt.at, event_payload(hold, receipt, told), 0.0, None)))
 
 
 def event_payload(hold: Hold, receipt: Receipt, told: Mapping[str, Any]) -> dict[str, Any]:
