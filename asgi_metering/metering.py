@@ -183,8 +183,6 @@ class Metering(Ledger, UpstreamClients):
         is_up = state is BreakerState.CLOSED
         self.meters.gauge("store_up", int(is_up))
         if is_up:
-            # What was counted without it is no longer looked at.
-            self.local.forget()
             log.warning("The %s store answers again.", self.store.name)
         else:
             self.meters.count("store_outages")

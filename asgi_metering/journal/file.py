@@ -177,11 +177,6 @@ class Journal:
 
         return [_entry(*row) for row in await self._in_thread(read)]
 
-    async def replace(self, entry: JournalEntry, steps: Steps) -> None:
-        """Write down what is to be done instead, at the same place."""
-        text = encode(steps)
-        await self._write(lambda connection: _drop(connection.execute(_REPLACE, (text, entry.number))))
-
     async def done(self, entries: Sequence[JournalEntry]) -> None:
         """Forget entries. What was kept anew for their calls meanwhile stays, and what is set aside."""
         numbers = [(entry.number,) for entry in entries]
@@ -288,7 +283,6 @@ class Journal:
             turn.close()
 
 
-_REPLACE: Final = "UPDATE entry SET steps = ? WHERE number = ?"
 _FORGET: Final = "DELETE FROM entry WHERE number = ? AND set_aside IS NULL"
 _SET_ASIDE: Final = "UPDATE entry SET set_aside = ? WHERE number = ?"
 
