@@ -440,7 +440,7 @@ def _on_debt(ask: Admit) -> Admit:
 
 
 def _told(ask: Admit, end: End) -> dict[str, Any]:
-    """What the usage event says of a queued call that died and is charged nothing: as of one that the store released."""
+    """What the usage event says of a queued call that died and is charged nothing."""
     return {
         **ask.facts,
         **(end.event or {}),

@@ -52,7 +52,7 @@ CALENDAR_S: Final = 35 * 86_400.0
 
 MAX_LOCAL_KEYS: Final = 100_000
 """
-Keys of limits that one process counts by itself: tens of MB. With more those are forgotten whose windows are over; where
+Keys of limits that one process counts by itself: tens of MB. With more those are forgotten whose windows are over; if
 more than half are left then, it begins anew, and says so.
 """
 

@@ -106,6 +106,10 @@ class Journal:
             self._thread = ConnectionThread(f"asgi_metering journal {self.path.name}", self._connect)
         await self._in_thread(_nothing)
 
+    def forked(self) -> None:
+        """Forget the thread and the turn of the process that this one was forked from; they stay that one's."""
+        self._thread, self._turn, self._turning = None, None, threading.Lock()
+
     async def close(self) -> None:
         """Close the file; what it keeps stays. Again changes nothing."""
         thread, self._thread = self._thread, None

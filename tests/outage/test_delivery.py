@@ -649,7 +649,7 @@ class Deaf(Gated):
 def test_stop_although_the_driver_does_not_close(
     has_journal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A shutdown does not wait for a driver that hangs, nor for a disk, however long they do; it says so and goes on."""
+    """A shutdown does not wait for a driver that hangs, nor for a disk; it says so and goes on."""
     monkeypatch.setattr("asgi_metering.runtime.CLOSE_S", 0.05)
     stalled, disk = threading.Event(), threading.Event()
 
