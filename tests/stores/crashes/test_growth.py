@@ -26,11 +26,9 @@ SLICED: Final[list[tuple[str, int, int, int]]] = [
     ("growth.before", 1, BEATEN, FIRST),
     ("growth.inside", 1, BEATEN, FIRST),
     ("growth.after", 1, BEATEN, GROWN),
-    ("growth.before", 3, BEATEN, ALL),
     ("growth.after", 3, BEATEN, ALL),
     ("response.cut", 1, BEATEN, ALL),
     ("response.before_last", 1, BEATEN, ALL),
-    ("end.before", 1, BEATEN, ALL),
     ("end.inside", 1, BEATEN, ALL),
 ]
 """The third growth is the one that is refused."""
