@@ -327,28 +327,37 @@ class Delivery:
         if not await journal.take_turn():
             return True
         try:
-            while entries := await journal.due(READ_OFF):
-                # One goes ahead: a dead store is asked for one thing and not for a hundred.
-                done = [entries[0]] if await self._delivered(journal, entries[0]) else []
-                failures: list[BaseException] = []
-                if done:
-                    # All of them come to an end before the turn is anybody else's.
-                    others = (self._delivered(journal, entry) for entry in entries[1:])
-                    rest = await asyncio.gather(*others, return_exceptions=True)
-                    done += [entry for entry, taken in zip(entries[1:], rest, strict=True) if taken is True]
-                    failures = [failure for failure in rest if isinstance(failure, BaseException)]
-                if done:
-                    self._delivered_some()
-                await journal.done(done)
-                for failure in failures:
-                    raise failure
-                if len(done) < len(entries):
-                    return False
-            return True
+            return await self.deliver(journal)
         finally:
             # First: whatever else fails, others may read it off.
             await journal.give_turn_back()
             await self._tell_of(journal)
+
+    async def deliver(self, journal: Journal) -> bool:
+        """
+        Hand what is due in *journal* to the store; False where that does not take it. Whose turn it is has been asked.
+
+        Raises:
+            JournalError: The journal cannot be used.
+        """
+        while entries := await journal.due(READ_OFF):
+            # One goes ahead: a dead store is asked for one thing and not for a hundred.
+            done = [entries[0]] if await self._delivered(journal, entries[0]) else []
+            failures: list[BaseException] = []
+            if done:
+                # All of them come to an end before the turn is anybody else's.
+                others = (self._delivered(journal, entry) for entry in entries[1:])
+                rest = await asyncio.gather(*others, return_exceptions=True)
+                done += [entry for entry, taken in zip(entries[1:], rest, strict=True) if taken is True]
+                failures = [failure for failure in rest if isinstance(failure, BaseException)]
+            if done:
+                self._delivered_some()
+            await journal.done(done)
+            for failure in failures:
+                raise failure
+            if len(done) < len(entries):
+                return False
+        return True
 
     async def _tell_of(self, journal: Journal) -> None:
         waiting, aside = await journal.counts()

@@ -33,6 +33,7 @@ from asgi_metering.stores.pump import Pump
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
+    from asgi_metering.journal import Journal
     from asgi_metering.journal.records import Steps
     from asgi_metering.metering import Metering
 
@@ -441,6 +442,14 @@ class Runtime:
         They are read off if this process dies before the call has ended: no call is older than that.
         """
         return await self._delivery.keep(call_id, steps, due_in_s=self._metering.max_call_s)
+
+    async def read_off(self, journal: Journal) -> bool:
+        """
+        Hand what is due in *journal* to the store; False where that does not take it.
+
+        For whoever has its turn, and uses it without a metering of its own: an operator.
+        """
+        return await self._delivery.deliver(journal)
 
     def forget(self, call_id: str) -> None:
         """Have the journal keep nothing of a call that never began."""

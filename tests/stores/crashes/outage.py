@@ -70,9 +70,7 @@ async def lose(plan: Plan) -> None:
     async with metering:
         with suppress(SettlementError):
             # Its end is not booked, and says so.
-            async with metering.charge(
-                line="held", price=per_token(input=1, output=1), hold=HELD, **options
-            ) as call:
+            async with metering.charge(line="held", price=per_token(input=1, output=1), hold=HELD, **options) as call:
                 call.record(TokenUsage(input=0, output=USED))
                 down.fail()
         async with metering.charge(line="queued", price=PRICE, on_store_down="queue", **options):
