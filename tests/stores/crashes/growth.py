@@ -22,7 +22,7 @@ from asgi_metering.testing import FakeClock
 from asgi_metering.testing.faults import crash_after
 from tests.harness.drive import drive, http_scope, lifespan
 from tests.servers.books import deliver_to
-from tests.stores.crashes.house import GRACE_S, LIFE_S, Plan, metering_of
+from tests.stores.crashes.house import BEAT_TURNS, GRACE_S, LIFE_S, Plan, metering_of
 from tests.stores.places import store_at
 
 __all__ = ["ALL", "BEATEN", "FIRST", "GROWN", "SPENT", "grow"]
@@ -70,6 +70,8 @@ async def _chunks(beaten: asyncio.Event) -> AsyncIterator[bytes]:
     call.ttl_s = 0.0
     await beaten.wait()
     call.ttl_s = LIFE_S
+    for _ in range(BEAT_TURNS):
+        await asyncio.sleep(0)
     for used, is_so in ((35, _holds(GROWN)), (75, _holds(ALL)), (SPENT, _is_cut)):
         call.record(TokenUsage(input=0, output=used - sum(each.usage.output or 0 for each in call.reports)))
         while not is_so(call):
