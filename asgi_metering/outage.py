@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from asgi_metering.decisions import Decision, Reason, Refusal
-from asgi_metering.errors import ConfigurationError, StoreError
+from asgi_metering.errors import ConfigurationError, StoreAvoidedError, StoreError, StoreUnavailableError
 from asgi_metering.policies import ChargePolicy, EndpointPolicy, RatePolicy
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.calendars import Period, boundaries_until
@@ -156,6 +156,7 @@ async def without_store(
     metering = call.metering
     metering.meters.count("store_failures", line=call.line)
     metering.alarms.raised("store", f"The store decided on no admission: {failure}", failure)
+    _take_back(call, asked, failure)
     money = None if charge is None or call.exempt else charge.on_store_down or metering.on_store_down["credits"]
     if money == "queue" and (asked.idempotency is not None or metering.journal is None):
         # Whether a request of that key ran before cannot be told.
@@ -177,6 +178,17 @@ async def without_store(
     if call.opening.closed:
         # Its request was over meanwhile: nobody will end it.
         metering.local.end(call)
+
+
+def _take_back(call: Call, asked: Admit, failure: StoreError) -> None:
+    """
+    Have the journal keep that *asked*, which the store may have admitted, is given back.
+
+    Where its policy charges what was held this must outlive the process: the expiry would not give it back.
+    """
+    was_asked = isinstance(failure, StoreUnavailableError) and not isinstance(failure, StoreAvoidedError)
+    if was_asked and asked.sources and asked.in_doubt is Basis.HOLD and call.metering.journal is not None:
+        call.metering.runtime().take_back(asked)
 
 
 def _decided_locally(call: Call, rates: list[RatePolicy], asked: Admit) -> Decision:

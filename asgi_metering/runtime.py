@@ -451,6 +451,17 @@ class Runtime:
         """
         return await self._delivery.deliver(journal)
 
+    def take_back(self, ask: Admit) -> None:
+        """
+        Have the journal keep that *ask* is given back, should the store have admitted it. Never waits.
+
+        It stands there before whatever is kept in its place in the same turn of the loop: it is due.
+        """
+        self._spawn(self._taken_back(End(ask.id, None, failed=True)), f"taking back of {ask.id}")
+
+    async def _taken_back(self, end: End) -> None:
+        await self._delivery.keep(end.id, (end,))
+
     def forget(self, call_id: str) -> None:
         """Have the journal keep nothing of a call that never began."""
         self._spawn(self._forgotten(call_id), f"forgetting of {call_id}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from asgi_metering import CallRefused, Metering, TokenUsage, delivery
-from asgi_metering.errors import SettlementError
+from asgi_metering.errors import SettlementError, StoreUnavailableError
 from asgi_metering.prices import per_token
 from asgi_metering.stores import breaker
 from asgi_metering.stores.breaker import BreakerState
@@ -23,13 +23,16 @@ from tests.servers.books import deliver_to
 from tests.stores.crashes.house import GRACE_S, HELD, LIFE_S, PRICE, USED, Plan, metering_of
 from tests.stores.places import store_at
 
-__all__ = ["LATER", "PAUSES", "PAUSE_S", "PROBE", "hurry", "journal_of", "lose"]
+__all__ = ["FORGOTTEN", "LATER", "PAUSES", "PAUSE_S", "PROBE", "hurry", "journal_of", "lose"]
 
 PROBE = "probe"
 """The room of a plan whose fault counts from the moment on in which the journal is empty again."""
 
 LATER = "later"
 """And of one whose fault counts from the end of the outage on."""
+
+FORGOTTEN = "forgotten"
+"""And of one where the store had admitted the call that was queued then, and its answer was lost."""
 
 PAUSES = (
     (delivery, "RETRY_FIRST_S"),
@@ -62,7 +65,14 @@ async def lose(plan: Plan) -> None:
     if plan.room in (LATER, PROBE):
         # What it meets before does not count.
         fault.reached = -1_000_000
-    down = store_down(store_at(plan.url, fault.clock(clock)))
+
+    def forget() -> None:
+        down.fail()
+        raise StoreUnavailableError("The reply was lost.")
+
+    real = store_at(plan.url, fault.clock(clock))
+    # Both calls are asked for; of the second one nobody hears.
+    down = store_down(crash_after("admission.after", nth=2, how=forget).store(real) if plan.room == FORGOTTEN else real)
     sink = fault.sink(deliver_to(plan.log))
     journal = fault.journal(journal_of(plan))
     metering = metering_of(fault.store(down), plan.payer, sink, "a", journal=journal)
@@ -73,6 +83,9 @@ async def lose(plan: Plan) -> None:
             async with metering.charge(line="held", price=per_token(input=1, output=1), hold=HELD, **options) as call:
                 call.record(TokenUsage(input=0, output=USED))
                 down.fail()
+        if plan.room == FORGOTTEN:
+            down.restore()
+            await _read_off(metering)
         async with metering.charge(line="queued", price=PRICE, on_store_down="queue", **options):
             pass
         assert metering.breaker.state is BreakerState.OPEN
