@@ -33,6 +33,7 @@ from asgi_metering.prices import per_token
 from asgi_metering.receipts import Basis, EntryKind
 from asgi_metering.rules.operations import Admit, End, WalletSource
 from asgi_metering.sources import PaymentSource
+from asgi_metering.stores.breaker import FAILURES
 from asgi_metering.stores.contract import EverythingKept
 from tests.harness.drive import Drive, body, headers, http_scope, status
 from tests.outage.gated import CREDIT, Gated, call, identify, metered, settled, until, used
@@ -252,7 +253,7 @@ def test_make_room_for_keys_whose_windows_run(
     asyncio.run(play())
 
 
-def test_count_one_window_over_two_outages() -> None:
+def test_count_one_window_over_two_outages(caplog: pytest.LogCaptureFixture) -> None:
     """A store that comes and goes gives nobody a second window in the first: what was counted without it still is.
 
     Slots that calls took in an outage are theirs until they end, however often it answers meanwhile.
@@ -272,8 +273,11 @@ def test_count_one_window_over_two_outages() -> None:
             assert [status((await call(app)).log) for _ in range(2)] == [200, 200]
             running = asyncio.create_task(call(slow))
             await begun.wait()
+            for number in range(FAILURES):
+                await call(app, f"other {number}")
             store.down = False
             await until(lambda: _answers(app, "dan", 200, store))
+            assert "The gated store answers again." in caplog.text
             store.down = True
             assert status((await call(slow)).log) == 429
             assert [status((await call(app)).log) for _ in range(2)] == [200, 429]
