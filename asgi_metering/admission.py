@@ -23,12 +23,11 @@ from asgi_metering.errors import ConfigurationError, IdentityError, MeteringErro
 from asgi_metering.estimates import estimate_arguments
 from asgi_metering.keying import key_ask, once, shared_key
 from asgi_metering.names import check_key
-from asgi_metering.outage import without_store
+from asgi_metering.outage import in_doubt_of, without_store
 from asgi_metering.policies import ChargePolicy, From, RatePolicy, Slices
 from asgi_metering.prices import FixedPrice
 from asgi_metering.rates import RateLimit
 from asgi_metering.rules.calendars import Period, boundaries
-from asgi_metering.rules.ending import EndPolicy, Situation
 from asgi_metering.rules.operations import (
     Admit,
     AllowanceSource,
@@ -407,7 +406,7 @@ async def _operation(
         tuple(leases),
         charge.ttl_s if charge is not None else call.metering.ttl_s,
         charge.grace_s if charge is not None else call.metering.grace_s,
-        _in_doubt(charge),
+        in_doubt_of(charge),
         call.line,
         call.facts,
         key_ask(call, charge.key, now) if holds and charge is not None else None,
@@ -418,12 +417,6 @@ async def _operation(
 def _is_measured(call: Call) -> bool:
     """Whether what *call* costs is known only at its end."""
     return call.price is not None and not isinstance(call.price, FixedPrice) and not call.exempt
-
-
-def _in_doubt(charge: ChargePolicy | None) -> Any:
-    end = charge.end if charge is not None else None
-    policy = end if isinstance(end, EndPolicy) else EndPolicy({})
-    return policy.basis(Situation.ABORTED)
 
 
 def _facts(call: Call) -> dict[str, Any]:

@@ -80,7 +80,8 @@ class Metering(Ledger, UpstreamClients):
             ``"rates"`` ``"allow"`` (the default), ``"local"`` (each process counts by itself) or ``"deny"``. The
             strictest layer of a route answers; routes may say otherwise.
         journal: A local file that keeps the ends of calls while the store does not take them, across restarts; several
-            processes of one machine may share it. With one, the application also starts while the store is down.
+            processes of one machine may share it. With one, the application also starts while the store is down. A
+            `Journal` is taken as well, such as one of the fault kit.
         ttl_s: Seconds that a hold lives without a heartbeat, where a route does not say.
         grace_s: Seconds in doubt before the policy ends a hold, where a route does not say.
         max_call_s: A call older than this is ended as it is (pitfall 27).
@@ -109,7 +110,7 @@ class Metering(Ledger, UpstreamClients):
         sinks: Sequence[Sink] | None = None,
         store_timeout_s: float = 1.0,
         on_store_down: Mapping[str, StoreDown] | None = None,
-        journal: str | os.PathLike[str] | None = None,
+        journal: str | os.PathLike[str] | Journal | None = None,
         ttl_s: float = 60.0,
         grace_s: float = 30.0,
         max_call_s: float = 3_600.0,
@@ -160,7 +161,7 @@ class Metering(Ledger, UpstreamClients):
         self._latest: Runtime | None = None
         self._lock = threading.Lock()
         self.alarms = Alarms(log)
-        self._journal_path = journal
+        self._journal_given = journal
         self._join_process()
         _living.add(self)
 
@@ -183,6 +184,8 @@ class Metering(Ledger, UpstreamClients):
     def forked(self) -> None:
         """Forget what belongs to the parent of this process; called in each child after a fork."""
         self._lock = threading.Lock()
+        if self.journal is not None and self.journal is self._journal_given:
+            self.journal.forked()
         self._join_process()
 
     def _join_process(self) -> None:
@@ -190,7 +193,7 @@ class Metering(Ledger, UpstreamClients):
         self.local = LocalLimits()
         self.store_use = StoreUse(self.store)
         self.breaker = Breaker(told=self._told_of_store)
-        self.journal = _journal(self._journal_path)
+        self.journal = _journal(self._journal_given)
         self.journal_use = None if self.journal is None else StoreUse(self.journal)
         self._portal = Portal(self.stop)
 
@@ -198,8 +201,6 @@ class Metering(Ledger, UpstreamClients):
         is_up = state is BreakerState.CLOSED
         self.meters.gauge("store_up", int(is_up))
         if is_up:
-            # What was counted without it is no longer looked at.
-            self.local.forget()
             log.warning("The %s store answers again.", self.store.name)
         else:
             self.meters.count("store_outages")
@@ -679,15 +680,17 @@ def _check_new_id(new_id: Callable[[], str]) -> None:
     check_sync(new_id, "new_id=")
 
 
-def _journal(path: str | os.PathLike[str] | None) -> Journal | None:
-    if path is None:
+def _journal(given: str | os.PathLike[str] | Journal | None) -> Journal | None:
+    if given is None:
         return None
-    if not isinstance(path, str | os.PathLike):
-        raise ConfigurationError(f"journal={path!r} is no path. Name a file on a local disk.")
     # The driver is imported only where it is used.
     from asgi_metering.journal import Journal
 
-    return Journal(path)
+    if isinstance(given, Journal):
+        return given
+    if not isinstance(given, str | os.PathLike):
+        raise ConfigurationError(f"journal={given!r} is no path. Name a file on a local disk.")
+    return Journal(given)
 
 
 def _new_id() -> str:

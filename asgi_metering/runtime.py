@@ -14,7 +14,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,6 +33,7 @@ from asgi_metering.stores.pump import Pump
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
+    from asgi_metering.journal import Journal
     from asgi_metering.journal.records import Steps
     from asgi_metering.metering import Metering
 
@@ -50,6 +51,12 @@ SWEEP_EVERY_S = 30.0
 """
 How often this process looks for holds that other processes left behind, and for what is old; processes that start
 together do so at times of their own.
+"""
+
+CLOSE_S = 10.0
+"""
+What a shutdown gives a store, a journal or a task to close and to end: twice as long as those wait for a server that
+says nothing. A driver that takes longer than that is left to the end of the process.
 """
 
 BOOK_S = 5.0
@@ -98,7 +105,7 @@ class Runtime:
         self._stop_exporting = asyncio.Event()
         self._opened: asyncio.Future[None] | None = None
         self._opening: asyncio.Task[None] | None = None
-        self._delivery = Delivery(metering, self._submit_again)
+        self._delivery = Delivery(metering, self._submit_again, self._tell_exporter)
         self._replaying: asyncio.Task[None] | None = None
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -219,13 +226,11 @@ class Runtime:
             await self._exporter.drain(EXPORT_S)
         background = (self._worker, self._ticker, self._exporting, self._replaying, self._opening)
         tasks = [task for task in background if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._ended_all(tasks)
         await self._stop_asking()
-        await self._metering.store_use.close()
+        await self._closed(self._metering.store_use.close(), f"{self._metering.store.name} store")
         if self._metering.journal_use is not None:
-            await self._metering.journal_use.close()
+            await self._closed(self._metering.journal_use.close(), "journal")
         self._opened = self._worker = self._ticker = self._exporter = self._exporting = None
         self._replaying = self._opening = None
 
@@ -238,13 +243,31 @@ class Runtime:
         except TimeoutError:
             left_s = DRAIN_STEP_S
             log.error("The %s store gave no answer before the shutdown.", self._metering.store.name)
-        left = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+        await self._ended_all([task for task in self._tasks if task is not asyncio.current_task()])
         with suppress(TimeoutError):
             async with asyncio.timeout(left_s):
                 await self.pump.close()
+
+    async def _ended_all(self, tasks: Sequence[asyncio.Task[Any]]) -> None:
+        """Cancel *tasks*, and wait for them, bounded: one may clean up after itself on a disk that says nothing."""
+        for task in tasks:
+            task.cancel()
+        _, left = await asyncio.wait(tasks, timeout=CLOSE_S) if tasks else (set(), set())
+        for task in left:
+            log.error("The background task %r does not end at the shutdown.", task.get_name())
+
+    async def _closed(self, closing: Coroutine[Any, Any, None], what: str) -> None:
+        """Wait until the *closing* is over, bounded; raises what it raises."""
+        task = self.loop.create_task(closing, name=f"asgi_metering closing the {what}")
+        try:
+            done, _ = await asyncio.wait([task], timeout=CLOSE_S)
+            if done:
+                task.result()
+                return
+            log.error("The %s could not be closed within %g s; the end of the process does it.", what, CLOSE_S)
+        finally:
+            task.cancel()
+        task.add_done_callback(_looked_at)
 
     # -- calls ---------------------------------------------------------------------------------------------
 
@@ -356,8 +379,7 @@ class Runtime:
             if steps or call.queued is not None:
                 answer = await self._delivery.book(call.id, steps, begun=call.queued is not None)
                 receipt = answer if isinstance(answer, Receipt) else None
-                if self._exporter is not None:
-                    self._exporter.notify()
+                self._tell_exporter()
         except Exception as failure:
             self._metering.meters.count("ends_lost", line=call.line)
             told = f"The end of call {call.id} could not be booked; what it holds is left to its policy, by its expiry."
@@ -371,6 +393,10 @@ class Runtime:
             self.busy -= 1
             if not self.busy:
                 self._quiet.set()
+
+    def _tell_exporter(self) -> None:
+        if self._exporter is not None:
+            self._exporter.notify()
 
     def _make_plain(self, call: Call) -> None:
         """What a handler put on its call must not keep the end from any store: it becomes text, with an alarm."""
@@ -422,6 +448,25 @@ class Runtime:
         They are read off if this process dies before the call has ended: no call is older than that.
         """
         return await self._delivery.keep(call_id, steps, due_in_s=self._metering.max_call_s)
+
+    async def read_off(self, journal: Journal) -> bool:
+        """
+        Hand what is due in *journal* to the store; False where that does not take it.
+
+        For whoever has its turn, and uses it without a metering of its own: an operator.
+        """
+        return await self._delivery.deliver(journal)
+
+    def take_back(self, ask: Admit) -> None:
+        """
+        Have the journal keep that *ask* is given back, should the store have admitted it. Never waits.
+
+        It stands there before whatever is kept in its place in the same turn of the loop: it is due.
+        """
+        self._spawn(self._taken_back(End(ask.id, None, failed=True)), f"taking back of {ask.id}")
+
+    async def _taken_back(self, end: End) -> None:
+        await self._delivery.keep(end.id, (end,))
 
     def forget(self, call_id: str) -> None:
         """Have the journal keep nothing of a call that never began."""

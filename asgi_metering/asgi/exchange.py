@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.body import RequestBody, has_key
-from asgi_metering.asgi.cutting import Cutting, let_go
+from asgi_metering.asgi.cutting import Cutting, let_go, task_within
 from asgi_metering.asgi.fields import limit_fields
 from asgi_metering.asgi.refusals import in_band_error, refusal_response
 from asgi_metering.asgi.replay import keeper
@@ -164,8 +164,9 @@ async def run(
         nonlocal swapped, cutting
         call = opening.call
         if call is not None and call.cause is None and not finishing and not opening.closed:
-            cutting = cutting or Cutting(call, task)
-            cutting.begin()
+            cutting = cutting or Cutting(call)
+            # The first slices of this process may have been made in this very request.
+            cutting.begin(task or task_within(run, "opening", opening))
             swapped = True
 
     async def send_start(call: Call, message: Message) -> None:
@@ -187,7 +188,7 @@ async def run(
             call.status = message["status"]
             trailers = bool(message.get("trailers"))
             if call.growth is not None:
-                cutting = cutting or Cutting(call, task)
+                cutting = cutting or Cutting(call)
                 keep, room = cutting.follow(message, keep), LEAST_ROOM
             if watch is not None:
                 watch.start(gone, asyncio.get_running_loop())
@@ -217,7 +218,7 @@ async def run(
         tap = call.observer = _tap(call, list(start.get("headers", ())), scope)
         keep = None if tap is None else tap.keep
         if call.growth is not None:
-            cutting = cutting or Cutting(call, task)
+            cutting = cutting or Cutting(call)
             keep, room = cutting.follow(start, keep), LEAST_ROOM
         if latest is not None:
             call.first_byte = True

@@ -51,7 +51,7 @@ def test_tell_how_to_use_a_command(run: Run, arguments: tuple[str, ...], sentenc
     assert sentence in errors
 
 
-COMMANDS = ("demo", "routes", "grant", "balance", "statement", "holds", "check", "export", "import")
+COMMANDS = ("demo", "routes", "grant", "balance", "statement", "holds", "check", "journal", "export", "import")
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
