@@ -3,11 +3,11 @@
 
 local sub, match, concat, floor, min, max =
   string.sub, string.match, table.concat, math.floor, math.min, math.max
+local next, unpack = next, unpack
 local pack, parse = struct.pack, struct.unpack
 
--- What the functions of a script share is in these tables: locals that each of them captured would cost more, every
--- time a script begins, than a call costs. M has the functions, AS how rows are packed, CODE what numbers stand for,
--- `work` what this script has read and is to write.
+-- M has the functions, AS how rows are packed, CODE what numbers stand for, `work` what this script has read and is to
+-- write. What runs for every call is also a local: a field costs several times as much.
 local M, AS, CODE, work = {}, {}, {}, nil
 
 -- Of the call: where this text is a library, each has its own.

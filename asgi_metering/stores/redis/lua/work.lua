@@ -3,28 +3,32 @@
 -- Why an operation was not run here: the rules have to; it has to begin a script of its own.
 CODE.RULES, CODE.LATER = 'S', 'N'
 
-function M.push(list, one, other)
+local function push(list, one, other)
   local n = #list
   list[n + 1], list[n + 2] = one, other
 end
+M.push = push
 
-function M.append(lists, key, one, other)
+local function append(lists, key, one, other)
   local list = lists[key]
   if list then
-    M.push(list, one, other)
+    push(list, one, other)
   else
     lists[key] = { one, other }
   end
 end
+M.append = append
 
 -- A hold of the account lives until `expires`.
-function M.lives(account, expires, member)
-  M.append(work.live, account, M.flt(expires), member)
-  local known = work.due[account]
+local function lives(account, expires, member)
+  append(work.live, account, expires, member)
+  local due = work.due
+  local known = due[account]
   if not known or expires < known then
-    work.due[account] = expires
+    due[account] = expires
   end
 end
+M.lives = lives
 
 -- Leases change at the end, and count at once.
 function M.lease(pool, member, expires)
@@ -82,74 +86,83 @@ function M.doubles_of(text)
   return list
 end
 
--- What follows the letter of a key.
-function M.rest(key)
-  return sub(key, #work.prefix + 3)
-end
-
 -- -- writing ------------------------------------------------------------------------------------------------
 
-function M.write_rows()
-  for account, book in pairs(work.books) do
+-- Scores are numbers: a command gets them with all their digits. What was written is forgotten, so that nothing of it is
+-- found by the next script.
+
+local function write_books()
+  for account, book in next, books do
     if book.is_moved or book.is_due_new then
-      M.put(work.prefix .. 'a:' .. account, M.book_text(book))
-      for _, grant in ipairs(book.list) do
-        if not M.is_open(grant) then
-          call('HSET', work.prefix .. 'G:' .. account, grant.id, M.grant_text(grant))
+      put(book.key, M.book_text(book))
+      for i = 1, #book do
+        if not M.is_open(book[i]) then
+          call('HSET', work.prefix .. 'G:' .. account, book[i].id, M.grant_text(book[i]))
         end
       end
-      if book.is_new then
+      if book.text == '' then
         call('ZADD', work.prefix .. 'z:accounts', 0, account)
       end
     end
   end
-  local sets = {}
-  for key in pairs(work.changed) do
-    M.push(sets, key, work.rows[key])
+end
+
+local function write_rows()
+  local sets, n = {}, 0
+  for key in next, changed do
+    sets[n + 1], sets[n + 2] = key, rows[key]
+    n = n + 2
   end
-  if #sets > 0 then
-    call('MSET', unpack(sets))
+  if n > 0 then
+    call('MSET', unpack(sets, 1, n))
   end
   for i = 1, #work.fading, 2 do
     call('PEXPIRE', work.fading[i], work.fading[i + 1])
   end
-  for key, index in pairs(work.gone) do
+  for key, index in next, work.gone do
     call('DEL', key)
     call('ZREM', work.prefix .. 'z:' .. index, key)
   end
 end
 
-function M.write_lines()
-  for account, lines in pairs(work.lines) do
-    if call('RPUSH', work.prefix .. 'e:' .. account, unpack(lines)) == #lines then
+local function write_lines()
+  local prefix = work.prefix
+  for account, lines in next, work.lines do
+    if call('RPUSH', prefix .. 'e:' .. account, unpack(lines)) == #lines then
       local _, _, _, _, at = parse(AS.ENTRY, lines[1])
-      call('ZADD', work.prefix .. 'z:lines', M.flt(at), account)
+      call('ZADD', prefix .. 'z:lines', at, account)
     end
   end
-  for account, index in pairs(work.refs) do
-    call('ZADD', work.prefix .. 'r:' .. account, unpack(index))
+  for account, index in next, work.refs do
+    call('ZADD', prefix .. 'r:' .. account, unpack(index))
   end
 end
 
-function M.write_lives()
-  for account, members in pairs(work.live) do
-    call('ZADD', work.prefix .. 'l:' .. account, unpack(members))
+local function write_lives()
+  local prefix = work.prefix
+  for account, members in next, work.live do
+    call('ZADD', prefix .. 'l:' .. account, unpack(members))
   end
-  for account, members in pairs(work.ended_live) do
-    call('ZREM', work.prefix .. 'l:' .. account, unpack(members))
+  for account, members in next, work.ended_live do
+    call('ZREM', prefix .. 'l:' .. account, unpack(members))
   end
-  local first = {}
-  for account, at in pairs(work.due) do
-    M.push(first, M.flt(at), account)
+  local first, n = {}, 0
+  for account, at in next, work.due do
+    first[n + 1], first[n + 2] = at, account
+    n = n + 2
   end
-  if #first > 0 then
-    call('ZADD', work.prefix .. 'z:due', 'LT', unpack(first))
+  if n > 0 then
+    call('ZADD', prefix .. 'z:due', 'LT', unpack(first, 1, n))
   end
-  for pool, members in pairs(work.pools) do
-    for member, change in pairs(members) do
+end
+
+local function write_leases()
+  local due = work.prefix .. 'z:pools'
+  for pool, members in next, work.pools do
+    for member, change in next, members do
       if change.after then
-        call('ZADD', pool, M.flt(change.after), member)
-        call('ZADD', work.prefix .. 'z:pools', 'LT', M.flt(change.after), pool)
+        call('ZADD', pool, change.after, member)
+        call('ZADD', due, 'LT', change.after, pool)
       else
         call('ZREM', pool, member)
       end
@@ -157,41 +170,55 @@ function M.write_lives()
   end
 end
 
-function M.write_indexes()
-  for account, members in pairs(work.windows_of) do
-    call('SADD', work.prefix .. 'v:' .. account, unpack(members))
+-- Field of `work`, and the index that it comes into.
+local INDEXES = {
+  ended = 'ended', past_counters = 'counters', past_windows = 'windows', past_charge_keys = 'charge',
+  past_idempotency = 'idempotency',
+}
+
+local function write_indexes()
+  local prefix = work.prefix
+  for account, members in next, work.windows_of do
+    call('SADD', prefix .. 'v:' .. account, unpack(members))
   end
-  for name, index in pairs({
-    ended = work.ended, counters = work.past_counters, windows = work.past_windows, charge = work.past_charge_keys,
-    idempotency = work.past_idempotency,
-  }) do
+  for field, name in next, INDEXES do
+    local index = work[field]
     if #index > 0 then
-      call('ZADD', work.prefix .. 'z:' .. name, unpack(index))
+      call('ZADD', prefix .. 'z:' .. name, unpack(index))
+      work[field] = {}
     end
   end
 end
 
-function M.write_events()
+local function write_events()
   local ids = work.event_ids
-  if #ids == 0 then
+  local n, events, order = #ids, work.prefix .. 'events', work.prefix .. 'events:order'
+  if n == 0 then
     return
   end
-  local known, new = call('HMGET', work.prefix .. 'events', unpack(ids)), {}
-  for i, id in ipairs(ids) do
-    if not known[i] then
-      new[#new + 1] = id
+  local new = ids
+  if call('HSET', events, unpack(work.events)) < n then
+    -- Some were known: those have their place.
+    new = {}
+    for i = 1, n do
+      if not call('LPOS', order, ids[i]) then
+        new[#new + 1] = ids[i]
+      end
     end
   end
-  call('HSET', work.prefix .. 'events', unpack(work.events))
   if #new > 0 then
-    call('RPUSH', work.prefix .. 'events:order', unpack(new))
+    call('RPUSH', order, unpack(new))
   end
+  work.events, work.event_ids = {}, {}
 end
 
 function M.flush()
-  M.write_rows()
-  M.write_lines()
-  M.write_lives()
-  M.write_indexes()
-  M.write_events()
+  write_books()
+  write_rows()
+  write_lines()
+  write_lives()
+  write_leases()
+  write_indexes()
+  write_events()
+  nothing_left()
 end
