@@ -8,7 +8,6 @@
 
 -- Of most calls: no slots, no charge key, no idempotency key.
 local NOTHING_RARE = { leases = {}, charge = 0, key = false }
-local NONE = {}
 
 function M.rare_of(text, at, extra)
   local pools, charge, span, claim, life, fingerprint = parse('>I4c0BI4c0BdI4c0', text, at)
@@ -47,7 +46,7 @@ function M.refused(k, n_keys, now, counts, further)
     local key = keys[k + i]
     local account = match(key, '^a:(.*)$', #work.prefix + 1)
     local book = account and books[account]
-    found[i] = book and (book.is_moved or book.is_due_new) and M.book_text(book) or rows[key]
+    found[i] = book and (book.is_moved or book.is_due_new) and (M.book_text(book)) or rows[key]
   end
   return { 'R', pack('>d', now), counts, found, further }
 end
@@ -59,7 +58,7 @@ function M.is_due(book, now)
   if book.due > now then
     return nil
   end
-  if work.live[book.account] or work.ended_live[book.account] then
+  if live[book.account] or work.ended_live[book.account] then
     return CODE.LATER
   end
   local first = call('ZRANGE', work.prefix .. 'l:' .. book.account, 0, 0, 'WITHSCORES')
@@ -167,11 +166,11 @@ end
 
 -- -- taking -------------------------------------------------------------------------------------------------
 
+-- What is long is joined: packing takes it letter by letter.
 local function hold_text(now, ttl, grace, expires, due_at, parts, held, who, rare, kept)
   return pack(
-    AS.NEW_HOLD, CODE.NEW_HOLD_SIZE + #parts + #who + #rare + #kept, 0, expires, due_at, 0, held, now, ttl, grace,
-    #parts, parts, #who, who, #rare, rare, kept
-  )
+    AS.NEW_HOLD, CODE.NEW_HOLD_SIZE + #parts + #who + #rare + #kept, 0, expires, due_at, 0, held, now, ttl, grace, #parts
+  ) .. parts .. word(who) .. word(rare) .. kept
 end
 
 -- The hold that a charge key owns has no deadline: it ends with its calls, and each of those has one.
@@ -180,7 +179,7 @@ function M.begin_key(ask, parts, held)
   local member = rest(owned)
   put(owned, hold_text(ask.now, ask.ttl, ask.grace, CODE.INF, CODE.INF, parts, held, ask.who, '', ask.kept))
   put(key.key, pack(AS.CHARGE_KEY, key.start, key.finish, 1, 0) .. member)
-  push(work.past_charge_keys, key.finish, key.key)
+  append(rare_of('past'), 'charge', key.finish, key.key)
   lives((parse('>I4c0', ask.who)), CODE.INF, member)
 end
 
@@ -203,7 +202,7 @@ function M.take_rare(ask, member, expires)
   if rare.key then
     local until_then, fingerprint = ask.now + rare.life, rare.fingerprint
     put(rare.key, pack(AS.IDEMPOTENCY, until_then, #member, member, #fingerprint, fingerprint, 0, '', 0, ''))
-    push(work.past_idempotency, until_then, rare.key)
+    append(rare_of('past'), 'idempotency', until_then, rare.key)
     its_key = rest(rare.key)
   end
   local charge_key = ask.key and rest(ask.key.key) or ''

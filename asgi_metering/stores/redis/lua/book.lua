@@ -3,42 +3,39 @@
 
 CODE.KIND_SETTLE, CODE.KIND_EXPIRE, CODE.KIND_DEBT_PAYMENT = 1, 2, 3
 
--- Of `work`: rows by key, as the calls before left them, `false` for none; which of them are to be written; books by
--- account.
-local rows, changed, books
+-- What every call has to do with, and so a local. Rows by key, as the calls before left them, `false` for none; which of
+-- them are to be written; books by account, and their ledger lines to come; calls that live, by account, and when the
+-- first of them falls due; calls that have ended, by their time.
+local rows, changed, books, lines, live, due, ended
 
 -- What a script has read and is to write when all its calls are through.
 local function nothing_yet(gate)
-  rows, changed, books = {}, {}, {}
+  rows, changed, books, lines, live, due, ended = {}, {}, {}, {}, {}, {}, {}
   work = {
-    gate = gate, prefix = sub(gate, 1, -5), now_is = 0, is_begun = false,
-    -- What is gone is named with its index.
-    rows = rows, changed = changed, gone = {},
-    -- By account: its book, the ledger lines to come, and their places in the index.
-    books = books, lines = {}, refs = {},
-    -- By account or pool: who lives and who does not any more, and until when.
-    live = {}, ended_live = {}, due = {}, pools = {},
-    -- Further indexes, and the outbox.
-    ended = {}, past_counters = {}, past_windows = {}, past_charge_keys = {}, past_idempotency = {}, windows_of = {},
-    events = {}, event_ids = {},
-    -- Rows that go by themselves, and in how many milliseconds.
-    fading = {},
+    gate = gate, prefix = sub(gate, 1, -5), now_is = 0, is_begun = false, rows = rows,
+    -- What is gone, with its index; what goes by itself, and in how many milliseconds.
+    gone = {}, fading = {},
+    -- Who lives no more, by account; the events, and their ids in order.
+    ended_live = {}, events = {}, event_ids = {},
+    -- What few calls leave behind, by what it is.
+    rare = false,
   }
 end
 
--- The script has written everything: the next one finds nothing of it, and makes nothing that is still empty.
-local EMPTIED = { 'gone', 'lines', 'refs', 'live', 'ended_live', 'due', 'pools', 'windows_of', 'fading' }
-
+-- Everything is written: the next script finds nothing of it.
 local function nothing_left()
   rows, changed, books = {}, {}, {}
-  work.rows, work.changed, work.books = rows, changed, books
-  for i = 1, #EMPTIED do
-    local field = EMPTIED[i]
-    if next(work[field]) then
-      work[field] = {}
-    end
-  end
-  work.is_begun = false
+  work.rows, work.rare, work.is_begun = rows, false, false
+end
+
+-- Of what few calls leave behind: `refs` of ledger lines and allowances' `windows`, by account; leases in `pools`; and
+-- `past`, scores and members by index.
+local function rare_of(what)
+  local rare = work.rare or {}
+  work.rare = rare
+  local known = rare[what] or {}
+  rare[what] = known
+  return known
 end
 
 function M.begin(its_keys, its_args)
@@ -60,8 +57,7 @@ end
 M.fetch = fetch
 
 local function put(key, text)
-  rows[key], changed[key] = text, true
-  work.gone[key] = nil
+  rows[key], changed[key], work.gone[key] = text, true, nil
 end
 M.put = put
 
@@ -110,7 +106,6 @@ end
 local function available(book)
   return book.granted - book.settled - book.expired - book.held
 end
-M.is_open, M.available = is_open, available
 
 -- The grant at a place in burn order, which is that of the row; read when it is first asked for.
 local function grant_at(book, place)
@@ -134,18 +129,24 @@ function M.grant_text(grant)
   )
 end
 
--- The row; closed grants are no part of it.
+-- The row, and the closed grants, which are no part of it: ids and texts, or nothing.
 function M.book_text(book)
-  local texts = ''
-  for _, grant in ipairs(book) do
+  local texts, closed = '', nil
+  for i = 1, #book do
+    local grant = book[i]
+    local text = M.grant_text(grant)
     if is_open(grant) then
-      texts = texts .. M.grant_text(grant)
+      texts = texts .. text
+    else
+      closed = closed or {}
+      closed[#closed + 1] = grant.id
+      closed[#closed + 1] = text
     end
   end
   return pack(
     AS.ACCOUNT, book.granted, book.settled, book.held, book.expired, book.debt, book.entries, book.change, book.due,
     book.seen
-  ) .. texts .. sub(book.text, book.at)
+  ) .. texts .. sub(book.text, book.at), closed
 end
 
 -- Add a ledger line. Returns its number. A settlement's line is found by its hold, which has the number: the index gets
@@ -153,7 +154,7 @@ end
 function M.write(book, kind, amount, ref, line, basis, estimated, parts)
   local account, number = book.account, book.entries + 1
   book.entries = number
-  local own = work.lines[account]
+  local own = lines[account]
   local text = pack(
     AS.NEW_ENTRY, kind, basis, estimated, number, book.now, amount, available(book), #ref, ref, #line, line, #parts,
     parts, 0, 0
@@ -161,11 +162,12 @@ function M.write(book, kind, amount, ref, line, basis, estimated, parts)
   if own then
     own[#own + 1] = text
   else
-    work.lines[account] = { text }
+    lines[account] = { text }
   end
   if kind ~= CODE.KIND_SETTLE then
-    local index = work.refs[account] or {}
-    work.refs[account] = index
+    local refs = rare_of('refs')
+    local index = refs[account] or {}
+    refs[account] = index
     index[#index + 1] = 0
     index[#index + 1] = ref .. CODE.GLUE .. string.format('%.0f', number)
   end
@@ -181,8 +183,12 @@ function M.pay_debt(book, grant)
   end
 end
 
-local function is_spendable(book, grant)
-  return grant.begun == 1 and grant.ends > book.now and is_open(grant) and free(grant) > 0
+-- What of a grant can be spent now; nothing, or less, of one that has not begun or is over.
+local function spendable(book, grant)
+  if grant.begun == 1 and grant.ends > book.now then
+    return grant.amount - grant.settled - grant.held - grant.expired - grant.reversed
+  end
+  return 0
 end
 
 function M.began_before(one, other)
@@ -257,7 +263,7 @@ end
 function M.forget(book)
   if book.is_matured and not book.is_moved then
     local account = book.account
-    work.lines[account], work.refs[account], work.books[account] = nil, nil, nil
+    lines[account], rare_of('refs')[account], books[account] = nil, nil, nil
     local again = M.book_of(account)
     again.due, again.is_due_new = book.due, book.is_due_new
   end
@@ -272,8 +278,8 @@ function M.book_hold(book, amount)
       parts = parts .. pack(AS.PART, CODE.FROM_DEBT, 0, left, 0, '')
       break
     end
-    if is_spendable(book, grant) then
-      local take = min(free(grant), left)
+    local take = min(spendable(book, grant), left)
+    if take > 0 then
       grant.held = grant.held + take
       parts = parts .. pack(AS.PART, CODE.FROM_GRANT, 0, take, #grant.id, grant.id)
       left = left - take
@@ -294,8 +300,8 @@ function M.spend(book, amount, spent)
       spent[#spent + 1] = pack(AS.PART, CODE.FROM_DEBT, 0, left, 0, '')
       break
     end
-    if is_spendable(book, grant) then
-      local take = min(free(grant), left)
+    local take = min(spendable(book, grant), left)
+    if take > 0 then
       grant.settled = grant.settled + take
       spent[#spent + 1] = pack(AS.PART, CODE.FROM_GRANT, 0, take, #grant.id, grant.id)
       left = left - take
@@ -354,7 +360,7 @@ function M.settle(book, parts, amount, spent)
   end
   if book.debt > 0 then
     for _, grant in ipairs(M.grants(book)) do
-      if is_spendable(book, grant) then
+      if spendable(book, grant) > 0 then
         M.pay_debt(book, grant)
       end
     end

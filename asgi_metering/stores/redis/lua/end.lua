@@ -160,7 +160,7 @@ function M.end_member(ask, id, account, held, created, key)
     put(key, pack(AS.CHARGE_KEY, start, finish, members, 1) .. owned)
     put(owned_key, text .. receipt)
     append(work.ended_live, account, owned)
-    push(work.ended, ask.now, owned)
+    push(ended, ask.now, owned)
     return receipt
   end
   if members > 0 then
@@ -174,7 +174,7 @@ function M.end_member(ask, id, account, held, created, key)
   M.drop(key, 'charge')
   put(owned_key, text .. its)
   append(work.ended_live, account, owned)
-  push(work.ended, ask.now, owned)
+  push(ended, ask.now, owned)
   return nothing
 end
 
@@ -229,7 +229,7 @@ function M.finish(k, a, _, at)
     if by == CODE.BY_CALL and mark ~= CODE.CLOSED then
       return nil, CODE.RULES
     end
-    return pack('>cI4c0c0', 'X', #who, who, sub(text, size + 1))
+    return 'X' .. word(who) .. sub(text, size + 1)
   end
   local account = parse('>I4c0', who)
   local book, member = book_of(account), rest(key)
@@ -258,7 +258,7 @@ function M.finish(k, a, _, at)
   local new = text .. receipt
   put(key, new)
   append(work.ended_live, account, member)
-  push(work.ended, now, member)
+  push(ended, now, member)
   if rare ~= '' then
     local reply, actual, from = '', {}, nil
     if at_rare <= #numbers then
@@ -280,7 +280,7 @@ function M.finish(k, a, _, at)
   end
   if told ~= '' then
     work.event_ids[#work.event_ids + 1] = member
-    push(work.events, member, pack(AS.NEW_EVENT, now, 0, CODE.AS_HOLD, #told, told, new))
+    push(work.events, member, pack(AS.EVENT, now, 0, CODE.AS_HOLD) .. word(told) .. new)
   end
-  return pack('>cI4c0c0', 'E', #who, who, receipt)
+  return 'E' .. word(who) .. receipt
 end

@@ -126,7 +126,7 @@ local function take_counts(limits, k, answer)
     put(keys[k + 2 + i], counters[i + 1])
   end
   for i = 1, #past, 2 do
-    push(work.past_counters, past[i], past[i + 1])
+    append(rare_of('past'), 'counters', past[i], past[i + 1])
   end
   counters[1] = answer
   return concat(counters, '', 1, #limits + 1)

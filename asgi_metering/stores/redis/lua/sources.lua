@@ -154,8 +154,8 @@ function M.take(ask, book, offers)
       if window.is_new then
         local bucket, start = match(sub(window.key, #work.prefix + 3), '^(.*)\31([^\31]*)$')
         local account, name = match(bucket, '^(.*\31.*)\31([^\31]*)$')
-        push(work.past_windows, window.finish, window.key)
-        append(work.windows_of, account, name .. CODE.GLUE .. start)
+        append(rare_of('past'), 'windows', window.finish, window.key)
+        append(rare_of('windows'), account, name .. CODE.GLUE .. start)
         local latest = fetch(work.prefix .. 'W:' .. bucket)
         if not latest or window.start >= tonumber(latest) then
           put(work.prefix .. 'W:' .. bucket, start)

@@ -21,8 +21,7 @@ M.append = append
 
 -- A hold of the account lives until `expires`.
 local function lives(account, expires, member)
-  append(work.live, account, expires, member)
-  local due = work.due
+  append(live, account, expires, member)
   local known = due[account]
   if not known or expires < known then
     due[account] = expires
@@ -32,11 +31,9 @@ M.lives = lives
 
 -- Leases change at the end, and count at once.
 function M.lease(pool, member, expires)
-  local own = work.pools[pool]
-  if not own then
-    own = {}
-    work.pools[pool] = own
-  end
+  local pools = rare_of('pools')
+  local own = pools[pool] or {}
+  pools[pool] = own
   if own[member] == nil then
     own[member] = { before = tonumber(call('ZSCORE', pool, member) or nil) }
   end
@@ -45,7 +42,7 @@ end
 
 function M.live_leases(pool, now)
   local count = call('ZCOUNT', pool, '(' .. M.flt(now), '+inf')
-  for _, change in pairs(work.pools[pool] or {}) do
+  for _, change in pairs(rare_of('pools')[pool] or {}) do
     if change.before and change.before > now then
       count = count - 1
     end
@@ -94,11 +91,10 @@ end
 local function write_books()
   for account, book in next, books do
     if book.is_moved or book.is_due_new then
-      put(book.key, M.book_text(book))
-      for i = 1, #book do
-        if not M.is_open(book[i]) then
-          call('HSET', work.prefix .. 'G:' .. account, book[i].id, M.grant_text(book[i]))
-        end
+      local text, closed = M.book_text(book)
+      put(book.key, text)
+      if closed then
+        call('HSET', work.prefix .. 'G:' .. account, unpack(closed))
       end
       if book.text == '' then
         call('ZADD', work.prefix .. 'z:accounts', 0, account)
@@ -116,53 +112,93 @@ local function write_rows()
   if n > 0 then
     call('MSET', unpack(sets, 1, n))
   end
-  for i = 1, #work.fading, 2 do
-    call('PEXPIRE', work.fading[i], work.fading[i + 1])
+  local fading, gone = work.fading, work.gone
+  if #fading > 0 then
+    for i = 1, #fading, 2 do
+      call('PEXPIRE', fading[i], fading[i + 1])
+    end
+    work.fading = {}
   end
-  for key, index in next, work.gone do
-    call('DEL', key)
-    call('ZREM', work.prefix .. 'z:' .. index, key)
+  if next(gone) then
+    for key, index in next, gone do
+      call('DEL', key)
+      call('ZREM', work.prefix .. 'z:' .. index, key)
+    end
+    work.gone = {}
   end
 end
 
 local function write_lines()
+  if not next(lines) then
+    return
+  end
   local prefix = work.prefix
-  for account, lines in next, work.lines do
-    if call('RPUSH', prefix .. 'e:' .. account, unpack(lines)) == #lines then
-      local _, _, _, _, at = parse(AS.ENTRY, lines[1])
+  for account, some in next, lines do
+    if call('RPUSH', prefix .. 'e:' .. account, unpack(some)) == #some then
+      local _, _, _, _, at = parse(AS.ENTRY, some[1])
       call('ZADD', prefix .. 'z:lines', at, account)
     end
   end
-  for account, index in next, work.refs do
-    call('ZADD', prefix .. 'r:' .. account, unpack(index))
-  end
+  lines = {}
 end
 
 local function write_lives()
-  local prefix = work.prefix
-  for account, members in next, work.live do
+  local prefix, first, n = work.prefix, {}, 0
+  for account, members in next, live do
     call('ZADD', prefix .. 'l:' .. account, unpack(members))
-  end
-  for account, members in next, work.ended_live do
-    call('ZREM', prefix .. 'l:' .. account, unpack(members))
-  end
-  local first, n = {}, 0
-  for account, at in next, work.due do
-    first[n + 1], first[n + 2] = at, account
+    first[n + 1], first[n + 2] = due[account], account
     n = n + 2
   end
   if n > 0 then
     call('ZADD', prefix .. 'z:due', 'LT', unpack(first, 1, n))
+    live, due = {}, {}
   end
 end
 
-local function write_leases()
-  local due = work.prefix .. 'z:pools'
-  for pool, members in next, work.pools do
+local function write_ends()
+  local ended_live = work.ended_live
+  if next(ended_live) then
+    local prefix = work.prefix
+    for account, members in next, ended_live do
+      call('ZREM', prefix .. 'l:' .. account, unpack(members))
+    end
+    work.ended_live = {}
+  end
+  if #ended > 0 then
+    call('ZADD', work.prefix .. 'z:ended', unpack(ended))
+    ended = {}
+  end
+end
+
+local function write_events()
+  local ids = work.event_ids
+  local n = #ids
+  if n == 0 then
+    return
+  end
+  local prefix, new = work.prefix, ids
+  if call('HSET', prefix .. 'events', unpack(work.events)) < n then
+    -- Some were known: those have their place.
+    new = {}
+    for i = 1, n do
+      if not call('LPOS', prefix .. 'events:order', ids[i]) then
+        new[#new + 1] = ids[i]
+      end
+    end
+  end
+  if #new > 0 then
+    call('RPUSH', prefix .. 'events:order', unpack(new))
+  end
+  work.events, work.event_ids = {}, {}
+end
+
+local function write_leases(pools)
+  local first = work.prefix .. 'z:pools'
+  for pool, members in next, pools do
     for member, change in next, members do
       if change.after then
         call('ZADD', pool, change.after, member)
-        call('ZADD', due, 'LT', change.after, pool)
+        call('ZADD', first, 'LT', change.after, pool)
       else
         call('ZREM', pool, member)
       end
@@ -170,46 +206,20 @@ local function write_leases()
   end
 end
 
--- Field of `work`, and the index that it comes into.
-local INDEXES = {
-  ended = 'ended', past_counters = 'counters', past_windows = 'windows', past_charge_keys = 'charge',
-  past_idempotency = 'idempotency',
-}
+local NONE = {}
 
-local function write_indexes()
+local function write_rare(rare)
   local prefix = work.prefix
-  for account, members in next, work.windows_of do
+  for account, index in next, rare.refs or NONE do
+    call('ZADD', prefix .. 'r:' .. account, unpack(index))
+  end
+  for account, members in next, rare.windows or NONE do
     call('SADD', prefix .. 'v:' .. account, unpack(members))
   end
-  for field, name in next, INDEXES do
-    local index = work[field]
-    if #index > 0 then
-      call('ZADD', prefix .. 'z:' .. name, unpack(index))
-      work[field] = {}
-    end
+  for name, index in next, rare.past or NONE do
+    call('ZADD', prefix .. 'z:' .. name, unpack(index))
   end
-end
-
-local function write_events()
-  local ids = work.event_ids
-  local n, events, order = #ids, work.prefix .. 'events', work.prefix .. 'events:order'
-  if n == 0 then
-    return
-  end
-  local new = ids
-  if call('HSET', events, unpack(work.events)) < n then
-    -- Some were known: those have their place.
-    new = {}
-    for i = 1, n do
-      if not call('LPOS', order, ids[i]) then
-        new[#new + 1] = ids[i]
-      end
-    end
-  end
-  if #new > 0 then
-    call('RPUSH', order, unpack(new))
-  end
-  work.events, work.event_ids = {}, {}
+  write_leases(rare.pools or NONE)
 end
 
 function M.flush()
@@ -217,8 +227,10 @@ function M.flush()
   write_rows()
   write_lines()
   write_lives()
-  write_leases()
-  write_indexes()
+  write_ends()
   write_events()
+  if work.rare then
+    write_rare(work.rare)
+  end
   nothing_left()
 end
