@@ -166,11 +166,13 @@ end
 
 -- -- taking -------------------------------------------------------------------------------------------------
 
--- What is long is joined: packing takes it letter by letter.
+-- How a hold goes on that keeps nothing rare.
+local NO_TEXT = pack('>I4', 0)
+
 local function hold_text(now, ttl, grace, expires, due_at, parts, held, who, rare, kept)
   return pack(
     AS.NEW_HOLD, CODE.NEW_HOLD_SIZE + #parts + #who + #rare + #kept, 0, expires, due_at, 0, held, now, ttl, grace, #parts
-  ) .. parts .. word(who) .. word(rare) .. kept
+  ) .. parts .. pack('>I4', #who) .. who .. (rare == '' and NO_TEXT or pack('>I4', #rare) .. rare) .. kept
 end
 
 -- The hold that a charge key owns has no deadline: it ends with its calls, and each of those has one.

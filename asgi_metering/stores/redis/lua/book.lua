@@ -84,8 +84,8 @@ local function book_of(account, key)
   if text then
     granted, settled, held, expired, debt, entries, change, due, seen, at = parse(AS.ACCOUNT, text)
   end
-  -- All fields at once, here and below: a table that grows field by field costs several times as much. No more than 16:
-  -- with the next one it takes twice the room. What most books are not is no field: moved, matured, due at another time.
+  -- All fields at once, here and below: a table that grows field by field costs several times as much. No more than 16,
+  -- the next one would double its room: what most books are not, matured or due at another time, is no field.
   book = {
     nil, account = account, key = key, granted = granted, settled = settled, held = held, expired = expired, debt = debt,
     entries = entries, change = change, due = due, now = seen, seen = seen, at = at, text = text or '', is_moved = false,

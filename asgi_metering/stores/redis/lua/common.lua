@@ -25,7 +25,7 @@ AS.GRANT = '>ddddddddddI4c0I4c0'
 -- its size without the receipt, whether it is in doubt, expires, due, observed, amount, created, ttl, grace, parts, who
 -- pays, what is rare, line; then the basis in doubt, the facts, and the receipt once there is one
 AS.HOLD = '>I4BdddddddI4c0I4c0I4c0I4c0'
--- Up to its parts; and what it takes without texts, which follow.
+-- Up to its parts; and what it takes without texts, which are joined: packing takes long ones letter by letter.
 AS.NEW_HOLD, CODE.NEW_HOLD_SIZE = '>I4BdddddddI4', 73
 -- account, payer, unit, group: who pays
 AS.WHO = '>I4c0I4c0I4c0I4c0'
@@ -49,16 +49,11 @@ AS.CHARGE_KEY = '>dddB'
 AS.IDEMPOTENCY = '>dI4c0I4c0I4c0I4c0'
 -- at, claimed until, how the rest is kept: 0 JSON, 1 what the end told and the hold
 AS.EVENT = '>ddB'
-CODE.AS_HOLD = 1
+AS.NEW_EVENT, CODE.AS_HOLD = AS.EVENT .. 'I4', 1
 
 CODE.SETTLED, CODE.RELEASED = 0, 1
 CODE.OPEN_TO_LATE, CODE.CLOSED = 0, 1
 CODE.FROM_GRANT, CODE.FROM_ALLOWANCE, CODE.FROM_DEBT = 0, 1, 2
-
--- A text as it is packed: its length and its bytes.
-local function word(text)
-  return pack('>I4', #text) .. text
-end
 
 -- The store's time: the server's, unless a test says what time it is.
 function M.clock(given)

@@ -215,6 +215,9 @@ function M.answer_key(key, member, is_free, reply, who, receipt)
   end
 end
 
+-- How the call ends: one after the other, in the same table.
+local ending = { now = 0, state = 0, mark = 0, basis = 0, estimated = 0, by = 0, line = '' }
+
 function M.finish(k, a, _, at)
   local key = keys[k + 1]
   local text = rows[key]
@@ -229,7 +232,7 @@ function M.finish(k, a, _, at)
     if by == CODE.BY_CALL and mark ~= CODE.CLOSED then
       return nil, CODE.RULES
     end
-    return 'X' .. word(who) .. sub(text, size + 1)
+    return pack('>cI4', 'X', #who) .. who .. sub(text, size + 1)
   end
   local account = parse('>I4c0', who)
   local book, member = book_of(account), rest(key)
@@ -237,10 +240,9 @@ function M.finish(k, a, _, at)
   if book.is_moved and now >= book.change then
     return nil, CODE.LATER
   end
-  local ask = {
-    now = now, state = state, mark = by == CODE.BY_CALL and CODE.CLOSED or CODE.OPEN_TO_LATE, basis = basis,
-    estimated = estimated, by = by, line = line,
-  }
+  local ask = ending
+  ask.now, ask.state, ask.basis, ask.estimated, ask.by, ask.line = now, state, basis, estimated, by, line
+  ask.mark = by == CODE.BY_CALL and CODE.CLOSED or CODE.OPEN_TO_LATE
   local told = args[a + 1]
   local windows, pools_text, charge_key, idempotency_key = '', '', '', ''
   if rare ~= '' then
@@ -280,7 +282,7 @@ function M.finish(k, a, _, at)
   end
   if told ~= '' then
     work.event_ids[#work.event_ids + 1] = member
-    push(work.events, member, pack(AS.EVENT, now, 0, CODE.AS_HOLD) .. word(told) .. new)
+    push(work.events, member, pack(AS.NEW_EVENT, now, 0, CODE.AS_HOLD, #told) .. told .. new)
   end
-  return 'E' .. word(who) .. receipt
+  return pack('>cI4', 'E', #who) .. who .. receipt
 end
