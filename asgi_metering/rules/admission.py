@@ -97,9 +97,10 @@ def admit(state: State, ask: Admit, now: float) -> tuple[Decision, list[Change]]
     stored = state.holds.get(ask.id)
     if stored is not None:
         return _repeat(state, ask, stored, now), []
-    taken_key = claimed(state, ask, now)
-    if taken_key is not None:
-        return taken_key, []
+    if ask.idempotency is not None:
+        taken_key = claimed(state, ask, ask.idempotency, now)
+        if taken_key is not None:
+            return taken_key, []
     looks: list[Look] = []
     failing: list[Look] = []
     for limit in ask.limits:
@@ -109,7 +110,7 @@ def admit(state: State, ask: Admit, now: float) -> tuple[Decision, list[Change]]
         looks.append(seen)
         if not seen.fits:
             failing.append(seen)
-    refusal = _full_pool(state, ask.leases, now)
+    refusal = _full_pool(state, ask.leases, now) if ask.leases else None
     if refusal is None and failing:
         refusal = _spent_limit(failing)
     if refusal is not None:
@@ -273,27 +274,27 @@ def _dry_together(ask: Admit, offers: list[_Offer]) -> list[Refusal]:
 
 def _take(ask: Admit, group: str, book: Book, offers: list[_Offer], now: float) -> _Taken:
     """Hold up to the whole amount, of each offer in turn what it has; of nothing, to pin who pays."""
-    parts: list[Part] = []
-    changes: list[Change] = []
-    left, take = ask.amount, 0
-    last = offers[0]
-    for offer in offers:
-        take = min(left, offer.available)
-        window = offer.window
+    parts: tuple[Part, ...] = ()
+    windows: list[Change] = []
+    wanted = left = ask.amount
+    name, available = WALLET, 0
+    for _, has, _, _, window in offers:
+        take = min(left, has)
         if window is None:
-            parts.extend(book.hold(take))
+            parts += book.hold(take)
+            name, available = WALLET, book.available
         else:
-            key = (window.payer, window.unit, window.name, window.start)
-            parts.append(Part(Source.ALLOWANCE, window.name, window.start, take))
-            changes.append((Table.ALLOWANCE, key, window._replace(held=window.held + take)))
+            name, available = window.name, has - take
+            key = (window.payer, window.unit, name, window.start)
+            parts += (Part(Source.ALLOWANCE, name, window.start, take),)
+            windows.append((Table.ALLOWANCE, key, window._replace(held=window.held + take)))
         left -= take
-        last = offer
         if not left:
             break
-    changes = [*book.changes(now + ask.ttl_s), *changes]
-    amount = ask.amount - left
-    available = book.available if last.window is None else last.available - take
-    return build(_Taken, (tuple(parts), amount, available, _name(last), changes, book.key[0], group))
+    changes = book.changes(now + ask.ttl_s)
+    if windows:
+        changes += windows
+    return build(_Taken, (parts, wanted - left, available, name, changes, book.key[0], group))
 
 
 def _dry_refusal(ask: Admit, dry: list[Refusal], now: float) -> Refusal:
@@ -436,13 +437,12 @@ def _refused(ask: Admit, now: float, refusal: Refusal, looks: Sequence[Look]) ->
 
 
 def _windows(looks: Sequence[Look], taken: bool) -> tuple[WindowState, ...]:
-    return tuple([window_state(seen, taken) for seen in looks])
+    return tuple([window_state(seen, taken) for seen in looks]) if looks else ()
 
 
 def _admitted(ask: Admit, now: float, taken: _Taken | None, looks: Sequence[Look]) -> tuple[Decision, list[Change]]:
-    changes = _counted(ask, now, looks)
-    if taken is not None:
-        changes = [*taken.changes, *changes]
+    counted = _counted(ask, now, looks)
+    changes = taken.changes + counted if taken is not None else counted
     hold = _hold(ask, now, taken, looks)
     if taken is not None or hold.pools or hold.windows or hold.idempotency_key:
         changes.append((Table.HOLD, ask.id, hold))
@@ -451,9 +451,13 @@ def _admitted(ask: Admit, now: float, taken: _Taken | None, looks: Sequence[Look
 
 def _counted(ask: Admit, now: float, looks: Sequence[Look]) -> list[Change]:
     """What every admission takes: of its limits, its slots, and its idempotency key."""
-    changes: list[Change] = [(Table.COUNTER, seen.ask.key, seen.counter) for seen in looks]
+    changes: list[Change] = []
+    for seen in looks:
+        counter = seen.counter
+        changes.append((Table.COUNTER, counter.key, counter))
     for lease in ask.leases:
-        changes.append((Table.LEASE, (lease.pool, ask.id), Lease(lease.pool, ask.id, now + ask.ttl_s)))
+        place = (lease.pool, ask.id)
+        changes.append((Table.LEASE, place, build(Lease, (*place, now + ask.ttl_s))))
     if ask.idempotency is not None:
         changes.append(claim(ask.idempotency, ask.id, now))
     return changes
@@ -471,13 +475,12 @@ def _decision(ask: Admit, now: float, taken: _Taken | None, looks: Sequence[Look
 
 def _pinned(looks: Sequence[Look]) -> tuple[PinnedWindow, ...]:
     """The windows that the end of the call corrects."""
-    return tuple(
-        [
-            PinnedWindow(seen.ask.key, seen.counter.start, seen.ask.meter, seen.ask.cost)
-            for seen in looks
-            if seen.ask.meter != "requests"
-        ]
-    )
+    pinned: tuple[PinnedWindow, ...] = ()
+    for seen in looks:
+        ask = seen.ask
+        if ask.meter != "requests":
+            pinned += (PinnedWindow(ask.key, seen.counter.start, ask.meter, ask.cost),)
+    return pinned
 
 
 def _hold(ask: Admit, now: float, taken: _Taken | None, looks: Sequence[Look]) -> Hold:
@@ -488,7 +491,7 @@ def _hold(ask: Admit, now: float, taken: _Taken | None, looks: Sequence[Look]) -
         parts, amount, _, _, _, payer, group = taken
     expires_at = now + ttl_s
     due_at = expires_at + grace_s
-    pools = tuple([lease.pool for lease in leases])
+    pools = tuple([lease.pool for lease in leases]) if leases else ()
     key = idempotency.key if idempotency is not None else ""
     # fmt: off
     return build(Hold, (

@@ -8,6 +8,8 @@ Does not know holds' lives, calls or limits.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 from asgi_metering.receipts import Basis, Entry, EntryKind, Part, Source
 from asgi_metering.rules.state import NEVER, TAKEN_BACK, Account, AccountKey, Change, Grant, State, Table, build
 
@@ -15,6 +17,8 @@ __all__ = ["Book", "burn_order"]
 
 # Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
 _GRANT, _DEBT = Source.GRANT, Source.DEBT
+
+_NO_GRANTS: Mapping[str, Grant] = {}
 
 
 def burn_order(grant: Grant) -> tuple[int, float, int]:
@@ -107,18 +111,18 @@ class Book:
         self.expired += lapsed
         self.write(EntryKind.EXPIRE, lapsed, grant.id)
 
-    def _open_grants(self) -> list[Grant]:
+    def _open_grants(self) -> Collection[Grant]:
         """Open grants of the account as they are by now, in no order."""
-        stored = self._state.grants.get(self.key)
+        stored = self._state.grants.get(self.key, _NO_GRANTS)
         if not self._touched:
-            return list(stored.values()) if stored else []
-        merged = {**stored, **self._touched} if stored else dict(self._touched)
+            return stored.values()
+        merged = {**stored, **self._touched}
         return [grant for grant in merged.values() if grant.is_open]
 
     def _spendable(self) -> list[Grant]:
         """Grants with free units, in burn order."""
         now = self.now
-        grants = [g for g in self._open_grants() if g.begun and g.free and g.expires_at > now]
+        grants = [g for g in self._open_grants() if g.begun and g.expires_at > now and g.free]
         if len(grants) > 1:
             grants.sort(key=burn_order)
         return grants
@@ -342,7 +346,9 @@ class Book:
             Account,
             (payer, unit, granted, settled, held, expired, debt, self.entries, changes_at, due_at, self.now),
         )
-        changes: list[Change] = [(Table.GRANT, key, grant) for grant in self._touched.values()]
+        changes: list[Change] = []
+        for grant in self._touched.values():
+            changes.append((Table.GRANT, key, grant))
         changes.append((Table.ACCOUNT, key, account))
         for entry in self._entries:
             changes.append((Table.ENTRY, key, entry))

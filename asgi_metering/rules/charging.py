@@ -30,7 +30,10 @@ def charge(state: State, hold: Hold, ask: End, now: float) -> tuple[Receipt, lis
         # A lease alone, or nothing was set aside: no account changes.
         return receipt_of(hold, ask, basis, 0, (), None, now, None), changes
     book = Book(state, (hold.payer, hold.unit), now)
-    allowances = sum([part.source is _ALLOWANCE for part in hold.parts])
+    allowances = 0
+    for part in hold.parts:
+        if part.source is _ALLOWANCE:
+            allowances += 1
     parts = _consume(state, book, hold, amount, changes) if allowances else book.settle(hold.parts, amount)
     number = None
     if amount:

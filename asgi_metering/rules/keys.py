@@ -31,20 +31,18 @@ __all__ = [
 # -- idempotency keys --------------------------------------------------------------------------------------
 
 
-def claimed(state: State, ask: Admit, now: float) -> Decision | None:
+def claimed(state: State, ask: Admit, wanted: IdempotencyAsk, now: float) -> Decision | None:
     """
     What a request is answered whose idempotency key is taken: replay, in flight, or another request's key.
 
     None where the key is free. A key whose call is in doubt stays taken (DESIGN "Idempotency").
     """
-    if ask.idempotency is None:
-        return None
-    row = state.idempotency_keys.get(ask.idempotency.key)
+    row = state.idempotency_keys.get(wanted.key)
     if row is None or (row.receipt is not None and row.expires_at <= now):
         return None
     if row.receipt is None:
         return Decision(ask.id, now, Refusal(Reason.IN_FLIGHT, "idempotency", transient=True))
-    if row.fingerprint != ask.idempotency.fingerprint:
+    if row.fingerprint != wanted.fingerprint:
         return Decision(ask.id, now, Refusal(Reason.FINGERPRINT, "idempotency"))
     return Decision(ask.id, now, replay=row.receipt, reply=row.reply)
 

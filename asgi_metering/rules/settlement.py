@@ -97,7 +97,8 @@ def end(state: State, ask: End, now: float) -> tuple[Receipt, list[Change]]:
         changes.append((Table.LEASE, (pool, hold.id), None))
     if hold.idempotency_key:
         changes.extend(answer_key(state, hold, ask, receipt))
-    _correct_windows(state, hold, ask.actual, changes)
+    if hold.windows:
+        _correct_windows(state, hold, ask.actual, changes)
     if ask.event is not None:
         changes.append(_event(hold, receipt, ask.event))
     return receipt, changes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -57,6 +58,25 @@ def test_write_exactly_what_has_changed() -> None:
     world.wait(600)
     step(Sweep(keep_holds_s=100))
     step(PostGrant("h", "ada", "credits", 20))
+
+
+def test_write_rows_with_all_their_fields() -> None:
+    """Every row that a call writes, and every answer it gets, has all fields of its class."""
+    world = World()
+    world.grant(20, "g")
+    tokens = sliding(100, key="t", name="tokens", meter="tokens", cost=9)
+    limits = (fixed(3), tokens, calendar(9, world.now, key="d"))
+    admit = world.ask(9, "a", limits=limits, leases=(slots(3),))
+    for step in (admit, End("a", 7, Basis.USAGE, event={"n": 4}, actual={"tokens": 1})):
+        answer = world.run(step)
+        _check_fields([answer, *(row for _, _, row in world.written if row is not None)])
+
+
+def _check_fields(rows: Iterable[Any]) -> None:
+    for row in rows:
+        if isinstance(row, tuple):
+            assert len(row) == len(getattr(row, "_fields", row))
+            _check_fields(row)
 
 
 def test_change_nothing_when_an_operation_is_a_mistake() -> None:
