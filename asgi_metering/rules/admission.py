@@ -456,8 +456,8 @@ def _counted(ask: Admit, now: float, looks: Sequence[Look]) -> list[Change]:
         counter = seen.counter
         changes.append((Table.COUNTER, counter.key, counter))
     for lease in ask.leases:
-        place = (lease.pool, ask.id)
-        changes.append((Table.LEASE, place, build(Lease, (*place, now + ask.ttl_s))))
+        pool, call = place = (lease.pool, ask.id)
+        changes.append((Table.LEASE, place, build(Lease, (pool, call, now + ask.ttl_s))))
     if ask.idempotency is not None:
         changes.append(claim(ask.idempotency, ask.id, now))
     return changes
