@@ -276,7 +276,7 @@ def lost(world: World, *calls: str, **more: Any) -> None:
 
 @pytest.mark.parametrize("key", [SESSION, None])
 def test_charge_one_of_the_late_calls_of_a_key(key: KeyAsk | None) -> None:
-    """Of several calls that were given up the first late success pays for the window, and all others join it (S0.10)."""
+    """Of several calls that were given up the first late success pays for the window, and others join it (S0.10)."""
     world = rich()
     key = key or today(world)
     lost(world, "a", "b", charge_key=key)
@@ -304,7 +304,7 @@ def test_leave_a_late_failure_of_a_key_unpaid() -> None:
 
 
 def test_charge_a_late_call_of_a_key_to_its_allowance() -> None:
-    """A late success is paid from where the key's hold was: once from the day's allowance, not from the wallet (S0.3)."""
+    """A late success is paid from where the hold of its key was: from the allowance, not from the wallet (S0.3)."""
     world = rich()
     lost(world, "a", "b", sources=(world.free(5), WALLET))
     assert [world.end(call, 5).late for call in ("a", "b")] == [5, 0]

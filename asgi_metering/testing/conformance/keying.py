@@ -249,7 +249,7 @@ class Together(Suite):
 
     @scenario
     async def test_person_ends_a_call_of_a_key(self, scene: Scene) -> None:
-        """A person's end of a call charges what the person says, once for all calls; nothing leaves it to the others."""
+        """A person's end of a call charges what the person says, once for all; nothing leaves it to the others."""
         await scene.grant(100)
         for call in ("a", "b", "c"):
             await _member(scene, call)
