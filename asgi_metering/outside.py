@@ -69,7 +69,7 @@ def _call_for(metering: Metering, payer: str | None, caller: Caller | None, line
     inherited = None
     if payer is None:
         outer = _paid_call(metering, line)
-        payer, inherited = outer.payer or "", outer.paid_by
+        payer, inherited = _account_of(outer), outer.paid_by
         caller = caller or outer.caller
     check_key(payer, "payer")
     # Whose balance pays is said here, whatever the caller's own would be.
@@ -89,6 +89,14 @@ def _paid_call(metering: Metering, line: str) -> Call:
             f"payer='org_7'."
         )
     return call
+
+
+def _account_of(outer: Call) -> str:
+    """Whose balance goes with `Call.paid_by`: of a call that nothing is held for, that of the first choice (S0.26)."""
+    payer, decision = outer.paid_by, outer.decision
+    is_held = decision is not None and bool(decision.payer)
+    account = "" if payer is None or is_held else outer.accounts.get(payer.name, "")
+    return account or outer.payer or ""
 
 
 def planned(caller: Caller | None, payer: str, plan: str | None) -> Caller:

@@ -128,19 +128,22 @@ async def allowance_statuses(call: Call, charge: ChargePolicy) -> list[Allowance
     store = call.metering.store
     unit = call.metering.counted(charge.unit).name
     now, state = await store.read(AccountRows(call.payer or "", unit))
-    sources = await asked_of(call, charge, now)
     states = {call.payer or "": state}
     plan = call.caller.plan if call.caller is not None else None
     found = []
-    for source in sources:
-        if isinstance(source, AllowanceSource):
-            payer = source.payer or call.payer or ""
-            if payer not in states:
-                _, states[payer] = await store.read(AccountRows(payer, unit))
-            # Of the time that the gate would see.
-            seen = clamped(states[payer], (payer, unit), now)
-            found.append(_status(states[payer], source, (payer, unit, source.name), plan, seen))
+    for index, source in enumerate(await _allowances(call, charge, now)):
+        payer = source.payer or call.payer or ""
+        if payer not in states:
+            _, states[payer] = await store.read(AccountRows(payer, unit))
+        # Of the time that the gate would see, which may be days ahead of a clock that was set back.
+        seen = clamped(states[payer], (payer, unit), now)
+        asked = source if seen == now else (await _allowances(call, charge, seen))[index]
+        found.append(_status(states[payer], asked, (payer, unit, source.name), plan, seen))
     return found
+
+
+async def _allowances(call: Call, charge: ChargePolicy, now: float) -> list[AllowanceSource]:
+    return [source for source in await asked_of(call, charge, now) if isinstance(source, AllowanceSource)]
 
 
 def _status(state: State, source: AllowanceSource, bucket: BucketKey, plan: str | None, now: float) -> AllowanceStatus:

@@ -280,6 +280,20 @@ def test_allowance_of_another_day(play: Play) -> None:
     play(scene)
 
 
+def test_allowance_of_a_clock_that_was_set_back(play: Play) -> None:
+    """A clock that steps back by days changes nothing that is seen: gauge and gate are at the account's own time."""
+
+    async def scene(metering: Metering, clock: FakeClock) -> None:
+        await spend(metering, 2, sources=SOURCES)
+        before = await metering.allowances("ann", sources=SOURCES)
+        clock.advance(-12 * HALF_DAY_S)
+        assert await metering.allowances("ann", sources=SOURCES) == before
+        seen = await metering.preview("ann", line="job", price=1, sources=SOURCES)
+        assert (seen.source, seen.available) == ("daily", 0)
+
+    play(scene)
+
+
 def test_allowance_that_was_cut(play: Play) -> None:
     """A limit below what is used leaves nothing, and never a negative remainder (S0.13, DESIGN 4)."""
 

@@ -229,7 +229,9 @@ class ChargeKey(NamedTuple):
     A key that is charged once per window, however many calls bring it (DESIGN "charge_key").
 
     ``hold`` is the hold that the key owns: it is settled by the first of its members that succeeds, and released when
-    the last of ``members`` leaves without success. ``settled`` keys let calls join free until their window ends.
+    the last of ``members`` leaves without success. ``settled`` keys let calls join free until their window ends. One
+    that was given back begins anew with the next call; it is kept, so that the first late end of a call that was given
+    up pays for its window, and no further one.
     """
 
     key: str
@@ -238,6 +240,11 @@ class ChargeKey(NamedTuple):
     hold: str
     members: int = 0
     settled: bool = False
+
+    @property
+    def is_given_back(self) -> bool:
+        """Whether nobody pays for it, and nobody has."""
+        return not self.settled and not self.members
 
 
 class IdempotencyKey(NamedTuple):

@@ -126,7 +126,8 @@ function M.by_key(ask)
   local known = rows[key]
   if known then
     local k_start, k_end, members, settled, place = parse(AS.CHARGE_KEY, known)
-    if rare.charge == CODE.CALENDAR or now < k_end or (settled == 0 and members > 0) then
+    local is_settled = settled == 1 and (rare.charge == CODE.CALENDAR or now < k_end)
+    if is_settled or (settled == 0 and members > 0) then
       local hold = sub(known, place)
       return {
         key = key, text = pack(AS.CHARGE_KEY, k_start, k_end, members + 1, settled) .. hold,

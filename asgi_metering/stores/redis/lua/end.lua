@@ -3,7 +3,7 @@
 -- Answers 'E', who pays and the receipt; 'X' with the first ones for a hold that has ended; 'U' for one that nobody
 -- knows. Answers nothing, and why, if it could not be decided here; and whether it has begun to change books.
 
-CODE.BY_CALL = 0
+CODE.BY_CALL, CODE.BY_PERSON = 0, 2
 
 function M.parts_of(text)
   local parts, at = {}, 1
@@ -171,7 +171,8 @@ function M.end_member(ask, id, account, held, created, key)
   if not its then
     return nil
   end
-  M.drop(key, 'charge')
+  -- The row stays: the late end of a call that was given up pays for its window, once.
+  put(key, pack(AS.CHARGE_KEY, start, finish, 0, 0) .. owned)
   put(owned_key, text .. its)
   append(work.ended_live, account, owned)
   push(ended, ask.now, owned)
@@ -247,6 +248,10 @@ function M.finish(k, a, _, at)
   local windows, pools_text, charge_key, idempotency_key = '', '', '', ''
   if rare ~= '' then
     windows, pools_text, charge_key, idempotency_key = parse(AS.RARE, rare)
+  end
+  if charge_key ~= '' and by == CODE.BY_PERSON then
+    -- What a person says is not the price of the key.
+    return nil, CODE.RULES
   end
   local receipt
   if charge_key == '' then
