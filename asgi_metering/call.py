@@ -290,11 +290,11 @@ class Call(CallState):
         if available is None:
             return "ok"
         level = self.warning_level
-        left = available + self._overdraft
+        left = available + self.overdraft
         return "blocked" if left <= 0 else "warning" if level is not None and available < level else "ok"
 
     @property
-    def _overdraft(self) -> int:
+    def overdraft(self) -> int:
         """Smallest parts that the paying wallet may owe: with these left it is not at its end."""
         source = self._paying_source
         return self.unit.parts(source.overdraft, "overdraft") if isinstance(source, Wallet) else 0

@@ -531,7 +531,13 @@ def dress(call: Call, message: Message, scope: Scope, options: ExchangeOptions) 
     if call.policy is not None and "quotas" in call.opening.features:
         given = _capture(call, call.policy.charge, given, message["status"])
     fields = (
-        limit_fields(call.decision, call.unit, options.answers.names, warn_below=call.warning_level)
+        limit_fields(
+            call.decision,
+            call.unit,
+            options.answers.names,
+            warn_below=call.warning_level,
+            overdraft=call.overdraft,
+        )
         if call.decision is not None
         else []
     )
