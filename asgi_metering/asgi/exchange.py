@@ -565,14 +565,14 @@ def _provider_of(quotas: Headers, status: int) -> str:
 
 
 def _tap(call: Call, given: Headers, scope: Scope) -> Tap | None:
-    """Only calls whose price depends on usage have their bodies watched."""
+    """Only calls whose price or limits depend on usage have their bodies watched."""
     charge = call.charge
-    if charge is None or not charge.measured or scope["method"] == "HEAD":
+    if not call.counts_usage or scope["method"] == "HEAD":
         return None
     found = {name.lower(): value for name, value in given if name.lower() in (b"content-type", b"content-encoding")}
     content_type, encoding = found.get(b"content-type"), found.get(b"content-encoding")
     return Tap(
         None if content_type is None else content_type.decode("latin-1"),
         None if encoding is None else encoding.decode("latin-1"),
-        charge.dialect,
+        None if charge is None else charge.dialect,
     )

@@ -396,4 +396,30 @@ MUTATIONS = (
             "tests/pitfalls/test_frameworks.py::test_answer_503_when_nobody_can_say_who_calls[wrong]",
         ),
     ),
+    Mutation(
+        0,
+        "bodies are read for prices alone",
+        "asgi_metering.call_state",
+        '        return self.policy is not None and "rates" in self.opening.features and self.policy.weighs\n',
+        "        return False\n",
+        _test("test_limits_count_what_the_body_reports[fixed price]")
+        + _test("test_limits_count_what_the_body_reports[no price]")
+        + _test("test_limits_count_what_was_seen_of_a_stream_that_broke"),
+    ),
+    Mutation(
+        0,
+        "limits count what a stream began with",
+        "asgi_metering.billing",
+        "        return await observed_usage(call, known)\n    except UsageError:\n",
+        "        return known\n    except UsageError:\n",
+        _test("test_limits_count_what_was_seen_of_a_stream_that_broke"),
+    ),
+    Mutation(
+        0,
+        "an error in the body of a fixed price is free",
+        "asgi_metering.measuring",
+        "    body = _body(call) if call.charge is not None and call.charge.measured else None\n",
+        "    body = _body(call)\n",
+        _test("test_fixed_prices_are_charged_whatever_the_body_says"),
+    ),
 )
