@@ -390,8 +390,8 @@ async def run(
     finally:
         CURRENT.reset(token)
         opening.closed = True
-        # It refers to the opening: a circle for each request would be work for the collector of garbage.
-        opening.cut = None
+        # They refer to the opening and the server: circles for each request would be work for the collector of garbage.
+        opening.cut = opening.request_body = None
         if watch is not None:
             watch.stop()
         if cutting is not None:
