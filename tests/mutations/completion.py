@@ -181,7 +181,7 @@ MUTATIONS = (
         "the shutdown is not held",
         "asgi_metering.asgi.lifespan",
         "                # Before the app hears of it: its own resources are still open for calls in flight.\n"
-        "                await self._metering.drain()\n",
+        "                await self._drain()\n",
         "                pass\n",
         _test("test_shutdown_waits_for_a_stream_in_flight"),
     ),
@@ -421,5 +421,30 @@ MUTATIONS = (
         "    body = _body(call) if call.charge is not None and call.charge.measured else None\n",
         "    body = _body(call)\n",
         _test("test_fixed_prices_are_charged_whatever_the_body_says"),
+    ),
+    Mutation(
+        31,
+        "one application's shutdown ends the calls of another one",
+        "asgi_metering.asgi.lifespan",
+        "        if self._metering.runtime().lifespans <= 1:\n",
+        "        if True:\n",
+        _test("test_other_users_of_a_metering_leave_the_calls_of_an_application_alone[application]"),
+    ),
+    Mutation(
+        31,
+        "a block stops what an application uses",
+        "asgi_metering.metering",
+        "        if not (runtime.blocks or runtime.lifespans):\n",
+        "        if True:\n",
+        _test("test_other_users_of_a_metering_leave_the_calls_of_an_application_alone[block]")
+        + _test("test_the_last_block_of_a_metering_stops_it"),
+    ),
+    Mutation(
+        31,
+        "an application that was cancelled uses it for ever",
+        "asgi_metering.asgi.lifespan",
+        "            # Also where the server cancels it: for others this one is over.\n            self._leave()\n",
+        "            pass\n",
+        _test("test_other_users_of_a_metering_leave_the_calls_of_an_application_alone[application that broke]"),
     ),
 )
