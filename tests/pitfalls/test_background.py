@@ -162,8 +162,9 @@ def test_other_users_of_a_metering_leave_the_calls_of_an_application_alone(other
         if other == "block":
             async with metering:
                 return
+        second = starlette(endpoint) if other == "application" else plain(answering)
         with suppress(LookupError):
-            async with lifespan(MeteringMiddleware(starlette(endpoint), metering=metering)):
+            async with lifespan(MeteringMiddleware(second, metering=metering)):
                 if other != "application":
                     raise LookupError("The server goes down at once.")
 
