@@ -403,6 +403,14 @@ ENDPOINTS = (
         ),
     ),
     Mutation(
+        39,
+        "explicit gates have one name",
+        CALL,
+        "        return self.gate(gather(policies, name, arguments, line=short), arguments)\n",
+        '        return self.gate(gather(policies, "current_call.admit", arguments), arguments)\n',
+        _in("gate", "test_count_handlers_that_ask_for_themselves_apart"),
+    ),
+    Mutation(
         8,
         "everybody at the gate asks",
         CALL,

@@ -381,6 +381,23 @@ def test_refuse_another_price_inside_a_call(scene: Scene, ran: list[str]) -> Non
     assert (len(scene.books.admissions), scene.settled()) == (1, 0)
 
 
+def test_count_handlers_that_ask_for_themselves_apart(scene: Scene) -> None:
+    """Pitfall 39: explicit gates of two handlers share neither counts nor a line, as if they had been decorated."""
+
+    async def first(request: Request) -> PlainTextResponse:
+        await current_call().admit(PRICE, rate_limited("1/day"))
+        return PlainTextResponse(current_call().line)
+
+    async def second(request: Request) -> PlainTextResponse:
+        await asyncio.create_task(current_call().admit(PRICE, rate_limited("1/day")))
+        return PlainTextResponse(current_call().line)
+
+    app = installed(starlette(("/first", first), ("/second", second)), scene.metering, "wrapped")
+    answers = visit(app, Visit("/first"), Visit("/second"), Visit("/second"))
+    assert [status(ended.log) for ended in answers] == [200, 200, 429]
+    assert [body(ended.log) for ended in answers[:2]] == [b"first", b"second"]
+
+
 def test_refuse_a_second_explicit_gate(scene: Scene) -> None:
     """Pitfall 8: two explicit gates in one handler would charge twice, so the second one raises."""
 
