@@ -52,9 +52,11 @@ async def bill(call: Call) -> tuple[End, Metered]:
     amount: int | None
     if call.exempt:
         # Its hold is of limits and slots alone, and what it used is nobody's charge.
-        amount, used, estimated, basis = None, known, False, Basis.NONE
+        amount, used, estimated, basis = None, await _counted(call, known), False, Basis.NONE
     elif fixed:
-        amount, used, estimated = _fixed_amount(call, basis), known, False
+        amount, used, estimated = _fixed_amount(call, basis), await _counted(call, known), False
+    elif call.price is None:
+        amount, used, estimated = None, await _counted(call, known), False
     else:
         amount, used, estimated, basis = await _measured_amount(call, basis, known, policy)
     told = _event(call, used, seen, row)
@@ -81,6 +83,16 @@ def _safe_usage(call: Call) -> Metered:
         log.error("The usage of call %s adds up to nonsense: %s", call.id, failure)
         _alarm(call)
         return Metered()
+
+
+async def _counted(call: Call, known: Metered) -> Metered:
+    """What limits count of a call that is not charged by usage: of an answer that broke what was observed."""
+    if known.complete or known.usage is None or not call.counts_usage:
+        return known
+    try:
+        return await observed_usage(call, known)
+    except UsageError:
+        return known
 
 
 def _fixed_amount(call: Call, basis: Basis) -> int | None:

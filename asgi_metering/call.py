@@ -8,7 +8,8 @@ about it meanwhile is in `call_state`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import sys
+from collections.abc import Coroutine, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -187,9 +188,11 @@ class Call(CallState):
             return 0
         return self.price.affordable(kind, self.unit.whole(self.held), used)
 
-    async def admit(self, *policies: Part | Amount, **arguments: Any) -> None:
+    def admit(self, *policies: Part | Amount, **arguments: Any) -> Coroutine[Any, Any, None]:
         """
-        Ask for admission at an exact point of the handler: the explicit gate (S4.6).
+        Ask for admission at an exact point of the handler: the explicit gate (S4.6). Await it there.
+
+        Where the policies do not say, the line and what limits are counted by are those of the function that asks.
 
         Args:
             policies: What the decorators take: ``billable(2)``, ``rate_limited("60/minute")``; a bare amount is a
@@ -203,7 +206,11 @@ class Call(CallState):
         """
         from asgi_metering.decorators import gather
 
-        await self.gate(gather(policies, "current_call.admit", arguments), arguments)
+        # As if that function had been decorated: handlers that ask for themselves share no counts.
+        asking = sys._getframe(1)
+        short, module = asking.f_code.co_name, asking.f_globals.get("__name__", "")
+        name = f"{module}.{asking.f_code.co_qualname.replace('<locals>.', '')}"
+        return self.gate(gather(policies, name, arguments, line=short), arguments)
 
     @property
     def paid_by(self) -> Payer | None:
@@ -290,11 +297,11 @@ class Call(CallState):
         if available is None:
             return "ok"
         level = self.warning_level
-        left = available + self._overdraft
+        left = available + self.overdraft
         return "blocked" if left <= 0 else "warning" if level is not None and available < level else "ok"
 
     @property
-    def _overdraft(self) -> int:
+    def overdraft(self) -> int:
         """Smallest parts that the paying wallet may owe: with these left it is not at its end."""
         source = self._paying_source
         return self.unit.parts(source.overdraft, "overdraft") if isinstance(source, Wallet) else 0

@@ -179,6 +179,13 @@ class CallState:
         return self.has_hold or self.charge is not None or bool(self.local)
 
     @property
+    def counts_usage(self) -> bool:
+        """Whether what it uses matters: to its price, or to a limit that it is counted by."""
+        if self.charge is not None and self.charge.measured:
+            return True
+        return self.policy is not None and "rates" in self.opening.features and self.policy.weighs
+
+    @property
     def is_refused(self) -> bool:
         """Whether the gate said no."""
         return self.refusal is not None

@@ -6,7 +6,10 @@ Knows how a charge is begun and left. Never knows what the method does, nor what
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import logging
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from inspect import isawaitable
@@ -18,6 +21,8 @@ from asgi_metering.errors import ConfigurationError
 from asgi_metering.opening import CURRENT, Opening
 
 __all__ = ["Charge", "ChargedClient", "ChargedStream"]
+
+log = logging.getLogger("asgi_metering")
 
 Charge = Callable[[], AbstractAsyncContextManager[Call]]
 """Begins the charge of one call."""
@@ -76,16 +81,19 @@ class ChargedStream:
     """
     A stream whose charge ends when it is exhausted, fails, or is closed; everything else is the stream's own.
 
-    Close one that you leave early, as you would the stream itself: until then its hold is kept.
+    Close one that you leave early, as you would the stream itself: until then its hold is kept. One that is dropped
+    instead, as by a response whose client left, is closed when it is collected.
     """
 
-    __slots__ = ("_charge", "_items", "_opening", "_stream")
+    __slots__ = ("__weakref__", "_charge", "_items", "_opening", "_stream")
 
     def __init__(self, stream: Any, opening: Opening | None, charge: AsyncExitStack) -> None:
         self._stream = stream
         self._items: AsyncIterator[Any] = aiter(stream)
         self._opening = opening
         self._charge: AsyncExitStack | None = charge
+        # Keeps the charge alive for it: were both collected together, the charge would end as one that failed.
+        weakref.finalize(self, _dropped, asyncio.get_running_loop(), charge).atexit = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -141,3 +149,25 @@ class ChargedStream:
         except BaseException as raised:
             if raised is not failure:
                 raise
+
+
+_ENDING: set[asyncio.Task[None]] = set()
+"""Ends of streams that were dropped: nobody else refers to them."""
+
+
+def _dropped(loop: asyncio.AbstractEventLoop, charge: AsyncExitStack) -> None:
+    """End *charge*, whose stream is gone, on its loop; again, of one that has ended, does nothing. From any thread."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(_end, charge)
+
+
+def _end(charge: AsyncExitStack) -> None:
+    task = asyncio.get_running_loop().create_task(charge.aclose())
+    _ENDING.add(task)
+    task.add_done_callback(_ended)
+
+
+def _ended(task: asyncio.Task[None]) -> None:
+    _ENDING.discard(task)
+    if not task.cancelled() and task.exception() is not None:
+        log.error("The charge of a stream that was dropped could not be ended.", exc_info=task.exception())

@@ -428,7 +428,9 @@ def _sources(sources: Sequence[PaymentSource] | None) -> tuple[PaymentSource, ..
     return tuple(sources)
 
 
-def gather(parts: Sequence[Part | Price], name: str, offered: Iterable[str]) -> EndpointPolicy:
+def gather(
+    parts: Sequence[Part | Price], name: str, offered: Iterable[str], *, line: str | None = None
+) -> EndpointPolicy:
     """
     One policy from parts, for what is no function: an app, an explicit gate. A bare amount is a fixed price.
 
@@ -436,6 +438,7 @@ def gather(parts: Sequence[Part | Price], name: str, offered: Iterable[str]) -> 
         parts: What the decorators take.
         name: Names it in answers and audits.
         offered: Names that callables of the parts may ask for, besides ``call``.
+        line: Names the billing line where the parts do not; *name* by default.
 
     Raises:
         ConfigurationError: No part at all, or parts that contradict each other.
@@ -445,5 +448,5 @@ def gather(parts: Sequence[Part | Price], name: str, offered: Iterable[str]) -> 
     policy = EndpointPolicy(name)
     parameters = {each: inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY) for each in offered}
     for part in parts:
-        policy = merged(policy, part if isinstance(part, Part) else billable(part), parameters, name)
+        policy = merged(policy, part if isinstance(part, Part) else billable(part), parameters, line or name)
     return policy

@@ -89,8 +89,7 @@ class Guard:
         charge = self.policy.charge
         # Also where the hold is an amount: what a hang-up pays for its input is estimated from the request.
         estimated = charge is not None and charge.measured and charge.hold.reads_request
-        weighted = any(limit.meter != "requests" for rates in self.policy.rates for limit in rates.limits)
-        self._needs_arguments = bool(self.policy.callables()) or estimated or weighted
+        self._needs_arguments = bool(self.policy.callables()) or estimated or self.policy.weighs
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
         """The endpoint's arguments by name, if the policy asks for any."""

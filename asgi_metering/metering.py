@@ -97,8 +97,10 @@ class Metering(Ledger, UpstreamClients):
         ConfigurationError: An argument or URL that cannot work; the sentence says what can.
         MissingExtraError: The store's driver is not installed.
 
-    Used as ``async with metering:``, or by the middleware's lifespan, or lazily by the first call; in several event
-    loops at once if need be, whose backgrounds are apart and whose store is one: the last to stop closes it.
+    Used as ``async with metering:``, or by the middleware's lifespan, or lazily by the first call; by several of them
+    at once, of which the last one drains and stops it, and a block inside of a running application never does; in
+    several event loops at once if need be, whose backgrounds are apart and whose store is one: the last to stop closes
+    it.
     """
 
     def __init__(
@@ -233,12 +235,16 @@ class Metering(Ledger, UpstreamClients):
 
     async def __aenter__(self) -> Self:
         await self.begin()
+        self.runtime().blocks += 1
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.stop()
+        runtime = self.runtime()
+        runtime.blocks -= 1
+        if not (runtime.blocks or runtime.lifespans):
+            await self.stop()
 
     # -- work outside HTTP ---------------------------------------------------------------------------------
 

@@ -499,6 +499,11 @@ class EndpointPolicy:
             return self.charge.errors
         return self.rates[0].errors if self.rates else "problem"
 
+    @property
+    def weighs(self) -> bool:
+        """Whether a limit takes what the call uses, such as tokens."""
+        return any(limit.meter != "requests" for rates in self.rates for limit in rates.limits)
+
     def callables(self) -> tuple[From, ...]:
         """Everything that is computed from the endpoint's arguments."""
         charge = self.charge.callables() if self.charge is not None else ()

@@ -84,6 +84,8 @@ class Runtime:
         in_flight: Admitted calls that have not ended, by id.
         busy: How many ends are not booked yet.
         managed: A lifespan holds the shutdown until calls are drained.
+        lifespans: How many applications have begun theirs and use this; the last of them stops it.
+        blocks: How many blocks of ``async with metering`` run; the last of them stops it, where no lifespan does.
     """
 
     def __init__(self, metering: Metering, loop: asyncio.AbstractEventLoop) -> None:
@@ -92,6 +94,7 @@ class Runtime:
         self.pump = Pump(metering.store, self._release)
         self.in_flight: dict[str, Call] = {}
         self.managed = False
+        self.lifespans = self.blocks = 0
         self._ended: deque[Call] = deque()
         self.busy = 0
         self._tasks: set[asyncio.Task[Any]] = set()

@@ -98,8 +98,20 @@ async def _gated(
 ) -> AsyncIterator[Any]:
     await call.ensure()
     async with aclosing(endpoint(*args, **kwargs)) as items:
-        async for item in items:
-            yield item
+        step = items.asend(None)
+        while True:
+            try:
+                item = await step
+            except StopAsyncIteration:
+                return
+            try:
+                sent = yield item
+            except GeneratorExit:
+                raise
+            except BaseException as failure:  # noqa: BLE001 -- the endpoint's to handle: a dependency rolls back by it
+                step = items.athrow(failure)
+            else:
+                step = items.asend(sent)
 
 
 def _sync_generator(endpoint: Callable[..., Any], guard: Guard) -> Callable[..., Any]:

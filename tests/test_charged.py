@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
@@ -217,6 +218,25 @@ def test_charge_a_stream_that_is_left(how: str) -> None:
         assert (studio.closed, await spent(metering)) == (True, 2)
         await stream.aclose()
         assert await spent(metering) == 2
+
+    play(scene)
+
+
+@pytest.mark.parametrize("read", [0, 2, 9])
+def test_charge_a_stream_that_is_dropped(read: int) -> None:
+    """A stream that nobody closes, as of a response whose client left, is charged as if it had been (pitfall 38)."""
+
+    async def scene(metering: Metering, studio: Studio) -> None:
+        stream = await charged(metering, studio, "listen", on_missing_usage="none").listen(9)
+        assert [await anext(stream) for _ in range(read)] == [f"word {number}" for number in range(read)]
+        (held,) = await metering.holds()
+        del stream
+        gc.collect()
+        async with asyncio.timeout(5):
+            while await metering.holds():
+                await asyncio.sleep(0)
+        assert held.amount == 9 * CREDIT
+        assert await spent(metering) == read
 
     play(scene)
 

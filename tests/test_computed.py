@@ -221,7 +221,7 @@ def free_of(scope: Any) -> float:
 
 
 def test_tell_of_apps_and_explicit_gates(scene_of: Callable[[Any], list[Drive]]) -> None:
-    """`metered_app` and the explicit gate tell by their own names."""
+    """`metered_app` tells by its own name, and the explicit gate by that of the function that asks."""
 
     async def explicit(scope: Any, receive: Any, send: Any) -> None:
         await current_call().admit(rate_limited("1/day", key=functools.partial(Answers(None))))
@@ -233,7 +233,8 @@ def test_tell_of_apps_and_explicit_gates(scene_of: Callable[[Any], list[Drive]])
     )
     (gate,) = scene_of(explicit)
     assert isinstance(gate.exception, ConfigurationError)
-    assert str(gate.exception).startswith(f"The key of current_call.admit, computed by {__name__}.Answers, cannot be")
+    asking = f"{__name__}.test_tell_of_apps_and_explicit_gates.explicit"
+    assert str(gate.exception).startswith(f"The key of {asking}, computed by {__name__}.Answers, cannot be")
 
 
 @pytest.fixture

@@ -397,8 +397,8 @@ async def run(
     finally:
         CURRENT.reset(token)
         opening.closed = True
-        # It refers to the opening: a circle for each request would be work for the collector of garbage.
-        opening.cut = None
+        # They refer to the opening and the server: circles for each request would be work for the collector of garbage.
+        opening.cut = opening.request_body = None
         if watch is not None:
             watch.stop()
         if cutting is not None:
@@ -538,7 +538,13 @@ def dress(call: Call, message: Message, scope: Scope, options: ExchangeOptions) 
     if call.policy is not None and "quotas" in call.opening.features:
         given = _capture(call, call.policy.charge, given, message["status"])
     fields = (
-        limit_fields(call.decision, call.unit, options.answers.names, warn_below=call.warning_level)
+        limit_fields(
+            call.decision,
+            call.unit,
+            options.answers.names,
+            warn_below=call.warning_level,
+            overdraft=call.overdraft,
+        )
         if call.decision is not None
         else []
     )
@@ -568,14 +574,14 @@ def _provider_of(quotas: Headers, status: int) -> str:
 
 
 def _tap(call: Call, given: Headers, scope: Scope) -> Tap | None:
-    """Only calls whose price depends on usage have their bodies watched."""
+    """Only calls whose price or limits depend on usage have their bodies watched."""
     charge = call.charge
-    if charge is None or not charge.measured or scope["method"] == "HEAD":
+    if not call.counts_usage or scope["method"] == "HEAD":
         return None
     found = {name.lower(): value for name, value in given if name.lower() in (b"content-type", b"content-encoding")}
     content_type, encoding = found.get(b"content-type"), found.get(b"content-encoding")
     return Tap(
         None if content_type is None else content_type.decode("latin-1"),
         None if encoding is None else encoding.decode("latin-1"),
-        charge.dialect,
+        None if charge is None else charge.dialect,
     )

@@ -385,10 +385,30 @@ ENDPOINTS = (
         7,
         "the generator is left to the collector",
         WRAPPERS,
-        "    async with aclosing(endpoint(*args, **kwargs)) as items:\n"
-        "        async for item in items:\n            yield item\n",
-        "    async for item in endpoint(*args, **kwargs):\n        yield item\n",
+        "    async with aclosing(endpoint(*args, **kwargs)) as items:\n",
+        "    items = endpoint(*args, **kwargs)\n    if True:\n",
         _in("gate", "test_close_a_gated_generator_with_its_consumer"),
+    ),
+    Mutation(
+        7,
+        "what is thrown into a generator closes it",
+        WRAPPERS,
+        "                step = items.athrow(failure)\n",
+        "                raise\n",
+        _in(
+            "gate",
+            "test_show_a_gated_dependency_how_its_request_failed[answer-async]",
+            "test_show_a_gated_dependency_how_its_request_failed[error-async]",
+            "test_hand_what_is_sent_to_a_gated_generator",
+        ),
+    ),
+    Mutation(
+        39,
+        "explicit gates have one name",
+        CALL,
+        "        return self.gate(gather(policies, name, arguments, line=short), arguments)\n",
+        '        return self.gate(gather(policies, "current_call.admit", arguments), arguments)\n',
+        _in("gate", "test_count_handlers_that_ask_for_themselves_apart"),
     ),
     Mutation(
         8,
