@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from asgi_metering.asgi.middleware import UsageEventsMiddleware as UsageEventsMiddleware
     from asgi_metering.call import Call as Call
     from asgi_metering.call import CallCut as CallCut
-    from asgi_metering.call import Caller as Caller
     from asgi_metering.call import CallRefused as CallRefused
-    from asgi_metering.call import current_call as current_call
+    from asgi_metering.caller import Caller as Caller
     from asgi_metering.decorators import billable as billable
     from asgi_metering.decorators import rate_limited as rate_limited
     from asgi_metering.metering import Metering as Metering
+    from asgi_metering.opening import current_call as current_call
     from asgi_metering.policies import Idempotency as Idempotency
     from asgi_metering.policies import slices as slices
     from asgi_metering.policies import up_to as up_to
@@ -43,7 +43,7 @@ _HOMES = {
     "Call": "call",
     "CallCut": "call",
     "CallRefused": "call",
-    "Caller": "call",
+    "Caller": "caller",
     "CreditGateMiddleware": "asgi.middleware",
     "Idempotency": "policies",
     "Metering": "metering",
@@ -58,7 +58,7 @@ _HOMES = {
     "Wallet": "sources",
     "__version__": "_version",
     "billable": "decorators",
-    "current_call": "call",
+    "current_call": "opening",
     "metered_app": "asgi.app",
     "rate_limited": "decorators",
     "slices": "policies",

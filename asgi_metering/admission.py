@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from decimal import Decimal
+from functools import lru_cache
 from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -22,12 +23,11 @@ from asgi_metering.errors import ConfigurationError, IdentityError, MeteringErro
 from asgi_metering.estimates import estimate_arguments
 from asgi_metering.keying import key_ask, once, shared_key
 from asgi_metering.names import check_key
-from asgi_metering.outage import without_store
+from asgi_metering.outage import in_doubt_of, without_store
 from asgi_metering.policies import ChargePolicy, From, RatePolicy, Slices
 from asgi_metering.prices import FixedPrice
 from asgi_metering.rates import RateLimit
 from asgi_metering.rules.calendars import Period, boundaries
-from asgi_metering.rules.ending import EndPolicy, Situation
 from asgi_metering.rules.operations import (
     Admit,
     AllowanceSource,
@@ -39,6 +39,7 @@ from asgi_metering.rules.operations import (
     WindowKind,
 )
 from asgi_metering.rules.roots import rooted
+from asgi_metering.rules.state import build
 from asgi_metering.sources import Allowance, Wallet, check_payers
 from asgi_metering.usage import TokenUsage
 
@@ -75,6 +76,9 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
     call.exempt = "credits" not in features
     rates = policy.rates if "rates" in features else ()
     await _identify(call, rates, charged=charge is not None and not call.exempt)
+    if call.caller is not None and call.caller.exempt:
+        call.exempt = True
+        rates = tuple([rate for rate in map(_of_everybody, rates) if rate is not None])
     if charge is not None:
         _pin(call, charge)
         try:
@@ -82,8 +86,9 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
         except PayerError as failure:
             raise call.refused(Refusal(Reason.PAYER, charge.line)) from failure
         await _price(call, charge, arguments)
-        if not call.exempt:
+        if "credits" in features:
             call.once = await once(call, charge, arguments)
+        if not call.exempt:
             call.shared = await shared_key(call, charge, arguments)
         call.trace = call.metering.trace()
         call.facts = _facts(call)
@@ -152,9 +157,12 @@ async def foresee(call: Call) -> Decision:
     charge = call.policy.charge if call.policy is not None else None
     if charge is None:
         raise ConfigurationError("A call without a price has nothing to foresee. Give it one.")
+    call.exempt = call.caller is not None and call.caller.exempt
     _pin(call, charge)
     await _payer(call, charge, {})
     await _price(call, charge, {})
+    call.once = await once(call, charge, {})
+    call.shared = await shared_key(call, charge, {})
     asked = await _operation(call, charge, (), {}, time.time())
     if asked is None:
         return Decision(call.id, time.time())
@@ -245,6 +253,14 @@ async def _identify(call: Call, rates: tuple[RatePolicy, ...], *, charged: bool)
         call.payer = caller.payer
 
 
+def _of_everybody(rate: RatePolicy) -> RatePolicy | None:
+    """What of *rate* an exempt caller is counted by: nothing that is counted by who it is (S0.18)."""
+    if rate.key not in _BY_IDENTITY:
+        return rate
+    shared = tuple([slots for slots in rate.concurrency if slots.level == "global"])
+    return replace(rate, limits=(), concurrency=shared) if shared else None
+
+
 async def _payer(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
     """Whose balances the sources of *charge* stand for: all of them, before the one decision among them."""
     try:
@@ -314,10 +330,16 @@ def _amounts(call: Call) -> tuple[int, int]:
         exact = Decimal(0) if isinstance(price, FixedPrice) else price.cost(estimate)
     else:
         exact = estimate
-    amount = call.unit.parts(exact) if isinstance(price, FixedPrice) else call.unit.round(exact)
+    amount = _fixed_parts(call.unit, exact) if isinstance(price, FixedPrice) else call.unit.round(exact)
     if charge.hold.at_least is None:
         return amount, amount
     return amount, min(amount, call.unit.parts(charge.hold.at_least, "least hold"))
+
+
+@lru_cache(maxsize=1024)
+def _fixed_parts(unit: Unit, price: Decimal) -> int:
+    """Prices are few, and the same for every call of a route."""
+    return unit.parts(price)
 
 
 def check_amounts(charge: ChargePolicy, unit: Unit) -> None:
@@ -384,7 +406,7 @@ async def _operation(
         tuple(leases),
         charge.ttl_s if charge is not None else call.metering.ttl_s,
         charge.grace_s if charge is not None else call.metering.grace_s,
-        _in_doubt(charge),
+        in_doubt_of(charge),
         call.line,
         call.facts,
         key_ask(call, charge.key, now) if holds and charge is not None else None,
@@ -395,12 +417,6 @@ async def _operation(
 def _is_measured(call: Call) -> bool:
     """Whether what *call* costs is known only at its end."""
     return call.price is not None and not isinstance(call.price, FixedPrice) and not call.exempt
-
-
-def _in_doubt(charge: ChargePolicy | None) -> Any:
-    end = charge.end if charge is not None else None
-    policy = end if isinstance(end, EndPolicy) else EndPolicy({})
-    return policy.basis(Situation.ABORTED)
 
 
 def _facts(call: Call) -> dict[str, Any]:
@@ -454,7 +470,7 @@ async def _limits(
         cost = await cost.compute(call, arguments)
     for limit in rate.limits:
         taken = cost if limit.meter == REQUESTS else await _weight(call, limit, arguments)
-        limits.append(_limit_ask(rate, limit, rooted(key, root), taken, now))
+        limits.append(_limit_ask(rate.scope, limit, rooted(key, root), taken, now))
     for slots in rate.concurrency:
         if slots.level == "global":
             leases.append(LeaseAsk(rate.scope, f"{rate.scope}|global", slots.limit, slots.level))
@@ -475,13 +491,19 @@ def _root(call: Call, rate: RatePolicy) -> str:
     return ""
 
 
-def _limit_ask(rate: RatePolicy, limit: RateLimit, key: str, cost: int, now: float) -> LimitAsk:
-    kind = WindowKind(limit.strategy)
-    edges = boundaries(Period(limit.period), limit.zone, now) if kind is WindowKind.CALENDAR else ()
-    window_s = edges[2] - edges[1] if edges else limit.window_s
-    return LimitAsk(
-        limit.name, f"{rate.scope}|{limit.name}|{key}", kind, limit.amount, window_s, cost, limit.meter, edges
-    )
+def _limit_ask(scope: str, limit: RateLimit, key: str, cost: int, now: float) -> LimitAsk:
+    window_s: float = limit.window_s
+    edges: tuple[float, ...] = ()
+    if limit.period:
+        edges = boundaries(Period(limit.period), limit.zone, now)
+        window_s = edges[2] - edges[1]
+    name, kind = limit.name, _KINDS[limit.strategy]
+    counted = f"{scope}|{name}|{key}"
+    return build(LimitAsk, (name, counted, kind, limit.amount, window_s, cost, limit.meter, edges))
+
+
+_KINDS = {str(kind): kind for kind in WindowKind}
+"""How windows move, by the name of their strategy: to ask the enum itself takes as long as all the rest of an ask."""
 
 
 async def _weight(call: Call, limit: RateLimit, arguments: Mapping[str, Any]) -> int:

@@ -177,7 +177,9 @@ class Unit:
 
     def text(self, parts: int) -> str:
         """Write smallest parts as whole units in plain digits: ``Unit("credits").text(1_500_000) == "1.5"``."""
-        return format(self.whole(parts), "f")
+        whole, rest = divmod(abs(parts), 10**self.scale)
+        digits = f"{whole}.{rest:0{self.scale}d}".rstrip("0") if rest else str(whole)
+        return f"-{digits}" if parts < 0 else digits
 
 
 CREDITS = Unit("credits")

@@ -49,8 +49,14 @@ async def bill(call: Call) -> tuple[End, Metered]:
     basis = policy.basis(row)
     if basis is Basis.USAGE and not fixed and not known.complete:
         basis = policy.basis(Situation.UNREPORTED)
-    if fixed:
-        amount, used, estimated = _fixed_amount(call, basis), known, False
+    amount: int | None
+    if call.exempt:
+        # Its hold is of limits and slots alone, and what it used is nobody's charge.
+        amount, used, estimated, basis = None, await _counted(call, known), False, Basis.NONE
+    elif fixed:
+        amount, used, estimated = _fixed_amount(call, basis), await _counted(call, known), False
+    elif call.price is None:
+        amount, used, estimated = None, await _counted(call, known), False
     else:
         amount, used, estimated, basis = await _measured_amount(call, basis, known, policy)
     told = _event(call, used, seen, row)
@@ -77,6 +83,16 @@ def _safe_usage(call: Call) -> Metered:
         log.error("The usage of call %s adds up to nonsense: %s", call.id, failure)
         _alarm(call)
         return Metered()
+
+
+async def _counted(call: Call, known: Metered) -> Metered:
+    """What limits count of a call that is not charged by usage: of an answer that broke what was observed."""
+    if known.complete or known.usage is None or not call.counts_usage:
+        return known
+    try:
+        return await observed_usage(call, known)
+    except UsageError:
+        return known
 
 
 def _fixed_amount(call: Call, basis: Basis) -> int | None:
@@ -150,7 +166,9 @@ async def _estimated(call: Call, price: MeasuredPrice, known: Metered) -> int:
 
 
 async def observed_parts(call: Call) -> int:
-    """Smallest parts that the call has used so far, for its heartbeat; 0, with an alarm, where it cannot be priced."""
+    """Smallest parts that the call owes so far, for its heartbeat; 0, with an alarm, where it cannot be priced."""
+    if call.exempt:
+        return 0
     if isinstance(call.price, FixedPrice):
         return _due(call) if call.first_byte else 0
     try:

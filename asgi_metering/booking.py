@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from asgi_metering.call import CURRENT, Call
+from asgi_metering.call import Call
+from asgi_metering.opening import CURRENT
 from asgi_metering.prices import FixedPrice
 from asgi_metering.usage import UsageReader
 
@@ -48,15 +49,15 @@ class UpstreamBooking:
         """
         Give the call the reader while its body passes: heartbeats and hang-ups see what is known so far.
 
-        Unless the price is fixed the reader keeps the text too, bounded: should the body break before it reports, its
-        own deltas are what was observed of it, also where the application transforms them (DESIGN 6).
+        Unless nothing depends on usage the reader keeps the text too, bounded: should the body break before it reports,
+        its own deltas are what was observed of it, also where the application transforms them (DESIGN 6).
         """
         if not isinstance(token, Call):
             return
         if token.closed or len(token.exchanges) >= MAX_EXCHANGES:
             self._metering.meters.count("usage_late", line=token.line)
         else:
-            if not isinstance(token.price, FixedPrice):
+            if not isinstance(token.price, FixedPrice) or token.counts_usage:
                 reader.keep_text()
             token.exchanges.append((provider, reader, status))
 

@@ -1,106 +1,38 @@
 """
-One metered call: who calls, what was decided, what was used, and that it ends once.
+One metered call: what handlers see of it, and its gate, which admits it once.
 
-Knows no HTTP: the edge opens a call, tells it what it sees, and hands it to the runtime when it is over. Nothing
-here is kept between calls.
+Knows no HTTP: the edge opens a call, tells it what it sees, and hands it to the runtime when it is over. What is kept
+about it meanwhile is in `call_state`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from decimal import Decimal
+import sys
+from collections.abc import Coroutine, Mapping
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from asgi_metering.amounts import CREDITS, Unit
-from asgi_metering.attributes import Scalar, check_attributes
+from asgi_metering.call_state import CallState, Reported
 from asgi_metering.decisions import Decision, Reason, Refusal
-from asgi_metering.errors import CallClosedError, ConfigurationError, NoCallError, PayerError, UsageError
-from asgi_metering.names import check_key
-from asgi_metering.policies import ChargePolicy, EndpointPolicy
-from asgi_metering.prices import MAX_AFFORDABLE, FixedPrice, MeasuredPrice
-from asgi_metering.receipts import Receipt
+from asgi_metering.errors import CallClosedError, ConfigurationError, PayerError, UsageError
+from asgi_metering.policies import EndpointPolicy
+from asgi_metering.prices import MAX_AFFORDABLE, FixedPrice
 from asgi_metering.rules.ending import Cause
-from asgi_metering.rules.operations import Admit, IdempotencyAsk
 from asgi_metering.sources import Wallet
-from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
+from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
     from asgi_metering.amounts import Amount
-    from asgi_metering.growing import Growth
+    from asgi_metering.caller import Caller
     from asgi_metering.guards import Part
-    from asgi_metering.metering import Metering
+    from asgi_metering.opening import Opening
     from asgi_metering.sources import Payer, PaymentSource
 
-__all__ = [
-    "ALL_FEATURES",
-    "CURRENT",
-    "SCOPE_KEY",
-    "BalanceStatus",
-    "Call",
-    "CallCut",
-    "CallRefused",
-    "Caller",
-    "Observer",
-    "Opening",
-    "Origin",
-    "Reply",
-    "Reported",
-    "RequestBody",
-    "current_call",
-]
-
-log = logging.getLogger("asgi_metering")
+__all__ = ["BalanceStatus", "Call", "CallCut", "CallRefused"]
 
 BalanceStatus: TypeAlias = Literal["ok", "warning", "blocked"]
 """How what is left of a balance is to be taken."""
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """
-    Who calls, as the application authenticated it.
-
-    Args:
-        id: The caller: a key's id or a user's; never a credential. 1 to 255 printable characters.
-        payer: Whose balance pays; the caller itself by default (S3.37: they often differ).
-        plan: Chooses allowances by plan.
-        type: Filters lines that name callers; None is an ordinary caller.
-        attributes: Go on the usage event: str, int, finite float or bool; None is left out. No secrets.
-
-    Raises:
-        InvalidKeyError: An id or payer that cannot be a key.
-        ConfigurationError: A type or plan that is no str, or an attribute that no event can carry. Raised inside
-            `identify` it is a failure of `identify`: 503, logged.
-    """
-
-    id: str
-    payer: str = ""
-    plan: str | None = None
-    type: str | None = None
-    attributes: Mapping[str, Scalar | None] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_key(self.id, "caller id")
-        if self.payer:
-            check_key(self.payer, "payer")
-        else:
-            object.__setattr__(self, "payer", self.id)
-        for what, name in (("type", self.type), ("plan", self.plan)):
-            if name is not None and not isinstance(name, str):
-                raise ConfigurationError(f"The {what} {name!r} of caller {self.id!r} is no str. Pass its name.")
-        if not isinstance(self.attributes, Mapping):
-            raise ConfigurationError(
-                f"The attributes {self.attributes!r} of caller {self.id!r} are no mapping. Pass a dict of names to "
-                f"values."
-            )
-        if self.attributes:
-            object.__setattr__(self, "attributes", check_attributes(self.attributes, f"caller {self.id!r}"))
 
 
 class CallRefused(Exception):  # noqa: N818 -- a refusal is an answer on its way to the edge, not an error
@@ -141,147 +73,6 @@ def _lack(call: Call, refusal: Refusal) -> str:
     return f" It needs {required:f} {call.unit.name} and {available:f} are available."
 
 
-class Origin(Protocol):
-    """Where a call came from, as far as policies may ask; the edge fills it lazily."""
-
-    @property
-    def connection(self) -> Any:
-        """What `identify` gets: the connection with its headers."""
-
-    @property
-    def address(self) -> str | None:
-        """The client's address as the server reports it."""
-
-    @property
-    def request_id(self) -> str | None:
-        """The correlation id that the client sent, cleaned."""
-
-    @property
-    def target(self) -> tuple[bytes, ...]:
-        """Method, path and query."""
-
-    def fields(self, name: str) -> list[str]:
-        """The lines of the header field of this name, in lower case."""
-
-
-class RequestBody(Protocol):
-    """The body of a request."""
-
-    async def digest(self) -> bytes:
-        """SHA-256 of it; raises `keying.BodyError` where it cannot be told."""
-
-
-class Reply(Protocol):
-    """The answer of a call as it passes to the client."""
-
-    def told(self) -> Mapping[str, Any] | None:
-        """The answer, JSON-safe, for repeats of the request; None where it was not kept whole."""
-
-    def lose(self) -> None:
-        """Say that some of it passed unseen."""
-
-
-class Observer(Protocol):
-    """Watches the body that passes to the client, off its path."""
-
-    def digest(self) -> None:
-        """Read what was kept, if it is much; called now and then."""
-
-    def report(self) -> UsageReport | None:
-        """What the body has reported so far; None if nothing."""
-
-    def text_reader(self) -> UsageReader:
-        """The reader that has seen everything that passed and keeps its text."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reported:
-    """Usage as the handler reported it."""
-
-    usage: TokenUsage
-    model: str | None = None
-    provider: str | None = None
-
-
-class Opening:
-    """
-    A request that may become a metered call. Light: every request behind the middleware makes one.
-
-    Args:
-        free: Nothing of it is metered: HEAD, OPTIONS, or a test that opted out.
-
-    Attributes:
-        metering: The composition root of the layer that opened it.
-        features: Which layers are present; inner layers add theirs.
-        origin: Where it came from.
-        call: The call, once somebody asked for it.
-        closed: The request is over; code that outlives it must not admit or charge (pitfall 1).
-        request_body: Answers the request's body; None outside HTTP.
-        cut: Stops the work of the call and its answer, on the loop of the request; None outside HTTP.
-    """
-
-    __slots__ = ("call", "closed", "cut", "features", "free", "metering", "origin", "request_body", "unenforced")
-
-    def __init__(
-        self,
-        metering: Metering,
-        features: frozenset[str],
-        origin: Origin | None,
-        *,
-        free: bool = False,
-        unenforced: frozenset[str] = frozenset(),
-    ) -> None:
-        self.metering = metering
-        self.features = features
-        self.origin = origin
-        self.free = free
-        self.unenforced = unenforced
-        self.call: Call | None = None
-        self.closed = False
-        self.request_body: Callable[[], RequestBody] | None = None
-        self.cut: Callable[[], None] | None = None
-
-    def check(self) -> None:
-        """Raise `CallClosedError` if the request is over."""
-        if self.closed:
-            raise CallClosedError(
-                "The request that this code belongs to is over. Charge work that outlives it with metering.charge()."
-            )
-
-    def open_call(self) -> Call:
-        """The call of this request, made on first use; raises as `check`."""
-        self.check()
-        if self.call is None:
-            self.call = Call(self)
-        return self.call
-
-
-ALL_FEATURES = frozenset({"events", "quotas", "rates", "credits"})
-"""What layers may enable; the whole stack enables all."""
-
-SCOPE_KEY = "asgi_metering.opening"
-"""Where the edge puts the opening into a connection's scope."""
-
-CURRENT: ContextVar[Opening | None] = ContextVar("asgi_metering_current", default=None)
-"""The request in whose context the code runs; None outside (S2.44: never a mutable default)."""
-
-
-def current_call() -> Call:
-    """
-    The metered call in whose context this code runs.
-
-    Raises:
-        NoCallError: There is none: no middleware, no `metering.charge()`, or another thread's context.
-        CallClosedError: It is over (pitfall 1).
-    """
-    opening = CURRENT.get()
-    if opening is None:
-        raise NoCallError(
-            "No metered call is running here. Add MeteringMiddleware to the application, or use metering.charge()."
-        )
-    return opening.open_call()
-
-
 class _Gate(Enum):
     """How far a call's admission is."""
 
@@ -290,7 +81,7 @@ class _Gate(Enum):
     DECIDED = 2
 
 
-class Call:
+class Call(CallState):
     """
     One call. Made by the middleware or by `Metering.charge`; handlers get it from `current_call`.
 
@@ -302,118 +93,21 @@ class Call:
         unit: What is counted.
         line: The billing line; empty on routes that are not billable.
         receipt: What the end did; None until the ledger answered.
+        hold_lost: Its heartbeats did not come through for so long that its policy has ended its hold while it runs.
         attributes: What else the usage event says, for the handler to set: str, int, finite float or bool. What is none
             of these is told as text, with an alarm; None is left out.
     """
 
-    __slots__ = (
-        "_decided",
-        "_endings",
-        "_gate",
-        "_identified",
-        "_inherited",
-        "accounts",
-        "asked",
-        "attributes",
-        "caller",
-        "cause",
-        "charge",
-        "closed",
-        "decision",
-        "deferred",
-        "estimate",
-        "exchanges",
-        "exempt",
-        "facts",
-        "failure",
-        "first_byte",
-        "growth",
-        "has_hold",
-        "held",
-        "id",
-        "last_beat",
-        "line",
-        "local",
-        "observed_parts",
-        "observer",
-        "once",
-        "opening",
-        "payer",
-        "pending",
-        "policy",
-        "price",
-        "queued",
-        "receipt",
-        "refusal",
-        "reply",
-        "reports",
-        "shared",
-        "started_at",
-        "status",
-        "trace",
-        "ttl_s",
-        "unit",
-    )
+    __slots__ = ("_decided", "_gate", "_identified", "_inherited")
 
     def __init__(self, opening: Opening) -> None:
-        self.opening = opening
-        self.id = opening.metering.new_id()
-        self.caller: Caller | None = None
+        super().__init__(opening)
         self._identified = False
-        self.payer: str | None = None
-        # Accounts of the payers that the sources name, by their names.
-        self.accounts: Mapping[str, str] = {}
         self._inherited: Payer | None = None
-        self.policy: EndpointPolicy | None = None
-        self.charge: ChargePolicy | None = None
-        self.price: FixedPrice | MeasuredPrice | None = None
-        self.unit: Unit = CREDITS
-        self.line = ""
-        self.held = 0
-        self.estimate: TokenUsage | Decimal | None = None
-        # What the request asks for in tokens, also where the hold is an amount; None for a fixed price.
-        self.asked: TokenUsage | None = None
-        self.decision: Decision | None = None
-        self.refusal: Refusal | None = None
-        self.pending: Mapping[str, Any] | None = None
-        self.deferred = False
         self._gate = _Gate.OPEN
         self._decided: asyncio.Future[None] | None = None
-        self._endings: list[asyncio.Future[Receipt | None]] | None = []
-        self.cause: Cause | None = None
-        self.status: int | None = None
-        self.first_byte = False
-        self.failure: str | None = None
-        self.closed = False
-        self.exempt = False
-        self.observer: Observer | None = None
-        self.observed_parts = 0
-        self.reports: list[Reported] = []
-        self.exchanges: list[tuple[str, UsageReader, int]] = []
-        self.receipt: Receipt | None = None
-        self.started_at = time.time()
-        self.last_beat = 0.0
-        self.trace: Mapping[str, str] = {}
-        self.facts: Mapping[str, Any] = {}
-        self.has_hold = False
-        # Without the store: its charge that waits in the journal, and the id of its local limits.
-        self.queued: Admit | None = None
-        self.local = ""
-        # How its hold grows while it runs; None for one that never does.
-        self.growth: Growth | None = None
-        # What makes it run once, and its answer for repeats; the hashed key of the calls that it is charged with.
-        self.once: IdempotencyAsk | None = None
-        self.reply: Reply | None = None
-        self.shared: str | None = None
-        self.ttl_s = opening.metering.ttl_s
-        self.attributes: dict[str, Scalar] = {}
 
     # -- what handlers use ---------------------------------------------------------------------------------
-
-    @property
-    def metering(self) -> Metering:
-        """The metering that this call belongs to."""
-        return self.opening.metering
 
     @property
     def admitted(self) -> bool:
@@ -494,9 +188,11 @@ class Call:
             return 0
         return self.price.affordable(kind, self.unit.whole(self.held), used)
 
-    async def admit(self, *policies: Part | Amount, **arguments: Any) -> None:
+    def admit(self, *policies: Part | Amount, **arguments: Any) -> Coroutine[Any, Any, None]:
         """
-        Ask for admission at an exact point of the handler: the explicit gate (S4.6).
+        Ask for admission at an exact point of the handler: the explicit gate (S4.6). Await it there.
+
+        Where the policies do not say, the line and what limits are counted by are those of the function that asks.
 
         Args:
             policies: What the decorators take: ``billable(2)``, ``rate_limited("60/minute")``; a bare amount is a
@@ -510,7 +206,11 @@ class Call:
         """
         from asgi_metering.decorators import gather
 
-        await self.gate(gather(policies, "current_call.admit", arguments), arguments)
+        # As if that function had been decorated: handlers that ask for themselves share no counts.
+        asking = sys._getframe(1)
+        short, module = asking.f_code.co_name, asking.f_globals.get("__name__", "")
+        name = f"{module}.{asking.f_code.co_qualname.replace('<locals>.', '')}"
+        return self.gate(gather(policies, name, arguments, line=short), arguments)
 
     @property
     def paid_by(self) -> Payer | None:
@@ -564,6 +264,50 @@ class Call:
             )
         return await payer.credential_of(self, self.pending or {})
 
+    @property
+    def warning_level(self) -> int | None:
+        """Smallest parts of the paying source below which what is left is worth a warning; None: never (S3.6)."""
+        source = self._paying_source
+        if source is None:
+            return None
+        return source.warning_level(self.unit, self.caller.plan if self.caller is not None else None)
+
+    @property
+    def _paying_source(self) -> PaymentSource | None:
+        if self.decision is None or self.charge is None or self.decision.source is None:
+            return None
+        for source in self.charge.sources:
+            if source.name == self.decision.source and self._pays(source):
+                return source
+        return None
+
+    def _pays(self, source: PaymentSource) -> bool:
+        """Whether *source* belongs to the payer that pays."""
+        return self.decision is not None and self.decision.group == ("" if source.payer is None else source.payer.name)
+
+    @property
+    def balance_status(self) -> BalanceStatus:
+        """
+        How the paying source stands after this call's hold: ``ok``, ``warning`` or ``blocked``.
+
+        ``blocked``: nothing is left for another call, although this one was let in. ``ok`` where nothing was held.
+        Responses say the same in ``Metering-Available``. Source: S3.6.
+        """
+        available = self.decision.available if self.decision is not None else None
+        if available is None:
+            return "ok"
+        level = self.warning_level
+        left = available + self.overdraft
+        return "blocked" if left <= 0 else "warning" if level is not None and available < level else "ok"
+
+    @property
+    def overdraft(self) -> int:
+        """Smallest parts that the paying wallet may owe: with these left it is not at its end."""
+        source = self._paying_source
+        return self.unit.parts(source.overdraft, "overdraft") if isinstance(source, Wallet) else 0
+
+    # -- the gate ------------------------------------------------------------------------------------------
+
     def preset(self, caller: Caller, payer: str, inherited: Payer | None = None) -> None:
         """
         Say who calls and who pays, where no connection can be asked.
@@ -575,8 +319,6 @@ class Call:
         """
         self.caller, self.payer, self._inherited = caller, payer, inherited
         self._identified = True
-
-    # -- the gate ------------------------------------------------------------------------------------------
 
     async def identify(self) -> Caller | None:
         """Who calls, asked once per call (DESIGN 2)."""
@@ -663,67 +405,8 @@ class Call:
         """Mark the call as refused and answer the exception to raise."""
         self.refusal = refusal
         self.decision = decision
-        self.metering.meters.count("refusals", reason=refusal.reason.value, line=self.line)
+        self.metering.refused(self, refusal)
         return CallRefused(self, refusal, decision)
-
-    # -- what the edge and the runtime use -----------------------------------------------------------------
-
-    @property
-    def needs_end(self) -> bool:
-        """Whether its end has to be told to the ledger, or to the audit of free work."""
-        return self.has_hold or self.charge is not None or bool(self.local)
-
-    @property
-    def warning_level(self) -> int | None:
-        """Smallest parts of the paying source below which what is left is worth a warning; None: never (S3.6)."""
-        source = self._paying_source
-        if source is None:
-            return None
-        return source.warning_level(self.unit, self.caller.plan if self.caller is not None else None)
-
-    @property
-    def _paying_source(self) -> PaymentSource | None:
-        if self.decision is None or self.charge is None or self.decision.source is None:
-            return None
-        for source in self.charge.sources:
-            if source.name == self.decision.source and self._pays(source):
-                return source
-        return None
-
-    def _pays(self, source: PaymentSource) -> bool:
-        """Whether *source* belongs to the payer that pays."""
-        return self.decision is not None and self.decision.group == ("" if source.payer is None else source.payer.name)
-
-    @property
-    def balance_status(self) -> BalanceStatus:
-        """
-        How the paying source stands after this call's hold: ``ok``, ``warning`` or ``blocked``.
-
-        ``blocked``: nothing is left for another call, although this one was let in. ``ok`` where nothing was held.
-        Responses say the same in ``Metering-Available``. Source: S3.6.
-        """
-        available = self.decision.available if self.decision is not None else None
-        if available is None:
-            return "ok"
-        level = self.warning_level
-        left = available + self._overdraft
-        return "blocked" if left <= 0 else "warning" if level is not None and available < level else "ok"
-
-    @property
-    def _overdraft(self) -> int:
-        """Smallest parts that the paying wallet may owe: with these left it is not at its end."""
-        source = self._paying_source
-        return self.unit.parts(source.overdraft, "overdraft") if isinstance(source, Wallet) else 0
-
-    @property
-    def is_refused(self) -> bool:
-        """Whether the gate said no."""
-        return self.refusal is not None
-
-    def see(self, cause: Cause) -> None:
-        """Note why the call ends; only the first cause counts (DESIGN "End of call")."""
-        if self.cause is None:
-            self.cause = cause
 
     def cut(self) -> CallCut:
         """End the call here, unless it has ended otherwise; answers what stops its work."""
@@ -731,28 +414,6 @@ class Call:
             self.see(Cause.CUT)
             self.metering.meters.count("cuts", line=self.line)
         return CallCut(self)
-
-    @property
-    def lack(self) -> Refusal | None:
-        """Why the call may not run, or not run on; None where it may."""
-        return self.refusal if self.growth is None or not self.growth.is_cut else self.growth.refusal
-
-    def expects_ending(self) -> asyncio.Future[Receipt | None]:
-        """A future of the receipt, for who has to wait for the end; None where the end could not be booked."""
-        future: asyncio.Future[Receipt | None] = asyncio.get_running_loop().create_future()
-        if self._endings is None:
-            future.set_result(self.receipt)
-        else:
-            self._endings.append(future)
-        return future
-
-    def ended(self, receipt: Receipt | None) -> None:
-        """The ledger has answered."""
-        self.receipt = receipt
-        endings, self._endings = self._endings, None
-        for future in endings or ():
-            if not future.done():
-                future.set_result(receipt)
 
 
 async def ask_admission(call: Call, arguments: Mapping[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """
 The command line: thin over `Metering`. Tables for people, ``--json`` for programs.
 
-Every command but ``demo`` and ``routes`` opens the store that ``--store`` or ``ASGI_METERING_STORE`` names; only
-``grant`` and ``import`` make a new one. Every command but ``demo`` has ``--json``, whose output is one JSON document.
+Every command but ``demo``, ``routes`` and ``journal`` opens the store that ``--store`` or ``ASGI_METERING_STORE``
+names, and so does ``journal --replay``; only ``grant`` and ``import`` make a new one. Every command but ``demo`` has
+``--json``, whose output is one JSON document.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from asgi_metering.amounts import CREDITS, Unit
-from asgi_metering.errors import ConfigurationError, MeteringError, MissingExtraError
+from asgi_metering.errors import ConfigurationError, MeteringError, MissingExtraError, StoreUnavailableError
 from asgi_metering.ledger import Checked
 from asgi_metering.metering import ALL_FEATURES, Metering
 from asgi_metering.receipts import Posting, Receipt
@@ -118,6 +119,17 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--resume", action="store_true", help="go on with an import of this file that was cut")
             command.add_argument("--unbalanced", action="store_true", help="also import books that do not balance")
         command.set_defaults(run=run)
+    journal = command_of("journal", "what waits in a journal for a store that was down")
+    journal.add_argument("file", metavar="FILE", help="the application's journal=")
+    _store_options(journal)
+    journal.add_argument("--replay", action="store_true", help="hand what waits to the store now")
+    journal.add_argument("--restore", action="store_true", help="let what was set aside wait again, before that")
+    journal.add_argument(
+        "--lost",
+        action="store_true",
+        help="end the calls that run in it by their policy, before that: no process of the application is left",
+    )
+    journal.set_defaults(run=_journal)
     for name, run, help_text in (
         ("grant", _grant, "give units to a payer"),
         ("balance", _balance, "what a payer has"),
@@ -396,13 +408,17 @@ def _place(failure: BaseException) -> str:
 def _metering(given: argparse.Namespace, *, makes: bool = False) -> tuple[Metering, Unit]:
     """The metering of the named store; one that is not there yet is an error unless the command *makes* it."""
     _check_named(given)
-    name, _, scale = given.unit.partition(":")
-    if not scale.isdigit():
-        raise ConfigurationError(f"--unit {given.unit!r} is not name:scale, such as credits:6.")
-    unit = Unit(name, int(scale))
+    unit = _unit_of(given)
     metering = Metering(given.store, unit=unit, sinks=())
     _check_usable(metering.store, given.store, makes=makes)
     return metering, unit
+
+
+def _unit_of(given: argparse.Namespace) -> Unit:
+    name, _, scale = given.unit.partition(":")
+    if not scale.isdigit():
+        raise ConfigurationError(f"--unit {given.unit!r} is not name:scale, such as credits:6.")
+    return Unit(name, int(scale))
 
 
 def _check_named(given: argparse.Namespace) -> None:
@@ -593,6 +609,73 @@ def _check(given: argparse.Namespace) -> int:
     else:
         print("\n".join(wrong) or f"The books balance: {_number(wrong.accounts, 'account')} proven.")
     return 1 if wrong else 0
+
+
+# -- the journal -------------------------------------------------------------------------------------------
+
+
+def _journal(given: argparse.Namespace) -> int:
+    from asgi_metering.journal import give_up, look
+
+    file = Path(given.file)
+    if not (given.replay or given.restore or given.lost):
+        unit = _unit_of(given)
+        rows = [_waiting(unit, each) for each in look(file)]
+        _show(given, ("call", "state", "payer", "line", "amount", "due", "why"), rows)
+        return 0
+    metering = _metering(given)[0] if given.replay else None
+    before = look(file)
+    if given.lost:
+        give_up(file)
+    asyncio.run(_changed(given, metering))
+    after = look(file)
+    states = [each.state for each in after]
+    gone = {each.call for each in before} - {each.call for each in after}
+    row = {
+        "delivered": len(gone),
+        "waiting": states.count("waits"),
+        "running": states.count("runs"),
+        "set_aside": states.count("set aside"),
+    }
+    if given.replay and row["waiting"]:
+        raise StoreUnavailableError(f"The store took {len(gone)} calls, and {row['waiting']} wait still. Try it again.")
+    _show(given, tuple(row), [row])
+    return 1 if row["set_aside"] else 0
+
+
+async def _changed(given: argparse.Namespace, metering: Metering | None) -> None:
+    """Do to the journal what was asked; with a *metering* hand what is due to its store."""
+    from asgi_metering.errors import JournalError
+    from asgi_metering.journal import Journal
+
+    journal = Journal(given.file)
+    try:
+        await journal.open()
+        if given.restore:
+            await journal.restore()
+        if metering is None:
+            return
+        async with metering:
+            if not await journal.take_turn():
+                raise JournalError(f"Another process reads the journal {given.file!r} off already. Leave it to that.")
+            await metering.runtime().read_off(journal)
+            await journal.give_turn_back()
+    finally:
+        await journal.close()
+
+
+def _waiting(unit: Unit, each: Any) -> dict[str, Any]:
+    amount = unit.text(each.amount) if each.unit == unit.name else f"{each.amount} smallest parts"
+    return {
+        "call": each.call,
+        "state": each.state,
+        "payer": each.payer,
+        "line": each.line,
+        "unit": each.unit,
+        "amount": amount if each.amount else "0",
+        "due": _time(each.due_at),
+        "why": each.why,
+    }
 
 
 # -- moving ------------------------------------------------------------------------------------------------

@@ -112,7 +112,8 @@ def billable(
         customise: Rewrites a refusal's body and adds header fields, for clients that expect others (S4.4). Not async:
             nobody waits while a refusal is written.
         usage: Names the dialect of the response body, where its shape alone would mislead.
-        forward_quota_headers: Let a provider's own quota fields pass to the client.
+        forward_quota_headers: Let a provider's own quota fields pass to the client. ``X-RateLimit-Limit``,
+            ``-Remaining`` and ``-Reset`` that come alone are the endpoint's own and pass, unless *usage* is named.
         ttl_s: Seconds that a hold lives without a heartbeat.
         grace_s: Seconds in doubt before the policy ends a hold.
         idempotency: True, or an `Idempotency`, runs requests with an ``Idempotency-Key`` once per payer, endpoint and
@@ -427,7 +428,9 @@ def _sources(sources: Sequence[PaymentSource] | None) -> tuple[PaymentSource, ..
     return tuple(sources)
 
 
-def gather(parts: Sequence[Part | Price], name: str, offered: Iterable[str]) -> EndpointPolicy:
+def gather(
+    parts: Sequence[Part | Price], name: str, offered: Iterable[str], *, line: str | None = None
+) -> EndpointPolicy:
     """
     One policy from parts, for what is no function: an app, an explicit gate. A bare amount is a fixed price.
 
@@ -435,6 +438,7 @@ def gather(parts: Sequence[Part | Price], name: str, offered: Iterable[str]) -> 
         parts: What the decorators take.
         name: Names it in answers and audits.
         offered: Names that callables of the parts may ask for, besides ``call``.
+        line: Names the billing line where the parts do not; *name* by default.
 
     Raises:
         ConfigurationError: No part at all, or parts that contradict each other.
@@ -444,5 +448,5 @@ def gather(parts: Sequence[Part | Price], name: str, offered: Iterable[str]) -> 
     policy = EndpointPolicy(name)
     parameters = {each: inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY) for each in offered}
     for part in parts:
-        policy = merged(policy, part if isinstance(part, Part) else billable(part), parameters, name)
+        policy = merged(policy, part if isinstance(part, Part) else billable(part), parameters, line or name)
     return policy

@@ -14,15 +14,25 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.decisions import Decision
 from asgi_metering.errors import JournalError, MeteringError, StoreError, StoreUnavailableError, UnwritableError
-from asgi_metering.receipts import Receipt
+from asgi_metering.receipts import Basis, Receipt
 from asgi_metering.rules.calendars import around
 from asgi_metering.rules.decide import Answer
-from asgi_metering.rules.operations import Admit, AllowanceSource, Backfill, End, Operation, SourceAsk, WalletSource
+from asgi_metering.rules.operations import (
+    Admit,
+    AllowanceSource,
+    Backfill,
+    Emit,
+    End,
+    KeyAsk,
+    Operation,
+    SourceAsk,
+    WalletSource,
+)
 from asgi_metering.stores.breaker import BreakerState
 
 if TYPE_CHECKING:
@@ -44,6 +54,12 @@ RETRY_SPREAD: Final = (0.5, 1.0)
 MAX_QUEUED_ENDS: Final = 100_000
 """Ends that may wait for a dead store in memory; beyond it they are left to their holds' expiry, with an alarm."""
 
+LEAST_WINDOW_S: Final = 60.0
+"""
+How long the window of a charge key lasts at least that a queued call begins, although it would be over by now: as long
+as it takes to book the other calls of it that were queued as well.
+"""
+
 IDLE_S: Final = 5.0
 """How often the journal is looked at for what other processes left in it."""
 
@@ -58,14 +74,21 @@ class Delivery:
     Args:
         metering: Whose journal, breaker, alarms and tallies.
         submit: Runs one operation within so many seconds.
+        delivered: Called when the store has taken something out of the journal: there may be events.
 
     Attributes:
         waiting: Ends that wait in memory for the store.
     """
 
-    def __init__(self, metering: Metering, submit: Callable[[Operation, float | None], Awaitable[Answer]]) -> None:
+    def __init__(
+        self,
+        metering: Metering,
+        submit: Callable[[Operation, float | None], Awaitable[Answer]],
+        delivered: Callable[[], None] = lambda: None,
+    ) -> None:
         self._metering = metering
         self._submit = submit
+        self._delivered_some = delivered
         self.waiting = 0
         self._back: asyncio.Future[None] | None = None
         self._to_keep: list[_Entry] = []
@@ -119,13 +142,13 @@ class Delivery:
 
     # -- the store -----------------------------------------------------------------------------------------
 
-    async def _do(self, steps: Steps, within_s: float, entry: JournalEntry | None = None) -> Answer | None:
+    async def _do(self, steps: Steps, within_s: float) -> Answer | None:
         if len(steps) == 1:
             return await self._taken(steps[0], within_s)
         ask, end = steps
         if not isinstance(ask, Admit) or not isinstance(end, End):
             raise AssertionError(f"{steps!r} are no admission and its end")
-        return await self._charge(ask, end, within_s, entry)
+        return await self._charge(ask, end, within_s)
 
     async def _taken(self, step: Step, within_s: float) -> Answer:
         """What the store refuses as a mistake it would refuse for ever; then the charge matters more than its event."""
@@ -157,29 +180,33 @@ class Delivery:
             )
         return answer
 
-    async def _charge(self, ask: Admit, end: End, within_s: float, entry: JournalEntry | None) -> Answer | None:
+    async def _charge(self, ask: Admit, end: End, within_s: float) -> Answer | None:
         """
         Charge a call that was let in while the store was down: admit it now, for what it cost, and end it.
 
-        What no source of its can pay becomes debt. That is written down before it is posted: who is refused now may be
-        admitted when this is repeated, and would pay twice.
+        What no source of its can pay becomes debt, by an admission under the same id: who is refused now may be able to
+        pay when all of this is repeated, and the store finds what it did before.
         """
         if not end.amount:
-            return None
-        decision = await self._taken(_of_its_time(ask, end.amount, time.time()), within_s)
+            return None if end.event is None else await self._taken(Emit(((ask.id, _told(ask, end)),)), within_s)
+        owing = _on_debt(ask)
+        # Without its key only where no calendar fits any more: it would be charged beside its siblings.
+        for wanted in (ask, owing, owing._replace(charge_key=None)):
+            if (await self._admitted(wanted, end.amount, within_s)).admitted:
+                return await self._taken(end, within_s)
+        raise UnwritableError(
+            f"The charge of call {ask.id!r}, {end.amount} smallest parts of {ask.unit!r}, is more than an account can "
+            f"owe. Look at what it used."
+        )
+
+    async def _admitted(self, ask: Admit, amount: int, within_s: float) -> Decision:
+        decision = await self._taken(_of_its_time(ask, amount, time.time()), within_s)
         if isinstance(decision, Decision) and decision.stale_calendar:
             # The store's clock is another one.
-            decision = await self._taken(_of_its_time(ask, end.amount, decision.now), within_s)
-        if isinstance(decision, Decision) and decision.refusal is not None and ask.charge_key is not None:
-            # Posted one by one, calls that share a key would owe it as often: the first of them holds what it owes.
-            decision = await self._taken(_of_its_time(_on_debt(ask), end.amount, decision.now), within_s)
-        if isinstance(decision, Decision) and decision.admitted:
-            return await self._taken(end, within_s)
-        event = None if end.event is None else {**ask.facts, **end.event}
-        owed = Backfill(ask.id, _debtor(ask).payer or ask.payer, ask.unit, end.amount, ask.line, event=event)
-        if entry is not None and self._journal is not None:
-            await self._journal.replace(entry, (owed,))
-        return await self._taken(owed, within_s)
+            decision = await self._taken(_of_its_time(ask, amount, decision.now), within_s)
+        if not isinstance(decision, Decision):
+            raise AssertionError(f"an admission was answered with {decision!r}")
+        return decision
 
     async def _again(self, steps: Steps) -> Answer | None:
         """Wait in memory. One end asks for all: when the store takes it, the others come."""
@@ -254,12 +281,14 @@ class Delivery:
     async def _written(self, batch: list[_Entry]) -> bool:
         journal = self._journal
         assert journal is not None  # noqa: S101 -- asked before
+        # The last word on each call: what it holds grows, and then it ends.
+        last = {entry.call: entry for entry in batch}.values()
         try:
             # One write for all that is due at once, and one for what calls that begin leave for the worst case.
-            for due_in_s in sorted({entry.due_in_s for entry in batch if entry.steps}):
-                kept = {entry.call: entry.steps for entry in batch if entry.steps and entry.due_in_s == due_in_s}
+            for due_in_s in sorted({entry.due_in_s for entry in last if entry.steps}):
+                kept = {entry.call: entry.steps for entry in last if entry.steps and entry.due_in_s == due_in_s}
                 await journal.keep(kept, due_in_s=due_in_s)
-            for entry in batch:
+            for entry in last:
                 if not entry.steps:
                     await journal.drop(entry.call)
         except MeteringError as failure:
@@ -298,26 +327,37 @@ class Delivery:
         if not await journal.take_turn():
             return True
         try:
-            while entries := await journal.due(READ_OFF):
-                # One goes ahead: a dead store is asked for one thing and not for a hundred.
-                done = [entries[0]] if await self._delivered(journal, entries[0]) else []
-                failures: list[BaseException] = []
-                if done:
-                    # All of them come to an end before the turn is anybody else's.
-                    others = (self._delivered(journal, entry) for entry in entries[1:])
-                    rest = await asyncio.gather(*others, return_exceptions=True)
-                    done += [entry for entry, taken in zip(entries[1:], rest, strict=True) if taken is True]
-                    failures = [failure for failure in rest if isinstance(failure, BaseException)]
-                await journal.done(done)
-                for failure in failures:
-                    raise failure
-                if len(done) < len(entries):
-                    return False
-            return True
+            return await self.deliver(journal)
         finally:
             # First: whatever else fails, others may read it off.
             await journal.give_turn_back()
             await self._tell_of(journal)
+
+    async def deliver(self, journal: Journal) -> bool:
+        """
+        Hand what is due in *journal* to the store; False where that does not take it. Whose turn it is has been asked.
+
+        Raises:
+            JournalError: The journal cannot be used.
+        """
+        while entries := await journal.due(READ_OFF):
+            # One goes ahead: a dead store is asked for one thing and not for a hundred.
+            done = [entries[0]] if await self._delivered(journal, entries[0]) else []
+            failures: list[BaseException] = []
+            if done:
+                # All of them come to an end before the turn is anybody else's.
+                others = (self._delivered(journal, entry) for entry in entries[1:])
+                rest = await asyncio.gather(*others, return_exceptions=True)
+                done += [entry for entry, taken in zip(entries[1:], rest, strict=True) if taken is True]
+                failures = [failure for failure in rest if isinstance(failure, BaseException)]
+            if done:
+                self._delivered_some()
+            await journal.done(done)
+            for failure in failures:
+                raise failure
+            if len(done) < len(entries):
+                return False
+        return True
 
     async def _tell_of(self, journal: Journal) -> None:
         waiting, aside = await journal.counts()
@@ -330,7 +370,7 @@ class Delivery:
             if entry.fault:
                 await self._set_aside(journal, entry, entry.fault)
             else:
-                await self._do(entry.steps, self._metering.end_timeout_s, entry)
+                await self._do(entry.steps, self._metering.end_timeout_s)
                 return True
         except JournalError:
             raise
@@ -379,10 +419,22 @@ def _of_its_time(ask: Admit, amount: int, now: float) -> Admit:
         source._replace(boundaries=around(source.boundaries, now)) if isinstance(source, AllowanceSource) else source
         for source in ask.sources
     )
-    key = ask.charge_key
-    if key is not None:
-        key = key._replace(boundaries=around(key.boundaries, now))
+    key = None if ask.charge_key is None else _of_the_call(ask.charge_key, ask, now)
     return ask._replace(amount=amount, minimum=amount, sources=sources, charge_key=key)
+
+
+def _of_the_call(key: KeyAsk, ask: Admit, now: float) -> KeyAsk:
+    """
+    *key* with the window in which the call was made, also where that is over: a later one has calls of its own.
+
+    A calendar's window is told by its start; here it lasts until after *now*, and a window longer for a store whose
+    clock is ahead of ours.
+    """
+    if key.boundaries:
+        later = [edge for edge in key.boundaries if edge > now][1:3]
+        return key._replace(boundaries=tuple(sorted({*key.boundaries[:2], *later})))
+    age_s = max(0.0, now - float(ask.facts.get("started_at", now)))
+    return key._replace(window_s=max(key.window_s - age_s, min(key.window_s, LEAST_WINDOW_S)))
 
 
 def _debtor(ask: Admit) -> SourceAsk:
@@ -394,3 +446,20 @@ def _on_debt(ask: Admit) -> Admit:
     """*ask* to be paid by its debtor, whatever that owes."""
     debtor = _debtor(ask)
     return ask._replace(sources=(WalletSource(MAX_AMOUNT // 2, debtor.payer, debtor.group),))
+
+
+def _told(ask: Admit, end: End) -> dict[str, Any]:
+    """What the usage event says of a queued call that died and is charged nothing."""
+    return {
+        **ask.facts,
+        **(end.event or {}),
+        "id": ask.id,
+        "payer": ask.payer,
+        "unit": ask.unit,
+        "line": ask.line,
+        "amount": 0,
+        "held": 0,
+        "basis": Basis.NONE.value,
+        "estimated": False,
+        "ended_at": time.time(),
+    }

@@ -21,6 +21,7 @@ __all__ = [
     "NoCallError",
     "PayerError",
     "SettlementError",
+    "StoreAvoidedError",
     "StoreContendedError",
     "StoreError",
     "StoreUnavailableError",
@@ -135,6 +136,10 @@ class StoreError(MeteringError):
 
 class StoreUnavailableError(StoreError):
     """No answer came in time. The operation may have happened: repeat it with the same id to learn it."""
+
+
+class StoreAvoidedError(StoreUnavailableError):
+    """The store was not asked at all, since it has not answered of late: nothing happened."""
 
 
 class StoreContendedError(StoreError):

@@ -17,6 +17,7 @@ from asgi_metering.amounts import MAX_AMOUNT, Amount
 from asgi_metering.decisions import Reason, Refusal
 from asgi_metering.errors import StoreError
 from asgi_metering.measuring import TextCounts, metered_usage, observed_usage
+from asgi_metering.outage import hold_more_locally
 from asgi_metering.prices import FixedPrice, MeasuredPrice
 from asgi_metering.usage import TokenUsage
 
@@ -45,7 +46,7 @@ Spawn: TypeAlias = "Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None
 def growth_of(call: Call, loop: asyncio.AbstractEventLoop, spawn: Spawn) -> Growth | None:
     """How the hold of *call*, which was admitted, grows; None where it does not."""
     charge, price = call.charge, call.price
-    if charge is None or charge.hold.slices is None or not call.has_hold or call.exempt:
+    if charge is None or charge.hold.slices is None or call.exempt or not (call.has_hold or call.queued):
         return None
     if price is None or isinstance(price, FixedPrice):
         # A turn that costs nothing.
@@ -171,6 +172,12 @@ class Growth:
         """Ask for a step more; False where the hold did not grow."""
         call = self._call
         to = min(max(call.held, self.used) + self._step, MAX_AMOUNT)
+        if call.queued is not None:
+            # Nothing is written behind its end: asked and begun in one turn of the loop.
+            if call.closed or to <= call.held:
+                return False
+            await hold_more_locally(call, to)
+            return not call.closed
         try:
             decision = await hold_more(call, self._charge, to, self._debt)
         except StoreError as failure:

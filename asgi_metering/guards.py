@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any, TypeVar
 
-from asgi_metering.call import CURRENT, SCOPE_KEY, Opening
 from asgi_metering.computed import bound_charge, bound_rates
 from asgi_metering.errors import ConfigurationError, NoCallError
+from asgi_metering.opening import CURRENT, SCOPE_KEY, Opening
 from asgi_metering.policies import ChargePolicy, ConcurrencyLimit, EndpointPolicy, RatePolicy, check_line
 from asgi_metering.wrappers import wrap
 
@@ -89,8 +89,7 @@ class Guard:
         charge = self.policy.charge
         # Also where the hold is an amount: what a hang-up pays for its input is estimated from the request.
         estimated = charge is not None and charge.measured and charge.hold.reads_request
-        weighted = any(limit.meter != "requests" for rates in self.policy.rates for limit in rates.limits)
-        self._needs_arguments = bool(self.policy.callables()) or estimated or weighted
+        self._needs_arguments = bool(self.policy.callables()) or estimated or self.policy.weighs
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
         """The endpoint's arguments by name, if the policy asks for any."""

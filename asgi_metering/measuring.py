@@ -139,11 +139,12 @@ def failed_in_band(call: Call) -> bool:
 
     Such a call has failed as if the handler had said so (DESIGN "End of call"), also where its stream counted tokens
     before or after the error: those are told on the event, and charged by choice. A handler that reports usage itself
-    also says itself when it failed. The error of an upstream exchange counts unless another one answered.
+    also says itself when it failed. The error of an upstream exchange counts unless another one answered; one in the
+    body does where the call is charged by usage, whose reading it is.
     """
     if call.reports:
         return False
-    body = _body(call)
+    body = _body(call) if call.charge is not None and call.charge.measured else None
     if body is not None and body.report is not None and body.report.error:
         return True
     parts = [part for part in _exchanges(call) if part.report is not None]

@@ -13,22 +13,24 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, Unpack
 
 from asgi_metering.alarms import Alarms
 from asgi_metering.amounts import CREDITS, Unit
-from asgi_metering.call import ALL_FEATURES, CURRENT, Call, Caller, Opening, Origin
+from asgi_metering.call import Call
+from asgi_metering.caller import Caller
 from asgi_metering.clients import UpstreamClients
 from asgi_metering.computed import check_sync, is_async
-from asgi_metering.decisions import Decision
+from asgi_metering.decisions import Decision, Refusal
 from asgi_metering.errors import ConfigurationError, IdentityError, SettlementError, StoreError
 from asgi_metering.events.metrics import Meters
 from asgi_metering.events.records import whole_units
 from asgi_metering.events.sinks import Sink
 from asgi_metering.events.span import annotate_span, current_trace
 from asgi_metering.ledger import Ledger
+from asgi_metering.opening import ALL_FEATURES, CURRENT, Opening, Origin
 from asgi_metering.outage import LocalLimits, check_choices, read_choices
 from asgi_metering.outside import leave, planned, prepared
 from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldSize, Price
@@ -78,7 +80,8 @@ class Metering(Ledger, UpstreamClients):
             ``"rates"`` ``"allow"`` (the default), ``"local"`` (each process counts by itself) or ``"deny"``. The
             strictest layer of a route answers; routes may say otherwise.
         journal: A local file that keeps the ends of calls while the store does not take them, across restarts; several
-            processes of one machine may share it. With one, the application also starts while the store is down.
+            processes of one machine may share it. With one, the application also starts while the store is down. A
+            `Journal` is taken as well, such as one of the fault kit.
         ttl_s: Seconds that a hold lives without a heartbeat, where a route does not say.
         grace_s: Seconds in doubt before the policy ends a hold, where a route does not say.
         max_call_s: A call older than this is ended as it is (pitfall 27).
@@ -86,13 +89,18 @@ class Metering(Ledger, UpstreamClients):
         run_sync: Runs sync endpoints off the loop: an async function of a callable without arguments; anyio's
             threads by default (pitfall 9).
         new_id: Makes call ids; random ones by default (X.8).
+        on_hold_lost: Gets a `Call` that runs on although its policy has ended its hold and freed its slots, because no
+            heartbeat came through for so long: time to stop what relies on them (S0.57). Sync or async, on the event
+            loop of the call, once per call.
 
     Raises:
         ConfigurationError: An argument or URL that cannot work; the sentence says what can.
         MissingExtraError: The store's driver is not installed.
 
-    Used as ``async with metering:``, or by the middleware's lifespan, or lazily by the first call; in several event
-    loops at once if need be, whose backgrounds are apart and whose store is one: the last to stop closes it.
+    Used as ``async with metering:``, or by the middleware's lifespan, or lazily by the first call; by several of them
+    at once, of which the last one drains and stops it, and a block inside of a running application never does; in
+    several event loops at once if need be, whose backgrounds are apart and whose store is one: the last to stop closes
+    it.
     """
 
     def __init__(
@@ -104,16 +112,19 @@ class Metering(Ledger, UpstreamClients):
         sinks: Sequence[Sink] | None = None,
         store_timeout_s: float = 1.0,
         on_store_down: Mapping[str, StoreDown] | None = None,
-        journal: str | os.PathLike[str] | None = None,
+        journal: str | os.PathLike[str] | Journal | None = None,
         ttl_s: float = 60.0,
         grace_s: float = 30.0,
         max_call_s: float = 3_600.0,
         drain_s: float = 10.0,
         run_sync: Callable[[Callable[[], Any]], Coroutine[Any, Any, Any]] | None = None,
         new_id: Callable[[], str] | None = None,
+        on_hold_lost: Callable[[Call], Any] | None = None,
     ) -> None:
         if identify is not None and not callable(identify):
             raise ConfigurationError(f"identify={identify!r} cannot be called. Pass a function of the connection.")
+        if on_hold_lost is not None and not callable(on_hold_lost):
+            raise ConfigurationError(f"on_hold_lost={on_hold_lost!r} cannot be called. Pass a function of the call.")
         if not isinstance(unit, Unit):
             raise ConfigurationError(f"unit={unit!r} is no Unit. Declare one: Unit('credits', scale=6).")
         if new_id is not None:
@@ -145,12 +156,14 @@ class Metering(Ledger, UpstreamClients):
         self.meters = Meters()
         self.sinks: tuple[Sink, ...] = _default_sinks(unit) if sinks is None else _checked_sinks(sinks)
         self._identify = identify
+        self._on_hold_lost = on_hold_lost
         self._units = {unit.name: unit}
         self._declared: set[str] = set()
         self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()
+        self._latest: Runtime | None = None
         self._lock = threading.Lock()
         self.alarms = Alarms(log)
-        self._journal_path = journal
+        self._journal_given = journal
         self._join_process()
         _living.add(self)
 
@@ -159,15 +172,22 @@ class Metering(Ledger, UpstreamClients):
     def runtime(self) -> Runtime:
         """The background of the running event loop."""
         loop = asyncio.get_running_loop()
-        runtime = self._runtimes.get(loop)
-        if runtime is None:
-            with self._lock:
-                runtime = self._runtimes.setdefault(loop, Runtime(self, loop))
+        latest = self._latest
+        if latest is not None and latest.loop is loop:
+            return latest
+        with self._lock:
+            runtime = self._runtimes.get(loop)
+            if runtime is None:
+                runtime = self._runtimes[loop] = Runtime(self, loop)
+            # Nearly always there is one loop; an ended one may stay until the next comes.
+            self._latest = runtime
         return runtime
 
     def forked(self) -> None:
         """Forget what belongs to the parent of this process; called in each child after a fork."""
         self._lock = threading.Lock()
+        if self.journal is not None and self.journal is self._journal_given:
+            self.journal.forked()
         self._join_process()
 
     def _join_process(self) -> None:
@@ -175,7 +195,7 @@ class Metering(Ledger, UpstreamClients):
         self.local = LocalLimits()
         self.store_use = StoreUse(self.store)
         self.breaker = Breaker(told=self._told_of_store)
-        self.journal = _journal(self._journal_path)
+        self.journal = _journal(self._journal_given)
         self.journal_use = None if self.journal is None else StoreUse(self.journal)
         self._portal = Portal(self.stop)
 
@@ -183,8 +203,6 @@ class Metering(Ledger, UpstreamClients):
         is_up = state is BreakerState.CLOSED
         self.meters.gauge("store_up", int(is_up))
         if is_up:
-            # What was counted without it is no longer looked at.
-            self.local.forget()
             log.warning("The %s store answers again.", self.store.name)
         else:
             self.meters.count("store_outages")
@@ -217,12 +235,16 @@ class Metering(Ledger, UpstreamClients):
 
     async def __aenter__(self) -> Self:
         await self.begin()
+        self.runtime().blocks += 1
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.stop()
+        runtime = self.runtime()
+        runtime.blocks -= 1
+        if not (runtime.blocks or runtime.lifespans):
+            await self.stop()
 
     # -- work outside HTTP ---------------------------------------------------------------------------------
 
@@ -290,6 +312,53 @@ class Metering(Ledger, UpstreamClients):
             f"Call {call.id!r} of line {call.line!r} ran, but its end is not booked. Where the store is down it is "
             f"retried, and its receipt will have this id; otherwise the log says what is wrong with it."
         )
+
+    def charged(
+        self,
+        client: Any,
+        method: str,
+        *,
+        line: str,
+        payer: str | None = None,
+        hold: HoldSize | None = None,
+        price: Price | None = None,
+        caller: Caller | None = None,
+        **options: Unpack[ChargeOptions],
+    ) -> Any:
+        """
+        *client*, each call of whose async *method* is charged; everything else of it is as it is (S3.41).
+
+        ``metering.charged(AsyncOpenAI(http_client=...), "chat.completions.create", line="podcast", price=PRICE)``. The
+        method is not called where the charge is refused. A stream that it answers is charged when that is exhausted,
+        fails or is closed. What the method uses is told by an upstream client, or by what it calls itself.
+
+        Args:
+            client: Any object. What it answers elsewhere, a copy with other options for instance, is not charged.
+            method: Its name, with dots for a part of a part.
+            line: As of `charge`, for each call; as are:
+            payer: Who pays.
+            hold: What is set aside.
+            price: What is charged.
+            caller: Who acts.
+            options: The rest.
+
+        Raises:
+            ConfigurationError: The client has no such method.
+
+        The method raises as `charge` does, and what the client's own raises, unchanged (S3.8).
+        """
+        from asgi_metering.charged import ChargedClient
+
+        found = client
+        for name in method.split("."):
+            found = getattr(found, name, None)
+        if not callable(found):
+            raise ConfigurationError(f"{client!r} has no method {method!r}. Name one that it has.")
+
+        def charge() -> AbstractAsyncContextManager[Call]:
+            return self.charge(line=line, payer=payer, hold=hold, price=price, caller=caller, **options)
+
+        return ChargedClient(client, tuple(method.split(".")), charge)
 
     @contextmanager
     def charge_sync(
@@ -518,6 +587,11 @@ class Metering(Ledger, UpstreamClients):
                 }
             )
 
+    def refused(self, call: Call, refusal: Refusal) -> None:
+        """Count a refusal, and say so on the server's span, in the same words."""
+        self.meters.count("refusals", reason=refusal.reason.value, line=call.line)
+        annotate_span({"metering.line": call.line or None, "metering.refusal.reason": refusal.reason.value})
+
     async def who(self, origin: Origin | None) -> Caller | None:
         """
         Ask `identify`.
@@ -529,6 +603,9 @@ class Metering(Ledger, UpstreamClients):
             return None
         try:
             caller = self._identify(origin.connection)
+            # Most answer one at once, and to ask anything whether it can be awaited takes longer than all else here.
+            if type(caller) is Caller:
+                return caller
             if inspect.isawaitable(caller):
                 caller = await caller
         except Exception as failure:
@@ -536,6 +613,13 @@ class Metering(Ledger, UpstreamClients):
         if caller is not None and not isinstance(caller, Caller):
             raise IdentityError(f"identify() answered a {type(caller).__name__}. It should answer a Caller or None.")
         return caller
+
+    async def hold_lost(self, call: Call) -> None:
+        """Tell the application that *call* has lost its hold; raises what its function does."""
+        if self._on_hold_lost is not None:
+            answer = self._on_hold_lost(call)
+            if inspect.isawaitable(answer):
+                await answer
 
     def trace(self) -> Mapping[str, str]:
         """The ids of the current trace, as the usage event saves them; empty without one."""
@@ -602,15 +686,17 @@ def _check_new_id(new_id: Callable[[], str]) -> None:
     check_sync(new_id, "new_id=")
 
 
-def _journal(path: str | os.PathLike[str] | None) -> Journal | None:
-    if path is None:
+def _journal(given: str | os.PathLike[str] | Journal | None) -> Journal | None:
+    if given is None:
         return None
-    if not isinstance(path, str | os.PathLike):
-        raise ConfigurationError(f"journal={path!r} is no path. Name a file on a local disk.")
     # The driver is imported only where it is used.
     from asgi_metering.journal import Journal
 
-    return Journal(path)
+    if isinstance(given, Journal):
+        return given
+    if not isinstance(given, str | os.PathLike):
+        raise ConfigurationError(f"journal={given!r} is no path. Name a file on a local disk.")
+    return Journal(given)
 
 
 def _new_id() -> str:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from asgi_metering.decisions import Decision, Reason, Refusal
-from asgi_metering.errors import ConfigurationError, StoreError
+from asgi_metering.errors import ConfigurationError, StoreAvoidedError, StoreError, StoreUnavailableError
 from asgi_metering.policies import ChargePolicy, EndpointPolicy, RatePolicy
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.calendars import Period, boundaries_until
+from asgi_metering.rules.ending import EndPolicy, Situation
 from asgi_metering.rules.operations import Admit, AllowanceSource, End
 from asgi_metering.sources import Allowance
 from asgi_metering.stores.memory import MemoryStore
@@ -25,7 +26,15 @@ from asgi_metering.stores.memory import MemoryStore
 if TYPE_CHECKING:
     from asgi_metering.call import Call
 
-__all__ = ["CHOICES", "LocalLimits", "check_journal", "read_choices", "without_store"]
+__all__ = [
+    "CHOICES",
+    "LocalLimits",
+    "check_journal",
+    "hold_more_locally",
+    "in_doubt_of",
+    "read_choices",
+    "without_store",
+]
 
 log = logging.getLogger("asgi_metering")
 
@@ -42,7 +51,10 @@ CALENDAR_S: Final = 35 * 86_400.0
 """A queued charge finds the windows of its allowances for so long: a month, and some days to mend things in."""
 
 MAX_LOCAL_KEYS: Final = 100_000
-"""Keys of limits that one process counts by itself: tens of MB. With more it begins anew, and says so."""
+"""
+Keys of limits that one process counts by itself: tens of MB. With more those are forgotten whose windows are over; if
+more than half are left then, it begins anew, and says so.
+"""
 
 
 def read_choices(given: Mapping[str, str] | None) -> Mapping[str, str]:
@@ -96,20 +108,23 @@ class LocalLimits:
     """
     Rate and concurrency limits of one process by itself, by the same rules, while the store does not answer.
 
-    Each process allows the whole limit. What is counted here is never told to the store. Safe from several threads.
+    Each process allows the whole limit, once in each window: what was counted in one outage counts in the next one as
+    well. It is never told to the store, nor looked at while that answers. Safe from several threads.
     """
 
-    def __init__(self) -> None:
-        self._store = MemoryStore()
-        self._keys: set[str] = set()
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._store = MemoryStore(clock)
+        self._until: dict[str, float] = {}
 
     def decide(self, ask: Admit) -> Decision:
         """Decide the limits and leases of *ask*."""
-        self._keys.update(limit.key for limit in ask.limits)
-        self._keys.update(lease.pool for lease in ask.leases)
-        if len(self._keys) > MAX_LOCAL_KEYS:
-            log.error("More than %d keys are limited locally; all of them are counted anew.", MAX_LOCAL_KEYS)
-            self.forget()
+        now = self._clock()
+        # A window that slides weighs in the next one as well.
+        self._until.update((limit.key, now + 2 * limit.window_s) for limit in ask.limits)
+        self._until.update((lease.pool, now + ask.ttl_s) for lease in ask.leases)
+        if len(self._until) > MAX_LOCAL_KEYS:
+            self._make_room(now)
         decision = self._store.run_now(ask)
         if not isinstance(decision, Decision):
             raise AssertionError(f"an admission was answered with {decision!r}")
@@ -121,9 +136,12 @@ class LocalLimits:
             self._store.run_now(End(call.local, None, actual=actual, failed=True))
             call.local = ""
 
-    def forget(self) -> None:
-        """Begin anew."""
-        self._store, self._keys = MemoryStore(), set()
+    def _make_room(self, now: float) -> None:
+        """Forget keys whose windows are over; where most of them are not, all."""
+        self._until = {key: until for key, until in self._until.items() if until > now}
+        if 2 * len(self._until) > MAX_LOCAL_KEYS:
+            log.error("More than %d keys are limited locally; all of them are counted anew.", MAX_LOCAL_KEYS)
+            self._store, self._until = MemoryStore(self._clock), {}
 
 
 async def without_store(
@@ -138,6 +156,7 @@ async def without_store(
     metering = call.metering
     metering.meters.count("store_failures", line=call.line)
     metering.alarms.raised("store", f"The store decided on no admission: {failure}", failure)
+    _take_back(call, asked, failure)
     money = None if charge is None or call.exempt else charge.on_store_down or metering.on_store_down["credits"]
     if money == "queue" and (asked.idempotency is not None or metering.journal is None):
         # Whether a request of that key ran before cannot be told.
@@ -159,6 +178,17 @@ async def without_store(
     if call.opening.closed:
         # Its request was over meanwhile: nobody will end it.
         metering.local.end(call)
+
+
+def _take_back(call: Call, asked: Admit, failure: StoreError) -> None:
+    """
+    Have the journal keep that *asked*, which the store may have admitted, is given back.
+
+    Where its policy charges what was held this must outlive the process: the expiry would not give it back.
+    """
+    was_asked = isinstance(failure, StoreUnavailableError) and not isinstance(failure, StoreAvoidedError)
+    if was_asked and asked.sources and asked.in_doubt is Basis.HOLD and call.metering.journal is not None:
+        call.metering.runtime().take_back(asked)
 
 
 def _decided_locally(call: Call, rates: list[RatePolicy], asked: Admit) -> Decision:
@@ -212,7 +242,7 @@ async def _queue(call: Call, asked: Admit, failure: StoreError) -> None:
         call.facts = {**call.facts, "request_id": call.id}
     ask = asked._replace(id=call.id, limits=(), leases=(), in_doubt=Basis.NONE, facts=call.facts)
     try:
-        is_kept = await call.metering.runtime().remember(call.id, (ask, _lost(asked, call.id)))
+        is_kept = await keep_in_doubt(call, ask, asked.in_doubt)
     except BaseException:
         # Whoever asked has gone while it was written, and it stands there all the same: for work that never began.
         call.metering.local.end(call)
@@ -227,9 +257,32 @@ async def _queue(call: Call, asked: Admit, failure: StoreError) -> None:
     call.held = asked.amount
 
 
-def _lost(asked: Admit, call_id: str) -> End:
-    """How the policy ends a queued call whose process has died: nothing was seen of it."""
-    is_charged = asked.in_doubt is Basis.HOLD and asked.amount > 0
-    amount = asked.amount if is_charged else None
-    event = {"outcome": "aborted", "reason": "in_doubt"} if asked.facts else None
-    return End(call_id, amount, asked.in_doubt, event=event, failed=not is_charged)
+async def keep_in_doubt(call: Call, ask: Admit, policy: Basis) -> bool:
+    """Have the journal keep how *policy* ends *call*, should its process die with what it holds by *ask* now."""
+    return await call.metering.runtime().remember(call.id, (ask, _lost(ask, policy)))
+
+
+async def hold_more_locally(call: Call, to: int) -> None:
+    """
+    Hold *to* smallest parts for a queued call, as the store would: nobody can tell yet whether the payer has them.
+
+    Where the journal takes nothing more, what it kept before stands for a process that dies.
+    """
+    if call.queued is not None and call.charge is not None:
+        call.held = to
+        call.queued = call.queued._replace(amount=to, minimum=to)
+        await keep_in_doubt(call, call.queued, in_doubt_of(call.charge))
+
+
+def in_doubt_of(charge: ChargePolicy | None) -> Basis:
+    """On what basis the policy of *charge* ends a call whose process died."""
+    end = charge.end if charge is not None else None
+    return (end if isinstance(end, EndPolicy) else EndPolicy({})).basis(Situation.ABORTED)
+
+
+def _lost(ask: Admit, policy: Basis) -> End:
+    """How the policy ends a queued call whose process has died: nothing was seen of it but what it held."""
+    is_charged = policy is Basis.HOLD and ask.amount > 0
+    amount = ask.amount if is_charged else None
+    event = {"outcome": "aborted", "reason": "in_doubt"} if ask.facts else None
+    return End(ask.id, amount, policy, event=event, failed=not is_charged)

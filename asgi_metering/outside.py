@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from asgi_metering.call import ALL_FEATURES, CURRENT, Call, Caller, Opening
+from asgi_metering.call import Call
+from asgi_metering.caller import Caller
 from asgi_metering.errors import ConfigurationError, PayerError
 from asgi_metering.keying import check_shared
 from asgi_metering.names import check_key
+from asgi_metering.opening import ALL_FEATURES, CURRENT, Opening
 from asgi_metering.outage import check_journal
 from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldPolicy, HoldSize, Idempotency, Price
 from asgi_metering.usage import TokenUsage
@@ -67,7 +69,7 @@ def _call_for(metering: Metering, payer: str | None, caller: Caller | None, line
     inherited = None
     if payer is None:
         outer = _paid_call(metering, line)
-        payer, inherited = outer.payer or "", outer.paid_by
+        payer, inherited = _account_of(outer), outer.paid_by
         caller = caller or outer.caller
     check_key(payer, "payer")
     # Whose balance pays is said here, whatever the caller's own would be.
@@ -87,6 +89,14 @@ def _paid_call(metering: Metering, line: str) -> Call:
             f"payer='org_7'."
         )
     return call
+
+
+def _account_of(outer: Call) -> str:
+    """Whose balance goes with `Call.paid_by`: of a call that nothing is held for, that of the first choice (S0.26)."""
+    payer, decision = outer.paid_by, outer.decision
+    is_held = decision is not None and bool(decision.payer)
+    account = "" if payer is None or is_held else outer.accounts.get(payer.name, "")
+    return account or outer.payer or ""
 
 
 def planned(caller: Caller | None, payer: str, plan: str | None) -> Caller:

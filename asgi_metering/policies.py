@@ -216,7 +216,7 @@ def slices(
     `Call.record` stops the work.
 
     A store that gives no answer cuts nobody: the call runs on, and is charged in full at its end. So does a call that
-    was let in without the store (``on_store_down="queue"``): its hold never grows.
+    was let in without the store (``on_store_down="queue"``): what it would hold grows all the same, and it is not cut.
 
     Raises:
         AmountError: An amount that is not usable (a float, say).
@@ -498,6 +498,11 @@ class EndpointPolicy:
         if self.charge is not None:
             return self.charge.errors
         return self.rates[0].errors if self.rates else "problem"
+
+    @property
+    def weighs(self) -> bool:
+        """Whether a limit takes what the call uses, such as tokens."""
+        return any(limit.meter != "requests" for rates in self.rates for limit in rates.limits)
 
     def callables(self) -> tuple[From, ...]:
         """Everything that is computed from the endpoint's arguments."""

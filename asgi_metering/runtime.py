@@ -14,7 +14,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,6 +33,7 @@ from asgi_metering.stores.pump import Pump
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
+    from asgi_metering.journal import Journal
     from asgi_metering.journal.records import Steps
     from asgi_metering.metering import Metering
 
@@ -47,7 +48,16 @@ BEATS_PER_LIFE = 3
 """Heartbeats within one life of a hold, so that one may be lost."""
 
 SWEEP_EVERY_S = 30.0
-"""How often this process looks for holds that other processes left behind."""
+"""
+How often this process looks for holds that other processes left behind, and for what is old; processes that start
+together do so at times of their own.
+"""
+
+CLOSE_S = 10.0
+"""
+What a shutdown gives a store, a journal or a task to close and to end: twice as long as those wait for a server that
+says nothing. A driver that takes longer than that is left to the end of the process.
+"""
 
 BOOK_S = 5.0
 """What the drain still gives the store to book the ends after the calls are over (S2.21)."""
@@ -74,6 +84,8 @@ class Runtime:
         in_flight: Admitted calls that have not ended, by id.
         busy: How many ends are not booked yet.
         managed: A lifespan holds the shutdown until calls are drained.
+        lifespans: How many applications have begun theirs and use this; the last of them stops it.
+        blocks: How many blocks of ``async with metering`` run; the last of them stops it, where no lifespan does.
     """
 
     def __init__(self, metering: Metering, loop: asyncio.AbstractEventLoop) -> None:
@@ -82,6 +94,7 @@ class Runtime:
         self.pump = Pump(metering.store, self._release)
         self.in_flight: dict[str, Call] = {}
         self.managed = False
+        self.lifespans = self.blocks = 0
         self._ended: deque[Call] = deque()
         self.busy = 0
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -95,7 +108,7 @@ class Runtime:
         self._stop_exporting = asyncio.Event()
         self._opened: asyncio.Future[None] | None = None
         self._opening: asyncio.Task[None] | None = None
-        self._delivery = Delivery(metering, self._submit_again)
+        self._delivery = Delivery(metering, self._submit_again, self._tell_exporter)
         self._replaying: asyncio.Task[None] | None = None
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -216,13 +229,11 @@ class Runtime:
             await self._exporter.drain(EXPORT_S)
         background = (self._worker, self._ticker, self._exporting, self._replaying, self._opening)
         tasks = [task for task in background if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._ended_all(tasks)
         await self._stop_asking()
-        await self._metering.store_use.close()
+        await self._closed(self._metering.store_use.close(), f"{self._metering.store.name} store")
         if self._metering.journal_use is not None:
-            await self._metering.journal_use.close()
+            await self._closed(self._metering.journal_use.close(), "journal")
         self._opened = self._worker = self._ticker = self._exporter = self._exporting = None
         self._replaying = self._opening = None
 
@@ -235,13 +246,31 @@ class Runtime:
         except TimeoutError:
             left_s = DRAIN_STEP_S
             log.error("The %s store gave no answer before the shutdown.", self._metering.store.name)
-        left = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+        await self._ended_all([task for task in self._tasks if task is not asyncio.current_task()])
         with suppress(TimeoutError):
             async with asyncio.timeout(left_s):
                 await self.pump.close()
+
+    async def _ended_all(self, tasks: Sequence[asyncio.Task[Any]]) -> None:
+        """Cancel *tasks*, and wait for them, bounded: one may clean up after itself on a disk that says nothing."""
+        for task in tasks:
+            task.cancel()
+        _, left = await asyncio.wait(tasks, timeout=CLOSE_S) if tasks else (set(), set())
+        for task in left:
+            log.error("The background task %r does not end at the shutdown.", task.get_name())
+
+    async def _closed(self, closing: Coroutine[Any, Any, None], what: str) -> None:
+        """Wait until the *closing* is over, bounded; raises what it raises."""
+        task = self.loop.create_task(closing, name=f"asgi_metering closing the {what}")
+        try:
+            done, _ = await asyncio.wait([task], timeout=CLOSE_S)
+            if done:
+                task.result()
+                return
+            log.error("The %s could not be closed within %g s; the end of the process does it.", what, CLOSE_S)
+        finally:
+            task.cancel()
+        task.add_done_callback(_looked_at)
 
     # -- calls ---------------------------------------------------------------------------------------------
 
@@ -353,8 +382,7 @@ class Runtime:
             if steps or call.queued is not None:
                 answer = await self._delivery.book(call.id, steps, begun=call.queued is not None)
                 receipt = answer if isinstance(answer, Receipt) else None
-                if self._exporter is not None:
-                    self._exporter.notify()
+                self._tell_exporter()
         except Exception as failure:
             self._metering.meters.count("ends_lost", line=call.line)
             told = f"The end of call {call.id} could not be booked; what it holds is left to its policy, by its expiry."
@@ -368,6 +396,10 @@ class Runtime:
             self.busy -= 1
             if not self.busy:
                 self._quiet.set()
+
+    def _tell_exporter(self) -> None:
+        if self._exporter is not None:
+            self._exporter.notify()
 
     def _make_plain(self, call: Call) -> None:
         """What a handler put on its call must not keep the end from any store: it becomes text, with an alarm."""
@@ -407,7 +439,10 @@ class Runtime:
 
     def give_back(self, ask: Admit, at: float) -> None:
         """Undo the admission, decided *at* that time, of a call whose request is over (pitfall 1)."""
-        self._spawn(self._quietly(Undo(ask, at)), f"undoing of {ask.id}")
+        self._spawn(self._undone(Undo(ask, at)), f"undoing of {ask.id}")
+
+    async def _undone(self, undo: Undo) -> None:
+        await self._quietly(undo)
 
     async def remember(self, call_id: str, steps: Steps) -> bool:
         """
@@ -416,6 +451,25 @@ class Runtime:
         They are read off if this process dies before the call has ended: no call is older than that.
         """
         return await self._delivery.keep(call_id, steps, due_in_s=self._metering.max_call_s)
+
+    async def read_off(self, journal: Journal) -> bool:
+        """
+        Hand what is due in *journal* to the store; False where that does not take it.
+
+        For whoever has its turn, and uses it without a metering of its own: an operator.
+        """
+        return await self._delivery.deliver(journal)
+
+    def take_back(self, ask: Admit) -> None:
+        """
+        Have the journal keep that *ask* is given back, should the store have admitted it. Never waits.
+
+        It stands there before whatever is kept in its place in the same turn of the loop: it is due.
+        """
+        self._spawn(self._taken_back(End(ask.id, None, failed=True)), f"taking back of {ask.id}")
+
+    async def _taken_back(self, end: End) -> None:
+        await self._delivery.keep(end.id, (end,))
 
     def forget(self, call_id: str) -> None:
         """Have the journal keep nothing of a call that never began."""
@@ -442,7 +496,7 @@ class Runtime:
     # -- time ----------------------------------------------------------------------------------------------
 
     async def _tick(self) -> None:
-        swept_at = self.loop.time() + random.uniform(0, SWEEP_EVERY_S)  # noqa: S311 -- spreads processes, no secret
+        sweep_at = flush_at = self.loop.time() + SWEEP_EVERY_S * (1.0 + random.random())  # noqa: S311 -- no secret
         while True:
             await asyncio.sleep(TICK_S if self.in_flight else 4 * TICK_S)
             now = self.loop.time()
@@ -451,9 +505,12 @@ class Runtime:
                     self._look_after(call, now)
                 except Exception as failure:  # noqa: BLE001 -- the heartbeats of all other calls hang on this task
                     self._metering.alarms.raised("call", f"Call {call.id} could not be looked after.", failure)
-            if now - swept_at >= SWEEP_EVERY_S:
-                swept_at = now
-                await self._quietly(Sweep())
+            if now >= sweep_at:
+                swept = await self._quietly(Sweep())
+                # What was full has left more behind: as much must go as comes, whatever the traffic.
+                sweep_at = now if isinstance(swept, int) and swept >= Sweep().limit else now + SWEEP_EVERY_S
+            if now >= flush_at:
+                flush_at = now + SWEEP_EVERY_S
                 try:
                     self._metering.meters.flush()
                 except Exception as failure:  # noqa: BLE001 -- a plug-in's, and heartbeats go on
@@ -466,7 +523,7 @@ class Runtime:
             call.see(Cause.ABORTED)
             log.error("Call %s is older than %s s; it is ended as it is.", call.id, self._metering.max_call_s)
             self.finish(call)
-        elif call.has_hold and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:
+        elif call.has_hold and not call.hold_lost and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:
             call.last_beat = now
             self._spawn(self._beat(call), f"heartbeat of {call.id}")
         if call.growth is not None:
@@ -481,15 +538,36 @@ class Runtime:
         except Exception as failure:  # noqa: BLE001 -- a price of the application's own; the call lives, and its hold
             told = f"What call {call.id} has used so far cannot be told; its heartbeat repeats what was told last."
             self._metering.alarms.raised("heartbeat", told, failure)
-        await self._quietly(Renew(call.id, call.observed_parts))
+        renewed = await self._quietly(Renew(call.id, call.observed_parts))
+        # Its own end may have come between.
+        if renewed is False and not call.closed:
+            await self._lost(call)
 
-    async def _quietly(self, operation: Operation) -> None:
+    async def _lost(self, call: Call) -> None:
+        """Say once that *call* runs on without its hold and its slots, which its policy has ended (S0.57)."""
+        if call.hold_lost:
+            return
+        call.hold_lost = True
+        self._metering.meters.count("holds_lost", line=call.line)
+        log.error(
+            "Call %s runs on, and its hold has been ended by its policy: no heartbeat came for longer than it lives. "
+            "What its own end says is posted as the difference; others may have its slots. Give it a longer ttl_s.",
+            call.id,
+        )
         try:
-            await self.submit(operation, self._metering.end_timeout_s)
+            await self._metering.hold_lost(call)
+        except Exception as failure:  # noqa: BLE001 -- the application's own
+            self._metering.alarms.raised("on_hold_lost", f"on_hold_lost failed for call {call.id}.", failure)
+
+    async def _quietly(self, operation: Operation) -> Answer | None:
+        """The answer to *operation*, or None and an alarm."""
+        try:
+            return await self.submit(operation, self._metering.end_timeout_s)
         except MeteringError as failure:
             self._metering.meters.count("store_failures")
             told = f"The store did not take {type(operation).__name__}: {failure}"
             self._metering.alarms.raised(type(operation).__name__, told, failure)
+            return None
 
 
 DRAIN_STEP_S = 0.02

@@ -66,6 +66,7 @@ class Previewed(NamedTuple):
         paid_by: The `Payer` that would; None is the asked one itself.
         source: ``"wallet"``, or the allowance's name; None where nothing would be held.
         switched: Another payer than the first choice would pay: what a notice before the first paid call tells.
+        joined: Another call of its charge key pays, or has paid in this window, so nothing more is held (S0.35).
         refusal: Why it would not run.
     """
 
@@ -77,6 +78,7 @@ class Previewed(NamedTuple):
     paid_by: Payer | None
     source: str | None
     switched: bool
+    joined: bool
     refusal: Refusal | None
 
 
@@ -93,6 +95,8 @@ async def previewed(call: Call) -> Previewed:
         return _refused(call, Refusal(Reason.PAYER, call.line))
     if decision.refusal is not None:
         return _refused(call, decision.refusal)
+    if decision.replay is not None:
+        return _refused(call, Refusal(Reason.REPLAYED, "idempotency"))
     return Previewed(
         True,
         call.unit.name,
@@ -102,12 +106,13 @@ async def previewed(call: Call) -> Previewed:
         call.paid_by,
         decision.source,
         call.payer_switched,
+        decision.joined,
         None,
     )
 
 
 def _refused(call: Call, refusal: Refusal) -> Previewed:
-    return Previewed(False, call.unit.name, 0, None, call.payer or "", None, None, False, refusal)
+    return Previewed(False, call.unit.name, 0, None, call.payer or "", None, None, False, False, refusal)
 
 
 async def allowance_statuses(call: Call, charge: ChargePolicy) -> list[AllowanceStatus]:
@@ -123,19 +128,22 @@ async def allowance_statuses(call: Call, charge: ChargePolicy) -> list[Allowance
     store = call.metering.store
     unit = call.metering.counted(charge.unit).name
     now, state = await store.read(AccountRows(call.payer or "", unit))
-    sources = await asked_of(call, charge, now)
     states = {call.payer or "": state}
     plan = call.caller.plan if call.caller is not None else None
     found = []
-    for source in sources:
-        if isinstance(source, AllowanceSource):
-            payer = source.payer or call.payer or ""
-            if payer not in states:
-                _, states[payer] = await store.read(AccountRows(payer, unit))
-            # Of the time that the gate would see.
-            seen = clamped(states[payer], (payer, unit), now)
-            found.append(_status(states[payer], source, (payer, unit, source.name), plan, seen))
+    for index, source in enumerate(await _allowances(call, charge, now)):
+        payer = source.payer or call.payer or ""
+        if payer not in states:
+            _, states[payer] = await store.read(AccountRows(payer, unit))
+        # Of the time that the gate would see, which may be days ahead of a clock that was set back.
+        seen = clamped(states[payer], (payer, unit), now)
+        asked = source if seen == now else (await _allowances(call, charge, seen))[index]
+        found.append(_status(states[payer], asked, (payer, unit, source.name), plan, seen))
     return found
+
+
+async def _allowances(call: Call, charge: ChargePolicy, now: float) -> list[AllowanceSource]:
+    return [source for source in await asked_of(call, charge, now) if isinstance(source, AllowanceSource)]
 
 
 def _status(state: State, source: AllowanceSource, bucket: BucketKey, plan: str | None, now: float) -> AllowanceStatus:

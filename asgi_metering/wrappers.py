@@ -14,8 +14,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from asgi_metering.call import CURRENT, Call, Opening
+from asgi_metering.call import Call
 from asgi_metering.errors import ConfigurationError
+from asgi_metering.opening import CURRENT, Opening
 
 if TYPE_CHECKING:
     from asgi_metering.guards import Guard
@@ -97,8 +98,20 @@ async def _gated(
 ) -> AsyncIterator[Any]:
     await call.ensure()
     async with aclosing(endpoint(*args, **kwargs)) as items:
-        async for item in items:
-            yield item
+        step = items.asend(None)
+        while True:
+            try:
+                item = await step
+            except StopAsyncIteration:
+                return
+            try:
+                sent = yield item
+            except GeneratorExit:
+                raise
+            except BaseException as failure:  # noqa: BLE001 -- the endpoint's to handle: a dependency rolls back by it
+                step = items.athrow(failure)
+            else:
+                step = items.asend(sent)
 
 
 def _sync_generator(endpoint: Callable[..., Any], guard: Guard) -> Callable[..., Any]:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from asgi_metering import Metering, TokenUsage, current_call
-from asgi_metering.call import CURRENT, CallRefused
+from asgi_metering.call import CallRefused
 from asgi_metering.errors import SettlementError, StoreUnavailableError
 from asgi_metering.events.sinks import CallbackSink
+from asgi_metering.opening import CURRENT
 from asgi_metering.prices import per_token
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, Emit, End, Operation

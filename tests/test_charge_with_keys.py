@@ -11,7 +11,8 @@ import pytest
 from fastapi import FastAPI
 
 from asgi_metering import Metering, MeteringMiddleware, billable
-from asgi_metering.call import Caller, CallRefused
+from asgi_metering.call import CallRefused
+from asgi_metering.caller import Caller
 from asgi_metering.decisions import Reason
 from asgi_metering.errors import ConfigurationError, InvalidKeyError
 from asgi_metering.prices import per_million_tokens

@@ -8,18 +8,22 @@ import logging
 import re
 from collections.abc import Callable
 from decimal import Decimal
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 from asgi_metering import MeteringMiddleware, billable, current_call, metered_app, rate_limited, up_to
 from asgi_metering.errors import AmountError, ConfigurationError, MeteringError
 from asgi_metering.prices import per_token
 from asgi_metering.usage import TokenUsage
 from tests.harness.drive import Drive, body, drive, lifespan, status
-from tests.pitfalls.scene import CREDIT, Scene, Visit
+from tests.pitfalls.apps import installed
+from tests.pitfalls.scene import CREDIT, Scene, Visit, visit
 
 NOTHING = "The endpoint did not run, and nothing was charged."
 
@@ -217,7 +221,7 @@ def free_of(scope: Any) -> float:
 
 
 def test_tell_of_apps_and_explicit_gates(scene_of: Callable[[Any], list[Drive]]) -> None:
-    """`metered_app` and the explicit gate tell by their own names."""
+    """`metered_app` tells by its own name, and the explicit gate by that of the function that asks."""
 
     async def explicit(scope: Any, receive: Any, send: Any) -> None:
         await current_call().admit(rate_limited("1/day", key=functools.partial(Answers(None))))
@@ -229,7 +233,8 @@ def test_tell_of_apps_and_explicit_gates(scene_of: Callable[[Any], list[Drive]])
     )
     (gate,) = scene_of(explicit)
     assert isinstance(gate.exception, ConfigurationError)
-    assert str(gate.exception).startswith(f"The key of current_call.admit, computed by {__name__}.Answers, cannot be")
+    asking = f"{__name__}.test_tell_of_apps_and_explicit_gates.explicit"
+    assert str(gate.exception).startswith(f"The key of {asking}, computed by {__name__}.Answers, cannot be")
 
 
 @pytest.fixture
@@ -247,6 +252,68 @@ def scene_of() -> Callable[[Any], list[Drive]]:
         return asyncio.run(story())
 
     return visit_once
+
+
+PRICES = {"premium": 3, "free": 0}
+TIERS = {"gpt-5.5": "premium", "own-key": "free"}
+
+
+def tier_price(model: str) -> int:
+    """What a model costs by its tier; of one that nobody configured nothing is known."""
+    return PRICES[TIERS[model]]
+
+
+def test_price_by_tier() -> None:
+    """S3.39, S3.40: a tier that is free is free, and audited; what has no tier does not run, and is nobody's gift."""
+    scene, ran = Scene(tells=True), list[str]()
+
+    @billable(tier_price)
+    async def endpoint(model: str) -> PlainTextResponse:
+        ran.append(model)
+        return PlainTextResponse(model)
+
+    async def chosen(request: Request) -> PlainTextResponse:
+        return await endpoint(model=request.headers["x-model"])
+
+    models = ("gpt-5.5", "own-key", "unheard-of")
+    app = Starlette(routes=[Route("/", chosen)])
+    ended = visit(installed(app, scene.metering, "added"), *(Visit(headers=(("x-model", model),)) for model in models))
+    assert [status(each.log) for each in ended] == [200, 200, 500]
+    assert ran == ["gpt-5.5", "own-key"]
+    assert isinstance(ended[2].exception, KeyError)
+    assert scene.settled() == 3
+    assert [event.amount for event in scene.told] == [3 * CREDIT, 0]
+
+
+class Turn(BaseModel):
+    """A request that may leave its model to the application."""
+
+    model: str = "gpt-5.5"
+
+
+def choice(turn: Turn) -> str:
+    """The model of a turn: what the caller chose, or the default, unless that costs: then a free one."""
+    if "model" in turn.model_fields_set or not tier_price(turn.model):
+        return turn.model
+    return "own-key"
+
+
+def test_price_what_was_chosen() -> None:
+    """S0.15: a price sees what a dependency made of a request: a default that would cost gives way to a free one."""
+    scene, ran, api = Scene(), list[str](), FastAPI()
+
+    @api.post("/")
+    @billable(tier_price)
+    async def endpoint(model: Annotated[str, Depends(choice)]) -> None:
+        ran.append(model)
+
+    bodies = (b"{}", b'{"model": "gpt-5.5"}', b'{"model": "own-key"}')
+    visits = [Visit(method="POST", body=sent, headers=(("content-type", "application/json"),)) for sent in bodies]
+    ended = visit(installed(api, scene.metering, "added"), *visits)
+    assert [status(each.log) for each in ended] == [200, 200, 200]
+    assert ran == ["own-key", "gpt-5.5", "own-key"]
+    assert scene.settled() == 3
+    assert len(scene.books.admissions) == 1
 
 
 def test_take_what_can_be_used() -> None:

@@ -276,6 +276,23 @@ def test_inherit_the_payer_that_was_switched_to() -> None:
     play(scene)
 
 
+@pytest.mark.parametrize("first", [PLATFORM, OWN])
+def test_inherit_the_account_of_the_first_choice(first: Payer) -> None:
+    """Work inside a free call is paid by the payer that it runs on: with its credential, from its balance (S0.26)."""
+
+    async def scene(metering: Metering) -> None:
+        sources = [Wallet(payer=first)]
+        async with (
+            charging(metering, 0, sources=sources),
+            charging(metering, 0, payer=None, line="sub"),
+            charging(metering, 3, payer=None, line="subsub") as inner,
+        ):
+            assert (inner.payer, inner.paid_by) == ("acme" if first is PLATFORM else "ann", first)
+        assert await spent(metering) == ((0, 3) if first is PLATFORM else (3, 0))
+
+    play(scene)
+
+
 def test_change_the_payer_explicitly() -> None:
     """A call inside names its payer, or sources of a payer, and then nothing of the outer one's is mixed in (S0.24)."""
 

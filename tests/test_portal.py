@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from asgi_metering import Metering, TokenUsage, current_call
-from asgi_metering.call import CURRENT, CallRefused
+from asgi_metering.call import CallRefused
 from asgi_metering.errors import ConfigurationError, PayerError, SettlementError, StoreUnavailableError
+from asgi_metering.opening import CURRENT
 from asgi_metering.portal import Portal
 from asgi_metering.prices import per_token
 from asgi_metering.receipts import Balance
@@ -70,7 +71,7 @@ def test_refuse_without_a_loop(metering: Metering) -> None:
 
 @pytest.mark.parametrize("kind", [KeyError, StopIteration, KeyboardInterrupt, SystemExit, asyncio.CancelledError])
 def test_raise_what_the_block_raised(metering: Metering, kind: type[BaseException]) -> None:
-    """Any exception releases the hold and rises unchanged (S3.8), and the portal goes on."""
+    """Any exception releases the hold and rises unchanged (S3.8), and the portal goes on (S3.31)."""
     mine = kind("mine")
     with pytest.raises(kind) as raised, metering.charge_sync(payer="ann", line="job", hold=5) as call:
         raise mine

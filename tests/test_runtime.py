@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import datetime
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from asgi_metering import Caller, Metering, MeteringMiddleware, TokenUsage, Unit, billable, current_call, metered_app
+from asgi_metering.call import Call
 from asgi_metering.errors import ConfigurationError, SettlementError, StoreUnavailableError
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.prices import per_token
@@ -20,6 +22,7 @@ from asgi_metering.rules.operations import Admit, End, Operation, Renew, Sweep, 
 from asgi_metering.stores.contract import EverythingKept
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.stores.sqlite import SQLiteStore
+from asgi_metering.testing import FakeClock
 from tests.harness.drive import drive, http_scope, status
 from tests.pitfalls.stage import within
 
@@ -29,8 +32,8 @@ CREDIT = 1_000_000
 class Breaking(MemoryStore):
     """A store in which some operations break, and which counts all of them."""
 
-    def __init__(self, *broken: type) -> None:
-        super().__init__()
+    def __init__(self, *broken: type, clock: Callable[[], float] = time.time) -> None:
+        super().__init__(clock)
         self.broken = broken
         self.seen: list[Operation] = []
 
@@ -124,6 +127,48 @@ def test_beat_although_what_was_used_cannot_be_told(monkeypatch: pytest.MonkeyPa
     asyncio.run(play())
 
 
+@pytest.mark.parametrize("how", ["sync", "async", "raises", "none"])
+def test_tell_of_a_hold_that_its_call_has_lost(
+    how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """S0.57: a call whose hold its policy has ended is told of once, and its own end is posted as the difference."""
+    monkeypatch.setattr("asgi_metering.runtime.TICK_S", 0.001)
+    lost: list[Call] = []
+
+    def told(call: Call) -> None:
+        lost.append(call)
+        if how == "raises":
+            raise RuntimeError("no")
+
+    async def told_later(call: Call) -> None:
+        await asyncio.sleep(0)
+        lost.append(call)
+
+    hook = {"sync": told, "async": told_later, "raises": told, "none": None}[how]
+
+    async def play() -> None:
+        clock = FakeClock()
+        store = Breaking(clock=clock)
+        async with Metering(store, sinks=(), on_hold_lost=hook) as metering:
+            await metering.grant("ann", 100, id="g")
+            async with charging(metering, ttl_s=0.01) as call, charging(metering, ttl_s=3_600.0) as other:
+                await metering.runtime().pump.submit(Renew(call.id, 1_000_000))
+                assert not call.hold_lost
+                clock.advance(600.0)
+                await metering.reconcile()
+                await within(5, lambda: call.hold_lost)
+                beats = sum(isinstance(seen, Renew) and seen.id == call.id for seen in store.seen)
+                await within(5, lambda: how == "none" or lost == [call])
+                assert not other.hold_lost
+            assert sum(isinstance(seen, Renew) and seen.id == call.id for seen in store.seen) == beats
+            assert sum(metering.meters.totals("holds_lost").values()) == 1
+            assert metering.unit.text((await metering.balance("ann")).settled) == "4"
+
+    asyncio.run(play())
+    assert sum("has been ended by its policy" in record.message for record in caplog.records) == 1
+    assert sum("on_hold_lost failed" in record.message for record in caplog.records) == (how == "raises")
+
+
 def test_beat_although_a_sweep_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """S0.54: a store that cannot sweep, and tallies that nobody takes, stop no heartbeat, and no shutdown."""
     monkeypatch.setattr("asgi_metering.runtime.SWEEP_EVERY_S", 0.0)
@@ -141,6 +186,38 @@ def test_beat_although_a_sweep_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(metering.meters, "flush", flush)
         async with metering:
             await within(5, lambda: len(flushed) >= 3)
+
+    asyncio.run(play())
+
+
+def test_sweep_on_while_there_is_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much is forgotten as comes: a sweep that was full is followed by another at once, one that was not by none."""
+    monkeypatch.setattr("asgi_metering.runtime.TICK_S", 0.001)
+    monkeypatch.setattr("asgi_metering.runtime.random.random", lambda: -1.0)
+    rows = Sweep().limit
+
+    class Full(Breaking):
+        """A store that has much to forget."""
+
+        left = 5 * rows + 1
+
+        def run_now(self, operation: Operation) -> Answer:
+            answer = super().run_now(operation)
+            if not isinstance(operation, Sweep):
+                return answer
+            swept = min(rows, self.left)
+            self.left -= swept
+            return swept
+
+    async def play() -> None:
+        store = Full()
+        async with Metering(store, sinks=()) as metering:
+            await metering.grant("ann", 100, id="g")
+            await within(5, lambda: store.left == 0)
+            async with charging(metering, ttl_s=0.003) as call:
+                # Ticks enough for many more.
+                await within(5, lambda: sum(isinstance(s, Renew) and s.id == call.id for s in store.seen) >= 5)
+        assert sum(isinstance(seen, Sweep) for seen in store.seen) == 6
 
     asyncio.run(play())
 

@@ -108,6 +108,53 @@ def test_preview_a_switch_of_payers(play: Play) -> None:
     play(scene)
 
 
+def test_preview_a_session(tmp_path: Path) -> None:
+    """
+    Who pays a session, and that it has been counted, is told from the store, on its day (S0.31, S0.33, S0.34, S0.35).
+
+    A process that has just started says the same; on the next day the session is counted anew (S0.32).
+    """
+    clock = FakeClock()
+    sources = [Allowance(1, payer=PLATFORM), Wallet()]
+
+    async def seen(metering: Metering, session: str) -> tuple[bool, str, bool, int]:
+        told = await metering.preview("ann", line="job", price=1, sources=sources, charge_key=session)
+        return told.joined, told.payer, told.switched, told.held
+
+    async def first_process() -> None:
+        async with Metering(SQLiteStore(tmp_path / "metering.db", clock=clock), sinks=()) as metering:
+            await metering.grant("ann", 10, id="g")
+            for session in ("of the platform", "of ann"):
+                await spend(metering, 1, sources=sources, charge_key=session)
+
+    async def next_process() -> None:
+        async with Metering(SQLiteStore(tmp_path / "metering.db", clock=clock), sinks=()) as metering:
+            assert await seen(metering, "of the platform") == (True, "acme", False, 0)
+            assert await seen(metering, "of ann") == (True, "ann", True, 0)
+            assert await seen(metering, "never used") == (False, "ann", True, CREDIT)
+            clock.advance(2 * HALF_DAY_S)
+            for session in ("of the platform", "of ann", "never used"):
+                assert await seen(metering, session) == (False, "acme", False, CREDIT)
+
+    asyncio.run(first_process())
+    asyncio.run(next_process())
+
+
+def test_preview_work_that_was_done(play: Play) -> None:
+    """A key whose work is done would be answered by what it did, and a preview says so (S0.37, S3.15)."""
+
+    async def scene(metering: Metering, clock: FakeClock) -> None:
+        once: dict[str, Any] = {"price": 2, "idempotency_key": "file-81"}
+        assert (await metering.preview("ann", line="job", **once)).admitted
+        await spend(metering, **once)
+        seen = await metering.preview("ann", line="job", **once)
+        assert seen.refusal is not None
+        assert (seen.admitted, seen.refusal.reason) == (False, Reason.REPLAYED)
+        assert (await metering.preview("ann", line="job", price=2, idempotency_key="file-82")).admitted
+
+    play(scene)
+
+
 def test_preview_a_refusal(play: Play) -> None:
     """What would be refused is told with its reason and numbers, and holds nothing."""
 
@@ -229,6 +276,20 @@ def test_allowance_of_another_day(play: Play) -> None:
         clock.advance(HALF_DAY_S)
         (seen,) = await metering.allowances("ann", sources=SOURCES)
         assert (seen.used, seen.remaining, seen.starts_at) == (0, 3 * CREDIT, NOON + HALF_DAY_S)
+
+    play(scene)
+
+
+def test_allowance_of_a_clock_that_was_set_back(play: Play) -> None:
+    """A clock that steps back by days changes nothing that is seen: gauge and gate are at the account's own time."""
+
+    async def scene(metering: Metering, clock: FakeClock) -> None:
+        await spend(metering, 2, sources=SOURCES)
+        before = await metering.allowances("ann", sources=SOURCES)
+        clock.advance(-12 * HALF_DAY_S)
+        assert await metering.allowances("ann", sources=SOURCES) == before
+        seen = await metering.preview("ann", line="job", price=1, sources=SOURCES)
+        assert (seen.source, seen.available) == ("daily", 0)
 
     play(scene)
 

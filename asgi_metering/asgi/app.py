@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from asgi_metering.amounts import Amount
 from asgi_metering.asgi.types import ASGIApp, Receive, Scope, Send
-from asgi_metering.call import CURRENT, SCOPE_KEY, Opening
 from asgi_metering.decorators import gather
 from asgi_metering.errors import ConfigurationError, NoCallError
 from asgi_metering.guards import Part
+from asgi_metering.opening import CURRENT, SCOPE_KEY, Opening
 
 __all__ = ["MeteredApp", "metered_app"]
 

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import traceback
 from collections.abc import Callable
+from types import CoroutineType
 
 from asgi_metering.asgi.answers import AnswerOptions
 from asgi_metering.asgi.refusals import in_band_error
@@ -18,7 +19,7 @@ from asgi_metering.asgi.types import Message, Send
 from asgi_metering.call import Call, CallCut
 from asgi_metering.rules.ending import Cause
 
-__all__ = ["Cutting", "let_go"]
+__all__ = ["Cutting", "let_go", "task_within"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -39,7 +40,6 @@ class Cutting:
 
     Args:
         call: Whose.
-        task: What runs the application.
 
     Attributes:
         pending: What the call holds is used up: its next message is its last.
@@ -48,9 +48,9 @@ class Cutting:
 
     __slots__ = ("_head", "_silence", "_tail", "_task", "call", "cancelled", "pending")
 
-    def __init__(self, call: Call, task: asyncio.Task[object] | None) -> None:
+    def __init__(self, call: Call) -> None:
         self.call = call
-        self._task = task
+        self._task: asyncio.Task[object] | None = None
         self._head: Message | None = None
         self._tail: bytes | None = None
         self._silence: asyncio.TimerHandle | None = None
@@ -67,9 +67,10 @@ class Cutting:
 
         return kept
 
-    def begin(self) -> None:
-        """Stop the app: at its next message, or by cancelling it if it sends none."""
+    def begin(self, task: asyncio.Task[object] | None) -> None:
+        """Stop the app, which *task* runs: at its next message, or by cancelling it if it sends none."""
         self.pending = True
+        self._task = task
         self._silence = asyncio.get_running_loop().call_later(SILENT_S, self._cancel)
 
     def _cancel(self) -> None:
@@ -123,6 +124,23 @@ class Cutting:
             self._silence.cancel()
         if self.cancelled and self._task is not None:
             self._task.uncancel()
+
+
+def task_within(function: Callable[..., object], name: str, value: object) -> asyncio.Task[object] | None:
+    """
+    The task of this loop that is amid a call of the coroutine function *function* whose argument *name* is *value*.
+
+    Looks through all tasks: for requests that asked for their own task at no cost, since nothing could cut them then.
+    """
+    code = function.__code__
+    for task in asyncio.all_tasks():
+        inner: object = task.get_coro()
+        while isinstance(inner, CoroutineType):
+            frame = inner.cr_frame
+            if frame is not None and frame.f_code is code and frame.f_locals[name] is value:
+                return task
+            inner = inner.cr_await
+    return None
 
 
 def let_go(failure: BaseException) -> None:

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.body import RequestBody, has_key
-from asgi_metering.asgi.cutting import Cutting, let_go
+from asgi_metering.asgi.cutting import Cutting, let_go, task_within
 from asgi_metering.asgi.fields import limit_fields
 from asgi_metering.asgi.refusals import in_band_error, refusal_response
 from asgi_metering.asgi.replay import keeper
 from asgi_metering.asgi.tap import Tap
 from asgi_metering.asgi.types import ASGIApp, Headers, Message, Receive, Scope, Send
 from asgi_metering.asgi.watch import ClientGone, Watch
-from asgi_metering.call import CURRENT, Call, CallCut, CallRefused, Opening
+from asgi_metering.call import Call, CallCut, CallRefused
 from asgi_metering.growing import LEAST_ROOM
+from asgi_metering.opening import CURRENT, Opening
 from asgi_metering.policies import ChargePolicy, Slices
 from asgi_metering.quotas import is_quota_header, read_quota
 from asgi_metering.quotas.dialects import UNKNOWN
@@ -48,6 +49,12 @@ How long the server may take over the last message before the call is ended with
 
 A client that reads slowly holds it up as long as the buffers are full, and hypercorn's HTTP/2 for ever if the client
 has left (pitfall 27). What is ended so has completed: the bytes were the server's, and nobody was seen to leave.
+"""
+
+CUSTOMARY = frozenset((b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset"))
+"""
+What applications say of limits of their own, by custom. Providers that use these names, too, send others with them; of
+one that does not, a route says that it passes the answers on by naming their dialect.
 """
 
 CHECKPOINT_BYTES = 262_144
@@ -157,8 +164,9 @@ async def run(
         nonlocal swapped, cutting
         call = opening.call
         if call is not None and call.cause is None and not finishing and not opening.closed:
-            cutting = cutting or Cutting(call, task)
-            cutting.begin()
+            cutting = cutting or Cutting(call)
+            # The first slices of this process may have been made in this very request.
+            cutting.begin(task or task_within(run, "opening", opening))
             swapped = True
 
     async def send_start(call: Call, message: Message) -> None:
@@ -180,7 +188,7 @@ async def run(
             call.status = message["status"]
             trailers = bool(message.get("trailers"))
             if call.growth is not None:
-                cutting = cutting or Cutting(call, task)
+                cutting = cutting or Cutting(call)
                 keep, room = cutting.follow(message, keep), LEAST_ROOM
             if watch is not None:
                 watch.start(gone, asyncio.get_running_loop())
@@ -210,7 +218,7 @@ async def run(
         tap = call.observer = _tap(call, list(start.get("headers", ())), scope)
         keep = None if tap is None else tap.keep
         if call.growth is not None:
-            cutting = cutting or Cutting(call, task)
+            cutting = cutting or Cutting(call)
             keep, room = cutting.follow(start, keep), LEAST_ROOM
         if latest is not None:
             call.first_byte = True
@@ -389,8 +397,8 @@ async def run(
     finally:
         CURRENT.reset(token)
         opening.closed = True
-        # It refers to the opening: a circle for each request would be work for the collector of garbage.
-        opening.cut = None
+        # They refer to the opening and the server: circles for each request would be work for the collector of garbage.
+        opening.cut = opening.request_body = None
         if watch is not None:
             watch.stop()
         if cutting is not None:
@@ -530,7 +538,13 @@ def dress(call: Call, message: Message, scope: Scope, options: ExchangeOptions) 
     if call.policy is not None and "quotas" in call.opening.features:
         given = _capture(call, call.policy.charge, given, message["status"])
     fields = (
-        limit_fields(call.decision, call.unit, options.answers.names, warn_below=call.warning_level)
+        limit_fields(
+            call.decision,
+            call.unit,
+            options.answers.names,
+            warn_below=call.warning_level,
+            overdraft=call.overdraft,
+        )
         if call.decision is not None
         else []
     )
@@ -543,6 +557,8 @@ def dress(call: Call, message: Message, scope: Scope, options: ExchangeOptions) 
 def _capture(call: Call, charge: ChargePolicy | None, given: Headers, status: int) -> Headers:
     quotas = [field for field in given if is_quota_header(field[0])]
     if not quotas:
+        return given
+    if (charge is None or charge.dialect is None) and all(name.lower() in CUSTOMARY for name, _ in quotas):
         return given
     provider = (charge.dialect if charge is not None else None) or _provider_of(quotas, status)
     call.metering.quotas.record(provider, given, status=status, started_at=call.started_at)
@@ -558,14 +574,14 @@ def _provider_of(quotas: Headers, status: int) -> str:
 
 
 def _tap(call: Call, given: Headers, scope: Scope) -> Tap | None:
-    """Only calls whose price depends on usage have their bodies watched."""
+    """Only calls whose price or limits depend on usage have their bodies watched."""
     charge = call.charge
-    if charge is None or not charge.measured or scope["method"] == "HEAD":
+    if not call.counts_usage or scope["method"] == "HEAD":
         return None
     found = {name.lower(): value for name, value in given if name.lower() in (b"content-type", b"content-encoding")}
     content_type, encoding = found.get(b"content-type"), found.get(b"content-encoding")
     return Tap(
         None if content_type is None else content_type.decode("latin-1"),
         None if encoding is None else encoding.decode("latin-1"),
-        charge.dialect,
+        None if charge is None else charge.dialect,
     )

@@ -131,6 +131,7 @@ def limit_fields(
     *,
     failing: str | None = None,
     warn_below: int | None = None,
+    overdraft: int = 0,
 ) -> Fields:
     """
     Return the fields of one decision: one set, every window once, in policy order.
@@ -155,6 +156,7 @@ def limit_fields(
         names: What the fields are called.
         failing: Name of the window that refused, if one did.
         warn_below: Smallest parts below which what is left is worth a warning; None never warns.
+        overdraft: Smallest parts that the paying source may owe: with these left it is not at its end.
 
     Source: draft-ietf-httpapi-ratelimit-headers-10, RFC 9651, S2.33, S3.6.
     """
@@ -173,7 +175,7 @@ def limit_fields(
         if limit is not None or remaining is not None or reset is not None:
             _add_legacy(fields, _shown_window(windows, failing), decision.now, (limit, remaining, reset))
     if available is not None and decision.available is not None:
-        fields.append((available, _available(decision.available, unit, decision.source, warn_below)))
+        fields.append((available, _available(decision.available, unit, decision.source, warn_below, overdraft)))
     return fields
 
 
@@ -236,9 +238,9 @@ def _add_legacy(fields: Fields, window: WindowState, now: float, names: tuple[by
             fields.append((name, b"%d" % value))
 
 
-def _available(parts: int, unit: Unit, source: str | None, warn_below: int | None) -> bytes:
+def _available(parts: int, unit: Unit, source: str | None, warn_below: int | None, overdraft: int) -> bytes:
     text = f'"{unit.text(parts)}"{_account(unit.name, source)}'
-    if parts <= 0:
+    if parts + overdraft <= 0:
         text += ";status=blocked"
     elif warn_below is not None and parts < warn_below:
         text += ";status=warning"

@@ -45,6 +45,7 @@ class Lifespan:
         self._metering = metering
         self._layers = layers
         self._asked = False  # the app has asked for its first message
+        self._counted = False  # among those that use the metering on this loop
         self._refused: Exception | None = None
 
     async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,7 +56,13 @@ class Lifespan:
             MeteringError: Why the application must not start, after ``lifespan.startup.failed`` has said so: a client
                 in process (Starlette's `TestClient`) waits for it, and servers that were told already keep quiet of it.
         """
+        try:
+            await self._run(scope, receive, send)
+        finally:
+            # Also where the server cancels it: for others this one is over.
+            self._leave()
 
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def receive_() -> Message:
             self._asked = True
             if self._refused is not None:
@@ -65,7 +72,7 @@ class Lifespan:
                 await self._start(send)
             elif message["type"] == "lifespan.shutdown":
                 # Before the app hears of it: its own resources are still open for calls in flight.
-                await self._metering.drain()
+                await self._drain()
             return message
 
         async def send_(message: Message) -> None:
@@ -98,10 +105,24 @@ class Lifespan:
             # Its way here says nothing: the sentence has the mistake.
             raise self._refused.with_traceback(None) from None
 
+    async def _drain(self) -> None:
+        """Wait for the calls in flight, unless another application runs on: some of them are its own."""
+        if self._metering.runtime().lifespans <= 1:
+            await self._metering.drain()
+
+    def _leave(self) -> None:
+        if self._counted:
+            self._counted = False
+            self._metering.runtime().lifespans -= 1
+
     async def _stop(self) -> None:
+        self._leave()
+        runtime = self._metering.runtime()
+        if runtime.lifespans:
+            return
         await self._metering.stop()
         # An app that raises here is served all the same, and nobody holds its shutdown then (pitfall 32).
-        self._metering.runtime().managed = False
+        runtime.managed = False
 
     async def _start(self, send: Send) -> None:
         outermost = self._layers[0]
@@ -109,7 +130,9 @@ class Lifespan:
         try:
             check_one_metering(self._layers)
             check_workers(self._metering.store)
-            self._metering.runtime().managed = True
+            runtime = self._metering.runtime()
+            runtime.managed = self._counted = True
+            runtime.lifespans += 1
             await self._metering.begin()
             return
         except MeteringError as failure:
@@ -157,13 +180,13 @@ class Lifespan:
                     return
                 await send({"type": "lifespan.startup.complete"})
             elif message["type"] == "lifespan.shutdown":
-                await self._metering.drain()
+                await self._drain()
                 await self._stop()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
 
 def _may_count_tokens(report: Report) -> bool:
-    """Whether a call of any route could need the tokenizer: fixed prices never do."""
+    """Whether a call of any route could need the tokenizer: fixed prices never do, limits of tokens do."""
     policies = [policy for row in report.rows for policy in row.policies]
-    return any(policy.charge is not None and policy.charge.measured for policy in policies)
+    return any(policy.weighs or (policy.charge is not None and policy.charge.measured) for policy in policies)

@@ -19,9 +19,9 @@ from asgi_metering.asgi.origin import HTTPOrigin
 from asgi_metering.asgi.startup import check_one_metering, examined
 from asgi_metering.asgi.types import ASGIApp, Receive, Scope, Send
 from asgi_metering.asgi.workers import check_workers
-from asgi_metering.call import SCOPE_KEY, Opening
 from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.metering import ALL_FEATURES, Metering
+from asgi_metering.opening import SCOPE_KEY, Opening
 
 __all__ = [
     "CreditGateMiddleware",

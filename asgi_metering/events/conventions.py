@@ -255,6 +255,7 @@ TALLIES: Final[Mapping[str, Instrument]] = MappingProxyType(
         "ends_queued": _counter("ends.queued", "{end}", "Ends of calls that had to wait for the store."),
         "ends_retried": _counter("ends.retried", "{end}", "Repeated attempts to book an end."),
         "ends_lost": _counter("ends.lost", "{end}", "Ends that were given up; the hold's expiry ends the call."),
+        "holds_lost": _counter("holds.lost", "{hold}", "Holds that their policy ended while their call went on."),
         "ends_late": _counter("ends.late", "{end}", "Ends that came after the policy had ended the call."),
         "usage_late": _counter("usage.late", "{report}", "Reports of usage after the call had ended."),
         "usage_rejected": _counter("usage.rejected", "{report}", "Reports of usage that could not be believed."),

@@ -102,7 +102,7 @@ class Outbox:
 
     async def acknowledge(self, ids: tuple[str, ...]) -> int:
         """
-        Forget delivered events and return how many of them were still there.
+        Say that events were delivered, and return how many of them still waited.
 
         Raises:
             StoreUnavailableError: No answer came; asking again is safe.

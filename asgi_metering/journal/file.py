@@ -106,6 +106,10 @@ class Journal:
             self._thread = ConnectionThread(f"asgi_metering journal {self.path.name}", self._connect)
         await self._in_thread(_nothing)
 
+    def forked(self) -> None:
+        """Forget the thread and the turn of the process that this one was forked from; they stay that one's."""
+        self._thread, self._turn, self._turning = None, None, threading.Lock()
+
     async def close(self) -> None:
         """Close the file; what it keeps stays. Again changes nothing."""
         thread, self._thread = self._thread, None
@@ -176,11 +180,6 @@ class Journal:
             return found.fetchall()
 
         return [_entry(*row) for row in await self._in_thread(read)]
-
-    async def replace(self, entry: JournalEntry, steps: Steps) -> None:
-        """Write down what is to be done instead, at the same place."""
-        text = encode(steps)
-        await self._write(lambda connection: _drop(connection.execute(_REPLACE, (text, entry.number))))
 
     async def done(self, entries: Sequence[JournalEntry]) -> None:
         """Forget entries. What was kept anew for their calls meanwhile stays, and what is set aside."""
@@ -288,7 +287,6 @@ class Journal:
             turn.close()
 
 
-_REPLACE: Final = "UPDATE entry SET steps = ? WHERE number = ?"
 _FORGET: Final = "DELETE FROM entry WHERE number = ? AND set_aside IS NULL"
 _SET_ASIDE: Final = "UPDATE entry SET set_aside = ? WHERE number = ?"
 

@@ -6,7 +6,7 @@ A refusal comes with no change at all. Does not know why the caller asks, nor ho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter
 from typing import NamedTuple
@@ -31,6 +31,7 @@ from asgi_metering.rules.state import (
     PinnedWindow,
     State,
     Table,
+    build,
 )
 from asgi_metering.rules.windows import TICK_S, Look, look, window_state
 from asgi_metering.sources import WALLET
@@ -41,6 +42,8 @@ __all__ = ["admit", "grow", "window_now"]
 _HELD = HoldState.HELD
 
 _PAYER_OBJECT = attrgetter("payer", "group")
+
+_NO_LEASES: Mapping[str, Lease] = {}
 
 
 class _Taken(NamedTuple):
@@ -94,16 +97,22 @@ def admit(state: State, ask: Admit, now: float) -> tuple[Decision, list[Change]]
     stored = state.holds.get(ask.id)
     if stored is not None:
         return _repeat(state, ask, stored, now), []
-    taken_key = claimed(state, ask, now)
-    if taken_key is not None:
-        return taken_key, []
+    if ask.idempotency is not None:
+        taken_key = claimed(state, ask, ask.idempotency, now)
+        if taken_key is not None:
+            return taken_key, []
     looks: list[Look] = []
+    failing: list[Look] = []
     for limit in ask.limits:
         seen = look(limit, state.counters.get(limit.key), now)
         if seen is None:
             return Decision(ask.id, now, stale_calendar=True), []
         looks.append(seen)
-    refusal = _full_pool(state, ask.leases, now) or _spent_limit(looks)
+        if not seen.fits:
+            failing.append(seen)
+    refusal = _full_pool(state, ask.leases, now) if ask.leases else None
+    if refusal is None and failing:
+        refusal = _spent_limit(failing)
     if refusal is not None:
         return _refused(ask, now, refusal, looks), []
     if not ask.sources and not ask.amount:
@@ -179,7 +188,7 @@ def _repeat(state: State, ask: Admit, hold: Hold, now: float) -> Decision:
 
 def _full_pool(state: State, leases: Sequence[LeaseAsk], now: float) -> Refusal | None:
     for ask in leases:
-        pool = state.leases.get(ask.pool, {})
+        pool = state.leases.get(ask.pool, _NO_LEASES)
         if len(pool) < ask.limit:
             continue
         live = sum(1 for lease in pool.values() if lease.expires_at > now)
@@ -190,10 +199,7 @@ def _full_pool(state: State, leases: Sequence[LeaseAsk], now: float) -> Refusal 
     return None
 
 
-def _spent_limit(looks: Sequence[Look]) -> Refusal | None:
-    failing = [seen for seen in looks if not seen.fits]
-    if not failing:
-        return None
+def _spent_limit(failing: Sequence[Look]) -> Refusal:
     for seen in failing:
         ask = seen.ask
         if ask.cost > ask.limit:
@@ -206,6 +212,9 @@ def _spent_limit(looks: Sequence[Look]) -> Refusal | None:
 def _first_group(state: State, ask: Admit, now: float) -> _Taken | _Dry:
     """Try the payer objects in order; the first whose sources can pay takes the whole call (S0.23)."""
     sources = ask.sources
+    if len(sources) == 1:
+        (source,) = sources
+        return _from_group(state, ask, source.payer or ask.payer, source.group, sources, now)
     dry: list[Refusal] = []
     for (payer, group), members in groupby(sources, key=_PAYER_OBJECT):
         got = _from_group(state, ask, payer or ask.payer, group, list(members), now)
@@ -216,7 +225,7 @@ def _first_group(state: State, ask: Admit, now: float) -> _Taken | _Dry:
 
 
 def _from_group(
-    state: State, ask: Admit, payer: str, group: str, sources: list[SourceAsk], now: float
+    state: State, ask: Admit, payer: str, group: str, sources: Sequence[SourceAsk], now: float
 ) -> _Taken | _Dry:
     book = Book(state, (payer, ask.unit), now)
     offers: dict[str, _Offer] = {}
@@ -265,27 +274,27 @@ def _dry_together(ask: Admit, offers: list[_Offer]) -> list[Refusal]:
 
 def _take(ask: Admit, group: str, book: Book, offers: list[_Offer], now: float) -> _Taken:
     """Hold up to the whole amount, of each offer in turn what it has; of nothing, to pin who pays."""
-    parts: list[Part] = []
-    changes: list[Change] = []
-    left, take = ask.amount, 0
-    last = offers[0]
-    for offer in offers:
-        take = min(left, offer.available)
-        window = offer.window
+    parts: tuple[Part, ...] = ()
+    windows: list[Change] = []
+    wanted = left = ask.amount
+    name, available = WALLET, 0
+    for _, has, _, _, window in offers:
+        take = min(left, has)
         if window is None:
-            parts.extend(book.hold(take))
+            parts += book.hold(take)
+            name, available = WALLET, book.available
         else:
-            key = (window.payer, window.unit, window.name, window.start)
-            parts.append(Part(Source.ALLOWANCE, window.name, window.start, take))
-            changes.append((Table.ALLOWANCE, key, window._replace(held=window.held + take)))
+            name, available = window.name, has - take
+            key = (window.payer, window.unit, name, window.start)
+            parts += (Part(Source.ALLOWANCE, name, window.start, take),)
+            windows.append((Table.ALLOWANCE, key, window._replace(held=window.held + take)))
         left -= take
-        last = offer
         if not left:
             break
-    changes = [*book.changes(now + ask.ttl_s), *changes]
-    amount = ask.amount - left
-    available = book.available if last.window is None else last.available - take
-    return _Taken(tuple(parts), amount, available, _name(last), changes, book.key[0], group)
+    changes = book.changes(now + ask.ttl_s)
+    if windows:
+        changes += windows
+    return build(_Taken, (parts, wanted - left, available, name, changes, book.key[0], group))
 
 
 def _dry_refusal(ask: Admit, dry: list[Refusal], now: float) -> Refusal:
@@ -306,8 +315,8 @@ def _offer(state: State, ask: Admit, source: SourceAsk, book: Book, now: float) 
     if isinstance(source, AllowanceSource):
         return _allowance_offer(state, ask, source, book.key[0], now)
     available = book.available + source.overdraft
-    if min(ask.amount, available) >= ask.minimum:
-        return _Offer(source, available, available, None)
+    if available >= ask.minimum:
+        return build(_Offer, (source, available, available, None, None))
     unheld = available + book.returnable
     refusal = Refusal(
         Reason.CREDITS, ask.unit, ask.minimum, max(0, available), book.held, transient=unheld >= ask.minimum
@@ -321,7 +330,7 @@ def _allowance_offer(state: State, ask: Admit, source: AllowanceSource, payer: s
         return None
     available = source.limit - window.settled - window.held
     refusal = None
-    if min(ask.amount, available) < ask.minimum:
+    if available < ask.minimum:
         refusal = Refusal(
             Reason.ALLOWANCE,
             source.name,
@@ -428,13 +437,12 @@ def _refused(ask: Admit, now: float, refusal: Refusal, looks: Sequence[Look]) ->
 
 
 def _windows(looks: Sequence[Look], taken: bool) -> tuple[WindowState, ...]:
-    return tuple([window_state(seen, taken) for seen in looks])
+    return tuple([window_state(seen, taken) for seen in looks]) if looks else ()
 
 
 def _admitted(ask: Admit, now: float, taken: _Taken | None, looks: Sequence[Look]) -> tuple[Decision, list[Change]]:
-    changes = _counted(ask, now, looks)
-    if taken is not None:
-        changes = [*taken.changes, *changes]
+    counted = _counted(ask, now, looks)
+    changes = taken.changes + counted if taken is not None else counted
     hold = _hold(ask, now, taken, looks)
     if taken is not None or hold.pools or hold.windows or hold.idempotency_key:
         changes.append((Table.HOLD, ask.id, hold))
@@ -443,9 +451,13 @@ def _admitted(ask: Admit, now: float, taken: _Taken | None, looks: Sequence[Look
 
 def _counted(ask: Admit, now: float, looks: Sequence[Look]) -> list[Change]:
     """What every admission takes: of its limits, its slots, and its idempotency key."""
-    changes: list[Change] = [(Table.COUNTER, seen.ask.key, seen.counter) for seen in looks]
+    changes: list[Change] = []
+    for seen in looks:
+        counter = seen.counter
+        changes.append((Table.COUNTER, counter.key, counter))
     for lease in ask.leases:
-        changes.append((Table.LEASE, (lease.pool, ask.id), Lease(lease.pool, ask.id, now + ask.ttl_s)))
+        pool, call = place = (lease.pool, ask.id)
+        changes.append((Table.LEASE, place, build(Lease, (pool, call, now + ask.ttl_s))))
     if ask.idempotency is not None:
         changes.append(claim(ask.idempotency, ask.id, now))
     return changes
@@ -455,42 +467,35 @@ def _decision(ask: Admit, now: float, taken: _Taken | None, looks: Sequence[Look
     seen = _windows(looks, taken=True)
     if taken is None:
         return Decision(ask.id, now, windows=seen)
-    return Decision(ask.id, now, None, taken.amount, taken.available, taken.name, seen, False, taken.payer, taken.group)
+    _, amount, available, name, _, payer, group = taken
+    return build(
+        Decision, (ask.id, now, None, amount, available, name, seen, False, payer, group, False, None, None, ())
+    )
 
 
 def _pinned(looks: Sequence[Look]) -> tuple[PinnedWindow, ...]:
     """The windows that the end of the call corrects."""
-    return tuple(
-        [
-            PinnedWindow(seen.ask.key, seen.counter.start, seen.ask.meter, seen.ask.cost)
-            for seen in looks
-            if seen.ask.meter != "requests"
-        ]
-    )
+    pinned: tuple[PinnedWindow, ...] = ()
+    for seen in looks:
+        ask = seen.ask
+        if ask.meter != "requests":
+            pinned += (PinnedWindow(ask.key, seen.counter.start, ask.meter, ask.cost),)
+    return pinned
 
 
 def _hold(ask: Admit, now: float, taken: _Taken | None, looks: Sequence[Look]) -> Hold:
-    expires_at = now + ask.ttl_s
-    return Hold(
-        ask.id,
-        taken.payer if taken is not None else ask.payer,
-        ask.unit,
-        taken.amount if taken is not None else 0,
-        taken.parts if taken is not None else (),
-        _HELD,
-        now,
-        expires_at,
-        expires_at + ask.grace_s,
-        ask.ttl_s,
-        ask.grace_s,
-        ask.in_doubt,
-        ask.line,
-        0,
-        _pinned(looks),
-        tuple([lease.pool for lease in ask.leases]),
-        ask.facts,
-        None,
-        taken.group if taken is not None else "",
-        "",
-        ask.idempotency.key if ask.idempotency is not None else "",
-    )
+    call, payer, unit, _, _, _, _, leases, ttl_s, grace_s, in_doubt, line, facts, _, idempotency = ask
+    amount, group = 0, ""
+    parts: tuple[Part, ...] = ()
+    if taken is not None:
+        parts, amount, _, _, _, payer, group = taken
+    expires_at = now + ttl_s
+    due_at = expires_at + grace_s
+    pools = tuple([lease.pool for lease in leases]) if leases else ()
+    key = idempotency.key if idempotency is not None else ""
+    # fmt: off
+    return build(Hold, (
+        call, payer, unit, amount, parts, _HELD, now, expires_at, due_at, ttl_s, grace_s, in_doubt, line,
+        0, _pinned(looks), pools, facts, None, group, "", key,
+    ))
+    # fmt: on

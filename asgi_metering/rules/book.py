@@ -8,13 +8,17 @@ Does not know holds' lives, calls or limits.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 from asgi_metering.receipts import Basis, Entry, EntryKind, Part, Source
-from asgi_metering.rules.state import NEVER, TAKEN_BACK, Account, AccountKey, Change, Grant, State, Table
+from asgi_metering.rules.state import NEVER, TAKEN_BACK, Account, AccountKey, Change, Grant, State, Table, build
 
 __all__ = ["Book", "burn_order"]
 
 # Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
 _GRANT, _DEBT = Source.GRANT, Source.DEBT
+
+_NO_GRANTS: Mapping[str, Grant] = {}
 
 
 def burn_order(grant: Grant) -> tuple[int, float, int]:
@@ -56,15 +60,10 @@ class Book:
         self.key = key
         self.now = now
         self.account = account
-        self.granted = account.granted
-        self.settled = account.settled
-        self.held = account.held
-        self.expired = account.expired
-        self.debt = account.debt
-        self.entries = account.entries
+        (_, _, self.granted, self.settled, self.held, self.expired, self.debt, self.entries, changes_at, _, _) = account
         self._touched: dict[str, Grant] = {}
         self._entries: list[Entry] = []
-        self._is_rescheduled = now >= account.next_change_at
+        self._is_rescheduled = now >= changes_at
         if self._is_rescheduled:
             self._mature()
 
@@ -112,18 +111,18 @@ class Book:
         self.expired += lapsed
         self.write(EntryKind.EXPIRE, lapsed, grant.id)
 
-    def _open_grants(self) -> list[Grant]:
+    def _open_grants(self) -> Collection[Grant]:
         """Open grants of the account as they are by now, in no order."""
-        stored = self._state.grants.get(self.key)
+        stored = self._state.grants.get(self.key, _NO_GRANTS)
         if not self._touched:
-            return list(stored.values()) if stored else []
-        merged = {**stored, **self._touched} if stored else dict(self._touched)
+            return stored.values()
+        merged = {**stored, **self._touched}
         return [grant for grant in merged.values() if grant.is_open]
 
     def _spendable(self) -> list[Grant]:
         """Grants with free units, in burn order."""
         now = self.now
-        grants = [g for g in self._open_grants() if g.begun and g.free and g.expires_at > now]
+        grants = [g for g in self._open_grants() if g.begun and g.expires_at > now and g.free]
         if len(grants) > 1:
             grants.sort(key=burn_order)
         return grants
@@ -149,7 +148,7 @@ class Book:
             if take > left:
                 take = left
             self._touched[grant.id] = grant.moved(0, take)
-            parts.append(Part(_GRANT, grant.id, 0.0, take))
+            parts.append(build(Part, (_GRANT, grant.id, 0.0, take)))
             left -= take
             if not left:
                 break
@@ -179,7 +178,7 @@ class Book:
                 continue
             self._unhold(part, take)
             if take:
-                spent.append(part if take == part.amount else part._replace(amount=take))
+                spent.append(part if take == part.amount else build(Part, (*part[:3], take)))
         if left:
             spent.extend(self.spend(left))
         if self.debt:
@@ -320,24 +319,14 @@ class Book:
         """Add a ledger line and return its number; the time, and what the account has left, are filled in."""
         self.entries += 1
         payer, unit = self.key
-        entry = Entry(
-            payer,
-            unit,
-            self.entries,
-            self.now,
-            kind,
-            amount,
-            ref,
-            line,
-            basis,
-            estimated,
-            self.available,
-            actor,
-            parts,
-            id,
+        number, now, available = self.entries, self.now, self.available
+        self._entries.append(
+            build(
+                Entry,
+                (payer, unit, number, now, kind, amount, ref, line, basis, estimated, available, actor, parts, id),
+            )
         )
-        self._entries.append(entry)
-        return self.entries
+        return number
 
     def changes(self, due_at: float = NEVER) -> list[Change]:
         """
@@ -346,30 +335,21 @@ class Book:
         Args:
             due_at: When a new hold of the account falls due.
         """
-        account, now, key = self.account, self.now, self.key
-        payer, unit = key
-        if due_at > account.next_due_at:
-            due_at = account.next_due_at
-        changes: list[Change] = [(Table.GRANT, key, grant) for grant in self._touched.values()]
-        changes.append(
-            (
-                Table.ACCOUNT,
-                key,
-                Account(
-                    payer,
-                    unit,
-                    self.granted,
-                    self.settled,
-                    self.held,
-                    self.expired,
-                    self.debt,
-                    self.entries,
-                    self._next_change() if self._is_rescheduled else account.next_change_at,
-                    due_at,
-                    now,
-                ),
-            )
+        key = self.key
+        payer, unit, *_, changes_at, known_due_at, _ = self.account
+        if self._is_rescheduled:
+            changes_at = self._next_change()
+        if due_at > known_due_at:
+            due_at = known_due_at
+        granted, settled, held, expired, debt = self.granted, self.settled, self.held, self.expired, self.debt
+        account = build(
+            Account,
+            (payer, unit, granted, settled, held, expired, debt, self.entries, changes_at, due_at, self.now),
         )
+        changes: list[Change] = []
+        for grant in self._touched.values():
+            changes.append((Table.GRANT, key, grant))
+        changes.append((Table.ACCOUNT, key, account))
         for entry in self._entries:
             changes.append((Table.ENTRY, key, entry))
         return changes

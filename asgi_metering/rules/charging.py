@@ -9,7 +9,7 @@ from __future__ import annotations
 from asgi_metering.receipts import Basis, EntryKind, Part, Receipt, Source
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.operations import End
-from asgi_metering.rules.state import Change, Hold, State, Table
+from asgi_metering.rules.state import Change, Hold, State, Table, build
 
 __all__ = ["basis_of", "charge", "receipt_of"]
 
@@ -30,7 +30,10 @@ def charge(state: State, hold: Hold, ask: End, now: float) -> tuple[Receipt, lis
         # A lease alone, or nothing was set aside: no account changes.
         return receipt_of(hold, ask, basis, 0, (), None, now, None), changes
     book = Book(state, (hold.payer, hold.unit), now)
-    allowances = sum([part.source is _ALLOWANCE for part in hold.parts])
+    allowances = 0
+    for part in hold.parts:
+        if part.source is _ALLOWANCE:
+            allowances += 1
     parts = _consume(state, book, hold, amount, changes) if allowances else book.settle(hold.parts, amount)
     number = None
     if amount:
@@ -85,19 +88,11 @@ def receipt_of(
     number: int | None,
 ) -> Receipt:
     """The receipt of an end that applied."""
-    return Receipt(
-        hold.id,
-        hold.payer,
-        hold.unit,
-        amount,
-        hold.amount,
-        basis,
-        ask.estimated,
-        ask.by,
-        parts,
-        available,
-        now,
-        number,
+    call, payer, unit, held, *_ = hold
+    estimated, by = ask.estimated, ask.by
+    return build(
+        Receipt,
+        (call, payer, unit, amount, held, basis, estimated, by, parts, available, now, number, True, None, True),
     )
 
 

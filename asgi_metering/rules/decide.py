@@ -66,15 +66,11 @@ def run(state: State, operation: Operation, now: float, written: list[Change]) -
     """
     if type(operation) is Sweep:
         return _sweep(state, operation, now, written)
-    if type(operation) is Admit:
-        now = _before_admission(state, operation, now, written)
-    elif type(operation) is Preview:
-        now = _before_admission(state, operation.ask, now, written)
-    elif type(operation) is Grow:
-        hold = state.holds.get(operation.id)
-        if hold is not None:
-            now = _before_taking(state, {(hold.payer, hold.unit)}, now, written)
-    answer, changes = _RULES[type(operation)](state, operation, now)
+    kind = type(operation)
+    before = _BEFORE.get(kind)
+    if before is not None:
+        now = before(state, operation, now, written)
+    answer, changes = _RULES[kind](state, operation, now)
     state.apply(changes)
     written.extend(changes)
     return answer
@@ -94,6 +90,15 @@ def _before_admission(state: State, ask: Admit, now: float, written: list[Change
     if account.next_due_at <= now:
         written.extend(end_overdue(state, key, now, OVERDUE_PER_ADMISSION))
     return now
+
+
+def _before_preview(state: State, ask: Preview, now: float, written: list[Change]) -> float:
+    return _before_admission(state, ask.ask, now, written)
+
+
+def _before_growth(state: State, ask: Grow, now: float, written: list[Change]) -> float:
+    hold = state.holds.get(ask.id)
+    return now if hold is None else _before_taking(state, {(hold.payer, hold.unit)}, now, written)
 
 
 def paying(ask: Admit) -> set[AccountKey]:
@@ -134,9 +139,9 @@ def _emit(_: State, ask: Emit, now: float) -> tuple[Answer, list[Change]]:
     return len(ask.events), [(Table.EVENT, key, Event(key, now, told)) for key, told in ask.events]
 
 
-def _acknowledge(state: State, ask: Acknowledge, _: float) -> tuple[Answer, list[Change]]:
-    known = [key for key in ask.ids if key in state.events]
-    return len(known), [(Table.EVENT, key, None) for key in known]
+def _acknowledge(state: State, ask: Acknowledge, now: float) -> tuple[Answer, list[Change]]:
+    known = [state.events[key] for key in ask.ids if key in state.events]
+    return len(known), [(Table.EVENT, event.id, event._replace(acknowledged_at=now)) for event in known]
 
 
 def clamped(state: State, key: AccountKey, now: float) -> float:
@@ -154,6 +159,12 @@ def _claim(state: State, ask: Claim, now: float) -> tuple[tuple[Event, ...], lis
             claimed.append(event._replace(claimed_until=now + ask.lease_s))
     return tuple(claimed), [(Table.EVENT, event.id, event) for event in claimed]
 
+
+_BEFORE: Mapping[type, Callable[[State, Any, float, list[Change]], float]] = {
+    Admit: _before_admission,
+    Preview: _before_preview,
+    Grow: _before_growth,
+}
 
 # By the operation's class: looking it up is cheaper than asking each in turn, for every call twice.
 _RULES: Mapping[type, _Rule] = {

@@ -30,6 +30,9 @@ class Cause(StrEnum):
 class Situation(StrEnum):
     """A row of the table."""
 
+    # That of its text, as its equality is: an enum's own is a function of Python, and each end looks itself up.
+    __hash__ = str.__hash__
+
     REPORTED = "completed, usage reported"
     UNREPORTED = "completed, usage missing"
     FAILED_EARLY = "answered >= 400, or error before the first byte"

@@ -22,6 +22,9 @@ __all__ = ["TRANSITIONS", "HoldEvent", "HoldState", "diagram", "is_live", "next_
 class HoldState(StrEnum):
     """Where a hold is in its life."""
 
+    # That of its text, as its equality is: an enum's own is a function of Python, and the table is asked at each end.
+    __hash__ = str.__hash__
+
     HELD = "held"
     IN_DOUBT = "in_doubt"
     SETTLED = "settled"
@@ -30,6 +33,8 @@ class HoldState(StrEnum):
 
 class HoldEvent(StrEnum):
     """What may happen to a hold."""
+
+    __hash__ = str.__hash__
 
     RENEW = "renew"
     EXPIRE = "expire"

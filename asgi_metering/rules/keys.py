@@ -8,10 +8,10 @@ Does not know where a key comes from, nor what its text means.
 from __future__ import annotations
 
 from asgi_metering.decisions import Decision, Reason, Refusal
-from asgi_metering.receipts import Receipt
+from asgi_metering.receipts import EndedBy, Receipt
 from asgi_metering.rules.calendars import pick
 from asgi_metering.rules.charging import basis_of, charge, receipt_of
-from asgi_metering.rules.hold import HoldEvent, next_state
+from asgi_metering.rules.hold import HoldEvent, HoldState, next_state
 from asgi_metering.rules.operations import Admit, End, IdempotencyAsk, KeyAsk
 from asgi_metering.rules.state import Change, ChargeKey, Hold, IdempotencyKey, State, Table
 
@@ -24,6 +24,7 @@ __all__ = [
     "key_rows",
     "live_key",
     "new_key",
+    "unpaid_key",
     "window_of",
 ]
 
@@ -31,20 +32,18 @@ __all__ = [
 # -- idempotency keys --------------------------------------------------------------------------------------
 
 
-def claimed(state: State, ask: Admit, now: float) -> Decision | None:
+def claimed(state: State, ask: Admit, wanted: IdempotencyAsk, now: float) -> Decision | None:
     """
     What a request is answered whose idempotency key is taken: replay, in flight, or another request's key.
 
     None where the key is free. A key whose call is in doubt stays taken (DESIGN "Idempotency").
     """
-    if ask.idempotency is None:
-        return None
-    row = state.idempotency_keys.get(ask.idempotency.key)
+    row = state.idempotency_keys.get(wanted.key)
     if row is None or (row.receipt is not None and row.expires_at <= now):
         return None
     if row.receipt is None:
         return Decision(ask.id, now, Refusal(Reason.IN_FLIGHT, "idempotency", transient=True))
-    if row.fingerprint != ask.idempotency.fingerprint:
+    if row.fingerprint != wanted.fingerprint:
         return Decision(ask.id, now, Refusal(Reason.FINGERPRINT, "idempotency"))
     return Decision(ask.id, now, replay=row.receipt, reply=row.reply)
 
@@ -95,13 +94,14 @@ def live_key(state: State, ask: KeyAsk, now: float) -> ChargeKey | None:
 
     A rolling window does not end while calls of it run that may still pay for it.
     """
-    if not ask.boundaries:
+    if ask.boundaries:
+        edges = pick(ask.boundaries, now)
+        row = None if edges is None else state.charge_keys.get(_row_key(ask.key, edges[0]))
+    else:
         row = state.charge_keys.get(ask.key)
-        if row is not None and now >= row.end and (row.settled or not row.members):
+        if row is not None and now >= row.end and row.settled:
             return None
-        return row
-    edges = pick(ask.boundaries, now)
-    return None if edges is None else state.charge_keys.get(_row_key(ask.key, edges[0]))
+    return None if row is None or row.is_given_back else row
 
 
 def new_key(ask: KeyAsk, window: tuple[float, float], hold_id: str) -> ChargeKey:
@@ -125,18 +125,45 @@ def end_member(state: State, hold: Hold, ask: End, now: float) -> tuple[Receipt,
     left = row._replace(members=max(0, row.members - 1))
     if row.settled:
         return nothing, [(Table.CHARGE_KEY, row.key, left)]
-    owned = state.holds[row.hold]
-    if ask.amount is not None:
+    owned = state.holds.get(row.hold)
+    if owned is None or owned.receipt is not None:
+        # A person has ended the key's own hold, and that stands for all of its calls.
+        is_settled = owned is not None and owned.state is HoldState.SETTLED
+        return nothing, [(Table.CHARGE_KEY, row.key, left._replace(settled=is_settled))]
+    amount = _charge_of(ask, owned)
+    if amount is not None:
         # Under the call's own id, so that its ledger line is found by it.
-        end = ask._replace(amount=owned.amount)
+        end = ask._replace(amount=amount)
         receipt, changes = charge(state, owned._replace(id=hold.id, line=hold.line), end, now)
         changes.append((Table.CHARGE_KEY, row.key, left._replace(settled=True)))
         return receipt, [*changes, _over(owned, HoldEvent.SETTLE, receipt)]
     if left.members:
         return nothing, [(Table.CHARGE_KEY, row.key, left)]
     receipt, changes = charge(state, owned, ask, now)
-    changes.append((Table.CHARGE_KEY, row.key, None))
+    # The row stays: the late end of a call that was given up pays for its window, once.
+    changes.append((Table.CHARGE_KEY, row.key, left))
     return nothing, [*changes, _over(owned, HoldEvent.RELEASE, receipt)]
+
+
+def _charge_of(ask: End, owned: Hold) -> int | None:
+    """What the key costs by this end: its price, or what a person says; None where the call leaves without success."""
+    if ask.by is EndedBy.PERSON:
+        return ask.amount or None
+    return None if ask.amount is None else owned.amount
+
+
+def unpaid_key(state: State, hold: Hold) -> ChargeKey | None:
+    """
+    The row of a call's key if it was given back and nobody has brought it since; None where others pay, or have paid.
+
+    What a person has ended stays as it is.
+    """
+    row = state.charge_keys.get(hold.charge_key)
+    if row is None or not row.is_given_back:
+        return None
+    owned = state.holds.get(row.hold)
+    decided = owned is not None and owned.receipt is not None and owned.receipt.ended_by is EndedBy.PERSON
+    return None if decided else row
 
 
 def _over(owned: Hold, event: HoldEvent, receipt: Receipt) -> Change:

@@ -240,7 +240,11 @@ class PostGrant(NamedTuple):
 
 
 class Emit(NamedTuple):
-    """Append usage events that belong to no hold (free work is audited), each with a stable id."""
+    """
+    Append usage events that belong to no hold (free work is audited), each with a stable id.
+
+    One that was acknowledged, and is still kept, is not delivered again.
+    """
 
     events: tuple[tuple[str, Mapping[str, Any]], ...]
 
@@ -253,7 +257,7 @@ class Claim(NamedTuple):
 
 
 class Acknowledge(NamedTuple):
-    """Forget delivered events."""
+    """Nobody gets these events again; they are kept for a while (DESIGN "Retention")."""
 
     ids: tuple[str, ...]
 
@@ -379,12 +383,14 @@ class Sweep(NamedTuple):
         keep_holds_s: How long ended holds stay, so that a late end still finds its receipt.
         keep_entries_s: How long ledger lines stay; older ones fold into the account's checkpoint.
         keep_windows_s: How long allowance windows stay after their end.
+        keep_events_s: How long usage events stay after they were acknowledged.
     """
 
     limit: int = 500
     keep_holds_s: float = 7 * 86_400.0
     keep_entries_s: float = 400 * 86_400.0
     keep_windows_s: float = 62 * 86_400.0
+    keep_events_s: float = 86_400.0
 
 
 Operation: TypeAlias = (

@@ -51,6 +51,7 @@ def forgotten(state: State, ask: Sweep, now: float) -> Iterator[list[Change]]:
     yield _past_windows(state, ask, now)
     yield _past_charge_keys(state, ask, now)
     yield _past_idempotency_keys(state, ask, now)
+    yield _delivered_events(state, ask, now)
     yield _old_entries(state, ask, now)
 
 
@@ -106,6 +107,16 @@ def _past_idempotency_keys(state: State, ask: Sweep, now: float) -> list[Change]
         if row.receipt is not None and row.expires_at <= now
     ]
     return [(Table.IDEMPOTENCY, key, None) for _, key in nsmallest(ask.limit, past)]
+
+
+def _delivered_events(state: State, ask: Sweep, now: float) -> list[Change]:
+    """What waits is none of them, however old it is."""
+    past = [
+        (event.acknowledged_at, event.id)
+        for event in state.delivered.values()
+        if event.acknowledged_at is not None and event.acknowledged_at + ask.keep_events_s <= now
+    ]
+    return [(Table.EVENT, key, None) for _, key in nsmallest(ask.limit, past)]
 
 
 def _old_entries(state: State, ask: Sweep, now: float) -> list[Change]:

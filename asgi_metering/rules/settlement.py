@@ -15,13 +15,14 @@ from asgi_metering.receipts import Basis, EndedBy, EntryKind, Part, Receipt, Sou
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.charging import basis_of, charge
 from asgi_metering.rules.hold import HoldEvent, next_state
-from asgi_metering.rules.keys import answer_key, end_member
+from asgi_metering.rules.keys import answer_key, end_member, unpaid_key
 from asgi_metering.rules.operations import End, Renew, Undo
 from asgi_metering.rules.returning import give_back, left_of, move_window
 from asgi_metering.rules.state import (
     NEVER,
     AccountKey,
     Change,
+    ChargeKey,
     Counter,
     Event,
     Hold,
@@ -29,6 +30,7 @@ from asgi_metering.rules.state import (
     PinnedWindow,
     State,
     Table,
+    build,
 )
 from asgi_metering.rules.windows import correct
 
@@ -96,7 +98,8 @@ def end(state: State, ask: End, now: float) -> tuple[Receipt, list[Change]]:
         changes.append((Table.LEASE, (pool, hold.id), None))
     if hold.idempotency_key:
         changes.extend(answer_key(state, hold, ask, receipt))
-    _correct_windows(state, hold, ask.actual, changes)
+    if hold.windows:
+        _correct_windows(state, hold, ask.actual, changes)
     if ask.event is not None:
         changes.append(_event(hold, receipt, ask.event))
     return receipt, changes
@@ -114,6 +117,8 @@ def undo(state: State, ask: Undo, now: float) -> tuple[bool, list[Change]]:
         if hold.receipt is not None:
             return False, []
         _, changes = end(state, End(hold.id, None, failed=True), now)
+        # A key that nobody else has brought is as if it had not been.
+        changes = [(table, key, _kept(table, row)) for table, key, row in changes]
     for limit in ask.ask.limits:
         counter = state.counters.get(limit.key)
         if counter is None:
@@ -124,6 +129,10 @@ def undo(state: State, ask: Undo, now: float) -> tuple[bool, list[Change]]:
         if restored is not None:
             changes.append((Table.COUNTER, limit.key, restored))
     return True, changes
+
+
+def _kept(table: str, row: Any) -> Any:
+    return None if table == Table.CHARGE_KEY and row.is_given_back else row
 
 
 def _window_at(counter: Counter, at: float) -> float | None:
@@ -150,7 +159,8 @@ def _correct_windows(state: State, hold: Hold, actual: Mapping[str, int], change
 
 
 def _event(hold: Hold, receipt: Receipt, told: Mapping[str, Any]) -> Change:
-    return (Table.EVENT, receipt.id, Event(receipt.id, receipt.at, event_payload(hold, receipt, told)))
+    key = receipt.id
+    return (Table.EVENT, key, build(Event, (key, receipt.at, event_payload(hold, receipt, told), 0.0, None)))
 
 
 def event_payload(hold: Hold, receipt: Receipt, told: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,13 +205,15 @@ def _after_the_end(state: State, hold: Hold, ask: End, now: float) -> tuple[Rece
         if told is not None:
             known = {**hold.facts, **told}.get("attributes", {})
             told = {**told, "attributes": {**known, "uncharged_amount": actual}}
-    elif hold.charge_key and hold.charge_key in state.charge_keys:
-        # The key's other calls pay for it, or have paid.
-        difference = 0
-        _correct_windows(state, hold, ask.actual, changes)
     else:
+        unpaid = unpaid_key(state, hold)
+        if unpaid is None and hold.charge_key in state.charge_keys:
+            # The key's other calls pay for it, or have paid.
+            difference = 0
         if difference:
-            difference = _post_late(state, hold, first, difference, ask, now, changes)
+            difference = _post_late(state, _as_its_key(state, hold, unpaid), first, difference, ask, now, changes)
+            if unpaid is not None:
+                changes.append((Table.CHARGE_KEY, unpaid.key, unpaid._replace(settled=True)))
         _correct_windows(state, hold, ask.actual, changes)
     receipt = first._replace(late=difference)
     changes.append((Table.HOLD, hold.id, hold.ended(hold.state, receipt)))
@@ -212,6 +224,12 @@ def _after_the_end(state: State, hold: Hold, ask: End, now: float) -> tuple[Rece
         )
         changes.append(_event(hold, late, {**told, "event_of": hold.id}))
     return receipt._replace(applied=False), changes
+
+
+def _as_its_key(state: State, hold: Hold, unpaid: ChargeKey | None) -> Hold:
+    """*hold*, paid from where its charge key was: a call of a key has no parts of its own."""
+    owned = None if unpaid is None else state.holds.get(unpaid.hold)
+    return hold if owned is None else hold._replace(parts=owned.parts)
 
 
 def _post_late(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from asgi_metering.decisions import WindowState
 from asgi_metering.rules.calendars import pick
 from asgi_metering.rules.operations import LimitAsk, WindowKind
-from asgi_metering.rules.state import NEVER, Counter, PinnedWindow
+from asgi_metering.rules.state import NEVER, Counter, PinnedWindow, build
 
 __all__ = ["TICK_S", "Look", "correct", "look", "window_state"]
 
@@ -52,11 +52,11 @@ class Look(NamedTuple):
 
 def look(ask: LimitAsk, counter: Counter | None, now: float) -> Look | None:
     """What *ask* meets at *now*; None when its calendar boundaries do not cover *now*."""
-    kind, limit, cost = ask.kind, ask.limit, ask.cost
+    _, key, kind, limit, window_s, cost, _, boundaries = ask
     if kind is _SLIDING:
         return _look_sliding(ask, counter, now)
     if kind is _CALENDAR:
-        window = pick(ask.boundaries, now)
+        window = pick(boundaries, now)
         if window is None:
             return None
         start, end = window
@@ -67,11 +67,12 @@ def look(ask: LimitAsk, counter: Counter | None, now: float) -> Look | None:
     elif counter is not None and now < counter.end:
         start, end, count = counter.start, counter.end, counter.used
     else:
-        start, end, count = now, now + ask.window_s, 0
+        start, end, count = now, now + window_s, 0
     left = end - now if now > start else end - start
-    taken = Counter(ask.key, start, end, count + cost)
-    if count + cost <= limit:
-        return Look(ask, count, True, taken, left, 0.0)
+    after = count + cost
+    taken = build(Counter, (key, start, end, after, 0))
+    if after <= limit:
+        return build(Look, (ask, count, True, taken, left, 0.0))
     return Look(ask, count, False, taken, left, left if cost <= limit else NEVER)
 
 
@@ -110,12 +111,13 @@ def _until_below(bound: int, count: int, previous: int, left: float, window: flo
 
 def window_state(seen: Look, taken: bool) -> WindowState:
     """What the answer tells of the limit, after the decision."""
-    ask, used = seen.ask, seen.used
-    limit = ask.limit
+    ask, used, _, _, reset_after_s, _ = seen
+    name, _, kind, limit, window_s, cost, meter, _ = ask
     if taken:
-        used += ask.cost
-    reset_after_s = seen.left_s if ask.kind is not _SLIDING else _until_more(seen, used)
-    return WindowState(ask.name, limit, limit - used if used < limit else 0, reset_after_s, ask.window_s, ask.meter)
+        used += cost
+    if kind is _SLIDING:
+        reset_after_s = _until_more(seen, used)
+    return build(WindowState, (name, limit, limit - used if used < limit else 0, reset_after_s, window_s, meter))
 
 
 def _until_more(seen: Look, used: int) -> float:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import Final
 
-from asgi_metering.errors import MeteringError, StoreUnavailableError
+from asgi_metering.errors import MeteringError, StoreAvoidedError, StoreUnavailableError
 
 __all__ = ["Breaker", "BreakerState"]
 
@@ -136,11 +136,11 @@ class Breaker:
         Ask the store called *store* in this block, if it is worth it; what the block raises says what came of it.
 
         Raises:
-            StoreUnavailableError: At once: the store has not answered of late, and is asked again later.
+            StoreAvoidedError: At once: the store has not answered of late, and is asked again later.
         """
         number = self.ask()
         if number is None:
-            raise StoreUnavailableError(
+            raise StoreAvoidedError(
                 f"The {store} store has not answered of late and is left alone for a moment. It is asked again soon."
             )
         try:

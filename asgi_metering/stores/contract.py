@@ -213,6 +213,8 @@ class Store(abc.ABC):
     Attributes:
         name: What kind of store this is, for people.
         immediate: `run_now` answers at once, so that batching would only cost time.
+        lanes: How many `run` may be under way at once: where it is more than one, the next sequence is made while the
+            one before is away. Which of them comes first, the store says.
         durable: Whether an acknowledged operation survives the process.
         shared: Whether several processes may use it at once.
         namespace: Which of several books in one place these are, for people; empty where there is one.
@@ -223,6 +225,7 @@ class Store(abc.ABC):
     name: str
     namespace: str = ""
     immediate: bool = False
+    lanes: int = 1
     durable: bool = True
     shared: bool = True
     one_place: bool = True

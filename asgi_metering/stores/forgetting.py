@@ -41,7 +41,7 @@ Key = TypeVar("Key")
 Row = TypeVar("Row")
 
 # Read once: every change of every operation asks.
-_ENTRY, _HOLD = Table.ENTRY, Table.HOLD
+_ENTRY, _EVENT, _HOLD = Table.ENTRY, Table.EVENT, Table.HOLD
 
 
 class Bounds(NamedTuple):
@@ -55,6 +55,7 @@ class Bounds(NamedTuple):
         counters: Rate-limit counters; below it only the sweep looks for those whose window is over.
         windows: Allowance windows.
         strangers: Accounts, with those that were never granted anything among them.
+        delivered: Usage events that were acknowledged: some 10 MB.
     """
 
     entries: int = 10_000
@@ -62,6 +63,7 @@ class Bounds(NamedTuple):
     counters: int = 10_000
     windows: int = 100_000
     strangers: int = 100_000
+    delivered: int = 10_000
 
 
 class _Ring(Generic[Key, Row]):
@@ -137,6 +139,8 @@ class Forgetting:
                     self._keep_ended(key)
             elif table == _ENTRY:
                 self._keep_entries(key)
+            elif table == _EVENT:
+                self._keep_delivered()
         for ring in self._rings:
             new = len(ring.rows) - ring.known
             if new > 0:
@@ -168,6 +172,11 @@ class Forgetting:
         if len(entries) > 2 * bound:
             # Halving seldom costs less than folding one line each time.
             state.apply(fold(state, account, entries[-bound - 1].number))
+
+    def _keep_delivered(self) -> None:
+        delivered = self._state.delivered
+        if len(delivered) > self._bounds.delivered:
+            del delivered[next(iter(delivered))]
 
     def _drop_window(self, key: AllowanceKey) -> None:
         self._state.apply([(Table.ALLOWANCE, key, None)])

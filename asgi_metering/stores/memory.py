@@ -126,6 +126,7 @@ class MemoryStore(Store):
                     "The memory store was written to while it was filled, so it stays as it is. Fill it before its use."
                 )
             self._state = State()
+            self._state.delivered = filling.state.delivered
             self._forgetting = Forgetting(self._state, self._bounds)
             for table in TABLES:
                 place = MAPS[table].place
@@ -195,6 +196,7 @@ class _MemoryFilling(_MemoryBooks, Filling):
     def __init__(self, before: State, now: float) -> None:
         super().__init__(_copy(before), now)
         self._keys = {table: set(map(_key_of(table), _rows(before, table))) for table in TABLES}
+        self._keys[Table.EVENT].update(before.delivered)
 
     async def put(self, table: str, rows: Sequence[Any]) -> int:
         """See `Filling.put`."""
@@ -254,6 +256,7 @@ def _copy(state: State) -> State:
     copy.entries = {key: list(rows) for key, rows in state.entries.items()}
     copy.refs = {key: list(rows) for key, rows in state.refs.items()}
     copy.events = dict(state.events)
+    copy.delivered = dict(state.delivered)
     copy.charge_keys = dict(state.charge_keys)
     copy.idempotency_keys = dict(state.idempotency_keys)
     copy.checkpoints = dict(state.checkpoints)

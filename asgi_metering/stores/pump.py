@@ -1,8 +1,8 @@
 """
 The pump: operations that wait together go to the store together.
 
-One pump per event loop and store. There is no timer: a batch is what came while the one before was away, so a lone
-caller never waits. Callers wait on plain futures; their cancellation never reaches the store's connection.
+One pump per event loop and store. There is no timer: a batch is what came while all lanes of the store were taken, so a
+lone caller never waits. Callers wait on plain futures; their cancellation never reaches the store's connection.
 Knows operations only as far as their order and cancellation matter; never decides anything.
 """
 
@@ -69,8 +69,10 @@ class Pump:
         self._admissions: deque[_Waiting] = deque()
         self._others: deque[_Waiting] = deque()
         self._arrived = 0
-        self._task: asyncio.Task[None] | None = None
-        self._wake: asyncio.Future[None] | None = None
+        self._lanes: list[asyncio.Task[None]] = []
+        self._asleep: list[asyncio.Future[None]] = []
+        self._awake = 0
+        self._is_coming = False
         self._idle = asyncio.Event()
 
     async def submit(
@@ -128,12 +130,23 @@ class Pump:
         self._arrived += 1
         queue.append(_Waiting(self._arrived, operation, future, is_repeated))
         self._idle.clear()
-        if self._task is None or self._task.done():
-            # Not in the context of whichever request came first: its variables would live as long as the pump.
-            self._task = loop.create_task(self._run(), name="asgi_metering pump", context=contextvars.Context())
-        elif self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
+        if not self._is_coming:
+            self._is_coming = self._wake(loop)
         return future
+
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Get a lane that comes for what waits; False while all are taken."""
+        if self._asleep:
+            self._asleep.pop().set_result(None)
+        else:
+            self._lanes = [lane for lane in self._lanes if not lane.done()]
+            if len(self._lanes) >= self._store.lanes:
+                return False
+            # Not in the context of whichever request came first: its variables would live as long as the pump.
+            context = contextvars.Context()
+            self._lanes.append(loop.create_task(self._run(), name="asgi_metering pump", context=context))
+        self._awake += 1
+        return True
 
     def _expire(self, future: asyncio.Future[Answer], deadline_s: float) -> None:
         if not future.done():
@@ -141,25 +154,46 @@ class Pump:
                 StoreUnavailableError(f"The {self._store.name} store gave no answer within {deadline_s:.3g} s.")
             )
 
-    # -- the pump's own task -------------------------------------------------------------------------------
+    # -- the pump's own tasks, one for each lane -------------------------------------------------------------
 
     async def _run(self) -> None:
         try:
             while True:
+                self._is_coming = False
                 batch = self._take()
                 if batch:
                     await self._send(batch)
                 else:
-                    self._idle.set()
-                    self._wake = asyncio.get_running_loop().create_future()
-                    await self._wake
-        finally:
-            # Whatever ends the pump, nobody waits for it in vain.
-            left = [*self._admissions, *self._others]
-            self._admissions.clear()
-            self._others.clear()
-            self._fail(left, StoreUnavailableError(f"The pump of the {self._store.name} store was stopped."))
+                    self._rest()
+                    await self._sleep()
+        except BaseException:
+            self._stop()
+            raise
+
+    async def _sleep(self) -> None:
+        wake = asyncio.get_running_loop().create_future()
+        self._asleep.append(wake)
+        try:
+            await wake
+        except BaseException:
+            if wake in self._asleep:
+                self._asleep.remove(wake)
+                self._awake += 1
+            raise
+
+    def _rest(self) -> None:
+        self._awake -= 1
+        if not self._awake:
             self._idle.set()
+
+    def _stop(self) -> None:
+        """Whatever ends a lane, nobody waits for it in vain."""
+        left = [*self._admissions, *self._others]
+        self._admissions.clear()
+        self._others.clear()
+        self._is_coming = False
+        self._fail(left, StoreUnavailableError(f"The pump of the {self._store.name} store was stopped."))
+        self._rest()
 
     def _take(self) -> list[_Waiting]:
         """
@@ -243,7 +277,7 @@ class Pump:
 
     async def drain(self) -> None:
         """Wait until everything that was submitted has been sent and answered."""
-        if self._task is not None:
+        if self._awake:
             await self._idle.wait()
 
     async def close(self) -> None:
@@ -255,10 +289,14 @@ class Pump:
         try:
             await self.drain()
         finally:
-            if self._task is not None:
-                self._task.cancel()
-                await asyncio.wait([self._task])
-                self._task = None
+            if self._lanes:
+                for lane in self._lanes:
+                    lane.cancel()
+                await asyncio.wait(self._lanes)
+                self._lanes = []
+            while self._awake:
+                # Stopped before it began.
+                self._stop()
 
 
 def _unwritable(store: Store, failure: Exception) -> UnwritableError:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from asgi_metering.call import CURRENT, Call, Opening
+from asgi_metering.call import Call
 from asgi_metering.metering import ALL_FEATURES, Metering
+from asgi_metering.opening import CURRENT, Opening
 
 __all__ = ["unmetered"]
 

@@ -106,6 +106,40 @@ class UsageEvent:
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self._is_ordinary():
+            self._check_each()
+        object.__setattr__(self, "attributes", MappingProxyType(dict(self.attributes)))
+
+    def _is_ordinary(self) -> bool:
+        """Whether every field is exactly of its type: most are, and to ask so costs a tenth of finding out why not."""
+        return (
+            type(self.id) is type(self.line) is type(self.payer) is type(self.unit) is str
+            and type(self.outcome) is type(self.basis) is str
+            and type(self.caller) in _TEXT
+            and type(self.caller_type) in _TEXT
+            and type(self.usage_source) in _TEXT
+            and type(self.model) in _TEXT
+            and type(self.provider) in _TEXT
+            and type(self.reason) in _TEXT
+            and type(self.request_id) in _TEXT
+            and type(self.session_id) in _TEXT
+            and type(self.amount) is type(self.held) is int
+            and -MAX_AMOUNT <= self.amount <= MAX_AMOUNT
+            and -MAX_AMOUNT <= self.held <= MAX_AMOUNT
+            and type(self.started_at) is type(self.ended_at) is float
+            and math.isfinite(self.started_at)
+            and math.isfinite(self.ended_at)
+            and (self.usage is None or type(self.usage) is TokenUsage)
+            and type(self.estimated) is bool
+            and (self.status is None or type(self.status) is int)
+            and (self.trace_id is self.span_id is self.trace_flags is None or self._is_traced())
+            and not self.attributes
+        )
+
+    def _is_traced(self) -> bool:
+        return all(_is_hex(getattr(self, name), digits) for name, digits in _TRACE.items())
+
+    def _check_each(self) -> None:
         for name in _REQUIRED_TEXT:
             self._check(name, isinstance(getattr(self, name), str), "a str")
         for name in _OPTIONAL_TEXT:
@@ -119,12 +153,10 @@ class UsageEvent:
         self._check("status", self.status is None or type(self.status) is int, "an int or None")
         for name, digits in _TRACE.items():
             self._check(name, _is_hex(getattr(self, name), digits), f"{digits} lower-case hex digits or None")
-        attributes = dict(self.attributes)
-        for key, value in attributes.items():
+        for key, value in dict(self.attributes).items():
             self._check("attributes", isinstance(key, str), "a mapping of names")
             plain = isinstance(value, str | bool) or _is_number(value)
             self._check("attributes", plain, "a mapping to str, bool or finite numbers")
-        object.__setattr__(self, "attributes", MappingProxyType(attributes))
 
     def _check(self, name: str, usable: bool, wanted: str) -> None:
         if not usable:
@@ -140,8 +172,8 @@ class UsageEvent:
     def to_dict(self) -> dict[str, Any]:
         """Return the event as JSON-safe values, every field by its name, plus ``version``. `from_dict` reads it."""
         stored: dict[str, Any] = {"version": EVENT_VERSION}
-        for one in fields(self):
-            stored[one.name] = getattr(self, one.name)
+        for name in _FIELDS:
+            stored[name] = getattr(self, name)
         stored["attributes"] = dict(self.attributes)
         if self.usage is not None:
             stored["usage"] = {axis: getattr(self.usage, axis) for axis in AXES}
@@ -155,14 +187,19 @@ class UsageEvent:
         Raises:
             UsageError: A field that is needed is missing, or has a value that no event may hold.
         """
-        known = {one.name: stored[one.name] for one in fields(cls) if one.name in stored}
-        missing = [name for name in (*_REQUIRED_TEXT, "amount", "started_at", "ended_at") if name not in known]
-        if missing:
+        known = {name: stored[name] for name in _FIELDS if name in stored}
+        if not known.keys() >= _REQUIRED:
+            missing = [name for name in _FIELDS if name in _REQUIRED and name not in known]
             raise UsageError(f"The stored event lacks {', '.join(missing)}. It was not written by to_dict().")
         usage = known.get("usage")
         if isinstance(usage, Mapping):
             known["usage"] = TokenUsage(**{axis: usage.get(axis) for axis in AXES})
         return cls(**known)
+
+
+_FIELDS: Final = tuple(one.name for one in fields(UsageEvent))
+_REQUIRED: Final = frozenset({*_REQUIRED_TEXT, "amount", "started_at", "ended_at"})
+_TEXT: Final = frozenset({str, type(None)})
 
 
 def _is_number(value: object) -> bool:

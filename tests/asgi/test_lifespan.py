@@ -59,6 +59,7 @@ APPS: dict[str, tuple[Callable[[], Any], bool]] = {
     "none": (lambda: Route("/", endpoint()), False),
     "fixed": (lambda: Route("/", endpoint(billable(2))), False),
     "limited": (lambda: Route("/", endpoint(rate_limited("2/hour"))), False),
+    "weighted": (lambda: Route("/", endpoint(rate_limited("2/hour of tokens"))), True),
     "measured": (lambda: Route("/", endpoint(MEASURED)), True),
     "computed": (lambda: Route("/", endpoint(billable(lambda request: 2))), False),
     "dependency": (lambda: fastapi_route(Depends(endpoint(MEASURED))), True),
@@ -73,7 +74,7 @@ def app(*routes: Any, store: MemoryStore | None = None) -> ASGIApp:
 
 @pytest.mark.parametrize("name", APPS)
 def test_load_the_vocabulary_where_a_call_may_need_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is there when the startup is complete if a price is measured, and an app without one does not pay."""
+    """It is there when the startup is complete if a price or a limit needs it, and an app without one does not pay."""
     monkeypatch.setattr(tokens, "_loaded", {})
     build, needs = APPS[name]
 

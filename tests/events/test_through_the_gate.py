@@ -27,7 +27,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from asgi_metering import Caller, Metering, MeteringMiddleware, UsageEvent, billable
+from asgi_metering import Caller, CallRefused, Metering, MeteringMiddleware, UsageEvent, billable
 from asgi_metering.events.otel import OTelSink
 from asgi_metering.events.otlp import OTLPLogSink
 from asgi_metering.events.sinks import CallbackSink, Sink
@@ -281,13 +281,27 @@ def test_say_the_same_on_the_span_and_in_the_record(exported: Exported) -> None:
 
 
 @pytest.mark.parametrize("path", ["/function", "/generator"])
-def test_claim_no_hold_on_the_span_of_a_refused_call(path: str, exported: Exported) -> None:
-    """X.10: a refused call holds nothing and its span says nothing of a hold, and no usage event tells of it."""
+def test_tell_a_refusal_and_no_hold_on_its_span(path: str, exported: Exported) -> None:
+    """X.10: the span of a refused call says why, and nothing of a hold; no usage event tells of the call."""
     with Gate([exported.sink]).served() as gate:
         assert gate.answer(path, key="unknown")[0] == 401
     (span,) = gate.traced.spans
-    assert not {"metering.held", "metering.unit"} & set(span.attributes or {})
+    assert dict(span.attributes or {}) == {"metering.refusal.reason": "unauthenticated"}
     assert exported.records() == []
+
+
+def test_tell_the_line_of_a_refused_charge_on_the_span() -> None:
+    """X.10: where a refusal concerns a line, the span that is current at the gate names both."""
+
+    async def play() -> None:
+        async with Metering(sinks=()) as metering, metering.charge(payer="nobody", line="chat", price=PRICE):
+            pass
+
+    tracer = TracerProvider(shutdown_on_exit=False).get_tracer("instrumentation")
+    with tracer.start_as_current_span("job") as span, pytest.raises(CallRefused):
+        asyncio.run(play())
+    assert isinstance(span, ReadableSpan)
+    assert dict(span.attributes or {}) == {"metering.line": "chat", "metering.refusal.reason": "insufficient_credits"}
 
 
 def test_export_metrics_of_a_request_without_its_payer(collector: OtlpReceiver, exported: Exported) -> None:

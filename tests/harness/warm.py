@@ -20,7 +20,10 @@ PRELOADED = (
     "psycopg.adapt",
     # What each process imports as the main module of its parent.
     "pytest",
+    "asgi_metering.testing.faults.journals",
+    "tests.stores.crashes.growth",
     "tests.stores.crashes.house",
+    "tests.stores.crashes.outage",
     "tests.stores.takers",
     # Last: it gives nothing but what the others need.
     "tests.harness.warmed",

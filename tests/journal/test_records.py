@@ -113,5 +113,5 @@ def test_refuse_what_it_does_not_know(text: str) -> None:
 
 
 def test_read_records_without_newer_fields() -> None:
-    """What an older version wrote lacks fields that have come since; they are as if nobody had said them."""
+    """What an older version wrote lacks fields that have come since; they are as if nobody had said them (S0.36)."""
     assert decode(json.dumps([{"row": "End", "id": "a", "amount": 4}])) == (End("a", 4),)

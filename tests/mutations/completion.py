@@ -38,7 +38,7 @@ MUTATIONS = (
     Mutation(
         23,
         "the last cause wins",
-        "asgi_metering.call",
+        "asgi_metering.call_state",
         "        if self.cause is None:\n            self.cause = cause\n",
         "        self.cause = cause\n",
         _test("test_disconnect_before_the_end_beats_a_completion"),
@@ -181,7 +181,7 @@ MUTATIONS = (
         "the shutdown is not held",
         "asgi_metering.asgi.lifespan",
         "                # Before the app hears of it: its own resources are still open for calls in flight.\n"
-        "                await self._metering.drain()\n",
+        "                await self._drain()\n",
         "                pass\n",
         _test("test_shutdown_waits_for_a_stream_in_flight"),
     ),
@@ -213,7 +213,7 @@ MUTATIONS = (
         33,
         "no heartbeats",
         RUNTIME,
-        "        elif call.has_hold and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:\n",
+        "        elif call.has_hold and not call.hold_lost and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:\n",
         "        elif False:\n",
         _test("test_heartbeats_keep_the_hold_of_a_long_stream"),
     ),
@@ -395,5 +395,56 @@ MUTATIONS = (
             "tests/pitfalls/test_frameworks.py::test_answer_503_when_nobody_can_say_who_calls[down]",
             "tests/pitfalls/test_frameworks.py::test_answer_503_when_nobody_can_say_who_calls[wrong]",
         ),
+    ),
+    Mutation(
+        0,
+        "bodies are read for prices alone",
+        "asgi_metering.call_state",
+        '        return self.policy is not None and "rates" in self.opening.features and self.policy.weighs\n',
+        "        return False\n",
+        _test("test_limits_count_what_the_body_reports[fixed price]")
+        + _test("test_limits_count_what_the_body_reports[no price]")
+        + _test("test_limits_count_what_was_seen_of_a_stream_that_broke"),
+    ),
+    Mutation(
+        0,
+        "limits count what a stream began with",
+        "asgi_metering.billing",
+        "        return await observed_usage(call, known)\n    except UsageError:\n",
+        "        return known\n    except UsageError:\n",
+        _test("test_limits_count_what_was_seen_of_a_stream_that_broke"),
+    ),
+    Mutation(
+        0,
+        "an error in the body of a fixed price is free",
+        "asgi_metering.measuring",
+        "    body = _body(call) if call.charge is not None and call.charge.measured else None\n",
+        "    body = _body(call)\n",
+        _test("test_fixed_prices_are_charged_whatever_the_body_says"),
+    ),
+    Mutation(
+        31,
+        "one application's shutdown ends the calls of another one",
+        "asgi_metering.asgi.lifespan",
+        "        if self._metering.runtime().lifespans <= 1:\n",
+        "        if True:\n",
+        _test("test_other_users_of_a_metering_leave_the_calls_of_an_application_alone[application]"),
+    ),
+    Mutation(
+        31,
+        "a block stops what an application uses",
+        "asgi_metering.metering",
+        "        if not (runtime.blocks or runtime.lifespans):\n",
+        "        if True:\n",
+        _test("test_other_users_of_a_metering_leave_the_calls_of_an_application_alone[block]")
+        + _test("test_the_last_block_of_a_metering_stops_it"),
+    ),
+    Mutation(
+        31,
+        "an application that was cancelled uses it for ever",
+        "asgi_metering.asgi.lifespan",
+        "            # Also where the server cancels it: for others this one is over.\n            self._leave()\n",
+        "            pass\n",
+        _test("test_other_users_of_a_metering_leave_the_calls_of_an_application_alone[application that broke]"),
     ),
 )

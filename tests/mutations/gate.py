@@ -12,6 +12,7 @@ EXCHANGE = "asgi_metering.asgi.exchange"
 GUARDS = "asgi_metering.guards"
 LIFESPAN = "asgi_metering.asgi.lifespan"
 MIDDLEWARE = "asgi_metering.asgi.middleware"
+OPENING = "asgi_metering.opening"
 STARTUP = "asgi_metering.asgi.startup"
 WRAPPERS = "asgi_metering.wrappers"
 
@@ -28,7 +29,7 @@ CALLS = (
     Mutation(
         1,
         "a closed request opens calls",
-        CALL,
+        OPENING,
         "        if self.closed:\n            raise CallClosedError(\n",
         "        if False:\n            raise CallClosedError(\n",
         _in(
@@ -384,10 +385,30 @@ ENDPOINTS = (
         7,
         "the generator is left to the collector",
         WRAPPERS,
-        "    async with aclosing(endpoint(*args, **kwargs)) as items:\n"
-        "        async for item in items:\n            yield item\n",
-        "    async for item in endpoint(*args, **kwargs):\n        yield item\n",
+        "    async with aclosing(endpoint(*args, **kwargs)) as items:\n",
+        "    items = endpoint(*args, **kwargs)\n    if True:\n",
         _in("gate", "test_close_a_gated_generator_with_its_consumer"),
+    ),
+    Mutation(
+        7,
+        "what is thrown into a generator closes it",
+        WRAPPERS,
+        "                step = items.athrow(failure)\n",
+        "                raise\n",
+        _in(
+            "gate",
+            "test_show_a_gated_dependency_how_its_request_failed[answer-async]",
+            "test_show_a_gated_dependency_how_its_request_failed[error-async]",
+            "test_hand_what_is_sent_to_a_gated_generator",
+        ),
+    ),
+    Mutation(
+        39,
+        "explicit gates have one name",
+        CALL,
+        "        return self.gate(gather(policies, name, arguments, line=short), arguments)\n",
+        '        return self.gate(gather(policies, "current_call.admit", arguments), arguments)\n',
+        _in("gate", "test_count_handlers_that_ask_for_themselves_apart"),
     ),
     Mutation(
         8,
@@ -524,6 +545,14 @@ LAYERS = (
         '    call.exempt = "credits" not in features\n',
         "    call.exempt = False\n",
         _in("layers", "test_do_exactly_what_the_layers_enable[events-up]"),
+    ),
+    Mutation(
+        0,
+        "what is only counted is charged by its usage",
+        "asgi_metering.billing",
+        "    if call.exempt:\n        # Its hold",
+        "    if False:\n        # Its hold",
+        _in("layers", "test_charge_nothing_without_the_gate[measured-events-rates]"),
     ),
     Mutation(
         0,

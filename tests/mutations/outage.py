@@ -52,11 +52,11 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         0,
-        "debt is posted before it is written down",
+        "debt is admitted under another id",
         DELIVERY,
-        "            await self._journal.replace(entry, (owed,))\n",
-        "            pass\n",
-        _test("test_charge_a_queued_call_once_whatever_reply_is_lost[Backfill]", "layers"),
+        "        owing = _on_debt(ask)\n",
+        '        owing = _on_debt(ask._replace(id=f"{ask.id}:owed"))\n',
+        _test("test_owe_what_nobody_can_pay_under_the_call_s_own_id", "queued"),
     ),
     Mutation(
         0,

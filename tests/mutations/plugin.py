@@ -1,8 +1,9 @@
 """
-The pytest plugin of a mutated run: changes one module's source text as it is imported, and writes down what failed.
+The pytest plugin of a mutated run: changes one module's source text, and writes down what failed.
 
-Loaded by ``-p tests.mutations.plugin`` before any conftest, so that nothing of the package is imported yet. Knows one
-change, out of the environment, and nothing of what it is for.
+Loaded by ``-p tests.mutations.plugin`` before any conftest. A module that is imported already gets its functions
+changed; where that is not enough, everything of ours is imported anew, the change in its way. Knows one change, out of
+the environment, and nothing of what it is for.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from tests.mutations.swapping import swapped
+
 __all__ = ["CHANGE", "REPORT", "install"]
 
 CHANGE = "MUTATION_CHANGE"
@@ -34,6 +37,13 @@ AGAIN_S = 1.0
 """A task that is interrupted keeps what was raised to itself, and the test waits on: so it is raised again."""
 
 
+OURS = ("asgi_metering", "tests")
+"""Packages that a change may show in: theirs is what is imported anew."""
+
+KEPT = "tests.mutations."
+"""But not what runs already."""
+
+
 class MutantLoader(importlib.machinery.SourceFileLoader):
     """Loads one module with its text changed, past every cache of bytecode."""
 
@@ -44,12 +54,9 @@ class MutantLoader(importlib.machinery.SourceFileLoader):
         self.applied = False
 
     def get_code(self, fullname: str) -> CodeType:
-        source = Path(self.path).read_text(encoding="utf-8")
-        found = source.count(self.old)
-        if found != 1:
-            raise pytest.UsageError(f"The snippet occurs {found} times in {fullname}, not once: {self.old!r}")
+        _, changed = texts(fullname, Path(self.path), self.old, self.new)
         self.applied = True
-        return compile(source.replace(self.old, self.new), self.path, "exec", dont_inherit=True)
+        return compile(changed, self.path, "exec", dont_inherit=True)
 
 
 class MutantFinder:
@@ -75,11 +82,26 @@ class MutantFinder:
         return spec
 
 
-def install(change: dict[str, str]) -> MutantFinder:
-    """Put the change in the way of the import of its module, which must still be to come."""
-    if change["module"] in sys.modules:
-        raise pytest.UsageError(f"{change['module']} was imported before it could be changed.")
-    finder = MutantFinder(change["module"], change["old"], change["new"])
+def texts(module: str, path: Path, old: str, new: str) -> tuple[str, str]:
+    """The source of a module, as it is and changed. Raises `pytest.UsageError` unless *old* is there once."""
+    source = path.read_text(encoding="utf-8")
+    found = source.count(old)
+    if found != 1:
+        raise pytest.UsageError(f"The snippet occurs {found} times in {module}, not once: {old!r}")
+    return source, source.replace(old, new)
+
+
+def install(change: dict[str, str]) -> MutantFinder | None:
+    """Make the change where its module is imported already; else put it in the way of that. None: it is made."""
+    name, old, new = change["module"], change["old"], change["new"]
+    module = sys.modules.get(name)
+    if module is not None:
+        if swapped(module, *texts(name, Path(str(module.__file__)), old, new)):
+            return None
+        for imported in list(sys.modules):
+            if imported.partition(".")[0] in OURS and not f"{imported}.".startswith(KEPT):
+                del sys.modules[imported]
+    finder = MutantFinder(name, old, new)
     sys.meta_path.insert(0, finder)
     return finder
 

@@ -2,12 +2,13 @@
 The server of mutated runs: imports what every run needs once, and forks a pytest for each that is asked for.
 
 Reads one JSON object a line from its input (``id``, ``change``, ``tests``, ``directory``) and writes the id back when
-the run has ended; output and report of the run are files in the directory. Never imports the package itself: that is
-what the runs change.
+the run has ended; output and report of the run are files in the directory. Imports the modules of the tests that are
+asked for, and the package with them: a run changes what it has of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -30,27 +31,18 @@ PRELOADED = (
     "_pytest.terminal",
     "anyio._backends._asyncio",
     "asyncio",
-    "fastapi",
-    "fastapi.sse",
-    "httpx2",
-    "hypothesis",
-    "limits",
-    "opentelemetry.metrics",
-    "opentelemetry.trace",
-    "pydantic",
     "pytest_timeout",
-    "starlette.applications",
-    "starlette.middleware.gzip",
-    "tests.harness.drive",
-    "zoneinfo",
+    "tests.conftest",
 )
-"""Imported before the fork: together they take longer than most runs."""
+"""Imported before the fork, as are the tests: together they take longer than most runs."""
 
 OPTIONS = (
     "-q",
     "--no-header",
     # The plugin has a bound of its own.
     "--timeout=0",
+    # Nobody looks at what failed as it should: showing its sources takes as long as its run.
+    "--tb=native",
     # Plugins that were imported before the fork have their own assertions as they are.
     "-Wignore::pytest.PytestAssertRewriteWarning",
     *("-p", "no:cacheprovider"),
@@ -63,17 +55,28 @@ def main() -> None:
     """Serve until the input ends."""
     for name in PRELOADED:
         importlib.import_module(name)
-    if any(name.partition(".")[0] == "asgi_metering" for name in sys.modules):
-        raise RuntimeError("The package was imported before anything could be changed.")
     del sys.modules["tests.mutations.plugin"]
-    # What is imported by now is never garbage, and the runs need not look at it.
-    gc.freeze()
     # Nobody waits for the runs here, and none may stay a zombie.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         asked = json.loads(line)
+        _import(asked["tests"])
         if os.fork() == 0:
             _run(asked)
+
+
+def _import(tests: list[str]) -> None:
+    """Import the modules that *tests* are in, and what they import."""
+    names = {test.partition(".py::")[0].replace("/", ".") for test in tests}
+    if names <= sys.modules.keys():
+        return
+    for name in sorted(names):
+        # One that cannot be imported fails in its run, and says why there.
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    # What is imported by now is never garbage, and the runs need not look at it.
+    gc.collect()
+    gc.freeze()
 
 
 def _run(asked: dict[str, Any]) -> None:
@@ -89,9 +92,6 @@ def _run(asked: dict[str, Any]) -> None:
     os.environ[REPORT] = str(directory / "report.json")
     if asked["change"] is not None:
         os.environ[CHANGE] = json.dumps(asked["change"])
-    # The first run compiles what the later ones share, whatever the environment says of writing beside the sources.
-    sys.dont_write_bytecode = False
-    sys.pycache_prefix = str(directory.parent / "bytecode")
     try:
         import pytest
 

@@ -47,8 +47,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         0,
         "admitted responses have the names by default",
         EXCHANGE,
-        "limit_fields(call.decision, call.unit, options.answers.names, warn_below=call.warning_level)",
-        "limit_fields(call.decision, call.unit, warn_below=call.warning_level)",
+        "            call.unit,\n            options.answers.names,\n",
+        "            call.unit,\n",
         _fields(
             "test_send_the_legacy_fields_where_they_are_asked_for[/whole]",
             "test_send_the_legacy_fields_where_they_are_asked_for[/streamed]",

@@ -68,11 +68,11 @@ def test_stay_green_with_all_handling(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        ("no such text anywhere", "pass", "occurs 0 times in asgi_metering.call, not once"),
-        ("self", "pass", "times in asgi_metering.call, not once"),
+        ("no such text anywhere", "pass", "occurs 0 times in asgi_metering.opening, not once"),
+        ("self", "pass", "times in asgi_metering.opening, not once"),
         ("def current_call() -> Call:", "def current_call() -> Call", "SyntaxError"),
         ("    opening = CURRENT.get()\n", "    opening = nowhere\n", "Failed for another reason"),
-        ("How far a call's admission is.", "How near a call's admission is.", "Not noticed by"),
+        ("in whose context the code runs", "in whose thread the code runs", "Not noticed by"),
     ],
     ids=["absent", "ambiguous", "no-python", "no-name", "harmless"],
 )
@@ -80,7 +80,7 @@ def test_tell_a_mutation_that_proves_nothing(
     old: str, new: str, reason: str, runs: Runs, request: pytest.FixtureRequest
 ) -> None:
     """A snippet that is not there once, that breaks the module, or that changes nothing is no proof of any test."""
-    mutation = Mutation(0, "nothing", "asgi_metering.call", old, new, (ENOUGH,))
+    mutation = Mutation(0, "nothing", "asgi_metering.opening", old, new, (ENOUGH,))
     run = runs.result(request.node.callspec.id, mutation, mutation.tests)
     assert reason in run.why_not_red()
     assert not (run.is_green and reason != "Not noticed by")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -632,6 +634,44 @@ def test_stop_while_the_store_says_nothing(monkeypatch: pytest.MonkeyPatch, capl
 
     asyncio.run(play())
     assert "gave no answer before the shutdown" in caplog.text
+
+
+class Deaf(Gated):
+    """Its driver neither closes nor lets itself be cancelled, at first."""
+
+    async def close(self) -> None:
+        for _ in range(2):
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+
+
+@pytest.mark.parametrize("has_journal", [False, True])
+def test_stop_although_the_driver_does_not_close(
+    has_journal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A shutdown does not wait for a driver that hangs, nor for a disk; it says so and goes on."""
+    monkeypatch.setattr("asgi_metering.runtime.CLOSE_S", 0.05)
+    stalled, disk = threading.Event(), threading.Event()
+
+    def stall(_: Any) -> None:
+        stalled.set()
+        disk.wait(60)
+
+    async def play() -> None:
+        metering = Metering(Deaf(), sinks=(), drain_s=0.01, journal=tmp_path / "j" if has_journal else None)
+        await metering.start()
+        slow = None
+        if metering.journal is not None:
+            slow = asyncio.create_task(metering.journal._in_thread(stall))
+            await asyncio.to_thread(stalled.wait, 10)
+        await asyncio.wait_for(metering.stop(), 10)
+        disk.set()
+        if slow is not None:
+            await slow
+
+    asyncio.run(play())
+    assert "The gated store could not be closed within 0.05 s" in caplog.text
+    assert ("The journal could not be closed" in caplog.text) == has_journal
 
 
 # -- what cannot be done -----------------------------------------------------------------------------------

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from decimal import Decimal
 from typing import Any
 
+import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
@@ -24,14 +25,14 @@ from asgi_metering import (
     rate_limited,
     slices,
 )
-from asgi_metering.call import CURRENT
 from asgi_metering.events.sinks import CallbackSink
+from asgi_metering.opening import CURRENT
 from asgi_metering.prices import per_token
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.operations import Admit, Emit, End, WalletSource
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.testing.clock import FakeClock
-from tests.harness.drive import Drive, drive, http_scope
+from tests.harness.drive import Drive, drive, http_scope, lifespan, status
 from tests.pitfalls.stage import PAYER, StuckAt, staged, within
 from tests.pitfalls.streams import delta, events, plain, sse, starlette
 
@@ -138,6 +139,67 @@ def test_shutdown_waits_for_a_stream_in_flight() -> None:
         assert await run.ended() == "returned"
         assert await stage.basis() == ("usage",)
         await run.__aexit__()
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("other", ["application", "application that broke", "block"])
+def test_other_users_of_a_metering_leave_the_calls_of_an_application_alone(other: str) -> None:
+    """Pitfall 31: another application's shutdown, or a block inside of this one, ends and stops nothing of it."""
+    free = asyncio.Event()
+
+    @rate_limited(concurrency=1)
+    @billable(2)
+    async def endpoint(_request: Request) -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            yield b"a"
+            await free.wait()
+            yield b"b"
+
+        return StreamingResponse(body())
+
+    async def use(metering: Metering) -> None:
+        if other == "block":
+            async with metering:
+                return
+        second = starlette(endpoint) if other == "application" else plain(answering)
+        with suppress(LookupError):
+            async with lifespan(MeteringMiddleware(second, metering=metering)):
+                if other != "application":
+                    raise LookupError("The server goes down at once.")
+
+    async def play() -> None:
+        async with staged(starlette(endpoint), drain_s=0.05) as stage:
+            async with Drive(stage.app, http_scope("/")) as run:
+                await within(5, lambda: len(run.log) >= 2)
+                await use(stage.metering)
+                assert len(await stage.metering.holds()) == 1
+                assert status((await drive(stage.app, http_scope("/"))).log) == 429
+                free.set()
+                assert await run.ended() == "returned"
+            await stage.booked()
+            assert await stage.basis() == ("usage",)
+            assert stage.metering.runtime().managed
+
+        runtime = stage.metering.runtime()
+        assert (runtime.managed, runtime.lifespans, runtime.blocks) == (False, 0, 0)
+
+    asyncio.run(play())
+
+
+def test_the_last_block_of_a_metering_stops_it() -> None:
+    """Of blocks at once each may end before the others, whose calls go on; the last one waits for its own end."""
+
+    async def play() -> None:
+        metering = Metering(sinks=(), drain_s=0.05)
+        async with metering:
+            await metering.grant(PAYER, 5, id="g")
+            async with metering.charge(payer=PAYER, line="work", price=per_token(output=1), hold=2) as call:
+                async with metering:
+                    pass
+                call.record(TokenUsage(output=1))
+            assert call.receipt is not None
+            assert (call.receipt.amount, call.receipt.basis) == (1_000_000, Basis.USAGE)
 
     asyncio.run(play())
 

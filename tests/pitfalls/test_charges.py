@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from asgi_metering import (
     up_to,
 )
 from asgi_metering.prices import per_token
-from tests.harness.drive import status
+from tests.harness.drive import headers, status
 from tests.pitfalls.stage import PAYER, staged
 from tests.pitfalls.streams import events, sse, starlette
 
@@ -95,6 +96,26 @@ def test_in_band_failure_is_not_charged() -> None:
             assert ended.complete.is_set()
             assert await stage.charges() == []
             assert await stage.outcomes() == ["error"]
+
+    asyncio.run(play())
+
+
+def test_tell_what_failed_work_has_used() -> None:
+    """S3.34: the event of a call that failed says what it used, and looks charged nowhere."""
+
+    @billable(per_token(input=1, output=1), hold=9)
+    async def endpoint(_request: Request) -> JSONResponse:
+        current_call().record(TokenUsage(input=3, output=4), model="gpt-5.5")
+        raise LookupError("no disk")
+
+    async def play() -> None:
+        async with staged(starlette(endpoint)) as stage:
+            await stage.drive()
+            assert await stage.outcomes() == ["error"]
+            (event,) = stage.events
+            assert (event.amount, event.basis, event.estimated) == (0, "none", False)
+            assert (event.usage, event.model) == (TokenUsage(input=3, output=4), "gpt-5.5")
+            assert await stage.charges() == []
 
     asyncio.run(play())
 
@@ -191,3 +212,82 @@ def test_absurd_usage_never_stops_a_settlement() -> None:
             assert await stage.basis() == ("hold",)
 
     asyncio.run(play())
+
+
+# -- limits of tokens on routes that charge otherwise ------------------------------------------------------
+
+ASKED = 4_096
+"""What a limit takes of a request that names no maximum, until its usage is known."""
+
+
+def anthropic_begins(*texts: str) -> list[bytes]:
+    """Anthropic's stream up to its texts: its first event counts the input, and one token of output."""
+    usage = {"input_tokens": 9, "output_tokens": 1}
+    told: list[dict[str, Any]] = [{"type": "message_start", "message": {"model": "m", "usage": usage}}]
+    told += [
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}} for text in texts
+    ]
+    return [f"event: {each['type']}\ndata: {json.dumps(each)}\n\n".encode() for each in told]
+
+
+def tokens_left_after(endpoint: Any, **fault: int) -> tuple[int, list[int]]:
+    """What a second request sees left of the 10,000 tokens when the first, with *fault*, is over; and the charges."""
+
+    async def play() -> tuple[int, list[int]]:
+        async with staged(starlette(endpoint)) as stage:
+            await stage.drive(**fault)
+            second = dict(headers((await stage.drive()).log))
+            return int(second["ratelimit"].partition(";r=")[2].partition(";")[0]), [
+                entry.amount for entry in await stage.charges()
+            ]
+
+    return asyncio.run(play())
+
+
+@pytest.mark.parametrize("priced", [True, False], ids=["fixed price", "no price"])
+def test_limits_count_what_the_body_reports(priced: bool) -> None:
+    """DESIGN "Rate limits": a limit of tokens is corrected by the usage that passes, whatever the route charges by."""
+
+    async def endpoint(_request: Request) -> StreamingResponse:
+        return sse(events("one two"))
+
+    guarded = rate_limited("10000/minute of tokens")(billable(2)(endpoint) if priced else endpoint)
+    left, charged = tokens_left_after(guarded)
+    assert left == 10_000 - (9 + 2) - ASKED
+    assert charged == ([2_000_000] * 2 if priced else [])
+
+
+def test_limits_count_what_was_seen_of_a_stream_that_broke() -> None:
+    """A client that leaves has not used the one token that a stream began with, but the text that it was sent."""
+
+    @rate_limited("10000/minute of tokens")
+    @billable(2)
+    async def endpoint(_request: Request) -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            for event in anthropic_begins("one two", " three four"):
+                yield event
+                await asyncio.sleep(0.05)
+
+        return sse(body())
+
+    left, charged = tokens_left_after(endpoint, disconnect_at=4)
+    assert left == 10_000 - (9 + 4) - ASKED
+    assert charged == [2_000_000] * 2
+
+
+def test_fixed_prices_are_charged_whatever_the_body_says() -> None:
+    """README: an error inside a stream is for the handler to mark, also where a limit reads that stream."""
+
+    @rate_limited("10000/minute of tokens")
+    @billable(2)
+    async def endpoint(_request: Request) -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            async for event in events("one two", usage=False):
+                yield event
+            yield b'data: {"error": {"message": "overloaded", "type": "server_error"}}\n\n'
+
+        return sse(body())
+
+    left, charged = tokens_left_after(endpoint)
+    assert charged == [2_000_000] * 2
+    assert left == 10_000 - 2 * ASKED

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from asgi_metering import CallCut, TokenUsage, billable, current_call, metered_app, slices
 from asgi_metering.asgi import cutting
+from asgi_metering.policies import Slices
 from asgi_metering.prices import per_token
 from asgi_metering.rules.operations import Grow
 from tests.harness.drive import Drive, body, drive, http_scope, status
@@ -309,6 +310,45 @@ def test_cancel_an_app_that_is_silent(version: str, layers: tuple[Any, ...]) -> 
                 assert run.task.cancelling() == 0
             assert b"insufficient_quota" in told(run)
             assert upstream.closed.is_set()
+            await stage.booked()
+            assert await charged(stage) == TOKENS
+
+    asyncio.run(play())
+
+
+@pytest.mark.usefixtures("_impatient")
+@pytest.mark.parametrize("layers", [(), (Passing,)])
+@pytest.mark.parametrize("begins", [False, True])
+def test_cancel_a_handler_that_made_the_first_slices(
+    begins: bool, layers: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Slices that are first made inside of a handler, by the explicit gate, cut its own call as well, also a silent one.
+
+    Until then this process had none, and prepared no request for a cut.
+    """
+
+    async def play() -> None:
+        upstream = Upstream(silent_after=TOKENS)
+
+        async def endpoint(request: Any) -> Response:
+            monkeypatch.setattr(Slices, "in_use", True)
+            await current_call().admit(billable(PRICE, hold=slices(TokenUsage(output=5)), errors="openai"))
+            if begins:
+                return sse(upstream.words())
+            spent(TOKENS)
+            await asyncio.Event().wait()
+            raise AssertionError("Nobody wakes it.")
+
+        async with staged(starlette(endpoint, *layers)) as stage:
+            monkeypatch.setattr(Slices, "in_use", False)
+            async with Drive(stage.app, http_scope()) as run:
+                assert await run.ended() == "returned"
+                assert run.task is not None
+                assert run.task.cancelling() == 0
+            assert status(run.log) == (200 if begins else 402)
+            if begins:
+                assert b"insufficient_quota" in told(run)
             await stage.booked()
             assert await charged(stage) == TOKENS
 

@@ -25,9 +25,9 @@ from asgi_metering.asgi.answers import DEFAULT_OPTIONS
 from asgi_metering.asgi.exchange import ExchangeOptions, run
 from asgi_metering.asgi.origin import HTTPOrigin
 from asgi_metering.asgi.refusals import refusal_answer
-from asgi_metering.call import Opening
 from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.metering import ALL_FEATURES
+from asgi_metering.opening import Opening
 from asgi_metering.prices import per_token
 from tests.harness.drive import Drive, body, drive, headers, status
 from tests.pitfalls.apps import HOW, PRICE, How, fastapi_app, installed

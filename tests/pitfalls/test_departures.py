@@ -207,7 +207,7 @@ def test_client_gone_by_message_or_by_os_error(spec_version: str) -> None:
 
 
 def test_admission_whose_caller_was_cancelled_is_given_back() -> None:
-    """Pitfall 29: cancelled between the question to the store and its answer, the hold is released by its id."""
+    """Pitfall 29, S3.30: cancelled between the question to the store and its answer, the hold is released by its id."""
 
     @billable(2)
     async def endpoint(_request: Request) -> JSONResponse:

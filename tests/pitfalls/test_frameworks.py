@@ -113,7 +113,7 @@ def transactional(ran: list[str]) -> FastAPI:
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("path", ["/function", "/sync", "/sse", "/jsonl"])
 def test_roll_dependencies_back_on_refusal(path: str, how: How, scene: Scene, ran: list[str]) -> None:
-    """Pitfall 13: dependencies with yield see the refusal as an exception and are closed, sync ones too."""
+    """Pitfall 13, S0.39: dependencies with yield see the refusal as an exception and are closed, sync ones too."""
     (refused,) = visit(installed(transactional(ran), scene.metering, how), Visit(path, caller=POOR))
     assert status(refused.log) == 402
     assert refused.exception is None

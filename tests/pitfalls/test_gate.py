@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, HTTPException
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -180,6 +180,65 @@ def test_close_a_gated_generator_with_its_consumer(scene: Scene) -> None:
     assert ended.exception is None
 
 
+@pytest.mark.parametrize("kind", ["async", "sync"])
+@pytest.mark.parametrize("raised", [HTTPException(418), ValueError("broken")], ids=["answer", "error"])
+def test_show_a_gated_dependency_how_its_request_failed(raised: Exception, kind: str, scene: Scene) -> None:
+    """Pitfall 7: a gated dependency that yields sees the very exception of its endpoint, and can roll back by it."""
+    seen: list[BaseException] = []
+
+    @billable(PRICE)
+    async def unit_of_work() -> AsyncIterator[str]:
+        try:
+            yield "work"
+        except BaseException as failure:
+            seen.append(failure)
+            raise
+
+    @billable(PRICE)
+    def unit_of_work_in_a_thread() -> Iterator[str]:
+        try:
+            yield "work"
+        except BaseException as failure:
+            seen.append(failure)
+            raise
+
+    app = FastAPI()
+    dependency = unit_of_work if kind == "async" else unit_of_work_in_a_thread
+
+    @app.get("/", dependencies=[Depends(dependency)])
+    async def endpoint() -> None:
+        raise raised
+
+    (ended,) = visit(installed(app, scene.metering, "wrapped"), Visit())
+    assert status(ended.log) == (418 if isinstance(raised, HTTPException) else 500)
+    assert seen == [raised]
+    assert scene.settled() == 0
+
+
+def test_hand_what_is_sent_to_a_gated_generator(scene: Scene) -> None:
+    """Pitfall 7: what a consumer sends or throws into a gated generator is the endpoint's, which may go on."""
+
+    @billable(PRICE)
+    async def echo() -> AsyncGenerator[Any, Any]:
+        answer: Any = "begun"
+        while answer != "over":
+            try:
+                answer = yield answer
+            except ValueError as failure:
+                answer = str(failure)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        generator = echo()
+        assert [await anext(generator), await generator.asend(7)] == ["begun", 7]
+        assert await generator.athrow(ValueError("thrown")) == "thrown"
+        with pytest.raises(StopAsyncIteration):
+            await generator.asend("over")
+        await PlainTextResponse("ok")(scope, receive, send)
+
+    (ended,) = visit(MeteringMiddleware(app, scene.metering), Visit())
+    assert ended.exception is None
+
+
 def test_refuse_to_block_the_loop_for_a_sync_generator(scene: Scene, ran: list[str]) -> None:
     """Pitfall 7: a sync generator iterated on the loop cannot wait for its admission; it says so instead of hanging."""
 
@@ -320,6 +379,23 @@ def test_refuse_another_price_inside_a_call(scene: Scene, ran: list[str]) -> Non
     assert "Use metering.charge()" in str(ended.exception)
     assert ran == []
     assert (len(scene.books.admissions), scene.settled()) == (1, 0)
+
+
+def test_count_handlers_that_ask_for_themselves_apart(scene: Scene) -> None:
+    """Pitfall 39: explicit gates of two handlers share neither counts nor a line, as if they had been decorated."""
+
+    async def first(request: Request) -> PlainTextResponse:
+        await current_call().admit(PRICE, rate_limited("1/day"))
+        return PlainTextResponse(current_call().line)
+
+    async def second(request: Request) -> PlainTextResponse:
+        await asyncio.create_task(current_call().admit(PRICE, rate_limited("1/day")))
+        return PlainTextResponse(current_call().line)
+
+    app = installed(starlette(("/first", first), ("/second", second)), scene.metering, "wrapped")
+    answers = visit(app, Visit("/first"), Visit("/second"), Visit("/second"))
+    assert [status(ended.log) for ended in answers] == [200, 200, 429]
+    assert [body(ended.log) for ended in answers[:2]] == [b"first", b"second"]
 
 
 def test_refuse_a_second_explicit_gate(scene: Scene) -> None:

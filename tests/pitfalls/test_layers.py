@@ -33,6 +33,7 @@ from asgi_metering import (
     MeteringMiddleware,
     QuotaCaptureMiddleware,
     RateLimitMiddleware,
+    TokenUsage,
     UsageEventsMiddleware,
     billable,
     current_call,
@@ -40,6 +41,7 @@ from asgi_metering import (
     rate_limited,
     up_to,
 )
+from asgi_metering.billing import observed_parts
 from asgi_metering.errors import ConfigurationError, NoCallError
 from asgi_metering.metering import ALL_FEATURES
 from asgi_metering.prices import per_token
@@ -115,6 +117,36 @@ def test_share_one_admission_between_layers(subset: tuple[str, ...], order: str)
     assert len(scene.books.admissions) == (1 if enforcing else 0)
     assert len(scene.books.ends) == (1 if "credits" in subset else 0)
     assert len(scene.books.emitted) == (1 if "events" in subset and "credits" not in subset else 0)
+
+
+@pytest.mark.parametrize("subset", [("rates",), ("events", "rates")], ids="-".join)
+@pytest.mark.parametrize("price", [per_token(input=1, output=1), PRICE], ids=["measured", "fixed"])
+def test_charge_nothing_without_the_gate(price: Any, subset: tuple[str, ...]) -> None:
+    """S4.16: calls that only count, and whose holds are of tokens and slots alone, are charged nothing, ever."""
+    scene, owed = Scene(tells=True), list[int]()
+
+    @rate_limited("1000000/day of tokens", concurrency=2)
+    @billable(price)
+    async def endpoint(request: Request) -> StreamingResponse:
+        call = current_call()
+        call.record(TokenUsage(input=300, output=400))
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield b"so far."
+            await asyncio.sleep(0)
+            owed.append(await observed_parts(call))
+
+        return StreamingResponse(chunks())
+
+    app = with_layers(Starlette(routes=[Route("/", endpoint)]), scene.metering, subset, unenforced="allow")
+    (ended,) = visit(app, Visit())
+    assert (status(ended.log), body(ended.log)) == (200, b"so far.")
+    # What its heartbeats tell, and a policy would charge.
+    assert owed == [0]
+    assert scene.settled() == 0
+    assert [(event.amount, event.usage) for event in scene.told] == (
+        [(0, TokenUsage(input=300, output=400))] if "events" in subset else []
+    )
 
 
 def test_say_the_same_as_the_whole_stack(scene: Scene) -> None:

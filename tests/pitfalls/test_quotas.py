@@ -116,6 +116,31 @@ def test_let_fields_pass_where_the_route_says_so(provider: str, fields: Fields, 
     assert counts(readings[provider]) == COUNTS[provider]
 
 
+OWN: Fields = ((b"X-RateLimit-Limit", b"5"), (b"x-ratelimit-remaining", b"4"), (b"x-ratelimit-reset", b"60"))
+"""What applications say of limits of their own, by custom; some providers of theirs."""
+
+
+@pytest.mark.parametrize("part", [billable(1), rate_limited("5/minute")], ids=["billable", "rate_limited"])
+def test_let_the_fields_of_the_endpoint_itself_pass(part: Any) -> None:
+    """Limits that an endpoint tells of itself are no provider's: the client has them, and they are no reading."""
+    ended, readings = passed(metered_app(proxy(OWN), part))
+    assert lower((*KEPT, *OWN)) <= received(ended)
+    assert readings == {}
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [((*OWN, *OPENAI), billable(1)), (OWN, billable(1, usage="openai-chat"))],
+    ids=["with what only providers say", "where the route names a provider's dialect"],
+)
+def test_remove_customary_fields_of_a_provider(fields: Fields, part: Any) -> None:
+    """DESIGN 2: the customary names are a provider's where its others come too, or the route passes its answers on."""
+    ended, readings = passed(metered_app(proxy(fields), part))
+    assert received(ended) & lower(fields) == set()
+    (reading,) = readings.values()
+    assert reading.limits
+
+
 def test_read_resets_as_moments() -> None:
     """Captured resets are epoch seconds: Anthropic's are moments, OpenAI's count from the answer (trap 6)."""
     _, readings = passed(metered_app(proxy(ANTHROPIC), billable(1)))

@@ -16,6 +16,7 @@ from tests.pitfalls.scene import Scene, Visit, field_of, visit
 SOURCES: dict[str, PaymentSource] = {
     "wallet": Wallet(warn_below=21),
     "plain wallet": Wallet(),
+    "wallet with credit": Wallet(overdraft=5),
     "allowance": Allowance({"pro": 100}, name="daily"),
 }
 
@@ -27,6 +28,8 @@ SOURCES: dict[str, PaymentSource] = {
         ("wallet", 80, "warning"),
         ("wallet", 100, "blocked"),
         ("plain wallet", 99, "ok"),
+        ("wallet with credit", 104, "ok"),
+        ("wallet with credit", 105, "blocked"),
         ("allowance", 79, "ok"),
         ("allowance", 80, "warning"),
         ("allowance", 100, "blocked"),

@@ -15,9 +15,9 @@ from starlette.types import ASGIApp
 
 from asgi_metering import Metering, billable, metered_app, rate_limited
 from asgi_metering.asgi.audit import audit
-from asgi_metering.call import CURRENT, Opening
 from asgi_metering.errors import NoCallError
 from asgi_metering.metering import ALL_FEATURES
+from asgi_metering.opening import CURRENT, Opening
 from asgi_metering.testing.unmetered import unmetered
 from tests.harness.drive import drive, lifespan, websocket_scope
 from tests.pitfalls.apps import HOW, PRICE, How, installed

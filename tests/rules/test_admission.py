@@ -155,7 +155,7 @@ def test_take_everything_or_nothing(data: st.DataObject, world: World) -> None:
 
 @pytest.mark.parametrize("last", ["slot", "rate", "source"])
 def test_consume_nothing_when_the_last_check_refuses(last: str) -> None:
-    """Whichever of several slots, limits and sources refuses, no other has counted (S3.45, S0.22)."""
+    """Whichever of several slots, limits and sources refuses, no other has counted (S3.44, S3.45, S0.22)."""
     world = World()
     world.grant(5)
     world.admit(0, limits=(fixed(1, key="spent"),), leases=(slots(1, "full"),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -59,6 +60,25 @@ def test_write_exactly_what_has_changed() -> None:
     step(PostGrant("h", "ada", "credits", 20))
 
 
+def test_write_rows_with_all_their_fields() -> None:
+    """Every row that a call writes, and every answer it gets, has all fields of its class."""
+    world = World()
+    world.grant(20, "g")
+    tokens = sliding(100, key="t", name="tokens", meter="tokens", cost=9)
+    limits = (fixed(3), tokens, calendar(9, world.now, key="d"))
+    admit = world.ask(9, "a", limits=limits, leases=(slots(3),))
+    for step in (admit, End("a", 7, Basis.USAGE, event={"n": 4}, actual={"tokens": 1})):
+        answer = world.run(step)
+        _check_fields([answer, *(row for _, _, row in world.written if row is not None)])
+
+
+def _check_fields(rows: Iterable[Any]) -> None:
+    for row in rows:
+        if isinstance(row, tuple):
+            assert len(row) == len(getattr(row, "_fields", row))
+            _check_fields(row)
+
+
 def test_change_nothing_when_an_operation_is_a_mistake() -> None:
     """An operation that raises has written nothing and left the state as it was."""
     world = World()
@@ -104,13 +124,15 @@ def test_claim_the_oldest_events_for_a_time() -> None:
     assert world.run(Claim(0, 60)) == ()
 
 
-def test_forget_what_was_delivered() -> None:
-    """Acknowledged events are gone, unknown ones are passed over, and the answer counts those that were there."""
+def test_tell_nobody_again_what_was_delivered() -> None:
+    """Acknowledged events wait no more, unknown ones are passed over, and the answer counts those that waited."""
     world = World()
     world.run(Emit((("e1", {}), ("e2", {}))))
     assert world.run(Acknowledge(("e1", "never"))) == 1
     assert set(world.state.events) == {"e2"}
     assert world.run(Acknowledge(("e1",))) == 0
+    assert world.run(Emit((("e1", {}), ("e3", {})))) == 2
+    assert (set(world.state.events), set(world.state.delivered)) == ({"e2", "e3"}, {"e1"})
 
 
 # -- sweeping ------------------------------------------------------------------------------------------------
@@ -276,6 +298,7 @@ def test_delete_rows_that_are_there_and_rows_that_are_not() -> None:
         (Table.LEASE, ("pool", "a"), Lease("pool", "a", 1.0)),
         (Table.LEASE, ("pool", "b"), Lease("pool", "b", 1.0)),
         (Table.EVENT, "e", Event("e", 0.0, {})),
+        (Table.EVENT, "f", Event("f", 0.0, {}, 0.0, 1.0)),
     ]
     empty = snapshot(state)
     deleted = [(table, key, None) for table, key, _ in put if table != Table.HOLD]

@@ -152,7 +152,7 @@ def test_release_a_key_that_nobody_used() -> None:
     world.end("a", None)
     assert world.account().held == 5
     world.end("b", None)
-    assert (world.account().held, world.state.charge_keys) == (0, {})
+    assert (world.account().held, world.state.charge_keys["session"].is_given_back) == (0, True)
     assert world.hold("a:key").state is HoldState.RELEASED
     assert not ask(world, "c").joined
 
@@ -264,6 +264,106 @@ def test_charge_a_late_call_whose_key_was_given_back() -> None:
     world.run(Sweep())
     assert world.end("lost", 5).late == 5
     assert world.account().settled == 5
+
+
+def lost(world: World, *calls: str, **more: Any) -> None:
+    """Calls of the session's key whose worker is gone, and which their policy has ended without a charge."""
+    for call in calls:
+        ask(world, call, ttl_s=10.0, grace_s=0.0, **more)
+    world.wait(10)
+    world.run(Sweep())
+
+
+@pytest.mark.parametrize("key", [SESSION, None])
+def test_charge_one_of_the_late_calls_of_a_key(key: KeyAsk | None) -> None:
+    """Of several calls that were given up the first late success pays for the window, and others join it (S0.10)."""
+    world = rich()
+    key = key or today(world)
+    lost(world, "a", "b", charge_key=key)
+    assert [world.end(call, 5).late for call in ("b", "a")] == [5, 0]
+    assert ask(world, "c", charge_key=key).joined
+    assert world.end("c", 5).amount == 0
+    assert world.account().settled == 5
+    assert imbalances(world.state) == []
+
+
+def test_charge_a_late_call_once_beside_one_that_failed() -> None:
+    """Also where the last call of the key failed by itself after the others were given up."""
+    world = rich()
+    ask(world, "failed", ttl_s=900.0)
+    lost(world, "a", "b")
+    world.end("failed", None)
+    assert [world.end(call, 5).late for call in ("a", "b")] == [5, 0]
+
+
+def test_leave_a_late_failure_of_a_key_unpaid() -> None:
+    """A late end that charges nothing pays for no window: the next late success does."""
+    world = rich()
+    lost(world, "a", "b")
+    assert [world.end("a", None).late, world.end("b", 5).late] == [0, 5]
+
+
+def test_charge_a_late_call_of_a_key_to_its_allowance() -> None:
+    """A late success is paid from where the hold of its key was: from the allowance, not from the wallet (S0.3)."""
+    world = rich()
+    lost(world, "a", "b", sources=(world.free(5), WALLET))
+    assert [world.end(call, 5).late for call in ("a", "b")] == [5, 0]
+    assert (world.today(), world.account().settled) == ((5, 0), 0)
+    assert imbalances(world.state) == []
+
+
+def test_charge_a_late_call_whose_keys_hold_is_forgotten() -> None:
+    """Where nobody knows any more what the key's hold was, the wallet pays, as for every late end."""
+    world = rich()
+    lost(world, "a", sources=(world.free(5), WALLET))
+    del world.state.holds["a:key"]
+    assert world.end("a", 5).late == 5
+    assert (world.today(), world.account().settled) == ((0, 0), 5)
+
+
+def test_begin_a_key_anew_that_was_given_back() -> None:
+    """The next call of a key that was given back pays itself; what comes late joins it."""
+    world = rich()
+    lost(world, "a")
+    assert not ask(world, "b").joined
+    assert world.end("a", 5).late == 0
+    assert world.end("b", 5).amount == 5
+
+
+@pytest.mark.parametrize(("amount", "charged"), [(3, 3), (7, 7), (0, 0), (None, 0)])
+def test_charge_what_a_person_says_for_a_key(amount: int | None, charged: int) -> None:
+    """A person's end of a call charges what the person says and no price; nothing leaves the key to the others."""
+    world = rich()
+    ask(world, "a")
+    ask(world, "b")
+    assert world.person_ends("a", amount).amount == charged
+    assert world.end("b", 5).amount == (0 if charged else 5)
+    assert world.account().settled == (charged or 5)
+    assert imbalances(world.state) == []
+
+
+@pytest.mark.parametrize("amount", [3, 0, None])
+def test_end_a_key_whose_hold_a_person_has_ended(amount: int | None) -> None:
+    """A person may end the hold that a key owns: then that is what the key costs, however its calls end."""
+    world = rich()
+    lost(world, "late", charge_key=SESSION, sources=(WALLET,))
+    for call in ("a", "b"):
+        ask(world, call)
+    world.person_ends("a:key", amount)
+    assert [world.end("a", 5).amount, world.end("b", None).amount, world.end("late", 5).late] == [0, 0, 0]
+    assert (world.account().settled, world.account().held) == (amount or 0, 0)
+    assert ask(world, "c").joined is (amount is not None)
+    assert imbalances(world.state) == []
+
+
+def test_end_a_call_whose_keys_hold_is_gone() -> None:
+    """A call of a key whose own hold nobody keeps any more costs nothing, and leaves the key to the next."""
+    world = rich()
+    ask(world, "a")
+    world.person_ends("a:key", None)
+    del world.state.holds["a:key"]
+    assert world.end("a", 5).amount == 0
+    assert not ask(world, "b").joined
 
 
 def test_join_the_unit_and_the_payer_of_the_first_call() -> None:

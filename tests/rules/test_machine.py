@@ -395,7 +395,9 @@ class Books(RuleBasedStateMachine):
     @rule(event=st.sampled_from(["e0", "e1"]))
     def emit(self, event: str) -> None:
         """Free work appends its event."""
+        waits = event not in self.world.state.delivered
         assert self.world.run(Emit(((event, {}),))) == 1
+        assert (event in self.world.state.events) is waits
 
     @precondition(lambda self: self.world.state.events)
     @rule(limit=st.integers(1, 3), acknowledge=st.booleans())

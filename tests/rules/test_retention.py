@@ -7,7 +7,16 @@ import pytest
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.receipts import EndedBy
 from asgi_metering.rules.conservation import ledger_discrepancies
-from asgi_metering.rules.operations import Correct, IdempotencyAsk, KeyAsk, Refund, ReverseGrant, Sweep
+from asgi_metering.rules.operations import (
+    Acknowledge,
+    Correct,
+    Emit,
+    IdempotencyAsk,
+    KeyAsk,
+    Refund,
+    ReverseGrant,
+    Sweep,
+)
 from asgi_metering.rules.retention import fold
 from asgi_metering.rules.state import Account, Checkpoint
 from tests.rules.world import DAY_S, WALLET, World, imbalances
@@ -154,6 +163,22 @@ def test_keep_idempotency_keys_while_they_are_taken() -> None:
     world.wait(1)
     world.run(Sweep())
     assert list(world.state.idempotency_keys) == ["k2"]
+
+
+def test_forget_delivered_events_after_their_time() -> None:
+    """Acknowledged events go after their time, those first that were acknowledged first; what waits stays."""
+    world = World()
+    world.run(Emit(tuple((event, {}) for event in ("e1", "e2", "e3", "waits"))))
+    for event in ("e2", "e3", "e1"):
+        world.run(Acknowledge((event,)))
+        world.wait(1)
+    world.wait(56)
+    assert world.run(Sweep(keep_events_s=60.0)) == 0
+    world.wait(3)
+    assert world.run(Sweep(limit=2, keep_events_s=60.0)) == 2
+    assert set(world.state.delivered) == {"e1"}
+    assert world.run(Sweep(limit=2, keep_events_s=60.0)) == 1
+    assert (set(world.state.events), world.state.delivered) == ({"waits"}, {})
 
 
 # -- the proof -----------------------------------------------------------------------------------------------

@@ -174,6 +174,7 @@ def _outbox(draw: st.DrawFn) -> Operation:
                     keep_holds_s=1e6,
                     keep_entries_s=draw(st.sampled_from((0.0, 20.0, 150.0))),
                     keep_windows_s=draw(st.sampled_from((0.0, 90.0))),
+                    keep_events_s=draw(st.sampled_from((0.0, 30.0))),
                 ),
             )
         )

@@ -14,8 +14,10 @@ from asgi_metering.call import CallRefused
 from asgi_metering.receipts import Basis, EndedBy
 from asgi_metering.rules.conservation import ledger_discrepancies
 from asgi_metering.rules.operations import (
+    Acknowledge,
     Admit,
     AllowanceSource,
+    Emit,
     End,
     LeaseAsk,
     LimitAsk,
@@ -31,7 +33,7 @@ from asgi_metering.stores.forgetting import IDLE_S, LATE_S, Bounds
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.testing.clock import FakeClock
 
-FEW = Bounds(entries=5, ended_holds=5, counters=5, windows=5, strangers=5)
+FEW = Bounds(entries=5, ended_holds=5, counters=5, windows=5, strangers=5, delivered=5)
 """So few that a test meets them."""
 
 
@@ -350,3 +352,19 @@ def test_forget_no_payer_in_debt_or_with_a_call_in_flight() -> None:
     clock.advance(10 * IDLE_S)
     store.run_now(Sweep())
     assert {payer for payer, _ in kept(store).accounts} == {"debtor", "payer 1"}
+
+
+# -- events that were delivered ------------------------------------------------------------------------------
+
+
+def test_forget_the_events_that_were_delivered_first() -> None:
+    """Of delivered events only the last ones stay, however little time has passed; those that wait all stay."""
+    store = MemoryStore(FakeClock(), bounds=FEW)
+    names = [f"e{number}" for number in range(12)]
+    store.run_now(Emit(tuple((name, {}) for name in [*names, "waits"])))
+    for name in names:
+        store.run_now(Acknowledge((name,)))
+    assert list(kept(store).delivered) == names[-5:]
+    store.run_now(Emit(tuple((name, {}) for name in names)))
+    store.run_now(Acknowledge(tuple(names)))
+    assert (list(kept(store).events), len(kept(store).delivered)) == (["waits"], 5)

@@ -33,7 +33,8 @@ from asgi_metering.stores.moving.lines import lines_of, page_of
 from asgi_metering.stores.moving.walk import Page
 from asgi_metering.stores.rows import MAPS
 from asgi_metering.stores.sqlite.database import Database
-from asgi_metering.stores.sqlite.statements import INSERT_ENTRY, UPSERT, select
+from asgi_metering.stores.sqlite.statements import INSERT, UPSERT, select
+from asgi_metering.stores.sqlite.statements import ROWS as KEPT
 
 AMOUNTS = st.integers(-(2**53), 2**53)
 TIMES = st.floats(allow_nan=False) | st.just(NEVER)
@@ -117,7 +118,7 @@ ROWS: dict[str, st.SearchStrategy[Any]] = {
         PARTS,
         TEXTS,
     ),
-    Table.EVENT: st.builds(Event, TEXTS, TIMES, FACTS, TIMES),
+    Table.EVENT: st.builds(Event, TEXTS, TIMES, FACTS, TIMES, st.none() | TIMES),
     Table.CHARGE_KEY: st.builds(ChargeKey, TEXTS, *[TIMES] * 2, TEXTS, AMOUNTS, st.booleans()),
     Table.IDEMPOTENCY: st.builds(IdempotencyKey, *[TEXTS] * 3, TIMES, st.none() | RECEIPTS, st.none() | FACTS),
     Table.CHECKPOINT: st.builds(Checkpoint, *[TEXTS] * 2, AMOUNTS, TIMES, st.dictionaries(TEXTS, AMOUNTS, max_size=3)),
@@ -138,7 +139,7 @@ def connection(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_columns_are_the_fields(connection: sqlite3.Connection, table: str) -> None:
     """A table has its row's fields as columns, in their order, then what is derived; a position where order counts."""
     columns = [name for _, name, *_ in connection.execute(f'PRAGMA table_info("{table}")')]
-    assert [name for name in columns if name != "position"] == list(MAPS[table].columns)
+    assert [name for name in columns if name != "position"] == list(KEPT[table].columns)
     assert MAPS[table].fields == MAPS[table].row._fields
 
 
@@ -163,7 +164,7 @@ def test_read_a_row_as_it_was_written(connection: sqlite3.Connection, table: str
     """A row comes back equal, and of the same types, whatever its texts, amounts and times are."""
     row = data.draw(ROWS[table])
     connection.execute(f'DELETE FROM "{table}"')
-    connection.execute(UPSERT.get(table, INSERT_ENTRY), MAPS[table].encode(row))
+    connection.execute(UPSERT.get(table) or INSERT[table], KEPT[table].encode(row))
     (found,) = map(MAPS[table].decode, connection.execute(select(table, "")))
     assert found == row
     assert _types(found) == _types(row)

@@ -145,11 +145,17 @@ CREATE TABLE event (
     at DOUBLE PRECISION NOT NULL,
     payload TEXT NOT NULL,
     claimed_until DOUBLE PRECISION NOT NULL,
+    -- NULL while it waits.
+    acknowledged_at DOUBLE PRECISION,
     -- The order of the outbox.
     position BIGINT NOT NULL GENERATED ALWAYS AS IDENTITY
 );
 
-CREATE INDEX event_next ON event (position);
+-- What a claim looks through: events that wait.
+CREATE INDEX event_next ON event (position) WHERE acknowledged_at IS NULL;
+
+-- What a sweep forgets.
+CREATE INDEX event_delivered ON event (acknowledged_at) WHERE acknowledged_at IS NOT NULL;
 
 CREATE TABLE charge_key (
     key TEXT COLLATE "C" NOT NULL PRIMARY KEY,

@@ -40,6 +40,9 @@ _ORDER: Final[Mapping[str, tuple[str, ...]]] = {
     Table.ENTRY: (*_BY_ACCOUNT, "number"),
 }
 
+_KEPT: Final = {Table.EVENT: "WHERE t.acknowledged_at IS NULL"}
+"""Rows that move, where not all do: what was delivered has no place to go."""
+
 
 @asynccontextmanager
 async def opened_books(database: Database, loads: Loads, clock: Callable[[], float] | None) -> AsyncIterator[Books]:
@@ -95,7 +98,8 @@ class _SchemaBooks(Books):
     async def rows(self, table: str) -> AsyncGenerator[Sequence[Any], None]:
         """See `Books.rows`."""
         order, decode = _ORDER.get(table, ()), MAPS[table].decode
-        rest = f"ORDER BY {', '.join(f't.{name}' for name in order)}" if order else ""
+        rest = _KEPT.get(table, "")
+        rest += f" ORDER BY {', '.join(f't.{name}' for name in order)}" if order else ""
         cursor = f"books_{next(self._numbers)}"
         text, _ = self._loads.statements.select(table, rest)
         fetch = Statement(f"FETCH FORWARD {PAGE_ROWS} FROM {cursor}")
@@ -108,7 +112,8 @@ class _SchemaBooks(Books):
     async def counts(self) -> Mapping[str, int]:
         """See `Books.counts`."""
         name = self._loads.statements.table
-        found = await self._trip(*(Statement(f"SELECT count(*) FROM {name(table)}") for table in TABLES))  # noqa: S608
+        texts = (f"SELECT count(*) FROM {name(table)} t {_KEPT.get(table, '')}" for table in TABLES)  # noqa: S608
+        found = await self._trip(*map(Statement, texts))
         return {table: rows[0][0] for table, rows in zip(TABLES, found, strict=True)}
 
     async def _trip(self, *statements: Statement) -> list[list[tuple[Any, ...]]]:

@@ -60,6 +60,7 @@ class Loads:
         table = self.statements.table
         self._account, self._hold = table(Table.ACCOUNT), table(Table.HOLD)
         self._allowance, self._entry = table(Table.ALLOWANCE), table(Table.ENTRY)
+        self._event_times = f"SELECT t.id, t.at, '{{}}', t.claimed_until, t.acknowledged_at FROM {table(Table.EVENT)} t"  # noqa: S608
         self._lock = self._lock_text()
 
     # -- what a batch wants --------------------------------------------------------------------------------
@@ -222,14 +223,15 @@ class Loads:
         """Events that nobody has claimed, oldest first."""
         return self.statements.select(
             Table.EVENT,
-            "WHERE t.claimed_until <= $1::float8 ORDER BY t.position LIMIT $2::bigint",
+            "WHERE t.acknowledged_at IS NULL AND t.claimed_until <= $1::float8 ORDER BY t.position LIMIT $2::bigint",
             _number(now),
             str(limit),
         )
 
     def events(self, ids: Sequence[str]) -> Statement:
-        """Events by id."""
-        return self.statements.select(Table.EVENT, "WHERE t.id = ANY($1::text[])", array("text", list(ids)))
+        """Events by id, without what they say: the rules look at the times alone."""
+        text = f"{self._event_times} WHERE t.id = ANY($1::text[])"
+        return Statement(text, (array("text", list(ids)),))
 
     def _overdue(self, taken: str) -> str:
         """
@@ -310,6 +312,14 @@ class Loads:
             _number(now),
             _number(ask.keep_holds_s),
             str(ask.limit),
+        )
+
+    def delivered_events(self, now: float, ask: Sweep) -> Statement:
+        """Acknowledged events that were kept long enough, as `events`."""
+        return Statement(
+            f"{self._event_times} WHERE t.acknowledged_at <= $1::float8 - $2::float8 + {_ROUNDING_S} "
+            "AND t.acknowledged_at + $2::float8 <= $1::float8 ORDER BY t.acknowledged_at, t.id LIMIT $3::bigint",
+            (_number(now), _number(ask.keep_events_s), str(ask.limit)),
         )
 
     def past_windows(self, now: float, ask: Sweep) -> Statement:

@@ -88,5 +88,6 @@ def _asked(query: Query) -> list[tuple[str, str, tuple[str, ...]]]:
         case LiveHolds(limit):
             return [(Table.HOLD, "WHERE t.receipt IS NULL ORDER BY t.position LIMIT $1::bigint", (str(limit),))]
         case PendingEvents(limit):
-            return [(Table.EVENT, "ORDER BY t.position LIMIT $1::bigint", (str(limit),))]
+            rest = "WHERE t.acknowledged_at IS NULL ORDER BY t.position LIMIT $1::bigint"
+            return [(Table.EVENT, rest, (str(limit),))]
     return [(table, _IN_ORDER.get(table, ""), ()) for table in MAPS]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, get_type_hints
 
 from asgi_metering.receipts import Source
-from asgi_metering.rules.state import Hold, Table
+from asgi_metering.rules.state import Event, Hold, Table
 from asgi_metering.stores.postgres.link import Statement
 from asgi_metering.stores.rows import MAPS, RowMap, without_none
 
@@ -168,6 +168,15 @@ class Statements:
         keep = f"{text.partition(' ON CONFLICT')[0]} ON CONFLICT ({', '.join(map(quoted, MAPS[table].key))}) DO NOTHING"
         return Statement(f"{keep} RETURNING true", _ROWS[table].values(names, rows))
 
+    def acknowledge(self, rows: Sequence[Event]) -> Statement:
+        """Write when events that are stored were acknowledged, and nothing else of them."""
+        times = array("float8", [row.acknowledged_at for row in rows])
+        text = (
+            f"UPDATE {self.table(Table.EVENT)} t SET acknowledged_at = x.at "  # noqa: S608 -- names of our own
+            f"FROM {_unnest(['id', 'at'], ['text', 'float8'])} WHERE t.id = x.id AND t.acknowledged_at IS NULL"
+        )
+        return Statement(text, (array("text", [row.id for row in rows]), times))
+
     def update_holds(self, rows: Sequence[Hold]) -> Statement:
         """Write what may have changed of holds that are stored."""
         text, names = self._update_hold
@@ -208,6 +217,9 @@ class Statements:
             key = rows.map.key
             changes = ", ".join(f"{quoted(name)} = excluded.{quoted(name)}" for name in names if name not in key)
             text += f" ON CONFLICT ({', '.join(map(quoted, key))}) DO UPDATE SET {changes}"
+        if table == Table.EVENT:
+            # What was delivered stays as it is.
+            text += f" WHERE {quoted(table)}.acknowledged_at IS NULL"
         return text, names
 
     def _update_of(self, table: str) -> tuple[str, list[str]]:

@@ -30,7 +30,7 @@ from asgi_metering.rules.operations import (
     ReverseGrant,
     Sweep,
 )
-from asgi_metering.rules.state import NEVER, AccountKey, Change, Hold, State, Table
+from asgi_metering.rules.state import NEVER, AccountKey, Change, Event, Hold, State, Table
 from asgi_metering.stores.postgres.link import Statement
 from asgi_metering.stores.postgres.loads import Loads
 from asgi_metering.stores.postgres.wants import Wants, account_lock
@@ -86,6 +86,7 @@ class WorkingCopy:
         self._put: dict[str, dict[Any, Any]] = {table: {} for table in MAPS}
         self._deleted: dict[str, dict[Any, float]] = {table: {} for table in MAPS}
         self._entries: list[Entry] = []
+        self._acknowledged: list[Event] = []
         self._bounds: dict[tuple[str, Any], float] = {}
 
     # -- the batch -----------------------------------------------------------------------------------------
@@ -130,6 +131,8 @@ class WorkingCopy:
             elif row is None:
                 put[table].pop(key, None)
                 deleted[table][key] = self._bounds.get((table, key), NEVER)
+            elif table == Table.EVENT and row.acknowledged_at is not None:
+                self._acknowledged.append(row)
             else:
                 put[table][(*key, row.id) if table == Table.GRANT else key] = row
 
@@ -152,6 +155,10 @@ class WorkingCopy:
         if self._entries:
             made.append(statements.insert(Table.ENTRY, self._entries))
             self._entries.clear()
+        # Before events, of which one may be told again behind its acknowledgement.
+        if self._acknowledged:
+            made.append(statements.acknowledge(self._acknowledged))
+            self._acknowledged.clear()
         for table, rows in self._put.items():
             if rows:
                 made.extend(self._written(table, rows))
@@ -349,12 +356,10 @@ class WorkingCopy:
         await self._load_later(*pairs)
 
     async def _prepare_claim(self, ask: Claim) -> None:
-        """Events that nobody has claimed, the oldest first, before whatever else of the outbox is known."""
+        """Events that nobody has claimed, the oldest first, and no others."""
         free: list[tuple[Any, ...]] = []
         await self._load_later((self._loads.free_events(self._now, ask.limit), free.extend))
-        decode, state = MAPS[Table.EVENT].decode, self._state
-        oldest = {event.id: event for event in map(decode, free)}
-        state.events = {**oldest, **{key: event for key, event in state.events.items() if key not in oldest}}
+        self._state.events = {event.id: event for event in map(MAPS[Table.EVENT].decode, free)}
 
     async def _prepare_acknowledge(self, ask: Acknowledge) -> None:
         await self._load_later((self._loads.events(ask.ids), self._into(Table.EVENT)))
@@ -457,6 +462,7 @@ class WorkingCopy:
         await self._load_later(
             (loads.old_holds(self._now, ask), mine(Table.HOLD)),
             (loads.past_windows(self._now, ask), mine(Table.ALLOWANCE)),
+            (loads.delivered_events(self._now, ask), into(Table.EVENT, state)),
             *((loads.past(table, self._now, ask), guarded(table)) for table in _GUARDS),
             (loads.old_accounts(self._now, ask), lambda rows: accounts.extend([(one, two) for one, two in rows])),
         )

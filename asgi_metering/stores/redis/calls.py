@@ -101,6 +101,7 @@ class Calls:
         self._function = scripts.calls
         self._gates = (names.gate, halt)
         self._outbox = (*self._gates, names.events, names.event_order)
+        self._delivered = names.delivered
         # The same few accounts pay from the same few sources, until the calendar moves on.
         self._sources = lru_cache(maxsize=MAX_REMEMBERED)(self._make_sources)
         self._limits = lru_cache(maxsize=MAX_REMEMBERED)(self._make_limits)
@@ -324,7 +325,7 @@ class Calls:
 
     def _emit(self, ask: Emit, now: str, token: str) -> Command:
         told = [word for event_id, event in ask.events for word in (escaped(event_id), json_text(event))]
-        return ("EVALSHA", self._sha["emit"], 4, *self._outbox, now, token, *told)
+        return ("EVALSHA", self._sha["emit"], 5, *self._outbox, self._delivered, now, token, *told)
 
     def _emitted(self, ask: Emit, _: Reply) -> int:
         return len(ask.events)
@@ -338,7 +339,8 @@ class Calls:
         return tuple([self._packing.event_of(restored(key.decode()), row) for key, row in pairs])
 
     def _acknowledge(self, ask: Acknowledge, now: str, token: str) -> Command:
-        return ("EVALSHA", self._sha["acknowledge"], 4, *self._outbox, now, token, *map(escaped, ask.ids))
+        keys = (*self._outbox, self._delivered)
+        return ("EVALSHA", self._sha["acknowledge"], 5, *keys, now, token, *map(escaped, ask.ids))
 
     def _acknowledged(self, _: Acknowledge, reply: Reply) -> int:
         return int(reply[1])

@@ -94,6 +94,7 @@ _PLAIN = (
     "checkpoints",
     "closed_grants",
     "counters",
+    "delivered",
     "entries",
     "events",
     "grants",

@@ -2,7 +2,7 @@
 A link: one connection to the server, for one event loop, on which a whole batch is one write and one wait.
 
 Knows connections, scripts and their errors. Never knows what an operation is. The driver connects, authenticates and
-speaks TLS; only how commands are put together is ours (one packed write is what makes a batch one round trip).
+speaks TLS; how commands are sent and replies are read is the wire's.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from asgi_metering.errors import ConfigurationError, StoreUnavailableError
 from asgi_metering.stores.redis.places import Place, driver
 from asgi_metering.stores.redis.scripts import Scripts
-
-if TYPE_CHECKING:
-    from redis.asyncio.connection import AbstractConnection
+from asgi_metering.stores.redis.wire import Wire
 
 __all__ = ["Command", "Link", "Reply", "moves"]
 
@@ -50,8 +48,8 @@ class Link:
         self._place = place
         self._scripts = scripts
         self._timeout_s = timeout_s
-        self._connection: AbstractConnection | None = None
-        self._turn = asyncio.Lock()
+        self._wire: Wire | None = None
+        self._connecting = asyncio.Lock()
         self._used_at = 0.0
         self._backoff_s = 0.0
         self._not_before = 0.0
@@ -68,20 +66,19 @@ class Link:
             StoreUnavailableError: The connection was lost, or no answer came in time. Any of them may have happened.
             ConfigurationError: The server refuses us: credentials, or what they may do.
         """
-        async with self._turn:
+        if not self._has_functions:
+            commands = list(map(self._scripts.as_script, commands))
+        replies = await self._once(commands)
+        for _ in range(MAX_MOVES):
+            failed = [at for at, reply in enumerate(replies) if isinstance(reply, Exception)]
+            again = await self._mended([(at, replies[at]) for at in failed]) if failed else []
+            if not again:
+                break
             if not self._has_functions:
                 commands = list(map(self._scripts.as_script, commands))
-            replies = await self._once(commands)
-            for _ in range(MAX_MOVES):
-                failed = [at for at, reply in enumerate(replies) if isinstance(reply, Exception)]
-                again = await self._mended([(at, replies[at]) for at in failed]) if failed else []
-                if not again:
-                    break
-                if not self._has_functions:
-                    commands = list(map(self._scripts.as_script, commands))
-                for at, reply in zip(again, await self._once([commands[at] for at in again]), strict=True):
-                    replies[at] = reply
-            return replies
+            for at, reply in zip(again, await self._once([commands[at] for at in again]), strict=True):
+                replies[at] = reply
+        return replies
 
     async def _mended(self, failures: list[tuple[int, Exception]]) -> list[int]:
         """Do what some failures ask for, and return those that were not executed and can be sent again."""
@@ -99,7 +96,7 @@ class Link:
             return unknown
         moved = [at for at, failure in failures if isinstance(failure, moves())]
         if moved and self._place.may_move:
-            await self._drop()
+            await self._drop(self._wire)
             await self._place.moved(failures[0][1])
             return moved
         return []
@@ -114,58 +111,59 @@ class Link:
                 ) from reply
 
     async def _once(self, commands: Sequence[Command]) -> list[Reply]:
+        errors, pack = driver().exceptions, driver().pack
+        wire: Wire | None = None
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._packed(commands)
+            wire = await self._connected()
+            replies = await wire.ask(b"".join([pack(command) for command in commands]), len(commands), self._timeout_s)
+            for reply in replies:
+                if isinstance(reply, errors.ConnectionError):
+                    raise reply
         except TimeoutError as error:
-            await self._drop()
+            await self._drop(wire)
             raise StoreUnavailableError(
                 f"The Redis server at {self._place} gave no answer within {self._timeout_s} s. Repeat with the same id."
             ) from error
-        except driver().exceptions.AuthenticationError as error:
+        except errors.AuthenticationError as error:
             # Redis 7.0 says so at the first command, and not when a connection is made.
-            await self._drop()
+            await self._drop(wire)
             raise ConfigurationError(
                 f"The Redis server at {self._place} does not accept our credentials: {error}. Check user and password."
             ) from error
-        except (driver().exceptions.ConnectionError, driver().exceptions.TimeoutError, OSError) as error:
-            await self._drop()
+        except (errors.ConnectionError, errors.TimeoutError, OSError) as error:
+            await self._drop(wire)
             raise StoreUnavailableError(
                 f"The connection to the Redis server at {self._place} is lost: {error}"
             ) from error
         except BaseException:
             # Whoever cancels a read leaves replies behind that are nobody's.
-            await self._drop()
+            await self._drop(wire)
             raise
-
-    async def _packed(self, commands: Sequence[Command]) -> list[Reply]:
-        connection = await self._connected()
-        pack = driver().pack
-        await connection.send_packed_command(b"".join([pack(command) for command in commands]), check_health=False)
-        read, failure = connection.read_response, driver().exceptions.ResponseError
-        replies: list[Reply] = []
-        for _ in commands:
-            try:
-                replies.append(await read(disable_decoding=True))
-            except failure as error:
-                replies.append(error)
         self._used_at = time.monotonic()
         return replies
 
     # -- the connection ------------------------------------------------------------------------------------
 
-    async def _connected(self) -> AbstractConnection:
-        connection = self._connection
-        if connection is not None:
-            if time.monotonic() - self._used_at < IDLE_S or not await _is_gone(connection):
-                return connection
-            await self._drop()
+    async def _connected(self) -> Wire:
+        wire = self._wire
+        if wire is not None and wire.failure is None and time.monotonic() - self._used_at < IDLE_S:
+            return wire
+        async with self._connecting:
+            return await self._connected_anew()
+
+    async def _connected_anew(self) -> Wire:
+        wire = self._wire
+        if wire is not None:
+            if not await wire.is_gone():
+                return wire
+            await self._drop(wire)
         if time.monotonic() < self._not_before:
             raise StoreUnavailableError(
                 f"The Redis server at {self._place} cannot be reached: {self._failure}. It is tried again soon."
             )
         try:
-            self._connection = await self._place.connect()
+            async with asyncio.timeout(self._timeout_s):
+                connection = await self._place.connect()
         except StoreUnavailableError as failure:
             self._backoff_s = min(max(FIRST_BACKOFF_S, 2 * self._backoff_s), MAX_BACKOFF_S)
             self._not_before = time.monotonic() + self._backoff_s
@@ -174,17 +172,20 @@ class Link:
         self._backoff_s = 0.0
         # It may be another server.
         self._has_functions = True
-        return self._connection
+        self._wire = Wire(connection)
+        return self._wire
 
-    async def _drop(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await connection.disconnect(nowait=True)
+    async def _drop(self, wire: Wire | None) -> None:
+        if wire is not None:
+            if self._wire is wire:
+                self._wire = None
+            await wire.close()
 
     async def close(self) -> None:
         """Close the connection, after whoever uses it. Again changes nothing."""
-        async with self._turn:
-            await self._drop()
+        while self._wire is not None and (waiting := self._wire.on_their_way()):
+            await asyncio.wait(waiting)
+        await self._drop(self._wire)
 
 
 def moves() -> tuple[type[Exception], ...]:
@@ -200,13 +201,3 @@ def _is_of_functions(failure: Exception) -> bool:
 
 
 _NO_SUCH = ("unknown command", "this user has no permissions", "User ", "NOPERM")
-
-
-async def _is_gone(connection: AbstractConnection) -> bool:
-    """Whether the other end has closed it, or has said something that nobody asked for."""
-    try:
-        # Renamed in redis-py 8; the old name is deprecated there.
-        look = getattr(connection, "can_read", None) or connection.can_read_destructive
-        return bool(await look())
-    except (driver().exceptions.ConnectionError, OSError):
-        return True

@@ -79,6 +79,7 @@ class Names:
         self.accounts = f"{prefix}z:accounts"
         self.events = f"{prefix}events"
         self.event_order = f"{prefix}events:order"
+        self.delivered = f"{prefix}z:delivered"
 
     def account(self, payer: str, unit: str) -> str:
         """An account's sums and its open grants."""

@@ -30,6 +30,7 @@ class Driver(NamedTuple):
 
     exceptions: Any
     pack: Callable[[Any], bytes]
+    reader: Callable[[Any], Any]
     connection: Any
     sentinel: Any
     retry: Callable[[], Any]
@@ -57,6 +58,9 @@ def driver() -> Driver:
     return Driver(
         redis.exceptions,
         lambda command: hiredis.pack_command(tuple(command)),
+        lambda connection: hiredis.Reader(
+            protocolError=redis.exceptions.InvalidResponse, replyError=connection._parser.parse_error
+        ),
         redis.asyncio.connection,
         redis.asyncio.sentinel,
         lambda: Retry(redis.backoff.NoBackoff(), 0),

@@ -151,6 +151,11 @@ class Reader:
         for event_id in content.get(self._names.event_order, []):
             key = restored(event_id.decode())
             state.events[key] = self._packing.event_of(key, events[event_id])
+        delivered = content.get(self._names.delivered, [])
+        for event_id, score in zip(delivered[::2], delivered[1::2], strict=True):
+            key = restored(event_id.decode())
+            event = self._packing.event_of(key, events[event_id])
+            state.delivered[key] = event._replace(acknowledged_at=float(score))
         return time
 
 

@@ -124,6 +124,7 @@ class Shelf(RedisStore):
             names.past_charge_keys: ask.keep_holds_s,
             names.past_idempotency: 0.0,
             names.oldest_lines: ask.keep_entries_s,
+            names.delivered: ask.keep_events_s,
         }
         copy = self._copy()
         firsts = await copy.read(*[("ZRANGE", index, "0", "0", "WITHSCORES") for index in keep])

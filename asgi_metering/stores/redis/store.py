@@ -63,6 +63,7 @@ class RedisStore(Store):
     """
 
     name = "redis"
+    lanes = 2
 
     def __init__(
         self,

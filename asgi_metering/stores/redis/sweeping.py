@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable
 from asgi_metering.rules.operations import Sweep
 from asgi_metering.rules.retention import forgotten
 from asgi_metering.rules.settlement import end_overdue
-from asgi_metering.rules.state import AccountKey, Change, Table
+from asgi_metering.rules.state import AccountKey, Change, Event, Table
 from asgi_metering.stores.redis.loading import load_overdue
-from asgi_metering.stores.redis.names import Names
+from asgi_metering.stores.redis.names import Names, restored
 from asgi_metering.stores.redis.packed import time_text
 from asgi_metering.stores.redis.parts import NOBODY, taken_back
 from asgi_metering.stores.redis.transaction import Transactions
@@ -36,7 +36,16 @@ async def sweep(transactions: Transactions, ask: Sweep) -> int:
         left -= sum(1 for table, _, _ in changes if table == Table.HOLD)
         if not left:
             break
-    for load in (_old_holds, _dead_leases, _past_counters, _past_windows, _past_charge_keys, _past_keys, _old_lines):
+    for load in (
+        _old_holds,
+        _dead_leases,
+        _past_counters,
+        _past_windows,
+        _past_charge_keys,
+        _past_keys,
+        _delivered_events,
+        _old_lines,
+    ):
         touched += await transactions.run(_forgotten(load, ask))
     return touched
 
@@ -140,6 +149,18 @@ async def _past_charge_keys(copy: WorkingCopy, ask: Sweep) -> None:
 
 async def _past_keys(copy: WorkingCopy, ask: Sweep) -> None:
     await copy.rows(await _past(copy, copy.names.past_idempotency, copy.now, ask.limit))
+
+
+async def _delivered_events(copy: WorkingCopy, ask: Sweep) -> None:
+    """Without what they say: the rule looks at the time alone, and nothing changes it."""
+    before = time_text(copy.now - ask.keep_events_s + 1.0)
+    limit = str(CANDIDATES * ask.limit)
+    look = ("ZRANGEBYSCORE", copy.names.delivered, "-inf", before, "WITHSCORES", "LIMIT", "0", limit)
+    (found,) = await copy.read(look)
+    del copy.reads[look]
+    for member, score in zip(found[::2], found[1::2], strict=True):
+        event_id = restored(member.decode())
+        copy.state.delivered[event_id] = Event(event_id, 0.0, {}, acknowledged_at=float(score))
 
 
 async def _old_lines(copy: WorkingCopy, ask: Sweep) -> None:

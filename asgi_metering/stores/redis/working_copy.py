@@ -294,10 +294,12 @@ class WorkingCopy:
     def _event(self, key: str, row: Any) -> Iterable[Command]:
         names = self.names
         if row is None:
+            # Only what was delivered goes, so it is none of those that wait.
             yield ("HDEL", names.events, escaped(key))
-            yield ("LREM", names.event_order, "1", escaped(key))
+            yield ("ZREM", names.delivered, escaped(key))
         else:
-            yield ("EVENT", names.events, names.event_order, escaped(key), self.packing.event(row))
+            text = self.packing.event(row)
+            yield ("EVENT", names.events, names.event_order, escaped(key), text, names.delivered)
 
     def _charge_key(self, key: str, row: Any) -> Iterable[Command]:
         name = self.names.charge_key(key)

@@ -34,11 +34,13 @@ CREATE TABLE "grant" (
     expired INTEGER NOT NULL,
     begun INTEGER NOT NULL,
     reversed INTEGER NOT NULL,
+    -- Derived from the sums, so that the index below is left alone by what changes only them.
+    "open" INTEGER NOT NULL,
     PRIMARY KEY (payer, unit, id)
 ) WITHOUT ROWID;
 
 -- What admission looks through; spent and lapsed grants pile up beside it without slowing it down.
-CREATE INDEX grant_open ON "grant" (payer, unit) WHERE amount > settled + expired + reversed;
+CREATE INDEX grant_open ON "grant" (payer, unit) WHERE "open";
 
 CREATE TABLE hold (
     position INTEGER PRIMARY KEY,
@@ -136,8 +138,16 @@ CREATE TABLE event (
     id TEXT NOT NULL UNIQUE,
     at REAL NOT NULL,
     payload TEXT NOT NULL,
-    claimed_until REAL NOT NULL
+    claimed_until REAL NOT NULL,
+    -- NULL while it waits.
+    acknowledged_at REAL
 );
+
+-- What a claim looks through: events that wait.
+CREATE INDEX event_next ON event (position) WHERE acknowledged_at IS NULL;
+
+-- What a sweep forgets.
+CREATE INDEX event_delivered ON event (acknowledged_at) WHERE acknowledged_at IS NOT NULL;
 
 CREATE TABLE charge_key (
     key TEXT NOT NULL PRIMARY KEY,

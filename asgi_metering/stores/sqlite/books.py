@@ -15,9 +15,8 @@ from typing import Any, TypeVar
 from asgi_metering.errors import StoreUnavailableError, UnwritableError
 from asgi_metering.rules.state import Table
 from asgi_metering.stores.contract import PAGE_ROWS, TABLES, Books, Filling
-from asgi_metering.stores.rows import MAPS
 from asgi_metering.stores.sqlite.database import Database
-from asgi_metering.stores.sqlite.statements import INSERT_ABSENT, select
+from asgi_metering.stores.sqlite.statements import INSERT_ABSENT, ROWS, select
 from asgi_metering.stores.sqlite.thread import ConnectionThread, Turn
 
 __all__ = ["opened_books", "opened_filling"]
@@ -26,9 +25,9 @@ Result = TypeVar("Result")
 
 _IN_ORDER = {
     Table.HOLD: "ORDER BY position",
-    Table.EVENT: "ORDER BY position",
+    Table.EVENT: "INDEXED BY event_next WHERE acknowledged_at IS NULL ORDER BY position",
     Table.GRANT: "ORDER BY payer, unit, number",
-    **{table: f"ORDER BY {', '.join(MAPS[table].key)}" for table in (Table.ACCOUNT, Table.ALLOWANCE, Table.CHECKPOINT)},
+    **{table: f"ORDER BY {', '.join(ROWS[table].key)}" for table in (Table.ACCOUNT, Table.ALLOWANCE, Table.CHECKPOINT)},
     Table.ENTRY: "ORDER BY payer, unit, number",
 }
 
@@ -80,7 +79,7 @@ class _FileBooks(Books):
 
     async def rows(self, table: str) -> AsyncGenerator[Sequence[Any], None]:
         """See `Books.rows`."""
-        query, decode = select(table, _IN_ORDER.get(table, "")), MAPS[table].decode
+        query, decode = select(table, _IN_ORDER.get(table, "")), ROWS[table].decode
         cursor = await self._within(lambda connection: connection.execute(query))
         try:
             while found := await self._within(lambda _: cursor.fetchmany(PAGE_ROWS)):
@@ -93,6 +92,7 @@ class _FileBooks(Books):
 
         def job(connection: sqlite3.Connection) -> dict[str, int]:
             queries = {table: f'SELECT count(*) FROM "{table}"' for table in TABLES}  # noqa: S608 -- names of our own
+            queries[Table.EVENT] += " WHERE acknowledged_at IS NULL"
             return {table: int(connection.execute(query).fetchone()[0]) for table, query in queries.items()}
 
         return await self._within(job)
@@ -123,7 +123,7 @@ class _FileFilling(_FileBooks, Filling):
 
     async def put(self, table: str, rows: Sequence[Any]) -> int:
         """See `Filling.put`."""
-        encode = MAPS[table].encode
+        encode = ROWS[table].encode
 
         def job(connection: sqlite3.Connection) -> int:
             try:

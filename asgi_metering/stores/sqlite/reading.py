@@ -30,7 +30,7 @@ _ENTRIES_AFTER = select(Table.ENTRY, "WHERE payer = ? AND unit = ? AND number > 
 _LINES_OF = select(Table.ENTRY, "INDEXED BY entry_ref WHERE payer = ? AND unit = ? AND ref = ? ORDER BY number")
 # By the index of live holds: in the order of the table it would step over every ended one that is kept.
 _LIVE_HOLDS = select(Table.HOLD, "INDEXED BY hold_live WHERE receipt IS NULL ORDER BY position LIMIT ?")
-_PENDING_EVENTS = select(Table.EVENT, "ORDER BY position LIMIT ?")
+_PENDING_EVENTS = select(Table.EVENT, "INDEXED BY event_next WHERE acknowledged_at IS NULL ORDER BY position LIMIT ?")
 
 _IN_ORDER = {Table.HOLD: "ORDER BY position", Table.EVENT: "ORDER BY position", Table.GRANT: "ORDER BY number"}
 

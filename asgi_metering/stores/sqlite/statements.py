@@ -6,13 +6,26 @@ What looks for rows by anything but their key stands where it is used. Knows tab
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
-from asgi_metering.rules.state import Table
+from asgi_metering.rules.state import Grant, Table
 from asgi_metering.stores.rows import MAPS, RowMap
 
-__all__ = ["DELETE", "INSERT_ABSENT", "INSERT_ENTRY", "SELECT", "UPDATE_HOLD", "UPSERT", "select"]
+__all__ = ["DELETE", "INSERT", "INSERT_ABSENT", "ROWS", "SELECT", "UPDATE_GRANT", "UPDATE_HOLD", "UPSERT", "select"]
 
+ROWS: Mapping[str, RowMap[Any]] = {
+    **MAPS,
+    Table.GRANT: RowMap[Any](
+        Table.GRANT,
+        Grant,
+        MAPS[Table.GRANT].key,
+        {"open": attrgetter("is_open")},
+        ("expires_at", "settled", "held", "expired", "begun", "reversed"),
+    ),
+}
+"""The row maps as this store's tables have them."""
 
 _TAKE_NEW = '"{0}" = excluded."{0}"'
 
@@ -23,16 +36,21 @@ def _quoted(names: tuple[str, ...], form: str = '"{}"', between: str = ", ") -> 
 
 def select(table: str, rest: str) -> str:
     """A query for whole rows of *table*, in the order of their fields; *rest* is everything behind the name."""
-    return f'SELECT {_quoted(MAPS[table].fields)} FROM "{table}" {rest}'  # noqa: S608 -- names of our own
+    return f'SELECT {_quoted(ROWS[table].fields)} FROM "{table}" {rest}'  # noqa: S608 -- names of our own
+
+
+def _where(names: tuple[str, ...]) -> str:
+    return "WHERE " + _quoted(names, '"{}" = ?', " AND ")
 
 
 def _by_key(rows: RowMap[Any]) -> str:
-    return "WHERE " + _quoted(rows.key, '"{}" = ?', " AND ")
+    return _where(rows.key)
 
 
-def _update(rows: RowMap[Any]) -> str:
-    changes = _quoted(rows.changing, '"{}" = ?')
-    return f'UPDATE "{rows.table}" SET {changes} {_by_key(rows)}'  # noqa: S608
+def _update(rows: RowMap[Any], *kept: str) -> str:
+    """Write what may change of one row, where those named last of that are *kept* as they are."""
+    changes = _quoted(tuple(name for name in rows.changing if name not in kept), '"{}" = ?')
+    return f'UPDATE "{rows.table}" SET {changes} {_where((*kept, *rows.key))}'  # noqa: S608
 
 
 def _upsert(rows: RowMap[Any]) -> str:
@@ -41,26 +59,31 @@ def _upsert(rows: RowMap[Any]) -> str:
     return (
         f'INSERT INTO "{rows.table}" ({_quoted(rows.columns)}) VALUES ({_quoted(rows.columns, "?")}) '  # noqa: S608
         f"ON CONFLICT ({_quoted(rows.key)}) DO UPDATE SET {_quoted(rest, _TAKE_NEW)}"
+        # What was delivered stays as it is.
+        + (" WHERE acknowledged_at IS NULL" if rows.table == Table.EVENT else "")
     )
 
 
-SELECT = {table: select(table, _by_key(rows)) for table, rows in MAPS.items()}
+SELECT = {table: select(table, _by_key(rows)) for table, rows in ROWS.items()}
 """One row by its key."""
 
-DELETE = {table: f'DELETE FROM "{table}" {_by_key(rows)}' for table, rows in MAPS.items()}  # noqa: S608
+DELETE = {table: f'DELETE FROM "{table}" {_by_key(rows)}' for table, rows in ROWS.items()}  # noqa: S608
 """One row by its key."""
 
-UPSERT = {table: _upsert(rows) for table, rows in MAPS.items() if table != Table.ENTRY}
+UPSERT = {table: _upsert(rows) for table, rows in ROWS.items() if table != Table.ENTRY}
 """Write one row, new or changed."""
 
 INSERT_ABSENT = {
     table: f"{_upsert(rows).partition(' ON CONFLICT')[0]} ON CONFLICT ({_quoted(rows.key)}) DO NOTHING"
-    for table, rows in MAPS.items()
+    for table, rows in ROWS.items()
 }
 """Write one row as it is, unless there is one of its key."""
 
-UPDATE_HOLD = _update(MAPS[Table.HOLD])
+UPDATE_HOLD = _update(ROWS[Table.HOLD])
 """What may change of a hold that is stored."""
 
-INSERT_ENTRY = _upsert(MAPS[Table.ENTRY]).partition(" ON CONFLICT")[0]
-"""Write a ledger line. It is always new: a second one of its number is an error, never a change."""
+UPDATE_GRANT = _update(ROWS[Table.GRANT], "open")
+"""What may change of a grant that is stored and stays open, or closed; nothing is done to another."""
+
+INSERT = {table: _upsert(ROWS[table]).partition(" ON CONFLICT")[0] for table in (Table.HOLD, Table.ENTRY)}
+"""Write a row that is new: a second one of its key is an error, never a change."""

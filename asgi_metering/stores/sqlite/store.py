@@ -204,6 +204,7 @@ def _connected(turn: Turn[None]) -> None:
 
 
 def _decided(copy: WorkingCopy, operations: Sequence[Operation]) -> list[Answer | Exception]:
+    copy.expect(operations)
     answers: list[Answer | Exception] = []
     for operation in operations:
         try:

@@ -58,7 +58,7 @@ class Growing(Suite):
         """The hold says whose sources growth is taken from, whatever payer the sources name."""
         free = scene.allowance(50)
         await scene.admit("other", 30, sources=[free])
-        await scene.admit("a", 0, sources=[free])
+        await scene.admit("a", 0, sources=WALLET)
         decision = await scene.one(Grow("a", 15, 15, (free._replace(payer="someone else"),)))
         assert (decision.payer, decision.held, decision.available) == (PAYER, 15, 5)
 

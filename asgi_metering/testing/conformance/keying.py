@@ -7,8 +7,9 @@ import asyncio
 from typing import Any
 
 from asgi_metering.decisions import Decision, Reason
-from asgi_metering.receipts import Basis
-from asgi_metering.rules.operations import End, IdempotencyAsk, KeyAsk, Renew, Sweep, Undo, WindowKind
+from asgi_metering.receipts import Basis, EndedBy
+from asgi_metering.rules.keys import hold_of_key
+from asgi_metering.rules.operations import End, IdempotencyAsk, KeyAsk, Renew, Sweep, Undo, WalletSource, WindowKind
 from asgi_metering.rules.roots import rooted
 from asgi_metering.testing.conformance.scene import DAY_S, GRACE_S, LIFE_S, PAYER, Scene, Suite, scenario
 
@@ -21,6 +22,7 @@ OTHER = KEY._replace(fingerprint="another print")
 PRICE = 30
 SESSION_S = 10.0
 SESSION = KeyAsk(rooted("session", PAYER), window_s=SESSION_S)
+OTHER_SESSION = SESSION._replace(key=rooted("another session", PAYER))
 
 
 class Repeating(Suite):
@@ -230,6 +232,47 @@ class Together(Suite):
         await scene.one(Sweep())
         assert (await scene.account()).held == 0
         assert not (await _member(scene, "c")).joined
+
+    @scenario
+    async def test_late_calls_of_a_key_are_one_charge(self, scene: Scene) -> None:
+        """Of calls that were given up the first late success pays for all, from where the key's hold was (S0.10)."""
+        await scene.grant(100)
+        sources = (scene.allowance(PRICE), WalletSource())
+        for call in ("a", "b"):
+            await _member(scene, call, _daily(scene), sources=sources)
+        scene.clock.advance(LIFE_S + GRACE_S)
+        await scene.one(Sweep())
+        assert [(await scene.settle(call, PRICE)).late for call in ("b", "a")] == [PRICE, 0]
+        assert (await _member(scene, "c", _daily(scene), sources=sources)).joined
+        assert (await scene.settle("c", PRICE)).amount == 0
+        assert await scene.settled_and_held() == [(PRICE, 0)]
+        assert (await scene.account()).settled == 0
+
+    @scenario
+    async def test_person_ends_a_call_of_a_key(self, scene: Scene) -> None:
+        """A person's end of a call charges what the person says, once for all; nothing leaves it to the others."""
+        await scene.grant(100)
+        for call in ("a", "b", "c"):
+            await _member(scene, call)
+        amounts = [(await scene.settle(call, said, by=EndedBy.PERSON)).amount for call, said in (("a", 0), ("b", 7))]
+        assert [*amounts, (await scene.settle("c", PRICE)).amount] == [0, 7, 0]
+        account = await scene.account()
+        assert (account.settled, account.held) == (7, 0)
+
+    @scenario
+    async def test_person_ends_the_hold_of_a_key(self, scene: Scene) -> None:
+        """The hold that a key owns can be ended by a person as well; its calls end without another charge."""
+        await scene.grant(100)
+        for key, amount, joined in ((SESSION, 7, True), (OTHER_SESSION, None, False)):
+            for call in ("a", "b"):
+                await _member(scene, f"{key.key} {call}", key)
+            owned = hold_of_key(f"{key.key} a")
+            await scene.one(End(owned, amount, Basis.OBSERVED, by=EndedBy.PERSON))
+            assert (await scene.settle(f"{key.key} a", PRICE)).amount == 0
+            await scene.release(f"{key.key} b", failed=True)
+            assert (await _member(scene, f"{key.key} c", key)).joined is joined
+        account = await scene.account()
+        assert (account.settled, account.held) == (7, PRICE)
 
 
 def _daily(scene: Scene) -> KeyAsk:

@@ -29,7 +29,18 @@ from asgi_metering.stores.contract import (
     LiveHolds,
     PendingEvents,
 )
-from asgi_metering.testing.conformance.scene import GRACE_S, LIFE_S, PAYER, UNIT, WALLET, Scene, Suite, scenario, tables
+from asgi_metering.testing.conformance.scene import (
+    DAY_S,
+    GRACE_S,
+    LIFE_S,
+    PAYER,
+    UNIT,
+    WALLET,
+    Scene,
+    Suite,
+    scenario,
+    tables,
+)
 
 __all__ = ["Delivering", "Reading", "Sharing"]
 
@@ -69,12 +80,59 @@ class Delivering(Suite):
 
     @scenario
     async def test_acknowledge_what_was_delivered(self, scene: Scene) -> None:
-        """An acknowledged event is gone for good; one that is not known counts as nothing."""
+        """An acknowledged event waits no more; one that is not known, or was acknowledged, counts as nothing."""
         await scene.one(Emit((("e1", {}), ("e2", {}))))
         assert await scene.run(Acknowledge(("e1", "nothing")), Acknowledge(("e1",))) == [1, 0]
         assert await scene.one(Acknowledge(("e1",))) == 0
         scene.clock.advance(LEASE_S)
         assert [event.id for event in await scene.one(Claim(5, LEASE_S))] == ["e2"]
+        assert list((await scene.store.read(PendingEvents())).state.events) == ["e2"]
+
+    @scenario
+    async def test_keep_what_was_delivered_for_a_day(self, scene: Scene) -> None:
+        """An acknowledged event stays as it was for a day, then sweeps forget it, a few at a time, oldest first."""
+        await scene.one(Emit((("e1", {"n": 1}), ("e2", {}), ("e3", {}))))
+        for event_id in ("e2", "e1", "e3"):
+            scene.clock.advance(1)
+            await scene.one(Acknowledge((event_id,)))
+        scene.clock.advance(DAY_S - 2.5)
+        assert await scene.one(Sweep()) == 0
+        assert (await scene.state()).delivered["e1"].payload == {"n": 1}
+        assert (await scene.state()).delivered["e1"].acknowledged_at == scene.clock() - DAY_S + 1.5
+        scene.clock.advance(1.5)
+        left = []
+        for _ in range(3):
+            await scene.one(Sweep(limit=1))
+            left.append(sorted((await scene.state()).delivered))
+        assert left == [["e1", "e3"], ["e3"], ["e3"]]
+        scene.clock.advance(1)
+        await scene.one(Sweep())
+        assert tables(await scene.state())["delivered"] == {}
+
+    @scenario
+    async def test_tell_again_what_was_delivered(self, scene: Scene) -> None:
+        """An event that is emitted again is not delivered again while what was acknowledged is kept, and then is."""
+        await scene.one(Emit((("e1", {"n": 1}), ("e2", {}))))
+        await scene.one(Acknowledge(("e1",)))
+        again, known, claimed = await scene.run(
+            Emit((("e1", {"n": 2}), ("e2", {}), ("e3", {}))), Acknowledge(("e1",)), Claim(5, LEASE_S)
+        )
+        assert (again, known, [event.id for event in claimed]) == (3, 0, ["e2", "e3"])
+        assert (await scene.state()).delivered["e1"].payload == {"n": 1}
+        scene.clock.advance(DAY_S)
+        _, _, claimed = await scene.run(Sweep(), Emit((("e1", {"n": 2}),)), Claim(5, LEASE_S))
+        assert [event.payload for event in claimed] == [{}, {}, {"n": 2}]
+
+    @scenario
+    async def test_tell_again_behind_the_acknowledgement(self, scene: Scene) -> None:
+        """In one sequence, too, what was acknowledged before it is told again is not delivered again."""
+        await scene.one(Emit((("e1", {"n": 1}),)))
+        *_, claimed = await scene.run(
+            Acknowledge(("e1",)), Emit((("e1", {"n": 2}), ("e2", {}))), Acknowledge(("e2",)), Claim(5, LEASE_S)
+        )
+        assert claimed == ()
+        kept = (await scene.state()).delivered
+        assert {event_id: event.payload for event_id, event in kept.items()} == {"e1": {"n": 1}, "e2": {}}
 
     @scenario
     async def test_event_survives_until_it_is_acknowledged(self, scene: Scene) -> None:

@@ -99,6 +99,7 @@ def tables(state: State) -> dict[str, Any]:
         "lease": {(pool, lease.id): lease for pool, rows in state.leases.items() for lease in rows.values()},
         "entry": {key: rows for key, rows in state.entries.items() if rows},
         "event": list(state.events.values()),
+        "delivered": dict(state.delivered),
         "charge_key": dict(state.charge_keys),
         "idempotency": dict(state.idempotency_keys),
         "checkpoint": dict(state.checkpoints),

@@ -12,11 +12,13 @@ import inspect
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
-from asgi_metering.errors import ConfigurationError
+from asgi_metering.call import CallCut
+from asgi_metering.errors import ConfigurationError, StoreUnavailableError
 from asgi_metering.events.sinks import Sink, is_enabled
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Operation
@@ -24,6 +26,9 @@ from asgi_metering.stores.contract import Store
 from asgi_metering.testing.faults.between import StoreBetween
 from asgi_metering.testing.faults.points import OPERATIONS, check_point
 from asgi_metering.usage.event import UsageEvent
+
+if TYPE_CHECKING:
+    from asgi_metering.journal import Journal
 
 __all__ = ["Crash", "crash_after", "kill", "until_killed"]
 
@@ -108,6 +113,16 @@ class Crash:
         """*inner*, for the points of ``delivery``."""
         return _CrashingSink(inner, self)
 
+    def journal(self, path: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> Journal:
+        """
+        The journal at *path*, for the points of ``keeping``, ``reading`` and ``removal``.
+
+        Hand it to the metering: ``Metering(fault.store(store), journal=fault.journal("metering.journal"))``.
+        """
+        from asgi_metering.testing.faults.journals import CrashingJournal
+
+        return CrashingJournal(path, self.reach, clock=clock)
+
     def endpoint(self, function: _Function) -> _Function:
         """
         *function*, for the points of ``endpoint``. Stands below the decorators that meter it.
@@ -143,6 +158,21 @@ class Crash:
                 return
             await inner(scope, receive, self._watched(send))
             self.reach("response.returned")
+
+        return app
+
+    def stream(self, inner: ASGIApp) -> ASGIApp:
+        """*inner*, for the point ``response.cut``. Stands inside of the middleware."""
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            async def watched(message: Message) -> None:
+                try:
+                    await send(message)
+                except CallCut:
+                    self.reach("response.cut")
+                    raise
+
+            await inner(scope, receive, watched)
 
         return app
 
@@ -188,6 +218,7 @@ class _CrashingStore(StoreBetween):
     def __init__(self, inner: Store, fault: Crash) -> None:
         super().__init__(inner)
         self._fault = fault
+        self._was_silent = False
 
     async def open(self) -> None:
         self._fault.reach("opening.before")
@@ -198,11 +229,19 @@ class _CrashingStore(StoreBetween):
         words = [_WORDS[type(operation)] for operation in operations if type(operation) in _WORDS]
         for word in words:
             self._fault.reach(f"{word}.before")
+        if self._was_silent:
+            self._fault.reach("recovery.before")
         self._fault.inside(words)
         try:
             answers = await super().run(operations)
+        except StoreUnavailableError:
+            self._was_silent = True
+            raise
         finally:
             self._fault.inside(())
+        if self._was_silent:
+            self._was_silent = False
+            self._fault.reach("recovery.after")
         for word in words:
             self._fault.reach(f"{word}.after")
         return answers

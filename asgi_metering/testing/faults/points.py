@@ -73,6 +73,7 @@ POINTS: Final[Mapping[str, str]] = MappingProxyType(
         "response.start": "the server has the start of the response, and no byte of its body",
         "response.first_byte": "the server has the first bytes of the body",
         **_of("heartbeat", "growth"),
+        "response.cut": "nothing more could be held: the application has been stopped, and its call has not ended",
         "response.before_last": "the server has all but the last message of the body",
         "response.last": "the server has the whole response, and the end of the call is not queued",
         "response.returned": "the application has returned, and the end of the call is queued",
@@ -80,6 +81,13 @@ POINTS: Final[Mapping[str, str]] = MappingProxyType(
         "delivery.before": "events are claimed, and the sink has not got them",
         "delivery.after": "the sink has taken the events, and they are not acknowledged",
         **_of("acknowledgement", "sweep", "grant", "reversal", "refund", "correction", "backfill"),
+        "keeping.before": "calls that wait for a store that is down are not in the journal yet",
+        "keeping.after": "they are in the journal, and nobody has the answer",
+        "recovery.before": "a store that gave no answer is about to be asked again",
+        "recovery.after": "it has answered again, and nobody has the answer",
+        "reading.after": "what waits has been read off the journal, and none of it has been sent to the store",
+        "removal.before": "the store has taken what waited, and it is still in the journal",
+        "removal.after": "it is in the journal no more",
     }
 )
 """

@@ -115,7 +115,7 @@ class Next:
 
 
 @asynccontextmanager
-async def next_process(plan: Plan) -> AsyncIterator[Next]:
+async def next_process(plan: Plan, **options: Any) -> AsyncIterator[Next]:
     """Start the next process, a moment after the last one was killed; when the block ends it has delivered all."""
     clock = FakeClock(plan.now + 1.0)
     delivered: list[dict[str, Any]] = []
@@ -124,7 +124,7 @@ async def next_process(plan: Plan) -> AsyncIterator[Next]:
         delivered.extend(json.loads(json.dumps(event.to_dict())) for event in events)
 
     store = store_at(plan.url, clock)
-    metering = metering_of(store, plan.payer, CallbackSink(take), "b")
+    metering = metering_of(store, plan.payer, CallbackSink(take), "b", **options)
     app = rooms(metering, plan.policy, crash_after("opening.before", how=list))
     async with lifespan(app):
         yield Next(plan, app, metering, store, clock, delivered)

@@ -170,8 +170,8 @@ def rooms(metering: Metering, policy: Policy, fault: Crash, beaten: asyncio.Even
     return MeteringMiddleware(Starlette(routes=routes), metering=metering)
 
 
-def metering_of(store: Store, payer: str, sink: Sink, worker: str) -> Metering:
-    """A metering whose only caller is *payer*; call ids say which *worker* made them."""
+def metering_of(store: Store, payer: str, sink: Sink, worker: str, **options: Any) -> Metering:
+    """A metering with these *options*, whose only caller is *payer*; call ids say which *worker* made them."""
     numbers = count(1)
     return Metering(
         store,
@@ -180,6 +180,7 @@ def metering_of(store: Store, payer: str, sink: Sink, worker: str) -> Metering:
         sinks=[sink],
         store_timeout_s=60.0,
         new_id=lambda: f"{payer}.{worker}{next(numbers)}",
+        **options,
     )
 
 

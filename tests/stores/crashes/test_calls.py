@@ -22,6 +22,8 @@ from tests.stores.crashes.house import HELD, POLICIES, SEEN, USED, Policy, ask, 
 
 ORDER: Final = list(POINTS)
 
+CUT: Final = "response.cut"
+
 ASIDE: Final = ("undoing", "growth", "audit", "sweep", "grant", "reversal", "refund", "correction", "backfill")
 """Not in the life of a stream that goes well: played by the tests below, and beside this module."""
 
@@ -29,7 +31,7 @@ ASIDE: Final = ("undoing", "growth", "audit", "sweep", "grant", "reversal", "ref
 def between(first: str, last: str) -> list[str]:
     """The points of a stream's life from *first* to *last*."""
     points = ORDER[ORDER.index(first) : ORDER.index(last) + 1]
-    return [point for point in points if point.partition(".")[0] not in ASIDE]
+    return [point for point in points if point != CUT and point.partition(".")[0] not in ASIDE]
 
 
 UNSEEN: Final = between("opening.before", "admission.inside")

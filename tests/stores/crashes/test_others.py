@@ -14,7 +14,7 @@ from asgi_metering.receipts import EndedBy, GrantReceipt, Posting
 from asgi_metering.rules.operations import PostGrant
 from asgi_metering.testing.faults import POINTS, until_killed
 from tests.harness.drive import body, status
-from tests.stores.crashes import test_calls, torn
+from tests.stores.crashes import test_calls, test_growth, test_outage, torn
 from tests.stores.crashes.after import CREDITED, LEASE_S, next_process, whole_books
 from tests.stores.crashes.conftest import Ground
 from tests.stores.crashes.house import GROWN, HELD, LIFE_S, POLICIES, PRICE, SEEN, USED, VERBS, Policy, ask, burn
@@ -260,5 +260,6 @@ def test_kill_between_the_steps_of_a_migration(ground: Ground) -> None:
 def test_every_point_is_played() -> None:
     """No published point goes without a process that is killed at it."""
     played = {*test_calls.UNSEEN, *test_calls.UNOBSERVED, *test_calls.OBSERVED, *test_calls.ENDED}
+    played |= {point for point, *_ in (*test_growth.SLICED, *test_outage.AMID)} | {*test_outage.BEHIND}
     aside = (*WORDS.values(), "sweep", "growth", "undoing", "audit")
     assert played | {f"{word}.{moment}" for word in aside for moment in MOMENTS} == POINTS.keys()

@@ -14,6 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from asgi_metering import Metering
 from asgi_metering.decisions import Decision
 from asgi_metering.errors import StoreContendedError, StoreError, StoreUnavailableError
 from asgi_metering.receipts import Basis
@@ -354,7 +355,7 @@ def test_time_is_the_servers(postgres: PostgresServer, schema: str) -> None:
 
 
 def test_use_from_several_event_loops(postgres: PostgresServer, schema: str) -> None:
-    """One store serves the event loops of several threads at once, each over connections of its own."""
+    """One store serves the loops of several threads at once, each over connections of its own (S3.31)."""
     store = PostgresStore(postgres.url(), namespace=schema, migrate=True)
     admitted: list[bool] = []
 
@@ -376,6 +377,25 @@ def test_use_from_several_event_loops(postgres: PostgresServer, schema: str) -> 
         thread.join()
     asyncio.run(store.close())
     assert (len(admitted), sum(admitted)) == (60, 30)
+
+
+def test_leave_the_transaction_of_the_application_alone(postgres: PostgresServer, schema: str) -> None:
+    """S3.29: an application's own transaction is neither committed nor rolled back by a charge, nor the other way."""
+
+    async def run() -> None:
+        async with Metering(PostgresStore(postgres.url(), namespace=schema, migrate=True), sinks=()) as metering:
+            await metering.grant("ann", 10, id="g")
+            async with await psycopg.AsyncConnection.connect(postgres.url()) as own:
+                await own.execute("CREATE TEMPORARY TABLE drafts (id int)")
+                await own.commit()
+                await own.execute("INSERT INTO drafts VALUES (1)")
+                async with metering.charge(payer="ann", line="draft", price=2):
+                    assert own.info.transaction_status is psycopg.pq.TransactionStatus.INTRANS
+                await own.rollback()
+                assert await (await own.execute("SELECT * FROM drafts")).fetchall() == []
+            assert metering.unit.text((await metering.balance("ann")).settled) == "2"
+
+    asyncio.run(run())
 
 
 FORKED = """

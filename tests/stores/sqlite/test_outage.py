@@ -15,8 +15,11 @@ import pytest
 
 from asgi_metering import Metering, billable, rate_limited
 from asgi_metering.errors import StoreUnavailableError
-from asgi_metering.rules.operations import Admit, PostGrant, WalletSource
+from asgi_metering.receipts import Basis
+from asgi_metering.rules.operations import Admit, End, PostGrant, Sweep, WalletSource
+from asgi_metering.stores.contract import EverythingKept
 from asgi_metering.stores.sqlite import SQLiteStore
+from asgi_metering.testing import FakeClock
 from tests.harness.drive import Drive, http_scope, status
 from tests.outage.gated import CREDIT, call, identify, metered, settled, until
 from tests.outage.worker import HELD, QUEUED, working
@@ -184,3 +187,36 @@ def test_deliver_what_a_killed_process_left(tmp_path: Path) -> None:
         heir.go_on()
         heir.expect("delivered")
     asyncio.run(prove())
+
+
+def test_end_and_forget_nothing_that_cannot_be_written(tmp_path: Path) -> None:
+    """S0.52: a sweep of a file that takes no writes ends no call, folds no line and forgets nothing; the next one does.
+
+    A call ends, and what is old goes, in one transaction with what is written of it, and in no other way.
+    """
+    path, clock = tmp_path / "m.db", FakeClock()
+    sweep = Sweep(keep_entries_s=1.0, keep_holds_s=1.0)
+
+    async def kept(store: SQLiteStore) -> tuple[int, int, int]:
+        _, state = await store.read(EverythingKept())
+        live = sum(hold.receipt is None for hold in state.holds.values())
+        return live, len(state.holds), sum(map(len, state.entries.values()))
+
+    async def play() -> None:
+        store = SQLiteStore(path, synchronous="OFF", clock=clock)
+        await store.open()
+        await store.post([PostGrant("g", "ann", "credits", 100)])
+        asks = [Admit(name, "ann", "credits", 5, 5, (WalletSource(),), ttl_s=1.0) for name in ("done", "left")]
+        await store.run([*asks, End("done", 5, Basis.USAGE)])
+        clock.advance(600.0)
+        async with read_only(store, path):
+            with pytest.raises(StoreUnavailableError):
+                await store.run([sweep])
+            assert await kept(store) == (1, 2, 2)
+        for _ in range(2):
+            await store.run([sweep])
+            clock.advance(600.0)
+        assert await kept(store) == (0, 0, 0)
+        await store.close()
+
+    asyncio.run(play())

@@ -24,31 +24,31 @@ function M.rare_of(text, at, extra)
   return rare
 end
 
+-- A call with anything beside limits and the caller's own wallet.
 function M.ask_of(k, a, n_keys, at)
   local numbers = args[a]
   local amount, minimum, ttl, grace, at_rare = parse('>dddd', numbers, at)
   local limits, sources = M.limits_of(args[a + 1]), M.sources_of(args[a + 2])
   return {
-    k = k, n_keys = n_keys, base = k + n_keys - sources.keys, account = M.rest(keys[k + 2]), amount = amount,
+    k = k, n_keys = n_keys, base = k + n_keys - sources.keys, account = rest(keys[k + 2]), amount = amount,
     minimum = minimum, ttl = ttl, grace = grace, limits = limits, sources = sources, who = args[a + 3],
     kept = args[a + 4],
     rare = at_rare <= #numbers and M.rare_of(numbers, at_rare, k + 3 + #limits) or NOTHING_RARE,
-    -- What is found out: when, how many leases live, the counters to come after a place for the answer, who pays.
-    now = 0, counts = {}, counters = { '' }, past = {}, pinned = '', further = false, key = false, book = false,
-    giving = false,
+    -- What is found out: when, how many leases live, what else was read, who pays.
+    now = 0, counts = {}, further = NONE, key = false, book = false, giving = false,
   }
 end
 
 -- What the rules need to say why: all rows of the call as they are now, and how many leases of each pool live.
-function M.refused(ask)
+function M.refused(k, n_keys, now, counts, further)
   local found = {}
-  for i = 1, ask.n_keys do
-    local key = keys[ask.k + i]
+  for i = 1, n_keys do
+    local key = keys[k + i]
     local account = match(key, '^a:(.*)$', #work.prefix + 1)
-    local book = account and work.books[account]
-    found[i] = book and (book.is_moved or book.is_due_new) and M.book_text(book) or work.rows[key]
+    local book = account and books[account]
+    found[i] = book and (book.is_moved or book.is_due_new) and (M.book_text(book)) or rows[key]
   end
-  return { 'R', pack('>d', ask.now), ask.counts, found, ask.further or {} }
+  return { 'R', pack('>d', now), counts, found, further }
 end
 
 -- -- what may forbid it -------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ function M.is_due(book, now)
   if book.due > now then
     return nil
   end
-  if work.live[book.account] or work.ended_live[book.account] then
+  if live[book.account] or work.ended_live[book.account] then
     return CODE.LATER
   end
   local first = call('ZRANGE', work.prefix .. 'l:' .. book.account, 0, 0, 'WITHSCORES')
@@ -71,14 +71,14 @@ end
 
 -- The call's time, that none of its accounts has seen a later one than. Returns why it cannot be decided, if so.
 function M.come_to_now(ask)
-  local own, sources = M.book_of(ask.account), ask.sources
+  local own, sources = book_of(ask.account), ask.sources
   local now = max(work.now_is, own.seen)
   if not sources.is_plain then
     for _, source in ipairs(sources) do
-      now = max(now, M.book_of(M.account_of(ask, source)).seen)
+      now = max(now, book_of(M.account_of(ask, source)).seen)
     end
     for _, source in ipairs(sources) do
-      local why = M.is_due(M.book_of(M.account_of(ask, source)), now)
+      local why = M.is_due(book_of(M.account_of(ask, source)), now)
       if why then
         return why
       end
@@ -90,7 +90,7 @@ end
 
 -- Whether the idempotency key belongs to another request, or to one that runs.
 function M.is_claimed(ask)
-  local row = ask.rare.key and work.rows[ask.rare.key]
+  local row = ask.rare.key and rows[ask.rare.key]
   if not row then
     return false
   end
@@ -123,10 +123,11 @@ function M.by_key(ask)
     finish = now + bounds[1]
   end
   local key = keys[at]
-  local known = work.rows[key]
+  local known = rows[key]
   if known then
     local k_start, k_end, members, settled, place = parse(AS.CHARGE_KEY, known)
-    if rare.charge == CODE.CALENDAR or now < k_end or (settled == 0 and members > 0) then
+    local is_settled = settled == 1 and (rare.charge == CODE.CALENDAR or now < k_end)
+    if is_settled or (settled == 0 and members > 0) then
       local hold = sub(known, place)
       return {
         key = key, text = pack(AS.CHARGE_KEY, k_start, k_end, members + 1, settled) .. hold,
@@ -144,7 +145,7 @@ function M.is_paid(ask)
     if not ask.key or ask.key.text then
       return ask.key and true
     end
-    if M.fetch(keys[ask.k + 1] .. ':key') then
+    if fetch(keys[ask.k + 1] .. ':key') then
       -- An id that comes again long after: what it left behind has to go first.
       return nil, CODE.RULES
     end
@@ -166,29 +167,31 @@ end
 
 -- -- taking -------------------------------------------------------------------------------------------------
 
-function M.hold_text(ask, parts, held, who, rare, expires, due_at)
+-- How a hold goes on that keeps nothing rare.
+local NO_TEXT = pack('>I4', 0)
+
+local function hold_text(now, ttl, grace, expires, due_at, parts, held, who, rare, kept)
   return pack(
-    AS.NEW_HOLD, CODE.NEW_HOLD_SIZE + #parts + #who + #rare + #ask.kept, 0, expires, due_at, 0, held, ask.now, ask.ttl,
-    ask.grace, #parts, parts, #who, who, #rare, rare, ask.kept
-  )
+    AS.NEW_HOLD, CODE.NEW_HOLD_SIZE + #parts + #who + #rare + #kept, 0, expires, due_at, 0, held, now, ttl, grace, #parts
+  ) .. parts .. pack('>I4', #who) .. who .. (rare == '' and NO_TEXT or pack('>I4', #rare) .. rare) .. kept
 end
 
 -- The hold that a charge key owns has no deadline: it ends with its calls, and each of those has one.
 function M.begin_key(ask, parts, held)
   local key, owned = ask.key, keys[ask.k + 1] .. ':key'
-  local member = M.rest(owned)
-  M.put(owned, M.hold_text(ask, parts, held, ask.who, '', CODE.INF, CODE.INF))
-  M.put(key.key, pack(AS.CHARGE_KEY, key.start, key.finish, 1, 0) .. member)
-  M.push(work.past_charge_keys, M.flt(key.finish), key.key)
-  M.lives((parse('>I4c0', ask.who)), CODE.INF, member)
+  local member = rest(owned)
+  put(owned, hold_text(ask.now, ask.ttl, ask.grace, CODE.INF, CODE.INF, parts, held, ask.who, '', ask.kept))
+  put(key.key, pack(AS.CHARGE_KEY, key.start, key.finish, 1, 0) .. member)
+  append(rare_of('past'), 'charge', key.finish, key.key)
+  lives((parse('>I4c0', ask.who)), CODE.INF, member)
 end
 
 function M.join_key(ask)
-  local owned = M.fetch(ask.key.hold)
+  local owned = fetch(ask.key.hold)
   if owned then
     ask.who = select(11, parse(AS.HOLD, owned))
   end
-  M.put(ask.key.key, ask.key.text)
+  put(ask.key.key, ask.key.text)
 end
 
 -- Slots and the idempotency key are taken; what of all that is rare the hold keeps.
@@ -196,20 +199,20 @@ function M.take_rare(ask, member, expires)
   local rare, pools, its_key = ask.rare, '', ''
   for _, pool in ipairs(rare.leases) do
     M.lease(pool.key, member, expires)
-    local name = M.rest(pool.key)
+    local name = rest(pool.key)
     pools = pools .. pack('>I4c0', #name, name)
   end
   if rare.key then
     local until_then, fingerprint = ask.now + rare.life, rare.fingerprint
-    M.put(rare.key, pack(AS.IDEMPOTENCY, until_then, #member, member, #fingerprint, fingerprint, 0, '', 0, ''))
-    M.push(work.past_idempotency, M.flt(until_then), rare.key)
-    its_key = M.rest(rare.key)
+    put(rare.key, pack(AS.IDEMPOTENCY, until_then, #member, member, #fingerprint, fingerprint, 0, '', 0, ''))
+    append(rare_of('past'), 'idempotency', until_then, rare.key)
+    its_key = rest(rare.key)
   end
-  local charge_key = ask.key and M.rest(ask.key.key) or ''
-  if ask.pinned == '' and pools == '' and charge_key == '' and its_key == '' then
+  local charge_key = ask.key and rest(ask.key.key) or ''
+  if pinned == '' and pools == '' and charge_key == '' and its_key == '' then
     return ''
   end
-  return pack(AS.RARE, #ask.pinned, ask.pinned, #pools, pools, #charge_key, charge_key, #its_key, its_key)
+  return pack(AS.RARE, #pinned, pinned, #pools, pools, #charge_key, charge_key, #its_key, its_key)
 end
 
 -- Takes everything, and returns the answer.
@@ -222,12 +225,6 @@ function M.take_all(ask)
     local who = ask.sources[last].who
     ask.who = who ~= '' and who or ask.who
   end
-  for i = 1, #ask.limits do
-    M.put(keys[k + 2 + i], ask.counters[i + 1])
-  end
-  for i = 1, #ask.past, 2 do
-    M.push(work.past_counters, ask.past[i], ask.past[i + 1])
-  end
   local whole = held
   if ask.key then
     if ask.key.text then
@@ -237,40 +234,36 @@ function M.take_all(ask)
     end
     parts, whole = '', 0
   end
-  local member = M.rest(keys[k + 1])
+  local key = keys[k + 1]
+  local member = rest(key)
   local rare = M.take_rare(ask, member, expires)
   if ask.book or ask.key or rare ~= '' then
-    M.put(keys[k + 1], M.hold_text(ask, parts, whole, ask.who, rare, expires, expires + ask.grace))
-    M.lives((parse('>I4c0', ask.who)), expires, member)
+    local due_at = expires + ask.grace
+    put(key, hold_text(now, ask.ttl, ask.grace, expires, due_at, parts, whole, ask.who, rare, ask.kept))
+    lives((parse('>I4c0', ask.who)), expires, member)
   end
   if ask.key and ask.key.text then
-    ask.counters[1] = pack('>cdI4c0', 'J', now, #ask.who, ask.who)
-  else
-    ask.counters[1] = pack('>cdddB', 'A', now, held, left_there, last)
+    return take_counts(ask.limits, k, pack('>cdI4c0', 'J', now, #ask.who, ask.who))
   end
-  return concat(ask.counters)
+  return take_counts(ask.limits, k, pack('>cdddB', 'A', now, held, left_there, last))
 end
 
-function M.admit(k, a, n_keys, at)
-  if work.rows[keys[k + 1]] then
-    -- The same id again: the reply was lost, not the decision.
-    return nil, CODE.RULES
-  end
-  local ask = M.ask_of(k, a, n_keys, at)
+local function admit_any(ask)
   local why = M.come_to_now(ask)
   if why then
     return nil, why
   end
+  local now = ask.now
   if M.is_claimed(ask) then
-    return M.refused(ask)
+    return M.refused(ask.k, ask.n_keys, now, ask.counts, ask.further)
   end
   local fits
-  fits, why = M.count(ask)
+  fits, why = count_all(ask.limits, ask.k, now)
   if fits == nil then
     return nil, why
   end
   if not M.has_slots(ask) or not fits then
-    return M.refused(ask)
+    return M.refused(ask.k, ask.n_keys, now, ask.counts, ask.further)
   end
   if #ask.sources > 0 or ask.amount > 0 then
     local is_paid
@@ -279,8 +272,70 @@ function M.admit(k, a, n_keys, at)
       return nil, why
     end
     if not is_paid then
-      return M.refused(ask)
+      return M.refused(ask.k, ask.n_keys, now, ask.counts, ask.further)
     end
   end
   return M.take_all(ask)
+end
+
+-- The same for what most calls are: limits, and at most one source, the wallet of whoever calls.
+local function admit_plain(k, a, n_keys, limits, wallet, amount, minimum, ttl, grace)
+  local account = rest(keys[k + 2])
+  local book = book_of(account, keys[k + 2])
+  local now = max(work.now_is, book.seen)
+  local why = book.due <= now and M.is_due(book, now)
+  if why then
+    return nil, why
+  end
+  local fits
+  fits, why = count_all(limits, k, now)
+  if fits == nil then
+    return nil, why
+  end
+  if not fits then
+    return M.refused(k, n_keys, now, NONE, NONE)
+  end
+  local held, left_there = 0, 0
+  if wallet then
+    if not M.book_at(account, now) then
+      return nil, CODE.LATER
+    end
+    held = min(amount, available(book) + wallet.limit)
+    if held < minimum or not M.is_exact(book, amount) then
+      M.forget(book)
+      if held < minimum then
+        return M.refused(k, n_keys, now, NONE, NONE)
+      end
+      return nil, CODE.RULES
+    end
+  end
+  local parts = wallet and M.book_hold(book, held) or ''
+  if wallet or pinned ~= '' then
+    local key, expires, who = keys[k + 1], now + ttl, wallet and wallet.who or ''
+    if wallet then
+      M.close_book(book, expires)
+      left_there = available(book)
+    end
+    if who == '' then
+      who = args[a + 3]
+    end
+    local rare = pinned == '' and '' or pack(AS.RARE, #pinned, pinned, 0, '', 0, '', 0, '')
+    put(key, hold_text(now, ttl, grace, expires, expires + grace, parts, held, who, rare, args[a + 4]))
+    lives(account, expires, rest(key))
+  end
+  return take_counts(limits, k, pack('>cdddB', 'A', now, held, left_there, wallet and 1 or 0))
+end
+
+function M.admit(k, a, n_keys, at)
+  if rows[keys[k + 1]] then
+    -- The same id again: the reply was lost, not the decision.
+    return nil, CODE.RULES
+  end
+  local numbers, sources = args[a], M.sources_of(args[a + 2])
+  local amount, minimum, ttl, grace, at_rare = parse('>dddd', numbers, at)
+  local wallet = sources[1]
+  if at_rare > #numbers and sources.is_plain and (wallet or amount == 0) then
+    return admit_plain(k, a, n_keys, M.limits_of(args[a + 1]), wallet, amount, minimum, ttl, grace)
+  end
+  return admit_any(M.ask_of(k, a, n_keys, at))
 end

@@ -73,10 +73,12 @@ local OWN = {
       call('ZADD', words[2], 0, words[4])
     end
   end,
-  -- events, their order, id, text
+  -- events, their order, id, text, those delivered
   EVENT = function(words)
-    if call('HSET', words[2], words[4], words[5]) == 1 then
+    if call('HSETNX', words[2], words[4], words[5]) == 1 then
       call('RPUSH', words[3], words[4])
+    elseif not call('ZSCORE', words[6], words[4]) then
+      call('HSET', words[2], words[4], words[5])
     end
   end,
   -- gate, milliseconds: it is not opened behind this.

@@ -3,81 +3,113 @@
 
 CODE.KIND_SETTLE, CODE.KIND_EXPIRE, CODE.KIND_DEBT_PAYMENT = 1, 2, 3
 
+-- What every call has to do with, and so a local. Rows by key, as the calls before left them, `false` for none; which of
+-- them are to be written; books by account, and their ledger lines to come; calls that live, by account, and when the
+-- first of them falls due; calls that have ended, by their time.
+local rows, changed, books, lines, live, due, ended
+
 -- What a script has read and is to write when all its calls are through.
-function M.begin(its_keys, its_args)
-  keys, args, call = its_keys, its_args, redis.call
+local function nothing_yet(gate)
+  rows, changed, books, lines, live, due, ended = {}, {}, {}, {}, {}, {}, {}
   work = {
-    prefix = sub(keys[1], 1, -5), now_is = 0,
-    -- Rows by key, as the calls before left them; `false` for none. What is gone is named with its index.
-    rows = {}, changed = {}, gone = {},
-    -- By account: its book, the ledger lines to come, and their places in the index.
-    books = {}, lines = {}, refs = {},
-    -- By account or pool: who lives and who does not any more, and until when.
-    live = {}, ended_live = {}, due = {}, pools = {},
-    -- Further indexes, and the outbox.
-    ended = {}, past_counters = {}, past_windows = {}, past_charge_keys = {}, past_idempotency = {}, windows_of = {},
-    events = {}, event_ids = {},
-    -- Rows that go by themselves, and in how many milliseconds.
-    fading = {},
+    gate = gate, prefix = sub(gate, 1, -5), now_is = 0, is_begun = false, rows = rows,
+    -- What is gone, with its index; what goes by itself, and in how many milliseconds.
+    gone = {}, fading = {},
+    -- Who lives no more, by account; the events, and their ids in order.
+    ended_live = {}, events = {}, event_ids = {},
+    -- What few calls leave behind, by what it is.
+    rare = false,
   }
 end
 
-function M.fetch(key)
-  local text = work.rows[key]
+-- Everything is written: the next script finds nothing of it.
+local function nothing_left()
+  rows, changed, books = {}, {}, {}
+  work.rows, work.rare, work.is_begun = rows, false, false
+end
+
+-- Of what few calls leave behind: `refs` of ledger lines and allowances' `windows`, by account; leases in `pools`; and
+-- `past`, scores and members by index.
+local function rare_of(what)
+  local rare = work.rare or {}
+  work.rare = rare
+  local known = rare[what] or {}
+  rare[what] = known
+  return known
+end
+
+function M.begin(its_keys, its_args)
+  keys, args, call = its_keys, its_args, redis.call
+  if not work or work.is_begun or work.gate ~= keys[1] then
+    nothing_yet(keys[1])
+  end
+  work.is_begun = true
+end
+
+local function fetch(key)
+  local text = rows[key]
   if text == nil then
     text = call('GET', key)
-    work.rows[key] = text
+    rows[key] = text
   end
   return text
 end
+M.fetch = fetch
 
-function M.put(key, text)
-  work.rows[key], work.changed[key] = text, true
-  if work.gone[key] then
-    work.gone[key] = nil
-  end
+local function put(key, text)
+  rows[key], changed[key], work.gone[key] = text, true, nil
 end
+M.put = put
 
 function M.drop(key, index)
-  work.rows[key], work.changed[key], work.gone[key] = false, nil, index
+  rows[key], changed[key], work.gone[key] = false, nil, index
 end
 
-function M.book_of(account)
-  local book = work.books[account]
+-- What follows the letter of a key.
+local function rest(key)
+  return sub(key, #work.prefix + 3)
+end
+M.rest = rest
+
+-- The book of an account whose row has this key; its list is that of its grants.
+local function book_of(account, key)
+  local book = books[account]
   if book then
     return book
   end
-  local text = M.fetch(work.prefix .. 'a:' .. account)
+  key = key or work.prefix .. 'a:' .. account
+  local text = fetch(key)
   local granted, settled, held, expired, debt, entries, seen, at = 0, 0, 0, 0, 0, 0, 0, 1
   local change, due = CODE.INF, CODE.INF
   if text then
     granted, settled, held, expired, debt, entries, change, due, seen, at = parse(AS.ACCOUNT, text)
   end
-  -- All fields at once, here and below: a table that grows field by field costs several times as much.
+  -- All fields at once, here and below: a table that grows field by field costs several times as much. No more than 16,
+  -- the next one would double its room: what most books are not, matured or due at another time, is no field.
   book = {
-    account = account, granted = granted, settled = settled, held = held, expired = expired, debt = debt,
-    entries = entries, change = change, due = due, seen = seen, at = at, text = text or '', list = {}, now = seen,
-    is_new = not text, is_moved = false, is_matured = false, is_due_new = false,
+    nil, account = account, key = key, granted = granted, settled = settled, held = held, expired = expired, debt = debt,
+    entries = entries, change = change, due = due, now = seen, seen = seen, at = at, text = text or '', is_moved = false,
   }
-  work.books[account] = book
+  books[account] = book
   return book
 end
+M.book_of = book_of
 
-function M.free(grant)
+local function free(grant)
   return grant.amount - grant.settled - grant.held - grant.expired - grant.reversed
 end
 
-function M.is_open(grant)
+local function is_open(grant)
   return grant.settled + grant.expired + grant.reversed < grant.amount
 end
 
-function M.available(book)
+local function available(book)
   return book.granted - book.settled - book.expired - book.held
 end
 
 -- The grant at a place in burn order, which is that of the row; read when it is first asked for.
-function M.grant_at(book, place)
-  local grant = book.list[place]
+local function grant_at(book, place)
+  local grant = book[place]
   if not grant and book.at <= #book.text then
     local amount, priority, begins, ends, number, settled, held, expired, begun, reversed, id, rest, at =
       parse(AS.GRANT, book.text, book.at)
@@ -85,7 +117,7 @@ function M.grant_at(book, place)
       amount = amount, priority = priority, begins = begins, ends = ends, number = number, settled = settled,
       held = held, expired = expired, begun = begun, reversed = reversed, id = id, rest = rest,
     }
-    book.list[place], book.at = grant, at
+    book[place], book.at = grant, at
   end
   return grant
 end
@@ -97,18 +129,24 @@ function M.grant_text(grant)
   )
 end
 
--- The row; closed grants are no part of it.
+-- The row, and the closed grants, which are no part of it: ids and texts, or nothing.
 function M.book_text(book)
-  local texts = ''
-  for _, grant in ipairs(book.list) do
-    if M.is_open(grant) then
-      texts = texts .. M.grant_text(grant)
+  local texts, closed = '', nil
+  for i = 1, #book do
+    local grant = book[i]
+    local text = M.grant_text(grant)
+    if is_open(grant) then
+      texts = texts .. text
+    else
+      closed = closed or {}
+      closed[#closed + 1] = grant.id
+      closed[#closed + 1] = text
     end
   end
   return pack(
     AS.ACCOUNT, book.granted, book.settled, book.held, book.expired, book.debt, book.entries, book.change, book.due,
     book.seen
-  ) .. texts .. sub(book.text, book.at)
+  ) .. texts .. sub(book.text, book.at), closed
 end
 
 -- Add a ledger line. Returns its number. A settlement's line is found by its hold, which has the number: the index gets
@@ -116,19 +154,20 @@ end
 function M.write(book, kind, amount, ref, line, basis, estimated, parts)
   local account, number = book.account, book.entries + 1
   book.entries = number
-  local own = work.lines[account]
+  local own = lines[account]
   local text = pack(
-    AS.NEW_ENTRY, kind, basis, estimated, number, book.now, amount, M.available(book), #ref, ref, #line, line, #parts,
+    AS.NEW_ENTRY, kind, basis, estimated, number, book.now, amount, available(book), #ref, ref, #line, line, #parts,
     parts, 0, 0
   )
   if own then
     own[#own + 1] = text
   else
-    work.lines[account] = { text }
+    lines[account] = { text }
   end
   if kind ~= CODE.KIND_SETTLE then
-    local index = work.refs[account] or {}
-    work.refs[account] = index
+    local refs = rare_of('refs')
+    local index = refs[account] or {}
+    refs[account] = index
     index[#index + 1] = 0
     index[#index + 1] = ref .. CODE.GLUE .. string.format('%.0f', number)
   end
@@ -136,7 +175,7 @@ function M.write(book, kind, amount, ref, line, basis, estimated, parts)
 end
 
 function M.pay_debt(book, grant)
-  local paid = min(M.free(grant), book.debt)
+  local paid = min(free(grant), book.debt)
   if paid > 0 then
     grant.settled = grant.settled + paid
     book.debt = book.debt - paid
@@ -144,8 +183,12 @@ function M.pay_debt(book, grant)
   end
 end
 
-function M.is_spendable(book, grant)
-  return grant.begun == 1 and grant.ends > book.now and M.is_open(grant) and M.free(grant) > 0
+-- What of a grant can be spent now; nothing, or less, of one that has not begun or is over.
+local function spendable(book, grant)
+  if grant.begun == 1 and grant.ends > book.now then
+    return grant.amount - grant.settled - grant.held - grant.expired - grant.reversed
+  end
+  return 0
 end
 
 function M.began_before(one, other)
@@ -159,15 +202,15 @@ end
 
 function M.grants(book)
   repeat
-    local more = M.grant_at(book, #book.list + 1)
+    local more = grant_at(book, #book + 1)
   until not more
-  return book.list
+  return book
 end
 
 function M.next_change(book)
   local first = CODE.INF
   for _, grant in ipairs(M.grants(book)) do
-    if M.is_open(grant) then
+    if is_open(grant) then
       if grant.begun == 0 then
         first = min(first, grant.begins)
       elseif grant.ends > book.now then
@@ -192,9 +235,9 @@ function M.mature(book)
     grant.begun = 1
     M.pay_debt(book, grant)
   end
-  for _, grant in ipairs(book.list) do
-    if M.is_open(grant) and grant.begun == 1 and grant.ends <= book.now and M.free(grant) > 0 then
-      local lapsed = M.free(grant)
+  for _, grant in ipairs(book) do
+    if is_open(grant) and grant.begun == 1 and grant.ends <= book.now and free(grant) > 0 then
+      local lapsed = free(grant)
       grant.expired = grant.expired + lapsed
       book.expired = book.expired + lapsed
       M.write(book, CODE.KIND_EXPIRE, lapsed, grant.id, '', 0, 0, '')
@@ -220,44 +263,45 @@ end
 function M.forget(book)
   if book.is_matured and not book.is_moved then
     local account = book.account
-    work.lines[account], work.refs[account], work.books[account] = nil, nil, nil
+    lines[account], rare_of('refs')[account], books[account] = nil, nil, nil
     local again = M.book_of(account)
     again.due, again.is_due_new = book.due, book.is_due_new
   end
 end
 
--- Set `amount` aside; what grants do not have is held as debt to come. Adds to `parts` where it came from.
-function M.book_hold(book, amount, parts)
-  local left, place = amount, 1
+-- Set `amount` aside; what grants do not have is held as debt to come. Returns where it came from, as parts.
+function M.book_hold(book, amount)
+  local left, place, parts = amount, 1, ''
   while left > 0 do
-    local grant = M.grant_at(book, place)
+    local grant = grant_at(book, place)
     if not grant then
-      parts[#parts + 1] = pack(AS.PART, CODE.FROM_DEBT, 0, left, 0, '')
+      parts = parts .. pack(AS.PART, CODE.FROM_DEBT, 0, left, 0, '')
       break
     end
-    if M.is_spendable(book, grant) then
-      local take = min(M.free(grant), left)
+    local take = min(spendable(book, grant), left)
+    if take > 0 then
       grant.held = grant.held + take
-      parts[#parts + 1] = pack(AS.PART, CODE.FROM_GRANT, 0, take, #grant.id, grant.id)
+      parts = parts .. pack(AS.PART, CODE.FROM_GRANT, 0, take, #grant.id, grant.id)
       left = left - take
     end
     place = place + 1
   end
   book.held = book.held + amount
+  return parts
 end
 
 -- Spend without a hold: free grants in burn order, then debt.
 function M.spend(book, amount, spent)
   local left, place = amount, 1
   while left > 0 do
-    local grant = M.grant_at(book, place)
+    local grant = grant_at(book, place)
     if not grant then
       book.debt = book.debt + left
       spent[#spent + 1] = pack(AS.PART, CODE.FROM_DEBT, 0, left, 0, '')
       break
     end
-    if M.is_spendable(book, grant) then
-      local take = min(M.free(grant), left)
+    local take = min(spendable(book, grant), left)
+    if take > 0 then
       grant.settled = grant.settled + take
       spent[#spent + 1] = pack(AS.PART, CODE.FROM_GRANT, 0, take, #grant.id, grant.id)
       left = left - take
@@ -270,12 +314,29 @@ end
 function M.grant_of(book, id)
   local place = 1
   repeat
-    local grant = M.grant_at(book, place)
+    local grant = grant_at(book, place)
     if grant and grant.id == id then
       return grant
     end
     place = place + 1
   until not grant
+end
+
+-- Spend `take` of what a grant holds for a call, and give back the rest; false if the grant is not open any more.
+function M.settle_grant(book, id, held, take)
+  local grant = M.grant_of(book, id)
+  if not grant then
+    return false
+  end
+  book.held, book.settled = book.held - held, book.settled + take
+  grant.held, grant.settled = grant.held - held, grant.settled + take
+  local lapsed = grant.ends <= book.now and held - take or 0
+  if lapsed > 0 then
+    grant.expired = grant.expired + lapsed
+    book.expired = book.expired + lapsed
+    M.write(book, CODE.KIND_EXPIRE, lapsed, grant.id, '', 0, 0, '')
+  end
+  return true
 end
 
 -- Spend `amount` of held parts in their order and give back what is left; false if a part's grant is not open any more.
@@ -285,26 +346,13 @@ function M.settle(book, parts, amount, spent)
     local held = part.amount
     local take = min(held, left)
     left = left - take
-    book.held = book.held - held
     if part.source == CODE.FROM_DEBT then
+      book.held = book.held - held
       left = left + take
-    else
-      local grant = M.grant_of(book, part.name)
-      if not grant then
-        return false
-      end
-      local lapsed = grant.ends <= book.now and held - take or 0
-      grant.settled = grant.settled + take
-      grant.held = grant.held - held
-      book.settled = book.settled + take
-      if lapsed > 0 then
-        grant.expired = grant.expired + lapsed
-        book.expired = book.expired + lapsed
-        M.write(book, CODE.KIND_EXPIRE, lapsed, grant.id, '', 0, 0, '')
-      end
-      if take > 0 then
-        spent[#spent + 1] = pack(AS.PART, CODE.FROM_GRANT, part.start, take, #part.name, part.name)
-      end
+    elseif not M.settle_grant(book, part.name, held, take) then
+      return false
+    elseif take > 0 then
+      spent[#spent + 1] = pack(AS.PART, CODE.FROM_GRANT, part.start, take, #part.name, part.name)
     end
   end
   if left > 0 then
@@ -312,7 +360,7 @@ function M.settle(book, parts, amount, spent)
   end
   if book.debt > 0 then
     for _, grant in ipairs(M.grants(book)) do
-      if M.is_spendable(book, grant) then
+      if spendable(book, grant) > 0 then
         M.pay_debt(book, grant)
       end
     end

@@ -7,7 +7,7 @@ local RUN = { A = M.admit, E = M.finish, R = M.renew, P = M.part }
 
 function M.calls(its_keys, its_args)
   M.begin(its_keys, its_args)
-  local token, rows = args[2], work.rows
+  local token = args[2]
   local found = call('MGET', unpack(keys))
   local stop = M.stopped(found[1], found[2], token)
   if stop then

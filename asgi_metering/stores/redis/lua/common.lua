@@ -3,11 +3,11 @@
 
 local sub, match, concat, floor, min, max =
   string.sub, string.match, table.concat, math.floor, math.min, math.max
+local next, unpack = next, unpack
 local pack, parse = struct.pack, struct.unpack
 
--- What the functions of a script share is in these tables: locals that each of them captured would cost more, every
--- time a script begins, than a call costs. M has the functions, AS how rows are packed, CODE what numbers stand for,
--- `work` what this script has read and is to write.
+-- M has the functions, AS how rows are packed, CODE what numbers stand for, `work` what this script has read and is to
+-- write. What runs for every call is also a local: a field costs several times as much.
 local M, AS, CODE, work = {}, {}, {}, nil
 
 -- Of the call: where this text is a library, each has its own.
@@ -25,7 +25,8 @@ AS.GRANT = '>ddddddddddI4c0I4c0'
 -- its size without the receipt, whether it is in doubt, expires, due, observed, amount, created, ttl, grace, parts, who
 -- pays, what is rare, line; then the basis in doubt, the facts, and the receipt once there is one
 AS.HOLD = '>I4BdddddddI4c0I4c0I4c0I4c0'
-AS.NEW_HOLD, CODE.NEW_HOLD_SIZE = '>I4BdddddddI4c0I4c0I4c0c0', 73
+-- Up to its parts; and what it takes without texts, which are joined: packing takes long ones letter by letter.
+AS.NEW_HOLD, CODE.NEW_HOLD_SIZE = '>I4BdddddddI4', 73
 -- account, payer, unit, group: who pays
 AS.WHO = '>I4c0I4c0I4c0I4c0'
 -- pinned windows, pools, charge key, idempotency key: what is rare
@@ -48,7 +49,7 @@ AS.CHARGE_KEY = '>dddB'
 AS.IDEMPOTENCY = '>dI4c0I4c0I4c0I4c0'
 -- at, claimed until, how the rest is kept: 0 JSON, 1 what the end told and the hold
 AS.EVENT = '>ddB'
-AS.NEW_EVENT, CODE.AS_HOLD = '>ddBI4c0c0', 1
+AS.NEW_EVENT, CODE.AS_HOLD = AS.EVENT .. 'I4', 1
 
 CODE.SETTLED, CODE.RELEASED = 0, 1
 CODE.OPEN_TO_LATE, CODE.CLOSED = 0, 1

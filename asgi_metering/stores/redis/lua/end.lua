@@ -3,7 +3,7 @@
 -- Answers 'E', who pays and the receipt; 'X' with the first ones for a hold that has ended; 'U' for one that nobody
 -- knows. Answers nothing, and why, if it could not be decided here; and whether it has begun to change books.
 
-CODE.BY_CALL = 0
+CODE.BY_CALL, CODE.BY_PERSON = 0, 2
 
 function M.parts_of(text)
   local parts, at = {}, 1
@@ -38,13 +38,13 @@ function M.consume(book, parts, left, spent)
     if is_window then
       local part = run[1]
       local key = work.prefix .. 'w:' .. book.account .. CODE.GLUE .. part.name .. CODE.GLUE .. M.flt(part.start)
-      local text = M.fetch(key)
+      local text = fetch(key)
       if text then
         local start, finish, settled, kept = parse(AS.WINDOW, text)
         if settled + some > CODE.MAX_AMOUNT then
           return false
         end
-        M.put(key, pack(AS.WINDOW, start, finish, settled + some, kept - part.amount))
+        put(key, pack(AS.WINDOW, start, finish, settled + some, kept - part.amount))
       elseif part.amount > 0 then
         return false
       end
@@ -64,39 +64,64 @@ function M.nothing_charged(ask, id, held)
   )
 end
 
+-- Where the charge came from, as parts. Nothing if what was held is gone.
+function M.charged_to(book, parts_text, amount)
+  if parts_text ~= '' then
+    local source, _, held, name, at = parse(AS.PART, parts_text)
+    if source == CODE.FROM_GRANT and at > #parts_text and amount <= held and book.debt == 0 then
+      -- Of most calls: one grant, which has enough.
+      if not M.settle_grant(book, name, held, amount) then
+        return nil
+      end
+      if amount == held then
+        return parts_text
+      end
+      return amount > 0 and pack(AS.PART, source, 0, amount, #name, name) or ''
+    end
+  end
+  local spent = {}
+  return M.consume(book, M.parts_of(parts_text), amount, spent) and concat(spent)
+end
+
+-- Whether anything of what was held, or is charged without that, is the wallet's.
+function M.is_of_wallet(parts_text)
+  local at = 1
+  while at <= #parts_text do
+    local source, _, _, _, place = parse(AS.PART, parts_text, at)
+    if source ~= CODE.FROM_ALLOWANCE then
+      return true
+    end
+    at = place
+  end
+  return parts_text == ''
+end
+
 -- Charge `amount` for a hold's parts. Returns the receipt, or nothing if it takes the whole rules.
 function M.charge(ask, id, account, parts_text, held, amount)
-  local basis, estimated = ask.basis, ask.estimated
+  local basis, estimated, now = ask.basis, ask.estimated, ask.now
   if parts_text == '' and amount == 0 then
     return M.nothing_charged(ask, id, held)
   end
-  local book = M.book_at(account, ask.now)
+  local book = M.book_at(account, now)
   if not book or not M.is_exact(book, amount) then
     return nil
   end
-  local parts, spent = M.parts_of(parts_text), {}
-  if not M.consume(book, parts, amount, spent) then
+  local spent = M.charged_to(book, parts_text, amount)
+  if not spent then
     return nil
   end
-  local known, number, spent_text = 0, 0, concat(spent)
+  local known, number, left = 0, 0, 0
   if amount > 0 then
-    number = M.write(book, CODE.KIND_SETTLE, amount, id, ask.line, basis, estimated, spent_text)
+    number = M.write(book, CODE.KIND_SETTLE, amount, id, ask.line, basis, estimated, spent)
     known = 2
   end
   M.close_book(book, CODE.INF)
-  for _, part in ipairs(parts) do
-    if part.source ~= CODE.FROM_ALLOWANCE then
-      known = known + 1
-      break
-    end
+  if M.is_of_wallet(parts_text) then
+    known, left = known + 1, available(book)
   end
-  if #parts == 0 then
-    known = known + 1
-  end
-  local left = known % 2 == 1 and M.available(book) or 0
   return pack(
-    AS.RECEIPT, ask.state, ask.mark, basis, estimated, ask.by, known, amount, held, left, ask.now, number, 0, #id, id,
-    #spent_text, spent_text
+    AS.RECEIPT, ask.state, ask.mark, basis, estimated, ask.by, known, amount, held, left, now, number, 0, #id, id,
+    #spent, spent
   )
 end
 
@@ -104,7 +129,7 @@ end
 -- call's own receipt; nothing if it takes the whole rules.
 function M.end_member(ask, id, account, held, created, key)
   local nothing = M.nothing_charged(ask, id, held)
-  local known = M.fetch(key)
+  local known = fetch(key)
   if not known then
     return nothing
   end
@@ -115,11 +140,11 @@ function M.end_member(ask, id, account, held, created, key)
   local owned = sub(known, at)
   members = max(0, members - 1)
   if settled == 1 then
-    M.put(key, pack(AS.CHARGE_KEY, start, finish, members, 1) .. owned)
+    put(key, pack(AS.CHARGE_KEY, start, finish, members, 1) .. owned)
     return nothing
   end
   local owned_key = work.prefix .. 'h:' .. owned
-  local text = M.fetch(owned_key)
+  local text = fetch(owned_key)
   if not text then
     return nil
   end
@@ -132,24 +157,25 @@ function M.end_member(ask, id, account, held, created, key)
     if not receipt then
       return nil
     end
-    M.put(key, pack(AS.CHARGE_KEY, start, finish, members, 1) .. owned)
-    M.put(owned_key, text .. receipt)
-    M.append(work.ended_live, account, owned)
-    M.push(work.ended, M.flt(ask.now), owned)
+    put(key, pack(AS.CHARGE_KEY, start, finish, members, 1) .. owned)
+    put(owned_key, text .. receipt)
+    append(work.ended_live, account, owned)
+    push(ended, ask.now, owned)
     return receipt
   end
   if members > 0 then
-    M.put(key, pack(AS.CHARGE_KEY, start, finish, members, 0) .. owned)
+    put(key, pack(AS.CHARGE_KEY, start, finish, members, 0) .. owned)
     return nothing
   end
   local its = M.charge(ask, owned, account, o_parts, o_held, 0)
   if not its then
     return nil
   end
-  M.drop(key, 'charge')
-  M.put(owned_key, text .. its)
-  M.append(work.ended_live, account, owned)
-  M.push(work.ended, M.flt(ask.now), owned)
+  -- The row stays: the late end of a call that was given up pays for its window, once.
+  put(key, pack(AS.CHARGE_KEY, start, finish, 0, 0) .. owned)
+  put(owned_key, text .. its)
+  append(work.ended_live, account, owned)
+  push(ended, ask.now, owned)
   return nothing
 end
 
@@ -160,13 +186,13 @@ function M.correct(windows, actual)
     local start, taken, meter, counter
     start, taken, meter, counter, at = parse(AS.PINNED, windows, at)
     local used, key = actual[meter], work.prefix .. 'c:' .. counter
-    local text = used and M.fetch(key)
+    local text = used and fetch(key)
     if text then
       local c_start, c_end, c_used, c_previous = parse(AS.WINDOW, text)
       if c_start == start then
-        M.put(key, pack(AS.WINDOW, c_start, c_end, max(0, c_used + used - taken), c_previous))
+        put(key, pack(AS.WINDOW, c_start, c_end, max(0, c_used + used - taken), c_previous))
       elseif c_start - (c_end - c_start) == start then
-        M.put(key, pack(AS.WINDOW, c_start, c_end, c_used, max(0, c_previous + used - taken)))
+        put(key, pack(AS.WINDOW, c_start, c_end, c_used, max(0, c_previous + used - taken)))
       end
     end
   end
@@ -174,7 +200,7 @@ end
 
 -- The idempotency key gets the answer; it is free again where nothing was done.
 function M.answer_key(key, member, is_free, reply, who, receipt)
-  local row = M.fetch(key)
+  local row = fetch(key)
   if not row then
     return
   end
@@ -186,13 +212,16 @@ function M.answer_key(key, member, is_free, reply, who, receipt)
     M.drop(key, 'idempotency')
   else
     local first = pack(AS.IDEMPOTENCY, expires, #holder, holder, #fingerprint, fingerprint, #reply, reply, #who, who)
-    M.put(key, first .. receipt)
+    put(key, first .. receipt)
   end
 end
 
+-- How the call ends: one after the other, in the same table.
+local ending = { now = 0, state = 0, mark = 0, basis = 0, estimated = 0, by = 0, line = '' }
+
 function M.finish(k, a, _, at)
   local key = keys[k + 1]
-  local text = work.rows[key]
+  local text = rows[key]
   if not text then
     return pack('>cd', 'U', work.now_is)
   end
@@ -204,22 +233,25 @@ function M.finish(k, a, _, at)
     if by == CODE.BY_CALL and mark ~= CODE.CLOSED then
       return nil, CODE.RULES
     end
-    return pack('>cI4c0c0', 'X', #who, who, sub(text, size + 1))
+    return pack('>cI4', 'X', #who) .. who .. sub(text, size + 1)
   end
   local account = parse('>I4c0', who)
-  local book, member = M.book_of(account), M.rest(key)
+  local book, member = book_of(account), rest(key)
   local now = max(work.now_is, book.seen)
   if book.is_moved and now >= book.change then
     return nil, CODE.LATER
   end
-  local ask = {
-    now = now, state = state, mark = by == CODE.BY_CALL and CODE.CLOSED or CODE.OPEN_TO_LATE, basis = basis,
-    estimated = estimated, by = by, line = line,
-  }
+  local ask = ending
+  ask.now, ask.state, ask.basis, ask.estimated, ask.by, ask.line = now, state, basis, estimated, by, line
+  ask.mark = by == CODE.BY_CALL and CODE.CLOSED or CODE.OPEN_TO_LATE
   local told = args[a + 1]
   local windows, pools_text, charge_key, idempotency_key = '', '', '', ''
   if rare ~= '' then
     windows, pools_text, charge_key, idempotency_key = parse(AS.RARE, rare)
+  end
+  if charge_key ~= '' and by == CODE.BY_PERSON then
+    -- What a person says is not the price of the key.
+    return nil, CODE.RULES
   end
   local receipt
   if charge_key == '' then
@@ -231,9 +263,9 @@ function M.finish(k, a, _, at)
     return nil, CODE.RULES, true
   end
   local new = text .. receipt
-  M.put(key, new)
-  M.append(work.ended_live, account, member)
-  M.push(work.ended, M.flt(now), member)
+  put(key, new)
+  append(work.ended_live, account, member)
+  push(ended, now, member)
   if rare ~= '' then
     local reply, actual, from = '', {}, nil
     if at_rare <= #numbers then
@@ -255,7 +287,7 @@ function M.finish(k, a, _, at)
   end
   if told ~= '' then
     work.event_ids[#work.event_ids + 1] = member
-    M.push(work.events, member, pack(AS.NEW_EVENT, now, 0, CODE.AS_HOLD, #told, told, new))
+    push(work.events, member, pack(AS.NEW_EVENT, now, 0, CODE.AS_HOLD, #told) .. told .. new)
   end
-  return pack('>cI4c0c0', 'E', #who, who, receipt)
+  return pack('>cI4', 'E', #who) .. who .. receipt
 end

@@ -28,7 +28,7 @@ function M.limits_of(text)
   while at <= #text do
     local limit, bounds = {}, nil
     limit.kind, limit.limit, limit.window, limit.cost, limit.meter, bounds, at = parse('>BdddI4c0I4c0', text, at)
-    limit.bounds = M.doubles_of(bounds)
+    limit.bounds, limit.is_fixed = M.doubles_of(bounds), limit.kind == CODE.FIXED
     limits[#limits + 1] = limit
   end
   return remember('limits', text, limits)
@@ -77,31 +77,65 @@ function M.counted(limit, text, now)
   return pack(AS.WINDOW, start, finish, count + limit.cost, previous), start, finish, used, count, is_new
 end
 
--- Looks at all limits of a call, and keeps for it their rows to come. False if one of them is spent, or does not know
--- what day it is; nothing, and why, if a count would not be exact.
-function M.count(ask)
+-- Of the call that is looked at: the rows of its counters to come, after a place for its answer; those that count anew
+-- and when they are past; which windows are pinned because what is used corrects them.
+local counters, past, pinned = { '' }, {}, ''
+
+-- Looks at all limits of a call, and keeps what comes of it. False if one of them is spent, or does not know what day it
+-- is; nothing, and why, if a count would not be exact.
+local function count_all(limits, k, now)
   local fits = true
-  for i, limit in ipairs(ask.limits) do
-    local key = keys[ask.k + 2 + i]
-    local row, start, finish, used, count, is_new = M.counted(limit, work.rows[key], ask.now)
-    if not row then
-      return false
+  pinned = ''
+  if #past > 0 then
+    past = {}
+  end
+  for i = 1, #limits do
+    local limit, key = limits[i], keys[k + 2 + i]
+    local cost, text, row = limit.cost, rows[key], nil
+    local start, finish, used, count, is_new
+    if text and limit.is_fixed then
+      -- What most limits are: a window that goes on.
+      start, finish, count = parse(AS.WINDOW, text)
+      if now < finish then
+        used, row = count, pack(AS.WINDOW, start, finish, count + cost, 0)
+      end
     end
-    if count + limit.cost > CODE.MAX_AMOUNT then
+    if not row then
+      row, start, finish, used, count, is_new = M.counted(limit, text, now)
+      if not row then
+        return false
+      end
+    end
+    if count + cost > CODE.MAX_AMOUNT then
       return nil, CODE.RULES
     end
-    fits = fits and used + limit.cost <= limit.limit
-    ask.counters[i + 1] = row
+    fits = fits and used + cost <= limit.limit
+    counters[i + 1] = row
     if is_new then
-      M.push(ask.past, M.flt(finish + (finish - start)), key)
+      push(past, finish + (finish - start), key)
     end
-    if limit.meter ~= '' then
-      local counter, meter = M.rest(key), limit.meter
+    local meter = limit.meter
+    if meter ~= '' then
+      local counter = rest(key)
       if is_new and sub(meter, 1, 1) == CODE.COUNTED then
         meter = CODE.BEGUN .. sub(meter, 2)
       end
-      ask.pinned = ask.pinned .. pack(AS.PINNED, start, limit.cost, #meter, meter, #counter, counter)
+      pinned = pinned .. pack(AS.PINNED, start, cost, #meter, meter, #counter, counter)
     end
   end
   return fits
+end
+
+-- What was counted is kept. Returns the answer, which the counters follow.
+local function take_counts(limits, k, answer)
+  local gone = work.gone
+  for i = 1, #limits do
+    local key = keys[k + 2 + i]
+    rows[key], changed[key], gone[key] = counters[i + 1], true, nil
+  end
+  for i = 1, #past, 2 do
+    append(rare_of('past'), 'counters', past[i], past[i + 1])
+  end
+  counters[1] = answer
+  return concat(counters, '', 1, #limits + 1)
 end

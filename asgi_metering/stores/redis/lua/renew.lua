@@ -2,7 +2,7 @@
 -- Answers 1, or 0 for a hold that does not live.
 function M.renew(k, a, _, at)
   local key = keys[k + 1]
-  local text = work.rows[key]
+  local text = rows[key]
   if not text then
     return 0
   end
@@ -12,9 +12,9 @@ function M.renew(k, a, _, at)
   end
   expires = max(work.now_is + ttl, expires)
   observed = max(observed, (parse('>d', args[a], at)))
-  M.put(key, pack('>I4Bddd', size, state, expires, expires + grace, observed) .. sub(text, 30))
-  local member = M.rest(key)
-  M.lives(parse('>I4c0', who), expires, member)
+  put(key, pack('>I4Bddd', size, state, expires, expires + grace, observed) .. sub(text, 30))
+  local member = rest(key)
+  lives(parse('>I4c0', who), expires, member)
   if rare ~= '' then
     local _, pools_text = parse(AS.RARE, rare)
     for _, pool in ipairs(M.texts_of(pools_text)) do

@@ -25,7 +25,8 @@ function M.sources_of(text)
       sources.keys = max(sources.keys, source.own + (source.kind == CODE.A_CALENDAR and #source.span - 1 or 0))
     end
   end
-  sources.is_plain = #sources == 1 and sources[1].kind == CODE.A_WALLET and sources[1].account == 0
+  local only = sources[1]
+  sources.is_plain = not only or (#sources == 1 and only.kind == CODE.A_WALLET and only.account == 0)
   return remember('sources', text, sources)
 end
 
@@ -39,15 +40,15 @@ function M.window_of(ask, source)
       return nil
     end
     key = keys[own + index]
-    text = work.rows[key]
+    text = rows[key]
   else
     local bucket = keys[own]
     local before = work.prefix .. 'w:' .. sub(bucket, #work.prefix + 3) .. CODE.GLUE
-    local latest = work.rows[bucket]
+    local latest = rows[bucket]
     if latest then
       key = before .. latest
-      text = M.fetch(key)
-      ask.further = ask.further or {}
+      text = fetch(key)
+      ask.further = #ask.further > 0 and ask.further or {}
       ask.further[#ask.further + 1] = key
       ask.further[#ask.further + 1] = text
       start, finish = parse(AS.WINDOW, text)
@@ -68,7 +69,7 @@ end
 function M.offer_of(ask, source, book)
   local window, can
   if source.kind == CODE.A_WALLET then
-    can = M.available(book) + source.limit
+    can = available(book) + source.limit
   else
     window = M.window_of(ask, source)
     if not window then
@@ -99,7 +100,7 @@ function M.together(ask, offers)
 end
 
 function M.account_of(ask, source)
-  return M.rest(source.account > 0 and keys[ask.base + source.account] or keys[ask.k + 2])
+  return source.account > 0 and rest(keys[ask.base + source.account]) or ask.account
 end
 
 -- The first payer object that can pay takes the whole call: its book, and its sources that give. Without a book, why:
@@ -149,19 +150,19 @@ function M.take(ask, book, offers)
     local some, window = min(left, offer.can), offer.window
     if window then
       parts[#parts + 1] = pack(AS.PART, CODE.FROM_ALLOWANCE, window.start, some, #offer.source.name, offer.source.name)
-      M.put(window.key, pack(AS.WINDOW, window.start, window.finish, window.settled, window.held + some))
+      put(window.key, pack(AS.WINDOW, window.start, window.finish, window.settled, window.held + some))
       if window.is_new then
         local bucket, start = match(sub(window.key, #work.prefix + 3), '^(.*)\31([^\31]*)$')
         local account, name = match(bucket, '^(.*\31.*)\31([^\31]*)$')
-        M.push(work.past_windows, M.flt(window.finish), window.key)
-        M.append(work.windows_of, account, name .. CODE.GLUE .. start)
-        local latest = M.fetch(work.prefix .. 'W:' .. bucket)
+        append(rare_of('past'), 'windows', window.finish, window.key)
+        append(rare_of('windows'), account, name .. CODE.GLUE .. start)
+        local latest = fetch(work.prefix .. 'W:' .. bucket)
         if not latest or window.start >= tonumber(latest) then
-          M.put(work.prefix .. 'W:' .. bucket, start)
+          put(work.prefix .. 'W:' .. bucket, start)
         end
       end
     else
-      M.book_hold(book, some, parts)
+      parts[#parts + 1] = M.book_hold(book, some)
     end
     left = left - some
     last = offer.source.index
@@ -170,5 +171,5 @@ function M.take(ask, book, offers)
       break
     end
   end
-  return concat(parts), ask.amount - left, left_there or M.available(book), last
+  return concat(parts), ask.amount - left, left_there or available(book), last
 end

@@ -3,36 +3,37 @@
 -- Why an operation was not run here: the rules have to; it has to begin a script of its own.
 CODE.RULES, CODE.LATER = 'S', 'N'
 
-function M.push(list, one, other)
+local function push(list, one, other)
   local n = #list
   list[n + 1], list[n + 2] = one, other
 end
+M.push = push
 
-function M.append(lists, key, one, other)
+local function append(lists, key, one, other)
   local list = lists[key]
   if list then
-    M.push(list, one, other)
+    push(list, one, other)
   else
     lists[key] = { one, other }
   end
 end
+M.append = append
 
 -- A hold of the account lives until `expires`.
-function M.lives(account, expires, member)
-  M.append(work.live, account, M.flt(expires), member)
-  local known = work.due[account]
+local function lives(account, expires, member)
+  append(live, account, expires, member)
+  local known = due[account]
   if not known or expires < known then
-    work.due[account] = expires
+    due[account] = expires
   end
 end
+M.lives = lives
 
 -- Leases change at the end, and count at once.
 function M.lease(pool, member, expires)
-  local own = work.pools[pool]
-  if not own then
-    own = {}
-    work.pools[pool] = own
-  end
+  local pools = rare_of('pools')
+  local own = pools[pool] or {}
+  pools[pool] = own
   if own[member] == nil then
     own[member] = { before = tonumber(call('ZSCORE', pool, member) or nil) }
   end
@@ -41,7 +42,7 @@ end
 
 function M.live_leases(pool, now)
   local count = call('ZCOUNT', pool, '(' .. M.flt(now), '+inf')
-  for _, change in pairs(work.pools[pool] or {}) do
+  for _, change in pairs(rare_of('pools')[pool] or {}) do
     if change.before and change.before > now then
       count = count - 1
     end
@@ -82,74 +83,123 @@ function M.doubles_of(text)
   return list
 end
 
--- What follows the letter of a key.
-function M.rest(key)
-  return sub(key, #work.prefix + 3)
-end
-
 -- -- writing ------------------------------------------------------------------------------------------------
 
-function M.write_rows()
-  for account, book in pairs(work.books) do
+-- Scores are numbers: a command gets them with all their digits. What was written is forgotten, so that nothing of it is
+-- found by the next script.
+
+local function write_books()
+  for account, book in next, books do
     if book.is_moved or book.is_due_new then
-      M.put(work.prefix .. 'a:' .. account, M.book_text(book))
-      for _, grant in ipairs(book.list) do
-        if not M.is_open(grant) then
-          call('HSET', work.prefix .. 'G:' .. account, grant.id, M.grant_text(grant))
-        end
+      local text, closed = M.book_text(book)
+      put(book.key, text)
+      if closed then
+        call('HSET', work.prefix .. 'G:' .. account, unpack(closed))
       end
-      if book.is_new then
+      if book.text == '' then
         call('ZADD', work.prefix .. 'z:accounts', 0, account)
       end
     end
   end
-  local sets = {}
-  for key in pairs(work.changed) do
-    M.push(sets, key, work.rows[key])
+end
+
+local function write_rows()
+  local sets, n = {}, 0
+  for key in next, changed do
+    sets[n + 1], sets[n + 2] = key, rows[key]
+    n = n + 2
   end
-  if #sets > 0 then
-    call('MSET', unpack(sets))
+  if n > 0 then
+    call('MSET', unpack(sets, 1, n))
   end
-  for i = 1, #work.fading, 2 do
-    call('PEXPIRE', work.fading[i], work.fading[i + 1])
+  local fading, gone = work.fading, work.gone
+  if #fading > 0 then
+    for i = 1, #fading, 2 do
+      call('PEXPIRE', fading[i], fading[i + 1])
+    end
+    work.fading = {}
   end
-  for key, index in pairs(work.gone) do
-    call('DEL', key)
-    call('ZREM', work.prefix .. 'z:' .. index, key)
+  if next(gone) then
+    for key, index in next, gone do
+      call('DEL', key)
+      call('ZREM', work.prefix .. 'z:' .. index, key)
+    end
+    work.gone = {}
   end
 end
 
-function M.write_lines()
-  for account, lines in pairs(work.lines) do
-    if call('RPUSH', work.prefix .. 'e:' .. account, unpack(lines)) == #lines then
-      local _, _, _, _, at = parse(AS.ENTRY, lines[1])
-      call('ZADD', work.prefix .. 'z:lines', M.flt(at), account)
+local function write_lines()
+  if not next(lines) then
+    return
+  end
+  local prefix = work.prefix
+  for account, some in next, lines do
+    if call('RPUSH', prefix .. 'e:' .. account, unpack(some)) == #some then
+      local _, _, _, _, at = parse(AS.ENTRY, some[1])
+      call('ZADD', prefix .. 'z:lines', at, account)
     end
   end
-  for account, index in pairs(work.refs) do
-    call('ZADD', work.prefix .. 'r:' .. account, unpack(index))
+  lines = {}
+end
+
+local function write_lives()
+  local prefix, first, n = work.prefix, {}, 0
+  for account, members in next, live do
+    call('ZADD', prefix .. 'l:' .. account, unpack(members))
+    first[n + 1], first[n + 2] = due[account], account
+    n = n + 2
+  end
+  if n > 0 then
+    call('ZADD', prefix .. 'z:due', 'LT', unpack(first, 1, n))
+    live, due = {}, {}
   end
 end
 
-function M.write_lives()
-  for account, members in pairs(work.live) do
-    call('ZADD', work.prefix .. 'l:' .. account, unpack(members))
+local function write_ends()
+  local ended_live = work.ended_live
+  if next(ended_live) then
+    local prefix = work.prefix
+    for account, members in next, ended_live do
+      call('ZREM', prefix .. 'l:' .. account, unpack(members))
+    end
+    work.ended_live = {}
   end
-  for account, members in pairs(work.ended_live) do
-    call('ZREM', work.prefix .. 'l:' .. account, unpack(members))
+  if #ended > 0 then
+    call('ZADD', work.prefix .. 'z:ended', unpack(ended))
+    ended = {}
   end
-  local first = {}
-  for account, at in pairs(work.due) do
-    M.push(first, M.flt(at), account)
+end
+
+local function write_events()
+  local ids = work.event_ids
+  local n = #ids
+  if n == 0 then
+    return
   end
-  if #first > 0 then
-    call('ZADD', work.prefix .. 'z:due', 'LT', unpack(first))
+  local prefix = work.prefix
+  local known, new = call('HMGET', prefix .. 'events', unpack(ids)), {}
+  for i = 1, n do
+    if not known[i] then
+      new[#new + 1] = ids[i]
+    elseif call('ZSCORE', prefix .. 'z:delivered', ids[i]) then
+      -- What was delivered stays as it is.
+      work.events[2 * i] = known[i]
+    end
   end
-  for pool, members in pairs(work.pools) do
-    for member, change in pairs(members) do
+  call('HSET', prefix .. 'events', unpack(work.events))
+  if #new > 0 then
+    call('RPUSH', prefix .. 'events:order', unpack(new))
+  end
+  work.events, work.event_ids = {}, {}
+end
+
+local function write_leases(pools)
+  local first = work.prefix .. 'z:pools'
+  for pool, members in next, pools do
+    for member, change in next, members do
       if change.after then
-        call('ZADD', pool, M.flt(change.after), member)
-        call('ZADD', work.prefix .. 'z:pools', 'LT', M.flt(change.after), pool)
+        call('ZADD', pool, change.after, member)
+        call('ZADD', first, 'LT', change.after, pool)
       else
         call('ZREM', pool, member)
       end
@@ -157,41 +207,31 @@ function M.write_lives()
   end
 end
 
-function M.write_indexes()
-  for account, members in pairs(work.windows_of) do
-    call('SADD', work.prefix .. 'v:' .. account, unpack(members))
-  end
-  for name, index in pairs({
-    ended = work.ended, counters = work.past_counters, windows = work.past_windows, charge = work.past_charge_keys,
-    idempotency = work.past_idempotency,
-  }) do
-    if #index > 0 then
-      call('ZADD', work.prefix .. 'z:' .. name, unpack(index))
-    end
-  end
-end
+local NONE = {}
 
-function M.write_events()
-  local ids = work.event_ids
-  if #ids == 0 then
-    return
+local function write_rare(rare)
+  local prefix = work.prefix
+  for account, index in next, rare.refs or NONE do
+    call('ZADD', prefix .. 'r:' .. account, unpack(index))
   end
-  local known, new = call('HMGET', work.prefix .. 'events', unpack(ids)), {}
-  for i, id in ipairs(ids) do
-    if not known[i] then
-      new[#new + 1] = id
-    end
+  for account, members in next, rare.windows or NONE do
+    call('SADD', prefix .. 'v:' .. account, unpack(members))
   end
-  call('HSET', work.prefix .. 'events', unpack(work.events))
-  if #new > 0 then
-    call('RPUSH', work.prefix .. 'events:order', unpack(new))
+  for name, index in next, rare.past or NONE do
+    call('ZADD', prefix .. 'z:' .. name, unpack(index))
   end
+  write_leases(rare.pools or NONE)
 end
 
 function M.flush()
-  M.write_rows()
-  M.write_lines()
-  M.write_lives()
-  M.write_indexes()
-  M.write_events()
+  write_books()
+  write_rows()
+  write_lines()
+  write_lives()
+  write_ends()
+  write_events()
+  if work.rare then
+    write_rare(work.rare)
+  end
+  nothing_left()
 end

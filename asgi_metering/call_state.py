@@ -1,0 +1,218 @@
+"""
+What metering keeps about one call while it runs: what was decided, what was seen of it, and who waits for its end.
+
+The gate, the edge and the runtime write it; handlers see a `Call`. Decides nothing and asks nobody: which cause counts
+and that an end comes once are all the rules it has. Nothing here is kept between calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Protocol
+
+from asgi_metering.amounts import CREDITS, Unit
+from asgi_metering.attributes import Scalar
+from asgi_metering.decisions import Decision, Refusal
+from asgi_metering.policies import ChargePolicy, EndpointPolicy
+from asgi_metering.prices import FixedPrice, MeasuredPrice
+from asgi_metering.receipts import Receipt
+from asgi_metering.rules.ending import Cause
+from asgi_metering.rules.operations import Admit, IdempotencyAsk
+from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
+
+if TYPE_CHECKING:
+    from asgi_metering.caller import Caller
+    from asgi_metering.growing import Growth
+    from asgi_metering.metering import Metering
+    from asgi_metering.opening import Opening
+
+__all__ = ["CallState", "Observer", "Reply", "Reported"]
+
+
+class Reply(Protocol):
+    """The answer of a call as it passes to the client."""
+
+    def told(self) -> Mapping[str, Any] | None:
+        """The answer, JSON-safe, for repeats of the request; None where it was not kept whole."""
+
+    def lose(self) -> None:
+        """Say that some of it passed unseen."""
+
+
+class Observer(Protocol):
+    """Watches the body that passes to the client, off its path."""
+
+    def digest(self) -> None:
+        """Read what was kept, if it is much; called now and then."""
+
+    def report(self) -> UsageReport | None:
+        """What the body has reported so far; None if nothing."""
+
+    def text_reader(self) -> UsageReader:
+        """The reader that has seen everything that passed and keeps its text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """Usage as the handler reported it."""
+
+    usage: TokenUsage
+    model: str | None = None
+    provider: str | None = None
+
+
+class CallState:
+    """
+    The state of one call, from its first use to what the ledger answered to its end.
+
+    What a handler may read of it is told at `Call`.
+    """
+
+    __slots__ = (
+        "_endings",
+        "accounts",
+        "asked",
+        "attributes",
+        "caller",
+        "cause",
+        "charge",
+        "closed",
+        "decision",
+        "deferred",
+        "estimate",
+        "exchanges",
+        "exempt",
+        "facts",
+        "failure",
+        "first_byte",
+        "growth",
+        "has_hold",
+        "held",
+        "hold_lost",
+        "id",
+        "last_beat",
+        "line",
+        "local",
+        "observed_parts",
+        "observer",
+        "once",
+        "opening",
+        "payer",
+        "pending",
+        "policy",
+        "price",
+        "queued",
+        "receipt",
+        "refusal",
+        "reply",
+        "reports",
+        "shared",
+        "started_at",
+        "status",
+        "trace",
+        "ttl_s",
+        "unit",
+    )
+
+    def __init__(self, opening: Opening) -> None:
+        self.opening = opening
+        self.id = opening.metering.new_id()
+        self.caller: Caller | None = None
+        self.payer: str | None = None
+        # Accounts of the payers that the sources name, by their names.
+        self.accounts: Mapping[str, str] = {}
+        self.policy: EndpointPolicy | None = None
+        self.charge: ChargePolicy | None = None
+        self.price: FixedPrice | MeasuredPrice | None = None
+        self.unit: Unit = CREDITS
+        self.line = ""
+        self.held = 0
+        self.estimate: TokenUsage | Decimal | None = None
+        # What the request asks for in tokens, also where the hold is an amount; None for a fixed price.
+        self.asked: TokenUsage | None = None
+        self.decision: Decision | None = None
+        self.refusal: Refusal | None = None
+        self.pending: Mapping[str, Any] | None = None
+        self.deferred = False
+        self._endings: list[asyncio.Future[Receipt | None]] | None = []
+        self.cause: Cause | None = None
+        self.status: int | None = None
+        self.first_byte = False
+        self.failure: str | None = None
+        self.closed = False
+        self.exempt = False
+        self.observer: Observer | None = None
+        self.observed_parts = 0
+        self.reports: list[Reported] = []
+        self.exchanges: list[tuple[str, UsageReader, int]] = []
+        self.receipt: Receipt | None = None
+        self.started_at = time.time()
+        self.last_beat = 0.0
+        self.trace: Mapping[str, str] = {}
+        self.facts: Mapping[str, Any] = {}
+        self.has_hold = False
+        self.hold_lost = False
+        # Without the store: its charge that waits in the journal, and the id of its local limits.
+        self.queued: Admit | None = None
+        self.local = ""
+        # How its hold grows while it runs; None for one that never does.
+        self.growth: Growth | None = None
+        # What makes it run once, and its answer for repeats; the hashed key of the calls that it is charged with.
+        self.once: IdempotencyAsk | None = None
+        self.reply: Reply | None = None
+        self.shared: str | None = None
+        self.ttl_s = opening.metering.ttl_s
+        self.attributes: dict[str, Scalar] = {}
+
+    @property
+    def metering(self) -> Metering:
+        """The metering that this call belongs to."""
+        return self.opening.metering
+
+    @property
+    def needs_end(self) -> bool:
+        """Whether its end has to be told to the ledger, or to the audit of free work."""
+        return self.has_hold or self.charge is not None or bool(self.local)
+
+    @property
+    def counts_usage(self) -> bool:
+        """Whether what it uses matters: to its price, or to a limit that it is counted by."""
+        if self.charge is not None and self.charge.measured:
+            return True
+        return self.policy is not None and "rates" in self.opening.features and self.policy.weighs
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the gate said no."""
+        return self.refusal is not None
+
+    def see(self, cause: Cause) -> None:
+        """Note why the call ends; only the first cause counts (DESIGN "End of call")."""
+        if self.cause is None:
+            self.cause = cause
+
+    @property
+    def lack(self) -> Refusal | None:
+        """Why the call may not run, or not run on; None where it may."""
+        return self.refusal if self.growth is None or not self.growth.is_cut else self.growth.refusal
+
+    def expects_ending(self) -> asyncio.Future[Receipt | None]:
+        """A future of the receipt, for who has to wait for the end; None where the end could not be booked."""
+        future: asyncio.Future[Receipt | None] = asyncio.get_running_loop().create_future()
+        if self._endings is None:
+            future.set_result(self.receipt)
+        else:
+            self._endings.append(future)
+        return future
+
+    def ended(self, receipt: Receipt | None) -> None:
+        """The ledger has answered."""
+        self.receipt = receipt
+        endings, self._endings = self._endings, None
+        for future in endings or ():
+            if not future.done():
+                future.set_result(receipt)

@@ -1,0 +1,129 @@
+"""
+A request that may become a metered call, and how the code that runs in it finds that call.
+
+Knows no HTTP: the edge makes an opening and says what it can tell of the request. Whether anything is asked or
+charged is the call's, which is made on first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Protocol
+
+from asgi_metering.call import Call
+from asgi_metering.errors import CallClosedError, NoCallError
+
+if TYPE_CHECKING:
+    from asgi_metering.metering import Metering
+
+__all__ = ["ALL_FEATURES", "CURRENT", "SCOPE_KEY", "Opening", "Origin", "RequestBody", "current_call"]
+
+
+class Origin(Protocol):
+    """Where a call came from, as far as policies may ask; the edge fills it lazily."""
+
+    @property
+    def connection(self) -> Any:
+        """What `identify` gets: the connection with its headers."""
+
+    @property
+    def address(self) -> str | None:
+        """The client's address as the server reports it."""
+
+    @property
+    def request_id(self) -> str | None:
+        """The correlation id that the client sent, cleaned."""
+
+    @property
+    def target(self) -> tuple[bytes, ...]:
+        """Method, path and query."""
+
+    def fields(self, name: str) -> list[str]:
+        """The lines of the header field of this name, in lower case."""
+
+
+class RequestBody(Protocol):
+    """The body of a request."""
+
+    async def digest(self) -> bytes:
+        """SHA-256 of it; raises `keying.BodyError` where it cannot be told."""
+
+
+class Opening:
+    """
+    A request that may become a metered call. Light: every request behind the middleware makes one.
+
+    Args:
+        free: Nothing of it is metered: HEAD, OPTIONS, or a test that opted out.
+
+    Attributes:
+        metering: The composition root of the layer that opened it.
+        features: Which layers are present; inner layers add theirs.
+        origin: Where it came from.
+        call: The call, once somebody asked for it.
+        closed: The request is over; code that outlives it must not admit or charge (pitfall 1).
+        request_body: Answers the request's body; None outside HTTP.
+        cut: Stops the work of the call and its answer, on the loop of the request; None outside HTTP.
+    """
+
+    __slots__ = ("call", "closed", "cut", "features", "free", "metering", "origin", "request_body", "unenforced")
+
+    def __init__(
+        self,
+        metering: Metering,
+        features: frozenset[str],
+        origin: Origin | None,
+        *,
+        free: bool = False,
+        unenforced: frozenset[str] = frozenset(),
+    ) -> None:
+        self.metering = metering
+        self.features = features
+        self.origin = origin
+        self.free = free
+        self.unenforced = unenforced
+        self.call: Call | None = None
+        self.closed = False
+        self.request_body: Callable[[], RequestBody] | None = None
+        self.cut: Callable[[], None] | None = None
+
+    def check(self) -> None:
+        """Raise `CallClosedError` if the request is over."""
+        if self.closed:
+            raise CallClosedError(
+                "The request that this code belongs to is over. Charge work that outlives it with metering.charge()."
+            )
+
+    def open_call(self) -> Call:
+        """The call of this request, made on first use; raises as `check`."""
+        self.check()
+        if self.call is None:
+            self.call = Call(self)
+        return self.call
+
+
+ALL_FEATURES = frozenset({"events", "quotas", "rates", "credits"})
+"""What layers may enable; the whole stack enables all."""
+
+SCOPE_KEY = "asgi_metering.opening"
+"""Where the edge puts the opening into a connection's scope."""
+
+CURRENT: ContextVar[Opening | None] = ContextVar("asgi_metering_current", default=None)
+"""The request in whose context the code runs; None outside (S2.44: never a mutable default)."""
+
+
+def current_call() -> Call:
+    """
+    The metered call in whose context this code runs.
+
+    Raises:
+        NoCallError: There is none: no middleware, no `metering.charge()`, or another thread's context.
+        CallClosedError: It is over (pitfall 1).
+    """
+    opening = CURRENT.get()
+    if opening is None:
+        raise NoCallError(
+            "No metered call is running here. Add MeteringMiddleware to the application, or use metering.charge()."
+        )
+    return opening.open_call()

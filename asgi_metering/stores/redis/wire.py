@@ -1,0 +1,128 @@
+"""
+A wire: the bytes of one connection, on which several batches may be on their way.
+
+The driver connects, authenticates and speaks TLS; then its connection is taken over, because its streams cost more than
+everything that is said. Replies come in the order of what was asked. Knows bytes and replies; never what they mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from asgi_metering.stores.redis.places import driver
+
+if TYPE_CHECKING:
+    from redis.asyncio.connection import AbstractConnection
+
+__all__ = ["Wire"]
+
+LOOKS = 4
+"""Turns of the loop in which it sees what the other end has said or closed meanwhile, also through TLS."""
+
+
+class _Asked(NamedTuple):
+    """What was asked together: how many replies are to come, those that have come, and who waits for them."""
+
+    number: int
+    replies: list[Any]
+    answered: asyncio.Future[list[Any]]
+
+
+class Wire(asyncio.Protocol):
+    """
+    One connection.
+
+    Args:
+        connection: Made by the driver, of this event loop. Nobody else uses it from now on.
+
+    Attributes:
+        failure: Why nothing can be asked any more; None while something can.
+    """
+
+    def __init__(self, connection: AbstractConnection) -> None:
+        self.failure: Exception | None = None
+        self._connection = connection
+        self._reader = driver().reader(connection)
+        self._asked: deque[_Asked] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._transport: Any = connection._writer.transport  # type: ignore[union-attr]
+        self._transport.set_protocol(self)
+
+    async def ask(self, packed: bytes, count: int, timeout_s: float) -> list[Any]:
+        """
+        Send commands and return their replies; an error reply is its exception.
+
+        Args:
+            packed: The commands.
+            count: How many they are.
+            timeout_s: Seconds after which the connection counts as lost.
+
+        Raises:
+            TimeoutError: No answer came in time.
+            ConnectionError: As of redis-py; the connection was lost, with all that was on its way.
+        """
+        if self.failure is not None:
+            raise self.failure
+        asked = _Asked(count, [], self._loop.create_future())
+        self._asked.append(asked)
+        self._transport.write(packed)
+        timer = self._loop.call_later(timeout_s, self._expire, asked)
+        try:
+            return await asked.answered
+        finally:
+            timer.cancel()
+
+    def _expire(self, asked: _Asked) -> None:
+        if not asked.answered.done():
+            asked.answered.set_exception(TimeoutError())
+        self._lose(driver().exceptions.ConnectionError("It gave no answer in time."))
+
+    def _lose(self, failure: Exception) -> None:
+        if self.failure is None:
+            self.failure = failure
+            self._transport.abort()
+        while self._asked:
+            answered = self._asked.popleft().answered
+            if not answered.done():
+                # One of its own for each: what is raised keeps the way that it took.
+                answered.set_exception(type(failure)(*failure.args))
+
+    def data_received(self, data: bytes) -> None:
+        """Replies, or parts of one."""
+        try:
+            self._reader.feed(data)
+            while (reply := self._reader.gets()) is not False:
+                number, replies, answered = self._asked[0]
+                replies.append(reply)
+                if len(replies) == number:
+                    self._asked.popleft()
+                    if not answered.done():
+                        answered.set_result(replies)
+        except (IndexError, driver().exceptions.InvalidResponse) as failure:
+            self._lose(driver().exceptions.ConnectionError(f"It said what nobody asked for: {failure}"))
+
+    def eof_received(self) -> None:
+        """The other end has closed it."""
+        self._lose(driver().exceptions.ConnectionError("Connection closed by server."))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing more comes."""
+        self._lose(driver().exceptions.ConnectionError(str(exc or "Connection closed.")))
+
+    async def is_gone(self) -> bool:
+        """Whether the other end has closed it, or has said something that nobody asked for."""
+        for _ in range(LOOKS):
+            await asyncio.sleep(0)
+        return self.failure is not None
+
+    def on_their_way(self) -> Sequence[asyncio.Future[list[Any]]]:
+        """What waits for replies."""
+        return [asked.answered for asked in self._asked]
+
+    async def close(self) -> None:
+        """Close it. What was on its way is lost; again changes nothing."""
+        self._lose(driver().exceptions.ConnectionError("Connection closed."))
+        await self._connection.disconnect(nowait=True)
