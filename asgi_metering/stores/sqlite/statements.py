@@ -11,7 +11,7 @@ from typing import Any
 from asgi_metering.rules.state import Table
 from asgi_metering.stores.rows import MAPS, RowMap
 
-__all__ = ["DELETE", "INSERT_ABSENT", "INSERT_ENTRY", "SELECT", "UPDATE_HOLD", "UPSERT", "select"]
+__all__ = ["DELETE", "INSERT_ABSENT", "INSERT_ENTRY", "LINES_OF", "SELECT", "UPDATE_HOLD", "UPSERT", "select"]
 
 
 _TAKE_NEW = '"{0}" = excluded."{0}"'
@@ -48,6 +48,9 @@ def _upsert(rows: RowMap[Any]) -> str:
 
 SELECT = {table: select(table, _by_key(rows)) for table, rows in MAPS.items()}
 """One row by its key."""
+
+LINES_OF = select(Table.ENTRY, "INDEXED BY entry_ref WHERE payer = ? AND unit = ? AND ref = ? ORDER BY number")
+"""The ledger lines about one call, grant or posting, oldest first."""
 
 DELETE = {table: f'DELETE FROM "{table}" {_by_key(rows)}' for table, rows in MAPS.items()}  # noqa: S608
 """One row by its key."""

@@ -50,7 +50,7 @@ from asgi_metering.rules.state import (
     Table,
 )
 from asgi_metering.stores.rows import MAPS
-from asgi_metering.stores.sqlite.statements import DELETE, INSERT_ENTRY, SELECT, UPDATE_HOLD, UPSERT, select
+from asgi_metering.stores.sqlite.statements import DELETE, INSERT_ENTRY, LINES_OF, SELECT, UPDATE_HOLD, UPSERT, select
 
 __all__ = ["WorkingCopy"]
 
@@ -68,7 +68,6 @@ _PAID_GRANTS = select(
     "WHERE payer = ? AND unit = ? AND settled > 0 ORDER BY priority DESC, expires_at DESC, number DESC",
 )
 _LATEST_WINDOW = select(Table.ALLOWANCE, "WHERE payer = ? AND unit = ? AND name = ? ORDER BY start DESC LIMIT 1")
-_LINES_OF = select(Table.ENTRY, "INDEXED BY entry_ref WHERE payer = ? AND unit = ? AND ref = ? ORDER BY number")
 _DELETE_FOLDED = "DELETE FROM entry WHERE payer = ? AND unit = ? AND number <= ?"
 # As for holds, the first condition is for the index and the second is the rule's own.
 _PAST_WINDOWS = select(
@@ -376,7 +375,7 @@ class WorkingCopy:
         self.write()
         state = self._state
         known = {line.number for line in state.lines_of(key, ref)}
-        for row in self.connection.execute(_LINES_OF, (*key, ref)):
+        for row in self.connection.execute(LINES_OF, (*key, ref)):
             line = MAPS[Table.ENTRY].decode(row)
             if line.number not in known:
                 state.apply([(Table.ENTRY, key, line)])
