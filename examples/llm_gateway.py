@@ -59,9 +59,9 @@ class ChatRequest(BaseModel):
 async def chat(body: ChatRequest) -> StreamingResponse:
     """Stream an answer of at most what the caller can afford."""
     cap = current_call().affordable("output")
-    stream = await openai.chat.completions.create(
+    stream = await openai.chat.completions.create(  # type: ignore[call-overload]
         model=body.model,
-        messages=body.messages,  # type: ignore[arg-type]
+        messages=body.messages,
         max_tokens=min(body.max_tokens, cap),
         stream=True,
         stream_options={"include_usage": True},

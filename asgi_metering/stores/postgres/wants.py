@@ -58,7 +58,7 @@ class Wants:
         pinned: Those of them whose pinned windows come too.
         grants, windows, rolling, counters, pools: By key. Of *rolling* allowances the last window comes.
         texts: By table, keys of rows that are found by one text and by nothing else.
-        locks: Names of all locks that can be told from the operations alone.
+        others: Names of locks of what is nobody's: the outbox, and accounts that a sweep has found.
     """
 
     def __init__(self, operations: Iterable[Operation] = ()) -> None:
@@ -71,7 +71,7 @@ class Wants:
         self.counters: set[str] = set()
         self.pools: set[str] = set()
         self.texts: dict[str, set[str]] = {Table.UNIT: set(), Table.CHARGE_KEY: set(), Table.IDEMPOTENCY: set()}
-        self.locks: set[str] = set()
+        self.others: set[str] = set()
         for operation in operations:
             gather = _GATHER.get(type(operation))
             if gather is not None:
@@ -79,27 +79,27 @@ class Wants:
 
     def plain(self, table: str, keys: Iterable[str]) -> None:
         """Rows of *table* that are found by one text."""
-        for key in keys:
-            self.texts[table].add(key)
-            self.locks.add(_KINDS[table] + key)
+        self.texts[table].update(keys)
 
     def _account(self, payer: str, unit: str) -> None:
         self.accounts.add((payer, unit))
-        self.locks.add(account_lock((payer, unit)))
 
-    def _counter(self, key: str) -> None:
-        self.counters.add(key)
-        self.locks.add("c" + key)
+    @property
+    def locks(self) -> set[str]:
+        """Names of all locks that can be told from the operations alone."""
+        named = {account_lock(key) for key in self.accounts}
+        named.update(f"c{key}" for key in self.counters)
+        named.update(f"p{pool}" for pool in self.pools)
+        for table, keys in self.texts.items():
+            named.update(_KINDS[table] + key for key in keys)
+        return named | self.others
 
     def admit(self, ask: Admit) -> None:
         """A call to be admitted; its hold, should it be a repeat."""
         self.holds.add(ask.id)
         self._account(ask.payer, ask.unit)
-        for limit in ask.limits:
-            self._counter(limit.key)
-        for lease in ask.leases:
-            self.pools.add(lease.pool)
-            self.locks.add("p" + lease.pool)
+        self.counters.update(limit.key for limit in ask.limits)
+        self.pools.update(lease.pool for lease in ask.leases)
         self._sources(ask.sources, ask.payer, ask.unit)
         if ask.idempotency is not None:
             self.plain(Table.IDEMPOTENCY, [ask.idempotency.key])
@@ -123,8 +123,7 @@ class Wants:
     def undo(self, ask: Undo) -> None:
         """A call whose admission is taken back, and what it counted."""
         self.holds.add(ask.ask.id)
-        for limit in ask.ask.limits:
-            self._counter(limit.key)
+        self.counters.update(limit.key for limit in ask.ask.limits)
 
     def end(self, ask: End) -> None:
         """A call's hold, and the windows that it corrects."""
@@ -156,7 +155,7 @@ class Wants:
 
     def outbox(self, _: Claim | Acknowledge) -> None:
         """The order of the outbox: what one claims, no other does."""
-        self.locks.add("o")
+        self.others.add("o")
 
 
 _GATHER: Final[Mapping[type, Callable[[Wants, Any], None]]] = {

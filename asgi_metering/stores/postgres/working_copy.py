@@ -229,7 +229,7 @@ class WorkingCopy:
             seen.update([hold_id for hold_id, _ in found])
 
         since = None if self._clock is None else self._clock()
-        pairs: list[tuple[Statement, Sink]] = [(self._loads.lock(wants), locked)] if wants.locks or wants.holds else []
+        pairs: list[tuple[Statement, Sink]] = [(self._loads.lock(wants), locked)] if wants.holds or wants.locks else []
         pairs.extend((statement, self._into(table, state)) for statement, table in self._loads.wanted(wants, since))
         await self._fetch([*pairs, *last], first)
         self._locked |= wants.accounts
@@ -405,7 +405,7 @@ class WorkingCopy:
             self._locked.update([(payer, unit) for payer, unit in rows])
 
         await self._fetch([(self._loads.swept_accounts(sweep, since, SWEPT_ACCOUNTS), take) for sweep in sweeps], first)
-        wants.locks.update(map(account_lock, self._locked))
+        wants.others.update(map(account_lock, self._locked))
         return ()
 
     async def _sweep(self, ask: Sweep) -> Answer:

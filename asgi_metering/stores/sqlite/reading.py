@@ -18,7 +18,7 @@ from asgi_metering.stores.contract import (
     Query,
 )
 from asgi_metering.stores.rows import MAPS
-from asgi_metering.stores.sqlite.statements import SELECT, select
+from asgi_metering.stores.sqlite.statements import LINES_OF, SELECT, select
 
 __all__ = ["read"]
 
@@ -27,7 +27,6 @@ _LIVE_HOLDS_OF = select(Table.HOLD, "INDEXED BY hold_live WHERE receipt IS NULL 
 _ALLOWANCES_OF = select(Table.ALLOWANCE, "WHERE payer = ? AND unit = ? ORDER BY name, start")
 _ACCOUNTS_AFTER = select(Table.ACCOUNT, "WHERE (payer, unit) > (?, ?) ORDER BY payer, unit LIMIT ?")
 _ENTRIES_AFTER = select(Table.ENTRY, "WHERE payer = ? AND unit = ? AND number > ? ORDER BY number LIMIT ?")
-_LINES_OF = select(Table.ENTRY, "INDEXED BY entry_ref WHERE payer = ? AND unit = ? AND ref = ? ORDER BY number")
 # By the index of live holds: in the order of the table it would step over every ended one that is kept.
 _LIVE_HOLDS = select(Table.HOLD, "INDEXED BY hold_live WHERE receipt IS NULL ORDER BY position LIMIT ?")
 _PENDING_EVENTS = select(Table.EVENT, "INDEXED BY event_next WHERE acknowledged_at IS NULL ORDER BY position LIMIT ?")
@@ -51,7 +50,7 @@ def read(connection: sqlite3.Connection, query: Query) -> State:
         case EntriesAfter(payer, unit, number, limit):
             found.entries[payer, unit] = list(rows(Table.ENTRY, _ENTRIES_AFTER, payer, unit, number, limit))
         case LinesOf(payer, unit, ref):
-            found.entries[payer, unit] = list(rows(Table.ENTRY, _LINES_OF, payer, unit, ref))
+            found.entries[payer, unit] = list(rows(Table.ENTRY, LINES_OF, payer, unit, ref))
         case HoldRow(hold_id):
             found.holds = {hold.id: hold for hold in rows(Table.HOLD, SELECT[Table.HOLD], hold_id)}
         case LiveHolds(limit):

@@ -13,7 +13,19 @@ from typing import Any
 from asgi_metering.rules.state import Grant, Table
 from asgi_metering.stores.rows import MAPS, RowMap
 
-__all__ = ["DELETE", "INSERT", "INSERT_ABSENT", "ROWS", "SELECT", "UPDATE_GRANT", "UPDATE_HOLD", "UPSERT", "select"]
+__all__ = [
+    "DELETE",
+    "INSERT",
+    "INSERT_ABSENT",
+    "LINES_OF",
+    "ROWS",
+    "SELECT",
+    "UPDATE_GRANT",
+    "UPDATE_HOLD",
+    "UPSERT",
+    "select",
+]
+
 
 ROWS: Mapping[str, RowMap[Any]] = {
     **MAPS,
@@ -66,6 +78,9 @@ def _upsert(rows: RowMap[Any]) -> str:
 
 SELECT = {table: select(table, _by_key(rows)) for table, rows in ROWS.items()}
 """One row by its key."""
+
+LINES_OF = select(Table.ENTRY, "INDEXED BY entry_ref WHERE payer = ? AND unit = ? AND ref = ? ORDER BY number")
+"""The ledger lines about one call, grant or posting, oldest first."""
 
 DELETE = {table: f'DELETE FROM "{table}" {_by_key(rows)}' for table, rows in ROWS.items()}  # noqa: S608
 """One row by its key."""

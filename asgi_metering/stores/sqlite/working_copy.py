@@ -53,6 +53,7 @@ from asgi_metering.rules.state import (
 from asgi_metering.stores.sqlite.statements import (
     DELETE,
     INSERT,
+    LINES_OF,
     ROWS,
     SELECT,
     UPDATE_GRANT,
@@ -81,7 +82,6 @@ _PAID_GRANTS = select(
     "WHERE payer = ? AND unit = ? AND settled > 0 ORDER BY priority DESC, expires_at DESC, number DESC",
 )
 _LATEST_WINDOW = select(Table.ALLOWANCE, "WHERE payer = ? AND unit = ? AND name = ? ORDER BY start DESC LIMIT 1")
-_LINES_OF = select(Table.ENTRY, "INDEXED BY entry_ref WHERE payer = ? AND unit = ? AND ref = ? ORDER BY number")
 _DELETE_FOLDED = "DELETE FROM entry WHERE payer = ? AND unit = ? AND number <= ?"
 # As for holds, the first condition is for the index and the second is the rule's own.
 _PAST_WINDOWS = select(
@@ -418,7 +418,7 @@ class WorkingCopy:
         self.write()
         state = self._state
         known = {line.number for line in state.lines_of(key, ref)}
-        for row in self.connection.execute(_LINES_OF, (*key, ref)):
+        for row in self.connection.execute(LINES_OF, (*key, ref)):
             line = ROWS[Table.ENTRY].decode(row)
             if line.number not in known:
                 state.apply([(Table.ENTRY, key, line)])
