@@ -22,7 +22,7 @@ from asgi_metering.stores.breaker import BreakerState
 from asgi_metering.stores.contract import EverythingKept
 from tests.harness.drive import Drive, http_scope, status
 from tests.outage.gated import CREDIT, Gated, call, metered, settled, until, used
-from tests.outage.test_layers import QUEUE, back, is_empty
+from tests.outage.test_layers import QUEUE, _is_settled, back, is_empty
 
 DAY_S = 86_400.0
 
@@ -235,15 +235,13 @@ def test_end_a_rolling_window_when_it_would_have(
             await back(metering, store)
             assert await settled(metering) == (2 * CREDIT, 0)
             now[0] += 61.0
-            await until(lambda: _is_answered(app))
+            assert status((await call(app)).log) == 200
             await until(lambda: _quiet(metering))
-            assert await settled(metering) == (windows * 2 * CREDIT, 0)
+            # On a machine that is busy this one may have been queued as well.
+            await until(lambda: is_empty(metering))
+            await until(lambda: _is_settled(metering, windows * 2))
 
     asyncio.run(play())
-
-
-async def _is_answered(app: Any) -> bool:
-    return status((await call(app)).log) == 200
 
 
 # -- whose process died ------------------------------------------------------------------------------------
