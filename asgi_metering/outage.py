@@ -53,8 +53,11 @@ CALENDAR_S: Final = 35 * 86_400.0
 MAX_LOCAL_KEYS: Final = 100_000
 """
 Keys of limits that one process counts by itself: tens of MB. With more those are forgotten whose windows are over; if
-more than half are left then, it begins anew, and says so.
+more than `LOCAL_KEYS_LEFT` of them are left then, it begins anew, and says so.
 """
+
+LOCAL_KEYS_LEFT: Final = 0.9
+"""So that looking for those that are over, which looks at all, is worth it: each time finds a tenth at least."""
 
 
 def read_choices(given: Mapping[str, str] | None) -> Mapping[str, str]:
@@ -137,9 +140,9 @@ class LocalLimits:
             call.local = ""
 
     def _make_room(self, now: float) -> None:
-        """Forget keys whose windows are over; where most of them are not, all."""
+        """Forget keys whose windows are over; where nearly none are, all."""
         self._until = {key: until for key, until in self._until.items() if until > now}
-        if 2 * len(self._until) > MAX_LOCAL_KEYS:
+        if len(self._until) > LOCAL_KEYS_LEFT * MAX_LOCAL_KEYS:
             log.error("More than %d keys are limited locally; all of them are counted anew.", MAX_LOCAL_KEYS)
             self._store, self._until = MemoryStore(self._clock), {}
 

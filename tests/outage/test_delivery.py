@@ -15,6 +15,7 @@ import pytest
 from asgi_metering import Metering, billable, rate_limited
 from asgi_metering.errors import ConfigurationError, JournalError, SettlementError, StoreUnavailableError
 from asgi_metering.events.sinks import CallbackSink
+from asgi_metering.journal import Journal
 from asgi_metering.receipts import Basis, EntryKind
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, End, Operation, Renew, WalletSource
@@ -584,6 +585,26 @@ def test_keep_what_waits_for_a_migration(tmp_path: Path) -> None:
 
 async def _is_alarmed(metering: Metering) -> bool:
     return "replay" in metering.alarms._told
+
+
+def test_keep_with_a_journal_of_one_s_own(tmp_path: Path) -> None:
+    """A journal that was made before is used as it is; a forked child forgets the thread that it has not."""
+
+    async def play() -> None:
+        journal = Journal(tmp_path / "j", max_entries=7)
+        metering = Metering(Gated(), sinks=(), journal=journal)
+        async with metering:
+            assert metering.journal is journal
+            await journal.keep({"a": (End("a", None),)}, due_in_s=60.0)
+            assert journal._thread is not None
+            thread = journal._thread
+            metering.forked()
+            assert (metering.journal, journal._thread) == (journal, None)
+            await journal.open()
+            assert await kept(metering) == (1, 0)
+            await thread.stop()
+
+    asyncio.run(play())
 
 
 # -- the shutdown ------------------------------------------------------------------------------------------

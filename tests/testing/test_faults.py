@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -14,9 +15,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from asgi_metering import Caller, Metering, MeteringMiddleware, TokenUsage, billable, current_call
+from asgi_metering import Caller, Metering, MeteringMiddleware, TokenUsage, billable, current_call, slices
 from asgi_metering.asgi.types import ASGIApp, Receive, Scope, Send
-from asgi_metering.errors import ConfigurationError, StoreUnavailableError
+from asgi_metering.errors import ConfigurationError, SettlementError, StoreUnavailableError
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.prices import per_token
 from asgi_metering.rules.operations import PostGrant
@@ -153,6 +154,61 @@ def test_reach_the_points_of_a_call_in_their_order(path: str) -> None:
     assert [point for point in seen if point in expected][: len(expected)] == expected
     assert set(alike) <= set(seen)
     assert [point for point in POINTS if point in CALLED] == CALLED
+
+
+def test_reach_the_points_of_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that ends while the store is down comes to the points of the journal, and of a store that comes back."""
+    for name in ("RETRY_FIRST_S", "RETRY_LAST_S", "IDLE_S"):
+        monkeypatch.setattr(f"asgi_metering.delivery.{name}", 0.01)
+    fault = Recorder()
+
+    async def run() -> None:
+        down = store_down()
+        metering = metering_on(fault.store(down), journal=fault.journal(tmp_path / "j"))
+        async with metering:
+            assert metering.journal is not None
+            await metering.grant("ann", 100, id="g")
+            with contextlib.suppress(SettlementError):
+                async with metering.charge(payer="ann", line="job", price=1):
+                    down.fail()
+            down.restore()
+            async with asyncio.timeout(10):
+                while await metering.journal.counts() != (0, 0):
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+    expected = ["keeping.before", "keeping.after", "reading.after"]
+    expected += ["recovery.before", "recovery.after", "end.after", "removal.before", "removal.after"]
+    assert [point for point in dict.fromkeys(fault.seen) if point in expected] == expected
+
+
+def test_reach_the_cut_of_a_stream() -> None:
+    """A stream that is stopped since nothing more can be held for it comes to its point before its last message."""
+    fault = Recorder()
+
+    @billable(per_token(input=1, output=1), hold=slices(5))
+    async def endpoint(request: Request) -> StreamingResponse:
+        async def chunks() -> AsyncIterator[bytes]:
+            call = current_call()
+            yield b"data: a\n\n"
+            call.record(TokenUsage(input=0, output=50))
+            while call.growth is None or not call.growth.is_cut:
+                await asyncio.sleep(0)
+            yield b"data: b\n\n"
+
+        return StreamingResponse(chunks(), media_type="text/event-stream")
+
+    async def run() -> None:
+        metering = metering_on(MemoryStore())
+        inner = fault.stream(Starlette(routes=[Route("/", endpoint)]))
+        app = fault.app(MeteringMiddleware(inner, metering=metering))
+        async with lifespan(app):
+            await metering.grant("ann", 20, id="g")
+            await drive(app, http_scope("/"))
+
+    asyncio.run(run())
+    expected = ["response.first_byte", "response.cut", "response.before_last", "response.last"]
+    assert [point for point in fault.seen if point in expected] == expected
 
 
 def test_reach_a_point_for_the_time_that_was_asked_for() -> None:
