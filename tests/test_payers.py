@@ -282,9 +282,12 @@ def test_inherit_the_account_of_the_first_choice(first: Payer) -> None:
 
     async def scene(metering: Metering) -> None:
         sources = [Wallet(payer=first)]
-        async with charging(metering, 0, sources=sources), charging(metering, 0, payer=None, line="sub"):
-            async with charging(metering, 3, payer=None, line="subsub") as inner:
-                assert (inner.payer, inner.paid_by) == ("acme" if first is PLATFORM else "ann", first)
+        async with (
+            charging(metering, 0, sources=sources),
+            charging(metering, 0, payer=None, line="sub"),
+            charging(metering, 3, payer=None, line="subsub") as inner,
+        ):
+            assert (inner.payer, inner.paid_by) == ("acme" if first is PLATFORM else "ann", first)
         assert await spent(metering) == ((0, 3) if first is PLATFORM else (3, 0))
 
     play(scene)
