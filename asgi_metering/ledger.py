@@ -369,9 +369,14 @@ class Ledger(abc.ABC):
         Raises:
             UnknownHoldError: The call is not known.
             AmountError: No usable amount.
+            ConfigurationError: Nobody pays for the call, which has slots or limits alone.
         """
         hold = await self._hold(check_key(call, "call id"))
         amount = None if charge is None else self._named(hold.unit, unit).parts(charge, "charge")
+        if amount and not hold.payer:
+            raise ConfigurationError(
+                f"Call {call!r} was limited and has no payer that could be charged. Leave out charge= to end it."
+            )
         basis = Basis.NONE if charge is None else Basis.OBSERVED
         event = {"outcome": "aborted", "reason": "resolved"} if self.tells else None
         ask = End(call, amount, basis, by=EndedBy.PERSON, event=event, failed=charge is None)

@@ -22,7 +22,7 @@ from asgi_metering.errors import (
 from asgi_metering.events.outbox import read_event
 from asgi_metering.ledger import POSTED
 from asgi_metering.receipts import EndedBy, Entry, EntryKind
-from asgi_metering.rules.operations import Admit, Sweep, WalletSource
+from asgi_metering.rules.operations import Admit, LeaseAsk, Sweep, WalletSource
 from asgi_metering.stores.contract import PendingEvents, Store
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.stores.sqlite import SQLiteStore
@@ -533,6 +533,20 @@ def test_balances_in_every_unit(play: Play) -> None:
         await books.metering.grant("bob", 2, id="m", unit=MESSAGES)
         found = await books.metering.balances("bob")
         assert {name: balance.granted for name, balance in found.items()} == {"credits": 0, "messages": 2}
+
+    play(scene)
+
+
+def test_charge_nobody_for_a_call_that_nobody_pays(play: Play) -> None:
+    """A call that has a slot alone belongs to no account: a person can end it, and charge nobody for it."""
+
+    async def scene(books: Books) -> None:
+        metering = books.metering
+        await metering.decide(Admit("slot", "", "credits", 0, 0, leases=(LeaseAsk("jobs", "jobs", 1),)))
+        with pytest.raises(ConfigurationError, match=r"'slot' was limited and has no payer .* Leave out charge="):
+            await metering.resolve("slot", charge=1)
+        assert (await metering.resolve("slot")).applied
+        assert await metering.holds() == []
 
     play(scene)
 
