@@ -51,7 +51,7 @@ from asgi_metering.rates import RateLimit, Strategy, parse_limit
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.calendars import zone as find_zone
 from asgi_metering.rules.ending import END_OF_CALL, EndPolicy, Situation
-from asgi_metering.sources import PERIODS, Allowance, PaymentSource, Wallet, check_payers, check_zone
+from asgi_metering.sources import PERIODS, Allowance, PaymentSource, Wallet, check_allowances, check_payers, check_zone
 from asgi_metering.usage import TokenUsage
 from asgi_metering.usage.dialects import named
 
@@ -425,6 +425,7 @@ def _sources(sources: Sequence[PaymentSource] | None) -> tuple[PaymentSource, ..
         if isinstance(source, Allowance):
             find_zone(source.zone)
     check_payers(sources)
+    check_allowances(sources)
     return tuple(sources)
 
 

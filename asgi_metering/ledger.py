@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from asgi_metering.amounts import Amount, Unit
 from asgi_metering.errors import AmountError, ConfigurationError, UnknownHoldError
-from asgi_metering.names import check_key
+from asgi_metering.names import check_key, check_text
 from asgi_metering.receipts import Balance, Basis, EndedBy, Entry, GrantReceipt, Posting, Receipt
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.conservation import discrepancies
@@ -39,6 +39,8 @@ _Answer = TypeVar("_Answer")
 POSTED = {"reason": "posted"}
 """What the usage event of a posting says of its admission: there was none."""
 
+MAX_PRIORITY = 2**31 - 1
+"""Either way: what every store keeps and orders exactly, and more than anybody ranks by hand."""
 
 LOOKED_AT = 10_000
 """Live holds that are looked through at once for those that are due; four times as many while there are more."""
@@ -124,15 +126,19 @@ class Ledger(abc.ABC):
             AmountError: The amount is no usable amount, or 0.
             InvalidKeyError: The payer or id cannot be a key.
             ConfigurationError: It would expire before it begins; a naive datetime; too many live grants; a *unit* that
-                is no `Unit`, or one of a name that is known here with another scale.
+                is no `Unit`, or one of a name that is known here with another scale; a priority that is no int of 32
+                bits; a *kind* or *actor* that is no printable text of at most 255 characters (as of all postings).
             StoreUnavailableError: No answer came; repeat it with the same id.
 
         Atomic, one round trip.
         """
         counted = self.counted(unit)
         parts = _above_zero(counted, amount, "grant", id)
-        if type(priority) is not int:
-            raise ConfigurationError(f"The priority {priority!r} of grant {id!r} is not an int.")
+        if type(priority) is not int or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+            raise ConfigurationError(
+                f"The priority {priority!r} of grant {id!r} is not an int from {-MAX_PRIORITY} to {MAX_PRIORITY}. Use "
+                f"a small number: lower ones burn first."
+            )
         ask = PostGrant(
             check_key(id, "grant id"),
             check_key(payer, "payer"),
@@ -141,8 +147,8 @@ class Ledger(abc.ABC):
             priority,
             None if effective_at is None else _epoch(effective_at, "effective_at"),
             NEVER if expires_at is None else _epoch(expires_at, "expires_at"),
-            kind,
-            actor,
+            check_text(kind, "kind"),
+            check_text(actor, "actor"),
         )
         return await self._ask(ask, GrantReceipt)
 
@@ -173,7 +179,7 @@ class Ledger(abc.ABC):
             check_key(grant, "grant id"),
             check_key(payer, "payer"),
             self.counted(unit).name,
-            actor,
+            check_text(actor, "actor"),
         )
         return await self._ask(ask, Posting)
 
@@ -209,6 +215,7 @@ class Ledger(abc.ABC):
         (``lapsed``). Atomic; one round trip with *payer*, two without.
         """
         check_key(call, "call id")
+        check_text(actor, "actor")
         if payer is None:
             hold = await self._hold(call)
             paid, counted = hold.payer, self._named(hold.unit, unit)
@@ -248,8 +255,8 @@ class Ledger(abc.ABC):
             check_key(payer, "payer"),
             counted.name,
             -parts if give_back else parts,
-            line,
-            actor,
+            check_text(line, "line"),
+            check_text(actor, "actor"),
             POSTED if self.tells else None,
         )
         return await self._ask(ask, Posting)
@@ -294,8 +301,8 @@ class Ledger(abc.ABC):
             check_key(payer, "payer"),
             counted.name,
             _above_zero(counted, amount, "backfill", id),
-            line,
-            actor,
+            check_text(line, "line"),
+            check_text(actor, "actor"),
             told if self.tells else None,
         )
         return await self._ask(ask, Posting)
@@ -303,7 +310,13 @@ class Ledger(abc.ABC):
     # -- holds ---------------------------------------------------------------------------------------------
 
     async def holds(self, limit: int = 1_000) -> list[Hold]:
-        """Holds that have not ended, oldest first: what is in flight, and what is in doubt."""
+        """
+        Holds that have not ended, oldest first, at most *limit*: what is in flight, and what is in doubt.
+
+        Raises:
+            ConfigurationError: The limit is no int from 1 up.
+        """
+        _check_count(limit, "limit", 1)
         await self.start()
         _, state = await self.store.read(LiveHolds(limit))
         return list(state.holds.values())
@@ -314,7 +327,11 @@ class Ledger(abc.ABC):
 
         Holds whose grace is not over yet stay in doubt. Returns the ids of the calls that were ended. Every process
         does the same by itself now and then; this does it now.
+
+        Raises:
+            ConfigurationError: The limit is no int from 1 up.
         """
+        _check_count(limit, "limit", 1)
         ended: list[str] = []
         await self.start()
         due = await self._due()
@@ -352,9 +369,14 @@ class Ledger(abc.ABC):
         Raises:
             UnknownHoldError: The call is not known.
             AmountError: No usable amount.
+            ConfigurationError: Nobody pays for the call, which has slots or limits alone.
         """
         hold = await self._hold(check_key(call, "call id"))
         amount = None if charge is None else self._named(hold.unit, unit).parts(charge, "charge")
+        if amount and not hold.payer:
+            raise ConfigurationError(
+                f"Call {call!r} was limited and has no payer that could be charged. Leave out charge= to end it."
+            )
         basis = Basis.NONE if charge is None else Basis.OBSERVED
         event = {"outcome": "aborted", "reason": "resolved"} if self.tells else None
         ask = End(call, amount, basis, by=EndedBy.PERSON, event=event, failed=charge is None)
@@ -411,7 +433,11 @@ class Ledger(abc.ABC):
 
         The number of the last line that was read is the cursor of the next reading. Lines older than the retention are
         folded into the account's checkpoint and are not listed.
+
+        Raises:
+            ConfigurationError: *after* is no int from 0 up.
         """
+        _check_count(after, "after", 0)
         counted = self.counted(unit)
         await self.start()
         while True:
@@ -452,6 +478,11 @@ def _above_zero(unit: Unit, amount: Amount, what: str, posting: str) -> int:
     if not parts:
         raise AmountError(f"The {what} {posting!r} of {amount!r} moves nothing. Use an amount above 0.")
     return parts
+
+
+def _check_count(count: int, what: str, least: int) -> None:
+    if type(count) is not int or count < least:
+        raise ConfigurationError(f"{what}={count!r} is not an int from {least} up. Pass one, or leave it out.")
 
 
 def _epoch(moment: datetime | float, what: str) -> float:

@@ -10,7 +10,7 @@ import re
 
 from asgi_metering.errors import ConfigurationError, InvalidKeyError
 
-__all__ = ["MAX_KEY_LENGTH", "check_key", "check_name", "is_field_name"]
+__all__ = ["MAX_KEY_LENGTH", "check_key", "check_name", "check_text", "is_field_name"]
 
 MAX_KEY_LENGTH = 255
 """Characters of an opaque key (payer, grant id, call id): what every store's index takes without care."""
@@ -56,6 +56,23 @@ def check_key(key: str, what: str) -> str:
     if not key.isprintable():
         raise InvalidKeyError(f"The {what} {key!r} has characters that are not printable. Encode it first.")
     return key
+
+
+def check_text(text: str, what: str) -> str:
+    """
+    Return *text* if it may stand in a statement: at most 255 printable characters, or none.
+
+    Raises:
+        ConfigurationError: Not a str, longer, or with control characters or lone surrogates.
+    """
+    if not isinstance(text, str) or len(text) > MAX_KEY_LENGTH or not text.isprintable():
+        shown = repr(text)
+        shown = shown if len(shown) <= MAX_KEY_LENGTH else f"of {len(shown)} characters"
+        raise ConfigurationError(
+            f"The {what} {shown} is not a str of at most {MAX_KEY_LENGTH} printable characters. Shorten it, or leave "
+            f"it out."
+        )
+    return text
 
 
 def is_field_name(text: object, longest: int | None = None) -> bool:

@@ -18,7 +18,7 @@ from asgi_metering.names import check_key, check_name, is_field_name
 if TYPE_CHECKING:
     from asgi_metering.policies import From
 
-__all__ = ["WALLET", "Allowance", "Payer", "PaymentSource", "Wallet", "check_payers", "check_zone"]
+__all__ = ["WALLET", "Allowance", "Payer", "PaymentSource", "Wallet", "check_allowances", "check_payers", "check_zone"]
 
 WALLET = "wallet"
 """What decisions and header fields call the payer's grants."""
@@ -298,3 +298,26 @@ def check_payers(sources: Iterable[PaymentSource]) -> None:
                 f"Two payers are called {source.payer.name!r}. Declare it once and name that object in all of its "
                 f"sources, or rename one."
             )
+
+
+def check_allowances(sources: Iterable[PaymentSource]) -> None:
+    """
+    Refuse two windows of one name: a day and a month that begin at the same midnight would be one count.
+
+    Raises:
+        ConfigurationError: With the name.
+    """
+    known: dict[tuple[str, str], Allowance] = {}
+    for source in sources:
+        if isinstance(source, Allowance):
+            payer = "" if source.payer is None else source.payer.name
+            first = known.setdefault((payer, source.name), source)
+            if _window(first) != _window(source):
+                raise ConfigurationError(
+                    f"Two allowances of one payer are called {source.name!r} and count in different windows. Name them "
+                    f"apart: Allowance(..., name='monthly')."
+                )
+
+
+def _window(source: Allowance) -> tuple[str, str, int, int | None]:
+    return source.per, source.zone, source.anchor, source.days

@@ -22,7 +22,7 @@ from asgi_metering.errors import (
 from asgi_metering.events.outbox import read_event
 from asgi_metering.ledger import POSTED
 from asgi_metering.receipts import EndedBy, Entry, EntryKind
-from asgi_metering.rules.operations import Admit, Sweep, WalletSource
+from asgi_metering.rules.operations import Admit, LeaseAsk, Sweep, WalletSource
 from asgi_metering.stores.contract import PendingEvents, Store
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.stores.sqlite import SQLiteStore
@@ -533,5 +533,76 @@ def test_balances_in_every_unit(play: Play) -> None:
         await books.metering.grant("bob", 2, id="m", unit=MESSAGES)
         found = await books.metering.balances("bob")
         assert {name: balance.granted for name, balance in found.items()} == {"credits": 0, "messages": 2}
+
+    play(scene)
+
+
+def test_charge_nobody_for_a_call_that_nobody_pays(play: Play) -> None:
+    """A call that has a slot alone belongs to no account: a person can end it, and charge nobody for it."""
+
+    async def scene(books: Books) -> None:
+        metering = books.metering
+        await metering.decide(Admit("slot", "", "credits", 0, 0, leases=(LeaseAsk("jobs", "jobs", 1),)))
+        with pytest.raises(ConfigurationError, match=r"'slot' was limited and has no payer .* Leave out charge="):
+            await metering.resolve("slot", charge=1)
+        assert (await metering.resolve("slot")).applied
+        assert await metering.holds() == []
+
+    play(scene)
+
+
+# -- what cannot be written down ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [None, 5, "a\nb", "\ud800", "x" * 256], ids=["none", "int", "line", "half", "long"])
+def test_refuse_what_is_no_text_of_a_statement(play: Play, text: Any) -> None:
+    """What a statement cannot show is refused before any store is asked, and moves nothing (DESIGN 10)."""
+
+    async def scene(books: Books) -> None:
+        metering = books.metering
+        call = await books.charge(1)
+        before = await metering.balance("ann")
+        attempts: list[Callable[[], Awaitable[Any]]] = [
+            lambda: metering.grant("ann", 1, id="x", actor=text),
+            lambda: metering.grant("ann", 1, id="x", kind=text),
+            lambda: metering.reverse_grant("ann", "paid", id="x", actor=text),
+            lambda: metering.refund(call, id="x", actor=text),
+            lambda: metering.correct("ann", 1, id="x", actor=text),
+            lambda: metering.correct("ann", 1, id="x", line=text),
+            lambda: metering.backfill("ann", 1, id="x", line="l", actor=text),
+            lambda: metering.backfill("ann", 1, id="x", line=text),
+        ]
+        for attempt in attempts:
+            with pytest.raises(ConfigurationError, match=r"is not a str of at most 255 printable characters\. Shorten"):
+                await attempt()
+        assert await metering.balance("ann") == before
+
+    play(scene)
+
+
+def test_refuse_a_priority_that_stores_cannot_order(play: Play) -> None:
+    """A priority beyond 32 bits is refused: not every store would keep it, or order it exactly."""
+
+    async def scene(books: Books) -> None:
+        wrong: tuple[Any, ...] = (2**31, -(2**31), 2**70, True, "1", 1.0)
+        for priority in wrong:
+            with pytest.raises(ConfigurationError, match=r"is not an int from -2147483647 to 2147483647\. Use a small"):
+                await books.metering.grant("ann", 1, id="x", priority=priority)
+
+    play(scene)
+
+
+def test_refuse_a_bound_that_is_no_count(play: Play) -> None:
+    """What bounds a list or a batch, and where a statement goes on, is a count."""
+
+    async def scene(books: Books) -> None:
+        metering = books.metering
+        wrong: tuple[Any, ...] = (-1, "x", None, 1.5, True)
+        for count in wrong:
+            for attempt in (metering.holds, metering.reconcile):
+                with pytest.raises(ConfigurationError, match=r"limit=.* is not an int from 1 up\. Pass one"):
+                    await attempt(count)
+            with pytest.raises(ConfigurationError, match=r"after=.* is not an int from 0 up\. Pass one"):
+                _ = [line async for line in metering.statement("ann", after=count)]
 
     play(scene)

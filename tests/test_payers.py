@@ -174,6 +174,18 @@ def test_refuse_two_payers_of_one_name() -> None:
     play(scene)
 
 
+def test_refuse_two_windows_of_one_name() -> None:
+    """A day and a month of one name would be one count where they begin together; of two payers they are two."""
+    for other in (Allowance(9, per="month"), Allowance(9, zone="Europe/Berlin"), Allowance(9, days=30)):
+        with pytest.raises(
+            ConfigurationError, match=r"Two allowances of one payer are called 'allowance' .* Name them"
+        ):
+            billable(1, sources=[Allowance(1), other])
+    month = Allowance(9, per="month")
+    for sources in ([Allowance(1, payer=PLATFORM), month], [Allowance(1, name="daily"), month], [month, month]):
+        billable(1, sources=sources)
+
+
 def test_warn_by_the_source_that_pays() -> None:
     """The warning level is that of the paying payer's wallet, not of the first one with that name (S3.6)."""
 

@@ -262,11 +262,12 @@ def _together(ask: Admit, offers: list[_Offer]) -> list[_Offer]:
 def _dry_together(ask: Admit, offers: list[_Offer]) -> list[Refusal]:
     """The refusals of a split group: what would help one of its sources helps only with what the others have."""
     refusals = []
-    transient = sum(max(0, offer.unheld) for offer in offers) >= ask.minimum
+    least = max(1, ask.minimum)
+    transient = sum(max(0, offer.unheld) for offer in offers) >= least
     for offer, refusal in [(offer, offer.refusal) for offer in offers if offer.refusal is not None]:
         if offer.window is not None:
             rest = sum(max(0, other.available) for other in offers if other is not offer)
-            helps = refusal.limit is not None and refusal.limit + rest >= ask.minimum
+            helps = refusal.limit is not None and refusal.limit + rest >= least
             refusal = refusal._replace(resets_at=_resets_at(offer.source, offer.window) if helps else None)
         refusals.append(refusal._replace(transient=transient))
     return refusals
@@ -330,17 +331,19 @@ def _allowance_offer(state: State, ask: Admit, source: AllowanceSource, payer: s
         return None
     available = source.limit - window.settled - window.held
     refusal = None
-    if available < ask.minimum:
+    # One that has nothing left pays for nothing, also where nothing is asked yet: it would be charged above its limit.
+    least = max(1, ask.minimum)
+    if available < least:
         refusal = Refusal(
             Reason.ALLOWANCE,
             source.name,
-            ask.minimum,
+            least,
             max(0, available),
             window.held,
             source.limit,
             # The next window helps only if this one could have: not with a cap of 0 (S0.8).
-            resets_at=_resets_at(source, window) if ask.minimum <= source.limit else None,
-            transient=available + window.held >= ask.minimum,
+            resets_at=_resets_at(source, window) if least <= source.limit else None,
+            transient=available + window.held >= least,
         )
     return _Offer(source, available, available + window.held, refusal, window)
 

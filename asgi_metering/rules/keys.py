@@ -21,6 +21,7 @@ __all__ = [
     "claimed",
     "end_member",
     "hold_of_key",
+    "is_repeated",
     "key_rows",
     "live_key",
     "new_key",
@@ -62,6 +63,12 @@ def answer_key(state: State, hold: Hold, ask: End, receipt: Receipt) -> list[Cha
     if ask.failed and not receipt.amount:
         return [(Table.IDEMPOTENCY, key, None)]
     return [(Table.IDEMPOTENCY, key, row._replace(receipt=receipt, reply=ask.reply))]
+
+
+def is_repeated(state: State, hold: Hold) -> bool:
+    """Whether a call was given up, its idempotency key was free again, and another one has brought it since."""
+    row = state.idempotency_keys.get(hold.idempotency_key)
+    return row is not None and row.call != hold.id
 
 
 # -- charge keys -------------------------------------------------------------------------------------------

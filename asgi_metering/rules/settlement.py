@@ -15,7 +15,7 @@ from asgi_metering.receipts import Basis, EndedBy, EntryKind, Part, Receipt, Sou
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.charging import basis_of, charge
 from asgi_metering.rules.hold import HoldEvent, next_state
-from asgi_metering.rules.keys import answer_key, end_member, unpaid_key
+from asgi_metering.rules.keys import answer_key, end_member, is_repeated, unpaid_key
 from asgi_metering.rules.operations import End, Renew, Undo
 from asgi_metering.rules.returning import give_back, left_of, move_window
 from asgi_metering.rules.state import (
@@ -199,21 +199,22 @@ def _after_the_end(state: State, hold: Hold, ask: End, now: float) -> tuple[Rece
     difference = actual - first.amount
     told = ask.event
     changes: list[Change] = []
-    if first.ended_by is EndedBy.PERSON:
-        # What a person decided stands: what the call used is told, not charged.
+    unpaid = unpaid_key(state, hold)
+    if first.ended_by is EndedBy.PERSON or is_repeated(state, hold):
+        # What a person decided stands, and so does the repeat of a request that was given up (S3.15): what the call
+        # used is told, not charged.
         difference = 0
         if told is not None:
             known = {**hold.facts, **told}.get("attributes", {})
             told = {**told, "attributes": {**known, "uncharged_amount": actual}}
-    else:
-        unpaid = unpaid_key(state, hold)
-        if unpaid is None and hold.charge_key in state.charge_keys:
-            # The key's other calls pay for it, or have paid.
-            difference = 0
-        if difference:
-            difference = _post_late(state, _as_its_key(state, hold, unpaid), first, difference, ask, now, changes)
-            if unpaid is not None:
-                changes.append((Table.CHARGE_KEY, unpaid.key, unpaid._replace(settled=True)))
+    elif unpaid is None and hold.charge_key in state.charge_keys:
+        # The key's other calls pay for it, or have paid.
+        difference = 0
+    elif difference:
+        difference = _post_late(state, _as_its_key(state, hold, unpaid), first, difference, ask, now, changes)
+        if unpaid is not None:
+            changes.append((Table.CHARGE_KEY, unpaid.key, unpaid._replace(settled=True)))
+    if first.ended_by is not EndedBy.PERSON:
         _correct_windows(state, hold, ask.actual, changes)
     receipt = first._replace(late=difference)
     changes.append((Table.HOLD, hold.id, hold.ended(hold.state, receipt)))

@@ -13,7 +13,7 @@ from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import AmountError
 from asgi_metering.receipts import Basis, Part, Source
 from asgi_metering.rules.hold import HoldState
-from asgi_metering.rules.operations import AllowanceSource, End, LeaseAsk, LimitAsk
+from asgi_metering.rules.operations import AllowanceSource, End, LeaseAsk, LimitAsk, WalletSource
 from asgi_metering.rules.settlement import end_overdue
 from asgi_metering.rules.state import AllowanceWindow, Counter, Hold, Lease
 from tests.rules.world import (
@@ -420,6 +420,32 @@ def test_never_grant_what_no_window_would_have(limit: int) -> None:
     refusal = world.refused(5, sources=(world.free(limit),))
     assert (refusal.reason, refusal.limit, refusal.available) == (Reason.ALLOWANCE, limit, limit)
     assert (refusal.retry_after_s, refusal.resets_at, refusal.transient) == (None, None, False)
+
+
+@pytest.mark.parametrize(("amount", "limit"), [(0, 0), (5, 0), (0, 4), (5, 4)])
+def test_pay_nothing_from_an_allowance_that_is_spent(amount: int, limit: int) -> None:
+    """What needs nothing yet is refused where nothing is left, and never charged above a cap of 0 (S0.8, S4.4)."""
+    world = World()
+    sources = (world.free(limit),)
+    if limit:
+        world.admit(limit, "a", sources=sources)
+        assert world.refused(amount, at_least=0, sources=sources).transient
+        world.end("a", limit)
+    refusal = world.refused(amount, at_least=0, sources=sources)
+    assert (refusal.reason, refusal.required, refusal.available, refusal.transient) == (Reason.ALLOWANCE, 1, 0, False)
+    assert (refusal.resets_at is not None) is (limit > 0)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_pass_over_an_allowance_that_is_spent(split: bool) -> None:
+    """What needs nothing yet goes on to the wallet, which owes what it does not have; a debtor has nowhere to go."""
+    world = World()
+    sources = (world.free(0)._replace(split=split), WalletSource(split=split))
+    assert world.admit(5, "a", at_least=0, sources=sources).source == "wallet"
+    world.end("a", 7)
+    assert (world.account().debt, world.state.allowances) == (7, {})
+    refusal = world.refused(5, at_least=0, sources=sources)
+    assert (refusal.reason, refusal.transient, refusal.resets_at) == (Reason.CREDITS, False, None)
 
 
 def test_show_what_is_used_above_a_cut_limit() -> None:

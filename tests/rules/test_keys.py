@@ -96,6 +96,23 @@ def test_keep_a_key_in_doubt() -> None:
     assert world.admit(5, "c", idempotency=KEY).admitted
 
 
+@pytest.mark.parametrize("is_over", [False, True])
+def test_charge_no_late_call_beside_its_repeat(is_over: bool) -> None:
+    """A request that was given up and came again under its key is charged once: what is late is told (S3.15)."""
+    world = rich()
+    world.admit(5, "a", idempotency=KEY, ttl_s=10.0, grace_s=0.0)
+    world.wait(10)
+    world.run(Sweep())
+    world.admit(5, "b", idempotency=KEY)
+    if is_over:
+        world.end("b", 5)
+    assert world.end("a", 5, event={}).late == 0
+    world.end("b", 5)
+    assert world.account().settled == 5
+    told = world.state.events["a:late"].payload
+    assert (told["amount"], told["attributes"]) == (0, {"uncharged_amount": 5})
+
+
 def test_remember_a_key_for_its_time() -> None:
     """A key is free again when its time is over, and an end of its former call then touches no other's."""
     world = rich()

@@ -210,6 +210,20 @@ class Paying(Suite):
         assert not (await scene.admit("b", 1, sources=[scene.allowance(50)])).admitted
 
     @scenario
+    async def test_pay_nothing_from_an_allowance_that_is_spent(self, scene: Scene) -> None:
+        """A call that needs nothing yet goes past an allowance with nothing left: it would be charged above its cap."""
+        await scene.grant(100)
+        await scene.admit("a", 50, sources=[scene.allowance(50)])
+        for limit, split in ((0, False), (50, False), (0, True), (50, True)):
+            free = scene.allowance(limit)._replace(split=split)
+            for amount in (0, 5):
+                call = f"{limit} {split} {amount}"
+                async with scene.nothing_changes():
+                    assert not (await scene.admit(call, amount, at_least=0, sources=[free])).admitted
+                paid = await scene.admit(call, amount, at_least=0, sources=[free, WalletSource(split=split)])
+                assert paid.source == "wallet"
+
+    @scenario
     async def test_admit_after_the_allowance_was_cut(self, scene: Scene) -> None:
         """An allowance's limit is that of each decision: cutting it can leave used above limit, raising it helps."""
         await scene.admit("a", 40, sources=[scene.allowance(50)])

@@ -116,6 +116,18 @@ class Repeating(Suite):
         assert [before.replay is not None, after.admitted] == [True, True]
 
     @scenario
+    async def test_late_end_beside_the_repeat(self, scene: Scene) -> None:
+        """A request that was given up, and came again since, is not charged beside its repeat."""
+        await scene.grant(100)
+        await scene.admit("a", 10, idempotency=KEY)
+        scene.clock.advance(LIFE_S + GRACE_S)
+        await scene.one(Sweep())
+        assert (await scene.admit("b", 10, idempotency=KEY)).admitted
+        assert (await scene.settle("a", 10)).late == 0
+        await scene.settle("b", 10)
+        assert (await scene.account()).settled == 10
+
+    @scenario
     async def test_race_for_a_key(self, scene: Scene) -> None:
         """Of many equal requests at once exactly one runs, and it alone is charged."""
         await scene.grant(100)

@@ -77,7 +77,8 @@ function M.offer_of(ask, source, book)
     end
     can = source.limit - window.settled - window.held
   end
-  return { source = source, can = can, fits = min(ask.amount, can) >= ask.minimum, window = window }
+  local fits = min(ask.amount, can) >= ask.minimum and (not window or can > 0)
+  return { source = source, can = can, fits = fits, window = window }
 end
 
 -- Those of a split group's offers that give something, or the first one that owes nothing where nothing is taken.
