@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 from asgi_metering.asgi.audit import Report
-from asgi_metering.asgi.startup import check_one_metering, examined
+from asgi_metering.asgi.startup import check_stack, examined
 from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_metering.asgi.workers import check_workers
 from asgi_metering.errors import ConfigurationError, MeteringError
@@ -128,7 +128,7 @@ class Lifespan:
         outermost = self._layers[0]
         outermost.proven, outermost.fault = False, None
         try:
-            check_one_metering(self._layers)
+            check_stack(self._layers)
             check_workers(self._metering.store)
             runtime = self._metering.runtime()
             runtime.managed = self._counted = True

@@ -16,7 +16,7 @@ from asgi_metering.asgi.audit import MAX_DEPTH
 from asgi_metering.asgi.exchange import ExchangeOptions, run
 from asgi_metering.asgi.lifespan import LAYERS_KEY, Lifespan
 from asgi_metering.asgi.origin import HTTPOrigin
-from asgi_metering.asgi.startup import check_one_metering, examined
+from asgi_metering.asgi.startup import check_stack, examined
 from asgi_metering.asgi.types import ASGIApp, Receive, Scope, Send
 from asgi_metering.asgi.workers import check_workers
 from asgi_metering.errors import ConfigurationError, MeteringError
@@ -49,7 +49,8 @@ class MeteringMiddleware:
         app: Any ASGI app.
         metering: The composition root; the same object in every layer of a stack.
         unenforced: ``"allow"`` lets endpoints run whose layer is absent here; by default that fails at startup.
-        answers: How refusals and limits look on the wire.
+        answers: How refusals and limits look on the wire. Of a stack of layers the outermost says it for all of them,
+            and an inner one that says something else fails at startup; so for:
         stop_on_disconnect: Raise `OSError` from ``send`` once the client has left, for apps that would run on.
 
     Raises:
@@ -88,7 +89,7 @@ class MeteringMiddleware:
         self.app = app
         self.metering = metering
         self.unenforced = ALL_FEATURES - self.features if unenforced == "allow" else frozenset[str]()
-        self._options = ExchangeOptions(answers, stop_on_disconnect)
+        self.options = ExchangeOptions(answers, stop_on_disconnect)
         # Of the outermost layer: whether the application was audited and may serve, and why not.
         self.proven = False
         self.fault: MeteringError | None = None
@@ -121,7 +122,7 @@ class MeteringMiddleware:
         )
         # Into the scope itself, as Starlette's own middleware does: a copy would hide the route from outer layers.
         scope[SCOPE_KEY] = opening
-        await run(self.app, opening, scope, receive, send, self._options)
+        await run(self.app, opening, scope, receive, send, self.options)
 
     def _prove(self, scope: Scope) -> bool:
         """Audit the application, once, where no lifespan did; False for one that must not serve."""
@@ -130,7 +131,7 @@ class MeteringMiddleware:
             if self.fault is None and not self.proven:
                 try:
                     layers = list(_layers(self))
-                    check_one_metering(layers)
+                    check_stack(layers)
                     check_workers(self.metering.store)
                     examined(scope, layers)
                 except MeteringError as failure:

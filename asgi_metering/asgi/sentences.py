@@ -121,7 +121,7 @@ def _allowance(facts: Facts) -> str:
 def _after_allowance(facts: Facts) -> str:
     if facts.hopeless:
         return "Ask for a larger allowance or a smaller call: this allowance cannot pay for it at any time."
-    return f"Retry after {facts.reset}, when the allowance begins anew." if facts.reset else _retry(facts)
+    return f"Retry after {facts.reset}, when an allowance begins anew." if facts.reset else _retry(facts)
 
 
 _DETAILS: Mapping[Reason, str | Callable[[Facts], str]] = {

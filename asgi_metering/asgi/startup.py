@@ -11,20 +11,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from asgi_metering.asgi.audit import Report, audit, has_routes
+from asgi_metering.asgi.exchange import ExchangeOptions
 from asgi_metering.asgi.types import Scope
 from asgi_metering.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from asgi_metering.asgi.middleware import MeteringMiddleware
 
-__all__ = ["check_one_metering", "examined"]
+__all__ = ["check_stack", "examined"]
 
 log = logging.getLogger("asgi_metering")
 
 
-def check_one_metering(layers: Sequence[MeteringMiddleware]) -> None:
+def check_stack(layers: Sequence[MeteringMiddleware]) -> None:
     """
-    Refuse a stack of layers that do not share one object.
+    Refuse a stack of layers that do not share one object, or of which an inner one says what the outermost decides.
 
     Raises:
         ConfigurationError: With the layers' names.
@@ -34,6 +35,13 @@ def check_one_metering(layers: Sequence[MeteringMiddleware]) -> None:
         raise ConfigurationError(
             f"The layers {names} do not share one Metering. Make one, and pass the same object to all of them."
         )
+    for layer in layers[1:]:
+        if layer.options not in (ExchangeOptions(), layers[0].options):
+            inner, outer = type(layer).__name__, type(layers[0]).__name__
+            raise ConfigurationError(
+                f"{inner} has answers= or stop_on_disconnect= of its own, and {outer} outside of it answers for all "
+                f"layers. Say it there."
+            )
 
 
 def examined(scope: Scope, layers: Sequence[MeteringMiddleware]) -> Report:

@@ -289,7 +289,7 @@ def test_say_what_the_rule_has_to_say() -> None:
         (
             allowance_spent(),
             "This call needs 1 credits; 0 left of the allowance 'daily' of 10.",
-            "Retry after 2026-11-22T00:00:00Z, when the allowance begins anew.",
+            "Retry after 2026-11-22T00:00:00Z, when an allowance begins anew.",
         ),
         (
             POOL,

@@ -99,7 +99,7 @@ def test_spell_an_allowance_with_everything_that_is_known() -> None:
         "limit": "10",
         "used": "10",
         "plan": "free",
-        "remedy": "Retry after 2026-11-22T00:00:00Z, when the allowance begins anew.",
+        "remedy": "Retry after 2026-11-22T00:00:00Z, when an allowance begins anew.",
         "resets_at": "2026-11-22T00:00:00Z",
         "retry_after": 86_400,
     }

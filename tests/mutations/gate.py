@@ -403,6 +403,14 @@ ENDPOINTS = (
         ),
     ),
     Mutation(
+        0,
+        "what an inner layer says means nothing",
+        "asgi_metering.asgi.startup",
+        "        if layer.options not in (ExchangeOptions(), layers[0].options):\n",
+        "        if False:\n",
+        _in("layers", "test_refuse_to_start_with_layers_that_answer_differently[says0]"),
+    ),
+    Mutation(
         39,
         "explicit gates have one name",
         CALL,

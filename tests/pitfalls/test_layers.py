@@ -41,6 +41,7 @@ from asgi_metering import (
     rate_limited,
     up_to,
 )
+from asgi_metering.asgi.answers import AnswerOptions
 from asgi_metering.billing import observed_parts
 from asgi_metering.errors import ConfigurationError, NoCallError
 from asgi_metering.metering import ALL_FEATURES
@@ -281,6 +282,17 @@ def test_refuse_to_start_with_two_meterings(how: str, scene: Scene) -> None:
     said = asyncio.run(refused_start(apps[how]()))
     assert "do not share one Metering" in said
     assert "pass the same object to all of them" in said
+
+
+@pytest.mark.parametrize("says", [{"answers": AnswerOptions(caller_status=503)}, {"stop_on_disconnect": True}])
+def test_refuse_to_start_with_layers_that_answer_differently(says: dict[str, Any], scene: Scene) -> None:
+    """X.1: what an inner layer says and the outermost decides fails at startup, instead of meaning nothing."""
+    inner = with_layers(routed(), scene.metering, ("rates",), **says)
+    said = asyncio.run(refused_start(with_layers(inner, scene.metering, ("credits",))))
+    assert "RateLimitMiddleware has answers= or stop_on_disconnect= of its own, and CreditGateMiddleware" in said
+    same = with_layers(with_layers(routed(), scene.metering, ("rates",), **says), scene.metering, ("credits",), **says)
+    outer = with_layers(with_layers(routed(), scene.metering, ("rates",)), scene.metering, ("credits",), **says)
+    assert [status(ended.log) for app in (same, outer) for ended in visit(app, Visit())] == [200, 200]
 
 
 def test_refuse_a_request_with_two_meterings_where_no_lifespan_came(scene: Scene) -> None:
