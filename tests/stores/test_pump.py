@@ -297,6 +297,95 @@ def test_submit_outside_of_the_callers_context() -> None:
     play(scene)
 
 
+# -- lanes -------------------------------------------------------------------------------------------------
+
+
+def test_submit_beside_a_batch_that_is_away() -> None:
+    """Where a store has two lanes a second batch goes at once; what comes then goes together, when one is back."""
+
+    async def scene(store: GatedStore, pump: Pump) -> None:
+        store.lanes = 2
+        tasks = []
+        for ids in ("ab", "cd", "e", "f"):
+            tasks += submit(pump, *map(ask, ids))
+            await turns()
+        assert store.batches == [["a", "b"], ["c", "d"]]
+        store.gate.set()
+        answers = await asyncio.gather(*tasks)
+        assert [answer.id for answer in answers if isinstance(answer, Decision)] == list("abcdef")
+        assert store.batches[2:] == [["e", "f"]]
+        await pump.submit(ask("g"))
+        assert store.batches[3:] == [["g"]]
+
+    play(scene)
+
+
+def test_drain_waits_for_all_lanes() -> None:
+    """Draining ends when no lane has a batch away, and not when the first one is back."""
+
+    async def scene(store: GatedStore, pump: Pump) -> None:
+        store.lanes = 2
+        back = asyncio.Event()
+        first = submit(pump, ask("a"))
+        await turns()
+        gate, store.gate = store.gate, back
+        second = submit(pump, ask("b"))
+        await turns()
+        drained = asyncio.ensure_future(pump.drain())
+        gate.set()
+        await asyncio.gather(*first)
+        await turns()
+        assert not drained.done()
+        back.set()
+        await drained
+        assert second[0].done()
+
+    play(scene)
+
+
+def test_lane_is_stopped_beside_another() -> None:
+    """A lane whose run is cancelled tells its callers and those who wait; the other lane's get their answers."""
+
+    async def scene(store: GatedStore, pump: Pump) -> None:
+        store.lanes = 2
+        store.failures += [asyncio.CancelledError(), None]
+        tasks = []
+        for ids in ("a", "b", "c"):
+            tasks += submit(pump, *map(ask, ids))
+            await turns()
+        store.gate.set()
+        stopped, answered, waited = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(told) for told in (stopped, answered, waited)] == [
+            StoreUnavailableError,
+            Decision,
+            StoreUnavailableError,
+        ]
+        await pump.drain()
+        assert isinstance(await pump.submit(ask("d")), Decision)
+
+    play(scene)
+
+
+def test_close_stops_all_lanes() -> None:
+    """Who gives up waiting stops every lane, also one that has not begun: all callers are told."""
+
+    async def scene(store: GatedStore, pump: Pump) -> None:
+        store.lanes = 2
+        tasks = submit(pump, ask("a"))
+        await turns()
+        tasks += submit(pump, ask("b"))
+        await turns(1)
+        closing = asyncio.ensure_future(pump.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [StoreUnavailableError] * 2
+        store.gate.set()
+        assert isinstance(await pump.submit(ask("c")), Decision)
+
+    play(scene)
+
+
 # -- callers that leave ------------------------------------------------------------------------------------
 
 

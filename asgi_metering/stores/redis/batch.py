@@ -8,7 +8,6 @@ stopped before, is tried again in order. Knows what replies mean for the batch; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from typing import Any
 
 from asgi_metering.errors import StoreUnavailableError
@@ -72,16 +71,21 @@ class Batch:
             now: The time of tests; empty for the server's.
             token: What no other commands of this store on their way have.
         """
-        packed = self._packed()
-        chunks: list[list[tuple[int, Any]]] = []
-        for is_call, some in groupby(packed, key=lambda one: isinstance(one[1], Call)):
-            run = list(some)
-            size = CHUNK if is_call and not self._singly else 1
-            chunks.extend(run[at : at + size] for at in range(0, len(run), size))
-        self._sent = [[place for place, _ in chunk] for chunk in chunks]
+        size = 1 if self._singly else CHUNK
+        places: list[int] = []
+        together: list[Any] = []
+        chunks: list[list[Any]] = []
+        self._sent = []
+        for place, one in self._packed():
+            if not together or len(together) == size or not isinstance(one, Call) or not isinstance(together[0], Call):
+                places, together = [], []
+                self._sent.append(places)
+                chunks.append(together)
+            places.append(place)
+            together.append(one)
         if len(chunks) < 2:
             token = ""
-        return [self._command([one for _, one in chunk], now, token) for chunk in chunks]
+        return [self._command(chunk, now, token) for chunk in chunks]
 
     def _packed(self) -> list[tuple[int, Call | Operation]]:
         packed: list[tuple[int, Call | Operation]] = []

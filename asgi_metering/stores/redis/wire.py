@@ -24,8 +24,9 @@ LOOKS = 4
 
 
 class _Asked(NamedTuple):
-    """What was asked together: how many replies are to come, those that have come, and who waits for them."""
+    """What was asked together: until when, how many replies are to come, those that came, and who waits for them."""
 
+    until: float
     number: int
     replies: list[Any]
     answered: asyncio.Future[list[Any]]
@@ -48,6 +49,8 @@ class Wire(asyncio.Protocol):
         self._reader = driver().reader(connection)
         self._asked: deque[_Asked] = deque()
         self._loop = asyncio.get_running_loop()
+        # One for all that is on its way, and set again only when it goes off: most batches have long been answered.
+        self._timer: asyncio.TimerHandle | None = None
         self._transport: Any = connection._writer.transport  # type: ignore[union-attr]
         self._transport.set_protocol(self)
 
@@ -66,24 +69,33 @@ class Wire(asyncio.Protocol):
         """
         if self.failure is not None:
             raise self.failure
-        asked = _Asked(count, [], self._loop.create_future())
-        self._asked.append(asked)
+        answered: asyncio.Future[list[Any]] = self._loop.create_future()
+        self._asked.append(_Asked(self._loop.time() + timeout_s, count, [], answered))
         self._transport.write(packed)
-        timer = self._loop.call_later(timeout_s, self._expire, asked)
-        try:
-            return await asked.answered
-        finally:
-            timer.cancel()
+        if self._timer is None:
+            self._timer = self._loop.call_later(timeout_s, self._look)
+        return await answered
 
-    def _expire(self, asked: _Asked) -> None:
-        if not asked.answered.done():
-            asked.answered.set_exception(TimeoutError())
+    def _look(self) -> None:
+        """Whether what was asked first has been answered in time."""
+        self._timer = None
+        if not self._asked:
+            return
+        until, _, _, answered = self._asked[0]
+        if until > self._loop.time():
+            self._timer = self._loop.call_at(until, self._look)
+            return
+        if not answered.done():
+            answered.set_exception(TimeoutError())
         self._lose(driver().exceptions.ConnectionError("It gave no answer in time."))
 
     def _lose(self, failure: Exception) -> None:
         if self.failure is None:
             self.failure = failure
             self._transport.abort()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         while self._asked:
             answered = self._asked.popleft().answered
             if not answered.done():
@@ -95,7 +107,7 @@ class Wire(asyncio.Protocol):
         try:
             self._reader.feed(data)
             while (reply := self._reader.gets()) is not False:
-                number, replies, answered = self._asked[0]
+                _, number, replies, answered = self._asked[0]
                 replies.append(reply)
                 if len(replies) == number:
                     self._asked.popleft()
