@@ -27,6 +27,7 @@ from asgi_metering.errors import (
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, Operation, Undo
 from asgi_metering.stores.contract import Store
+from asgi_metering.stores.deadlines import Deadlines
 
 __all__ = ["Pump"]
 
@@ -72,6 +73,7 @@ class Pump:
         self._task: asyncio.Task[None] | None = None
         self._wake: asyncio.Future[None] | None = None
         self._idle = asyncio.Event()
+        self._deadlines = Deadlines(self._expire)
 
     async def submit(
         self, operation: Operation, deadline_s: float | None = None, *, is_repeated: bool = False
@@ -107,9 +109,8 @@ class Pump:
                 f"{len(self._admissions)} admissions wait for the {self._store.name} store already. Ask again later."
             )
         future = self._enqueue(operation, is_repeated=is_repeated)
-        timer = None
         if deadline_s is not None:
-            timer = future.get_loop().call_later(deadline_s, self._expire, future, deadline_s)
+            self._deadlines.watch(future, deadline_s)
         try:
             return await future
         except asyncio.CancelledError:
@@ -117,9 +118,6 @@ class Pump:
                 # Answered and cancelled in one turn of the loop: the answer never reached the caller.
                 self._abandoned(operation, future.exception() or future.result())
             raise
-        finally:
-            if timer is not None:
-                timer.cancel()
 
     def _enqueue(self, operation: Operation, *, is_repeated: bool = False) -> asyncio.Future[Answer]:
         loop = asyncio.get_running_loop()
@@ -136,10 +134,9 @@ class Pump:
         return future
 
     def _expire(self, future: asyncio.Future[Answer], deadline_s: float) -> None:
-        if not future.done():
-            future.set_exception(
-                StoreUnavailableError(f"The {self._store.name} store gave no answer within {deadline_s:.3g} s.")
-            )
+        future.set_exception(
+            StoreUnavailableError(f"The {self._store.name} store gave no answer within {deadline_s:.3g} s.")
+        )
 
     # -- the pump's own task -------------------------------------------------------------------------------
 
@@ -150,6 +147,7 @@ class Pump:
                 if batch:
                     await self._send(batch)
                 else:
+                    self._deadlines.stop()
                     self._idle.set()
                     self._wake = asyncio.get_running_loop().create_future()
                     await self._wake
@@ -159,6 +157,7 @@ class Pump:
             self._admissions.clear()
             self._others.clear()
             self._fail(left, StoreUnavailableError(f"The pump of the {self._store.name} store was stopped."))
+            self._deadlines.stop()
             self._idle.set()
 
     def _take(self) -> list[_Waiting]:
