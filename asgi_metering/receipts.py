@@ -33,6 +33,9 @@ class EndedBy(StrEnum):
 class Source(StrEnum):
     """One kind of place that units come from."""
 
+    # That of its text, as its equality is: an enum's own is a function of Python, and stores look up parts they know.
+    __hash__ = str.__hash__
+
     GRANT = "grant"
     ALLOWANCE = "allowance"
     DEBT = "debt"

@@ -103,7 +103,11 @@ def _before_growth(state: State, ask: Grow, now: float, written: list[Change]) -
 
 def paying(ask: Admit) -> set[AccountKey]:
     """The accounts that *ask* may take from."""
-    return {(ask.payer, ask.unit), *((source.payer, ask.unit) for source in ask.sources if source.payer)}
+    accounts = {(ask.payer, ask.unit)}
+    for source in ask.sources:
+        if source.payer:
+            accounts.add((source.payer, ask.unit))
+    return accounts
 
 
 def _before_taking(state: State, keys: set[AccountKey], now: float, written: list[Change]) -> float:

@@ -27,6 +27,7 @@ from asgi_metering.errors import (
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, Operation, Undo
 from asgi_metering.stores.contract import Store
+from asgi_metering.stores.deadlines import Deadlines
 
 __all__ = ["Pump"]
 
@@ -74,6 +75,7 @@ class Pump:
         self._awake = 0
         self._is_coming = False
         self._idle = asyncio.Event()
+        self._deadlines = Deadlines(self._expire)
 
     async def submit(
         self, operation: Operation, deadline_s: float | None = None, *, is_repeated: bool = False
@@ -109,9 +111,8 @@ class Pump:
                 f"{len(self._admissions)} admissions wait for the {self._store.name} store already. Ask again later."
             )
         future = self._enqueue(operation, is_repeated=is_repeated)
-        timer = None
         if deadline_s is not None:
-            timer = future.get_loop().call_later(deadline_s, self._expire, future, deadline_s)
+            self._deadlines.watch(future, deadline_s)
         try:
             return await future
         except asyncio.CancelledError:
@@ -119,9 +120,6 @@ class Pump:
                 # Answered and cancelled in one turn of the loop: the answer never reached the caller.
                 self._abandoned(operation, future.exception() or future.result())
             raise
-        finally:
-            if timer is not None:
-                timer.cancel()
 
     def _enqueue(self, operation: Operation, *, is_repeated: bool = False) -> asyncio.Future[Answer]:
         loop = asyncio.get_running_loop()
@@ -149,10 +147,9 @@ class Pump:
         return True
 
     def _expire(self, future: asyncio.Future[Answer], deadline_s: float) -> None:
-        if not future.done():
-            future.set_exception(
-                StoreUnavailableError(f"The {self._store.name} store gave no answer within {deadline_s:.3g} s.")
-            )
+        future.set_exception(
+            StoreUnavailableError(f"The {self._store.name} store gave no answer within {deadline_s:.3g} s.")
+        )
 
     # -- the pump's own tasks, one for each lane -------------------------------------------------------------
 
@@ -184,6 +181,7 @@ class Pump:
     def _rest(self) -> None:
         self._awake -= 1
         if not self._awake:
+            self._deadlines.stop()
             self._idle.set()
 
     def _stop(self) -> None:

@@ -70,8 +70,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         0,
         "deadline ignored",
         PUMP,
-        '        if not future.done():\n            future.set_exception(\n                StoreUnavailableError(f"The',
-        '        if future.done():\n            future.set_exception(\n                StoreUnavailableError(f"The',
+        "            self._deadlines.watch(future, deadline_s)\n",
+        "            pass\n",
         _test("test_give_up_on_a_store_that_says_nothing[True]"),
     ),
     Mutation(

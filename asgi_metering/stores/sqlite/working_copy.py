@@ -72,6 +72,10 @@ FEW_HOLDS = 4
 
 _encode_entry = ROWS[Table.ENTRY].encode
 
+# Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
+_ALLOWANCE, _GRANT = Source.ALLOWANCE, Source.GRANT
+_ENTRY, _EVENT_ROW, _GRANT_ROW = Table.ENTRY, Table.EVENT, Table.GRANT
+
 _HOLDS = select(Table.HOLD, "WHERE id IN (SELECT value FROM json_each(?))")
 _OPEN_GRANTS = select(
     Table.GRANT,
@@ -238,15 +242,17 @@ class WorkingCopy:
     def _remember(self, written: list[Change]) -> None:
         put, deleted = self._put, self._deleted
         for table, key, row in written:
-            if table == Table.ENTRY:
+            if table == _ENTRY:
                 self._entries.append(_encode_entry(row))
             elif row is None:
                 put[table].pop(key, None)
                 deleted[table].add(key)
-            elif table == Table.EVENT and row.acknowledged_at is not None:
+            elif table == _EVENT_ROW and row.acknowledged_at is not None:
                 self._acknowledged.append((row.acknowledged_at, key))
+            elif table == _GRANT_ROW:
+                put[table][*key, row.id] = row
             else:
-                put[table][(*key, row.id) if table == Table.GRANT else key] = row
+                put[table][key] = row
 
     def write(self) -> None:
         """Write what has changed since the last call: of many changes to a row only the last."""
@@ -355,12 +361,15 @@ class WorkingCopy:
     def _load_due(self, keys: set[AccountKey]) -> None:
         """Accounts that are taken from, and their calls that are overdue at the latest time that they have seen."""
         now = self._now
+        accounts = []
         for key in keys:
             self._load_book(key)
-            now = max(now, clamped(self._state, key, self._now))
-        for key in keys:
             account = self._state.accounts.get(key)
-            if account is not None and account.next_due_at <= now:
+            if account is not None:
+                accounts.append((key, account.next_due_at))
+                now = max(now, account.seen_at)
+        for key, next_due_at in accounts:
+            if next_due_at <= now:
                 self._load_overdue(key, now, OVERDUE_PER_ADMISSION)
 
     def _load_charge_key(self, row_key: str) -> None:
@@ -402,7 +411,7 @@ class WorkingCopy:
         self._load_book(key)
         parts = [part for line in self._load_lines(key, ask.call) for part in line.parts if part.amount > 0]
         for part in parts:
-            if part.source is Source.ALLOWANCE:
+            if part.source is _ALLOWANCE:
                 self._load_allowance((*key, part.name, part.start))
         self._load_paid(key, parts, sum(part.amount for part in parts))
 
@@ -434,11 +443,11 @@ class WorkingCopy:
             self._load_hold_whole(hold_of_key(hold.id))
             self._load_charge_key(hold.charge_key)
         self._load_book(key)
-        for part in hold.parts:
-            if part.source is Source.ALLOWANCE:
-                self._load_allowance((*key, part.name, part.start))
-            elif part.source is Source.GRANT:
-                self._load_grant(key, part.name)
+        for source, name, start, _ in hold.parts:
+            if source is _ALLOWANCE:
+                self._load_allowance((*key, name, start))
+            elif source is _GRANT:
+                self._load_grant(key, name)
 
     def _load_paid(self, key: AccountKey, parts: Iterable[Part], amount: int) -> None:
         """
@@ -446,10 +455,10 @@ class WorkingCopy:
 
         A charge without debt needs the latter too: another charge's paid debt may have been given back to its grant.
         """
-        if all(part.source is Source.ALLOWANCE for part in parts):
+        if all(part.source is _ALLOWANCE for part in parts):
             return
         for part in parts:
-            if part.source is Source.GRANT:
+            if part.source is _GRANT:
                 self._load_grant(key, part.name)
         # What the batch has changed of their order counts.
         self.write()
@@ -538,9 +547,10 @@ class WorkingCopy:
 
     def _is_new(self, *what: Any) -> bool:
         known = self._known
-        before = len(known)
+        if what in known:
+            return False
         known.add(what)
-        return len(known) > before
+        return True
 
     def _row(self, table: str, key: tuple[Any, ...]) -> Any:
         found = self.connection.execute(SELECT[table], key).fetchone()
