@@ -1,0 +1,232 @@
+"""
+``asgi-metering routes``: which route of an application is metered how.
+
+Imports the application, and asks the audit that its startup asks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import inspect
+import json
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from asgi_metering.amounts import Unit
+from asgi_metering.cli.showing import print_table
+from asgi_metering.errors import ConfigurationError
+from asgi_metering.metering import ALL_FEATURES
+
+__all__ = ["run_routes"]
+
+
+MAX_SHOWN = 300
+"""Characters of a foreign error that one line repeats."""
+
+
+def run_routes(given: argparse.Namespace) -> int:
+    """Show how each route of an application is metered; 1 where the audit finds a mistake."""
+    from asgi_metering.asgi.audit import audit
+
+    app = _load(given.app, verbose=given.verbose)
+    if not callable(app) or isinstance(app, type):
+        raise ConfigurationError(
+            f"{given.app!r} is {_kind(app)}, no ASGI application. Name the application itself, such as main:app."
+        )
+    report = audit(app, ALL_FEATURES, frozenset())
+    if not report.rows and inspect.isroutine(app) and not _takes_three(app):
+        raise ConfigurationError(
+            f"{given.app!r} is a function, but no ASGI application: it does not take scope, receive and send. Where it "
+            f"makes the application, call it in a module, app = {given.app.partition(':')[2]}(), and name that."
+        )
+    if not report.rows:
+        report.warnings.append(f"{given.app} has no route table that can be read, so nothing was checked.")
+    rows = [_route(row) for row in report.rows]
+    if given.json:
+        print(json.dumps({"routes": rows, "errors": report.errors, "warnings": report.warnings}, indent=2))
+    else:
+        print_table(("path", "methods", "line", "price", "unit", "limits", "concurrency"), rows)
+        if given.verbose:
+            _details(rows)
+        for sentence in (*report.errors, *report.warnings):
+            print(f"! {sentence}")
+    return 1 if report.errors else 0
+
+
+def _kind(found: Any) -> str:
+    return f"the class {found.__qualname__}" if isinstance(found, type) else f"of type {type(found).__qualname__}"
+
+
+def _takes_three(function: Any) -> bool:
+    """Whether *function* can be called as an ASGI application is."""
+    try:
+        inspect.signature(function).bind({}, None, None)
+    except TypeError:
+        return False
+    except ValueError:
+        # It has no signature to read.
+        return True
+    return True
+
+
+def _route(row: Any) -> dict[str, Any]:
+    policy = row.policy or next(iter(row.policies), None)
+    charge = policy.charge if policy is not None else None
+    rates = policy.rates if policy is not None else ()
+    slots = [
+        f"{each.limit}{' of everybody' if each.level == 'global' else ''}"
+        for rate in rates
+        for each in rate.concurrency
+    ]
+    shown: dict[str, Any] = {
+        "path": row.path,
+        "methods": ",".join(row.methods),
+        "line": charge.line if charge is not None else "",
+        "price": _price(charge.price) if charge is not None else "",
+        # Which one the metering counts is not seen from here.
+        "unit": _unit(charge.unit) if charge is not None else "",
+        "limits": ", ".join(limit.text for rate in rates for limit in rate.limits),
+        "concurrency": ", ".join(slots),
+    }
+    if charge is not None:
+        from asgi_metering.rules.ending import END_OF_CALL
+
+        shown["hold"] = _hold(charge)
+        shown["sources"] = ", ".join(_source(source) for source in charge.sources)
+        shown["payer"] = "the caller's" if charge.payer is None else _function(charge.payer)
+        shown["idempotency"] = _idempotency(charge.idempotency)
+        shown["charge_key"] = _charge_key(charge.key)
+        shown["end"] = {situation.value: charge.end.basis(situation).value for situation in END_OF_CALL}
+    return shown
+
+
+def _unit(unit: Unit | None) -> str:
+    return "" if unit is None else f"{unit.name}:{unit.scale}"
+
+
+def _hold(charge: Any) -> str:
+    """What a call sets aside."""
+    from asgi_metering.policies import From
+
+    estimate, least = charge.hold.estimate, charge.hold.at_least
+    if not charge.measured:
+        return "the price"
+    text = "estimated from the request" if estimate is None else str(estimate)
+    if isinstance(estimate, From):
+        text = _function(estimate)
+    if charge.hold.slices is not None:
+        return f"{text} at first, and more while it runs"
+    return text if least is None else f"up to {text}, at least {least}"
+
+
+def _idempotency(policy: Any) -> str:
+    """What an ``Idempotency-Key`` does."""
+    if policy is None:
+        return ""
+    told = [f"{'required' if policy.required else 'taken'}, for {policy.ttl_s:g} s"]
+    if policy.fingerprint is not None:
+        told.append(f"fingerprint {_function(policy.fingerprint)}")
+    told.append("answers not kept" if policy.store_body is None else f"answers kept up to {policy.store_body} bytes")
+    return ", ".join(told)
+
+
+def _charge_key(policy: Any) -> str:
+    """What is charged once."""
+    if policy is None:
+        return ""
+    key = policy.key if isinstance(policy.key, str) else _function(policy.key)
+    if not isinstance(policy.per, str):
+        return f"{key} per {policy.per:g} s"
+    return f"{key} per {policy.per}" + ("" if policy.zone == "UTC" else f" in {policy.zone}")
+
+
+def _function(computed: Any) -> str:
+    function = computed.function
+    return f"{getattr(function, '__qualname__', type(function).__qualname__)}()"
+
+
+def _source(source: Any) -> str:
+    return source.name if source.payer is None else f"{source.name} of {source.payer.name}"
+
+
+def _details(rows: Iterable[dict[str, Any]]) -> None:
+    """The rest of each charge, a line for each part: what does not fit into a table."""
+    for row in rows:
+        if "end" not in row:
+            continue
+        print(f"\n{row['path']}  {row['methods']}".rstrip())
+        for name in ("hold", "sources", "payer", "idempotency", "charge_key"):
+            if row[name]:
+                print(f"  {name.replace('_', ' ')}: {row[name]}")
+        for situation, basis in row["end"].items():
+            print(f"  {situation}: {basis}")
+
+
+def _price(price: Any) -> str:
+    from asgi_metering.policies import From
+    from asgi_metering.prices import FixedPrice
+
+    if isinstance(price, From):
+        return _function(price)
+    return format(price.amount, "f") if isinstance(price, FixedPrice) else type(price).__name__
+
+
+def _load(target: str, *, verbose: bool) -> Any:
+    """
+    Import what *target* names.
+
+    Raises:
+        ConfigurationError: It is not there, or its module failed: in one line with the place, since most mistakes are
+            seen from there. With *verbose* the traceback comes before it, on the standard error.
+    """
+    module, _, attribute = target.partition(":")
+    if not module or not attribute:
+        raise ConfigurationError(f"{target!r} names no application. Write module:attribute, such as main:app.")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        # What a module prints while it is imported is no part of our answer.
+        with contextlib.redirect_stdout(sys.stderr):
+            imported = importlib.import_module(module)
+    except ModuleNotFoundError as missing:
+        if missing.name is None or not f"{module}.".startswith(f"{missing.name}."):
+            raise _import_failed(target, missing, verbose=verbose) from missing
+        raise ConfigurationError(f"{target!r} cannot be imported: {missing}. Look at its spelling.") from missing
+    except (Exception, SystemExit) as failure:
+        raise _import_failed(target, failure, verbose=verbose) from failure
+    try:
+        return getattr(imported, attribute)
+    except AttributeError as missing:
+        raise ConfigurationError(f"{target!r} cannot be imported: {missing}. Look at its spelling.") from missing
+
+
+def _import_failed(target: str, failure: BaseException, *, verbose: bool) -> ConfigurationError:
+    mend = "Mend that module."
+    if verbose:
+        traceback.print_exception(failure)
+    else:
+        mend = "Mend that module; --verbose shows the traceback."
+    said = " ".join(str(failure).split())
+    said = said if len(said) <= MAX_SHOWN else f"{said[:MAX_SHOWN]}..."
+    return ConfigurationError(
+        f"{target!r} cannot be imported, since its code raised {type(failure).__name__}{_place(failure)}: "
+        f"{said or 'without a word'}{'' if said.endswith('.') else '.'} {mend}"
+    )
+
+
+def _place(failure: BaseException) -> str:
+    """Where the user's own code was: the innermost line that belongs neither to Python nor to a package."""
+    if isinstance(failure, SyntaxError):
+        # Its words name the line already.
+        return ""
+    steps = traceback.extract_tb(failure.__traceback__)
+    own = [
+        step
+        for step in steps
+        if Path(step.filename).is_relative_to(Path.cwd()) and "site-packages" not in step.filename
+    ]
+    return f" at {Path(own[-1].filename).relative_to(Path.cwd())}, line {own[-1].lineno}" if own else ""
