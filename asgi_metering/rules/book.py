@@ -335,12 +335,11 @@ class Book:
         Args:
             due_at: When a new hold of the account falls due.
         """
-        key = self.key
-        payer, unit, *_, changes_at, known_due_at, _ = self.account
-        if self._is_rescheduled:
-            changes_at = self._next_change()
-        if due_at > known_due_at:
-            due_at = known_due_at
+        key, before = self.key, self.account
+        payer, unit = key
+        changes_at = self._next_change() if self._is_rescheduled else before.next_change_at
+        if due_at > before.next_due_at:
+            due_at = before.next_due_at
         granted, settled, held, expired, debt = self.granted, self.settled, self.held, self.expired, self.debt
         account = build(
             Account,

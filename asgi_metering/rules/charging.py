@@ -88,12 +88,12 @@ def receipt_of(
     number: int | None,
 ) -> Receipt:
     """The receipt of an end that applied."""
-    call, payer, unit, held, *_ = hold
-    estimated, by = ask.estimated, ask.by
-    return build(
-        Receipt,
-        (call, payer, unit, amount, held, basis, estimated, by, parts, available, now, number, True, None, True),
-    )
+    # fmt: off
+    return build(Receipt, (
+        hold.id, hold.payer, hold.unit, amount, hold.amount, basis, ask.estimated, ask.by, parts, available, now,
+        number, True, None, True,
+    ))
+    # fmt: on
 
 
 def _charge_allowance(state: State, part: Part, hold: Hold, amount: int, changes: list[Change]) -> tuple[Part, ...]:

@@ -8,7 +8,7 @@ included), enums are their text, nested values are JSON text. Does not know any 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from functools import lru_cache
 from operator import attrgetter
@@ -225,12 +225,27 @@ def _plain(value: Any) -> Any:
 
 
 _loads = json.JSONDecoder().decode
-_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False, default=_plain).encode
+_encoder = json.JSONEncoder(separators=(",", ":"), check_circular=False, default=_plain)
+
+
+def _chunks_of(encoder: json.JSONEncoder) -> Callable[[Any, bool], Iterable[str]]:
+    """Its `iterencode`, with the part in C made once: for each text anew, that takes half as long as a short text."""
+    make = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:
+        return encoder.iterencode
+    separators = (encoder.key_separator, encoder.item_separator)
+    chunks: Callable[[Any, bool], Iterable[str]] = make(
+        None, encoder.default, json.encoder.encode_basestring_ascii, None, *separators, False, False, True
+    )
+    return chunks
+
+
+_chunks = _chunks_of(_encoder)
 
 
 def _text(value: Any) -> str:
     """JSON text; a named tuple is the array of its fields."""
-    return _encode(value) if value else "{}" if isinstance(value, Mapping) else "[]"
+    return "".join(_chunks(value, False)) if value else "{}" if isinstance(value, Mapping) else "[]"
 
 
 def _ended_at(hold: Hold) -> float | None:

@@ -29,6 +29,7 @@ from asgi_metering.rules.state import (
     PinnedWindow,
     Table,
 )
+from asgi_metering.stores import rows
 from asgi_metering.stores.moving.lines import lines_of, page_of
 from asgi_metering.stores.moving.walk import Page
 from asgi_metering.stores.rows import MAPS
@@ -192,6 +193,15 @@ def test_write_facts_that_are_read_only() -> None:
     facts = MappingProxyType({"attributes": MappingProxyType({"n": 1})})
     event = Event("e", 0.0, facts)
     assert MAPS[Table.EVENT].decode(MAPS[Table.EVENT].encode(event)) == Event("e", 0.0, {"attributes": {"n": 1}})
+
+
+def test_write_the_same_text_without_the_part_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python whose JSON has no part in C writes what others write."""
+    value = {"n": [1, 2.5, None, "é"], "m": MappingProxyType({"t": True}), "e": Basis.USAGE}
+    text = "".join(rows._chunks_of(rows._encoder)(value, False))
+    monkeypatch.setattr("json.encoder.c_make_encoder", None)
+    assert text == "".join(rows._chunks_of(rows._encoder)(value, False))
+    assert text == '{"n":[1,2.5,null,"\\u00e9"],"m":{"t":true},"e":"usage"}'
 
 
 @pytest.mark.parametrize("facts", [{"when": object()}, {"tags": {"a", "b"}}, {"raw": b"bytes"}])
