@@ -244,7 +244,7 @@ def _post_late(
     key = (hold.payer, hold.unit)
     book = Book(state, key, now)
     if difference > 0:
-        parts = tuple(_spend_late(state, hold, book, difference, changes))
+        parts = tuple(_spend_late(state, hold, first, book, difference, changes))
     else:
         refunds = [line for line in state.lines_of(key, hold.id) if line.kind is EntryKind.REFUND]
         left = left_of(first.parts, [part for line in refunds for part in line.parts])
@@ -265,13 +265,23 @@ def _post_late(
     return difference
 
 
-def _spend_late(state: State, hold: Hold, book: Book, amount: int, changes: list[Change]) -> list[Part]:
-    """What exceeds a charge is paid by the source of its last part, as at a settlement."""
-    last = hold.parts[-1] if hold.parts else None
-    if last is None or last.source is not _ALLOWANCE:
-        return book.spend(amount)
-    move_window(state, book, last, amount, changes)
-    return [last._replace(amount=amount)]
+def _spend_late(state: State, hold: Hold, first: Receipt, book: Book, amount: int, changes: list[Change]) -> list[Part]:
+    """From where an end in time would have taken it: what was held, in its order, then the source of the last part."""
+    charged = {part[:3]: part.amount for part in first.parts}
+    windows: list[Part] = []
+    left, from_book = amount, 0
+    for at, part in enumerate(hold.parts, 1):
+        rest = max(0, part.amount - charged.get(part[:3], 0))
+        take = left if at == len(hold.parts) else min(left, rest)
+        left -= take
+        if part.source is not _ALLOWANCE:
+            from_book += take
+        elif take:
+            move_window(state, book, part, take, changes)
+            windows.append(part._replace(amount=take))
+    from_book += left
+    paid = book.spend(from_book) if from_book else []
+    return [*windows, *paid] if hold.parts and hold.parts[0].source is _ALLOWANCE else [*paid, *windows]
 
 
 # -- ends by time ------------------------------------------------------------------------------------------

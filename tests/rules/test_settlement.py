@@ -11,7 +11,7 @@ from asgi_metering.errors import AmountError
 from asgi_metering.receipts import Basis, EndedBy, EntryKind, Part, Receipt, Source
 from asgi_metering.rules.decide import OVERDUE_PER_ADMISSION
 from asgi_metering.rules.hold import HoldState
-from asgi_metering.rules.operations import Claim, End, Sweep
+from asgi_metering.rules.operations import Claim, End, Renew, Sweep, WalletSource
 from asgi_metering.rules.settlement import end_overdue
 from asgi_metering.rules.state import Lease
 from tests.rules.world import DAY_S, MIDNIGHT, World, fixed, imbalances, sliding, slots, snapshot
@@ -523,6 +523,37 @@ def test_correct_an_allowance_late_in_its_own_window(actual: int, late: int) -> 
     assert world.state.allowances["ada", "credits", "free", MIDNIGHT].settled == actual
     assert world.entries()[-1].parts == (Part(Source.ALLOWANCE, "free", MIDNIGHT, late),)
     assert world.account().settled == 0
+    assert imbalances(world.state) == []
+
+
+@pytest.mark.parametrize(
+    ("observed", "actual", "today", "settled", "parts"),
+    [
+        (0, 5, 3, 2, [("free", 3), ("gift", 2)]),
+        (0, 2, 2, 0, [("free", 2)]),
+        (0, 9, 3, 6, [("free", 3), ("gift", 6)]),
+        (1, 5, 3, 2, [("free", 2), ("gift", 2)]),
+        (4, 5, 3, 2, [("gift", 1)]),
+    ],
+)
+@pytest.mark.parametrize("wallet_first", [False, True])
+def test_charge_a_late_end_where_it_was_held(
+    observed: int, actual: int, today: int, settled: int, parts: list[tuple[str, int]], wallet_first: bool
+) -> None:
+    """A late end of a split hold takes from each part what an end in time would have taken (DESIGN "Sources")."""
+    world = World()
+    world.grant(3 if wallet_first else 100)
+    sources = [world.free(100 if wallet_first else 3)._replace(split=True), WalletSource(split=True)]
+    sources = sources[::-1] if wallet_first else sources
+    world.admit(5, "a", sources=tuple(sources), ttl_s=10.0, grace_s=0.0)
+    world.run(Renew("a", observed))
+    world.wait(10)
+    world.run(Sweep())
+    assert world.end("a", actual).late == actual - observed
+    found = (world.account().settled, world.today()[0]) if wallet_first else (world.today()[0], world.account().settled)
+    assert found == (today, settled)
+    names = {"free": "gift", "gift": "free"} if wallet_first else {"free": "free", "gift": "gift"}
+    assert [(names[part.name], part.amount) for part in world.entries()[-1].parts] == parts
     assert imbalances(world.state) == []
 
 

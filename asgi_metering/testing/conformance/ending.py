@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from asgi_metering.receipts import Basis, EndedBy, EntryKind, Source
 from asgi_metering.rules.hold import HoldState
-from asgi_metering.rules.operations import End, Renew, Sweep
+from asgi_metering.rules.operations import End, Renew, Sweep, WalletSource
 from asgi_metering.testing.conformance.scene import GRACE_S, LIFE_S, PAYER, UNIT, Scene, Suite, scenario
 
 __all__ = ["Doubting", "Ending"]
@@ -246,6 +246,18 @@ class Doubting(Suite):
         line = (await scene.entries())[-1]
         assert (line.kind, line.amount, line.ref) == (EntryKind.LATE, 18, "a")
         assert (await scene.account()).settled == 25
+
+    @scenario
+    async def test_late_end_charges_where_it_was_held(self, scene: Scene) -> None:
+        """A late end of a split hold takes from each of its sources what was held there, and the rest from the last."""
+        await scene.grant(100)
+        free = scene.allowance(30)._replace(split=True)
+        await scene.admit("a", 50, sources=[free, WalletSource(split=True)])
+        scene.clock.advance(LIFE_S + GRACE_S)
+        await scene.one(Sweep())
+        assert (await scene.settle("a", 60)).late == 60
+        assert await scene.settled_and_held() == [(30, 0)]
+        assert (await scene.account()).settled == 30
 
     @scenario
     async def test_late_end_gives_back_what_was_too_much(self, scene: Scene) -> None:
