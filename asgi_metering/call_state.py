@@ -190,6 +190,11 @@ class CallState:
         """Whether the gate said no."""
         return self.refusal is not None
 
+    @property
+    def is_repeat(self) -> bool:
+        """Whether the gate said no because the same request ran before, whose answer this one gets."""
+        return self.refusal is not None and self.decision is not None and self.decision.replay is not None
+
     def see(self, cause: Cause) -> None:
         """Note why the call ends; only the first cause counts (DESIGN "End of call")."""
         if self.cause is None:

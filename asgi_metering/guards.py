@@ -115,6 +115,9 @@ class Guard:
             CallClosedError: The request is over (pitfall 1).
         """
         opening = self._opening_in(args) or self._opening_in(kwargs.values()) or CURRENT.get()
+        while opening is not None and opening.around is not None:
+            # An endpoint belongs to its request, whatever a dependency charges around it.
+            opening = opening.around
         if opening is None:
             raise NoCallError(
                 f"{self.policy.name} is metered, but no middleware opened a call. Add MeteringMiddleware to the "

@@ -65,9 +65,21 @@ class Opening:
         closed: The request is over; code that outlives it must not admit or charge (pitfall 1).
         request_body: Answers the request's body; None outside HTTP.
         cut: Stops the work of the call and its answer, on the loop of the request; None outside HTTP.
+        around: In which request, or charge, the work runs that this charge is for; None where there is none.
     """
 
-    __slots__ = ("call", "closed", "cut", "features", "free", "metering", "origin", "request_body", "unenforced")
+    __slots__ = (
+        "around",
+        "call",
+        "closed",
+        "cut",
+        "features",
+        "free",
+        "metering",
+        "origin",
+        "request_body",
+        "unenforced",
+    )
 
     def __init__(
         self,
@@ -87,6 +99,7 @@ class Opening:
         self.closed = False
         self.request_body: Callable[[], RequestBody] | None = None
         self.cut: Callable[[], None] | None = None
+        self.around: Opening | None = None
 
     def check(self) -> None:
         """Raise `CallClosedError` if the request is over."""

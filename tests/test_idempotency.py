@@ -8,14 +8,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import Depends, FastAPI, HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
-from asgi_metering import Idempotency, Metering, MeteringMiddleware
+from asgi_metering import CallRefused, Idempotency, Metering, MeteringMiddleware, billable
 from asgi_metering.asgi.body import MAX_AHEAD
 from asgi_metering.stores.contract import EverythingKept
 from asgi_metering.stores.memory import MemoryStore
@@ -84,6 +87,44 @@ def test_keep_no_cookie_for_a_repeat() -> None:
         assert "secret" not in repr(kept)
 
     at_desk(keyed_app, story, MemoryStore())
+
+
+@pytest.mark.parametrize("how", ["handler", "dependency"])
+def test_answer_a_repeat_although_refusals_have_an_own_handler(how: str) -> None:
+    """S3.15: an application that answers refusals itself does so for a twin that runs, and never for a repeat."""
+
+    def own_answers(desk: Desk) -> ASGIApp:
+        api = FastAPI()
+
+        async def refused(_request: Any, refusal: Exception) -> JSONResponse:
+            return JSONResponse({"own": type(refusal).__name__}, 403)
+
+        async def translated() -> AsyncIterator[None]:
+            try:
+                yield
+            except CallRefused as refusal:
+                raise HTTPException(403, "no") from refusal
+
+        if how == "handler":
+            api.add_exception_handler(CallRefused, refused)
+
+        @api.post("/", dependencies=[Depends(translated)] if how == "dependency" else [])
+        @billable(PRICE, idempotency=Idempotency(store_body=100))
+        async def endpoint(body: dict[str, Any]) -> dict[str, Any]:
+            desk.ran.append(body)
+            return {"run": len(desk.ran)}
+
+        return api
+
+    async def story(desk: Desk) -> None:
+        first, again, other = await desk.ask("/"), await desk.ask("/"), await desk.ask("/", body=b'{"a": 1}')
+        assert (status(again.log), body(again.log)) == (status(first.log), body(first.log)) == (200, b'{"run":1}')
+        assert is_replay(again)
+        assert again.exception is None
+        assert status(other.log) == 403
+        assert len(desk.ran) == 1
+
+    at_desk(own_answers, story, MemoryStore())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -620,6 +661,8 @@ def test_run_once_behind_a_real_server(tmp_path: Path) -> None:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=fields) as client:
             first = await client.post("/low/later", content=chunks())
             again = await client.post("/low/later", content=b"{}")
+            while again.status_code == 409:
+                again = await client.post("/low/later", content=b"{}")
             assert (first.status_code, first.text) == (again.status_code, again.text) == (200, "{}")
             assert again.headers["idempotency-replayed"] == "true"
             streamed = await client.post("/sse", json={})

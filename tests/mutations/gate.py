@@ -403,6 +403,18 @@ ENDPOINTS = (
         ),
     ),
     Mutation(
+        2,
+        "an endpoint belongs to what a dependency charges",
+        GUARDS,
+        "            opening = opening.around\n",
+        "            break\n",
+        _in(
+            "gate",
+            "test_charge_an_endpoint_inside_of_what_a_dependency_charges[async]",
+            "test_charge_an_endpoint_inside_of_what_a_dependency_charges[sync]",
+        ),
+    ),
+    Mutation(
         0,
         "what an inner layer says means nothing",
         "asgi_metering.asgi.startup",

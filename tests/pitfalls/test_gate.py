@@ -215,6 +215,31 @@ def test_show_a_gated_dependency_how_its_request_failed(raised: Exception, kind:
     assert scene.settled() == 0
 
 
+@pytest.mark.parametrize("kind", ["async", "sync"])
+def test_charge_an_endpoint_inside_of_what_a_dependency_charges(kind: str, scene: Scene) -> None:
+    """S3.24: an endpoint whose dependency charges for its own work is asked for by its request, and finds its call."""
+    lines: list[str] = []
+    app = FastAPI()
+
+    async def extra() -> AsyncIterator[None]:
+        async with scene.metering.charge(payer=ANN, line="extra", price=3):
+            yield
+
+    @billable(PRICE, line="own")
+    async def endpoint() -> None:
+        lines.append(current_call().line)
+
+    @billable(PRICE, line="own")
+    def endpoint_in_a_thread() -> None:
+        lines.append(current_call().line)
+
+    app.get("/", dependencies=[Depends(extra)])(endpoint if kind == "async" else endpoint_in_a_thread)
+    (ended,) = visit(installed(app, scene.metering, "wrapped"), Visit())
+    assert status(ended.log) == 200
+    assert lines == ["own"]
+    assert scene.settled() == PRICE + 3
+
+
 def test_hand_what_is_sent_to_a_gated_generator(scene: Scene) -> None:
     """Pitfall 7: what a consumer sends or throws into a gated generator is the endpoint's, which may go on."""
 
