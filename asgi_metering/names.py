@@ -15,6 +15,9 @@ __all__ = ["MAX_KEY_LENGTH", "check_key", "check_name", "check_text", "is_field_
 MAX_KEY_LENGTH = 255
 """Characters of an opaque key (payer, grant id, call id): what every store's index takes without care."""
 
+SHOWN = 60
+"""Characters of a refused text that an error repeats: enough to recognise it."""
+
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}")
 
 
@@ -67,7 +70,8 @@ def check_text(text: str, what: str) -> str:
     """
     if not isinstance(text, str) or len(text) > MAX_KEY_LENGTH or not text.isprintable():
         shown = repr(text)
-        shown = shown if len(shown) <= MAX_KEY_LENGTH else f"of {len(shown)} characters"
+        if len(shown) > MAX_KEY_LENGTH:
+            shown = f"{shown[:SHOWN]}... ({len(shown)} characters)"
         raise ConfigurationError(
             f"The {what} {shown} is not a str of at most {MAX_KEY_LENGTH} printable characters. Shorten it, or leave "
             f"it out."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from asgi_metering.errors import ConfigurationError, InvalidKeyError
-from asgi_metering.names import MAX_KEY_LENGTH, check_key, check_name
+from asgi_metering.names import MAX_KEY_LENGTH, check_key, check_name, check_text
 
 NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_"
 
@@ -80,3 +82,19 @@ def test_accept_only_keys_that_every_store_takes(key: str) -> None:
         assert key.isprintable()
         assert 1 <= len(key) <= MAX_KEY_LENGTH
         key.encode()
+
+
+@pytest.mark.parametrize("text", ["", "stripe", "Größe 3", "x" * 255])
+def test_accept_a_text_of_a_statement(text: str) -> None:
+    """Anything printable of up to 255 characters, or nothing."""
+    assert check_text(text, "actor") == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [(None, "None"), (5, "5"), ("a\tb", "'a.tb'"), ("\udfff", ".*"), ("x" * 256, r"'x{59}\.\.\. \(258 characters\)")],
+)
+def test_refuse_what_is_no_text_of_a_statement(text: Any, shown: str) -> None:
+    """What is no such text is shown, unless it is long, and named with the mend."""
+    with pytest.raises(ConfigurationError, match=f"^The actor {shown} is not a str of at most 255 .* Shorten it, or"):
+        check_text(text, "actor")
