@@ -202,7 +202,7 @@ class ClusterStore(Store):
                 single, homes = self._where(operation)
             if type(operation) is Admit and single is not None:
                 # Known before it is answered, for what follows of the same call.
-                self._note(operation.id, Place(single))
+                self._note(operation.id, self._settled(Place(single), operation.payer))
             wave.add(at, operation, single, homes)
         await self._run_wave(wave, answers)
         return answers
@@ -225,7 +225,8 @@ class ClusterStore(Store):
                 return self.partitions.single(ask)
             case End() | Renew():
                 place = self._place_of(operation.id)
-                return None if place.parts else place.home
+                is_owed = place.is_free and type(operation) is End and operation.amount
+                return None if place.parts or is_owed else place.home
             case Grow():
                 return self._place_of(operation.id).home
             case Declare() | Emit():
@@ -288,6 +289,10 @@ class ClusterStore(Store):
     def _place_of(self, call: str) -> Place:
         return self._calls.get(call) or Place(self.partitions.of(call))
 
+    def _settled(self, place: Place, payer: str) -> Place:
+        """*place*, which knows whether the account of *payer*, who pays, is there."""
+        return place._replace(is_free=self.partitions.of(payer) != place.home)
+
     def _note(self, call: str, place: Place) -> None:
         self._calls[call] = place
         if len(self._calls) > MAX_CALLS:
@@ -300,12 +305,13 @@ class ClusterStore(Store):
             return
         found = await asyncio.gather(*(shelf.calls(unknown) for shelf in self.shelves))
         for call, has in zip(unknown, zip(*found, strict=True), strict=True):
-            homes = [place for place, (is_home, _) in enumerate(has) if is_home]
+            homes = {place: hold for place, (hold, _) in enumerate(has) if hold is not None}
             parts = {place: part for place, (_, part) in enumerate(has) if part is not None}
             claims = [place for place, part in parts.items() if part.idempotency_key]
             if homes or parts:
-                home = homes[0] if homes else self.partitions.of(call)
-                self._note(call, Place(home, tuple(parts), claims[0] if claims else None))
+                home, hold = next(iter(homes.items()), (self.partitions.of(call), None))
+                place = Place(home, tuple(parts), claims[0] if claims else None)
+                self._note(call, place if hold is None else self._settled(place, hold.payer))
 
     # -- what several partitions run -----------------------------------------------------------------------
 
@@ -318,11 +324,12 @@ class ClusterStore(Store):
         if others:
             # A repeat: whoever pays its call already pays it, also where one who comes first could by now.
             found = await asyncio.gather(*(self.shelves[home].calls([ask.id]) for home in others))
-            paying = [home for home, [(is_home, _)] in zip(others, found, strict=True) if is_home]
+            paying = [home for home, [(hold, _)] in zip(others, found, strict=True) if hold is not None]
             plan = plan.first_at(paying[0]) if paying else plan
         decision, place = await Dance(ask, plan, run, self._one).admit()
         if place is not None:
-            self._note(ask.id, place)
+            # A call that asked nobody to pay has no payer; all others are where their payer is.
+            self._note(ask.id, self._settled(place, decision.payer or ask.payer))
         return decision
 
     async def _preview(self, ask: Preview, run: Ask) -> Answer:
@@ -350,6 +357,11 @@ class ClusterStore(Store):
 
     async def _end(self, ask: End, run: Ask) -> Answer:
         place = self._place_of(ask.id)
+        if place.is_free and ask.amount:
+            raise ConfigurationError(
+                f"Call {ask.id!r} named no sources when it was admitted, and on a Cluster nothing can be charged for "
+                f"it then. Name who pays, with the amount 0 if nothing is to be held."
+            )
         part = Part(part_of(ask.id), What.END, actual=ask.actual)
         parts = [at for at in place.parts if at != place.claim]
         if ask.by is EndedBy.CALL:

@@ -41,11 +41,20 @@ Ask: TypeAlias = Callable[[int, Any], Awaitable[Answer]]
 
 
 class Place(NamedTuple):
-    """Where a call is: its hold, and its parts; *claim* is the partition of the part that has its idempotency key."""
+    """
+    Where a call is: its hold, and its parts.
+
+    Attributes:
+        home: Of its hold.
+        parts: Of its parts.
+        claim: Of the part that has its idempotency key.
+        is_free: Nobody's account is at its home, so that nothing can be charged for it there.
+    """
 
     home: int
     parts: tuple[int, ...] = ()
     claim: int | None = None
+    is_free: bool = False
 
 
 class Dance:

@@ -48,7 +48,7 @@ class Plan(NamedTuple):
     Attributes:
         runs: Where the call's hold may be, in the order in which they are asked; at least one.
         claim: The partition of its idempotency key; None if it has none.
-        charged: The partition of its charge key; None if it has none.
+        charged: The partition of its charge key; None if it has none, or is free.
         limits, leases: By partition.
     """
 
@@ -99,7 +99,7 @@ class Partitions:
 
     def single(self, ask: Admit) -> int | None:
         """The partition that all of *ask* is in; None if it is in several. What nobody pays for needs no payer's."""
-        once, charge = ask.idempotency, ask.charge_key
+        once = ask.idempotency
         if not (ask.sources or ask.amount or once is not None):
             places = {self.of_key(limit.key) for limit in ask.limits}
             places |= {self.of_key(lease.pool) for lease in ask.leases}
@@ -116,7 +116,12 @@ class Partitions:
                 return None
         if once is not None and self.of_key(once.key) != home:
             return None
-        return None if charge is not None and self.charged_at(charge.key) != home else home
+        return home if self._charged_of(ask) in (None, home) else None
+
+    def _charged_of(self, ask: Admit) -> int | None:
+        """The partition of its charge key; None if it has none, or if there is nothing to charge."""
+        is_free = not (ask.sources or ask.amount)
+        return None if ask.charge_key is None or is_free else self.charged_at(ask.charge_key.key)
 
     def plan(self, ask: Admit) -> Plan:
         """What of *ask* is where."""
@@ -133,8 +138,7 @@ class Partitions:
         if not runs:
             runs = [Run(_home_of_free(ask, of(ask.payer), limits, leases), ())]
         claim = None if ask.idempotency is None else of_key(ask.idempotency.key)
-        charged = None if ask.charge_key is None else self.charged_at(ask.charge_key.key)
-        return Plan(tuple(runs), claim, charged, limits, leases)
+        return Plan(tuple(runs), claim, self._charged_of(ask), limits, leases)
 
 
 def _home_of_free(

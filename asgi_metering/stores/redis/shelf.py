@@ -80,17 +80,19 @@ class Shelf(RedisStore):
     def _copy(self) -> WorkingCopy:
         return WorkingCopy(self._link(), self._names, self._packing, self._clock)
 
-    async def calls(self, ids: Sequence[str]) -> list[tuple[bool, Hold | None]]:
-        """Of each call: whether its hold is here, and its part if that is. One round trip."""
+    async def calls(self, ids: Sequence[str]) -> list[tuple[Hold | None, Hold | None]]:
+        """Of each call: its hold if that is here, and its part if that is. One round trip."""
         names = self._names
         commands: list[Command] = []
         for call in ids:
-            commands += [("EXISTS", names.hold(call)), ("GET", names.hold(part_of(call)))]
+            commands += [("GET", names.hold(call)), ("GET", names.hold(part_of(call)))]
         replies = await self.ask(commands)
-        found = []
-        for call, has, part in zip(ids, replies[::2], replies[1::2], strict=True):
-            found.append((bool(has), None if part is None else self._packing.hold_of(part_of(call), part)))
-        return found
+        names_of = [name for call in ids for name in (call, part_of(call))]
+        rows = [
+            None if raw is None else self._packing.hold_of(name, raw)
+            for name, raw in zip(names_of, replies, strict=True)
+        ]
+        return list(zip(rows[::2], rows[1::2], strict=True))
 
     async def accounts_after(self, query: AccountsAfter) -> list[bytes]:
         """The keys of its next accounts, in their order. One round trip."""

@@ -128,7 +128,7 @@ class _Volumes(Books):
             left = [call for call in calls if call not in homes]
             if left:
                 found = zip(left, await shelf.calls(left), strict=True)
-                homes |= {call: place for call, (is_home, _) in found if is_home}
+                homes |= {call: place for call, (hold, _) in found if hold is not None}
         return homes
 
     # -- rows ----------------------------------------------------------------------------------------------

@@ -306,6 +306,25 @@ def test_end_after_the_policy_did(nodes: list[ValkeyServer], by: EndedBy) -> Non
     play(nodes, story)
 
 
+@pytest.mark.parametrize("found", [False, True])
+def test_charge_a_call_that_named_nobody(nodes: list[ValkeyServer], found: bool) -> None:
+    """A call without sources has its hold where its slot is: what its payer owed there is refused, and not lost."""
+
+    async def story(books: Books) -> None:
+        await books.grant()
+        for call, more in (("a", ()), ("b", (books.limit(9, cost=1, meter="tokens"),))):
+            await books.one(books.ask(call, limits=more, sources=())._replace(amount=0, minimum=0))
+            if found:
+                books.store = books.fellow()
+            with pytest.raises(ConfigurationError, match="named no sources when it was admitted"):
+                await books.one(End(call, 4, Basis.USAGE))
+            assert (await books.one(End(call, 0, Basis.USAGE))).applied
+        state = await books.state()
+        assert (state.leases, [account.settled for account in state.accounts.values()]) == ({}, [0])
+
+    play(nodes, story)
+
+
 def test_end_by_a_person(nodes: list[ValkeyServer]) -> None:
     """Who ends a call by hand frees what it has everywhere; the call's own end changes nothing of that."""
 
@@ -534,6 +553,8 @@ def test_key_of_several_owners_is_a_mistake(nodes: list[ValkeyServer]) -> None:
         ask = books.ask("a", sources=books.theirs(), charge_key=KeyAsk("session", window_s=60.0))
         with pytest.raises(ConfigurationError, match="in other partitions of the Cluster than the key"):
             await books.one(ask)
+        # What costs nothing is charged in none.
+        assert (await books.one(ask._replace(amount=0, minimum=0, sources=()))).admitted
 
     play(nodes, story)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from asgi_metering.rules.operations import Admit, Claim, Operation, Preview, Sweep, Undo
+from asgi_metering.rules.operations import Admit, Claim, End, Operation, Preview, Sweep, Undo
 from asgi_metering.rules.roots import rooted
 from asgi_metering.rules.state import Hold
 from asgi_metering.stores.contract import AccountsAfter, EverythingKept, LiveHolds
@@ -38,13 +38,17 @@ COMPARED = 25
 
 
 def made_fit(operation: Operation, known: set[str]) -> Operation | None:
-    """*operation* as the layers above ask it: keys are scoped to payers, ids are new; None if it cannot be so."""
+    """*operation* as layers above ask it: keys scoped to payers, new ids, nothing charged to nobody; None if not so."""
     match operation:
         case Admit():
             if operation.id in known:
                 return None
             known.add(operation.id)
+            if not (operation.sources or operation.amount):
+                known.add(f"free {operation.id}")
             return _scoped(operation)
+        case End() if f"free {operation.id}" in known and operation.amount:
+            return operation._replace(amount=0)
         case Preview(ask) | Undo(ask):
             return None if ask.id in known else operation._replace(ask=_scoped(ask))
         case Sweep() | Claim():
