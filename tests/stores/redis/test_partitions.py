@@ -27,7 +27,7 @@ from tests.harness.valkey import ValkeyServer
 from tests.stores.operations import comparable
 from tests.stores.service import Service
 
-STEPS = int(os.environ.get("METERING_CLUSTER_STEPS", "60"))
+STEPS = int(os.environ.get("METERING_CLUSTER_STEPS", "50"))
 """Operations of each seed. Whoever changes the dance runs 20,000 of some seeds once, with a longer ``--timeout``."""
 
 SEEDS = range(int(os.environ.get("METERING_CLUSTER_SEEDS", "1")))

@@ -32,7 +32,7 @@ from tests.stores.service import Service
 
 _numbers = count()
 
-SERVED, THEN = 250, 60
+SERVED, THEN = 200, 30
 """Operations before a move and behind it."""
 
 
