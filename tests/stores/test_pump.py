@@ -371,16 +371,18 @@ def test_close_stops_all_lanes() -> None:
 
     async def scene(store: GatedStore, pump: Pump) -> None:
         store.lanes = 2
-        tasks = submit(pump, ask("a"))
+        away = submit(pump, ask("a"))
         await turns()
-        tasks += submit(pump, ask("b"))
-        await turns(1)
         closing = asyncio.ensure_future(pump.close())
-        await asyncio.sleep(0)
+        await turns()
         closing.cancel()
-        answers = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(answer) for answer in answers] == [StoreUnavailableError] * 2
+        with pytest.raises(StoreUnavailableError, match="was stopped"):
+            await pump.submit(ask("b"))
+        with pytest.raises(StoreUnavailableError, match="was stopped"):
+            await away[0]
+        assert store.batches == [["a"]]
         store.gate.set()
+        await pump.drain()
         assert isinstance(await pump.submit(ask("c")), Decision)
 
     play(scene)

@@ -295,30 +295,27 @@ local function admit_plain(k, a, n_keys, limits, wallet, amount, minimum, ttl, g
   if not fits then
     return M.refused(k, n_keys, now, NONE, NONE)
   end
-  local held, left_there = 0, 0
+  local expires, held, left_there, parts, who = now + ttl, 0, 0, '', args[a + 3]
   if wallet then
     if not M.book_at(account, now) then
       return nil, CODE.LATER
     end
     held = min(amount, available(book) + wallet.limit)
-    if held < minimum or not M.is_exact(book, amount) then
+    if held < minimum then
       M.forget(book)
-      if held < minimum then
-        return M.refused(k, n_keys, now, NONE, NONE)
-      end
+      return M.refused(k, n_keys, now, NONE, NONE)
+    end
+    if not M.is_exact(book, amount) then
+      M.forget(book)
       return nil, CODE.RULES
     end
+    parts = M.book_hold(book, held)
+    M.close_book(book, expires)
+    left_there = available(book)
+    who = wallet.who ~= '' and wallet.who or who
   end
-  local parts = wallet and M.book_hold(book, held) or ''
   if wallet or pinned ~= '' then
-    local key, expires, who = keys[k + 1], now + ttl, wallet and wallet.who or ''
-    if wallet then
-      M.close_book(book, expires)
-      left_there = available(book)
-    end
-    if who == '' then
-      who = args[a + 3]
-    end
+    local key = keys[k + 1]
     local rare = pinned == '' and '' or pack(AS.RARE, #pinned, pinned, 0, '', 0, '', 0, '')
     put(key, hold_text(now, ttl, grace, expires, expires + grace, parts, held, who, rare, args[a + 4]))
     lives(account, expires, rest(key))
