@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
@@ -700,7 +701,8 @@ def _journal(given: str | os.PathLike[str] | Journal | None) -> Journal | None:
 
 
 def _new_id() -> str:
-    return os.urandom(16).hex()
+    """128 bits, milliseconds first as in UUIDv7 (RFC 9562): rows of one time are neighbours in a store's index."""
+    return f"{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
 
 
 async def _run_in_thread(work: Callable[[], Any]) -> Any:

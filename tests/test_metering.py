@@ -174,6 +174,18 @@ def test_pass_options_on_to_the_transport() -> None:
             transport("a", usage_dialect="klingon")
 
 
+def test_name_calls_in_the_order_of_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself a metering makes ids that never meet, those of a later millisecond behind those of an earlier one."""
+    milliseconds = itertools.count(1_700_000_000_000)
+    monkeypatch.setattr("asgi_metering.metering.time.time_ns", lambda: next(milliseconds) * 1_000_000)
+    new_id = Metering(sinks=()).new_id
+    ids = [new_id() for _ in range(1_000)]
+    assert ids == sorted(ids)
+    assert {len(each) for each in ids} == {32}
+    monkeypatch.setattr("asgi_metering.metering.time.time_ns", lambda: 1_700_000_000_000_000_000)
+    assert len({new_id() for _ in range(1_000)}) == 1_000
+
+
 def test_take_ids_and_times_from_what_is_injected() -> None:
     """Calls are named by `new_id` and dated by the store's clock, so that books are told to the letter (X.8)."""
     names = itertools.count(1)
