@@ -15,6 +15,7 @@ from asgi_metering.stores.rows import MAPS, RowMap
 
 __all__ = [
     "DELETE",
+    "EVENT_TIMES",
     "INSERT",
     "INSERT_ABSENT",
     "LINES_OF",
@@ -81,6 +82,9 @@ SELECT = {table: select(table, _by_key(rows)) for table, rows in ROWS.items()}
 
 LINES_OF = select(Table.ENTRY, "INDEXED BY entry_ref WHERE payer = ? AND unit = ? AND ref = ? ORDER BY number")
 """The ledger lines about one call, grant or posting, oldest first."""
+
+EVENT_TIMES = "SELECT id, at, '{}', claimed_until, acknowledged_at FROM event"
+"""Events without what they say: the rules look at their times alone."""
 
 DELETE = {table: f'DELETE FROM "{table}" {_by_key(rows)}' for table, rows in ROWS.items()}  # noqa: S608
 """One row by its key."""

@@ -8,11 +8,8 @@ transactions and threads.
 
 from __future__ import annotations
 
-import json
-import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from operator import attrgetter
-from typing import Any
 
 from asgi_metering.receipts import Entry, Part, Source
 from asgi_metering.rules.decide import OVERDUE_PER_ADMISSION, Answer, clamped, paying, run
@@ -39,55 +36,29 @@ from asgi_metering.rules.operations import (
     Undo,
 )
 from asgi_metering.rules.state import (
-    NEVER,
     AccountKey,
-    AllowanceKey,
-    BucketKey,
     Change,
-    Grant,
     Hold,
     Lease,
-    State,
     Table,
 )
-from asgi_metering.stores.sqlite.statements import (
-    DELETE,
-    INSERT,
-    LINES_OF,
-    ROWS,
-    SELECT,
-    UPDATE_GRANT,
-    UPDATE_HOLD,
-    UPSERT,
-    select,
-)
+from asgi_metering.stores.sqlite.resident import Resident
+from asgi_metering.stores.sqlite.statements import EVENT_TIMES, LINES_OF, ROWS, select
 
 __all__ = ["WorkingCopy"]
 
-MAX_KNOWN = 5_000
-"""Keys that a copy knows before it forgets everything: some megabytes, and reading the busy ones again is cheap."""
-
-FEW_HOLDS = 4
-"""Up to so many holds are read one by one: to ask for many at once costs as much as two of them, then less for each."""
-
-_encode_entry = ROWS[Table.ENTRY].encode
-
 # Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
 _ALLOWANCE, _GRANT = Source.ALLOWANCE, Source.GRANT
-_ENTRY, _EVENT_ROW, _GRANT_ROW = Table.ENTRY, Table.EVENT, Table.GRANT
 
-_HOLDS = select(Table.HOLD, "WHERE id IN (SELECT value FROM json_each(?))")
-_OPEN_GRANTS = select(
-    Table.GRANT,
-    'INDEXED BY grant_open WHERE payer = ? AND unit = ? AND "open" ORDER BY number',
-)
 _PAID_GRANTS = select(
     Table.GRANT,
     "WHERE payer = ? AND unit = ? AND settled > 0 ORDER BY priority DESC, expires_at DESC, number DESC",
 )
-_LATEST_WINDOW = select(Table.ALLOWANCE, "WHERE payer = ? AND unit = ? AND name = ? ORDER BY start DESC LIMIT 1")
-_DELETE_FOLDED = "DELETE FROM entry WHERE payer = ? AND unit = ? AND number <= ?"
-# As for holds, the first condition is for the index and the second is the rule's own.
+# The first condition is for the index, the second is the rule's own, with its rounding.
+_OLD_HOLDS = select(
+    Table.HOLD,
+    "INDEXED BY hold_ended WHERE ended_at <= ?1 - ?2 + 1.0 AND ended_at + ?2 <= ?1 ORDER BY ended_at LIMIT ?3",
+)
 _PAST_WINDOWS = select(
     Table.ALLOWANCE,
     'INDEXED BY allowance_past WHERE held = 0 AND "end" <= ?1 - ?2 + 1.0 AND "end" + ?2 <= ?1 '
@@ -104,7 +75,6 @@ _PAST_IDEMPOTENCY = select(
 )
 _OLD_ACCOUNTS = "SELECT DISTINCT payer, unit FROM entry INDEXED BY entry_at WHERE at <= ? ORDER BY payer, unit LIMIT ?"
 _OLDEST_LINES = select(Table.ENTRY, "WHERE payer = ? AND unit = ? AND at <= ? ORDER BY number LIMIT ?")
-_LIVE_LEASES = "SELECT id, expires_at FROM lease WHERE pool = ? AND expires_at > ?"
 _DEAD_LEASES = select(Table.LEASE, "WHERE expires_at <= ? ORDER BY expires_at LIMIT ?")
 _OVERDUE_HOLDS = select(
     Table.HOLD,
@@ -120,11 +90,6 @@ _OVERDUE_ACCOUNTS = (
     "SELECT DISTINCT payer, unit FROM hold INDEXED BY hold_live WHERE receipt IS NULL AND expires_at <= ? "
     "ORDER BY payer, unit"
 )
-# The first condition is for the index, the second is the rule's own, with its rounding.
-_OLD_HOLDS = select(
-    Table.HOLD,
-    "INDEXED BY hold_ended WHERE ended_at <= ?1 - ?2 + 1.0 AND ended_at + ?2 <= ?1 ORDER BY ended_at LIMIT ?3",
-)
 _PAST_COUNTERS = select(
     Table.COUNTER,
     'INDEXED BY counter_past WHERE "end" + ("end" - start) <= ? ORDER BY "end" + ("end" - start) LIMIT ?',
@@ -133,95 +98,16 @@ _FREE_EVENTS = select(
     Table.EVENT,
     "INDEXED BY event_next WHERE acknowledged_at IS NULL AND claimed_until <= ? ORDER BY position LIMIT ?",
 )
-# Not what they say: the rules look at the times alone.
-_EVENT_TIMES = "SELECT id, at, '{}', claimed_until, acknowledged_at FROM event"
-_EVENT = f"{_EVENT_TIMES} WHERE id = ?"
-_ACKNOWLEDGE = "UPDATE event SET acknowledged_at = ? WHERE id = ? AND acknowledged_at IS NULL"
 _DELIVERED_EVENTS = (
-    f"{_EVENT_TIMES} INDEXED BY event_delivered "
+    f"{EVENT_TIMES} INDEXED BY event_delivered "
     "WHERE acknowledged_at <= ?1 - ?2 + 1.0 AND acknowledged_at + ?2 <= ?1 ORDER BY acknowledged_at, id LIMIT ?3"
 )
 
 
-class WorkingCopy:
-    """
-    The rows of one connection's batches.
+class WorkingCopy(Resident):
+    """What the rules decide on: resident rows, and for each operation those that it looks at."""
 
-    Rows stay from one batch to the next as long as nobody else has written to the file, so that a busy account is
-    not read again for each of its batches.
-
-    Args:
-        connection: The only one that writes what this copy decides.
-    """
-
-    __slots__ = (
-        "_acknowledged",
-        "_deleted",
-        "_ended",
-        "_entries",
-        "_known",
-        "_now",
-        "_put",
-        "_state",
-        "_stored",
-        "_version",
-        "connection",
-    )
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self.connection = connection
-        self._version: int | None = None
-        self._forget()
-
-    def _forget(self) -> None:
-        self._state = State()
-        self._known: set[tuple[Any, ...]] = set()
-        self._stored: set[str] = set()
-        self._ended: list[str] = []
-        self._put: dict[str, dict[Any, Any]] = {table: {} for table in UPSERT}
-        self._deleted: dict[str, set[Any]] = {table: set() for table in UPSERT}
-        self._entries: list[list[Any]] = []
-        self._acknowledged: list[tuple[float, str]] = []
-        self._now = -NEVER
-
-    def begin(self, now: float) -> None:
-        """
-        Start a batch, inside a transaction that keeps other writers out.
-
-        Args:
-            now: The store's time for the whole batch.
-        """
-        (version,) = self.connection.execute("PRAGMA data_version").fetchone()
-        # A clock that stepped back sees leases alive that were dead, and not looked at, before.
-        if version != self._version or now < self._now or len(self._known) > MAX_KNOWN:
-            self._forget()
-            self._version = version
-        self._drop_ended()
-        self._now = now
-        self._state.entries.clear()
-        self._state.refs.clear()
-        self._state.events.clear()
-        self._state.delivered.clear()
-
-    def _drop_ended(self) -> None:
-        """A call that has ended is hardly asked for again: it makes room for others."""
-        for call_id in self._ended:
-            self._known.discard((Table.HOLD, call_id))
-            self._stored.discard(call_id)
-            self._state.apply([(Table.HOLD, call_id, None)])
-        self._ended.clear()
-
-    def expect(self, operations: Sequence[Operation]) -> None:
-        """Read at once what `run` would read one by one of *operations*: the holds that they name."""
-        known = self._known
-        ids = [o.id for o in operations if isinstance(o, Admit | End | Renew) and (Table.HOLD, o.id) not in known]
-        text = json.dumps(ids)
-        # JSON in SQLite ends a text at its NUL.
-        if len(ids) <= FEW_HOLDS or "\\u0000" in text:
-            return
-        for row in self.connection.execute(_HOLDS, (text,)):
-            self._keep_hold(ROWS[Table.HOLD].decode(row))
-        known.update([(Table.HOLD, call_id) for call_id in ids])
+    __slots__ = ()
 
     def run(self, operation: Operation) -> Answer:
         """
@@ -236,64 +122,6 @@ class WorkingCopy:
             return run(self._state, operation, self._now, written)
         finally:
             self._remember(written)
-
-    # -- what changed --------------------------------------------------------------------------------------
-
-    def _remember(self, written: list[Change]) -> None:
-        put, deleted = self._put, self._deleted
-        for table, key, row in written:
-            if table == _ENTRY:
-                self._entries.append(_encode_entry(row))
-            elif row is None:
-                put[table].pop(key, None)
-                deleted[table].add(key)
-            elif table == _EVENT_ROW and row.acknowledged_at is not None:
-                self._acknowledged.append((row.acknowledged_at, key))
-            elif table == _GRANT_ROW:
-                put[table][*key, row.id] = row
-            else:
-                put[table][key] = row
-
-    def write(self) -> None:
-        """Write what has changed since the last call: of many changes to a row only the last."""
-        connection = self.connection
-        for table, keys in self._deleted.items():
-            if keys:
-                connection.executemany(DELETE[table], [key if type(key) is tuple else (key,) for key in keys])
-                if table == Table.HOLD:
-                    self._stored -= keys
-                keys.clear()
-        # Before checkpoints, which take away the lines that they fold.
-        if self._entries:
-            connection.executemany(INSERT[Table.ENTRY], self._entries)
-            self._entries.clear()
-        # Before events, of which one may be told again behind its acknowledgement.
-        if self._acknowledged:
-            connection.executemany(_ACKNOWLEDGE, self._acknowledged)
-            self._acknowledged.clear()
-        for table, rows in self._put.items():
-            if rows:
-                if table == Table.CHECKPOINT:
-                    connection.executemany(_DELETE_FOLDED, [row[:3] for row in rows.values()])
-                if table == Table.HOLD:
-                    self._write_holds(rows)
-                elif table != Table.GRANT or not self._update_grants(rows):
-                    connection.executemany(UPSERT[table], map(ROWS[table].encode, rows.values()))
-                rows.clear()
-
-    def _write_holds(self, rows: dict[str, Hold]) -> None:
-        stored, holds = self._stored, ROWS[Table.HOLD]
-        changed = [holds.encode_change(row) for key, row in rows.items() if key in stored]
-        new = [holds.encode(row) for key, row in rows.items() if key not in stored]
-        self.connection.executemany(UPDATE_HOLD, changed)
-        self.connection.executemany(INSERT[Table.HOLD], new)
-        stored.update(rows)
-        self._ended += [key for key, row in rows.items() if row.receipt is not None]
-
-    def _update_grants(self, rows: dict[Any, Grant]) -> bool:
-        """Whether it was enough to write the sums: a grant is hardly ever new, and opens or closes but once."""
-        changes = map(ROWS[Table.GRANT].encode_change, rows.values())
-        return self.connection.executemany(UPDATE_GRANT, changes).rowcount == len(rows)
 
     # -- what each operation looks at ----------------------------------------------------------------------
 
@@ -542,105 +370,3 @@ class WorkingCopy:
         for row in self.connection.execute(_FREE_EVENTS, (self._now, limit)):
             event = ROWS[Table.EVENT].decode(row)
             self._state.events[event.id] = event
-
-    # -- rows by key, each read once -----------------------------------------------------------------------
-
-    def _is_new(self, *what: Any) -> bool:
-        known = self._known
-        if what in known:
-            return False
-        known.add(what)
-        return True
-
-    def _row(self, table: str, key: tuple[Any, ...]) -> Any:
-        found = self.connection.execute(SELECT[table], key).fetchone()
-        return None if found is None else ROWS[table].decode(found)
-
-    def _load_book(self, key: AccountKey) -> None:
-        """The account and its open grants."""
-        if self._is_new(Table.ACCOUNT, key):
-            account = self._row(Table.ACCOUNT, key)
-            if account is not None:
-                self._state.accounts[key] = account
-                for row in self.connection.execute(_OPEN_GRANTS, key):
-                    self._keep_grant(ROWS[Table.GRANT].decode(row))
-
-    def _load_grant(self, key: AccountKey, grant_id: str) -> None:
-        if self._state.grant(key, grant_id) is None and self._is_new(Table.GRANT, key, grant_id):
-            grant = self._row(Table.GRANT, (*key, grant_id))
-            if grant is not None:
-                self._keep_grant(grant)
-
-    def _keep_grant(self, grant: Grant) -> Grant:
-        """Take in a grant as it is stored, unless the batch knows it already."""
-        key = (grant.payer, grant.unit)
-        known = self._state.grant(key, grant.id)
-        if known is not None:
-            return known
-        self._state.apply([(Table.GRANT, key, grant)])
-        return grant
-
-    def _load_hold(self, hold_id: str) -> Hold | None:
-        if self._is_new(Table.HOLD, hold_id):
-            hold = self._row(Table.HOLD, (hold_id,))
-            if hold is not None:
-                self._take(hold)
-        return self._state.holds.get(hold_id)
-
-    def _keep_hold(self, hold: Hold) -> None:
-        """Take in a hold as it is stored, unless the batch knows it already."""
-        if self._is_new(Table.HOLD, hold.id):
-            self._take(hold)
-
-    def _take(self, hold: Hold) -> None:
-        self._state.apply([(Table.HOLD, hold.id, hold)])
-        self._stored.add(hold.id)
-
-    def _load_allowances(self, bucket: BucketKey, boundaries: tuple[float, ...]) -> None:
-        """The windows that may count now: those of the calendar, or the last one of an allowance that rolls."""
-        self._load_book(bucket[:2])
-        if boundaries:
-            for start in boundaries[:-1]:
-                self._load_allowance((*bucket, start))
-        elif self._is_new(Table.ALLOWANCE, bucket):
-            for row in self.connection.execute(_LATEST_WINDOW, bucket):
-                window = ROWS[Table.ALLOWANCE].decode(row)
-                if self._is_new(Table.ALLOWANCE, (*bucket, window.start)):
-                    self._state.apply([(Table.ALLOWANCE, (*bucket, window.start), window)])
-
-    def _load_allowance(self, key: AllowanceKey) -> None:
-        # One that this copy has begun, since it rolls, was never read.
-        if key not in self._state.allowances and self._is_new(Table.ALLOWANCE, key):
-            window = self._row(Table.ALLOWANCE, key)
-            if window is not None:
-                self._state.apply([(Table.ALLOWANCE, key, window)])
-
-    def _load_counter(self, key: str) -> None:
-        if self._is_new(Table.COUNTER, key):
-            counter = self._row(Table.COUNTER, (key,))
-            if counter is not None:
-                self._state.counters[key] = counter
-
-    def _load_pool(self, pool: str) -> None:
-        """The pool's live leases. What the batch has done to it already is newer than what is stored."""
-        if not self._is_new(Table.LEASE, pool):
-            return
-        put, deleted = self._put[Table.LEASE], self._deleted[Table.LEASE]
-        for call_id, expires_at in self.connection.execute(_LIVE_LEASES, (pool, self._now)):
-            key = (pool, call_id)
-            if key not in put and key not in deleted:
-                self._state.apply([(Table.LEASE, key, Lease(pool, call_id, expires_at))])
-
-    def _load_plain(self, table: str, key: str) -> None:
-        """A row of a table that is found by one text and by nothing else."""
-        if self._is_new(table, key):
-            row = self._row(table, (key,))
-            if row is not None:
-                self._state.apply([(table, key, row)])
-
-    def _load_events(self, ids: Iterable[str]) -> None:
-        """Events as they are stored, with what the batch appended."""
-        self.write()
-        for event_id in ids:
-            for row in self.connection.execute(_EVENT, (event_id,)):
-                self._state.apply([(Table.EVENT, event_id, ROWS[Table.EVENT].decode(row))])
