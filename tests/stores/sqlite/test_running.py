@@ -25,7 +25,7 @@ from asgi_metering.errors import (
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.operations import Admit, Emit, End, PostGrant, Renew, Sweep, WalletSource
 from asgi_metering.stores.contract import AccountRows, EverythingKept, PendingEvents
-from asgi_metering.stores.sqlite import SQLiteStore, database, thread, working_copy
+from asgi_metering.stores.sqlite import SQLiteStore, database, resident, thread
 from asgi_metering.stores.sqlite.database import network_file_system
 from asgi_metering.stores.sqlite.thread import ConnectionThread, Turn
 from asgi_metering.testing.clock import FakeClock
@@ -355,7 +355,7 @@ def test_thread_makes_a_new_connection_when_the_old_one_broke(path: Path) -> Non
 
 def test_keep_no_more_rows_than_a_bound(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a store keeps of its file between batches is bounded, however many calls, events and lines go through."""
-    monkeypatch.setattr(working_copy, "MAX_KNOWN", 20)
+    monkeypatch.setattr(resident, "MAX_KNOWN", 20)
 
     async def scene(store: SQLiteStore) -> None:
         await store.run([grant()])
