@@ -89,13 +89,15 @@ class ClusterStore(Store):
     decided others may be refused what it gives back then. A receipt, a ledger and a sweep are of one partition each;
     what reads several of them is not of one instant.
 
-    Three things are not as on other stores. A charge key has one place, that of the payer whose key it is: a call that
+    Four things are not as on other stores. A charge key has one place, that of the payer whose key it is: a call that
     others may pay for as well is refused as a `ConfigurationError`. And an id is known where its call is paid: one that
     comes again for a payer of another partition is another call, while other stores answer the first one's decision.
     Its end is that of the call that this process admitted last; the other one goes in doubt, as if its process had
     died. Within one partition, and for the same payers, a repeat is one everywhere. And a call that was admitted
     without sources, and has a slot or a count elsewhere than its payer's account, cannot be charged at its end: that is
-    a `ConfigurationError` too. With partitions=1 nothing of this is so.
+    a `ConfigurationError` too. And a request that was given up, and repeated under its idempotency key, is charged
+    beside its repeat if its own end comes late after all and somebody else pays than the one whose key it is: the key is
+    not where the hold is. With partitions=1 nothing of this is so.
 
     Where failover is asynchronous it can lose what was acknowledged
     last. While a slot moves to another node, its calls wait, and are told that the store is unavailable when that takes
