@@ -609,7 +609,7 @@ def test_processes_race_over_slots(nodes: list[ValkeyServer], limit: int, wallet
         await store.close()
 
     asyncio.run(begin())
-    spans = race(url, 3, limit)
+    spans = race(url, 4, limit)
     assert len(spans) == min(limit, wallet)
     assert most_at_once(spans) <= SLOTS
 
