@@ -13,6 +13,7 @@ import pytest
 
 from asgi_metering import Metering, TokenUsage, billable, current_call, slices
 from asgi_metering.call import Call
+from asgi_metering.errors import StoreUnavailableError
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.prices import per_token
 from asgi_metering.receipts import EntryKind
@@ -311,6 +312,17 @@ def test_owe_what_nobody_can_pay_under_the_call_s_own_id(tmp_path: Path) -> None
 # -- what the store may have admitted ----------------------------------------------------------------------
 
 
+class Dying(Gated):
+    """A store that goes down with the first reply that it loses."""
+
+    async def run(self, operations: Sequence[Operation]) -> list[Answer | Exception]:
+        try:
+            return await super().run(operations)
+        except StoreUnavailableError:
+            self.down = True
+            raise
+
+
 @pytest.mark.parametrize(("policy", "kept"), [("hold", 1), ("observed", 0)])
 def test_give_back_what_a_refused_call_may_hold(policy: Literal["hold", "observed"], kept: int, tmp_path: Path) -> None:
     """
@@ -319,7 +331,7 @@ def test_give_back_what_a_refused_call_may_hold(policy: Literal["hold", "observe
     """
 
     async def play() -> None:
-        store = Gated()
+        store = Dying()
         async with used(store, journal=tmp_path / "j") as metering:
             journal = metering.journal
             assert journal is not None
@@ -328,7 +340,6 @@ def test_give_back_what_a_refused_call_may_hold(policy: Literal["hold", "observe
             # What this process itself would do about it.
             metering.runtime().pump._unknown = None
             assert status((await call(app)).log) == 503
-            store.down = True
             await until(lambda: _is_kept(journal, kept))
             assert (await settled(metering))[1] == 2 * CREDIT
             metering.breaker._state, metering.breaker._until = BreakerState.OPEN, float("inf")
