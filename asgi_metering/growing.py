@@ -216,8 +216,7 @@ class Growth:
             return
         self.is_cut = self._over = True
         log.info("Call %s has used up the %s that could be held for it, and is cut.", call.id, held)
-        if call.opening.cut is not None:
-            call.opening.cut()
+        call.opening.cut()
 
     # -- the answer ----------------------------------------------------------------------------------------
 

@@ -120,8 +120,8 @@ async def _content(call: Call, policy: Idempotency, arguments: Mapping[str, Any]
     if isinstance(policy.fingerprint, From):
         computed = await policy.fingerprint.compute(call, arguments)
         return computed if isinstance(computed, bytes) else _bytes(f"{type(computed).__name__} {computed}")
-    read = call.opening.request_body
-    return b"" if read is None else await read().digest()
+    body = call.opening.request_body()
+    return b"" if body is None else await body.digest()
 
 
 # -- charge keys -------------------------------------------------------------------------------------------

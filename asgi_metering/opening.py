@@ -7,7 +7,6 @@ charged is the call's, which is made on first use.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -60,46 +59,40 @@ class Opening:
     Attributes:
         metering: The composition root of the layer that opened it.
         features: Which layers are present; inner layers add theirs.
-        origin: Where it came from.
         call: The call, once somebody asked for it.
         closed: The request is over; code that outlives it must not admit or charge (pitfall 1).
-        request_body: Answers the request's body; None outside HTTP.
-        cut: Stops the work of the call and its answer, on the loop of the request; None outside HTTP.
         around: In which request, or charge, the work runs that this charge is for; None where there is none.
     """
 
-    __slots__ = (
-        "around",
-        "call",
-        "closed",
-        "cut",
-        "features",
-        "free",
-        "metering",
-        "origin",
-        "request_body",
-        "unenforced",
-    )
+    # On the class: what a request never has costs it nothing.
+    call: Call | None = None
+    closed = False
+    around: Opening | None = None
 
     def __init__(
         self,
         metering: Metering,
         features: frozenset[str],
-        origin: Origin | None,
         *,
         free: bool = False,
         unenforced: frozenset[str] = frozenset(),
     ) -> None:
         self.metering = metering
         self.features = features
-        self.origin = origin
         self.free = free
         self.unenforced = unenforced
-        self.call: Call | None = None
-        self.closed = False
-        self.request_body: Callable[[], RequestBody] | None = None
-        self.cut: Callable[[], None] | None = None
-        self.around: Opening | None = None
+
+    @property
+    def origin(self) -> Origin | None:
+        """Where it came from; None outside HTTP."""
+        return None
+
+    def request_body(self) -> RequestBody | None:
+        """The request's body; None outside HTTP."""
+        return None
+
+    def cut(self) -> None:
+        """Stop the work of the call and its answer, on the loop of the request; outside HTTP nothing can be stopped."""
 
     def check(self) -> None:
         """Raise `CallClosedError` if the request is over."""

@@ -74,7 +74,7 @@ def _call_for(metering: Metering, payer: str | None, caller: Caller | None, line
     check_key(payer, "payer")
     # Whose balance pays is said here, whatever the caller's own would be.
     caller = Caller(payer) if caller is None else replace(caller, payer=payer)
-    opening = Opening(metering, ALL_FEATURES, None)
+    opening = Opening(metering, ALL_FEATURES)
     opening.around = CURRENT.get()
     call = opening.open_call()
     call.preset(caller, payer, inherited)

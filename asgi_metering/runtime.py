@@ -25,6 +25,7 @@ from asgi_metering.delivery import Delivery
 from asgi_metering.errors import MeteringError, StoreError, StoreUnavailableError
 from asgi_metering.events.exporter import Exporter
 from asgi_metering.growing import growth_of
+from asgi_metering.overdue import Overdue
 from asgi_metering.receipts import Receipt
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.ending import Cause
@@ -82,6 +83,7 @@ class Runtime:
 
     Attributes:
         in_flight: Admitted calls that have not ended, by id.
+        last_sends, graces: Where the edge waits for servers to take last messages, and for apps to end behind them.
         busy: How many ends are not booked yet.
         managed: A lifespan holds the shutdown until calls are drained.
         lifespans: How many applications have begun theirs and use this; the last of them stops it.
@@ -93,6 +95,7 @@ class Runtime:
         self.loop = loop
         self.pump = Pump(metering.store, self._release)
         self.in_flight: dict[str, Call] = {}
+        self.last_sends, self.graces = Overdue(loop), Overdue(loop)
         self.managed = False
         self.lifespans = self.blocks = 0
         self._ended: deque[Call] = deque()

@@ -13,9 +13,8 @@ from typing import Any, ClassVar, Literal
 
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.audit import MAX_DEPTH
-from asgi_metering.asgi.exchange import ExchangeOptions, run
+from asgi_metering.asgi.exchange import Exchange, ExchangeOptions, run
 from asgi_metering.asgi.lifespan import LAYERS_KEY, Lifespan
-from asgi_metering.asgi.origin import HTTPOrigin
 from asgi_metering.asgi.startup import check_stack, examined
 from asgi_metering.asgi.types import ASGIApp, Receive, Scope, Send
 from asgi_metering.asgi.workers import check_workers
@@ -113,16 +112,16 @@ class MeteringMiddleware:
         if not self.proven and not self._prove(scope):
             await _answer_mistaken(send)
             return
-        opening = Opening(
+        # Into the scope itself, as Starlette's own middleware does: a copy would hide the route from outer layers.
+        exchange = scope[SCOPE_KEY] = Exchange(
             self.metering,
             self.features,
-            HTTPOrigin(scope),
+            scope,
+            self.options,
             free=scope["method"] in FREE_METHODS,
             unenforced=self.unenforced,
         )
-        # Into the scope itself, as Starlette's own middleware does: a copy would hide the route from outer layers.
-        scope[SCOPE_KEY] = opening
-        await run(self.app, opening, scope, receive, send, self.options)
+        await run(self.app, exchange, receive, send)
 
     def _prove(self, scope: Scope) -> bool:
         """Audit the application, once, where no lifespan did; False for one that must not serve."""

@@ -28,7 +28,7 @@ def unmetered(metering: Metering | None = None) -> Iterator[Call]:
     ``current_call().admit(...)`` lets everything in. Afterwards the call is over, as a request's is (pitfalls 1, 3).
     Around ``asyncio.run(...)`` or inside a coroutine alike.
     """
-    opening = Opening(metering or Metering("memory://", sinks=()), ALL_FEATURES, None, free=True)
+    opening = Opening(metering or Metering("memory://", sinks=()), ALL_FEATURES, free=True)
     token = CURRENT.set(opening)
     try:
         yield opening.open_call()

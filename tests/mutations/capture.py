@@ -7,7 +7,7 @@ from tests.mutations.entries import Mutation
 __all__ = ["MUTATIONS"]
 
 BOOKING = "asgi_metering.booking"
-EXCHANGE = "asgi_metering.asgi.exchange"
+DRESSING = "asgi_metering.asgi.dressing"
 
 
 def _passed(name: str, *cases: str) -> tuple[str, ...]:
@@ -22,7 +22,7 @@ MUTATIONS = (
     Mutation(
         0,
         "fields of a provider never pass",
-        EXCHANGE,
+        DRESSING,
         "forward_quota_headers:\n        return given\n",
         "forward_quota_headers:\n        pass\n",
         _passed("test_let_fields_pass_where_the_route_says_so", "openai-200", "anthropic-429"),
@@ -30,7 +30,7 @@ MUTATIONS = (
     Mutation(
         0,
         "fields of a provider always pass",
-        EXCHANGE,
+        DRESSING,
         "    return [field for field in given if not is_quota_header(field[0])]\n",
         "    return given\n",
         _passed("test_capture_and_remove_the_fields_of_a_provider", "openai-200", "anthropic-429"),
@@ -38,7 +38,7 @@ MUTATIONS = (
     Mutation(
         0,
         "refusals that pass through are not captured",
-        EXCHANGE,
+        DRESSING,
         "    if not quotas:\n        return given\n",
         "    if not quotas or status >= 400:\n        return given\n",
         _passed("test_capture_and_remove_the_fields_of_a_provider", "openai-429", "anthropic-429", "anthropic-529")
@@ -47,7 +47,7 @@ MUTATIONS = (
     Mutation(
         0,
         "readings are as old as their answers",
-        EXCHANGE,
+        DRESSING,
         "status=status, started_at=call.started_at)\n",
         "status=status, started_at=None)\n",
         _passed("test_older_call_never_replaces_the_reading_of_a_newer_one", "200", "429"),

@@ -11,6 +11,7 @@ __all__ = ["MUTATIONS"]
 
 PITFALLS = Path(__file__).parents[1] / "pitfalls"
 EXCHANGE = "asgi_metering.asgi.exchange"
+DRESSING = "asgi_metering.asgi.dressing"
 RUNTIME = "asgi_metering.runtime"
 
 
@@ -31,8 +32,8 @@ MUTATIONS = (
         22,
         "await the end in send",
         EXCHANGE,
-        "        finishing = True\n        taken = True\n",
-        "        finishing = taken = True\n        close(call)\n        await call.expects_ending()\n",
+        "        self.finishing = True\n        taken = True\n",
+        "        self.finishing = taken = True\n        self._close(call)\n        await call.expects_ending()\n",
         _test("test_never_awaits_the_ledger_in_send"),
     ),
     Mutation(
@@ -47,23 +48,23 @@ MUTATIONS = (
         23,
         "a disconnect after the end counts",
         EXCHANGE,
-        "        if not finishing and opening.call is not None:\n            opening.call.see(Cause.CLIENT_GONE)\n",
-        "        if opening.call is not None:\n            opening.call.cause = Cause.CLIENT_GONE\n",
+        "        if not self.finishing and self.call is not None:\n            self.call.see(Cause.CLIENT_GONE)\n",
+        "        if self.call is not None:\n            self.call.cause = Cause.CLIENT_GONE\n",
         _test("test_settles_a_stream_that_starlette_cancels_behind_its_last_message"),
     ),
     Mutation(
         24,
         "no grace after the last message",
         EXCHANGE,
-        "                grace = asyncio.get_running_loop().call_later(GRACE_S, close, call)\n",
-        "                close(call)\n",
+        "                self.grace = runtime.graces.expect(GRACE_S, functools.partial(self._close, call))\n",
+        "                self._close(call)\n",
         _test("test_error_that_base_http_middleware_hides_behind_a_clean_end_is_an_error"),
     ),
     Mutation(
         24,
         "wait for the background task",
         EXCHANGE,
-        "                grace = asyncio.get_running_loop().call_later(GRACE_S, close, call)\n",
+        "                self.grace = runtime.graces.expect(GRACE_S, functools.partial(self._close, call))\n",
         "                pass\n",
         _test("test_background_task_does_not_delay_the_end"),
     ),
@@ -71,8 +72,8 @@ MUTATIONS = (
         24,
         "the grace begins before the last message is taken",
         EXCHANGE,
-        "            grace = asyncio.get_running_loop().call_later(LAST_SEND_S, give_up, call, body, reaches)\n",
-        "            grace = asyncio.get_running_loop().call_later(GRACE_S, close, call)\n",
+        "last_sends.expect(LAST_SEND_S, functools.partial(self._give_up, call, body, reaches))\n",
+        "graces.expect(GRACE_S, functools.partial(self._close, call))\n",
         _test("test_grace_begins_when_the_server_has_the_last_message[False]")
         + _test("test_grace_begins_when_the_server_has_the_last_message[True]"),
     ),
@@ -80,8 +81,8 @@ MUTATIONS = (
         24,
         "what breaks behind a whole answer makes it free",
         EXCHANGE,
-        "        call.see(Cause.COMPLETED if is_whole else _cause_of(failure, finishing))\n",
-        "        call.see(_cause_of(failure, finishing))\n",
+        "        call.see(Cause.COMPLETED if is_complete else cause_of(failure, self.finishing))\n",
+        "        call.see(cause_of(failure, self.finishing))\n",
         _test("test_whole_response_is_charged_whatever_breaks_behind_it[sized]")
         + _test("test_whole_response_is_charged_whatever_breaks_behind_it[one-message]")
         + _test("test_whole_response_is_charged_whatever_breaks_behind_it[file]")
@@ -91,8 +92,8 @@ MUTATIONS = (
         24,
         "every end is whole",
         EXCHANGE,
-        "        is_whole = whole or (finishing and ",
-        "        is_whole = whole or (finishing or ",
+        "        is_complete = self.whole or (self.finishing and ",
+        "        is_complete = self.whole or (self.finishing or ",
         _test("test_whole_response_is_charged_whatever_breaks_behind_it[short]")
         + _test("test_error_that_base_http_middleware_hides_behind_a_clean_end_is_an_error"),
     ),
@@ -100,16 +101,16 @@ MUTATIONS = (
         25,
         "returning is success",
         EXCHANGE,
-        "                call.see(Cause.ABORTED)\n",
-        "                call.see(Cause.COMPLETED)\n",
+        "            call.see(Cause.ABORTED)\n",
+        "            call.see(Cause.COMPLETED)\n",
         _test("test_return_without_an_end_is_no_success[False]"),
     ),
     Mutation(
         26,
         "no turn of the loop in a burst",
         EXCHANGE,
-        "            sent += passed\n            await asyncio.sleep(0)\n",
-        "            sent += passed\n",
+        "        self.sent += passed\n        await asyncio.sleep(0)\n",
+        "        self.sent += passed\n",
         _test("test_burst_that_never_waits_lets_others_notice_the_client_that_left"),
     ),
     Mutation(
@@ -124,8 +125,8 @@ MUTATIONS = (
         27,
         "a last send that hangs is never read",
         EXCHANGE,
-        "        took_last(call, body, reaches)\n        close(call)\n",
-        "        close(call)\n",
+        "        self._took_last(call, body, reaches)\n        self._close(call)\n",
+        "        self._close(call)\n",
         _test("test_last_send_that_never_returns_is_ended_by_what_was_sent"),
     ),
     Mutation(
@@ -148,7 +149,7 @@ MUTATIONS = (
         28,
         "send never raises",
         EXCHANGE,
-        "            elif watch.is_gone and not finishing:\n",
+        "            elif watch.is_gone and not self.finishing:\n",
         "            elif False:\n",
         _test("test_endless_stream_is_stopped_once_the_client_has_left"),
     ),
@@ -172,8 +173,8 @@ MUTATIONS = (
         30,
         "a cancelled request is not ended",
         EXCHANGE,
-        "            await _close_inline(call, close, opening)\n",
-        "            if call.cause is not Cause.ABORTED:\n                await _close_inline(call, close, opening)\n",
+        "            self._close(call)\n            await self._booked(call)\n",
+        "            if call.cause is not Cause.ABORTED:\n                self._close(call)\n",
         _test("test_ends_survive_the_cancellation_of_their_request"),
     ),
     Mutation(
@@ -220,7 +221,7 @@ MUTATIONS = (
     Mutation(
         35,
         "compressed bodies are not unpacked",
-        EXCHANGE,
+        DRESSING,
         '        None if encoding is None else encoding.decode("latin-1"),\n',
         "        None,\n",
         _test("test_reads_usage_from_a_compressed_body[gzip]"),
@@ -229,7 +230,7 @@ MUTATIONS = (
         36,
         "a file by path is no end",
         EXCHANGE,
-        '            or (kind == "http.response.pathsend" and not trailers)\n',
+        '            or (kind == "http.response.pathsend" and not self.trailers)\n',
         "",
         _test("test_file_by_path_is_the_end_and_counts_as_sent"),
     ),
@@ -237,7 +238,7 @@ MUTATIONS = (
         36,
         "the last body ends a response with trailers",
         EXCHANGE,
-        '        if not message.get("more_body", False) and not trailers:\n',
+        '        if not message.get("more_body", False) and not self.trailers:\n',
         '        if not message.get("more_body", False):\n',
         _test("test_trailers_end_the_response_that_announced_them"),
     ),
@@ -253,7 +254,7 @@ MUTATIONS = (
         38,
         "the return of the app ends nothing",
         EXCHANGE,
-        "            await _close_inline(call, close, opening)\n",
+        "            self._close(call)\n            await self._booked(call)\n",
         "            pass\n",
         _test("test_settles_although_the_generators_finally_never_ran"),
     ),

@@ -7,6 +7,7 @@ from tests.mutations.entries import Mutation
 __all__ = ["MUTATIONS"]
 
 EXCHANGE = "asgi_metering.asgi.exchange"
+ENDINGS = "asgi_metering.asgi.endings"
 REFUSALS = "asgi_metering.asgi.refusals"
 
 
@@ -31,15 +32,15 @@ ANSWERS = (
     Mutation(
         13,
         "groups are raised again",
-        EXCHANGE,
-        "            return all(_is_refusal(inner) for inner in failure.exceptions)\n",
+        ENDINGS,
+        "            return all(is_refusal(inner) for inner in failure.exceptions)\n",
         "            return False\n",
         _tests("test_answer_whatever_the_refusal_became[group]"),
     ),
     Mutation(
         13,
         "translations are raised again",
-        EXCHANGE,
+        ENDINGS,
         "        failure = failure.__cause__\n",
         "        failure = None\n",
         _tests("test_answer_whatever_the_refusal_became[exception]"),
@@ -48,16 +49,16 @@ ANSWERS = (
         13,
         "a swallowed refusal is not answered",
         EXCHANGE,
-        "opening.call.is_refused and not started:\n",
-        "opening.call.is_refused and False:\n",
+        "call.is_refused and not self.started:\n",
+        "call.is_refused and False:\n",
         _tests("test_answer_a_refusal_that_somebody_kept_silent_of"),
     ),
     Mutation(
         13,
         "a refusal hides every bug",
         EXCHANGE,
-        "await answer_refusal(call) and _is_refusal(failure):\n",
-        "await answer_refusal(call):\n",
+        "await self._answer_refusal(call) and is_refusal(failure)\n",
+        "await self._answer_refusal(call)\n",
         _tests(
             "test_answer_and_still_raise_what_has_nothing_to_do_with_it",
             "test_still_raise_what_else_broke_a_refused_stream",
@@ -67,8 +68,8 @@ ANSWERS = (
         13,
         "a refusal holds up who wants to stop",
         EXCHANGE,
-        "            if not _stops(failure) and await answer_refusal(call)",
-        "            if await answer_refusal(call)",
+        "            return not stops(failure) and await self._answer_refusal(call)",
+        "            return await self._answer_refusal(call)",
         _tests(
             "test_let_through_who_wants_to_stop[CancelledError]",
             "test_let_through_who_wants_to_stop[KeyboardInterrupt]",
@@ -78,8 +79,8 @@ ANSWERS = (
         14,
         "the refusal is raised again after its answer",
         EXCHANGE,
-        "        if swapped:\n            return True\n",
-        "        if swapped:\n            return False\n",
+        "        if self.swapped:\n            return True\n",
+        "        if self.swapped:\n            return False\n",
         _tests(
             "test_answer_instead_of_a_frameworks_500[bare-wrapped]",
             "test_answer_for_a_mounted_sub_application[added]",
@@ -126,8 +127,8 @@ ANSWERS = (
         16,
         "messages pass after the swap",
         EXCHANGE,
-        "        if swapped:\n            if cutting is None",
-        "        if False:\n            if cutting is None",
+        "        if self.swapped:\n            self._let_through(call, message)\n",
+        "        if False:\n            self._let_through(call, message)\n",
         _tests(
             "test_raise_from_every_send_after_the_swap[http.response.start]",
             "test_raise_from_every_send_after_the_swap[http.response.body0]",
@@ -141,7 +142,7 @@ ANSWERS = (
         21,
         "a HEAD has a body",
         EXCHANGE,
-        '        body = b"" if scope["method"] == "HEAD" else rendered.body\n',
+        '        body = b"" if self.scope["method"] == "HEAD" else rendered.body\n',
         "        body = rendered.body\n",
         _tests("test_send_no_body_with_a_refused_head[HEAD]"),
     ),
@@ -160,8 +161,8 @@ STREAMS = (
         18,
         "a begun response is answered anew",
         EXCHANGE,
-        "        if not started:\n            await refuse(call)\n            return True\n",
-        "        await refuse(call)\n        return True\n",
+        "        if not self.started:\n            await self._refuse(call)\n            return True\n",
+        "        await self._refuse(call)\n        return True\n",
         _tests(
             "test_break_a_body_that_has_no_place_for_an_error[text]",
             "test_end_an_event_stream_with_its_own_error[between]",
@@ -182,15 +183,15 @@ STREAMS = (
         18,
         "a fabricated end is taken for the end",
         EXCHANGE,
-        "            error = None if spoke or not _is_last(message) else in_band_error(",
-        "            error = None if True else in_band_error(",
+        "            if not self.spoke and is_last(message):\n                error = in_band_error(",
+        "            if False:\n                error = in_band_error(",
         _tests("test_end_a_frameworks_stream_with_its_own_error[added-base-http-2.3]"),
     ),
     Mutation(
         18,
         "a stream's own words are not heard",
         EXCHANGE,
-        '            spoke = spoke or bool(message.get("body"))\n',
+        '            self.spoke = self.spoke or bool(message.get("body"))\n',
         "",
         _tests(
             "test_keep_what_a_stream_says_of_its_refusal[return]",
@@ -201,8 +202,8 @@ STREAMS = (
         18,
         "an ended stream gets more",
         EXCHANGE,
-        "        error = None if over or spoke else in_band_error(",
-        "        error = None if spoke else in_band_error(",
+        "        error = None if over or self.spoke else in_band_error(",
+        "        error = None if self.spoke else in_band_error(",
         _tests("test_raise_a_refusal_after_the_end"),
     ),
     Mutation(
@@ -236,7 +237,7 @@ STREAMS = (
         18,
         "a late admission sees nothing of its response",
         EXCHANGE,
-        "            catch_up(call, begun)\n        kind",
+        "            self._catch_up(call, self.begun)\n        kind",
         "            pass\n        kind",
         _tests("test_charge_what_was_admitted_after_the_start"),
     ),
@@ -244,7 +245,7 @@ STREAMS = (
         18,
         "work after the response is aborted",
         EXCHANGE,
-        "                finishing = finishing or (latest is not None and _is_last(latest))\n",
+        "            self.finishing = self.finishing or (self.latest is not None and is_last(self.latest))\n",
         "",
         _tests("test_charge_what_was_admitted_after_the_end"),
     ),

@@ -9,6 +9,7 @@ __all__ = ["MUTATIONS"]
 AUDIT = "asgi_metering.asgi.audit"
 CALL = "asgi_metering.call"
 EXCHANGE = "asgi_metering.asgi.exchange"
+DRESSING = "asgi_metering.asgi.dressing"
 GUARDS = "asgi_metering.guards"
 LIFESPAN = "asgi_metering.asgi.lifespan"
 MIDDLEWARE = "asgi_metering.asgi.middleware"
@@ -42,7 +43,7 @@ CALLS = (
         1,
         "a request never closes",
         EXCHANGE,
-        "        opening.closed = True\n",
+        "        exchange.closed = True\n",
         "",
         _in("calls", "test_refuse_a_task_that_outlives_a_free_request"),
     ),
@@ -577,7 +578,7 @@ LAYERS = (
     Mutation(
         0,
         "quotas are captured without their layer",
-        EXCHANGE,
+        DRESSING,
         '    if call.policy is not None and "quotas" in call.opening.features:\n',
         "    if call.policy is not None:\n",
         _in("layers", "test_do_exactly_what_the_layers_enable[credits-up]"),

@@ -52,8 +52,8 @@ MUTATIONS = (
         0,
         "an answer runs ahead of its hold",
         EXCHANGE,
-        "                room = await call.growth.pace(passed)\n",
-        "                room = CHECKPOINT_BYTES\n",
+        "            self.room = await call.growth.pace(passed)\n",
+        "            self.room = CHECKPOINT_BYTES\n",
         _cuts(IN_BAND),
     ),
     Mutation(

@@ -76,7 +76,7 @@ MUTATIONS = (
         0,
         "what the app reads is not seen",
         EXCHANGE,
-        "            if has_key(scope):\n                request_body()\n",
+        "            if has_key(self.scope):\n                self.request_body()\n",
         "            pass\n",
         _once("test_refuse_a_key_that_came_with_another_request[body]"),
     ),

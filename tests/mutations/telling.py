@@ -7,6 +7,7 @@ from tests.mutations.entries import Mutation
 __all__ = ["MUTATIONS"]
 
 EXCHANGE = "asgi_metering.asgi.exchange"
+DRESSING = "asgi_metering.asgi.dressing"
 METERING = "asgi_metering.metering"
 
 
@@ -46,8 +47,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         0,
         "admitted responses have the names by default",
-        EXCHANGE,
-        "            call.unit,\n            options.answers.names,\n",
+        DRESSING,
+        "            call.unit,\n            options.names,\n",
         "            call.unit,\n",
         _fields(
             "test_send_the_legacy_fields_where_they_are_asked_for[/whole]",

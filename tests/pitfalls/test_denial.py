@@ -22,8 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asgi_metering import CallRefused, MeteringMiddleware, billable, current_call, rate_limited
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS
-from asgi_metering.asgi.exchange import ExchangeOptions, run
-from asgi_metering.asgi.origin import HTTPOrigin
+from asgi_metering.asgi.exchange import Exchange, run
 from asgi_metering.asgi.refusals import refusal_answer
 from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.metering import ALL_FEATURES
@@ -594,8 +593,7 @@ def test_send_no_body_with_a_refused_head(method: str, scene: Scene) -> None:
     """Pitfall 21: where HEAD is not free its refusal has the fields of problem details, and no body behind them."""
 
     async def strict(scope: Scope, receive: Receive, send: Send) -> None:
-        opening = Opening(scene.metering, ALL_FEATURES, HTTPOrigin(scope))
-        await run(paid_app, opening, scope, receive, send, ExchangeOptions())
+        await run(paid_app, Exchange(scene.metering, ALL_FEATURES, scope), receive, send)
 
     ended = asyncio.run(drive(strict, Visit(method=method, caller=POOR).scope()))
     assert status(ended.log) == 402
@@ -668,6 +666,6 @@ def test_fail_loudly_on_what_is_no_refusal(scene: Scene) -> None:
 
 def test_answer_no_refusal_that_was_none(scene: Scene) -> None:
     """Pitfall 13: asking for the answer of a call that was not refused is a mistake with a sentence."""
-    call = Opening(scene.metering, ALL_FEATURES, None).open_call()
+    call = Opening(scene.metering, ALL_FEATURES).open_call()
     with pytest.raises(MeteringError, match="was not refused"):
         refusal_answer(call, DEFAULT_OPTIONS)

@@ -119,7 +119,7 @@ def test_let_nobody_in_to_a_decorated_websocket(build: str, around: Any, scene: 
 
     async def story() -> list[str]:
         if around == "request":
-            CURRENT.set(Opening(scene.metering, ALL_FEATURES, None))
+            CURRENT.set(Opening(scene.metering, ALL_FEATURES))
         called = await drive(app, websocket_scope("/ws"), messages=[{"type": "websocket.connect"}])
         assert isinstance(called.exception, NoCallError)
         assert "is metered, but WebSockets are not metered yet, so nobody is let in. " + MEND in str(called.exception)

@@ -1,0 +1,86 @@
+"""
+Dressing: the start of an admitted call's response as it goes out, and what watches its body.
+
+A provider's quota fields are captured and removed, ours are added. Decides nothing about the call, and sends nothing.
+"""
+
+from __future__ import annotations
+
+import time
+
+from asgi_metering.asgi.answers import AnswerOptions
+from asgi_metering.asgi.fields import limit_fields
+from asgi_metering.asgi.tap import Tap
+from asgi_metering.asgi.types import Headers, Message, Scope
+from asgi_metering.call import Call
+from asgi_metering.policies import ChargePolicy
+from asgi_metering.quotas import is_quota_header, read_quota
+from asgi_metering.quotas.dialects import UNKNOWN
+
+__all__ = ["dressed", "tap_of"]
+
+CUSTOMARY = frozenset((b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset"))
+"""
+What applications say of limits of their own, by custom. Providers that use these names, too, send others with them; of
+one that does not, a route says that it passes the answers on by naming their dialect.
+"""
+
+
+def dressed(call: Call, message: Message, scope: Scope, options: AnswerOptions) -> tuple[Message, Tap | None]:
+    """
+    The start of an admitted call's response: a provider's quota fields captured and removed, ours added.
+
+    Always a new list: frameworks may reuse a response object, whose own list must not grow.
+    """
+    given: Headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
+    if call.policy is not None and "quotas" in call.opening.features:
+        given = _capture(call, call.policy.charge, given, message["status"])
+    fields = (
+        limit_fields(
+            call.decision,
+            call.unit,
+            options.names,
+            warn_below=call.warning_level,
+            overdraft=call.overdraft,
+        )
+        if call.decision is not None
+        else []
+    )
+    tap = tap_of(call, given, scope)
+    if fields:
+        ours = {name for name, _ in fields}
+        given = [field for field in given if field[0].lower() not in ours]
+    return {**message, "headers": [*given, *fields]}, tap
+
+
+def _capture(call: Call, charge: ChargePolicy | None, given: Headers, status: int) -> Headers:
+    quotas = [field for field in given if is_quota_header(field[0])]
+    if not quotas:
+        return given
+    if (charge is None or charge.dialect is None) and all(name.lower() in CUSTOMARY for name, _ in quotas):
+        return given
+    provider = (charge.dialect if charge is not None else None) or _provider_of(quotas, status)
+    call.metering.quotas.record(provider, given, status=status, started_at=call.started_at)
+    if charge is not None and charge.forward_quota_headers:
+        return given
+    return [field for field in given if not is_quota_header(field[0])]
+
+
+def _provider_of(quotas: Headers, status: int) -> str:
+    """Nobody named the provider, so it is called by the dialect of its header fields."""
+    reading = read_quota(quotas, provider=None, status=status, now=time.time())
+    return UNKNOWN if reading is None else reading.dialect
+
+
+def tap_of(call: Call, given: Headers, scope: Scope) -> Tap | None:
+    """Only calls whose price or limits depend on usage have their bodies watched."""
+    charge = call.charge
+    if not call.counts_usage or scope["method"] == "HEAD":
+        return None
+    found = {name.lower(): value for name, value in given if name.lower() in (b"content-type", b"content-encoding")}
+    content_type, encoding = found.get(b"content-type"), found.get(b"content-encoding")
+    return Tap(
+        None if content_type is None else content_type.decode("latin-1"),
+        None if encoding is None else encoding.decode("latin-1"),
+        None if charge is None else charge.dialect,
+    )

@@ -1,0 +1,94 @@
+"""
+Endings: what messages and exceptions say of how a response ends.
+
+Pure readings of one message or one failure. Keeps nothing, sends nothing, and never decides what is charged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from asgi_metering.asgi.types import Message
+from asgi_metering.asgi.watch import ClientGone
+from asgi_metering.call import CallCut, CallRefused
+from asgi_metering.rules.ending import Cause
+
+__all__ = [
+    "announced",
+    "cause_of",
+    "is_bare_end",
+    "is_departure",
+    "is_last",
+    "is_refusal",
+    "is_whole",
+    "stops",
+]
+
+
+def announced(start: Message) -> int | None:
+    """How many bytes a response says it has; None where it does not."""
+    for name, value in start["headers"]:
+        if name.lower() == b"content-length":
+            return int(value) if value.isdigit() else None
+    return None
+
+
+def cause_of(failure: BaseException, finishing: bool) -> Cause:
+    """
+    What an exception of the app makes of a call that nothing else has ended.
+
+    After the last message it is an error still, if it comes within the grace: `BaseHTTPMiddleware` fabricates that
+    message, an empty one, for an app that broke (pitfall 24). Not asked for here are responses that nobody fabricates:
+    a body in one message, a file by path, and as many bytes as ``Content-Length`` said. They are whole, and charged,
+    whatever raises behind them, such as a background task.
+    """
+    if isinstance(failure, Exception) or not isinstance(failure, asyncio.CancelledError | GeneratorExit):
+        return Cause.ERROR
+    return Cause.COMPLETED if finishing else Cause.ABORTED
+
+
+def is_refusal(failure: BaseException | None) -> bool:
+    """Whether *failure* is a refusal, was raised from one, or is a group of nothing else (pitfall 13)."""
+    while failure is not None:
+        if isinstance(failure, BaseExceptionGroup):
+            return all(is_refusal(inner) for inner in failure.exceptions)
+        if isinstance(failure, CallRefused):
+            return True
+        failure = failure.__cause__
+    return False
+
+
+def is_departure(failure: BaseException) -> bool:
+    """Whether *failure* says only that nobody reads any more: our words for it, Starlette's, or a group of these."""
+    if isinstance(failure, BaseExceptionGroup):
+        return all(is_departure(inner) for inner in failure.exceptions)
+    # Not imported before they are needed: naming the middleware imports no framework.
+    from anyio import BrokenResourceError, ClosedResourceError
+    from starlette.requests import ClientDisconnect
+
+    # The last two are what the makers of a stream hear when its sender has stopped.
+    return isinstance(failure, ClientGone | CallCut | ClientDisconnect | BrokenResourceError | ClosedResourceError)
+
+
+def stops(failure: BaseException) -> bool:
+    """Whether somebody wants the task or the process to end, which no answer may hold up."""
+    if isinstance(failure, BaseExceptionGroup):
+        return any(stops(inner) for inner in failure.exceptions)
+    return isinstance(failure, asyncio.CancelledError | GeneratorExit | KeyboardInterrupt | SystemExit)
+
+
+def is_last(message: Message) -> bool:
+    """Whether a response without trailers ends with *message*."""
+    kind = message["type"]
+    return kind == "http.response.pathsend" or (kind == "http.response.body" and not message.get("more_body", False))
+
+
+def is_bare_end(message: Message) -> bool:
+    """Whether *message* only says that the answer is over."""
+    return message["type"] == "http.response.body" and is_last(message) and not message.get("body")
+
+
+def is_whole(message: Message) -> bool:
+    """Whether *message* begins an answer that is there as a whole, and no framework's answer to an exception."""
+    begins = message["type"] == "http.response.start" and message["status"] < 500
+    return begins and announced({"headers": (), **message}) is not None
