@@ -6,20 +6,18 @@ Resolves who calls, who pays, what it costs and which limits apply; decides noth
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from decimal import Decimal
 from functools import lru_cache
-from itertools import groupby
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.amounts import Unit, exact_amount
+from asgi_metering.asking import REQUESTS, hashed, key_of, lease_asks, limit_ask, root_of_rate, source_asks
 from asgi_metering.decisions import Decision, Reason, Refusal
-from asgi_metering.errors import ConfigurationError, IdentityError, MeteringError, PayerError, StoreError
+from asgi_metering.errors import ConfigurationError, IdentityError, PayerError, StoreError
 from asgi_metering.estimates import estimate_arguments
 from asgi_metering.keying import key_ask, once, shared_key
 from asgi_metering.names import check_key
@@ -27,31 +25,25 @@ from asgi_metering.outage import in_doubt_of, without_store
 from asgi_metering.policies import ChargePolicy, From, RatePolicy, Slices
 from asgi_metering.prices import FixedPrice
 from asgi_metering.rates import RateLimit
-from asgi_metering.rules.calendars import Period, boundaries
 from asgi_metering.rules.operations import (
     Admit,
-    AllowanceSource,
     Grow,
     LeaseAsk,
     LimitAsk,
     SourceAsk,
     WalletSource,
-    WindowKind,
 )
 from asgi_metering.rules.roots import rooted
-from asgi_metering.rules.state import build
-from asgi_metering.sources import Allowance, Wallet, check_payers
+from asgi_metering.sources import Wallet, check_payers
 from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
+    from asgi_metering.plans import Plan
 
-__all__ = ["admit", "asked_of", "check_amounts", "foresee", "hold_more", "leaves_hold", "usage_of"]
+__all__ = ["admit", "admit_now", "asked_of", "check_amounts", "foresee", "hold_more", "leaves_hold", "usage_of"]
 
 log = logging.getLogger("asgi_metering")
-
-REQUESTS = "requests"
-DAY_S = 86_400.0
 
 FREE = FixedPrice(Decimal(0))
 
@@ -76,23 +68,14 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
     call.exempt = "credits" not in features
     rates = policy.rates if "rates" in features else ()
     await _identify(call, rates, charged=charge is not None and not call.exempt)
-    if call.caller is not None and call.caller.exempt:
-        call.exempt = True
-        rates = tuple([rate for rate in map(_of_everybody, rates) if rate is not None])
-    if charge is not None:
-        _pin(call, charge)
-        try:
-            await _payer(call, charge, arguments)
-        except PayerError as failure:
-            raise call.refused(Refusal(Reason.PAYER, charge.line)) from failure
-        await _price(call, charge, arguments)
-        if "credits" in features:
-            call.once = await once(call, charge, arguments)
-        if not call.exempt:
-            call.shared = await shared_key(call, charge, arguments)
-        call.trace = call.metering.trace()
-        call.facts = _facts(call)
-    asked = await _operation(call, charge, rates, arguments, time.time())
+    asked = _planned(call, call.metering.plans.of(policy, features))
+    if asked is None:
+        if call.caller is not None and call.caller.exempt:
+            call.exempt = True
+            rates = tuple([rate for rate in map(_of_everybody, rates) if rate is not None])
+        if charge is not None:
+            await _charge(call, charge, arguments)
+        asked = await _operation(call, charge, rates, arguments, time.time())
     # Whoever asks may outlive its request: a task of the endpoint, a thread.
     call.opening.check()
     if asked is None:
@@ -105,6 +88,62 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
                 call.metering.runtime().give_back(asked, decided.now)
             call.opening.check()
     call.metering.admitted(call)
+
+
+def admit_now(call: Call) -> bool:
+    """
+    Admit *call*, where nothing about it has to wait: its plan is plain, it is known who calls, and so is the answer.
+
+    False where something has: then `admit` does it, by the same id. Raises as that does.
+    """
+    metering, policy = call.metering, call.policy
+    if policy is None or not metering.decides_now:
+        return False
+    asked = _planned(call, metering.plans.of(policy, call.opening.features))
+    if asked is None:
+        return False
+    try:
+        decision = metering.store.run_now(asked)
+    except Exception:  # noqa: BLE001 -- what is wrong is found and told on the way for everything else
+        return False
+    if not isinstance(decision, Decision) or decision.stale_calendar:
+        return False
+    _mark(call, asked, decision)
+    metering.admitted(call)
+    return True
+
+
+def _planned(call: Call, plan: Plan) -> Admit | None:
+    """What a call with a plain plan asks, and the call told of it; None where more is to be found out."""
+    if not plan.is_plain or not call.identify_now():
+        return None
+    caller = call.caller
+    if caller is None or caller.exempt:
+        return None
+    call.payer = caller.payer
+    charge = plan.charge
+    if charge is not None and isinstance(charge.price, FixedPrice):
+        call.charge, call.line, call.unit = charge, charge.line, plan.unit
+        call.price, call.estimate = charge.price, charge.price.amount
+        call.trace = call.metering.trace()
+        call.facts = _facts(call)
+    return plan.asked(call, time.time())
+
+
+async def _charge(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
+    """Who pays, what it costs, and what it is charged together with."""
+    _pin(call, charge)
+    try:
+        await _payer(call, charge, arguments)
+    except PayerError as failure:
+        raise call.refused(Refusal(Reason.PAYER, charge.line)) from failure
+    await _price(call, charge, arguments)
+    if "credits" in call.opening.features:
+        call.once = await once(call, charge, arguments)
+    if not call.exempt:
+        call.shared = await shared_key(call, charge, arguments)
+    call.trace = call.metering.trace()
+    call.facts = _facts(call)
 
 
 async def _decide(
@@ -120,6 +159,12 @@ async def _decide(
     except StoreError as failure:
         await without_store(call, charge, rates, asked, failure)
         return None
+    _mark(call, asked, decision)
+    return decision
+
+
+def _mark(call: Call, asked: Admit, decision: Decision) -> None:
+    """Tell *call* what was decided; raises `CallRefused`."""
     if decision.refusal is not None:
         raise call.refused(decision.refusal, decision)
     if decision.replay is not None:
@@ -129,7 +174,6 @@ async def _decide(
     call.has_hold = leaves_hold(asked)
     call.ttl_s = asked.ttl_s
     call.payer = decision.payer or call.payer
-    return decision
 
 
 def leaves_hold(asked: Admit) -> bool:
@@ -204,7 +248,7 @@ async def hold_more(call: Call, charge: ChargePolicy, to: int, debt: int) -> Dec
     async def decided(now: float) -> Decision:
         own = tuple(
             source._replace(overdraft=source.overdraft + debt) if isinstance(source, WalletSource) else source
-            for source in _sources(call, charge, now)
+            for source in source_asks(call, charge, now)
             if source.group == group
         )
         return await call.metering.grow(Grow(call.id, to, call.held + 1, own))
@@ -224,7 +268,7 @@ async def asked_of(call: Call, charge: ChargePolicy, now: float) -> tuple[Source
     """
     _pin(call, charge)
     await _payer(call, charge, {})
-    return _sources(call, charge, now)
+    return source_asks(call, charge, now)
 
 
 # -- who ---------------------------------------------------------------------------------------------------
@@ -401,7 +445,7 @@ async def _operation(
         call.unit.name,
         amount,
         minimum,
-        _sources(call, charge, now) if holds and charge is not None else (),
+        source_asks(call, charge, now) if holds and charge is not None else (),
         tuple(limits),
         tuple(leases),
         charge.ttl_s if charge is not None else call.metering.ttl_s,
@@ -435,27 +479,6 @@ def _facts(call: Call) -> dict[str, Any]:
     return told
 
 
-def _sources(call: Call, charge: ChargePolicy, now: float) -> tuple[SourceAsk, ...]:
-    asks: list[SourceAsk] = []
-    plan = call.caller.plan if call.caller is not None else None
-    for payer, members in groupby(charge.sources, key=attrgetter("payer")):
-        group = list(members)
-        split = any(source.split for source in group)
-        place = ("", "", split) if payer is None else (call.accounts.get(payer.name, ""), payer.name, split)
-        for source in group:
-            if isinstance(source, Allowance):
-                limit = call.unit.parts(source.limit_for(plan), f"allowance {source.name!r}")
-                if source.days is not None:
-                    asks.append(AllowanceSource(source.name, limit, (), source.days * DAY_S, *place))
-                    continue
-                edges = boundaries(Period(source.per), source.zone, now, source.anchor)
-                asks.append(AllowanceSource(source.name, limit, edges, 0.0, *place))
-            else:
-                overdraft = call.unit.parts(source.overdraft, "overdraft") if source.overdraft else 0
-                asks.append(WalletSource(overdraft, *place))
-    return tuple(asks)
-
-
 async def _limits(
     call: Call,
     rate: RatePolicy,
@@ -464,46 +487,16 @@ async def _limits(
     limits: list[LimitAsk],
     leases: list[LeaseAsk],
 ) -> None:
-    key, root = await _key(call, rate, arguments), _root(call, rate)
+    wanted = rate.key
+    key = hashed(await wanted.compute(call, arguments)) if isinstance(wanted, From) else key_of(call, rate)
+    root = root_of_rate(call, rate)
     cost = rate.cost
     if isinstance(cost, From):
         cost = await cost.compute(call, arguments)
     for limit in rate.limits:
         taken = cost if limit.meter == REQUESTS else await _weight(call, limit, arguments)
-        limits.append(_limit_ask(rate.scope, limit, rooted(key, root), taken, now))
-    for slots in rate.concurrency:
-        if slots.level == "global":
-            leases.append(LeaseAsk(rate.scope, f"{rate.scope}|global", slots.limit, slots.level))
-        else:
-            leases.append(LeaseAsk(rate.scope, rooted(f"{rate.scope}|{key}", root), slots.limit, slots.level))
-
-
-def _root(call: Call, rate: RatePolicy) -> str:
-    """
-    The payer beside whose accounts a rate's counters are kept, so that most calls ask one place.
-
-    That of a caller is the one that `identify` names, whoever pays this call: one caller has one counter.
-    """
-    if rate.key == "payer" and call.payer:
-        return call.payer
-    if isinstance(rate.key, str) and rate.key != "address" and call.caller is not None:
-        return call.caller.payer
-    return ""
-
-
-def _limit_ask(scope: str, limit: RateLimit, key: str, cost: int, now: float) -> LimitAsk:
-    window_s: float = limit.window_s
-    edges: tuple[float, ...] = ()
-    if limit.period:
-        edges = boundaries(Period(limit.period), limit.zone, now)
-        window_s = edges[2] - edges[1]
-    name, kind = limit.name, _KINDS[limit.strategy]
-    counted = f"{scope}|{name}|{key}"
-    return build(LimitAsk, (name, counted, kind, limit.amount, window_s, cost, limit.meter, edges))
-
-
-_KINDS = {str(kind): kind for kind in WindowKind}
-"""How windows move, by the name of their strategy: to ask the enum itself takes as long as all the rest of an ask."""
+        limits.append(limit_ask(rate.scope, limit, rooted(key, root), taken, now))
+    leases += lease_asks(rate, key, root)
 
 
 async def _weight(call: Call, limit: RateLimit, arguments: Mapping[str, Any]) -> int:
@@ -516,26 +509,3 @@ def usage_of(meter: str, usage: TokenUsage) -> int | None:
     """What *usage* counts on a meter: ``tokens``, ``input_tokens`` or ``output_tokens``."""
     counts = {"tokens": usage.total, "input_tokens": usage.input, "output_tokens": usage.output}
     return counts.get(meter)
-
-
-async def _key(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> str:
-    """What is counted together. Addresses and computed keys are hashed (S3.48); ids are not personal by contract."""
-    wanted = rate.key
-    if isinstance(wanted, From):
-        return _hashed(await wanted.compute(call, arguments))
-    if wanted == "payer" and call.payer:
-        return f"payer:{call.payer}"
-    if wanted != "address" and call.caller is not None:
-        return f"caller:{call.caller.id}"
-    origin = call.opening.origin
-    address = origin.address if origin is not None else None
-    if not address:
-        raise MeteringError(
-            f"The limits of {rate.scope!r} have nobody to count: no caller is known and the server reports no "
-            f"address. Give rate_limited() a key, or Metering an identify function."
-        )
-    return _hashed(address)
-
-
-def _hashed(value: object) -> str:
-    return hashlib.blake2b(str(value).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

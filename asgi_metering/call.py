@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Coroutine, Mapping
+from collections.abc import Awaitable, Coroutine, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from asgi_metering.call_state import CallState, Reported
+from asgi_metering.caller import Caller
 from asgi_metering.decisions import Decision, Reason, Refusal
-from asgi_metering.errors import CallClosedError, ConfigurationError, PayerError, UsageError
+from asgi_metering.errors import CallClosedError, ConfigurationError, IdentityError, PayerError, UsageError
 from asgi_metering.policies import EndpointPolicy
 from asgi_metering.prices import MAX_AFFORDABLE, FixedPrice
 from asgi_metering.rules.ending import Cause
@@ -24,9 +25,7 @@ from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
     from asgi_metering.amounts import Amount
-    from asgi_metering.caller import Caller
     from asgi_metering.guards import Part
-    from asgi_metering.opening import Opening
     from asgi_metering.sources import Payer, PaymentSource
 
 __all__ = ["BalanceStatus", "Call", "CallCut", "CallRefused"]
@@ -98,14 +97,12 @@ class Call(CallState):
             of these is told as text, with an alarm; None is left out.
     """
 
-    __slots__ = ("_decided", "_gate", "_identified", "_inherited")
-
-    def __init__(self, opening: Opening) -> None:
-        super().__init__(opening)
-        self._identified = False
-        self._inherited: Payer | None = None
-        self._gate = _Gate.OPEN
-        self._decided: asyncio.Future[None] | None = None
+    _identified = False
+    _inherited: Payer | None = None
+    _gate = _Gate.OPEN
+    _decided: asyncio.Future[None] | None = None
+    # What `identify` answered by waiting, or why it answered nothing.
+    _asked_who: Awaitable[object] | IdentityError | None = None
 
     # -- what handlers use ---------------------------------------------------------------------------------
 
@@ -320,10 +317,30 @@ class Call(CallState):
         self.caller, self.payer, self._inherited = caller, payer, inherited
         self._identified = True
 
+    def identify_now(self) -> bool:
+        """Ask who calls, once; False where the answer is to be waited for, or none."""
+        if self._identified or self._asked_who is not None:
+            return self._identified
+        try:
+            answer = self.metering.who(self.opening.origin)
+        except IdentityError as failure:
+            self._asked_who = failure
+            return False
+        if answer is None or isinstance(answer, Caller):
+            self.caller, self._identified = answer, True
+        else:
+            self._asked_who = answer
+        return self._identified
+
     async def identify(self) -> Caller | None:
-        """Who calls, asked once per call (DESIGN 2)."""
-        if not self._identified:
-            self.caller = await self.metering.who(self.opening.origin)
+        """Who calls, asked once per call (DESIGN 2). Raises `IdentityError`."""
+        if not self.identify_now():
+            # Whoever is cancelled here, or refused by it, may ask again.
+            asked, self._asked_who = self._asked_who, None
+            if isinstance(asked, IdentityError):
+                raise asked
+            if asked is not None:
+                self.caller = await self.metering.identified(asked)
             self._identified = True
         return self.caller
 
@@ -345,7 +362,16 @@ class Call(CallState):
         if self.opening.free:
             return
         self._bind(policy, arguments)
-        await self.ensure()
+        if self._gate is not _Gate.OPEN or not self._admitted_now():
+            await self.ensure()
+
+    def _admitted_now(self) -> bool:
+        """Ask where nothing has to wait; False where something has. Raises `CallRefused`."""
+        try:
+            return self.metering.admit_now(self)
+        finally:
+            if self.decision is not None or self.refusal is not None:
+                self._gate = _Gate.DECIDED
 
     def expect(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> None:
         """
@@ -388,7 +414,7 @@ class Call(CallState):
         elif self.pending is not None:
             self._gate = _Gate.ASKING
             try:
-                await ask_admission(self, self.pending)
+                await self.metering.admit(self, self.pending)
             finally:
                 # Also when it failed or was cancelled: who waits then asks again, or meets the closed call.
                 if self.decision is not None or self.refusal is not None:
@@ -414,10 +440,3 @@ class Call(CallState):
             self.see(Cause.CUT)
             self.metering.meters.count("cuts", line=self.line)
         return CallCut(self)
-
-
-async def ask_admission(call: Call, arguments: Mapping[str, Any]) -> None:
-    """Ask for *call*; imported late, since admission knows calls."""
-    from asgi_metering.admission import admit
-
-    await admit(call, arguments)

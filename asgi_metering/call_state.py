@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from asgi_metering.amounts import CREDITS, Unit
@@ -72,101 +73,58 @@ class CallState:
     What a handler may read of it is told at `Call`.
     """
 
-    __slots__ = (
-        "_endings",
-        "accounts",
-        "asked",
-        "attributes",
-        "caller",
-        "cause",
-        "charge",
-        "closed",
-        "decision",
-        "deferred",
-        "estimate",
-        "exchanges",
-        "exempt",
-        "facts",
-        "failure",
-        "first_byte",
-        "growth",
-        "has_hold",
-        "held",
-        "hold_lost",
-        "id",
-        "last_beat",
-        "line",
-        "local",
-        "observed_parts",
-        "observer",
-        "once",
-        "opening",
-        "payer",
-        "pending",
-        "policy",
-        "price",
-        "queued",
-        "receipt",
-        "refusal",
-        "reply",
-        "reports",
-        "shared",
-        "started_at",
-        "status",
-        "trace",
-        "ttl_s",
-        "unit",
-    )
+    # On the class: what a call never has costs it nothing, and most have little of this.
+    caller: Caller | None = None
+    payer: str | None = None
+    # Accounts of the payers that the sources name, by their names.
+    accounts: Mapping[str, str] = MappingProxyType({})
+    policy: EndpointPolicy | None = None
+    charge: ChargePolicy | None = None
+    price: FixedPrice | MeasuredPrice | None = None
+    unit: Unit = CREDITS
+    line = ""
+    held = 0
+    estimate: TokenUsage | Decimal | None = None
+    # What the request asks for in tokens, also where the hold is an amount; None for a fixed price.
+    asked: TokenUsage | None = None
+    decision: Decision | None = None
+    refusal: Refusal | None = None
+    pending: Mapping[str, Any] | None = None
+    deferred = False
+    cause: Cause | None = None
+    status: int | None = None
+    first_byte = False
+    failure: str | None = None
+    closed = False
+    exempt = False
+    observer: Observer | None = None
+    observed_parts = 0
+    receipt: Receipt | None = None
+    last_beat = 0.0
+    trace: Mapping[str, str] = MappingProxyType({})
+    facts: Mapping[str, Any] = MappingProxyType({})
+    has_hold = False
+    hold_lost = False
+    # Without the store: its charge that waits in the journal, and the id of its local limits.
+    queued: Admit | None = None
+    local = ""
+    # How its hold grows while it runs; None for one that never does.
+    growth: Growth | None = None
+    # What makes it run once, and its answer for repeats; the hashed key of the calls that it is charged with.
+    once: IdempotencyAsk | None = None
+    reply: Reply | None = None
+    shared: str | None = None
 
     def __init__(self, opening: Opening) -> None:
+        metering = opening.metering
         self.opening = opening
-        self.id = opening.metering.new_id()
-        self.caller: Caller | None = None
-        self.payer: str | None = None
-        # Accounts of the payers that the sources name, by their names.
-        self.accounts: Mapping[str, str] = {}
-        self.policy: EndpointPolicy | None = None
-        self.charge: ChargePolicy | None = None
-        self.price: FixedPrice | MeasuredPrice | None = None
-        self.unit: Unit = CREDITS
-        self.line = ""
-        self.held = 0
-        self.estimate: TokenUsage | Decimal | None = None
-        # What the request asks for in tokens, also where the hold is an amount; None for a fixed price.
-        self.asked: TokenUsage | None = None
-        self.decision: Decision | None = None
-        self.refusal: Refusal | None = None
-        self.pending: Mapping[str, Any] | None = None
-        self.deferred = False
-        self._endings: list[asyncio.Future[Receipt | None]] | None = []
-        self.cause: Cause | None = None
-        self.status: int | None = None
-        self.first_byte = False
-        self.failure: str | None = None
-        self.closed = False
-        self.exempt = False
-        self.observer: Observer | None = None
-        self.observed_parts = 0
+        self.id = metering.new_id()
+        self.started_at = time.time()
+        self.ttl_s = metering.ttl_s
         self.reports: list[Reported] = []
         self.exchanges: list[tuple[str, UsageReader, int]] = []
-        self.receipt: Receipt | None = None
-        self.started_at = time.time()
-        self.last_beat = 0.0
-        self.trace: Mapping[str, str] = {}
-        self.facts: Mapping[str, Any] = {}
-        self.has_hold = False
-        self.hold_lost = False
-        # Without the store: its charge that waits in the journal, and the id of its local limits.
-        self.queued: Admit | None = None
-        self.local = ""
-        # How its hold grows while it runs; None for one that never does.
-        self.growth: Growth | None = None
-        # What makes it run once, and its answer for repeats; the hashed key of the calls that it is charged with.
-        self.once: IdempotencyAsk | None = None
-        self.reply: Reply | None = None
-        self.shared: str | None = None
-        self.ttl_s = opening.metering.ttl_s
         self.attributes: dict[str, Scalar] = {}
+        self._endings: list[asyncio.Future[Receipt | None]] | None = []
 
     @property
     def metering(self) -> Metering:

@@ -18,6 +18,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, Unpack
 
+from asgi_metering.admission import admit, admit_now
 from asgi_metering.alarms import Alarms
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.call import Call
@@ -29,11 +30,12 @@ from asgi_metering.errors import ConfigurationError, IdentityError, SettlementEr
 from asgi_metering.events.metrics import Meters
 from asgi_metering.events.records import whole_units
 from asgi_metering.events.sinks import Sink
-from asgi_metering.events.span import annotate_span, current_trace
+from asgi_metering.events.span import annotate_span, current_trace, is_recording
 from asgi_metering.ledger import Ledger
 from asgi_metering.opening import ALL_FEATURES, CURRENT, Opening, Origin
 from asgi_metering.outage import LocalLimits, check_choices, read_choices
 from asgi_metering.outside import leave, planned, prepared
+from asgi_metering.plans import Plans
 from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldSize, Price
 from asgi_metering.portal import Portal
 from asgi_metering.receipts import Balance
@@ -144,6 +146,7 @@ class Metering(Ledger, UpstreamClients):
         }.items():
             if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not seconds >= 0:
                 raise ConfigurationError(f"{name}={seconds!r} is not a number of seconds from 0 up.")
+        self.plans = Plans(self)
         self.store: Store = store if isinstance(store, Store) else store_from_url(store)
         self.unit = unit
         self.store_timeout_s = store_timeout_s
@@ -574,11 +577,19 @@ class Metering(Ledger, UpstreamClients):
             raise AssertionError(f"an admission was answered with {answer!r}")
         return answer
 
+    async def admit(self, call: Call, arguments: Mapping[str, Any]) -> None:
+        """Admit *call* with the *arguments* of its endpoint; raises as `admission.admit`."""
+        await admit(call, arguments)
+
+    def admit_now(self, call: Call) -> bool:
+        """Admit *call*, where nothing about it has to wait; see `admission.admit_now`."""
+        return admit_now(call)
+
     def admitted(self, call: Call) -> None:
         """Look after an admitted call, and say so on the server's span while it still records."""
         if call.needs_end:
             self.runtime().register(call)
-        if call.charge is not None:
+        if call.charge is not None and is_recording():
             # The same words as on the log record, in the same measure.
             annotate_span(
                 {
@@ -593,9 +604,14 @@ class Metering(Ledger, UpstreamClients):
         self.meters.count("refusals", reason=refusal.reason.value, line=call.line)
         annotate_span({"metering.line": call.line or None, "metering.refusal.reason": refusal.reason.value})
 
-    async def who(self, origin: Origin | None) -> Caller | None:
+    @property
+    def decides_now(self) -> bool:
+        """Whether the store answers an admission at once, and nothing is to be told to it before."""
+        return self.store.immediate and not self.has_new_units and self.runtime().is_open
+
+    def who(self, origin: Origin | None) -> Caller | Awaitable[object] | None:
         """
-        Ask `identify`.
+        Ask `identify`; what it answers by waiting is for `identified` to wait for.
 
         Raises:
             IdentityError: It raised, or answered something that is no `Caller`.
@@ -603,17 +619,21 @@ class Metering(Ledger, UpstreamClients):
         if self._identify is None or origin is None:
             return None
         try:
-            caller = self._identify(origin.connection)
-            # Most answer one at once, and to ask anything whether it can be awaited takes longer than all else here.
-            if type(caller) is Caller:
-                return caller
-            if inspect.isawaitable(caller):
-                caller = await caller
+            caller: object = self._identify(origin.connection)
         except Exception as failure:
-            raise IdentityError(f"identify() failed: {failure!r}. It should answer a Caller or None.") from failure
-        if caller is not None and not isinstance(caller, Caller):
-            raise IdentityError(f"identify() answered a {type(caller).__name__}. It should answer a Caller or None.")
-        return caller
+            raise _unidentified(failure) from failure
+        # Most answer one at once, and to ask anything whether it can be awaited takes longer than all else here.
+        if type(caller) is Caller or caller is None:
+            return caller
+        return caller if inspect.isawaitable(caller) else _as_caller(caller)
+
+    async def identified(self, asked: Awaitable[object]) -> Caller | None:
+        """Wait for what `who` was answered; raises as that."""
+        try:
+            caller = await asked
+        except Exception as failure:
+            raise _unidentified(failure) from failure
+        return _as_caller(caller)
 
     async def hold_lost(self, call: Call) -> None:
         """Tell the application that *call* has lost its hold; raises what its function does."""
@@ -643,6 +663,16 @@ class Metering(Ledger, UpstreamClients):
                 f"{policy.name} is @rate_limited, but no layer enforces rates here. Add RateLimitMiddleware or "
                 f'MeteringMiddleware, or say unenforced="allow".'
             )
+
+
+def _unidentified(failure: Exception) -> IdentityError:
+    return IdentityError(f"identify() failed: {failure!r}. It should answer a Caller or None.")
+
+
+def _as_caller(answer: object) -> Caller | None:
+    if answer is not None and not isinstance(answer, Caller):
+        raise IdentityError(f"identify() answered a {type(answer).__name__}. It should answer a Caller or None.")
+    return answer
 
 
 _living: weakref.WeakSet[Metering] = weakref.WeakSet()

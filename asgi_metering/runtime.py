@@ -302,6 +302,11 @@ class Runtime:
                 ) from failure
         return await self.pump.submit(operation, deadline_s, is_repeated=True)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the store was opened."""
+        return self._opened is not None and self._opened.done()
+
     async def opened(self) -> None:
         """Open the store if nobody did; raises as `Store.open`, also where there is a journal."""
         await self._opened_within(None)
@@ -336,7 +341,6 @@ class Runtime:
         call.last_beat = self.loop.time()
         call.growth = growth_of(call, self.loop, self._spawn)
         self.in_flight[call.id] = call
-        self._wake.set()
 
     def finish(self, call: Call) -> None:
         """

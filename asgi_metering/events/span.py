@@ -44,6 +44,12 @@ def current_trace() -> dict[str, str]:
     }
 
 
+def is_recording() -> bool:
+    """Whether there is a current span that `annotate_span` would write on: asked where its attributes cost time."""
+    span = _current()
+    return span is not None and span.is_recording()
+
+
 def annotate_span(attributes: Mapping[str, object]) -> None:
     """
     Write *attributes* on the current span if it records; `None` values are left out, others become plain ones.

@@ -24,8 +24,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         0,
         "nothing is written on the span",
         METERING,
-        "        if call.charge is not None:\n            # The same words as on the log record",
-        "        if False:\n            # The same words as on the log record",
+        "        if call.charge is not None and is_recording():\n",
+        "        if False:\n",
         _gate(
             "test_write_on_the_span_before_the_first_byte[/function]",
             "test_write_on_the_span_before_the_first_byte[/threaded]",

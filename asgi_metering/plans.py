@@ -1,0 +1,160 @@
+"""
+Plans: what the policy of an endpoint asks of the store, worked out once and not for every call.
+
+A plan is *plain* where everything is known as soon as it is known who calls: a fixed price, sources and limits of the
+call's own payer, and nothing that anybody computes. Such a call is asked for without one step that waits. Decides
+nothing, and asks nobody.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from asgi_metering.asking import REQUESTS, key_of, lease_asks, limit_ask, root_of_rate, source_asks
+from asgi_metering.outage import in_doubt_of
+from asgi_metering.policies import ChargePolicy, EndpointPolicy, RatePolicy
+from asgi_metering.prices import FixedPrice
+from asgi_metering.rules.operations import Admit, AllowanceSource, LeaseAsk, LimitAsk, SourceAsk
+from asgi_metering.rules.roots import rooted
+from asgi_metering.rules.state import NEVER, build
+
+if TYPE_CHECKING:
+    from asgi_metering.amounts import Unit
+    from asgi_metering.call import Call
+    from asgi_metering.metering import Metering
+
+__all__ = ["Plan", "Plans"]
+
+MAX_PLANS = 1_024
+"""Policies that are remembered: those of routes are few, and those that handlers make for each request come and go."""
+
+MAX_CALLERS = 4_096
+"""Callers whose asks one plan remembers: some megabytes at the most."""
+
+
+class _Asks(NamedTuple):
+    """What one caller asks of a plan, up to a time."""
+
+    sources: tuple[SourceAsk, ...]
+    limits: tuple[LimitAsk, ...]
+    leases: tuple[LeaseAsk, ...]
+    until: float
+
+
+class Plan:
+    """
+    What one policy asks under certain layers.
+
+    Attributes:
+        policy: Whose plan it is.
+        charge: What is charged; None where nothing is.
+        rates: The limits that count here.
+        unit: Of the amounts.
+        amount: Smallest parts of a fixed price; 0 where there is none.
+        is_plain: Whether a call can be asked for by `asked`.
+    """
+
+    __slots__ = ("_asks", "_grace_s", "_in_doubt", "_ttl_s", "amount", "charge", "is_plain", "policy", "rates", "unit")
+
+    def __init__(self, metering: Metering, policy: EndpointPolicy, features: frozenset[str]) -> None:
+        self.policy = policy
+        self.charge = policy.charge if "credits" in features else None
+        self.rates = policy.rates if "rates" in features else ()
+        charge = self.charge
+        self.unit: Unit = metering.counted(None if charge is None else charge.unit)
+        self.amount = 0
+        if charge is not None and isinstance(charge.price, FixedPrice):
+            self.amount = self.unit.parts(charge.price.amount)
+        self._ttl_s = metering.ttl_s if charge is None else charge.ttl_s
+        self._grace_s = metering.grace_s if charge is None else charge.grace_s
+        self._in_doubt = in_doubt_of(charge)
+        self._asks: dict[tuple[str, str, str | None], _Asks] = {}
+        # Without the gate a priced call is reported all the same, and that is not told here.
+        is_enforced = policy.charge is None or charge is not None or "events" not in features
+        asks_anything = bool(self.amount or any(rate.limits or rate.concurrency for rate in self.rates))
+        self.is_plain = is_enforced and asks_anything and _is_plain_charge(charge) and _are_plain_rates(self.rates)
+
+    def asked(self, call: Call, now: float) -> Admit:
+        """What *call*, whose caller and payer are known, asks around *now*."""
+        caller = call.caller
+        assert caller is not None  # noqa: S101 -- asked before
+        place = (caller.id, caller.payer, caller.plan)
+        asks = self._asks.get(place)
+        if asks is None or now >= asks.until:
+            asks = self._remember(place, self._asked_by(call, now))
+        sources, limits, leases, _ = asks
+        # fmt: off
+        return build(Admit, (
+            call.id, call.payer, self.unit.name, self.amount, self.amount, sources, limits, leases,
+            self._ttl_s, self._grace_s, self._in_doubt, call.line, call.facts, None, None,
+        ))
+        # fmt: on
+
+    def _remember(self, place: tuple[str, str, str | None], asks: _Asks) -> _Asks:
+        if len(self._asks) >= MAX_CALLERS:
+            # All at once: those that call will be known again after their next call.
+            self._asks.clear()
+        self._asks[place] = asks
+        return asks
+
+    def _asked_by(self, call: Call, now: float) -> _Asks:
+        limits: list[LimitAsk] = []
+        leases: list[LeaseAsk] = []
+        for rate in self.rates:
+            key, root = key_of(call, rate), root_of_rate(call, rate)
+            cost = rate.cost
+            assert isinstance(cost, int)  # noqa: S101 -- that is what plain means
+            limits += [limit_ask(rate.scope, limit, rooted(key, root), cost, now) for limit in rate.limits]
+            leases += lease_asks(rate, key, root)
+        sources = () if self.charge is None or not self.amount else source_asks(call, self.charge, now)
+        calendars = [limit.boundaries for limit in limits if limit.boundaries]
+        calendars += [each.boundaries for each in sources if isinstance(each, AllowanceSource) and each.boundaries]
+        # When the window that is the current one by our clock is over, others are to be sent along with it.
+        until = min((edges[2] for edges in calendars), default=NEVER)
+        return _Asks(sources, tuple(limits), tuple(leases), until)
+
+
+def _is_plain_charge(charge: ChargePolicy | None) -> bool:
+    return charge is None or (
+        isinstance(charge.price, FixedPrice)
+        and all(each is None for each in (charge.skip_if, charge.payer, charge.idempotency, charge.key, charge.once))
+        and all(source.payer is None for source in charge.sources)
+        and charge.hold.at_least is None
+    )
+
+
+def _are_plain_rates(rates: tuple[RatePolicy, ...]) -> bool:
+    """Addresses are not among them: there is no end of them, so that nothing is to be remembered of each."""
+    return all(
+        rate.key in ("caller", "payer")
+        and isinstance(rate.cost, int)
+        and all(limit.meter == REQUESTS for limit in rate.limits)
+        for rate in rates
+    )
+
+
+class Plans:
+    """
+    The plans of one metering.
+
+    Args:
+        metering: Whose.
+    """
+
+    __slots__ = ("_known", "_metering")
+
+    def __init__(self, metering: Metering) -> None:
+        self._metering = metering
+        self._known: dict[tuple[int, frozenset[str]], Plan] = {}
+
+    def of(self, policy: EndpointPolicy, features: frozenset[str]) -> Plan:
+        """The plan of *policy* under the layers *features*, worked out once; raises as `Metering.counted`."""
+        # By the object and not by what it says: to compare two policies takes longer than to work one out. The plan
+        # keeps its policy, so that no other one can have its id.
+        place = (id(policy), features)
+        plan = self._known.get(place)
+        if plan is None:
+            if len(self._known) >= MAX_PLANS:
+                self._known.clear()
+            plan = self._known[place] = Plan(self._metering, policy, features)
+        return plan
