@@ -14,15 +14,16 @@ from asgi_metering.admission import usage_of
 from asgi_metering.errors import UsageError
 from asgi_metering.measuring import Metered, failed_in_band, metered_usage, observed_usage
 from asgi_metering.prices import FixedPrice, MeasuredPrice
-from asgi_metering.receipts import Basis
-from asgi_metering.rules.ending import Cause, EndPolicy, Sighting, Situation, situation
+from asgi_metering.receipts import Basis, EndedBy
+from asgi_metering.rules.ending import DEFAULT_END_POLICY, Cause, EndPolicy, Sighting, Situation, situation
 from asgi_metering.rules.operations import End
+from asgi_metering.rules.state import build
 from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
 
-__all__ = ["bill", "observed_parts"]
+__all__ = ["bill", "bill_now", "observed_parts"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -40,31 +41,69 @@ async def bill(call: Call) -> tuple[End, Metered]:
     Never raises for bad usage, nor for a price that raises, whatever it raises: what cannot be priced falls back to
     the policy for missing usage, with an alarm (DESIGN 2 "never a crash of a settlement").
     """
-    charge = call.charge
-    fixed = isinstance(call.price, FixedPrice)
+    price = call.price
+    fixed = isinstance(price, FixedPrice)
     known = _safe_usage(call)
     seen = sighting(call, reported=fixed or known.complete)
     row = situation(seen)
-    policy = charge.end if charge is not None and isinstance(charge.end, EndPolicy) else EndPolicy({})
+    policy = _policy(call)
     basis = policy.basis(row)
     if basis is Basis.USAGE and not fixed and not known.complete:
         basis = policy.basis(Situation.UNREPORTED)
-    amount: int | None
+    if price is None or isinstance(price, FixedPrice) or call.exempt:
+        return _unmeasured(call, basis, await _counted(call, known), seen, row)
+    amount, used, estimated, basis = await _measured_amount(call, basis, known, policy)
+    return _end(call, amount, basis, used, seen, row, estimated=estimated), used
+
+
+def bill_now(call: Call) -> End | None:
+    """The same, where nothing that passed has to be read for it: the price is fixed, and nobody watched. Else None."""
+    price = call.price
+    if call.observer is not None or call.exchanges or call.reports:
+        return None
+    if not (price is None or isinstance(price, FixedPrice) or call.exempt):
+        return None
+    fixed = isinstance(price, FixedPrice)
+    seen = Sighting(call.cause or Cause.COMPLETED, call.status, call.first_byte, call.failure is not None, fixed)
+    row = situation(seen)
+    return _unmeasured(call, _policy(call).basis(row), _NOTHING, seen, row)[0]
+
+
+_NOTHING = Metered()
+
+
+def _policy(call: Call) -> EndPolicy:
+    policy = None if call.charge is None else call.charge.end
+    return policy if isinstance(policy, EndPolicy) else DEFAULT_END_POLICY
+
+
+def _unmeasured(call: Call, basis: Basis, used: Metered, seen: Sighting, row: Situation) -> tuple[End, Metered]:
+    """What a call is charged whose usage says nothing of that: a fixed price, or nothing."""
+    amount = None
     if call.exempt:
         # Its hold is of limits and slots alone, and what it used is nobody's charge.
-        amount, used, estimated, basis = None, await _counted(call, known), False, Basis.NONE
-    elif fixed:
-        amount, used, estimated = _fixed_amount(call, basis), await _counted(call, known), False
-    elif call.price is None:
-        amount, used, estimated = None, await _counted(call, known), False
-    else:
-        amount, used, estimated, basis = await _measured_amount(call, basis, known, policy)
-    told = _event(call, used, seen, row)
-    reply = _reply(call, seen)
-    end = End(
-        call.id, amount, basis, estimated, actual=_actual(used, row), event=told, failed=row not in DONE, reply=reply
-    )
-    return end, used
+        basis = Basis.NONE
+    elif call.price is not None:
+        amount = _fixed_amount(call, basis)
+    return _end(call, amount, basis, used, seen, row), used
+
+
+def _end(
+    call: Call,
+    amount: int | None,
+    basis: Basis,
+    used: Metered,
+    seen: Sighting,
+    row: Situation,
+    *,
+    estimated: bool = False,
+) -> End:
+    told, reply = _event(call, used, seen, row), _reply(call, seen)
+    # fmt: off
+    return build(End, (
+        call.id, amount, basis, estimated, EndedBy.CALL, _actual(used, row), told, row not in DONE, reply,
+    ))
+    # fmt: on
 
 
 DONE = frozenset({Situation.REPORTED, Situation.UNREPORTED})

@@ -271,10 +271,11 @@ class Call(CallState):
 
     @property
     def _paying_source(self) -> PaymentSource | None:
-        if self.decision is None or self.charge is None or self.decision.source is None:
+        decision, charge = self.decision, self.charge
+        if decision is None or charge is None or decision.source is None:
             return None
-        for source in self.charge.sources:
-            if source.name == self.decision.source and self._pays(source):
+        for source in charge.sources:
+            if source.name == decision.source and self._pays(source):
                 return source
         return None
 
@@ -301,7 +302,9 @@ class Call(CallState):
     def overdraft(self) -> int:
         """Smallest parts that the paying wallet may owe: with these left it is not at its end."""
         source = self._paying_source
-        return self.unit.parts(source.overdraft, "overdraft") if isinstance(source, Wallet) else 0
+        if not isinstance(source, Wallet) or not source.overdraft:
+            return 0
+        return self.unit.parts(source.overdraft, "overdraft")
 
     # -- the gate ------------------------------------------------------------------------------------------
 

@@ -99,6 +99,11 @@ class Delivery:
     def _journal(self) -> Journal | None:
         return self._metering.journal
 
+    @property
+    def takes_now(self) -> bool:
+        """Whether what the store is asked goes to it at once, and not to the journal first."""
+        return self._journal is None or self._metering.breaker.state is BreakerState.CLOSED
+
     async def book(self, call: str, steps: Steps, *, begun: bool = False, durable: bool = True) -> Answer | None:
         """
         Do *steps* for *call*, however long the store takes; the last one's answer is returned.
@@ -153,7 +158,7 @@ class Delivery:
     async def _taken(self, step: Step, within_s: float) -> Answer:
         """What the store refuses as a mistake it would refuse for ever; then the charge matters more than its event."""
         try:
-            return self._looked_at(step, await self._submit(step, within_s))
+            return self.looked_at(step, await self._submit(step, within_s))
         except MeteringError as failure:
             if isinstance(failure, StoreError) and not isinstance(failure, UnwritableError):
                 raise
@@ -166,9 +171,9 @@ class Delivery:
                 dict(step.event),
                 exc_info=failure,
             )
-            return self._looked_at(step, await self._submit(step._replace(event=None), within_s))
+            return self.looked_at(step, await self._submit(step._replace(event=None), within_s))
 
-    def _looked_at(self, step: Step, answer: Answer) -> Answer:
+    def looked_at(self, step: Step, answer: Answer) -> Answer:
         """A charge for a call that the store knows nothing of, as after a failover that lost it, is told of."""
         if isinstance(step, End) and step.amount and isinstance(answer, Receipt) and not answer.known:
             self._metering.meters.count("ends_lost")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from asgi_metering.admission import leaves_hold
 from asgi_metering.attributes import plain_attributes
-from asgi_metering.billing import bill, observed_parts
+from asgi_metering.billing import bill, bill_now, observed_parts
 from asgi_metering.delivery import Delivery
 from asgi_metering.errors import MeteringError, StoreError, StoreUnavailableError
 from asgi_metering.events.exporter import Exporter
@@ -354,12 +354,34 @@ class Runtime:
             return
         call.closed = True
         self.in_flight.pop(call.id, None)
+        if self._ends_now(call):
+            return
         self._ended.append(call)
         self.busy += 1
         self._quiet.clear()
         self._wake.set()
         if self._worker is None or self._worker.done():
             self.keep(self.loop.create_task(self._end_all(), context=contextvars.Context()))
+
+    def _ends_now(self, call: Call) -> bool:
+        """End *call* here, where its store answers at once and nothing is to be read for it; False where not."""
+        metering = self._metering
+        if not metering.store.immediate or not self.is_open or call.queued is not None or call.attributes:
+            return False
+        try:
+            end = bill_now(call)
+            steps = () if end is None else self._steps(call, end)
+            if end is None or not self._delivery.takes_now:
+                return False
+            answer = self._delivery.looked_at(steps[0], metering.store.run_now(steps[0])) if steps else None
+        except Exception:  # noqa: BLE001 -- what is wrong is found and told on the way for everything else
+            return False
+        if call.local:
+            metering.local.end(call, end.actual)
+        if steps:
+            self._tell_exporter()
+        call.ended(answer if isinstance(answer, Receipt) else None)
+        return True
 
     async def _work(self) -> None:
         while True:

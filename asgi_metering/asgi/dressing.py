@@ -32,25 +32,24 @@ def dressed(call: Call, message: Message, scope: Scope, options: AnswerOptions) 
 
     Always a new list: frameworks may reuse a response object, whose own list must not grow.
     """
+    features, policy, decision = call.opening.features, call.policy, call.decision
     given: Headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
-    if call.policy is not None and "quotas" in call.opening.features:
-        given = _capture(call, call.policy.charge, given, message["status"])
-    fields = (
-        limit_fields(
-            call.decision,
+    if policy is not None and "quotas" in features:
+        given = _capture(call, policy.charge, given, message["status"])
+    tap = tap_of(call, given, scope)
+    if decision is not None:
+        fields = limit_fields(
+            decision,
             call.unit,
             options.names,
             warn_below=call.warning_level,
             overdraft=call.overdraft,
         )
-        if call.decision is not None
-        else []
-    )
-    tap = tap_of(call, given, scope)
-    if fields:
-        ours = {name for name, _ in fields}
-        given = [field for field in given if field[0].lower() not in ours]
-    return {**message, "headers": [*given, *fields]}, tap
+        if fields:
+            ours = {name for name, _ in fields}
+            given = [field for field in given if field[0].lower() not in ours]
+            given += fields
+    return {**message, "headers": given}, tap
 
 
 def _capture(call: Call, charge: ChargePolicy | None, given: Headers, status: int) -> Headers:

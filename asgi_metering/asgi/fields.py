@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil, isfinite
-from typing import TypeAlias
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeAlias
 
 from asgi_metering.amounts import Unit
 from asgi_metering.decisions import Decision, WindowState
@@ -164,14 +165,14 @@ def limit_fields(
     policy, state, limit, remaining, reset, _, available = names._wire
     windows = decision.windows
     if windows:
-        policies, quoted = _policies(_written(windows))
-        if len(set(quoted)) < len(quoted):
-            windows = _distinct(windows, quoted)
-            policies, quoted = _policies(_written(windows))
+        spelled = _spelled(tuple(map(_WRITTEN, windows)))
+        if not spelled.is_distinct:
+            windows = _distinct(windows, spelled.quoted)
+            spelled = _spelled(tuple(map(_WRITTEN, windows)))
         if policy is not None:
-            fields.append((policy, policies))
+            fields.append((policy, spelled.policies))
         if state is not None:
-            fields.append((state, _states(windows, quoted)))
+            fields.append((state, _states(windows, spelled)))
         if limit is not None or remaining is not None or reset is not None:
             _add_legacy(fields, _shown_window(windows, failing), decision.now, (limit, remaining, reset))
     if available is not None and decision.available is not None:
@@ -179,15 +180,30 @@ def limit_fields(
     return fields
 
 
-def _written(windows: Sequence[WindowState]) -> tuple[tuple[str, int, float, str], ...]:
-    """What of the windows does not change from call to call."""
-    return tuple([(each.name, each.limit, each.window_s, each.meter) for each in windows])
+_WRITTEN = itemgetter(*map(WindowState._fields.index, ("name", "limit", "window_s", "meter")))
+"""What of a window does not change from call to call."""
+
+
+class _Spelled(NamedTuple):
+    """
+    What of some windows' fields is the same on every response.
+
+    Attributes:
+        policies: The line of policies.
+        quoted: Their names as they stand in it.
+        states: The line of states, to be filled with what is left of each, and the seconds until there is more.
+        is_distinct: Whether no two have one name.
+    """
+
+    policies: bytes
+    quoted: tuple[str, ...]
+    states: bytes
+    is_distinct: bool
 
 
 # Policies are few and the same on every response; limits by plan or by month make a few more.
 @lru_cache(maxsize=1024)
-def _policies(written: tuple[tuple[str, int, float, str], ...]) -> tuple[bytes, tuple[str, ...]]:
-    """The line of policies, and their names as they stand in it."""
+def _spelled(written: tuple[tuple[Any, ...], ...]) -> _Spelled:
     quoted = []
     items = []
     for name, limit, window_s, meter in written:
@@ -198,10 +214,24 @@ def _policies(written: tuple[tuple[str, int, float, str], ...]) -> tuple[bytes, 
         window = f";w={seconds}" if seconds else ""
         quoted.append(sf_string(name))
         items.append(f"{quoted[-1]};q={_bounded(limit)}{counted}{window}")
-    return ", ".join(items).encode("ascii"), tuple(quoted)
+    # A percent sign in a name is itself.
+    states = ", ".join(name.replace("%", "%%") + ";r=%d;t=%d" for name in quoted)
+    is_distinct = len(set(quoted)) == len(quoted)
+    return _Spelled(", ".join(items).encode("ascii"), tuple(quoted), states.encode("ascii"), is_distinct)
 
 
-def _states(windows: Sequence[WindowState], quoted: Sequence[str]) -> bytes:
+def _states(windows: Sequence[WindowState], spelled: _Spelled) -> bytes:
+    numbers: list[int] = []
+    for _, _, left, seconds, _, _ in windows:
+        if not (0 <= left <= MAX_SF_INTEGER and 0.0 <= seconds < MAX_SF_INTEGER):
+            return _odd_states(windows, spelled.quoted)
+        numbers.append(left)
+        numbers.append(ceil(seconds - _CLOCK_NOISE_S))
+    return spelled.states % tuple(numbers)
+
+
+def _odd_states(windows: Sequence[WindowState], quoted: Sequence[str]) -> bytes:
+    """The same where a number does not fit, or a time cannot be told."""
     items = []
     for name, window in zip(quoted, windows, strict=True):
         left = _bounded(window.remaining)

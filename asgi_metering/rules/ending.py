@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
+from typing import NamedTuple
 
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.receipts import Basis
@@ -86,8 +87,7 @@ DEFAULT_END_POLICY = EndPolicy(MappingProxyType({}))
 """Every row at its default."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sighting:
+class Sighting(NamedTuple):
     """
     What is known when a call has ended.
 

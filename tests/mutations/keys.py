@@ -52,8 +52,8 @@ MUTATIONS = (
         0,
         "failures keep their key",
         BILLING,
-        "failed=row not in DONE",
-        "failed=False",
+        "told, row not in DONE, reply",
+        "told, False, reply",
         _once("test_run_again_what_failed_free[/broken-memory]", "test_run_again_what_failed_free[/failing-memory]"),
     ),
     Mutation(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
 from itertools import product
 
 import pytest
@@ -137,7 +136,7 @@ def test_give_precedence_to_the_stronger_sign(seen: Sighting, row: Situation) ->
 @pytest.mark.parametrize(("value", "field"), [(Sighting(COMPLETED), "status"), (DEFAULT_END_POLICY, "chosen")])
 def test_never_change_what_was_seen_or_chosen(value: Sighting | EndPolicy, field: str) -> None:
     """Sightings and policies are values; the default policy is everybody's."""
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(AttributeError):
         setattr(value, field, None)
     assert not hasattr(value, "__dict__")
 
