@@ -82,6 +82,19 @@ def sending(media: str, chunks: Sequence[bytes], *, broken: bool = False, encodi
     return app
 
 
+def refusing(status: int, media: str, chunks: Sequence[bytes], *, broken: bool = False) -> Any:
+    """The same app, with an error's status."""
+    app = sending(media, chunks, broken=broken)
+
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        async def as_error(message: Any) -> None:
+            await send({**message, "status": status} if message["type"] == "http.response.start" else message)
+
+        await app(scope, receive, as_error)
+
+    return refuse
+
+
 async def charged(app: Any, chunks: int | None = None, **options: Any) -> list[Entry]:
     """What one request to *app* is charged; the client leaves behind *chunks* of the body if that is given."""
     async with staged(app) as stage:
@@ -119,6 +132,25 @@ def test_observe_the_text_of_a_body_of_unknown_shape(media: str, piece: bytes) -
     amount, estimated = observed(media, [piece] * 50)
     assert amount == pytest.approx(7 + FIFTY * 1_000, rel=0.02)
     assert estimated
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize(
+    ("status", "media", "chunks", "amount"),
+    [
+        pytest.param(500, "text/html", [WORDS.encode()] * 50, 0, id="a page"),
+        pytest.param(422, "application/json", [json.dumps({"detail": WORDS * 50}).encode()], 0, id="a problem"),
+        pytest.param(404, "text/event-stream", [delta()] * 3, 0, id="a stream"),
+        pytest.param(400, "application/json", [json.dumps(chat(8, 3)).encode()], 3_008, id="a report"),
+        pytest.param(502, "text/event-stream", [started(input_tokens=8, output_tokens=2)], 2_008, id="half a report"),
+    ],
+)
+def test_observe_no_text_of_an_error(status: int, media: str, chunks: list[bytes], amount: int, broken: bool) -> None:
+    """DESIGN 4 "Observed": the body of an error is no model's output; only what it reports counts, whoever left."""
+    policy = billable(PRICE, hold=HOLD, on_error="observed")
+    app = metered_app(refusing(status, media, chunks, broken=broken), policy)
+    entries = asyncio.run(charged(app, len(chunks) if broken else None))
+    assert sum(entry.amount for entry in entries) == amount * MILLI
 
 
 @pytest.mark.parametrize("media", ["image/png", "audio/mpeg", "application/octet-stream"])
