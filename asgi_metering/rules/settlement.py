@@ -117,7 +117,7 @@ def undo(state: State, ask: Undo, now: float) -> tuple[bool, list[Change]]:
         if hold.receipt is not None:
             return False, []
         _, changes = end(state, End(hold.id, None, failed=True), now)
-        # A key that nobody else has brought is as if it had not been.
+        # Keys that nobody else has brought are as if they had not been.
         changes = [(table, key, _kept(table, row)) for table, key, row in changes]
     for limit in ask.ask.limits:
         counter = state.counters.get(limit.key)
@@ -132,7 +132,9 @@ def undo(state: State, ask: Undo, now: float) -> tuple[bool, list[Change]]:
 
 
 def _kept(table: str, row: Any) -> Any:
-    return None if table == Table.CHARGE_KEY and row.is_given_back else row
+    if table == Table.CHARGE_KEY:
+        return None if row.is_given_back else row
+    return None if table == Table.IDEMPOTENCY else row
 
 
 def _window_at(counter: Counter, at: float) -> float | None:
@@ -214,9 +216,10 @@ def _after_the_end(state: State, hold: Hold, ask: End, now: float) -> tuple[Rece
         difference = _post_late(state, _as_its_key(state, hold, unpaid), first, difference, ask, now, changes)
         if unpaid is not None:
             changes.append((Table.CHARGE_KEY, unpaid.key, unpaid._replace(settled=True)))
+    receipt = first._replace(late=difference)
     if first.ended_by is not EndedBy.PERSON:
         _correct_windows(state, hold, ask.actual, changes)
-    receipt = first._replace(late=difference)
+        changes.extend(answer_key(state, hold, ask, receipt))
     changes.append((Table.HOLD, hold.id, hold.ended(hold.state, receipt)))
     if told is not None:
         # An event of its own, of the difference only: whoever sums events up has the first one already.

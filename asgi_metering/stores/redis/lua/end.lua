@@ -198,7 +198,8 @@ function M.correct(windows, actual)
   end
 end
 
--- The idempotency key gets the answer; it is free again where nothing was done.
+-- The idempotency key gets the answer; it is free again where nothing was done, and then nobody's. Without a receipt it
+-- is as if nobody had brought it.
 function M.answer_key(key, member, is_free, reply, who, receipt)
   local row = fetch(key)
   if not row then
@@ -208,12 +209,15 @@ function M.answer_key(key, member, is_free, reply, who, receipt)
   if holder ~= member then
     return
   end
-  if is_free then
+  if not receipt then
     M.drop(key, 'idempotency')
-  else
-    local first = pack(AS.IDEMPOTENCY, expires, #holder, holder, #fingerprint, fingerprint, #reply, reply, #who, who)
-    put(key, first .. receipt)
+    return
   end
+  if is_free then
+    holder, reply = '', ''
+  end
+  local first = pack(AS.IDEMPOTENCY, expires, #holder, holder, #fingerprint, fingerprint, #reply, reply, #who, who)
+  put(key, first .. receipt)
 end
 
 -- How the call ends: one after the other, in the same table.
