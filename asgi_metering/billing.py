@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.admission import usage_of
-from asgi_metering.errors import UsageError
+from asgi_metering.errors import AmountError, UsageError
 from asgi_metering.measuring import Metered, failed_in_band, metered_usage, observed_usage
 from asgi_metering.prices import FixedPrice, MeasuredPrice
 from asgi_metering.receipts import Basis
@@ -22,7 +22,7 @@ from asgi_metering.usage import TokenUsage
 if TYPE_CHECKING:
     from asgi_metering.call import Call
 
-__all__ = ["bill", "observed_parts"]
+__all__ = ["beyond_count", "bill", "observed_parts"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -40,12 +40,11 @@ async def bill(call: Call) -> tuple[End, Metered]:
     Never raises for bad usage, nor for a price that raises, whatever it raises: what cannot be priced falls back to
     the policy for missing usage, with an alarm (DESIGN 2 "never a crash of a settlement").
     """
-    charge = call.charge
     fixed = isinstance(call.price, FixedPrice)
     known = _safe_usage(call)
     seen = sighting(call, reported=fixed or known.complete)
     row = situation(seen)
-    policy = charge.end if charge is not None and isinstance(charge.end, EndPolicy) else EndPolicy({})
+    policy = _policy(call)
     basis = policy.basis(row)
     if basis is Basis.USAGE and not fixed and not known.complete:
         basis = policy.basis(Situation.UNREPORTED)
@@ -65,6 +64,44 @@ async def bill(call: Call) -> tuple[End, Metered]:
         call.id, amount, basis, estimated, actual=_actual(used, row), event=told, failed=row not in DONE, reply=reply
     )
     return end, used
+
+
+def beyond_count(call: Call, end: End, failure: AmountError) -> End:
+    """
+    What to charge *call* instead, whose *end* is more than its account can count beside what it has spent and holds.
+
+    By the policy for missing usage, as where usage cannot be believed: what is held can always be counted. With an
+    alarm, and the amount that was not charged on the event (DESIGN "Amounts").
+    """
+    basis = _unbelieved(_policy(call))
+    amount = None if basis is Basis.NONE else call.held
+    log.error(
+        "The end of call %s is charged by %s, %s instead of %s smallest parts: %s",
+        call.id,
+        basis.value,
+        amount or 0,
+        end.amount,
+        failure,
+        exc_info=failure,
+    )
+    _alarm(call)
+    told = end.event
+    if told is not None:
+        uncharged = (end.amount or 0) - (amount or 0)
+        known = {**call.facts, **told}.get("attributes", {})
+        told = {**told, "attributes": {**known, "uncharged_amount": uncharged}}
+    return end._replace(amount=amount, basis=basis, estimated=True, event=told)
+
+
+def _policy(call: Call) -> EndPolicy:
+    charge = call.charge
+    return charge.end if charge is not None and isinstance(charge.end, EndPolicy) else EndPolicy({})
+
+
+def _unbelieved(policy: EndPolicy) -> Basis:
+    """By what a call is charged whose usage cannot be priced: what would be, were it missing, without looking at it."""
+    basis = policy.basis(Situation.UNREPORTED)
+    return Basis.HOLD if basis in (Basis.OBSERVED, Basis.ESTIMATE) else basis
 
 
 DONE = frozenset({Situation.REPORTED, Situation.UNREPORTED})
@@ -121,9 +158,7 @@ async def _measured_amount(
     except Exception as failure:
         log.error("Call %s cannot be charged by %s: %r", call.id, basis.value, failure, exc_info=failure)
         _alarm(call)
-        basis = policy.basis(Situation.UNREPORTED)
-        if basis in (Basis.OBSERVED, Basis.ESTIMATE):
-            basis = Basis.HOLD
+        basis = _unbelieved(policy)
         amount, used, estimated = await _priced(call, basis, Metered())
     return amount, used, estimated, basis
 

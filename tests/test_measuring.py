@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx2
@@ -21,13 +22,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from asgi_metering import Metering, TokenUsage, billable, current_call, metered_app, up_to
+from asgi_metering.amounts import CREDITS, MAX_AMOUNT
 from asgi_metering.billing import observed_parts
 from asgi_metering.call import Call
 from asgi_metering.prices import MAX_AFFORDABLE, MeasuredPrice, TokenPrice, per_token
 from asgi_metering.receipts import Entry
 from asgi_metering.rules.ending import Cause
 from asgi_metering.tokens import count_tokens
-from tests.pitfalls.stage import Stage, staged
+from tests.pitfalls.stage import PAYER, Stage, staged
 
 WORDS = "hello wonderful world "
 WEIGHT = count_tokens(WORDS).tokens
@@ -422,6 +424,43 @@ def test_price_that_raises_falls_back_to_the_policy(
     with caplog.at_level(logging.ERROR, "asgi_metering"):
         asyncio.run(run())
     assert "cannot be charged by usage" in caplog.text
+
+
+@pytest.mark.parametrize("store", ["memory://", "sqlite"])
+@pytest.mark.parametrize(
+    ("policy", "basis", "amount"),
+    [("estimate", "hold", 5_007), ("observed", "hold", 5_007), ("hold", "hold", 5_007), ("none", None, 0)],
+)
+def test_charge_beyond_what_is_counted_falls_back_to_the_policy(
+    policy: Literal["estimate", "observed", "hold", "none"],
+    basis: str | None,
+    amount: int,
+    store: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """DESIGN "Amounts": usage that no account can count is charged as if it was missing, with an alarm."""
+
+    async def play(stage: Stage) -> None:
+        await stage.metering.grant(PAYER, CREDITS.whole(MAX_AMOUNT - 1_000 * CREDIT), id="rest")
+        await stage.metering.backfill(PAYER, CREDITS.whole(MAX_AMOUNT - 15 * CREDIT), id="b", line="l")
+        await stage.drive()
+        charges = [(str(entry.basis), entry.amount) for entry in (await stage.charges())[1:]]
+        assert charges == ([] if basis is None else [(basis, amount * MILLI)])
+        assert sum(stage.metering.meters.totals("usage_rejected").values()) == 1
+        assert sum(stage.metering.meters.totals("events_dropped").values()) == 0
+        assert await stage.outcomes() == ["corrected", "completed"]
+        assert stage.events[1].attributes == {"uncharged_amount": 200_009 * MILLI - amount * MILLI}
+
+    async def run() -> None:
+        price = billable(PRICE, hold=HOLD, on_missing_usage=policy)
+        app = metered_app(sending("application/json", [json.dumps(chat(9, 200)).encode()]), price)
+        async with staged(app, store=store if ":" in store else f"sqlite:///{tmp_path / 'books.db'}") as stage:
+            await play(stage)
+
+    with caplog.at_level(logging.ERROR, "asgi_metering"):
+        asyncio.run(run())
+    assert "smallest parts: Account 'ada' would have spent and held" in caplog.text
 
 
 def test_price_that_raises_does_not_stop_a_heartbeat(caplog: pytest.LogCaptureFixture) -> None:

@@ -41,7 +41,7 @@ function M.consume(book, parts, left, spent)
       local text = fetch(key)
       if text then
         local start, finish, settled, kept = parse(AS.WINDOW, text)
-        if settled + some > CODE.MAX_AMOUNT then
+        if settled + kept + some > CODE.MAX_AMOUNT then
           return false
         end
         put(key, pack(AS.WINDOW, start, finish, settled + some, kept - part.amount))
@@ -190,9 +190,9 @@ function M.correct(windows, actual)
     if text then
       local c_start, c_end, c_used, c_previous = parse(AS.WINDOW, text)
       if c_start == start then
-        put(key, pack(AS.WINDOW, c_start, c_end, max(0, c_used + used - taken), c_previous))
+        put(key, pack(AS.WINDOW, c_start, c_end, min(CODE.MAX_AMOUNT, max(0, c_used + used - taken)), c_previous))
       elseif c_start - (c_end - c_start) == start then
-        put(key, pack(AS.WINDOW, c_start, c_end, c_used, max(0, c_previous + used - taken)))
+        put(key, pack(AS.WINDOW, c_start, c_end, c_used, min(CODE.MAX_AMOUNT, max(0, c_previous + used - taken))))
       end
     end
   end
