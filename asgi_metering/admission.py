@@ -501,8 +501,21 @@ async def _limits(
 
 async def _weight(call: Call, limit: RateLimit, arguments: Mapping[str, Any]) -> int:
     """What a weighted limit takes by estimate; the call's end corrects it."""
-    estimate = call.asked if call.asked is not None else await estimate_arguments(arguments)
-    return usage_of(limit.meter, estimate) or 0
+    if call.asked is None:
+        call.asked = await _expected(call, arguments)
+    return usage_of(limit.meter, call.asked) or 0
+
+
+async def _expected(call: Call, arguments: Mapping[str, Any]) -> TokenUsage:
+    """What a call is expected to use that no layer charges: as its route would hold for it, or as its request says."""
+    charge = call.policy.charge if call.policy is not None else None
+    if charge is not None:
+        estimate = charge.hold.estimate
+        if isinstance(estimate, From):
+            estimate = await estimate.compute(call, arguments)
+        if isinstance(estimate, TokenUsage) and (charge.hold.slices is None or estimate.input is not None):
+            return estimate
+    return await estimate_arguments(arguments)
 
 
 def usage_of(meter: str, usage: TokenUsage) -> int | None:

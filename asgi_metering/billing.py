@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.admission import usage_of
-from asgi_metering.errors import UsageError
+from asgi_metering.errors import AmountError, UsageError
 from asgi_metering.measuring import Metered, failed_in_band, metered_usage, observed_usage
 from asgi_metering.prices import FixedPrice, MeasuredPrice
 from asgi_metering.receipts import Basis, EndedBy
@@ -23,7 +23,7 @@ from asgi_metering.usage import TokenUsage
 if TYPE_CHECKING:
     from asgi_metering.call import Call
 
-__all__ = ["bill", "bill_now", "observed_parts"]
+__all__ = ["beyond_count", "bill", "bill_now", "observed_parts"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -72,11 +72,6 @@ def bill_now(call: Call) -> End | None:
 _NOTHING = Metered()
 
 
-def _policy(call: Call) -> EndPolicy:
-    policy = None if call.charge is None else call.charge.end
-    return policy if isinstance(policy, EndPolicy) else DEFAULT_END_POLICY
-
-
 def _unmeasured(call: Call, basis: Basis, used: Metered, seen: Sighting, row: Situation) -> tuple[End, Metered]:
     """What a call is charged whose usage says nothing of that: a fixed price, or nothing."""
     amount = None
@@ -104,6 +99,44 @@ def _end(
         call.id, amount, basis, estimated, EndedBy.CALL, _actual(used, row), told, row not in DONE, reply,
     ))
     # fmt: on
+
+
+def beyond_count(call: Call, end: End, failure: AmountError) -> End:
+    """
+    What to charge *call* instead, whose *end* is more than its account can count beside what it has spent and holds.
+
+    By the policy for missing usage, as where usage cannot be believed: what is held can always be counted. With an
+    alarm, and the amount that was not charged on the event (DESIGN "Amounts").
+    """
+    basis = _unbelieved(_policy(call))
+    amount = None if basis is Basis.NONE else call.held
+    log.error(
+        "The end of call %s is charged by %s, %s instead of %s smallest parts: %s",
+        call.id,
+        basis.value,
+        amount or 0,
+        end.amount,
+        failure,
+        exc_info=failure,
+    )
+    _alarm(call)
+    told = end.event
+    if told is not None:
+        uncharged = (end.amount or 0) - (amount or 0)
+        known = {**call.facts, **told}.get("attributes", {})
+        told = {**told, "attributes": {**known, "uncharged_amount": uncharged}}
+    return end._replace(amount=amount, basis=basis, estimated=True, event=told)
+
+
+def _policy(call: Call) -> EndPolicy:
+    charge = call.charge
+    return charge.end if charge is not None and isinstance(charge.end, EndPolicy) else DEFAULT_END_POLICY
+
+
+def _unbelieved(policy: EndPolicy) -> Basis:
+    """By what a call is charged whose usage cannot be priced: what would be, were it missing, without looking at it."""
+    basis = policy.basis(Situation.UNREPORTED)
+    return Basis.HOLD if basis in (Basis.OBSERVED, Basis.ESTIMATE) else basis
 
 
 DONE = frozenset({Situation.REPORTED, Situation.UNREPORTED})
@@ -160,9 +193,7 @@ async def _measured_amount(
     except Exception as failure:
         log.error("Call %s cannot be charged by %s: %r", call.id, basis.value, failure, exc_info=failure)
         _alarm(call)
-        basis = policy.basis(Situation.UNREPORTED)
-        if basis in (Basis.OBSERVED, Basis.ESTIMATE):
-            basis = Basis.HOLD
+        basis = _unbelieved(policy)
         amount, used, estimated = await _priced(call, basis, Metered())
     return amount, used, estimated, basis
 

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.decisions import Decision
-from asgi_metering.errors import JournalError, MeteringError, StoreError, StoreUnavailableError, UnwritableError
+from asgi_metering.errors import (
+    AmountError,
+    JournalError,
+    MeteringError,
+    StoreError,
+    StoreUnavailableError,
+    UnwritableError,
+)
 from asgi_metering.receipts import Basis, Receipt
 from asgi_metering.rules.calendars import around
 from asgi_metering.rules.decide import Answer
@@ -159,6 +166,9 @@ class Delivery:
         """What the store refuses as a mistake it would refuse for ever; then the charge matters more than its event."""
         try:
             return self.looked_at(step, await self._submit(step, within_s))
+        except AmountError:
+            # Its event is not what is wrong with it.
+            raise
         except MeteringError as failure:
             if isinstance(failure, StoreError) and not isinstance(failure, UnwritableError):
                 raise

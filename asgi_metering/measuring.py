@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["Metered", "TextCounts", "committed_usage", "failed_in_band", "metered_usage", "observed_usage"]
 
 
+ERRORS = 400
+"""From here on a status says that an answer is an error."""
+
 NO_TOKENS = TokenCount(0, estimated=False, encoding=DEFAULT_ENCODING)
 
 
@@ -102,7 +105,7 @@ def _recorded(call: Call) -> TokenUsage:
 
 def _exchanges(call: Call) -> list[Part]:
     return [
-        Part(name, reader.report(), reader, reader.ended) for name, reader, status in call.exchanges if status < 400
+        Part(name, reader.report(), reader, reader.ended) for name, reader, status in call.exchanges if status < ERRORS
     ]
 
 
@@ -160,7 +163,7 @@ def _parts(call: Call, known: Metered) -> list[Part]:
     What the observation sums up: the upstream exchanges if any of them reported, or if nobody did and they wrote.
 
     The upstream client ranks above the body (DESIGN 6), which may be what the application made of its answers. Before
-    the first byte only reports count (DESIGN "End of call").
+    the first byte only reports count (DESIGN "End of call"), and in the body of an error it is the same.
     """
     exchanges = _exchanges(call)
     if known.source != "body":
@@ -170,6 +173,9 @@ def _parts(call: Call, known: Metered) -> list[Part]:
     body = _body(call)
     if body is None or call.observer is None:
         return []
+    if call.status is not None and call.status >= ERRORS:
+        # The text of an error is no model's output, and nothing says that its prompt was read.
+        return [] if body.usage is None else [body]
     return [body._replace(reader=call.observer.text_reader())]
 
 
@@ -241,7 +247,7 @@ async def observed_usage(call: Call, known: Metered, counts: TextCounts | None =
     model, estimated = known.model, False
     for part in _parts(call, known):
         model = (part.report.model if part.report is not None else None) or model
-        if part.final and part.usage is not None:
+        if part.usage is not None and (part.final or part.reader is None):
             usage = part.usage + usage
             continue
         given, guessed = _given(call, part)

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.names import check_name
 
@@ -75,6 +76,10 @@ def parse_limit(text: str, strategy: Strategy = "fixed", zone: str = "UTC") -> R
     if meter not in METERS:
         raise ConfigurationError(f"The limit {text!r} counts {meter!r}. Use one of {', '.join(METERS)}.")
     amount, multiples, granularity, window_s = _parse(of_unit["limit"] if of_unit else text, text)
+    if amount > MAX_AMOUNT:
+        raise ConfigurationError(
+            f"The limit {text!r} allows more than {MAX_AMOUNT}, up to which stores count exactly. Lower it."
+        )
     period = granularity if strategy == "calendar" else ""
     if strategy == "calendar" and (granularity not in _CALENDAR_PERIODS or multiples != 1):
         raise ConfigurationError(

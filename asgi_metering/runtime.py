@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from asgi_metering.admission import leaves_hold
 from asgi_metering.attributes import plain_attributes
-from asgi_metering.billing import bill, bill_now, observed_parts
+from asgi_metering.billing import beyond_count, bill, bill_now, observed_parts
 from asgi_metering.delivery import Delivery
-from asgi_metering.errors import MeteringError, StoreError, StoreUnavailableError
+from asgi_metering.errors import AmountError, MeteringError, StoreError, StoreUnavailableError
 from asgi_metering.events.exporter import Exporter
 from asgi_metering.growing import growth_of
 from asgi_metering.overdue import Overdue
@@ -347,8 +347,9 @@ class Runtime:
         Queue the end of *call*; only the first time counts. Never waits, never raises.
 
         The store is asked again while it does not answer. An end that it refuses as a mistake loses its event and
-        keeps its charge; one that cannot be booked even so, or whose price raises, is logged, and its hold is left to
-        its policy. Whatever becomes of one end, others go on.
+        keeps its charge; one of more than the account can count is charged as one whose usage cannot be believed; one
+        that cannot be booked even so, or whose price raises, is logged, and its hold is left to its policy. Whatever
+        becomes of one end, others go on.
         """
         if call.closed:
             return
@@ -407,11 +408,10 @@ class Runtime:
             self._make_plain(call)
             end, _ = await bill(call)
             self._metering.local.end(call, end.actual)
-            steps = self._steps(call, end)
-            if steps or call.queued is not None:
-                answer = await self._delivery.book(call.id, steps, begun=call.queued is not None)
-                receipt = answer if isinstance(answer, Receipt) else None
-                self._tell_exporter()
+            try:
+                receipt = await self._booked(call, end)
+            except AmountError as failure:
+                receipt = await self._booked(call, beyond_count(call, end, failure))
         except Exception as failure:
             self._metering.meters.count("ends_lost", line=call.line)
             told = f"The end of call {call.id} could not be booked; what it holds is left to its policy, by its expiry."
@@ -425,6 +425,14 @@ class Runtime:
             self.busy -= 1
             if not self.busy:
                 self._quiet.set()
+
+    async def _booked(self, call: Call, end: End) -> Receipt | None:
+        steps = self._steps(call, end)
+        if not steps and call.queued is None:
+            return None
+        answer = await self._delivery.book(call.id, steps, begun=call.queued is not None)
+        self._tell_exporter()
+        return answer if isinstance(answer, Receipt) else None
 
     def _tell_exporter(self) -> None:
         if self._exporter is not None:

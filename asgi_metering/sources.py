@@ -18,7 +18,17 @@ from asgi_metering.names import check_key, check_name, is_field_name
 if TYPE_CHECKING:
     from asgi_metering.policies import From
 
-__all__ = ["WALLET", "Allowance", "Payer", "PaymentSource", "Wallet", "check_allowances", "check_payers", "check_zone"]
+__all__ = [
+    "WALLET",
+    "Allowance",
+    "Payer",
+    "PaymentSource",
+    "Wallet",
+    "check_allowances",
+    "check_payers",
+    "check_zone",
+    "what_differs",
+]
 
 WALLET = "wallet"
 """What decisions and header fields call the payer's grants."""
@@ -181,7 +191,8 @@ class Allowance:
         limit: Whole units per window: one amount for everybody, or a mapping from plan to amount. 0 grants nothing;
             an unknown, empty or missing plan gets the smallest amount of the mapping (S0.2).
         per: ``"day"``, ``"week"`` (from Monday) or ``"month"``.
-        name: Names the bucket; routes that use the same name share it (S0.9, S4.11).
+        name: Names the bucket; routes that use the same name share it (S0.9, S4.11), and say the same of it: other
+            windows or limits are refused at startup.
         zone: IANA name of the zone whose calendar counts (S0.5).
         status: What a spent allowance answers: 429, or 402.
         warn_at: Percent of the limit, used or held, from which on responses warn; 100 never does.
@@ -317,6 +328,19 @@ def check_allowances(sources: Iterable[PaymentSource]) -> None:
                     f"Two allowances of one payer are called {source.name!r} and count in different windows. Name them "
                     f"apart: Allowance(..., name='monthly')."
                 )
+
+
+def what_differs(first: Allowance, other: Allowance) -> str | None:
+    """
+    What keeps two allowances from being one bucket: ``"window"``, or ``"limit"``; None where nothing does.
+
+    A limit differs where some plan, or a caller without one, would be allowed two amounts of the same window.
+    """
+    if _window(first) != _window(other):
+        return "window"
+    plans = {plan for each in (first, other) if isinstance(each.limit, Mapping) for plan in each.limit}
+    limits = ((first.limit_for(plan), other.limit_for(plan)) for plan in (None, *plans))
+    return "limit" if any(exact_amount(one) != exact_amount(two) for one, two in limits) else None
 
 
 def _window(source: Allowance) -> tuple[str, str, int, int | None]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.call import Call
@@ -93,15 +93,50 @@ def _async_generator(endpoint: Callable[..., Any], guard: Guard) -> Callable[...
     return wrapper
 
 
+class _Shown:
+    """
+    Shows the steps of a generator the call that it was gated for, as `_inside` does for a function.
+
+    Between two steps whoever iterates sees its own again; what a step itself makes current, as by a charge that lasts
+    over several, the next one finds.
+    """
+
+    __slots__ = ("_inner", "_outer")
+
+    def __init__(self, opening: Opening) -> None:
+        self._inner: Opening | None = opening
+        self._outer: Opening | None = None
+
+    def __enter__(self) -> None:
+        self._outer = CURRENT.get()
+        CURRENT.set(self._inner)
+
+    def __exit__(self, *_: object) -> None:
+        self._inner = CURRENT.get()
+        CURRENT.set(self._outer)
+
+    async def awaited(self, step: Awaitable[Any]) -> Any:
+        """The result of *step*."""
+        with self:
+            return await step
+
+
+def _hidden(opening: Opening) -> _Shown | None:
+    """What shows *opening*; None where it is current already, as nearly always: steps cost nothing then."""
+    return None if CURRENT.get() is opening else _Shown(opening)
+
+
 async def _gated(
     call: Call, endpoint: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> AsyncIterator[Any]:
     await call.ensure()
-    async with aclosing(endpoint(*args, **kwargs)) as items:
+    shown = _hidden(call.opening)
+    items = endpoint(*args, **kwargs)
+    try:
         step = items.asend(None)
         while True:
             try:
-                item = await step
+                item = await (step if shown is None else shown.awaited(step))
             except StopAsyncIteration:
                 return
             try:
@@ -112,6 +147,8 @@ async def _gated(
                 step = items.athrow(failure)
             else:
                 step = items.asend(sent)
+    finally:
+        await (items.aclose() if shown is None else shown.awaited(items.aclose()))
 
 
 def _sync_generator(endpoint: Callable[..., Any], guard: Guard) -> Callable[..., Any]:
@@ -148,4 +185,28 @@ def _gated_in_thread(
                 "for its admission. Iterate it in a thread, or make it an async generator."
             )
         asyncio.run_coroutine_threadsafe(call.ensure(), loop).result()
-    yield from endpoint(*args, **kwargs)
+    shown = _hidden(call.opening)
+    items = endpoint(*args, **kwargs)
+    yield from items if shown is None else _each_shown(items, shown)
+
+
+def _each_shown(items: Generator[Any, Any, Any], shown: _Shown) -> Iterator[Any]:
+    step = functools.partial(next, items)
+    try:
+        while True:
+            try:
+                with shown:
+                    item = step()
+            except StopIteration:
+                return
+            try:
+                sent = yield item
+            except GeneratorExit:
+                raise
+            except BaseException as failure:  # noqa: BLE001 -- the endpoint's to handle, as above
+                step = functools.partial(items.throw, failure)
+            else:
+                step = functools.partial(items.send, sent)
+    finally:
+        with shown:
+            items.close()

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 
 from asgi_metering import CallRefused, Idempotency, Metering, MeteringMiddleware, billable
 from asgi_metering.asgi.body import MAX_AHEAD
+from asgi_metering.rules.operations import Sweep
 from asgi_metering.stores.contract import EverythingKept
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.testing import FakeClock
@@ -590,6 +591,29 @@ def test_keep_the_key_of_a_call_in_doubt() -> None:
         assert await desk.spent() == PRICE
 
     at_desk(keyed_app, story, MemoryStore(clock))
+
+
+@pytest.mark.parametrize("make", [keyed_app, receipts_only])
+def test_answer_what_a_request_did_that_was_given_up(make: Callable[[Desk], ASGIApp]) -> None:
+    """A stalled request is given up and charged late after all: its repeat is answered, and not charged (S3.15)."""
+    clock = FakeClock()
+
+    async def story(desk: Desk) -> None:
+        first = asyncio.create_task(desk.ask("/held"))
+        await desk.entered.wait()
+        clock.advance(1_000)
+        await desk.store.run([Sweep()])
+        assert await desk.spent() == 0
+        desk.gate.set()
+        await first
+        again = await desk.ask("/held")
+        assert is_replay(again)
+        told = json.loads(body(again.log))
+        assert told == {"run": 1} if make is keyed_app else (told["amount"], told["ended_by"]) == ("2", "policy")
+        assert len(desk.ran) == 1
+        assert await desk.spent() == PRICE
+
+    at_desk(make, story, MemoryStore(clock))
 
 
 CRASH = """

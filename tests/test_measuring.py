@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx2
@@ -21,13 +22,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from asgi_metering import Metering, TokenUsage, billable, current_call, metered_app, up_to
+from asgi_metering.amounts import CREDITS, MAX_AMOUNT
 from asgi_metering.billing import observed_parts
 from asgi_metering.call import Call
 from asgi_metering.prices import MAX_AFFORDABLE, MeasuredPrice, TokenPrice, per_token
 from asgi_metering.receipts import Entry
 from asgi_metering.rules.ending import Cause
 from asgi_metering.tokens import count_tokens
-from tests.pitfalls.stage import Stage, staged
+from tests.pitfalls.stage import PAYER, Stage, staged
 
 WORDS = "hello wonderful world "
 WEIGHT = count_tokens(WORDS).tokens
@@ -82,6 +84,19 @@ def sending(media: str, chunks: Sequence[bytes], *, broken: bool = False, encodi
     return app
 
 
+def refusing(status: int, media: str, chunks: Sequence[bytes], *, broken: bool = False) -> Any:
+    """The same app, with an error's status."""
+    app = sending(media, chunks, broken=broken)
+
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        async def as_error(message: Any) -> None:
+            await send({**message, "status": status} if message["type"] == "http.response.start" else message)
+
+        await app(scope, receive, as_error)
+
+    return refuse
+
+
 async def charged(app: Any, chunks: int | None = None, **options: Any) -> list[Entry]:
     """What one request to *app* is charged; the client leaves behind *chunks* of the body if that is given."""
     async with staged(app) as stage:
@@ -119,6 +134,25 @@ def test_observe_the_text_of_a_body_of_unknown_shape(media: str, piece: bytes) -
     amount, estimated = observed(media, [piece] * 50)
     assert amount == pytest.approx(7 + FIFTY * 1_000, rel=0.02)
     assert estimated
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize(
+    ("status", "media", "chunks", "amount"),
+    [
+        pytest.param(500, "text/html", [WORDS.encode()] * 50, 0, id="a page"),
+        pytest.param(422, "application/json", [json.dumps({"detail": WORDS * 50}).encode()], 0, id="a problem"),
+        pytest.param(404, "text/event-stream", [delta()] * 3, 0, id="a stream"),
+        pytest.param(400, "application/json", [json.dumps(chat(8, 3)).encode()], 3_008, id="a report"),
+        pytest.param(502, "text/event-stream", [started(input_tokens=8, output_tokens=2)], 2_008, id="half a report"),
+    ],
+)
+def test_observe_no_text_of_an_error(status: int, media: str, chunks: list[bytes], amount: int, broken: bool) -> None:
+    """DESIGN 4 "Observed": the body of an error is no model's output; only what it reports counts, whoever left."""
+    policy = billable(PRICE, hold=HOLD, on_error="observed")
+    app = metered_app(refusing(status, media, chunks, broken=broken), policy)
+    entries = asyncio.run(charged(app, len(chunks) if broken else None))
+    assert sum(entry.amount for entry in entries) == amount * MILLI
 
 
 @pytest.mark.parametrize("media", ["image/png", "audio/mpeg", "application/octet-stream"])
@@ -390,6 +424,43 @@ def test_price_that_raises_falls_back_to_the_policy(
     with caplog.at_level(logging.ERROR, "asgi_metering"):
         asyncio.run(run())
     assert "cannot be charged by usage" in caplog.text
+
+
+@pytest.mark.parametrize("store", ["memory://", "sqlite"])
+@pytest.mark.parametrize(
+    ("policy", "basis", "amount"),
+    [("estimate", "hold", 5_007), ("observed", "hold", 5_007), ("hold", "hold", 5_007), ("none", None, 0)],
+)
+def test_charge_beyond_what_is_counted_falls_back_to_the_policy(
+    policy: Literal["estimate", "observed", "hold", "none"],
+    basis: str | None,
+    amount: int,
+    store: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """DESIGN "Amounts": usage that no account can count is charged as if it was missing, with an alarm."""
+
+    async def play(stage: Stage) -> None:
+        await stage.metering.grant(PAYER, CREDITS.whole(MAX_AMOUNT - 1_000 * CREDIT), id="rest")
+        await stage.metering.backfill(PAYER, CREDITS.whole(MAX_AMOUNT - 15 * CREDIT), id="b", line="l")
+        await stage.drive()
+        charges = [(str(entry.basis), entry.amount) for entry in (await stage.charges())[1:]]
+        assert charges == ([] if basis is None else [(basis, amount * MILLI)])
+        assert sum(stage.metering.meters.totals("usage_rejected").values()) == 1
+        assert sum(stage.metering.meters.totals("events_dropped").values()) == 0
+        assert await stage.outcomes() == ["corrected", "completed"]
+        assert stage.events[1].attributes == {"uncharged_amount": 200_009 * MILLI - amount * MILLI}
+
+    async def run() -> None:
+        price = billable(PRICE, hold=HOLD, on_missing_usage=policy)
+        app = metered_app(sending("application/json", [json.dumps(chat(9, 200)).encode()]), price)
+        async with staged(app, store=store if ":" in store else f"sqlite:///{tmp_path / 'books.db'}") as stage:
+            await play(stage)
+
+    with caplog.at_level(logging.ERROR, "asgi_metering"):
+        asyncio.run(run())
+    assert "smallest parts: Account 'ada' would have spent and held" in caplog.text
 
 
 def test_price_that_raises_does_not_stop_a_heartbeat(caplog: pytest.LogCaptureFixture) -> None:

@@ -43,6 +43,7 @@ def test_calendar_windows_are_one_day_or_one_month() -> None:
         (60, "fixed", "Write it as"),
         ("60/0 minutes", "fixed", "a window of no length"),
         ("60 per 00 hour of tokens", "fixed", "a window of no length"),
+        ("9007199254740992/day of tokens", "fixed", "allows more than 9007199254740991"),
         ("60/minute", "leaky", "Use one of fixed, calendar, sliding"),
         ("60/minute", "calendar", "one day or one month"),
         ("60 per 2 days", "calendar", "one day or one month"),

@@ -19,7 +19,8 @@ from asgi_metering.guards import BARE_MEND, WEBSOCKET_MEND, Guard, Part, decorat
 from asgi_metering.keying import check_shared
 from asgi_metering.metering import ALL_FEATURES, Metering
 from asgi_metering.outage import check_journal
-from asgi_metering.policies import EndpointPolicy
+from asgi_metering.policies import ChargePolicy, EndpointPolicy
+from asgi_metering.sources import Allowance, what_differs
 
 __all__ = ["Layer", "Report", "Row", "audit", "has_routes", "routes_of"]
 
@@ -115,6 +116,7 @@ def audit(app: Any, features: frozenset[str], unenforced: frozenset[str], meteri
         else:
             _check_row(row, report, features | unenforced, metering)
     report.errors.extend(_other_scales(report.rows, metering))
+    report.errors.extend(_torn_allowances(report.rows, metering))
     _check_reach(report)
     if metering is not None and not metering.identifies:
         report.warnings.extend(_nobody(report.rows, features))
@@ -164,6 +166,34 @@ def _other_scales(rows: list[Row], metering: Any) -> Iterator[str]:
                 metering.counted(unit)
             except ConfigurationError as failure:
                 yield f"{where} cannot be charged. {failure}"
+
+
+def _torn_allowances(rows: list[Row], metering: Any) -> Iterator[str]:
+    """One bucket with two windows, or two limits: what one route counts there, the other would take for its own."""
+    known: dict[tuple[object, ...], tuple[Allowance, str]] = {}
+    for path, charge, name in [(row.path, policy.charge, policy.name) for row in rows for policy in row.policies]:
+        if charge is None:
+            continue
+        unit = charge.unit or (metering.unit if metering is not None else None)
+        for source in charge.sources:
+            if not isinstance(source, Allowance):
+                continue
+            where = f"{path} ({name})"
+            bucket = (unit, _whose(source, charge), source.name)
+            first, there = known.setdefault(bucket, (source, where))
+            differing = what_differs(first, source)
+            if differing is not None:
+                yield (
+                    f"{where} has an allowance {source.name!r} with another {differing} than that of {there}, and both "
+                    f"would count in one bucket. Declare it once and use that object, or name them apart: "
+                    f"Allowance(..., name='monthly')."
+                )
+
+
+def _whose(source: Allowance, charge: ChargePolicy) -> object:
+    """Whose account the bucket is in, as far as that can be told before anybody calls."""
+    account = source.payer.account if source.payer is not None else None
+    return account if account is not None else charge.payer and charge.payer.function
 
 
 def _nobody(rows: list[Row], features: frozenset[str]) -> Iterator[str]:

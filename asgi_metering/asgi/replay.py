@@ -126,7 +126,7 @@ def _public(call: Call, receipt: Receipt) -> dict[str, Any]:
         "id": receipt.id,
         "line": call.line,
         "unit": receipt.unit,
-        "amount": call.unit.text(receipt.amount),
+        "amount": call.unit.text(receipt.amount + (receipt.late or 0)),
         "basis": receipt.basis.value,
         "estimated": receipt.estimated,
         "ended_by": receipt.ended_by.value,

@@ -315,7 +315,9 @@ def _offer(state: State, ask: Admit, source: SourceAsk, book: Book, now: float) 
     """What *source* could give; None where its calendar does not cover *now*."""
     if isinstance(source, AllowanceSource):
         return _allowance_offer(state, ask, source, book.key[0], now)
-    available = book.available + source.overdraft
+    available = book.available
+    if source.overdraft:
+        available = min(available + source.overdraft, book.room)
     if available >= ask.minimum:
         return build(_Offer, (source, available, available, None, None))
     unheld = available + book.returnable

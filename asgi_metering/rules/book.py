@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from asgi_metering.amounts import MAX_AMOUNT
+from asgi_metering.errors import AmountError
 from asgi_metering.receipts import Basis, Entry, EntryKind, Part, Source
 from asgi_metering.rules.state import NEVER, TAKEN_BACK, Account, AccountKey, Change, Grant, State, Table, build
 
@@ -71,6 +73,11 @@ class Book:
     def available(self) -> int:
         """What a new hold may take; negative by debt."""
         return self.granted - self.settled - self.expired - self.held
+
+    @property
+    def room(self) -> int:
+        """What may still be spent or held beside what is: both together stay within what stores count exactly."""
+        return MAX_AMOUNT - self.settled - self.held
 
     @property
     def returnable(self) -> int:
@@ -334,6 +341,9 @@ class Book:
 
         Args:
             due_at: When a new hold of the account falls due.
+
+        Raises:
+            AmountError: More is spent and held now than stores count exactly. What is held is never refused its end.
         """
         key, before = self.key, self.account
         payer, unit = key
@@ -341,6 +351,11 @@ class Book:
         if due_at > before.next_due_at:
             due_at = before.next_due_at
         granted, settled, held, expired, debt = self.granted, self.settled, self.held, self.expired, self.debt
+        if settled + held > MAX_AMOUNT and settled + held > before.settled + before.held:
+            raise AmountError(
+                f"Account {payer!r} would have spent and held {settled + held} smallest parts of {unit!r}, and stores "
+                f"count exactly up to {MAX_AMOUNT}. Declare the unit with a smaller scale."
+            )
         account = build(
             Account,
             (payer, unit, granted, settled, held, expired, debt, self.entries, changes_at, due_at, self.now),

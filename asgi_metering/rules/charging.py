@@ -6,12 +6,14 @@ Does not know who ends a call, nor whether it may be ended.
 
 from __future__ import annotations
 
+from asgi_metering.amounts import MAX_AMOUNT
+from asgi_metering.errors import AmountError
 from asgi_metering.receipts import Basis, EntryKind, Part, Receipt, Source
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.operations import End
-from asgi_metering.rules.state import Change, Hold, State, Table, build
+from asgi_metering.rules.state import AllowanceWindow, Change, Hold, State, Table, build
 
-__all__ = ["basis_of", "charge", "receipt_of"]
+__all__ = ["basis_of", "charge", "check_window", "receipt_of"]
 
 # Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
 _ALLOWANCE = Source.ALLOWANCE
@@ -21,7 +23,8 @@ def charge(state: State, hold: Hold, ask: End, now: float) -> tuple[Receipt, lis
     """
     Turn the held parts into spending in their order, and give back the rest from the last part backwards.
 
-    What exceeds them is paid by the source of the last part, above its limit or as debt if need be (S3.7).
+    What exceeds them is paid by the source of the last part, above its limit or as debt if need be (S3.7); beyond what
+    stores count exactly it is an `AmountError`.
     """
     amount = ask.amount or 0
     basis = basis_of(ask)
@@ -96,12 +99,24 @@ def receipt_of(
     # fmt: on
 
 
+def check_window(before: AllowanceWindow, after: AllowanceWindow) -> None:
+    """Refuse what would bring a window beyond what stores count exactly, with an `AmountError`; see `Book.changes`."""
+    used = after.settled + after.held
+    if used > MAX_AMOUNT and used > before.settled + before.held:
+        raise AmountError(
+            f"Account {after.payer!r} would have spent and held {used} smallest parts of {after.unit!r} in a window of "
+            f"allowance {after.name!r}, and stores count exactly up to {MAX_AMOUNT}. Declare the unit with a smaller "
+            f"scale."
+        )
+
+
 def _charge_allowance(state: State, part: Part, hold: Hold, amount: int, changes: list[Change]) -> tuple[Part, ...]:
     """The charge goes to the window pinned at admission, above its limit if need be; the rest is free again."""
     key = (hold.payer, hold.unit, part.name, part.start)
     window = state.allowances.get(key)
     if window is not None:
         moved = window._replace(held=window.held - part.amount, settled=window.settled + amount)
+        check_window(window, moved)
         changes.append((Table.ALLOWANCE, key, moved))
     elif part.amount:
         raise AssertionError(f"hold {hold.id!r} names allowance window {key!r}, which is gone")

@@ -171,10 +171,10 @@ def backfill(state: State, ask: Backfill, now: float) -> tuple[Posting, list[Cha
 
 
 def _spent(book: Book, amount: int, posting: str) -> list[Part]:
-    if book.settled + amount > MAX_AMOUNT:
+    if amount > book.room:
         raise AmountError(
-            f"With the posting {posting!r} of {amount}, account {book.key[0]!r} would have spent more than "
-            f"{MAX_AMOUNT} smallest parts of {book.key[1]!r}. Declare the unit with a smaller scale."
+            f"With the posting {posting!r} of {amount}, account {book.key[0]!r} would have spent and held "
+            f"more than {MAX_AMOUNT} smallest parts of {book.key[1]!r}. Declare the unit with a smaller scale."
         )
     return book.spend(amount)
 

@@ -16,6 +16,7 @@ from asgi_metering.rules.operations import Admit, End, IdempotencyAsk, KeyAsk
 from asgi_metering.rules.state import Change, ChargeKey, Hold, IdempotencyKey, State, Table
 
 __all__ = [
+    "GIVEN_BACK",
     "answer_key",
     "claim",
     "claimed",
@@ -29,6 +30,9 @@ __all__ = [
     "window_of",
 ]
 
+GIVEN_BACK = ""
+"""Whose an idempotency key is that is free again; it keeps the fingerprint of the request that had it last."""
+
 
 # -- idempotency keys --------------------------------------------------------------------------------------
 
@@ -40,7 +44,7 @@ def claimed(state: State, ask: Admit, wanted: IdempotencyAsk, now: float) -> Dec
     None where the key is free. A key whose call is in doubt stays taken (DESIGN "Idempotency").
     """
     row = state.idempotency_keys.get(wanted.key)
-    if row is None or (row.receipt is not None and row.expires_at <= now):
+    if row is None or row.call == GIVEN_BACK or (row.receipt is not None and row.expires_at <= now):
         return None
     if row.receipt is None:
         return Decision(ask.id, now, Refusal(Reason.IN_FLIGHT, "idempotency", transient=True))
@@ -55,20 +59,24 @@ def claim(wanted: IdempotencyAsk, call: str, now: float) -> Change:
 
 
 def answer_key(state: State, hold: Hold, ask: End, receipt: Receipt) -> list[Change]:
-    """At the end of its call: what repeats are answered, or the key free again where nothing was done."""
+    """
+    At the end of its call, late or not: what repeats are answered, or the key free again where nothing was done.
+
+    A free key is remembered for its time: the late end of a call that was given up still answers the repeats to come.
+    """
     key = hold.idempotency_key
     row = state.idempotency_keys.get(key)
-    if row is None or row.call != hold.id:
+    if row is None or row.call not in (hold.id, GIVEN_BACK):
         return []
-    if ask.failed and not receipt.amount:
-        return [(Table.IDEMPOTENCY, key, None)]
-    return [(Table.IDEMPOTENCY, key, row._replace(receipt=receipt, reply=ask.reply))]
+    if ask.failed and not receipt.amount + (receipt.late or 0):
+        return [(Table.IDEMPOTENCY, key, row._replace(call=GIVEN_BACK, receipt=receipt, reply=None))]
+    return [(Table.IDEMPOTENCY, key, row._replace(call=hold.id, receipt=receipt, reply=ask.reply))]
 
 
 def is_repeated(state: State, hold: Hold) -> bool:
     """Whether a call was given up, its idempotency key was free again, and another one has brought it since."""
     row = state.idempotency_keys.get(hold.idempotency_key)
-    return row is not None and row.call != hold.id
+    return row is not None and row.call not in (hold.id, GIVEN_BACK)
 
 
 # -- charge keys -------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from asgi_metering.receipts import Part, Source
 from asgi_metering.rules.book import Book
+from asgi_metering.rules.charging import check_window
 from asgi_metering.rules.state import Change, State, Table
 
 __all__ = ["give_back", "left_of", "move_window"]
@@ -63,4 +64,6 @@ def move_window(state: State, book: Book, part: Part, amount: int, changes: list
     key = (*book.key, part.name, part.start)
     window = state.allowances.get(key)
     if window is not None:
-        changes.append((Table.ALLOWANCE, key, window._replace(settled=max(0, window.settled + amount))))
+        moved = window._replace(settled=max(0, window.settled + amount))
+        check_window(window, moved)
+        changes.append((Table.ALLOWANCE, key, moved))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from asgi_metering.amounts import check_parts
+from asgi_metering.errors import AmountError
 from asgi_metering.receipts import Basis, EndedBy, EntryKind, Part, Receipt, Source
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.charging import basis_of, charge
@@ -76,7 +77,8 @@ def end(state: State, ask: End, now: float) -> tuple[Receipt, list[Change]]:
     policy ended it posts one linked late entry of actual minus already charged (DESIGN "Holds").
 
     Raises:
-        AmountError: The amount is no number of smallest parts.
+        AmountError: The amount is no number of smallest parts, or more than the account, or its allowance, can count
+            beside what it has spent and held. What was held never is.
     """
     if ask.amount is not None:
         check_parts(ask.amount, "charge")
@@ -117,7 +119,7 @@ def undo(state: State, ask: Undo, now: float) -> tuple[bool, list[Change]]:
         if hold.receipt is not None:
             return False, []
         _, changes = end(state, End(hold.id, None, failed=True), now)
-        # A key that nobody else has brought is as if it had not been.
+        # Keys that nobody else has brought are as if they had not been.
         changes = [(table, key, _kept(table, row)) for table, key, row in changes]
     for limit in ask.ask.limits:
         counter = state.counters.get(limit.key)
@@ -132,7 +134,9 @@ def undo(state: State, ask: Undo, now: float) -> tuple[bool, list[Change]]:
 
 
 def _kept(table: str, row: Any) -> Any:
-    return None if table == Table.CHARGE_KEY and row.is_given_back else row
+    if table == Table.CHARGE_KEY:
+        return None if row.is_given_back else row
+    return None if table == Table.IDEMPOTENCY else row
 
 
 def _window_at(counter: Counter, at: float) -> float | None:
@@ -204,9 +208,7 @@ def _after_the_end(state: State, hold: Hold, ask: End, now: float) -> tuple[Rece
         # What a person decided stands, and so does the repeat of a request that was given up (S3.15): what the call
         # used is told, not charged.
         difference = 0
-        if told is not None:
-            known = {**hold.facts, **told}.get("attributes", {})
-            told = {**told, "attributes": {**known, "uncharged_amount": actual}}
+        told = _uncharged(hold, told, actual)
     elif unpaid is None and hold.charge_key in state.charge_keys:
         # The key's other calls pay for it, or have paid.
         difference = 0
@@ -214,9 +216,10 @@ def _after_the_end(state: State, hold: Hold, ask: End, now: float) -> tuple[Rece
         difference = _post_late(state, _as_its_key(state, hold, unpaid), first, difference, ask, now, changes)
         if unpaid is not None:
             changes.append((Table.CHARGE_KEY, unpaid.key, unpaid._replace(settled=True)))
+    receipt = first._replace(late=difference)
     if first.ended_by is not EndedBy.PERSON:
         _correct_windows(state, hold, ask.actual, changes)
-    receipt = first._replace(late=difference)
+        changes.extend(answer_key(state, hold, ask, receipt))
     changes.append((Table.HOLD, hold.id, hold.ended(hold.state, receipt)))
     if told is not None:
         # An event of its own, of the difference only: whoever sums events up has the first one already.
@@ -299,7 +302,7 @@ def end_overdue(state: State, account: AccountKey, now: float, limit: int) -> li
     overdue = sorted((h for h in state.live_holds(account) if h.expires_at <= now), key=lambda h: (h.due_at, h.id))
     for hold in overdue[:limit]:
         if hold.due_at <= now:
-            _, changes = end(state, _policy_end(hold), now)
+            changes = _ended_by_policy(state, hold, now)
         else:
             target = next_state(hold.state, HoldEvent.EXPIRE)
             changes = [] if target is None else [(Table.HOLD, hold.id, hold._replace(state=target))]
@@ -316,6 +319,25 @@ def end_overdue(state: State, account: AccountKey, now: float, limit: int) -> li
 def _next_due(state: State, account: AccountKey, now: float) -> float:
     """When the next of the account's holds needs a look: its deadline, or the end of its grace."""
     return min((h.expires_at if h.expires_at > now else h.due_at for h in state.live_holds(account)), default=NEVER)
+
+
+def _ended_by_policy(state: State, hold: Hold, now: float) -> list[Change]:
+    ask = _policy_end(hold)
+    try:
+        return end(state, ask, now)[1]
+    except AmountError:
+        # Observed was more than is counted. What was held always is, and nobody may be kept from the account for ever.
+        told = _uncharged(hold, ask.event, (ask.amount or 0) - hold.amount)
+        instead = ask._replace(amount=hold.amount or None, basis=Basis.HOLD, event=told, failed=not hold.amount)
+        return end(state, instead, now)[1]
+
+
+def _uncharged(hold: Hold, told: Mapping[str, Any] | None, amount: int) -> Mapping[str, Any] | None:
+    """What an event tells, and what of the usage was not charged."""
+    if told is None:
+        return None
+    known = {**hold.facts, **told}.get("attributes", {})
+    return {**told, "attributes": {**known, "uncharged_amount": amount}}
 
 
 def _policy_end(hold: Hold) -> End:

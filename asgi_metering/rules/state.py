@@ -252,6 +252,8 @@ class IdempotencyKey(NamedTuple):
     One request's ``Idempotency-Key``, claimed by its admission (DESIGN "Idempotency").
 
     ``receipt`` is None while the call runs, and while it is in doubt; ``reply`` is what a replay sends, if it was kept.
+    ``call`` is empty where that failed for nothing: the key is free, and the late end of a call that was given up finds
+    it (`keys.GIVEN_BACK`).
     """
 
     key: str

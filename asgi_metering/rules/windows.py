@@ -10,6 +10,7 @@ from __future__ import annotations
 from math import floor
 from typing import NamedTuple
 
+from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.decisions import WindowState
 from asgi_metering.rules.calendars import pick
 from asgi_metering.rules.operations import LimitAsk, WindowKind
@@ -133,14 +134,14 @@ def correct(pinned: PinnedWindow, counter: Counter | None, actual: int) -> Count
     """
     The row after replacing what was taken for a call by what it used, in the window pinned at admission.
 
-    None when that window no longer matters. A count never falls below zero.
+    None when that window no longer matters. A count never falls below zero, nor rises above what stores count exactly.
     """
     if counter is None:
         return None
     delta = actual - pinned.taken
     if counter.start == pinned.start:
-        return counter._replace(used=max(0, counter.used + delta))
+        return counter._replace(used=min(MAX_AMOUNT, max(0, counter.used + delta)))
     # Only sliding windows read it; for the others it is lost with the next hit.
     if counter.start - (counter.end - counter.start) == pinned.start:
-        return counter._replace(previous=max(0, counter.previous + delta))
+        return counter._replace(previous=min(MAX_AMOUNT, max(0, counter.previous + delta)))
     return None

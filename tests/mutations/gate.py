@@ -366,8 +366,8 @@ ENDPOINTS = (
         7,
         "the first step of an async generator does not ask",
         WRAPPERS,
-        "    await call.ensure()\n    async with aclosing",
-        "    async with aclosing",
+        "    await call.ensure()\n    shown = _hidden(call.opening)\n",
+        "    shown = _hidden(call.opening)\n",
         _in(
             "gate",
             "test_refuse_generators_before_their_first_byte[async-sse-added-2.3]",
@@ -386,9 +386,21 @@ ENDPOINTS = (
         7,
         "the generator is left to the collector",
         WRAPPERS,
-        "    async with aclosing(endpoint(*args, **kwargs)) as items:\n",
-        "    items = endpoint(*args, **kwargs)\n    if True:\n",
+        "        await (items.aclose() if shown is None else shown.awaited(items.aclose()))\n",
+        "        pass\n",
         _in("gate", "test_close_a_gated_generator_with_its_consumer"),
+    ),
+    Mutation(
+        7,
+        "a generator finds the call that is charged around it",
+        WRAPPERS,
+        "    return None if CURRENT.get() is opening else _Shown(opening)\n",
+        "    return None\n",
+        _in(
+            "gate",
+            "test_show_a_generator_its_own_call_inside_of_what_a_dependency_charges[async]",
+            "test_show_a_generator_its_own_call_inside_of_what_a_dependency_charges[sync]",
+        ),
     ),
     Mutation(
         7,
@@ -400,7 +412,7 @@ ENDPOINTS = (
             "gate",
             "test_show_a_gated_dependency_how_its_request_failed[answer-async]",
             "test_show_a_gated_dependency_how_its_request_failed[error-async]",
-            "test_hand_what_is_sent_to_a_gated_generator",
+            "test_hand_what_is_sent_to_a_gated_generator[alone-async]",
         ),
     ),
     Mutation(

@@ -13,14 +13,18 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from asgi_metering import (
     Caller,
+    Metering,
+    MeteringMiddleware,
+    RateLimitMiddleware,
     TokenUsage,
     billable,
     current_call,
     rate_limited,
+    slices,
     up_to,
 )
 from asgi_metering.prices import per_token
-from tests.harness.drive import headers, status
+from tests.harness.drive import drive, headers, http_scope, lifespan, status
 from tests.pitfalls.stage import PAYER, staged
 from tests.pitfalls.streams import events, sse, starlette
 
@@ -255,6 +259,49 @@ def test_limits_count_what_the_body_reports(priced: bool) -> None:
     left, charged = tokens_left_after(guarded)
     assert left == 10_000 - (9 + 2) - ASKED
     assert charged == ([2_000_000] * 2 if priced else [])
+
+
+ASKED_OF: list[str] = []
+
+
+def asks(call: Any) -> TokenUsage:
+    """An estimate that is computed, and another one each time."""
+    ASKED_OF.append(call.id)
+    return TokenUsage(input=100, output=len(ASKED_OF))
+
+
+@pytest.mark.parametrize(
+    ("hold", "taken"),
+    [
+        pytest.param(TokenUsage(input=3, output=8), [11, 3], id="usage"),
+        pytest.param(asks, [101, 100], id="computed"),
+        pytest.param(up_to(TokenUsage(input=3, output=8), at_least=1), [11, 3], id="up to"),
+        pytest.param(slices(TokenUsage(input=3, output=8)), [11, 3], id="slices"),
+        pytest.param(slices(TokenUsage(output=8)), [ASKED, 0], id="slices of output"),
+        pytest.param(9, [ASKED, 0], id="amount"),
+        pytest.param(None, [ASKED, 0], id="nothing"),
+    ],
+)
+@pytest.mark.parametrize("layer", [RateLimitMiddleware, MeteringMiddleware])
+def test_limits_take_what_the_hold_estimates(layer: Any, hold: Any, taken: list[int]) -> None:
+    """DESIGN "Rate limits": a limit of tokens takes the route's own estimate, also where no layer charges by it."""
+    ASKED_OF.clear()
+
+    @rate_limited("10000/minute of tokens", "20000/minute of input_tokens")
+    @billable(per_token(input=1, output=1), hold=hold)
+    async def endpoint(_request: Request) -> JSONResponse:
+        return JSONResponse({})
+
+    async def play() -> str:
+        metering = Metering("memory://", identify=lambda _: Caller("ada"), sinks=())
+        app = layer(starlette(endpoint), metering=metering, unenforced="allow")
+        async with lifespan(app):
+            await metering.grant("ada", 10_000, id="g")
+            return dict(headers((await drive(app, http_scope("/"))).log))["ratelimit"]
+
+    left = [int(part.partition(";")[0]) for part in asyncio.run(play()).split(";r=")[1:]]
+    assert left == [10_000 - taken[0], 20_000 - taken[1]]
+    assert len(ASKED_OF) in (0, 1)
 
 
 def test_limits_count_what_was_seen_of_a_stream_that_broke() -> None:

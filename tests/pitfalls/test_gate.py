@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 from fastapi import Depends, FastAPI, HTTPException
+from fastapi.sse import EventSourceResponse
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -240,7 +242,54 @@ def test_charge_an_endpoint_inside_of_what_a_dependency_charges(kind: str, scene
     assert scene.settled() == PRICE + 3
 
 
-def test_hand_what_is_sent_to_a_gated_generator(scene: Scene) -> None:
+@pytest.mark.parametrize("kind", ["async", "sync"])
+def test_show_a_generator_its_own_call_inside_of_what_a_dependency_charges(kind: str, scene: Scene) -> None:
+    """S3.24: a generator finds its request's call at each step, and what it charges itself; others find their own."""
+    lines: list[str] = []
+    app = FastAPI()
+
+    def look() -> str:
+        lines.append(current_call().line)
+        return "item"
+
+    async def extra() -> AsyncIterator[None]:
+        async with scene.metering.charge(payer=ANN, line="extra", price=3):
+            yield
+            look()
+
+    @billable(PRICE, line="own")
+    async def endpoint() -> AsyncIterator[str]:
+        try:
+            yield look()
+            async with scene.metering.charge(payer=ANN, line="inner", price=4):
+                yield look()
+                yield look()
+            yield look()
+        finally:
+            look()
+
+    @billable(PRICE, line="own")
+    def endpoint_in_a_thread() -> Iterator[str]:
+        try:
+            yield look()
+            with scene.metering.charge_sync(payer=ANN, line="inner", price=4):
+                yield look()
+                yield look()
+            yield look()
+        finally:
+            look()
+
+    endpoint = endpoint if kind == "async" else endpoint_in_a_thread
+    app.get("/", dependencies=[Depends(extra)], response_class=EventSourceResponse)(endpoint)
+    (ended,) = visit(installed(app, scene.metering, "wrapped"), Visit())
+    assert body(ended.log).count(b"item") == 4
+    assert lines == ["own", "inner", "inner", "own", "own", "extra"]
+    assert scene.settled() == PRICE + 3 + 4
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "inside of a charge"])
+def test_hand_what_is_sent_to_a_gated_generator(inside: bool, kind: str, scene: Scene) -> None:
     """Pitfall 7: what a consumer sends or throws into a gated generator is the endpoint's, which may go on."""
 
     @billable(PRICE)
@@ -252,12 +301,33 @@ def test_hand_what_is_sent_to_a_gated_generator(scene: Scene) -> None:
             except ValueError as failure:
                 answer = str(failure)
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        generator = echo()
+    @billable(PRICE)
+    def echo_in_a_thread() -> Generator[Any, Any, Any]:
+        answer: Any = "begun"
+        while answer != "over":
+            try:
+                answer = yield answer
+            except ValueError as failure:
+                answer = str(failure)
+
+    async def consume(generator: Any) -> None:
         assert [await anext(generator), await generator.asend(7)] == ["begun", 7]
         assert await generator.athrow(ValueError("thrown")) == "thrown"
         with pytest.raises(StopAsyncIteration):
             await generator.asend("over")
+
+    def consume_in_a_thread(generator: Any) -> None:
+        assert [next(generator), generator.send(7), generator.throw(ValueError("thrown"))] == ["begun", 7, "thrown"]
+        with pytest.raises(StopIteration):
+            generator.send("over")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        charge = scene.metering.charge(payer=ANN, line="extra", price=3)
+        async with charge if inside else nullcontext():
+            if kind == "async":
+                await consume(echo())
+            else:
+                await asyncio.to_thread(consume_in_a_thread, echo_in_a_thread())
         await PlainTextResponse("ok")(scope, receive, send)
 
     (ended,) = visit(MeteringMiddleware(app, scene.metering), Visit())

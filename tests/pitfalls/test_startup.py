@@ -21,11 +21,14 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asgi_metering import (
+    Allowance,
     CreditGateMiddleware,
     Metering,
     MeteringMiddleware,
+    Payer,
     RateLimitMiddleware,
     Unit,
+    Wallet,
     billable,
     metered_app,
     rate_limited,
@@ -406,6 +409,59 @@ def test_refuse_a_unit_that_was_granted_in_another_scale(scene: Scene) -> None:
         installed(starlette(("/x", billable(1, unit=Unit("messages", 0))(plain_endpoint()))), scene.metering, "added")
     )
     assert "cannot be charged. The unit 'messages' has scale 0 here" in told
+
+
+# -- allowances --------------------------------------------------------------------------------------------
+
+
+def sharing(*policies: dict[str, Any]) -> Starlette:
+    """An application with a route for each of these policies."""
+    return starlette(*((f"/{at}", billable(1, **policy)(plain_endpoint())) for at, policy in enumerate(policies)))
+
+
+def of(*sources: Any, **more: Any) -> dict[str, Any]:
+    """A policy of these sources."""
+    return {"sources": list(sources), **more}
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "differing"),
+    [
+        pytest.param(Allowance(5), Allowance(5, per="month"), "window", id="period"),
+        pytest.param(Allowance(5), Allowance(5, zone="Europe/Berlin"), "window", id="zone"),
+        pytest.param(Allowance(5), Allowance(5, days=1), "window", id="rolling"),
+        pytest.param(
+            Allowance(5, per="month"), Allowance(5, per="month", anchor=2, payer=Payer("me")), "window", id="anchor"
+        ),
+        pytest.param(Allowance(5), Allowance(6), "limit", id="limit"),
+        pytest.param(Allowance({"free": 5, "pro": 9}), Allowance({"free": 5}), "limit", id="plan"),
+    ],
+)
+def test_refuse_two_allowances_in_one_bucket(scene: Scene, first: Allowance, other: Allowance, differing: str) -> None:
+    """S0.9: routes of one name share a bucket; what they would count differently there is refused, both named."""
+    told = refused(installed(sharing(of(first), of(other, Wallet()), of(first)), scene.metering, "added"))
+    assert told.startswith("/1 (")
+    assert f"has an allowance 'allowance' with another {differing} than that of /0 (" in told
+    assert told.endswith("or name them apart: Allowance(..., name='monthly').")
+    assert told.count("has an allowance") == 1
+
+
+def test_share_one_allowance_between_routes(scene: Scene) -> None:
+    """S0.2, S0.9: limits by plan, however they are written, are one; another unit, payer or name is another bucket."""
+    ours, theirs = Payer("ours", "acme"), Payer("theirs", lambda: "umbrella")
+    app = sharing(
+        of(Allowance({"free": 5, "pro": "9"})),
+        of(Allowance({"pro": 9, "free": "5.0"})),
+        of(Allowance(7), unit=Unit("messages", 0)),
+        of(Allowance(8, name="other")),
+        of(Allowance(9, payer=ours), Wallet(payer=ours)),
+        of(Allowance(10, payer=theirs)),
+        of(Allowance(11), payer=lambda: "somebody"),
+    )
+    assert [message["type"] for message in asyncio.run(startup(installed(app, scene.metering, "added")))] == [
+        "lifespan.startup.complete",
+        "lifespan.shutdown.complete",
+    ]
 
 
 # -- decorators that stand for an endpoint -----------------------------------------------------------------

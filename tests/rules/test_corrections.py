@@ -380,7 +380,7 @@ def test_post_within_what_is_counted_exactly() -> None:
     world.run(Backfill("b1", "ada", "credits", MAX_AMOUNT))
     before = snapshot(world.state)
     for ask in (Backfill("b2", "ada", "credits", 1), Correct("k1", "ada", "credits", 1)):
-        with pytest.raises(AmountError, match="would have spent more than"):
+        with pytest.raises(AmountError, match="would have spent and held more than"):
             world.run(ask)
     assert snapshot(world.state) == before
     assert correct(world, -MAX_AMOUNT).available == 0

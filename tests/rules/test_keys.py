@@ -113,6 +113,61 @@ def test_charge_no_late_call_beside_its_repeat(is_over: bool) -> None:
     assert (told["amount"], told["attributes"]) == (0, {"uncharged_amount": 5})
 
 
+def given_up(world: World, call: str, key: IdempotencyAsk = KEY) -> None:
+    """A request of *key* whose worker died before it had anything to show."""
+    world.admit(5, call, idempotency=key, ttl_s=10.0, grace_s=0.0)
+    world.wait(10)
+    world.run(Sweep())
+
+
+@pytest.mark.parametrize("charge", [5, 0])
+def test_replay_a_request_that_ended_late(charge: int) -> None:
+    """A request that was given up, and did its work after all, answers its repeats: nothing runs twice (S3.15)."""
+    world = rich()
+    given_up(world, "a")
+    assert world.end("a", charge, reply={"status": 200}).late == charge
+    assert world.refused(5, idempotency=KEY._replace(fingerprint="other")).reason is Reason.FINGERPRINT
+    again = world.admit(5, "b", idempotency=KEY)
+    assert again.replay is not None
+    assert (again.replay.id, again.replay.late, again.reply) == ("a", charge, {"status": 200})
+    assert world.account().settled == charge
+
+
+def test_replay_what_a_late_end_made_of_it() -> None:
+    """Where the policy had charged what was observed, the late end's receipt and reply answer from then on."""
+    world = rich()
+    world.admit(5, "a", idempotency=KEY, ttl_s=10.0, grace_s=0.0)
+    world.beat("a", 2)
+    world.wait(10)
+    world.run(Sweep())
+    replayed = world.admit(5, idempotency=KEY).replay
+    assert replayed is not None
+    assert (replayed.amount, replayed.late) == (2, None)
+    world.end("a", 5, reply={"status": 200})
+    again = world.admit(5, idempotency=KEY)
+    assert again.replay is not None
+    assert (again.replay.amount, again.replay.late, again.reply) == (2, 3, {"status": 200})
+
+
+def test_replay_nothing_after_the_keys_time() -> None:
+    """A late end after its key's time is charged, and the key is a new request's."""
+    world = rich()
+    given_up(world, "a", KEY._replace(ttl_s=5.0))
+    assert world.state.idempotency_keys == {}
+    assert world.end("a", 5).late == 5
+    assert world.admit(5, "b", idempotency=KEY).admitted
+
+
+def test_keep_a_key_that_a_person_freed() -> None:
+    """What a person decided stands: the late end of a request that a person released leaves its key as it is."""
+    world = rich()
+    world.admit(5, "a", idempotency=KEY)
+    world.person_ends("a", None)
+    before = world.state.idempotency_keys["key"]
+    world.end("a", 5)
+    assert world.state.idempotency_keys["key"] == before
+
+
 def test_remember_a_key_for_its_time() -> None:
     """A key is free again when its time is over, and an end of its former call then touches no other's."""
     world = rich()

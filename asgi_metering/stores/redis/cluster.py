@@ -96,8 +96,8 @@ class ClusterStore(Store):
     died. Within one partition, and for the same payers, a repeat is one everywhere. And a call that was admitted
     without sources, and has a slot or a count elsewhere than its payer's account, cannot be charged at its end: that is
     a `ConfigurationError` too. And a request that was given up, and repeated under its idempotency key, is charged
-    beside its repeat if its own end comes late after all, and somebody else pays than the one whose key it is: the key
-    is not where the hold is. With partitions=1 nothing of this is so.
+    beside its repeat if its own end comes late after all, before the repeat or behind it, and somebody else pays than
+    the one whose key it is: the key is not where the hold is. With partitions=1 nothing of this is so.
 
     Where failover is asynchronous it can lose what was acknowledged
     last. While a slot moves to another node, its calls wait, and are told that the store is unavailable when that takes

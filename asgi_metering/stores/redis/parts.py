@@ -227,8 +227,10 @@ def _gone(state: State, hold: Hold, now: float) -> list[Change]:
 
 
 def _unless_unused(change: Change, begun: set[str]) -> Change:
-    """A window that a part has begun has not begun if nobody else counts in it."""
+    """A window that a part has begun has not begun if nobody else counts in it; a key that it claimed is nobody's."""
     table, key, row = change
+    if table == Table.IDEMPOTENCY:
+        return (table, key, None)
     if table == Table.COUNTER and key in begun and not (row.used or row.previous):
         return (table, key, None)
     return change

@@ -15,6 +15,7 @@ first. Knows the contract of stores and the rules, and no store.
 from __future__ import annotations
 
 from asgi_metering.testing.conformance.admitting import Admitting, Paying, Sourcing
+from asgi_metering.testing.conformance.bounding import Bounding
 from asgi_metering.testing.conformance.correcting import Correcting, Folding
 from asgi_metering.testing.conformance.ending import Doubting, Ending
 from asgi_metering.testing.conformance.granting import Granting, Passing
@@ -42,6 +43,7 @@ class StoreConformance(
     Granting,
     Correcting,
     Folding,
+    Bounding,
     Passing,
     Delivering,
     Sharing,

@@ -129,6 +129,52 @@ class Repeating(Suite):
         assert (await scene.account()).settled == 10
 
     @scenario
+    async def test_late_end_before_the_repeat(self, scene: Scene) -> None:
+        """A request that was given up, and charged late after all, has run: its repeat learns that, and is free."""
+        await scene.grant(100)
+        key = KEY._replace(key=rooted(KEY.key, PAYER))
+        await scene.admit("a", 10, idempotency=key)
+        scene.clock.advance(LIFE_S + GRACE_S)
+        await scene.one(Sweep())
+        assert (await scene.settle("a", 10, reply={"status": 201})).late == 10
+        again = await scene.admit("b", 10, idempotency=key)
+        assert again.replay is not None
+        assert (again.replay.id, again.replay.late, again.reply) == ("a", 10, {"status": 201})
+        other = (await scene.admit("c", 10, idempotency=key._replace(fingerprint="another print"))).refusal
+        assert other is not None
+        assert other.reason is Reason.FINGERPRINT
+        assert (await scene.account()).settled == 10
+
+    @scenario
+    async def test_late_end_after_a_repeat_that_failed(self, scene: Scene) -> None:
+        """A repeat that failed for nothing leaves the key to whoever did the work, late as it may be, and once."""
+        await scene.grant(100)
+        key = KEY._replace(key=rooted(KEY.key, PAYER))
+        for call in ("a", "b"):
+            await scene.admit(call, 10, idempotency=key)
+            scene.clock.advance(LIFE_S + GRACE_S)
+            await scene.one(Sweep())
+        await scene.admit("c", 10, idempotency=key)
+        await scene.release("c", failed=True)
+        assert [(await scene.settle(call, 10)).late for call in ("a", "b")] == [10, 0]
+        assert (await scene.admit("d", 10, idempotency=key)).replay is not None
+        assert (await scene.account()).settled == 10
+
+    @scenario
+    async def test_late_end_that_failed_too(self, scene: Scene) -> None:
+        """A late end that failed for nothing leaves its key free, also where the policy had charged before."""
+        await scene.grant(100)
+        key = KEY._replace(key=rooted(KEY.key, PAYER))
+        for call, observed in (("a", 0), ("b", 4)):
+            await scene.admit(call, 10, idempotency=key)
+            await scene.one(Renew(call, observed))
+            scene.clock.advance(LIFE_S + GRACE_S)
+            await scene.one(Sweep())
+            assert (await scene.release(call, failed=True)).late == -observed
+        assert (await scene.admit("c", 10, idempotency=key)).admitted
+        assert (await scene.account()).settled == 0
+
+    @scenario
     async def test_race_for_a_key(self, scene: Scene) -> None:
         """Of many equal requests at once exactly one runs, and it alone is charged."""
         await scene.grant(100)

@@ -94,8 +94,8 @@ function M.is_claimed(ask)
   if not row then
     return false
   end
-  local expires, _, _, _, _, at_receipt = parse(AS.IDEMPOTENCY, row)
-  return at_receipt > #row or expires > ask.now
+  local expires, holder, _, _, _, at_receipt = parse(AS.IDEMPOTENCY, row)
+  return at_receipt > #row or (holder ~= '' and expires > ask.now)
 end
 
 function M.has_slots(ask)

@@ -376,7 +376,7 @@ function M.close_book(book, due)
   book.due, book.seen, book.is_moved = min(due, book.due), book.now, true
 end
 
--- Whether the sums stay exact when `more` is added to any of them.
+-- Whether the sums stay exact when `more` is added to any of them, also what is spent and held together.
 function M.is_exact(book, more)
-  return max(book.granted, book.settled, book.held, book.expired, book.debt) + more <= CODE.MAX_AMOUNT
+  return max(book.granted, book.settled + book.held, book.expired, book.debt) + more <= CODE.MAX_AMOUNT
 end

@@ -41,7 +41,7 @@ function M.consume(book, parts, left, spent)
       local text = fetch(key)
       if text then
         local start, finish, settled, kept = parse(AS.WINDOW, text)
-        if settled + some > CODE.MAX_AMOUNT then
+        if settled + kept + some > CODE.MAX_AMOUNT then
           return false
         end
         put(key, pack(AS.WINDOW, start, finish, settled + some, kept - part.amount))
@@ -190,15 +190,16 @@ function M.correct(windows, actual)
     if text then
       local c_start, c_end, c_used, c_previous = parse(AS.WINDOW, text)
       if c_start == start then
-        put(key, pack(AS.WINDOW, c_start, c_end, max(0, c_used + used - taken), c_previous))
+        put(key, pack(AS.WINDOW, c_start, c_end, min(CODE.MAX_AMOUNT, max(0, c_used + used - taken)), c_previous))
       elseif c_start - (c_end - c_start) == start then
-        put(key, pack(AS.WINDOW, c_start, c_end, c_used, max(0, c_previous + used - taken)))
+        put(key, pack(AS.WINDOW, c_start, c_end, c_used, min(CODE.MAX_AMOUNT, max(0, c_previous + used - taken))))
       end
     end
   end
 end
 
--- The idempotency key gets the answer; it is free again where nothing was done.
+-- The idempotency key gets the answer; it is free again where nothing was done, and then nobody's. Without a receipt it
+-- is as if nobody had brought it.
 function M.answer_key(key, member, is_free, reply, who, receipt)
   local row = fetch(key)
   if not row then
@@ -208,12 +209,15 @@ function M.answer_key(key, member, is_free, reply, who, receipt)
   if holder ~= member then
     return
   end
-  if is_free then
+  if not receipt then
     M.drop(key, 'idempotency')
-  else
-    local first = pack(AS.IDEMPOTENCY, expires, #holder, holder, #fingerprint, fingerprint, #reply, reply, #who, who)
-    put(key, first .. receipt)
+    return
   end
+  if is_free then
+    holder, reply = '', ''
+  end
+  local first = pack(AS.IDEMPOTENCY, expires, #holder, holder, #fingerprint, fingerprint, #reply, reply, #who, who)
+  put(key, first .. receipt)
 end
 
 -- How the call ends: one after the other, in the same table.

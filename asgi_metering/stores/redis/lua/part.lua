@@ -88,7 +88,7 @@ function M.part(k, a, _, at)
       actual[CODE.COUNTED .. meter], actual[CODE.BEGUN .. meter] = used, used
     end
   elseif claimed ~= '' then
-    M.answer_key(work.prefix .. 'i:' .. claimed, M.rest(key), true)
+    M.answer_key(work.prefix .. 'i:' .. claimed, M.rest(key))
   end
   M.correct(windows, actual)
   if what == CODE.TAKE_BACK then
