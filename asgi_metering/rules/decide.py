@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from asgi_metering.decisions import Decision
 from asgi_metering.receipts import GrantReceipt, Posting, Receipt
+from asgi_metering.rules import fast_path
 from asgi_metering.rules.admission import admit, grow
 from asgi_metering.rules.corrections import backfill, correct_account, refund, reverse_grant
 from asgi_metering.rules.operations import (
@@ -38,7 +39,7 @@ from asgi_metering.rules.settlement import end, end_overdue, renew, undo
 from asgi_metering.rules.state import AccountKey, Change, Event, State, Table
 from asgi_metering.rules.units import declare
 
-__all__ = ["Answer", "clamped", "paying", "run"]
+__all__ = ["Answer", "clamped", "decided", "paying", "run"]
 
 Answer: TypeAlias = Decision | Receipt | GrantReceipt | Posting | bool | int | tuple[Event, ...]
 """
@@ -64,6 +65,16 @@ def run(state: State, operation: Operation, now: float, written: list[Change]) -
     Raises:
         MeteringError: The operation is refused as a mistake (see `posting.post_grant`).
     """
+    plainly = PLAINLY.get(type(operation))
+    if plainly is not None:
+        answer = plainly(state, operation, now, written)
+        if answer is not None:
+            return answer
+    return decided(state, operation, now, written)
+
+
+def decided(state: State, operation: Operation, now: float, written: list[Change]) -> Answer:
+    """As `run`, by the general rules alone: for whoever has tried the fast path."""
     if type(operation) is Sweep:
         return _sweep(state, operation, now, written)
     kind = type(operation)
@@ -169,6 +180,12 @@ _BEFORE: Mapping[type, Callable[[State, Any, float, list[Change]], float]] = {
     Preview: _before_preview,
     Grow: _before_growth,
 }
+
+PLAINLY: Mapping[type, Callable[[State, Any, float, list[Change] | None], Answer | None]] = {
+    Admit: fast_path.admit,
+    End: fast_path.end,
+}
+"""What is tried first; None of it is the general rules' to decide."""
 
 # By the operation's class: looking it up is cheaper than asking each in turn, for every call twice.
 _RULES: Mapping[type, _Rule] = {

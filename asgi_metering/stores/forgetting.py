@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from asgi_metering.receipts import Receipt
 from asgi_metering.rules.retention import fold, is_past
 from asgi_metering.rules.state import (
     Account,
@@ -123,8 +124,9 @@ class Forgetting:
         windows: OrderedDict[Any, AllowanceWindow] = OrderedDict()
         accounts: OrderedDict[AccountKey, Account] = OrderedDict()
         state.counters, state.allowances, state.accounts = counters, windows, accounts
+        self._counters = _Ring(counters, bounds.counters, _is_past, counters.__delitem__)
         self._rings: tuple[_Ring[Any, Any], ...] = (
-            _Ring(counters, bounds.counters, _is_past, counters.__delitem__),
+            self._counters,
             _Ring(windows, bounds.windows, _is_settled, self._drop_window),
             _Ring(accounts, bounds.strangers, self._is_stranger, self._drop_account),
         )
@@ -145,6 +147,19 @@ class Forgetting:
             new = len(ring.rows) - ring.known
             if new > 0:
                 ring.turn(now, LOOKS_PER_ROW * new)
+
+    def after_admission(self, now: float) -> None:
+        """As `after` an admission by the fast path, which adds nothing but counters."""
+        ring = self._counters
+        new = len(ring.rows) - ring.known
+        if new > 0:
+            ring.turn(now, LOOKS_PER_ROW * new)
+
+    def after_end(self, receipt: Receipt) -> None:
+        """As `after` an end by the fast path, which adds an ended call and a ledger line."""
+        self._keep_ended(receipt[0])
+        if receipt[11] is not None:
+            self._keep_entries((receipt[1], receipt[2]))
 
     def adopt(self) -> None:
         """Look after rows that came into the state without an operation; none of them is forgotten at once."""

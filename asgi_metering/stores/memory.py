@@ -15,8 +15,9 @@ from operator import attrgetter
 from typing import Any
 
 from asgi_metering.errors import StoreContendedError
-from asgi_metering.rules.decide import Answer, run
-from asgi_metering.rules.operations import Operation, Sweep
+from asgi_metering.rules import fast_path
+from asgi_metering.rules.decide import Answer, decided
+from asgi_metering.rules.operations import Admit, End, Operation, Sweep
 from asgi_metering.rules.state import AccountKey, Change, State, Table
 from asgi_metering.stores.contract import (
     PAGE_ROWS,
@@ -89,11 +90,22 @@ class MemoryStore(Store):
 
     def run_now(self, operation: Operation) -> Answer:
         """See `Store.run_now`."""
-        written: list[Change] = []
         with self._lock:
             now = self._clock()
+            # Nearly every call, without a list of what is written: the rows are written where they stay.
+            if type(operation) is Admit:
+                decision = fast_path.admit(self._state, operation, now)
+                if decision is not None:
+                    self._forgetting.after_admission(now)
+                    return decision
+            elif type(operation) is End:
+                receipt = fast_path.end(self._state, operation, now)
+                if receipt is not None:
+                    self._forgetting.after_end(receipt)
+                    return receipt
+            written: list[Change] = []
             try:
-                return run(self._state, operation, now, written)
+                return decided(self._state, operation, now, written)
             finally:
                 # Also after a mistake: overdue calls may have been ended on the way to it.
                 if written:

@@ -1,0 +1,360 @@
+"""
+The fast path beside the general rules: what it takes, what it leaves to them, and that nobody can tell which it was.
+
+It says again what the rules say elsewhere. So every sequence of operations is run twice, with it and without, and must
+give equal answers, equal changes in equal order, and equal states down to the order of their rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asgi_metering.amounts import MAX_AMOUNT
+from asgi_metering.errors import MeteringError
+from asgi_metering.receipts import Basis, EndedBy
+from asgi_metering.rules import fast_path
+from asgi_metering.rules.decide import decided, run
+from asgi_metering.rules.operations import (
+    Admit,
+    AllowanceSource,
+    End,
+    IdempotencyAsk,
+    KeyAsk,
+    LimitAsk,
+    Operation,
+    PostGrant,
+    ReverseGrant,
+    Sweep,
+    WalletSource,
+)
+from asgi_metering.rules.state import Change, State
+from tests.rules.world import DAY_S, WALLET, World, calendar, days, fixed, imbalances, sliding, slots
+from tests.stores.operations import CLOCK_STEPS_S, comparable, operations
+
+SEQUENCES = 150
+"""Of some forty operations each: a few seconds."""
+
+
+def ordered(state: State) -> dict[str, Any]:
+    """Every row of *state*, in the order in which it is kept."""
+    return {table: [(key, _ordered(row)) for key, row in getattr(state, table).items()] for table in State.__slots__}
+
+
+def _ordered(row: Any) -> Any:
+    return list(row.items()) if type(row) is dict else list(row) if type(row) is list else row
+
+
+class Both:
+    """A state with the fast path and one without, and how often the fast path was taken."""
+
+    def __init__(self) -> None:
+        self.fast, self.general = State(), State()
+        self.now = 1_000.0
+
+    def run(self, *batch: Operation) -> list[Any]:
+        """Run *batch* on both states, compare everything, and return the answers."""
+        answers = []
+        for operation in batch:
+            outcomes = [self._run(how, state, operation) for how, state in ((run, self.fast), (decided, self.general))]
+            assert outcomes[0] == outcomes[1], operation
+            answers.append(outcomes[0][0])
+        assert ordered(self.fast) == ordered(self.general)
+        return answers
+
+    def _run(self, how: Callable[..., Any], state: State, operation: Operation) -> tuple[Any, list[Change]]:
+        written: list[Change] = []
+        try:
+            answer = how(state, operation, self.now, written)
+        except MeteringError as mistake:
+            answer = mistake
+        return comparable([answer])[0], written
+
+
+# -- any sequence --------------------------------------------------------------------------------------------
+
+
+def _limits(now: float) -> tuple[LimitAsk, ...]:
+    tokens = {"name": "tokens", "meter": "tokens", "cost": 7}
+    return (
+        fixed(40, 20.0),
+        fixed(30, 13.0, name="also", key="k2"),
+        # Two limits that count under one key.
+        fixed(35, 20.0, name="same", key="k"),
+        fixed(200, 50.0, key="t", **tokens),
+        sliding(60, 16.0, name="smooth", key="s"),
+        sliding(300, 32.0, key="st", **tokens),
+        calendar(50, now, name="daily", key="d"),
+    )
+
+
+@st.composite
+def plain_calls(draw: st.DrawFn, now: float) -> list[Operation]:
+    """Mostly what the fast path takes: new calls with room and their ends, and grants that keep the account going."""
+    made: list[Operation] = []
+    for kind in draw(st.lists(st.sampled_from("AAAAEEEEG"), min_size=1, max_size=8)):
+        call, payer = f"n{draw(st.integers(0, 60))}", draw(st.sampled_from(("p", "q")))
+        if kind == "G":
+            ends = draw(st.sampled_from((float("inf"), now + 60.0)))
+            grant = PostGrant(call, payer, "credits", draw(st.sampled_from((20, 500))), draw(st.integers(0, 1)))
+            made.append(grant._replace(expires_at=ends))
+        elif kind == "A":
+            amount = draw(st.sampled_from((0, 5, 5, 18)))
+            sources = draw(st.sampled_from(((WALLET,), (WALLET,), (WalletSource(9, "q", "team"),), ())))
+            limits = draw(st.lists(st.sampled_from(_limits(now)), max_size=3))
+            leases = draw(st.sampled_from(((), (slots(30),), (slots(30), slots(30), slots(20, "other", "global")))))
+            amount = amount if sources else 0
+            facts = draw(st.sampled_from(({}, {"caller": "k"})))
+            made.append(
+                Admit(call, payer, "credits", amount, amount, sources, tuple(limits), leases, 60.0, line="l")._replace(
+                    facts=facts
+                )
+            )
+        else:
+            amount = draw(st.sampled_from((None, 0, 3, 5, 5, 18)))
+            actual = draw(st.sampled_from(({}, {"tokens": 4}, {"tokens": 11, "other": 3})))
+            event = draw(st.sampled_from((None, {"outcome": "completed"})))
+            by = draw(st.sampled_from((EndedBy.CALL, EndedBy.PERSON)))
+            made.append(End(call, amount, Basis.USAGE, draw(st.booleans()), by, actual, event))
+    return made
+
+
+@settings(max_examples=SEQUENCES)
+@given(st.data())
+def test_decide_any_sequence_as_the_general_rules_do(data: st.DataObject) -> None:
+    """Whatever is run, plain or not, the fast path answers, writes and keeps what the general rules do."""
+    both = Both()
+    both.run(PostGrant("g", "p", "credits", 300), PostGrant("h", "q", "credits", 200, 1))
+    for _ in range(data.draw(st.integers(1, 8))):
+        both.now += data.draw(st.sampled_from((0.0, 0.25, 1.0, *CLOCK_STEPS_S)))
+        kind = data.draw(st.sampled_from((plain_calls, plain_calls, operations)))
+        both.run(*data.draw(kind(both.now)))
+    assert imbalances(both.fast) == []
+
+
+# -- what it takes, and what it leaves -----------------------------------------------------------------------
+
+
+CALL = Admit("new", "ada", "credits", 5, 5, (WALLET,), facts={"a": 1})
+"""A plain call, of which each test changes one thing."""
+
+
+@pytest.fixture
+def world() -> World:
+    """Ada has one grant of 100 and a call for 5 in flight, *old*; *held*, without units, keeps a slot."""
+    world = World()
+    world.grant(100)
+    world.admit(5, "old", limits=(sliding(90, key="t", meter="tokens", cost=9),), leases=(slots(3),), facts={"a": 1})
+    world.admit(0, "held", leases=(slots(3),))
+    return world
+
+
+def is_taken(world: World, ask: Admit | End) -> bool:
+    """Whether the fast path decides *ask*; where it does not, it has left everything as it was."""
+    before, written = ordered(world.state), list[Change]()
+    decide: Callable[..., Any] = fast_path.admit if isinstance(ask, Admit) else fast_path.end
+    answer = decide(world.state, ask, world.now, written)
+    if answer is None:
+        assert ordered(world.state) == before
+        assert written == []
+    return answer is not None
+
+
+def admissions(now: float) -> dict[str, Admit]:
+    """By name, the plain calls."""
+    three = (fixed(5), fixed(5, key="k2"), fixed(5, key="k3"))
+    windows = (fixed(5), sliding(5, key="s"), calendar(5, now, key="d"), fixed(9, key="w", meter="tokens", cost=9))
+    free = CALL._replace(amount=0, minimum=0, sources=())
+    return {
+        "three limits, a slot and units": CALL._replace(limits=three, leases=(slots(3),)),
+        "units": CALL,
+        "at least": CALL._replace(minimum=0),
+        "nothing yet": CALL._replace(amount=0, minimum=0),
+        "all there is": CALL._replace(amount=95, minimum=95),
+        "overdraft that is not needed": CALL._replace(sources=(WalletSource(50),)),
+        "somebody else's wallet": CALL._replace(payer="bob", sources=(WalletSource(0, "ada", "team"),)),
+        "its own wallet by name": CALL._replace(sources=(WalletSource(0, "ada", "team", True),)),
+        "every kind of window": CALL._replace(limits=windows),
+        "limits alone": free._replace(limits=three),
+        "limits of a stranger": free._replace(payer="eve", limits=three),
+        "slots alone": free._replace(leases=(slots(3), slots(1, "other", "global"))),
+        "nothing": free,
+    }
+
+
+@pytest.mark.parametrize("name", admissions(0.0))
+def test_take_a_plain_call(world: World, name: str) -> None:
+    """The fast path decides what is common, so that no common call silently goes the long way (DESIGN 9)."""
+    assert is_taken(world, admissions(world.now)[name])
+
+
+def test_take_a_call_of_the_grant_that_is_spent_first(world: World) -> None:
+    """Of several grants, the one that is next in burn order pays, if it has enough."""
+    world.grant(4, "spent", priority=-2)
+    world.end(world.admit(4).id, 4)
+    world.grant(30, "first", priority=-1)
+    world.grant(30, "later", priority=-1, starts_in=50)
+    assert is_taken(world, CALL._replace(amount=30, minimum=30))
+    assert world.spent("gift", "first", "later") == ((0, 5, 0), (0, 30, 0), (0, 0, 0))
+    assert not is_taken(world, CALL._replace(id="another", amount=96, minimum=1))
+
+
+def odd_admissions(now: float) -> dict[str, Admit]:
+    """By why they are not plain: calls in the world of `world`."""
+    free, share = AllowanceSource("free", 9, days(now)), WalletSource(split=True)
+    stale = calendar(5, now - 9 * DAY_S)
+    return {
+        "charge key": CALL._replace(charge_key=KeyAsk("k", window_s=9.0)),
+        "idempotency key": CALL._replace(idempotency=IdempotencyAsk("i", "f")),
+        "repeat": CALL._replace(id="old"),
+        "allowance": CALL._replace(sources=(free,)),
+        "two sources": CALL._replace(sources=(WALLET, free)),
+        "split": CALL._replace(sources=(share, share)),
+        "no source": CALL._replace(sources=()),
+        "no source for the least": CALL._replace(sources=(), amount=0, minimum=1),
+        "more at least than at most": CALL._replace(minimum=6),
+        "less than nothing": CALL._replace(minimum=-1),
+        "too much": CALL._replace(amount=MAX_AMOUNT + 1),
+        "too little left": CALL._replace(amount=96, minimum=1),
+        "overdraft": CALL._replace(amount=96, minimum=96, sources=(WalletSource(50),)),
+        "a debt to come that is less than nothing": CALL._replace(sources=(WalletSource(-50),)),
+        "no account": CALL._replace(payer="eve"),
+        "somebody else without an account": CALL._replace(sources=(WalletSource(0, "eve"),)),
+        "window without room": CALL._replace(limits=(fixed(5, cost=6),)),
+        "other window without room": CALL._replace(limits=(sliding(5, key="s", cost=6),)),
+        "stale calendar": CALL._replace(limits=(stale,)),
+        "pool without room": CALL._replace(leases=(slots(2),)),
+        "pool of nobody": CALL._replace(leases=(slots(0, "other"),)),
+    }
+
+
+@pytest.mark.parametrize("why", odd_admissions(0.0))
+def test_leave_a_call_that_is_not_plain(world: World, why: str) -> None:
+    """What is not plain is left to the general rules, untouched."""
+    assert not is_taken(world, odd_admissions(world.now)[why])
+
+
+# -- the same, by what the account has come to ---------------------------------------------------------------
+
+
+def _owe(world: World) -> None:
+    world.admit(5, "another")
+    world.end("another", 120)
+
+
+def _begin_and_lapse(world: World) -> None:
+    world.grant(10, "short", ends_in=20)
+    world.wait(20)
+
+
+ACCOUNTS: dict[str, Callable[[World], object]] = {
+    "clock stepped back": lambda world: world.wait(-1),
+    "call overdue": lambda world: world.wait(60),
+    "grant lapses": _begin_and_lapse,
+    "debt": _owe,
+}
+
+
+@pytest.mark.parametrize("why", ACCOUNTS)
+def test_leave_a_call_of_an_account_that_is_not_plain(world: World, why: str) -> None:
+    """An account that is to be looked at for itself is the general rules', whoever's call it pays for."""
+    ACCOUNTS[why](world)
+    assert not is_taken(world, CALL)
+    assert not is_taken(world, CALL._replace(payer="bob", sources=(WalletSource(0, "ada"),)))
+
+
+@pytest.mark.parametrize("seconds", [-1, 60])
+def test_leave_a_call_whose_own_account_is_not_plain(seconds: float) -> None:
+    """Nor is the call's own account, where another one pays."""
+    world = World()
+    world.grant(100, payer="bob")
+    world.wait(1)
+    world.grant(100)
+    world.admit(5)
+    world.wait(seconds)
+    assert not is_taken(world, CALL._replace(sources=(WalletSource(0, "bob"),)))
+    assert is_taken(world, CALL._replace(payer="eve", sources=(WalletSource(0, "bob"),)))
+
+
+# -- ends ----------------------------------------------------------------------------------------------------
+
+PLAIN_ENDS = {
+    "all": End("old", 5, Basis.USAGE, event={"b": 2}, actual={"tokens": 4}),
+    "all without an event": End("old", 5, Basis.USAGE),
+    "less": End("old", 2, Basis.OBSERVED, True),
+    "nothing": End("old", 0, Basis.USAGE, failed=True),
+    "release": End("old", None, actual={"other": 4}),
+    "a person's": End("old", 5, Basis.HOLD, by=EndedBy.PERSON, event={}),
+    "of a slot": End("held", None, event={"b": 2}),
+    "of a slot for nothing": End("held", 0, Basis.USAGE),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN_ENDS)
+def test_take_a_plain_end(world: World, name: str) -> None:
+    """The fast path decides what is common, so that no common end silently goes the long way (DESIGN 9)."""
+    assert is_taken(world, PLAIN_ENDS[name])
+
+
+ODD_ENDS = {
+    "unknown": End("nobody", 5),
+    "more than held": End("old", 6),
+    "charge for nothing held": End("held", 1),
+    "less than nothing": End("old", -1),
+    "half a part": End("old", 2.5),  # type: ignore[arg-type]
+    "truth": End("old", True),
+}
+
+
+@pytest.mark.parametrize("why", ODD_ENDS)
+def test_leave_an_end_that_is_not_plain(world: World, why: str) -> None:
+    """What is not plain is left to the general rules, untouched."""
+    assert not is_taken(world, ODD_ENDS[why])
+
+
+def _reverse(world: World) -> None:
+    world.run(ReverseGrant("back", "gift", "ada", "credits"))
+
+
+def _hold_again(world: World, amount: int, **more: Any) -> None:
+    world.end("old", None)
+    world.run(Sweep(keep_holds_s=0))
+    world.admit(amount, "old", **more)
+
+
+def _lapse_before(world: World) -> None:
+    world.grant(10, "short", ends_in=20, priority=-1)
+    _hold_again(world, 7)
+    world.wait(20)
+    world.admit(1)
+
+
+HOLDS: dict[str, Callable[[World], object]] = {
+    **{why: step for why, step in ACCOUNTS.items() if why != "call overdue"},
+    "ended": lambda world: world.end("old", 5),
+    "in doubt": lambda world: (world.wait(60), world.admit(1)),
+    "charge key": lambda world: _hold_again(world, 5, charge_key=KeyAsk("k", window_s=9.0)),
+    "idempotency key": lambda world: _hold_again(world, 5, idempotency=IdempotencyAsk("i", "f")),
+    "allowance": lambda world: _hold_again(world, 5, sources=(world.free(9),)),
+    "two parts": lambda world: (world.grant(2, "first", priority=-1), _hold_again(world, 5)),
+    "grant is spent": lambda world: (world.grant(5, "first", priority=-1), _hold_again(world, 5)),
+    "grant has lapsed": _lapse_before,
+    "grant was taken back": _reverse,
+}
+
+
+@pytest.mark.parametrize("why", HOLDS)
+def test_leave_an_end_of_what_is_not_plain(world: World, why: str) -> None:
+    """Whatever has become of the call, its account or its grant meanwhile is the general rules'."""
+    HOLDS[why](world)
+    assert not is_taken(world, End("old", 5, Basis.USAGE))
+
+
+def test_leave_an_end_of_what_is_held_as_debt_to_come(world: World) -> None:
+    """A hold beyond what was there has nothing to settle from."""
+    world.admit(8, "dry", payer="bob", sources=(WalletSource(9),))
+    assert not is_taken(world, End("dry", 8, Basis.USAGE))
