@@ -94,10 +94,11 @@ def admit_now(call: Call) -> bool:
     """
     Admit *call*, where nothing about it has to wait: its plan is plain, it is known who calls, and so is the answer.
 
-    False where something has: then `admit` does it, by the same id. Raises as that does.
+    Only for a store that answers at once. False where something has to: then `admit` does it, by the same id. Raises as
+    that does.
     """
     metering, policy = call.metering, call.policy
-    if policy is None or not metering.decides_now:
+    if policy is None:
         return False
     asked = _planned(call, metering.plans.of(policy, call.opening.features))
     if asked is None:
@@ -109,7 +110,6 @@ def admit_now(call: Call) -> bool:
     if not isinstance(decision, Decision) or decision.stale_calendar:
         return False
     _mark(call, asked, decision)
-    metering.admitted(call)
     return True
 
 
@@ -127,7 +127,7 @@ def _planned(call: Call, plan: Plan) -> Admit | None:
         call.price, call.estimate = charge.price, charge.price.amount
         call.trace = call.metering.trace()
         call.facts = _facts(call)
-    return plan.asked(call, time.time())
+    return plan.asked(call, call.started_at)
 
 
 async def _charge(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:

@@ -361,8 +361,8 @@ class Call(CallState):
 
         In a free request (HEAD, OPTIONS) everything passes and nothing is asked, the explicit gate included.
         """
-        self.opening.check()
         if self.opening.free:
+            self.opening.check()
             return
         self._bind(policy, arguments)
         if self._gate is not _Gate.OPEN or not self._admitted_now():

@@ -28,8 +28,8 @@ from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
 if TYPE_CHECKING:
     from asgi_metering.caller import Caller
     from asgi_metering.growing import Growth
-    from asgi_metering.metering import Metering
     from asgi_metering.opening import Opening
+    from asgi_metering.runtime import Runtime
 
 __all__ = ["CallState", "Observer", "Reply", "Reported"]
 
@@ -71,9 +71,14 @@ class CallState:
     The state of one call, from its first use to what the ledger answered to its end.
 
     What a handler may read of it is told at `Call`.
+
+    Attributes:
+        metering: The metering that this call belongs to.
+        runtime: The background that looks after it, of its event loop; None until it is admitted.
     """
 
     # On the class: what a call never has costs it nothing, and most have little of this.
+    runtime: Runtime | None = None
     caller: Caller | None = None
     payer: str | None = None
     # Accounts of the payers that the sources name, by their names.
@@ -116,7 +121,7 @@ class CallState:
     shared: str | None = None
 
     def __init__(self, opening: Opening) -> None:
-        metering = opening.metering
+        metering = self.metering = opening.metering
         self.opening = opening
         self.id = metering.new_id()
         self.started_at = time.time()
@@ -125,11 +130,6 @@ class CallState:
         self.exchanges: list[tuple[str, UsageReader, int]] = []
         self.attributes: dict[str, Scalar] = {}
         self._endings: list[asyncio.Future[Receipt | None]] | None = []
-
-    @property
-    def metering(self) -> Metering:
-        """The metering that this call belongs to."""
-        return self.opening.metering
 
     @property
     def needs_end(self) -> bool:

@@ -582,13 +582,19 @@ class Metering(Ledger, UpstreamClients):
         await admit(call, arguments)
 
     def admit_now(self, call: Call) -> bool:
-        """Admit *call*, where nothing about it has to wait; see `admission.admit_now`."""
-        return admit_now(call)
+        """Admit *call*, where nothing about it has to wait, and the store neither; see `admission.admit_now`."""
+        if not self.store.immediate or self.has_new_units:
+            return False
+        runtime = self.runtime()
+        if not runtime.is_open or not admit_now(call):
+            return False
+        self.admitted(call, runtime)
+        return True
 
-    def admitted(self, call: Call) -> None:
+    def admitted(self, call: Call, runtime: Runtime | None = None) -> None:
         """Look after an admitted call, and say so on the server's span while it still records."""
         if call.needs_end:
-            self.runtime().register(call)
+            (runtime or self.runtime()).register(call)
         if call.charge is not None and is_recording():
             # The same words as on the log record, in the same measure.
             annotate_span(
@@ -603,11 +609,6 @@ class Metering(Ledger, UpstreamClients):
         """Count a refusal, and say so on the server's span, in the same words."""
         self.meters.count("refusals", reason=refusal.reason.value, line=call.line)
         annotate_span({"metering.line": call.line or None, "metering.refusal.reason": refusal.reason.value})
-
-    @property
-    def decides_now(self) -> bool:
-        """Whether the store answers an admission at once, and nothing is to be told to it before."""
-        return self.store.immediate and not self.has_new_units and self.runtime().is_open
 
     def who(self, origin: Origin | None) -> Caller | Awaitable[object] | None:
         """

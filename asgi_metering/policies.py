@@ -486,11 +486,17 @@ class EndpointPolicy:
         name: How the endpoint is called in answers, metrics and audits; never a path (pitfall 39).
         charge: None if it is not billable.
         rates: In the order of the decorators, outermost first.
+        weighs: Whether a limit takes what the call uses, such as tokens.
     """
 
     name: str
     charge: ChargePolicy | None = None
     rates: tuple[RatePolicy, ...] = ()
+    weighs: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        weighs = any(limit.meter != "requests" for rates in self.rates for limit in rates.limits)
+        object.__setattr__(self, "weighs", weighs)
 
     @property
     def errors(self) -> ErrorShape:
@@ -498,11 +504,6 @@ class EndpointPolicy:
         if self.charge is not None:
             return self.charge.errors
         return self.rates[0].errors if self.rates else "problem"
-
-    @property
-    def weighs(self) -> bool:
-        """Whether a limit takes what the call uses, such as tokens."""
-        return any(limit.meter != "requests" for rates in self.rates for limit in rates.limits)
 
     def callables(self) -> tuple[From, ...]:
         """Everything that is computed from the endpoint's arguments."""

@@ -338,6 +338,7 @@ class Runtime:
 
     def register(self, call: Call) -> None:
         """Beat for *call* until it ends."""
+        call.runtime = self
         call.last_beat = self.loop.time()
         call.growth = growth_of(call, self.loop, self._spawn)
         self.in_flight[call.id] = call

@@ -39,7 +39,7 @@ from asgi_metering.opening import CURRENT, Opening
 from asgi_metering.overdue import Entry
 from asgi_metering.policies import Slices
 from asgi_metering.rules.ending import Cause
-from asgi_metering.runtime import BOOK_S
+from asgi_metering.runtime import BOOK_S, Runtime
 
 if TYPE_CHECKING:
     from asgi_metering.metering import Metering
@@ -394,8 +394,8 @@ class Exchange(Opening):
         self.finishing = True
         taken = True
         stuck: Entry | None = None
-        runtime = self.metering.runtime()
-        if call.needs_end:
+        runtime = call.runtime
+        if runtime is not None:
             stuck = runtime.last_sends.expect(LAST_SEND_S, functools.partial(self._give_up, call, body, reaches))
         try:
             await self._deliver(call, message)
@@ -405,7 +405,7 @@ class Exchange(Opening):
         finally:
             if taken:
                 self._took_last(call, body, reaches)
-            if stuck is not None:
+            if stuck is not None and runtime is not None:
                 runtime.last_sends.over(stuck)
                 self.grace = runtime.graces.expect(GRACE_S, functools.partial(self._close, call))
 
@@ -551,31 +551,30 @@ class Exchange(Opening):
             # Admitted for work after the response, or at its very end.
             self._catch_up(call, self.begun)
             self.finishing = self.finishing or (self.latest is not None and is_last(self.latest))
-        if self.grace is not None:
-            self.metering.runtime().graces.over(self.grace)
+        runtime = call.runtime
+        if runtime is not None and self.grace is not None:
+            runtime.graces.over(self.grace)
         if not self.finishing:
             # It returned without an end: the server cancelled, or a framework noticed that the client left.
             call.see(Cause.ABORTED)
-        if call.admitted and call.needs_end:
+        if runtime is not None:
             self._close(call)
-            await self._booked(call)
+            if not (runtime.managed or call.receipt is not None or not call.has_hold):
+                await self._booked(call, runtime)
 
     def _close(self, call: Call) -> None:
         """Hand the call to the runtime; the first cause seen wins."""
         if self.finishing:
             call.see(Cause.COMPLETED)
-        if call.admitted and call.needs_end:
-            self.metering.runtime().finish(call)
+        if call.runtime is not None:
+            call.runtime.finish(call)
 
-    async def _booked(self, call: Call) -> None:
+    async def _booked(self, call: Call, runtime: Runtime) -> None:
         """
         Where nobody will hold a shutdown for us, stay until the end is booked (pitfall 32).
 
         Bounded: a store that is down shall not keep the tasks of all requests.
         """
-        runtime = self.metering.runtime()
-        if runtime.managed or call.receipt is not None or not call.has_hold:
-            return
         await asyncio.wait((call.expects_ending(),), timeout=BOOK_S)
         if call.cause is Cause.ABORTED:
             # daphne stops when the first of the calls that it cancelled is over, and not when the last one is.

@@ -192,7 +192,7 @@ class UsageEvent:
             missing = [name for name in _FIELDS if name in _REQUIRED and name not in known]
             raise UsageError(f"The stored event lacks {', '.join(missing)}. It was not written by to_dict().")
         usage = known.get("usage")
-        if isinstance(usage, Mapping):
+        if usage is not None and isinstance(usage, Mapping):
             known["usage"] = TokenUsage(**{axis: usage.get(axis) for axis in AXES})
         return cls(**known)
 

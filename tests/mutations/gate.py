@@ -508,7 +508,7 @@ ENDPOINTS = (
         12,
         "the explicit gate is never free",
         CALL,
-        "        if self.opening.free:\n            return\n",
+        "        if self.opening.free:\n            self.opening.check()\n            return\n",
         "",
         _in("gate", "test_charge_nothing_for_what_is_no_call[explicit-added]"),
     ),
