@@ -127,3 +127,22 @@ def test_print_a_row_of_each_store() -> None:
         for callers in ("1", "4")
     ]
     assert all(re.fullmatch(NUMBER, figure) for row in rows for figure in row[3:])
+
+
+def test_print_what_an_end_takes_on_a_busy_loop() -> None:
+    """Every store that waits is measured with the loop idle, and with turns of each length."""
+    tiny = ("--rounds", "1", "--ends", "4", "--turns", "0.05", "0.2")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench.busy", *tiny],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [tuple(part.strip() for part in line.strip("|").split("|")) for line in done.stdout.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [
+        (store, turn) for store in ("sqlite", "postgresql", "redis") for turn in ("0.05", "0.2")
+    ]
+    assert all(re.fullmatch(NUMBER, figure) for row in rows for figure in row[2:])
