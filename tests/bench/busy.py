@@ -1,9 +1,9 @@
 """
 What an end takes while the event loop has other things to do: ``python -m tests.bench.busy``.
 
-A task keeps the loop from ever sleeping, with turns of so many milliseconds each. Whatever waits for another thread, or
-for a socket, then waits for turns of the loop as well, so each row also says how many of them an end took. What must not
-happen is that it takes without bound, as a thread does that gives the interpreter up at each step of SQLite (DESIGN 9).
+A task keeps the loop from ever sleeping, with turns of so many milliseconds each. Whatever waits for another thread,
+or for a socket, then waits for turns of the loop as well, so each row also says how many of them an end took. What must
+not happen is that it takes without bound, as a thread does that gives the interpreter up at each step of SQLite.
 Options: ``--stores NAME ...``, ``--turns MS ...``, ``--ends N``, ``--rounds N``.
 """
 
