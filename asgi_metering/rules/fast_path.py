@@ -386,11 +386,10 @@ def _over(state: State, key: AccountKey, hold: Hold) -> None:
     """Put an ended hold, and give its slots back."""
     call, pools = hold[0], hold[15]
     state.holds[call] = hold
-    live = state.live.get(key)
-    if live is not None:
-        live.discard(call)
-        if not live:
-            del state.live[key]
+    live = state.live[key]
+    live.discard(call)
+    if not live:
+        del state.live[key]
     for pool in pools:
         taken = state.leases.get(pool)
         if taken is not None:
