@@ -21,7 +21,7 @@ from asgi_metering.decisions import Decision, WindowState
 from asgi_metering.receipts import Basis, Entry, EntryKind, Part, Receipt, Source
 from asgi_metering.rules.book import burn_order
 from asgi_metering.rules.hold import HoldState
-from asgi_metering.rules.operations import Admit, End, LeaseAsk, LimitAsk, WalletSource, WindowKind
+from asgi_metering.rules.operations import Admit, End, LimitAsk, WalletSource, WindowKind
 from asgi_metering.rules.settlement import event_payload
 from asgi_metering.rules.state import (
     Account,
@@ -51,8 +51,10 @@ _Looks: TypeAlias = tuple[tuple[WindowState, ...], list[Counter], tuple[PinnedWi
 
 _NO_LOOKS: _Looks = ((), [], ())
 
-_Moved: TypeAlias = tuple[tuple[Part, ...], int, Grant | None, Account]
-"""Where units came from, what the account has left, and the rows after that."""
+_Moved: TypeAlias = tuple[tuple[Part, ...], int, Account, Grant | None, dict[str, Grant]]
+"""Where units came from, what the account has left, the rows after that, and where the grant is kept."""
+
+_NO_WALLET: dict[str, Grant] = {}
 
 
 # -- admission ---------------------------------------------------------------------------------------------
@@ -81,11 +83,18 @@ def admit(state: State, ask: Admit, now: float, written: list[Change] | None = N
     account = state.accounts.get(key)
     if account is not None and not account[-1] <= now < account[-2]:
         return None
+    pools = state.leases
+    for _, pool, slots, _ in leases:
+        # Also beside leases that are over and were not cleared away.
+        taken = pools.get(pool)
+        if slots <= (0 if taken is None else len(taken)):
+            return None
     looks = _looked(state, limits, now) if limits else _NO_LOOKS
-    if looks is None or (leases and not _have_room(state, leases)):
+    if looks is None:
         return None
     windows, counters, pinned = looks
     expires_at = now + ttl_s
+    due_at = expires_at + grace_s
     if sources:
         source = sources[0]
         if len(sources) > 1 or type(source) is not WalletSource or not 0 <= minimum <= amount <= MAX_AMOUNT:
@@ -95,36 +104,34 @@ def admit(state: State, ask: Admit, now: float, written: list[Change] | None = N
             payer = other
             key = (payer, unit)
             account = state.accounts.get(key)
-        if account is None or overdraft < 0:
-            return None
-        moved = _hold(state, key, account, amount, expires_at, now)
+        moved = None if account is None or overdraft < 0 else _hold(state, key, account, amount, expires_at, now)
         if moved is None:
             return None
-        parts, available, grant, account = moved
+        parts, available, account, grant, wallet = moved
         # fmt: off
         decision: Decision = build(Decision, (
             call, now, None, amount, available, WALLET, windows, False, payer, group, False, None, None, (),
         ))
         # fmt: on
+        state.accounts[key] = account
+        if grant is not None:
+            wallet[grant[2]] = grant
     elif amount or minimum:
         return None
     else:
-        parts, group, grant, account = (), "", None, None
+        parts, group, account, grant = (), "", None, None
         decision = build(Decision, (call, now, None, 0, None, None, windows, False, "", "", False, None, None, ()))
-    hold = None
-    if sources or leases or pinned:
-        pools = tuple([lease[1] for lease in leases]) if leases else ()
-        # fmt: off
-        hold = build(Hold, (
-            call, payer, unit, amount, parts, _HELD, now, expires_at, expires_at + grace_s, ttl_s, grace_s, in_doubt,
-            line, 0, pinned, pools, facts, None, group, "", "",
-        ))
-        # fmt: on
     rows = state.counters
     for counter in counters:
         rows[counter[0]] = counter
-    _put_moved(state, key, grant, account)
-    if hold is not None:
+    hold = None
+    if sources or leases or pinned:
+        # fmt: off
+        hold = build(Hold, (
+            call, payer, unit, amount, parts, _HELD, now, expires_at, due_at, ttl_s, grace_s, in_doubt, line, 0, pinned,
+            tuple([lease[1] for lease in leases]) if leases else (), facts, None, group, "", "",
+        ))
+        # fmt: on
         _begin(state, key, hold)
     if written is not None:
         _tell_admitted(written, key, grant, account, counters, hold)
@@ -163,26 +170,21 @@ def _looked(state: State, limits: Sequence[LimitAsk], now: float) -> _Looks | No
     return tuple(windows), counters, pinned
 
 
-def _have_room(state: State, leases: Sequence[LeaseAsk]) -> bool:
-    """Whether every pool has a free slot also beside leases that are over and were not cleared away."""
-    pools = state.leases
-    for _, pool, slots, _ in leases:
-        taken = pools.get(pool)
-        if slots <= (0 if taken is None else len(taken)):
-            return False
-    return True
-
-
 def _hold(state: State, key: AccountKey, account: Account, amount: int, due_at: float, now: float) -> _Moved | None:
     """Set *amount* aside for a hold that falls due then; None where that is not plain."""
     payer, unit, granted, settled, held, expired, debt, entries, changes_at, next_due_at, seen_at = account
     available = granted - settled - expired - held - amount
     if available < 0 or now >= changes_at or not seen_at <= now < next_due_at:
         return None
-    grant = None
+    grant, wallet = None, _NO_WALLET
     parts: tuple[Part, ...] = ()
     if amount:
-        grant = _next_grant(state.grants[key])
+        wallet = state.grants[key]
+        if len(wallet) == 1:
+            (grant,) = wallet.values()
+        else:
+            # There is one, since something is available and no change is due.
+            grant = min([grant for grant in wallet.values() if grant.begun and grant.free], key=burn_order)
         # fmt: off
         (_, _, name, given, priority, effective_at, expires_at, number, kind, actor, spent, kept, lapsed, begun,
             taken_back) = grant
@@ -197,25 +199,11 @@ def _hold(state: State, key: AccountKey, account: Account, amount: int, due_at: 
     if due_at > next_due_at:
         due_at = next_due_at
     # fmt: off
-    return parts, available, grant, build(Account, (
+    account = build(Account, (
         payer, unit, granted, settled, held + amount, expired, debt, entries, changes_at, due_at, now,
     ))
     # fmt: on
-
-
-def _next_grant(grants: Mapping[str, Grant]) -> Grant:
-    """The grant that is spent from first: there is one, since something is available and no change is due."""
-    if len(grants) == 1:
-        (grant,) = grants.values()
-        return grant
-    return min([grant for grant in grants.values() if grant.begun and grant.free], key=burn_order)
-
-
-def _put_moved(state: State, key: AccountKey, grant: Grant | None, account: Account | None) -> None:
-    if account is not None:
-        state.accounts[key] = account
-        if grant is not None:
-            state.grants[key][grant[2]] = grant
+    return parts, available, account, grant, wallet
 
 
 def _begin(state: State, key: AccountKey, hold: Hold) -> None:
@@ -292,23 +280,21 @@ def end(state: State, ask: End, now: float, written: list[Change] | None = None)
         moved = None if account is None else _settle(state, key, account, parts, charged, now)
         if moved is None:
             return None
-        parts_of_charge, available, grant, account = moved
+        spent, available, account, grant, wallet = moved
         if charged:
             number = account[7]
             # fmt: off
             entry = build(Entry, (
-                payer, unit, number, now, _SETTLE, charged, call, line, basis, estimated, available, "",
-                parts_of_charge, "",
+                payer, unit, number, now, _SETTLE, charged, call, line, basis, estimated, available, "", spent, "",
             ))
             # fmt: on
     elif charged:
         return None
     else:
-        parts_of_charge, available, grant, account = (), None, None, None
+        spent, available, account, grant, wallet = (), None, None, None, _NO_WALLET
     # fmt: off
     receipt: Receipt = build(Receipt, (
-        call, payer, unit, charged, held, basis, estimated, by, parts_of_charge, available, now, number, True, None,
-        True,
+        call, payer, unit, charged, held, basis, estimated, by, spent, available, now, number, True, None, True,
     ))
     hold = build(Hold, (
         call, payer, unit, held, parts, status, created_at, expires_at, due_at, ttl_s, grace_s, in_doubt, line,
@@ -321,9 +307,11 @@ def end(state: State, ask: End, now: float, written: list[Change] | None = None)
         event = build(Event, (call, now, event_payload(hold, receipt, told), 0.0, None))
         if call not in state.delivered:
             state.events[call] = event
-    _put_moved(state, key, grant, account)
-    if entry is not None:
-        _put_line(state, key, entry)
+    if grant is not None and account is not None:
+        state.accounts[key] = account
+        wallet[grant[2]] = grant
+        if entry is not None:
+            _put_line(state, key, entry)
     _over(state, key, hold)
     for counter in corrected:
         state.counters[counter[0]] = counter
@@ -340,9 +328,10 @@ def _settle(
     ((source, name, _, size),) = parts
     if source is not _GRANT or amount > size or debt or now >= changes_at:
         return None
+    wallet = state.grants[key]
     # fmt: off
     (_, _, _, given, priority, effective_at, expires_at, number, kind, actor, spent, kept, lapsed, begun,
-        taken_back) = state.grants[key][name]
+        taken_back) = wallet[name]
     spent += amount
     if expires_at <= now or spent + lapsed + taken_back >= given:
         return None
@@ -360,10 +349,11 @@ def _settle(
     settled += amount
     held -= size
     # fmt: off
-    return parts, granted - settled - expired - held, grant, build(Account, (
+    account = build(Account, (
         payer, unit, granted, settled, held, expired, debt, entries, changes_at, due_at, now,
     ))
     # fmt: on
+    return parts, granted - settled - expired - held, account, grant, wallet
 
 
 def _corrected(state: State, pinned: Sequence[PinnedWindow], actual: Mapping[str, int]) -> list[Counter]:
@@ -396,11 +386,10 @@ def _over(state: State, key: AccountKey, hold: Hold) -> None:
     """Put an ended hold, and give its slots back."""
     call, pools = hold[0], hold[15]
     state.holds[call] = hold
-    live = state.live.get(key)
-    if live is not None:
-        live.discard(call)
-        if not live:
-            del state.live[key]
+    live = state.live[key]
+    live.discard(call)
+    if not live:
+        del state.live[key]
     for pool in pools:
         taken = state.leases.get(pool)
         if taken is not None:

@@ -157,8 +157,13 @@ class Forgetting:
 
     def after_end(self, receipt: Receipt) -> None:
         """As `after` an end by the fast path, which adds an ended call and a ledger line."""
-        self._keep_ended(receipt[0])
-        if receipt[11] is not None:
+        ended, bounds = self._ended, self._bounds
+        ended[receipt[0]] = None
+        if len(ended) > bounds[1]:
+            self._drop_oldest_ended()
+        number = receipt[11]
+        # An account has no more lines than the number of its last one says.
+        if number is not None and number > 2 * bounds[0]:
             self._keep_entries((receipt[1], receipt[2]))
 
     def adopt(self) -> None:
@@ -178,8 +183,11 @@ class Forgetting:
         ended = self._ended
         ended[call_id] = None
         if len(ended) > self._bounds.ended_holds:
-            oldest, _ = ended.popitem(last=False)
-            del self._state.holds[oldest]
+            self._drop_oldest_ended()
+
+    def _drop_oldest_ended(self) -> None:
+        oldest, _ = self._ended.popitem(last=False)
+        del self._state.holds[oldest]
 
     def _keep_entries(self, account: AccountKey) -> None:
         state, bound = self._state, self._bounds.entries

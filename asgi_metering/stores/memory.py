@@ -71,6 +71,7 @@ class MemoryStore(Store):
         self._bounds = bounds
         self._forgetting = Forgetting(self._state, bounds)
         self._lock = threading.Lock()
+        self._acquire, self._release = self._lock.acquire, self._lock.release
 
     async def open(self) -> None:
         """Nothing to do."""
@@ -90,9 +91,11 @@ class MemoryStore(Store):
 
     def run_now(self, operation: Operation) -> Answer:
         """See `Store.run_now`."""
-        with self._lock:
+        # As `with` does, at half its price.
+        self._acquire()
+        try:
             now = self._clock()
-            # Nearly every call, without a list of what is written: the rows are written where they stay.
+            # Nearly every call, without a list of what is written: the rows are where they stay.
             if type(operation) is Admit:
                 decision = fast_path.admit(self._state, operation, now)
                 if decision is not None:
@@ -103,15 +106,20 @@ class MemoryStore(Store):
                 if receipt is not None:
                     self._forgetting.after_end(receipt)
                     return receipt
-            written: list[Change] = []
-            try:
-                return decided(self._state, operation, now, written)
-            finally:
-                # Also after a mistake: overdue calls may have been ended on the way to it.
-                if written:
-                    self._forgetting.after(written, now)
-                if type(operation) is Sweep:
-                    self._forgetting.turn(now, SWEPT_ROWS)
+            return self._decided(operation, now)
+        finally:
+            self._release()
+
+    def _decided(self, operation: Operation, now: float) -> Answer:
+        written: list[Change] = []
+        try:
+            return decided(self._state, operation, now, written)
+        finally:
+            # Also after a mistake: overdue calls may have been ended on the way to it.
+            if written:
+                self._forgetting.after(written, now)
+            if type(operation) is Sweep:
+                self._forgetting.turn(now, SWEPT_ROWS)
 
     async def read(self, query: Query) -> Snapshot:
         """See `Store.read`."""

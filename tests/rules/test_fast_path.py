@@ -7,6 +7,7 @@ give equal answers, equal changes in equal order, and equal states down to the o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -17,15 +18,15 @@ from hypothesis import strategies as st
 from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.errors import MeteringError
 from asgi_metering.receipts import Basis, EndedBy
-from asgi_metering.rules import fast_path
+from asgi_metering.rules import decide, fast_path
 from asgi_metering.rules.decide import decided, run
 from asgi_metering.rules.operations import (
+    Acknowledge,
     Admit,
     AllowanceSource,
     End,
     IdempotencyAsk,
     KeyAsk,
-    LimitAsk,
     Operation,
     PostGrant,
     ReverseGrant,
@@ -33,24 +34,16 @@ from asgi_metering.rules.operations import (
     WalletSource,
 )
 from asgi_metering.rules.state import Change, State
+from tests.rules.side_by_side import ordered, plain_calls
 from tests.rules.world import DAY_S, WALLET, World, calendar, days, fixed, imbalances, sliding, slots
 from tests.stores.operations import CLOCK_STEPS_S, comparable, operations
 
-SEQUENCES = 150
+SEQUENCES = 50
 """Of some forty operations each: a few seconds."""
 
 
-def ordered(state: State) -> dict[str, Any]:
-    """Every row of *state*, in the order in which it is kept."""
-    return {table: [(key, _ordered(row)) for key, row in getattr(state, table).items()] for table in State.__slots__}
-
-
-def _ordered(row: Any) -> Any:
-    return list(row.items()) if type(row) is dict else list(row) if type(row) is list else row
-
-
 class Both:
-    """A state with the fast path and one without, and how often the fast path was taken."""
+    """A state with the fast path and one without."""
 
     def __init__(self) -> None:
         self.fast, self.general = State(), State()
@@ -78,51 +71,6 @@ class Both:
 # -- any sequence --------------------------------------------------------------------------------------------
 
 
-def _limits(now: float) -> tuple[LimitAsk, ...]:
-    tokens = {"name": "tokens", "meter": "tokens", "cost": 7}
-    return (
-        fixed(40, 20.0),
-        fixed(30, 13.0, name="also", key="k2"),
-        # Two limits that count under one key.
-        fixed(35, 20.0, name="same", key="k"),
-        fixed(200, 50.0, key="t", **tokens),
-        sliding(60, 16.0, name="smooth", key="s"),
-        sliding(300, 32.0, key="st", **tokens),
-        calendar(50, now, name="daily", key="d"),
-    )
-
-
-@st.composite
-def plain_calls(draw: st.DrawFn, now: float) -> list[Operation]:
-    """Mostly what the fast path takes: new calls with room and their ends, and grants that keep the account going."""
-    made: list[Operation] = []
-    for kind in draw(st.lists(st.sampled_from("AAAAEEEEG"), min_size=1, max_size=8)):
-        call, payer = f"n{draw(st.integers(0, 60))}", draw(st.sampled_from(("p", "q")))
-        if kind == "G":
-            ends = draw(st.sampled_from((float("inf"), now + 60.0)))
-            grant = PostGrant(call, payer, "credits", draw(st.sampled_from((20, 500))), draw(st.integers(0, 1)))
-            made.append(grant._replace(expires_at=ends))
-        elif kind == "A":
-            amount = draw(st.sampled_from((0, 5, 5, 18)))
-            sources = draw(st.sampled_from(((WALLET,), (WALLET,), (WalletSource(9, "q", "team"),), ())))
-            limits = draw(st.lists(st.sampled_from(_limits(now)), max_size=3))
-            leases = draw(st.sampled_from(((), (slots(30),), (slots(30), slots(30), slots(20, "other", "global")))))
-            amount = amount if sources else 0
-            facts = draw(st.sampled_from(({}, {"caller": "k"})))
-            made.append(
-                Admit(call, payer, "credits", amount, amount, sources, tuple(limits), leases, 60.0, line="l")._replace(
-                    facts=facts
-                )
-            )
-        else:
-            amount = draw(st.sampled_from((None, 0, 3, 5, 5, 18)))
-            actual = draw(st.sampled_from(({}, {"tokens": 4}, {"tokens": 11, "other": 3})))
-            event = draw(st.sampled_from((None, {"outcome": "completed"})))
-            by = draw(st.sampled_from((EndedBy.CALL, EndedBy.PERSON)))
-            made.append(End(call, amount, Basis.USAGE, draw(st.booleans()), by, actual, event))
-    return made
-
-
 @settings(max_examples=SEQUENCES)
 @given(st.data())
 def test_decide_any_sequence_as_the_general_rules_do(data: st.DataObject) -> None:
@@ -134,6 +82,46 @@ def test_decide_any_sequence_as_the_general_rules_do(data: st.DataObject) -> Non
         kind = data.draw(st.sampled_from((plain_calls, plain_calls, operations)))
         both.run(*data.draw(kind(both.now)))
     assert imbalances(both.fast) == []
+
+
+TOLD = {"outcome": "completed"}
+PAID = Admit("c", "p", "credits", 5, 5, (WALLET,), ttl_s=500.0)
+RICH = PostGrant("g", "p", "credits", 300)
+
+
+def test_end_a_call_whose_lines_are_not_at_hand() -> None:
+    """A store that loads rows has no lines of the account, and those of this batch alone are new."""
+    both = Both()
+    both.run(RICH, PAID, PAID._replace(id="d"))
+    for state in (both.fast, both.general):
+        state.entries.clear()
+        state.refs.clear()
+    both.run(End("c", 5, Basis.USAGE), End("d", 4, Basis.USAGE))
+    assert [line.ref for line in both.fast.entries["p", "credits"]] == ["c", "d"]
+
+
+def test_end_a_call_that_is_called_like_a_grant() -> None:
+    """Lines about one name stay together, whatever else bears it."""
+    both = Both()
+    both.run(RICH, PAID._replace(id="g"), End("g", 5, Basis.USAGE))
+    assert len(both.fast.lines_of(("p", "credits"), "g")) == 2
+
+
+def test_end_a_call_again_whose_event_was_delivered() -> None:
+    """An event that is told again, by a call that was forgotten, is not delivered twice."""
+    both = Both()
+    both.run(RICH, PAID, End("c", 5, Basis.USAGE, event=TOLD), Acknowledge(("c",)), Sweep(keep_holds_s=0.0))
+    both.run(PAID, End("c", 5, Basis.USAGE, event=TOLD))
+    assert not both.fast.events
+
+
+def test_end_a_call_whose_counter_was_forgotten() -> None:
+    """A weighted limit is corrected for as long as its window matters."""
+    both = Both()
+    both.run(RICH, PAID._replace(limits=(fixed(90, 10.0, meter="tokens", cost=7),)))
+    both.now += 60.0
+    both.run(Sweep(), End("c", 5, Basis.USAGE, actual={"tokens": 3}))
+    assert not both.fast.counters
 
 
 # -- what it takes, and what it leaves -----------------------------------------------------------------------
@@ -154,14 +142,23 @@ def world() -> World:
 
 
 def is_taken(world: World, ask: Admit | End) -> bool:
-    """Whether the fast path decides *ask*; where it does not, it has left everything as it was."""
-    before, written = ordered(world.state), list[Change]()
-    decide: Callable[..., Any] = fast_path.admit if isinstance(ask, Admit) else fast_path.end
-    answer = decide(world.state, ask, world.now, written)
+    """
+    Whether the fast path decides *ask*: then it does as the general rules would.
+
+    Where it does not, it has left everything as it was.
+    """
+    general, before, written = copy.deepcopy(world.state), ordered(world.state), list[Change]()
+    way: Callable[..., Any] = fast_path.admit if isinstance(ask, Admit) else fast_path.end
+    answer = way(world.state, ask, world.now, written)
     if answer is None:
         assert ordered(world.state) == before
         assert written == []
-    return answer is not None
+        return False
+    told: list[Change] = []
+    assert answer == decided(general, ask, world.now, told)
+    assert written == told
+    assert ordered(world.state) == ordered(general)
+    return True
 
 
 def admissions(now: float) -> dict[str, Admit]:
@@ -358,3 +355,16 @@ def test_leave_an_end_of_what_is_held_as_debt_to_come(world: World) -> None:
     """A hold beyond what was there has nothing to settle from."""
     world.admit(8, "dry", payer="bob", sources=(WalletSource(9),))
     assert not is_taken(world, End("dry", 8, Basis.USAGE))
+
+
+def test_run_tries_the_fast_path_first(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    """What every store calls goes the short way where there is one."""
+
+    def astray(*_: Any) -> None:
+        raise AssertionError("the general rules were asked")
+
+    monkeypatch.setattr(decide, "decided", astray)
+    assert world.run(CALL).admitted
+    assert world.run(End("new", 5, Basis.USAGE)).applied
+    with pytest.raises(AssertionError):
+        world.run(End("new", 5, Basis.USAGE))

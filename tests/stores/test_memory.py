@@ -8,11 +8,14 @@ import sys
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from asgi_metering import Metering
 from asgi_metering.call import CallRefused
 from asgi_metering.receipts import Basis, EndedBy
 from asgi_metering.rules.conservation import ledger_discrepancies
+from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import (
     Acknowledge,
     Admit,
@@ -21,6 +24,7 @@ from asgi_metering.rules.operations import (
     End,
     LeaseAsk,
     LimitAsk,
+    Operation,
     PostGrant,
     Renew,
     Sweep,
@@ -32,6 +36,8 @@ from asgi_metering.stores.contract import AccountRows, EntriesAfter, EverythingK
 from asgi_metering.stores.forgetting import IDLE_S, LATE_S, Bounds
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.testing.clock import FakeClock
+from tests.rules.side_by_side import ordered, plain_calls
+from tests.stores.operations import CLOCK_STEPS_S, comparable, operations
 
 FEW = Bounds(entries=5, ended_holds=5, counters=5, windows=5, strangers=5, delivered=5)
 """So few that a test meets them."""
@@ -137,6 +143,49 @@ def test_run_now_answers_at_once() -> None:
     store = MemoryStore(FakeClock())
     receipt: Any = store.run_now(PostGrant("g", "p", "credits", 100))
     assert receipt.available == 100
+
+
+class Plodding(MemoryStore):
+    """A memory store whose every operation goes the long way."""
+
+    def run_now(self, operation: Operation) -> Answer:
+        """See `MemoryStore.run_now`."""
+        return self._decided(operation, self._clock())
+
+
+class Direct(MemoryStore):
+    """A memory store that knows no long way."""
+
+    def _decided(self, operation: Operation, now: float) -> Answer:
+        raise AssertionError(f"{operation!r} at {now} went the long way")
+
+
+def test_run_plain_calls_without_the_long_way() -> None:
+    """A common call and its end are decided in one pass each (DESIGN 9)."""
+    store = Direct(FakeClock())
+    store._state = rich(FakeClock())._state
+    decision: Any = store.run_now(call(1, leases=(LeaseAsk("a", "one", 2),), facts={"a": 1}))
+    receipt: Any = store.run_now(End("c1", 1, Basis.USAGE, event={"outcome": "completed"}))
+    assert (decision.admitted, receipt.applied) == (True, True)
+    with pytest.raises(AssertionError):
+        store.run_now(Renew("c1"))
+
+
+@settings(max_examples=20)
+@given(st.data())
+def test_forget_on_the_fast_path_as_on_the_long_way(data: st.DataObject) -> None:
+    """Whichever way operations go, the same is answered, kept and forgotten."""
+    clock = FakeClock()
+    store, plodding = rich(clock), Plodding(clock, bounds=FEW)
+    plodding.run_now(PostGrant("g", "p", "credits", 1_000))
+    for _ in range(data.draw(st.integers(1, 8))):
+        clock.advance(data.draw(st.sampled_from(CLOCK_STEPS_S)))
+        kind = data.draw(st.sampled_from((plain_calls, plain_calls, operations)))
+        batch = data.draw(kind(clock()))
+        answers = [comparable(asyncio.run(each.run(batch))) for each in (store, plodding)]
+        assert answers[0] == answers[1]
+        assert ordered(store._state) == ordered(plodding._state)
+        assert list(store._forgetting._ended) == list(plodding._forgetting._ended)
 
 
 # -- ended calls -------------------------------------------------------------------------------------------

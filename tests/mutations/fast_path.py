@@ -1,0 +1,106 @@
+"""How each bound of the fast path, and each of its sums, is switched off, and which test of it must turn red."""
+
+from __future__ import annotations
+
+from tests.mutations.entries import Mutation
+
+__all__ = ["MUTATIONS"]
+
+FAST_PATH = "asgi_metering.rules.fast_path"
+
+
+def _test(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/rules/test_fast_path.py::test_{name}" for name in names)
+
+
+MUTATIONS = (
+    Mutation(
+        0,
+        "the fast path sees nothing overdue",
+        FAST_PATH,
+        "    if account is not None and not account[-1] <= now < account[-2]:\n",
+        "    if False:\n",
+        _test(
+            "leave_a_call_whose_own_account_is_not_plain[-1]",
+            "leave_a_call_whose_own_account_is_not_plain[60]",
+        ),
+    ),
+    Mutation(
+        0,
+        "the fast path sees no grant lapse",
+        FAST_PATH,
+        "    if available < 0 or now >= changes_at or",
+        "    if available < 0 or",
+        _test("leave_a_call_of_an_account_that_is_not_plain[grant lapses]"),
+    ),
+    Mutation(
+        0,
+        "the fast path knows no full window",
+        FAST_PATH,
+        "            if used > most:\n",
+        "            if False:\n",
+        _test("leave_a_call_that_is_not_plain[window without room]"),
+    ),
+    Mutation(
+        0,
+        "the fast path knows no full pool",
+        FAST_PATH,
+        "        if slots <= (0 if taken is None else len(taken)):\n",
+        "        if False:\n",
+        _test(
+            "leave_a_call_that_is_not_plain[pool without room]",
+            "leave_a_call_that_is_not_plain[pool of nobody]",
+        ),
+    ),
+    Mutation(
+        0,
+        "the fast path admits keys",
+        FAST_PATH,
+        "    if charge_key is not None or idempotency is not None or call in state.holds:\n",
+        "    if call in state.holds:\n",
+        _test(
+            "leave_a_call_that_is_not_plain[charge key]",
+            "leave_a_call_that_is_not_plain[idempotency key]",
+        ),
+    ),
+    Mutation(
+        0,
+        "the fast path holds for nobody",
+        FAST_PATH,
+        "settled, held + amount, expired",
+        "settled, held, expired",
+        _test("take_a_plain_call[units]"),
+    ),
+    Mutation(
+        0,
+        "the fast path charges above the hold",
+        FAST_PATH,
+        " or amount > size or debt or",
+        " or debt or",
+        _test("leave_an_end_that_is_not_plain[more than held]"),
+    ),
+    Mutation(
+        0,
+        "the fast path returns to lapsed grants",
+        FAST_PATH,
+        "    if expires_at <= now or spent",
+        "    if spent",
+        _test("leave_an_end_of_what_is_not_plain[grant has lapsed]"),
+    ),
+    Mutation(
+        0,
+        "the fast path leaves spent grants open",
+        FAST_PATH,
+        " or spent + lapsed + taken_back >= given:",
+        ":",
+        _test("leave_an_end_of_what_is_not_plain[grant is spent]"),
+    ),
+    Mutation(
+        0,
+        "the fast path ends no lease",
+        FAST_PATH,
+        "            taken.pop(call, None)\n",
+        "            pass\n",
+        _test("take_a_plain_end[of a slot]"),
+    ),
+)
