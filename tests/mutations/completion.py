@@ -213,7 +213,7 @@ MUTATIONS = (
         33,
         "no heartbeats",
         RUNTIME,
-        "        elif call.has_hold and not call.hold_lost and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:\n",
+        "        elif call.beats and not call.hold_lost and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:\n",
         "        elif False:\n",
         _test("test_heartbeats_keep_the_hold_of_a_long_stream"),
     ),
