@@ -137,6 +137,11 @@ class CallState:
         return self.has_hold or self.charge is not None or bool(self.local)
 
     @property
+    def beats(self) -> bool:
+        """Whether somebody has to hear what it uses while it runs: the store, or the journal that it waits in."""
+        return self.has_hold or self.queued is not None
+
+    @property
     def counts_usage(self) -> bool:
         """Whether what it uses matters: to its price, or to a limit that it is counted by."""
         if self.charge is not None and self.charge.measured:

@@ -13,10 +13,9 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from asgi_metering.admission import admit, admit_now
 from asgi_metering.alarms import Alarms
@@ -26,35 +25,32 @@ from asgi_metering.caller import Caller
 from asgi_metering.clients import UpstreamClients
 from asgi_metering.computed import check_sync, is_async
 from asgi_metering.decisions import Decision, Refusal
-from asgi_metering.errors import ConfigurationError, IdentityError, SettlementError, StoreError
+from asgi_metering.errors import ConfigurationError, IdentityError, StoreError
 from asgi_metering.events.metrics import Meters
 from asgi_metering.events.records import whole_units
 from asgi_metering.events.sinks import Sink
 from asgi_metering.events.span import annotate_span, current_trace, is_recording
 from asgi_metering.ledger import Ledger
-from asgi_metering.opening import ALL_FEATURES, CURRENT, Opening, Origin
+from asgi_metering.opening import ALL_FEATURES, Opening, Origin
 from asgi_metering.outage import LocalLimits, check_choices, read_choices
-from asgi_metering.outside import leave, planned, prepared
 from asgi_metering.plans import Plans
-from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldSize, Price
+from asgi_metering.policies import EndpointPolicy
 from asgi_metering.portal import Portal
-from asgi_metering.receipts import Balance
 from asgi_metering.rules.decide import Answer
-from asgi_metering.rules.ending import Cause
 from asgi_metering.rules.operations import Admit, Declare, Grow, Operation, Preview
 from asgi_metering.runtime import Runtime
+from asgi_metering.standing import Standing
 from asgi_metering.stores.breaker import Breaker, BreakerState
 from asgi_metering.stores.contract import Store
 from asgi_metering.stores.urls import store_from_url
 from asgi_metering.stores.use import StoreUse
 from asgi_metering.upstream.readings import QuotaReadings
+from asgi_metering.work import Work
 
 if TYPE_CHECKING:
     from starlette.requests import HTTPConnection
 
     from asgi_metering.journal import Journal
-    from asgi_metering.sources import PaymentSource
-    from asgi_metering.standing import AllowanceStatus, Previewed
 
 __all__ = ["ALL_FEATURES", "Metering"]
 
@@ -66,7 +62,7 @@ Identify: TypeAlias = "Callable[[HTTPConnection], Awaitable[Caller | None] | Cal
 """Who is behind a connection; None is nobody."""
 
 
-class Metering(Ledger, UpstreamClients):
+class Metering(Ledger, Work, Standing, UpstreamClients):
     """
     One metering: a store, who calls, in what unit, and where events go.
 
@@ -249,257 +245,6 @@ class Metering(Ledger, UpstreamClients):
         runtime.blocks -= 1
         if not (runtime.blocks or runtime.lifespans):
             await self.stop()
-
-    # -- work outside HTTP ---------------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def charge(
-        self,
-        *,
-        line: str,
-        payer: str | None = None,
-        hold: HoldSize | None = None,
-        price: Price | None = None,
-        caller: Caller | None = None,
-        **options: Unpack[ChargeOptions],
-    ) -> AsyncIterator[Call]:
-        """
-        Run one metered call outside HTTP: ``async with metering.charge(payer=..., line=..., hold="0.2") as call:``.
-
-        Args:
-            line: The billing line.
-            payer: Whose account pays. Inside another call it may be left out: then whoever pays that one pays this
-                one, with the same `Payer` (S0.27); its caller is this one's too.
-            hold: Whole units to set aside, or an estimate as for `billable`.
-            price: A fixed amount, or a measured price that `call.record` is charged by; the hold by default.
-            caller: Who acts, where it is not the payer; its own payer does not count here.
-            options: As for `billable`, where they mean something outside HTTP: see `ChargeOptions`. With an
-                ``idempotency_key`` the body runs once; with a ``charge_key`` several calls are one charge.
-
-        Raises:
-            CallRefused: The payer cannot afford it, or its key was used before (`Reason.REPLAYED`, and
-                ``decision.replay`` is the receipt; or it runs still, or for other work); the body did not run.
-            CallCut: The body used up what can be held for it (``hold=slices(...)``): raised by `Call.record` inside of
-                it, and charged as the end of call says (``on_cut``), not released.
-            ConfigurationError: An argument that cannot work, such as an estimate without a price to charge by.
-            AmountError: A price or hold that the unit cannot count.
-            PayerError: No payer is given, and no call around this one says who pays.
-            SettlementError: The body succeeded, but its end is not booked. Where the store is down it is retried
-                (S3.10).
-
-        Any other exception of the body, cancellation included, releases the hold and rises unchanged (S3.8), also where
-        the store is down: the release is logged and retried then. Inside another call it is a call of its own; nothing
-        but who pays and who calls is inherited (S0.29, S3.24).
-
-        The call ends wherever the block is left, also in another task than it was entered in: that of a generator whose
-        reader went away (pitfall 38). Such a block has the call at hand; `current_call` follows the task.
-        """
-        outer = CURRENT.get()
-        policy, call = prepared(self, payer, caller, line, hold, price, options)
-        opening = call.opening
-        CURRENT.set(opening)
-        try:
-            await call.gate(policy, {})
-            yield call
-        except BaseException:
-            call.see(Cause.ERROR)
-            leave(opening, outer)
-            if call.admitted and not await self._is_booked(call):
-                log.warning("Call %s of line %s failed, and its hold is not released yet.", call.id, call.line)
-            raise
-        call.first_byte = True
-        call.see(Cause.COMPLETED)
-        leave(opening, outer)
-        if await self._is_booked(call):
-            return
-        raise SettlementError(
-            f"Call {call.id!r} of line {call.line!r} ran, but its end is not booked. Where the store is down it is "
-            f"retried, and its receipt will have this id; otherwise the log says what is wrong with it."
-        )
-
-    def charged(
-        self,
-        client: Any,
-        method: str,
-        *,
-        line: str,
-        payer: str | None = None,
-        hold: HoldSize | None = None,
-        price: Price | None = None,
-        caller: Caller | None = None,
-        **options: Unpack[ChargeOptions],
-    ) -> Any:
-        """
-        *client*, each call of whose async *method* is charged; everything else of it is as it is (S3.41).
-
-        ``metering.charged(AsyncOpenAI(http_client=...), "chat.completions.create", line="podcast", price=PRICE)``. The
-        method is not called where the charge is refused. A stream that it answers is charged when that is exhausted,
-        fails or is closed. What the method uses is told by an upstream client, or by what it calls itself.
-
-        Args:
-            client: Any object. What it answers elsewhere, a copy with other options for instance, is not charged.
-            method: Its name, with dots for a part of a part.
-            line: As of `charge`, for each call; as are:
-            payer: Who pays.
-            hold: What is set aside.
-            price: What is charged.
-            caller: Who acts.
-            options: The rest.
-
-        Raises:
-            ConfigurationError: The client has no such method.
-
-        The method raises as `charge` does, and what the client's own raises, unchanged (S3.8).
-        """
-        from asgi_metering.charged import ChargedClient
-
-        found = client
-        for name in method.split("."):
-            found = getattr(found, name, None)
-        if not callable(found):
-            raise ConfigurationError(f"{client!r} has no method {method!r}. Name one that it has.")
-
-        def charge() -> AbstractAsyncContextManager[Call]:
-            return self.charge(line=line, payer=payer, hold=hold, price=price, caller=caller, **options)
-
-        return ChargedClient(client, tuple(method.split(".")), charge)
-
-    @contextmanager
-    def charge_sync(
-        self,
-        *,
-        line: str,
-        payer: str | None = None,
-        hold: HoldSize | None = None,
-        price: Price | None = None,
-        caller: Caller | None = None,
-        **options: Unpack[ChargeOptions],
-    ) -> Iterator[Call]:
-        """
-        `charge` for code without an event loop (a Celery task, a script): ``with metering.charge_sync(...) as call:``.
-
-        The call lives on this process's `portal`; the block runs where it stands, in any thread, with `current_call`.
-        Arguments, errors and endings are those of `charge`.
-
-        Raises:
-            ConfigurationError: Also where the thread runs an event loop: use `charge` there.
-        """
-        outer = CURRENT.get()
-        block = self.charge(line=line, payer=payer, hold=hold, price=price, caller=caller, **options)
-        with self.portal().within(block) as call:
-            CURRENT.set(call.opening)
-            try:
-                yield call
-            finally:
-                # Here, and not where it is left there: each thread has a context of its own.
-                if CURRENT.get() is call.opening:
-                    CURRENT.set(outer)
-
-    def portal(self) -> Portal:
-        """
-        The thread of this process that runs the metering for code without an event loop, started by its first use.
-
-        ``metering.portal().call(metering.grant, "org_7", 10, id="invoice-1")`` is any of the async verbs. A forked
-        child has one of its own. `close` ends it.
-        """
-        return self._portal
-
-    def close(self) -> None:
-        """
-        End this process's `portal`: drain, export, and give back what it uses. The next use starts it again.
-
-        Where it is not called, the end of the process does it.
-        """
-        self.portal().close()
-
-    # -- how a payer stands --------------------------------------------------------------------------------
-
-    async def preview(
-        self,
-        payer: str,
-        *,
-        line: str,
-        hold: HoldSize | None = None,
-        price: Price | None = None,
-        plan: str | None = None,
-        caller: Caller | None = None,
-        **options: Unpack[ChargeOptions],
-    ) -> Previewed:
-        """
-        Ask what a call would cost and who would pay, without making it: nothing is held, counted or told (S0.37).
-
-        Args:
-            payer: Whose call it would be.
-            line: The billing line.
-            hold: As of `charge`.
-            price: As of `charge`.
-            options: As of `charge`, such as ``sources=``.
-            plan: Of the payer, for allowances by plan.
-            caller: Who would call, where a payer's account is computed from it; its own plan counts, if it has one.
-
-        Raises:
-            ConfigurationError: An argument that cannot work.
-            AmountError: A price or hold that the unit cannot count.
-            StoreUnavailableError: No answer came.
-
-        One round trip. Others may take what is seen here before the call comes.
-        """
-        from asgi_metering.standing import previewed
-
-        policy, call = prepared(self, payer, planned(caller, payer, plan), line, hold, price, options)
-        call.policy = policy
-        await self.start()
-        return await previewed(call)
-
-    async def allowances(
-        self,
-        payer: str,
-        *,
-        sources: Sequence[PaymentSource],
-        unit: Unit | None = None,
-        plan: str | None = None,
-        caller: Caller | None = None,
-    ) -> list[AllowanceStatus]:
-        """
-        How the allowances among *sources* stand: used, held, limit, remaining, and when they reset (S0.13, S4.18).
-
-        Args:
-            payer: Whose. An allowance that names a `Payer` is shown of its account.
-            sources: The list that the routes have, so that limits come from one declaration (S4.2).
-            unit: The metering's by default.
-            plan: Of the payer; none gets the smallest limit, as at the gate.
-            caller: As of `preview`.
-
-        Raises:
-            PayerError: Whose an allowance is could not be resolved.
-            AmountError: A limit that the unit cannot count.
-            StoreUnavailableError: No answer came.
-
-        Changes nothing. One reading per account.
-        """
-        from asgi_metering.standing import allowance_statuses
-
-        policy, call = prepared(
-            self, payer, planned(caller, payer, plan), "allowances", None, 0, {"sources": sources, "unit": unit}
-        )
-        if policy.charge is None:
-            raise AssertionError("billable() makes a charge")
-        await self.start()
-        return await allowance_statuses(call, policy.charge)
-
-    async def balances(self, payer: str) -> dict[str, Balance]:
-        """The `balance` of *payer* in each unit that is known here, by its name: those that routes and grants named."""
-        return {unit.name: await self.balance(payer, unit=unit) for unit in list(self._units.values())}
-
-    async def _is_booked(self, call: Call) -> bool:
-        """End *call* and wait for its receipt, bounded; False where it holds something and the ledger has no end."""
-        ending = call.expects_ending()
-        self.runtime().finish(call)
-        try:
-            receipt = await asyncio.wait_for(asyncio.shield(ending), self.end_timeout_s)
-        except TimeoutError:
-            return False
-        return receipt is not None or not call.has_hold
 
     # -- what calls and layers use -------------------------------------------------------------------------
 

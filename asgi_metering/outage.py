@@ -257,12 +257,20 @@ async def _queue(call: Call, asked: Admit, failure: StoreError) -> None:
     if call.opening.closed:
         await journal.drop(call.id)
     call.queued = ask
-    call.held = asked.amount
+    call.held, call.ttl_s = asked.amount, asked.ttl_s
 
 
 async def keep_in_doubt(call: Call, ask: Admit, policy: Basis) -> bool:
     """Have the journal keep how *policy* ends *call*, should its process die with what it holds by *ask* now."""
-    return await call.metering.runtime().remember(call.id, (ask, _lost(ask, policy)))
+    return await call.metering.runtime().remember(call.id, (ask, _lost(ask, policy, call.observed_parts)))
+
+
+async def beat_locally(call: Call) -> None:
+    """Have the journal keep what a queued call was seen to use so far, as its heartbeats would tell the store."""
+    policy = in_doubt_of(call.charge)
+    # Once it has ended, the journal keeps how.
+    if call.queued is not None and not call.closed and policy is Basis.OBSERVED:
+        await keep_in_doubt(call, call.queued, policy)
 
 
 async def hold_more_locally(call: Call, to: int) -> None:
@@ -283,9 +291,9 @@ def in_doubt_of(charge: ChargePolicy | None) -> Basis:
     return (end if isinstance(end, EndPolicy) else EndPolicy({})).basis(Situation.ABORTED)
 
 
-def _lost(ask: Admit, policy: Basis) -> End:
-    """How the policy ends a queued call whose process has died: nothing was seen of it but what it held."""
-    is_charged = policy is Basis.HOLD and ask.amount > 0
-    amount = ask.amount if is_charged else None
+def _lost(ask: Admit, policy: Basis, observed: int) -> End:
+    """How the policy ends a queued call whose process has died: by what it held, or was seen to use."""
+    amounts = {Basis.HOLD: ask.amount, Basis.OBSERVED: observed}
+    amount = amounts.get(policy) or None
     event = {"outcome": "aborted", "reason": "in_doubt"} if ask.facts else None
-    return End(ask.id, amount, policy, event=event, failed=not is_charged)
+    return End(ask.id, amount, policy, event=event, failed=amount is None)

@@ -25,6 +25,7 @@ from asgi_metering.delivery import Delivery
 from asgi_metering.errors import AmountError, MeteringError, StoreError, StoreUnavailableError
 from asgi_metering.events.exporter import Exporter
 from asgi_metering.growing import growth_of
+from asgi_metering.outage import beat_locally
 from asgi_metering.overdue import Overdue
 from asgi_metering.receipts import Receipt
 from asgi_metering.rules.decide import Answer
@@ -561,7 +562,7 @@ class Runtime:
             call.see(Cause.ABORTED)
             log.error("Call %s is older than %s s; it is ended as it is.", call.id, self._metering.max_call_s)
             self.finish(call)
-        elif call.has_hold and not call.hold_lost and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:
+        elif call.beats and not call.hold_lost and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:
             call.last_beat = now
             self._spawn(self._beat(call), f"heartbeat of {call.id}")
         if call.growth is not None:
@@ -571,11 +572,16 @@ class Runtime:
             call.observer.digest()
 
     async def _beat(self, call: Call) -> None:
+        told = call.observed_parts
         try:
             call.observed_parts = max(call.observed_parts, await observed_parts(call))
         except Exception as failure:  # noqa: BLE001 -- a price of the application's own; the call lives, and its hold
-            told = f"What call {call.id} has used so far cannot be told; its heartbeat repeats what was told last."
-            self._metering.alarms.raised("heartbeat", told, failure)
+            untold = f"What call {call.id} has used so far cannot be told; its heartbeat repeats what was told last."
+            self._metering.alarms.raised("heartbeat", untold, failure)
+        if call.queued is not None:
+            if call.observed_parts > told:
+                await beat_locally(call)
+            return
         renewed = await self._quietly(Renew(call.id, call.observed_parts))
         # Its own end may have come between.
         if renewed is False and not call.closed:

@@ -6,11 +6,17 @@ Reads only, from the same declarations that the gate decides by (S4.2). Knows no
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Unpack, cast
 
 from asgi_metering.admission import asked_of, foresee
+from asgi_metering.amounts import Unit
+from asgi_metering.caller import Caller
 from asgi_metering.decisions import Reason, Refusal
 from asgi_metering.errors import PayerError
+from asgi_metering.outside import planned, prepared
+from asgi_metering.policies import ChargeOptions, HoldSize, Price
+from asgi_metering.receipts import Balance
 from asgi_metering.rules.admission import window_now
 from asgi_metering.rules.decide import clamped
 from asgi_metering.rules.operations import AllowanceSource
@@ -19,10 +25,11 @@ from asgi_metering.stores.contract import AccountRows
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
+    from asgi_metering.metering import Metering
     from asgi_metering.policies import ChargePolicy
-    from asgi_metering.sources import Payer
+    from asgi_metering.sources import Payer, PaymentSource
 
-__all__ = ["AllowanceStatus", "Previewed", "allowance_statuses", "previewed"]
+__all__ = ["AllowanceStatus", "Previewed", "Standing", "allowance_statuses", "previewed"]
 
 
 class AllowanceStatus(NamedTuple):
@@ -165,3 +172,87 @@ def _status(state: State, source: AllowanceSource, bucket: BucketKey, plan: str 
         window.start if has_begun else None,
         window.end if has_begun else None,
     )
+
+
+class Standing:
+    """How payers stand. `Metering` is one that tells."""
+
+    _units: dict[str, Unit]
+
+    async def preview(
+        self,
+        payer: str,
+        *,
+        line: str,
+        hold: HoldSize | None = None,
+        price: Price | None = None,
+        plan: str | None = None,
+        caller: Caller | None = None,
+        **options: Unpack[ChargeOptions],
+    ) -> Previewed:
+        """
+        Ask what a call would cost and who would pay, without making it: nothing is held, counted or told (S0.37).
+
+        Args:
+            payer: Whose call it would be.
+            line: The billing line.
+            hold: As of `charge`.
+            price: As of `charge`.
+            options: As of `charge`, such as ``sources=``.
+            plan: Of the payer, for allowances by plan.
+            caller: Who would call, where a payer's account is computed from it; its own plan counts, if it has one.
+
+        Raises:
+            ConfigurationError: An argument that cannot work.
+            AmountError: A price or hold that the unit cannot count.
+            StoreUnavailableError: No answer came.
+
+        One round trip. Others may take what is seen here before the call comes.
+        """
+        policy, call = prepared(_root(self), payer, planned(caller, payer, plan), line, hold, price, options)
+        call.policy = policy
+        await _root(self).start()
+        return await previewed(call)
+
+    async def allowances(
+        self,
+        payer: str,
+        *,
+        sources: Sequence[PaymentSource],
+        unit: Unit | None = None,
+        plan: str | None = None,
+        caller: Caller | None = None,
+    ) -> list[AllowanceStatus]:
+        """
+        How the allowances among *sources* stand: used, held, limit, remaining, and when they reset (S0.13, S4.18).
+
+        Args:
+            payer: Whose. An allowance that names a `Payer` is shown of its account.
+            sources: The list that the routes have, so that limits come from one declaration (S4.2).
+            unit: The metering's by default.
+            plan: Of the payer; none gets the smallest limit, as at the gate.
+            caller: As of `preview`.
+
+        Raises:
+            PayerError: Whose an allowance is could not be resolved.
+            AmountError: A limit that the unit cannot count.
+            StoreUnavailableError: No answer came.
+
+        Changes nothing. One reading per account.
+        """
+        policy, call = prepared(
+            _root(self), payer, planned(caller, payer, plan), "allowances", None, 0, {"sources": sources, "unit": unit}
+        )
+        if policy.charge is None:
+            raise AssertionError("billable() makes a charge")
+        await _root(self).start()
+        return await allowance_statuses(call, policy.charge)
+
+    async def balances(self, payer: str) -> dict[str, Balance]:
+        """The `balance` of *payer* in each unit that is known here, by its name: those that routes and grants named."""
+        return {unit.name: await _root(self).balance(payer, unit=unit) for unit in list(self._units.values())}
+
+
+def _root(standing: Standing) -> Metering:
+    """Whose payers they are: nothing else is one."""
+    return cast("Metering", standing)

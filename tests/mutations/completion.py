@@ -214,7 +214,7 @@ MUTATIONS = (
         33,
         "no heartbeats",
         RUNTIME,
-        "        elif call.has_hold and not call.hold_lost and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:\n",
+        "        elif call.beats and not call.hold_lost and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:\n",
         "        elif False:\n",
         _test("test_heartbeats_keep_the_hold_of_a_long_stream"),
     ),
@@ -316,7 +316,7 @@ MUTATIONS = (
     Mutation(
         0,
         "a release that fails replaces what the body raised",
-        "asgi_metering.metering",
+        "asgi_metering.work",
         '                log.warning("Call %s of line %s failed, and its hold i'
         's not released yet.", call.id, call.line)\n',
         "                raise SettlementError(call.id) from None\n",
@@ -328,7 +328,7 @@ MUTATIONS = (
     Mutation(
         0,
         "no receipt is as good as one",
-        "asgi_metering.metering",
+        "asgi_metering.work",
         "        return receipt is not None or not call.has_hold\n",
         "        return True\n",
         ("tests/test_charge.py::test_tell_a_body_that_succeeded_of_an_end_that_cannot_be_booked",),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import pytest
 
-from asgi_metering import Metering, TokenUsage, billable, current_call, slices
+from asgi_metering import Metering, MeteringMiddleware, TokenUsage, billable, current_call, metered_app, slices
 from asgi_metering.call import Call
 from asgi_metering.errors import StoreUnavailableError
 from asgi_metering.events.sinks import CallbackSink
@@ -157,6 +157,46 @@ def test_end_a_growing_call_whose_process_died(policy: Literal["hold", "none"], 
                 await grown.wait()
             await back(metering, store)
             assert await settled(metering) == (charged * CREDIT, 0)
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(("price", "hold", "charged"), [(PRICE, 20, 9), (2, None, 2)], ids=["measured", "fixed"])
+def test_charge_what_was_seen_of_a_queued_call_whose_process_died(
+    price: Any, hold: int | None, charged: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DESIGN "End of call": the journal hears what heartbeats tell, so that a killed worker's call is charged that."""
+    monkeypatch.setattr("asgi_metering.runtime.TICK_S", 0.005)
+    written: list[End] = []
+
+    async def endpoint(scope: Any, _receive: Any, send: Any) -> None:
+        current_call().record(TokenUsage(input=0, output=9))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{", "more_body": True})
+        await asyncio.Event().wait()
+
+    async def play() -> None:
+        store = Gated()
+        async with used(store, journal=tmp_path / "j", on_store_down=QUEUE, max_call_s=1.0) as metering:
+            keep = metering.runtime()._delivery.keep
+
+            async def kept(call_id: str, steps: Any, **options: Any) -> bool:
+                written.append(steps[1])
+                return await keep(call_id, steps, **options)
+
+            async def is_heard() -> bool:
+                return len(written) == 2
+
+            metering.runtime()._delivery.keep = kept  # type: ignore[method-assign]
+            store.down = True
+            metering.runtime().finish = lambda call: None  # type: ignore[method-assign]
+            app = metered_app(endpoint, billable(price, hold=hold, ttl_s=0.03))
+            async with Drive(MeteringMiddleware(app, metering=metering), http_scope("/")):
+                await until(is_heard)
+            await back(metering, store)
+            assert await settled(metering) == (charged * CREDIT, 0)
+            # What does not change is not written again.
+            assert len(written) == 2
 
     asyncio.run(play())
 
