@@ -282,6 +282,7 @@ def test_show_a_generator_its_own_call_inside_of_what_a_dependency_charges(kind:
     endpoint = endpoint if kind == "async" else endpoint_in_a_thread
     app.get("/", dependencies=[Depends(extra)], response_class=EventSourceResponse)(endpoint)
     (ended,) = visit(installed(app, scene.metering, "wrapped"), Visit())
+    scene.metering.close()
     assert body(ended.log).count(b"item") == 4
     assert lines == ["own", "inner", "inner", "own", "own", "extra"]
     assert scene.settled() == PRICE + 3 + 4
