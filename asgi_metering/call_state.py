@@ -184,3 +184,9 @@ class CallState:
         for future in endings or ():
             if not future.done():
                 future.set_result(receipt)
+        self.opening.let_go()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the ledger has answered to its end, or it was never told of one."""
+        return self._endings is None or not self.needs_end

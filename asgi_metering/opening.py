@@ -91,6 +91,15 @@ class Opening:
         """The request's body; None outside HTTP."""
         return None
 
+    def let_go(self) -> None:
+        """
+        Forget the call of a request that is over, once that has ended too.
+
+        They refer to each other: a circle for each request would be work for the collector of garbage.
+        """
+        if self.closed:
+            self.call = None
+
     def cut(self) -> None:
         """Stop the work of the call and its answer, on the loop of the request; outside HTTP nothing can be stopped."""
 

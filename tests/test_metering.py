@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -184,6 +185,24 @@ def test_name_calls_in_the_order_of_their_time(monkeypatch: pytest.MonkeyPatch) 
     assert {len(each) for each in ids} == {32}
     monkeypatch.setattr("asgi_metering.metering.time.time_ns", lambda: 1_700_000_000_000_000_000)
     assert len({new_id() for _ in range(1_000)}) == 1_000
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_draw_other_ids_in_a_forked_child() -> None:
+    """What a process has drawn for its ids is none of its children's: two calls never share an id (X.8)."""
+    new_id = Metering(sinks=()).new_id
+    new_id()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(writing, " ".join(new_id()[12:] for _ in range(8)).encode())
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with os.fdopen(reading) as told:
+        theirs = told.read().split()
+    assert len(theirs) == 8
+    assert not {new_id()[12:] for _ in range(8)} & set(theirs)
 
 
 def test_take_ids_and_times_from_what_is_injected() -> None:

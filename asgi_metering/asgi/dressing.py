@@ -32,9 +32,9 @@ def dressed(call: Call, message: Message, scope: Scope, options: AnswerOptions) 
 
     Always a new list: frameworks may reuse a response object, whose own list must not grow.
     """
-    features, policy, decision = call.opening.features, call.policy, call.decision
+    policy, decision = call.policy, call.decision
     given: Headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
-    if policy is not None and "quotas" in features:
+    if policy is not None and "quotas" in call.opening.features:
         given = _capture(call, policy.charge, given, message["status"])
     tap = tap_of(call, given, scope)
     if decision is not None:
@@ -45,14 +45,22 @@ def dressed(call: Call, message: Message, scope: Scope, options: AnswerOptions) 
             warn_below=call.warning_level,
             overdraft=call.overdraft,
         )
-        if fields:
-            ours = {name for name, _ in fields}
-            given = [field for field in given if field[0].lower() not in ours]
-            given += fields
+        ours = [name for name, _ in fields]
+        for name, _ in given:
+            if name[:1] in options.names.initials and name.lower() in ours:
+                given = [field for field in given if field[0].lower() not in ours]
+                break
+        given += fields
     return {**message, "headers": given}, tap
 
 
 def _capture(call: Call, charge: ChargePolicy | None, given: Headers, status: int) -> Headers:
+    for name, _ in given:
+        if is_quota_header(name):
+            break
+    else:
+        # Nearly every answer that is not a provider's.
+        return given
     quotas = [field for field in given if is_quota_header(field[0])]
     if not quotas:
         return given

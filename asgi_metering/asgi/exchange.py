@@ -88,6 +88,9 @@ class ExchangeOptions:
 
 _DEFAULTS = ExchangeOptions()
 
+_OVER: Scope = {}
+"""The scope of a request that is over."""
+
 
 async def run(app: ASGIApp, exchange: Exchange, receive: Receive, send: Send) -> None:
     """Run *app* for the request of *exchange*, and do what its call, if somebody asks for one, needs around it."""
@@ -119,7 +122,10 @@ async def run(app: ASGIApp, exchange: Exchange, receive: Receive, send: Send) ->
     finally:
         CURRENT.reset(token)
         exchange.closed = True
-        await exchange.over()
+        try:
+            await exchange.over()
+        finally:
+            exchange.let_go()
 
 
 class Exchange(Opening):
@@ -561,6 +567,15 @@ class Exchange(Opening):
             self._close(call)
             if not (runtime.managed or call.receipt is not None or not call.has_hold):
                 await self._booked(call, runtime)
+
+    def let_go(self) -> None:
+        """Forget what refers to this exchange in turn, such as the scope that it stands in."""
+        if not self.closed:
+            return
+        self.scope, self._origin = _OVER, None
+        # What the app of a refused call still sends goes nowhere, however late.
+        if not self.swapped and self.call is not None and self.call.has_ended:
+            super().let_go()
 
     def _close(self, call: Call) -> None:
         """Hand the call to the runtime; the first cause seen wins."""

@@ -79,6 +79,9 @@ class HeaderNames:
         retry_after: Whole seconds until a retry may pass.
         available: What the paying source has left after this call's hold.
 
+    Attributes:
+        initials: What they begin with, in either case: a field that does not is none of them.
+
     Raises:
         ConfigurationError: A name that is no header name, that frames the message, or that stands for two fields.
 
@@ -94,6 +97,7 @@ class HeaderNames:
     retry_after: str | None = "Retry-After"
     available: str | None = "Metering-Available"
     _wire: tuple[bytes | None, ...] = field(init=False, repr=False, compare=False)
+    initials: frozenset[bytes] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         names = (self.policy, self.state, self.limit, self.remaining, self.reset, self.retry_after, self.available)
@@ -110,6 +114,8 @@ class HeaderNames:
             seen.add(name.lower())
         wire = tuple([None if name is None else name.lower().encode("ascii") for name in names])
         object.__setattr__(self, "_wire", wire)
+        initials = {letter for name in wire if name is not None for letter in (name[:1], name[:1].upper())}
+        object.__setattr__(self, "initials", frozenset(initials))
 
     @classmethod
     def with_legacy(cls) -> HeaderNames:

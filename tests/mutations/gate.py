@@ -591,7 +591,7 @@ LAYERS = (
         0,
         "quotas are captured without their layer",
         DRESSING,
-        '    if policy is not None and "quotas" in features:\n',
+        '    if policy is not None and "quotas" in call.opening.features:\n',
         "    if policy is not None:\n",
         _in("layers", "test_do_exactly_what_the_layers_enable[credits-up]"),
     ),
