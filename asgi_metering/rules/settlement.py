@@ -16,7 +16,7 @@ from asgi_metering.receipts import Basis, EndedBy, EntryKind, Part, Receipt, Sou
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.charging import basis_of, charge
 from asgi_metering.rules.hold import HoldEvent, next_state
-from asgi_metering.rules.keys import answer_key, end_member, is_repeated, unpaid_key
+from asgi_metering.rules.keys import GIVEN_BACK, answer_key, end_member, is_repeated, unpaid_key
 from asgi_metering.rules.operations import End, Renew, Undo
 from asgi_metering.rules.returning import give_back, left_of, move_window
 from asgi_metering.rules.state import (
@@ -136,7 +136,7 @@ def undo(state: State, ask: Undo, now: float) -> tuple[bool, list[Change]]:
 def _kept(table: str, row: Any) -> Any:
     if table == Table.CHARGE_KEY:
         return None if row.is_given_back else row
-    return None if table == Table.IDEMPOTENCY else row
+    return None if table == Table.IDEMPOTENCY and row.call == GIVEN_BACK else row
 
 
 def _window_at(counter: Counter, at: float) -> float | None:

@@ -327,6 +327,16 @@ MUTATIONS = (
     ),
     Mutation(
         0,
+        "an end that no account can count is given up",
+        RUNTIME,
+        "            except AmountError as failure:\n",
+        "            except ZeroDivisionError as failure:\n",
+        (
+            "tests/test_measuring.py::test_charge_beyond_what_is_counted_falls_back_to_the_policy[none-None-0-memory://]",
+        ),
+    ),
+    Mutation(
+        0,
         "no receipt is as good as one",
         "asgi_metering.work",
         "        return receipt is not None or not call.has_hold\n",

@@ -50,6 +50,14 @@ MUTATIONS = (
     ),
     Mutation(
         0,
+        "a late end leaves its key free",
+        "asgi_metering.rules.keys",
+        "    if row is None or row.call not in (hold.id, GIVEN_BACK):\n        return []\n",
+        "    if row is None or row.call != hold.id:\n        return []\n",
+        _once("test_answer_what_a_request_did_that_was_given_up[keyed_app]"),
+    ),
+    Mutation(
+        0,
         "failures keep their key",
         BILLING,
         "told, row not in DONE, reply",

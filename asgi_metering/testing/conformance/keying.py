@@ -116,6 +116,15 @@ class Repeating(Suite):
         assert [before.replay is not None, after.admitted] == [True, True]
 
     @scenario
+    async def test_free_key_is_forgotten_with_its_time(self, scene: Scene) -> None:
+        """A key that a failure has freed is remembered for its time, as any other, and not a moment longer."""
+        await scene.admit("a", idempotency=KEY)
+        await scene.release("a", failed=True)
+        scene.clock.advance(TTL_S)
+        await scene.one(Sweep())
+        assert (await scene.state()).idempotency_keys == {}
+
+    @scenario
     async def test_late_end_beside_the_repeat(self, scene: Scene) -> None:
         """A request that was given up, and came again since, is not charged beside its repeat."""
         await scene.grant(100)

@@ -225,6 +225,20 @@ class Moving(Suite):
         assert (await other.account()).settled == 4
 
     @_movable
+    async def test_move_a_key_that_is_free_again(self, scene: Scene) -> None:
+        """The late end of a request that was given up finds its key on the store that both came to, and answers it."""
+        await scene.grant(100)
+        ask = scene.ask("c1", 10)._replace(idempotency=IdempotencyAsk(rooted("k", PAYER), "f"))
+        await scene.run(ask)
+        scene.clock.advance(LIFE_S + GRACE_S)
+        await scene.one(Sweep())
+        other = await scene.fellow()
+        await _move(scene.store, other.store)
+        assert tables(await other.state()) == tables(await scene.state())
+        assert (await other.settle("c1", 4)).late == 4
+        assert (await other.one(ask._replace(id="c2"))).replay is not None
+
+    @_movable
     async def test_deliver_moved_events_once(self, scene: Scene) -> None:
         """Events that nobody has taken are claimed in their order where they came to, and once."""
         await scene.run(*(Emit(((f"e{number}", {"n": number}),)) for number in (3, 1, 2)))
