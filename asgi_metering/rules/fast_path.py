@@ -14,6 +14,7 @@ equal answers, states and changes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
 from asgi_metering.amounts import MAX_AMOUNT
@@ -56,6 +57,10 @@ _Moved: TypeAlias = tuple[tuple[Part, ...], int, Account, Grant | None, dict[str
 
 _NO_WALLET: dict[str, Grant] = {}
 
+SHARED_PARTS = 4_096
+"""Grants times prices whose parts are one object each: holds stay for long after they ended, and the collector looks at
+whatever they are made of. Half a megabyte; what does not fit is made anew."""
+
 
 # -- admission ---------------------------------------------------------------------------------------------
 
@@ -83,12 +88,13 @@ def admit(state: State, ask: Admit, now: float, written: list[Change] | None = N
     account = state.accounts.get(key)
     if account is not None and not account[-1] <= now < account[-2]:
         return None
-    pools = state.leases
+    pools: tuple[str, ...] = ()
     for _, pool, slots, _ in leases:
         # Also beside leases that are over and were not cleared away.
-        taken = pools.get(pool)
+        taken = state.leases.get(pool)
         if slots <= (0 if taken is None else len(taken)):
             return None
+        pools += (pool,)
     looks = _looked(state, limits, now) if limits else _NO_LOOKS
     if looks is None:
         return None
@@ -129,7 +135,7 @@ def admit(state: State, ask: Admit, now: float, written: list[Change] | None = N
         # fmt: off
         hold = build(Hold, (
             call, payer, unit, amount, parts, _HELD, now, expires_at, due_at, ttl_s, grace_s, in_doubt, line, 0, pinned,
-            tuple([lease[1] for lease in leases]) if leases else (), facts, None, group, "", "",
+            pools, facts, None, group, "", "",
         ))
         # fmt: on
         _begin(state, key, hold)
@@ -195,7 +201,7 @@ def _hold(state: State, key: AccountKey, account: Account, amount: int, due_at: 
             lapsed, begun, taken_back,
         ))
         # fmt: on
-        parts = (build(Part, (_GRANT, name, 0.0, amount)),)
+        parts = _parts(name, amount)
     if due_at > next_due_at:
         due_at = next_due_at
     # fmt: off
@@ -204,6 +210,11 @@ def _hold(state: State, key: AccountKey, account: Account, amount: int, due_at: 
     ))
     # fmt: on
     return parts, available, account, grant, wallet
+
+
+@lru_cache(SHARED_PARTS)
+def _parts(grant: str, amount: int) -> tuple[Part, ...]:
+    return (build(Part, (_GRANT, grant, 0.0, amount)),)
 
 
 def _begin(state: State, key: AccountKey, hold: Hold) -> None:
