@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from asgi_metering.decisions import Decision
 from asgi_metering.receipts import GrantReceipt, Posting, Receipt
-from asgi_metering.rules import fast_path
+from asgi_metering.rules import fast_admission, fast_end
 from asgi_metering.rules.admission import admit, grow
 from asgi_metering.rules.corrections import backfill, correct_account, refund, reverse_grant
 from asgi_metering.rules.operations import (
@@ -182,8 +182,8 @@ _BEFORE: Mapping[type, Callable[[State, Any, float, list[Change]], float]] = {
 }
 
 PLAINLY: Mapping[type, Callable[[State, Any, float, list[Change] | None], Answer | None]] = {
-    Admit: fast_path.admit,
-    End: fast_path.end,
+    Admit: fast_admission.admit,
+    End: fast_end.end,
 }
 """What is tried first; None of it is the general rules' to decide."""
 

@@ -124,10 +124,12 @@ class Forgetting:
         windows: OrderedDict[Any, AllowanceWindow] = OrderedDict()
         accounts: OrderedDict[AccountKey, Account] = OrderedDict()
         state.counters, state.allowances, state.accounts = counters, windows, accounts
-        self._counters = _Ring(counters, bounds.counters, _is_past, counters.__delitem__)
-        self._rings: tuple[_Ring[Any, Any], ...] = (
-            self._counters,
+        self._adding: tuple[_Ring[Any, Any], ...] = (
+            _Ring(counters, bounds.counters, _is_past, counters.__delitem__),
             _Ring(windows, bounds.windows, _is_settled, self._drop_window),
+        )
+        self._rings = (
+            *self._adding,
             _Ring(accounts, bounds.strangers, self._is_stranger, self._drop_account),
         )
 
@@ -149,11 +151,11 @@ class Forgetting:
                 ring.turn(now, LOOKS_PER_ROW * new)
 
     def after_admission(self, now: float) -> None:
-        """As `after` an admission by the fast path, which adds nothing but counters."""
-        ring = self._counters
-        new = len(ring.rows) - ring.known
-        if new > 0:
-            ring.turn(now, LOOKS_PER_ROW * new)
+        """As `after` an admission by the fast path, which adds nothing but counters and windows."""
+        for ring in self._adding:
+            new = len(ring.rows) - ring.known
+            if new > 0:
+                ring.turn(now, LOOKS_PER_ROW * new)
 
     def after_end(self, receipt: Receipt) -> None:
         """As `after` an end by the fast path, which adds an ended call and a ledger line."""

@@ -15,7 +15,7 @@ from operator import attrgetter
 from typing import Any
 
 from asgi_metering.errors import StoreContendedError
-from asgi_metering.rules import fast_path
+from asgi_metering.rules import fast_admission, fast_end
 from asgi_metering.rules.decide import Answer, decided
 from asgi_metering.rules.operations import Admit, End, Operation, Sweep
 from asgi_metering.rules.state import AccountKey, Change, State, Table
@@ -97,12 +97,12 @@ class MemoryStore(Store):
             now = self._clock()
             # Nearly every call, without a list of what is written: the rows are where they stay.
             if type(operation) is Admit:
-                decision = fast_path.admit(self._state, operation, now)
+                decision = fast_admission.admit(self._state, operation, now)
                 if decision is not None:
                     self._forgetting.after_admission(now)
                     return decision
             elif type(operation) is End:
-                receipt = fast_path.end(self._state, operation, now)
+                receipt = fast_end.end(self._state, operation, now)
                 if receipt is not None:
                     self._forgetting.after_end(receipt)
                     return receipt

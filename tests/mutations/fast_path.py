@@ -6,7 +6,8 @@ from tests.mutations.entries import Mutation
 
 __all__ = ["MUTATIONS"]
 
-FAST_PATH = "asgi_metering.rules.fast_path"
+ADMISSION = "asgi_metering.rules.fast_admission"
+END = "asgi_metering.rules.fast_end"
 
 
 def _test(*names: str) -> tuple[str, ...]:
@@ -17,7 +18,7 @@ MUTATIONS = (
     Mutation(
         0,
         "the fast path sees nothing overdue",
-        FAST_PATH,
+        ADMISSION,
         "    if account is not None and not account[-1] <= now < account[-2]:\n",
         "    if False:\n",
         _test(
@@ -28,7 +29,7 @@ MUTATIONS = (
     Mutation(
         0,
         "the fast path sees no grant lapse",
-        FAST_PATH,
+        ADMISSION,
         "    if available < 0 or now >= changes_at or",
         "    if available < 0 or",
         _test("leave_a_call_of_an_account_that_is_not_plain[grant lapses]"),
@@ -36,7 +37,7 @@ MUTATIONS = (
     Mutation(
         0,
         "the fast path knows no full window",
-        FAST_PATH,
+        ADMISSION,
         "            if used > most:\n",
         "            if False:\n",
         _test("leave_a_call_that_is_not_plain[window without room]"),
@@ -44,7 +45,7 @@ MUTATIONS = (
     Mutation(
         0,
         "the fast path knows no full pool",
-        FAST_PATH,
+        ADMISSION,
         "        if slots <= (0 if taken is None else len(taken)):\n",
         "        if False:\n",
         _test(
@@ -55,7 +56,7 @@ MUTATIONS = (
     Mutation(
         0,
         "the fast path admits keys",
-        FAST_PATH,
+        ADMISSION,
         "    if charge_key is not None or idempotency is not None or call in state.holds:\n",
         "    if call in state.holds:\n",
         _test(
@@ -66,7 +67,7 @@ MUTATIONS = (
     Mutation(
         0,
         "the fast path holds for nobody",
-        FAST_PATH,
+        ADMISSION,
         "settled, held + amount, expired",
         "settled, held, expired",
         _test("take_a_plain_call[units]"),
@@ -74,7 +75,7 @@ MUTATIONS = (
     Mutation(
         0,
         "the fast path charges above the hold",
-        FAST_PATH,
+        END,
         " or amount > size or debt or",
         " or debt or",
         _test("leave_an_end_that_is_not_plain[more than held]"),
@@ -82,7 +83,7 @@ MUTATIONS = (
     Mutation(
         0,
         "the fast path returns to lapsed grants",
-        FAST_PATH,
+        END,
         "    if expires_at <= now or spent",
         "    if spent",
         _test("leave_an_end_of_what_is_not_plain[grant has lapsed]"),
@@ -90,7 +91,7 @@ MUTATIONS = (
     Mutation(
         0,
         "the fast path leaves spent grants open",
-        FAST_PATH,
+        END,
         " or spent + lapsed + taken_back >= given:",
         ":",
         _test("leave_an_end_of_what_is_not_plain[grant is spent]"),
@@ -98,7 +99,7 @@ MUTATIONS = (
     Mutation(
         0,
         "the fast path ends no lease",
-        FAST_PATH,
+        END,
         "            taken.pop(call, None)\n",
         "            pass\n",
         _test("take_a_plain_end[of a slot]"),

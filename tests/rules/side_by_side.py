@@ -7,9 +7,18 @@ from typing import Any
 from hypothesis import strategies as st
 
 from asgi_metering.receipts import Basis, EndedBy
-from asgi_metering.rules.operations import Admit, End, LimitAsk, Operation, PostGrant, WalletSource
+from asgi_metering.rules.operations import (
+    Admit,
+    AllowanceSource,
+    End,
+    LimitAsk,
+    Operation,
+    PostGrant,
+    SourceAsk,
+    WalletSource,
+)
 from asgi_metering.rules.state import State
-from tests.rules.world import WALLET, calendar, fixed, sliding, slots
+from tests.rules.world import WALLET, calendar, days, fixed, sliding, slots
 
 __all__ = ["ordered", "plain_calls"]
 
@@ -37,6 +46,12 @@ def _limits(now: float) -> tuple[LimitAsk, ...]:
     )
 
 
+def _sources(now: float) -> tuple[tuple[SourceAsk, ...], ...]:
+    free, rolls = AllowanceSource("free", 40, days(now)), AllowanceSource("rolls", 60, window_s=45.0)
+    alone = (WALLET,)
+    return (alone, alone, alone, (WalletSource(9, "q", "team"),), (free, WALLET), (rolls,), (WALLET, free), ())
+
+
 @st.composite
 def plain_calls(draw: st.DrawFn, now: float) -> list[Operation]:
     """Mostly what the fast path takes: new calls with room and their ends, and grants that keep the account going."""
@@ -49,7 +64,7 @@ def plain_calls(draw: st.DrawFn, now: float) -> list[Operation]:
             made.append(grant._replace(expires_at=ends))
         elif kind == "A":
             amount = draw(st.sampled_from((0, 5, 5, 18)))
-            sources = draw(st.sampled_from(((WALLET,), (WALLET,), (WalletSource(9, "q", "team"),), ())))
+            sources = draw(st.sampled_from(_sources(now)))
             limits = draw(st.lists(st.sampled_from(_limits(now)), max_size=3))
             leases = draw(st.sampled_from(((), (slots(30),), (slots(30), slots(30), slots(20, "other", "global")))))
             amount = amount if sources else 0

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.errors import MeteringError
 from asgi_metering.receipts import Basis, EndedBy
-from asgi_metering.rules import decide, fast_path
+from asgi_metering.rules import decide, fast_admission, fast_end
 from asgi_metering.rules.decide import decided, run
 from asgi_metering.rules.operations import (
     Acknowledge,
@@ -133,11 +133,15 @@ CALL = Admit("new", "ada", "credits", 5, 5, (WALLET,), facts={"a": 1})
 
 @pytest.fixture
 def world() -> World:
-    """Ada has one grant of 100 and a call for 5 in flight, *old*; *held*, without units, keeps a slot."""
+    """
+    Ada has one grant of 100 and a call for 5 in flight, *old*; *held*, without units, keeps a slot; *used* holds 4 of
+    the 9 that are free each day.
+    """
     world = World()
     world.grant(100)
     world.admit(5, "old", limits=(sliding(90, key="t", meter="tokens", cost=9),), leases=(slots(3),), facts={"a": 1})
     world.admit(0, "held", leases=(slots(3),))
+    world.admit(4, "used", sources=(world.free(9),))
     return world
 
 
@@ -148,7 +152,7 @@ def is_taken(world: World, ask: Admit | End) -> bool:
     Where it does not, it has left everything as it was.
     """
     general, before, written = copy.deepcopy(world.state), ordered(world.state), list[Change]()
-    way: Callable[..., Any] = fast_path.admit if isinstance(ask, Admit) else fast_path.end
+    way: Callable[..., Any] = fast_admission.admit if isinstance(ask, Admit) else fast_end.end
     answer = way(world.state, ask, world.now, written)
     if answer is None:
         assert ordered(world.state) == before
@@ -166,6 +170,7 @@ def admissions(now: float) -> dict[str, Admit]:
     three = (fixed(5), fixed(5, key="k2"), fixed(5, key="k3"))
     windows = (fixed(5), sliding(5, key="s"), calendar(5, now, key="d"), fixed(9, key="w", meter="tokens", cost=9))
     free = CALL._replace(amount=0, minimum=0, sources=())
+    day, rolls = AllowanceSource("free", 9, days(now)), AllowanceSource("trial", 9, window_s=50.0)
     return {
         "three limits, a slot and units": CALL._replace(limits=three, leases=(slots(3),)),
         "units": CALL,
@@ -175,6 +180,13 @@ def admissions(now: float) -> dict[str, Admit]:
         "overdraft that is not needed": CALL._replace(sources=(WalletSource(50),)),
         "somebody else's wallet": CALL._replace(payer="bob", sources=(WalletSource(0, "ada", "team"),)),
         "its own wallet by name": CALL._replace(sources=(WalletSource(0, "ada", "team", True),)),
+        "an allowance": CALL._replace(sources=(day,)),
+        "an allowance of a window that rolls": CALL._replace(sources=(rolls,)),
+        "an allowance before the wallet": CALL._replace(sources=(day, WALLET)),
+        "an allowance for nothing yet": CALL._replace(sources=(day,), amount=0, minimum=0),
+        "a wallet before an allowance": CALL._replace(sources=(WALLET, day)),
+        "somebody else's allowance": CALL._replace(payer="bob", sources=(day._replace(payer="ada", group="team"),)),
+        "an allowance that could share": CALL._replace(sources=(day._replace(split=True),)),
         "every kind of window": CALL._replace(limits=windows),
         "limits alone": free._replace(limits=three),
         "limits of a stranger": free._replace(payer="eve", limits=three),
@@ -203,13 +215,17 @@ def test_take_a_call_of_the_grant_that_is_spent_first(world: World) -> None:
 def odd_admissions(now: float) -> dict[str, Admit]:
     """By why they are not plain: calls in the world of `world`."""
     free, share = AllowanceSource("free", 9, days(now)), WalletSource(split=True)
+    past = AllowanceSource("free", 9, days(now - 9 * DAY_S))
     stale = calendar(5, now - 9 * DAY_S)
     return {
         "charge key": CALL._replace(charge_key=KeyAsk("k", window_s=9.0)),
         "idempotency key": CALL._replace(idempotency=IdempotencyAsk("i", "f")),
         "repeat": CALL._replace(id="old"),
-        "allowance": CALL._replace(sources=(free,)),
-        "two sources": CALL._replace(sources=(WALLET, free)),
+        "allowance that has too little": CALL._replace(amount=6, minimum=1, sources=(free, WALLET)),
+        "allowance that is used up": CALL._replace(amount=0, minimum=0, sources=(free._replace(limit=4),)),
+        "allowance of an unknown account": CALL._replace(payer="eve", sources=(free,)),
+        "allowance of another time": CALL._replace(sources=(past,)),
+        "another payer behind": CALL._replace(sources=(WALLET, WalletSource(0, "bob"))),
         "split": CALL._replace(sources=(share, share)),
         "no source": CALL._replace(sources=()),
         "no source for the least": CALL._replace(sources=(), amount=0, minimum=1),
@@ -261,6 +277,8 @@ def test_leave_a_call_of_an_account_that_is_not_plain(world: World, why: str) ->
     """An account that is to be looked at for itself is the general rules', whoever's call it pays for."""
     ACCOUNTS[why](world)
     assert not is_taken(world, CALL)
+    if why != "debt":
+        assert not is_taken(world, CALL._replace(sources=(world.free(9),)))
     assert not is_taken(world, CALL._replace(payer="bob", sources=(WalletSource(0, "ada"),)))
 
 
@@ -286,6 +304,11 @@ PLAIN_ENDS = {
     "nothing": End("old", 0, Basis.USAGE, failed=True),
     "release": End("old", None, actual={"other": 4}),
     "a person's": End("old", 5, Basis.HOLD, by=EndedBy.PERSON, event={}),
+    "of an allowance": End("used", 4, Basis.USAGE, event={"b": 2}),
+    "of an allowance in part": End("used", 1, Basis.USAGE),
+    "of an allowance and more": End("used", 12, Basis.USAGE),
+    "of an allowance for nothing": End("used", 0, Basis.USAGE),
+    "of an allowance, given back": End("used", None),
     "of a slot": End("held", None, event={"b": 2}),
     "of a slot for nothing": End("held", 0, Basis.USAGE),
 }
@@ -336,7 +359,6 @@ HOLDS: dict[str, Callable[[World], object]] = {
     "in doubt": lambda world: (world.wait(60), world.admit(1)),
     "charge key": lambda world: _hold_again(world, 5, charge_key=KeyAsk("k", window_s=9.0)),
     "idempotency key": lambda world: _hold_again(world, 5, idempotency=IdempotencyAsk("i", "f")),
-    "allowance": lambda world: _hold_again(world, 5, sources=(world.free(9),)),
     "two parts": lambda world: (world.grant(2, "first", priority=-1), _hold_again(world, 5)),
     "grant is spent": lambda world: (world.grant(5, "first", priority=-1), _hold_again(world, 5)),
     "grant has lapsed": _lapse_before,
@@ -349,6 +371,18 @@ def test_leave_an_end_of_what_is_not_plain(world: World, why: str) -> None:
     """Whatever has become of the call, its account or its grant meanwhile is the general rules'."""
     HOLDS[why](world)
     assert not is_taken(world, End("old", 5, Basis.USAGE))
+
+
+def test_leave_an_end_of_a_window_that_is_gone(world: World) -> None:
+    """Where the window is not at hand, the general rules say what that means."""
+    world.state.allowances.clear()
+    assert not is_taken(world, End("used", 4, Basis.USAGE))
+
+
+def test_leave_an_end_of_a_window_beside_a_grant_that_lapses(world: World) -> None:
+    """Whoever writes to the account lets lapse what is over, whatever paid."""
+    _begin_and_lapse(world)
+    assert not is_taken(world, End("used", 4, Basis.USAGE))
 
 
 def test_leave_an_end_of_what_is_held_as_debt_to_come(world: World) -> None:
