@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import re
 from decimal import Decimal
+from re import Pattern
 from typing import Any, Final
 
 from asgi_metering.usage.dialects import DIALECTS, detect, detect_usage, marks, named
 from asgi_metering.usage.frames import (
+    MAX_PAYLOAD,
     BodyFrames,
     EventFrames,
     Frames,
@@ -24,6 +26,7 @@ from asgi_metering.usage.frames import (
 )
 from asgi_metering.usage.inflate import Inflate
 from asgi_metering.usage.notes import Dialect, Json, Notes, objects
+from asgi_metering.usage.skim import Marks, end_before, end_behind, find_mark, sieve
 from asgi_metering.usage.texts import MAX_TEXT, Heard, Text, join, prose, words
 from asgi_metering.usage.values import UsageReport
 
@@ -31,6 +34,9 @@ __all__ = ["MAX_TEXT", "UsageReader"]
 
 INTRODUCTION: Final = 32
 """Payloads parsed whatever they hold, until the dialect and the model are known: they come in the first events."""
+
+OPENING: Final = 2_048
+"""Bytes read at a time until then: few enough that little is read for nothing behind them."""
 
 MAX_CANDIDATES: Final = 8
 """Usage objects tried in a piece of a payload, from its end."""
@@ -41,7 +47,9 @@ _DONE: Final = b"[DONE]"
 MAX_DONE: Final = 16
 """Bytes of an end mark with white space around it."""
 
-_ERROR: Final = re.compile(rb'"error"')
+_ERROR: Final = Marks(["error"])
+_SIEVES: Final = {name: sieve(dialect.telling, _ERROR) for name, dialect in DIALECTS.items()}
+_ANY: Final = sieve(*(dialect.telling for dialect in DIALECTS.values()))
 _USAGE_KEY: Final = re.compile(
     '"(?:' + "|".join(sorted({re.escape(dialect.usage_key) for dialect in DIALECTS.values()})) + r')"\s*:\s*(?=\{)'
 )
@@ -155,10 +163,42 @@ class UsageReader:
             return
         self._read += len(chunk)
         for piece in self._inflate.feed(bytes(chunk)):
-            for payload in self._frames.feed(piece):
-                self._take(payload, self._notes, self._text, self._guess)
+            if self._keep_text or not self._frames.ends or len(piece) > MAX_PAYLOAD:
+                self._frame(self._frames, piece)
+            else:
+                self._skim(self._frames, piece)
         if self._guess.parts and self.known:
             self._guess = Text()
+
+    def _frame(self, frames: Frames, data: bytes) -> None:
+        for payload in frames.feed(data):
+            self._take(payload, self._notes, self._text, self._guess)
+
+    def _skim(self, frames: Frames, data: bytes) -> None:
+        """
+        Read as `_frame` does, and pass over the whole payloads without a mark, of which nothing would be parsed.
+
+        What is begun, and the first payloads, are read byte by byte. None is so large that its ends would be searched.
+        """
+        at, ends = 0, frames.ends
+        while not _is_introduced(self._notes):
+            if at >= len(data):
+                return
+            self._frame(frames, data[at : at + OPENING])
+            at += OPENING
+        if not frames.between:
+            end = end_behind(data, at, at, ends)
+            self._frame(frames, data[at:end])
+            at = end
+        while (found := find_mark(data, at, self._sieve())) >= 0:
+            start, end = end_before(data, at, found, ends), end_behind(data, at, found, ends)
+            self._frame(frames, data[start:end])
+            at = end
+        self._frame(frames, data[end_before(data, at, len(data), ends) :])
+
+    def _sieve(self) -> Pattern[bytes]:
+        dialect = self._notes.dialect
+        return _ANY if dialect is None else _SIEVES[dialect.name]
 
     def end(self) -> None:
         """Note that the body came to its proper end, whether or not it said so itself (`ended`)."""
@@ -300,12 +340,12 @@ class UsageReader:
     def _worthwhile(self, data: bytes, notes: Notes) -> bool:
         """Tell whether a payload may change the notes or bring text, without parsing it."""
         dialect = notes.dialect
-        if (dialect is None or notes.model is None) and notes.introduced < INTRODUCTION:
+        if not _is_introduced(notes):
             notes.introduced += 1
             return True
         if dialect is None:
-            return self._keep_text or any(known.telling.search(data) for known in DIALECTS.values())
-        if dialect.telling.search(data) or _ERROR.search(data):
+            return self._keep_text or any(known.telling.pattern.search(data) for known in DIALECTS.values())
+        if dialect.telling.pattern.search(data) or _ERROR.pattern.search(data):
             return True
         return self._keep_text and (not notes.recognised or dialect.texty.search(data) is not None)
 
@@ -357,6 +397,10 @@ class UsageReader:
                 notes.flag("clipped")
                 return True
         return False
+
+
+def _is_introduced(notes: Notes) -> bool:
+    return (notes.dialect is not None and notes.model is not None) or notes.introduced >= INTRODUCTION
 
 
 def _known(notes: Notes, text: Text) -> bool:
