@@ -25,11 +25,11 @@ MAX_WAITING = 1_048_576
 READ_AT_ONCE = 65_536
 """About so many bytes are put together for reading: for each chunk alone a call would cost more than what it reads."""
 
-SAMPLE = 32_768
-"""Bytes read of what is dropped first, for how dense its text is: a fraction of a millisecond."""
+SAMPLE = 8_192
+"""Bytes read of what is dropped, for how dense its text is: tens of a model's events, in a fraction of a millisecond."""
 
-LEAST_SAMPLE = 2_048
-"""The same later: each time half as much, for the density is known the better, the longer the stream."""
+MAX_SAMPLE = 32_768
+"""Bytes read of one chunk for it: of an event that is cut nobody can tell how much of it is text."""
 
 
 class Tap:
@@ -44,7 +44,7 @@ class Tap:
         keep: Keeps a reference to a chunk that was sent: all that happens for each of them.
     """
 
-    __slots__ = ("_chunks", "_for_text", "_for_usage", "_passed", "_sample", "_usage_at", "keep")
+    __slots__ = ("_chunks", "_for_text", "_for_usage", "_passed", "_sheds", "_usage_at", "keep")
 
     def __init__(self, content_type: str | None, content_encoding: str | None, dialect: str | None) -> None:
         # Two readers of the same chunks: looking for usage alone skips what looking for text has to parse.
@@ -55,7 +55,7 @@ class Tap:
         self.keep: Callable[[bytes], None] = self._chunks.append
         self._passed = 0
         self._usage_at = 0
-        self._sample = SAMPLE
+        self._sheds = 0
 
     def passed(self, count: int) -> None:
         """Note that *count* more bytes were kept since the last time; called at the checkpoints of a long body."""
@@ -101,21 +101,28 @@ class Tap:
         Nobody read for a while: the newest half stays, since final usage comes last.
 
         Of the text that is dropped the beginning is read, and the rest counts by its bytes as equally dense: past the
-        bound the observation is an estimate from bytes (DESIGN 4), which nothing that passes later makes less.
+        bound the observation is an estimate from bytes (DESIGN 4), which nothing that passes later makes less. Each
+        time would be much of what a long stream costs: the first time, the second, the fourth, the eighth.
         """
         self.report()
         sizes = [*accumulate(map(len, self._chunks))]
         at = bisect_left(sizes, sizes[-1] - MAX_WAITING // 2) + 1
         dropped = sizes[at - 1]
-        sampled = 0
-        for chunk in self._chunks[:at]:
-            if sampled >= self._sample:
-                break
-            # Whole chunks where they are no larger: most servers of streams send an event in each.
-            self._for_text.feed(chunk[: self._sample])
-            sampled += min(len(chunk), self._sample)
-        self._for_text.gap(dropped - sampled)
-        self._sample = max(LEAST_SAMPLE, self._sample // 2)
+        self._for_text.gap(dropped - self._sampled(at))
         del self._chunks[:at]
         self._usage_at = len(self._chunks)
         self._passed = sizes[-1] - dropped
+
+    def _sampled(self, end: int) -> int:
+        """Let the text be read of some of the chunks before *end*, if it is time; returns how many bytes they are."""
+        self._sheds += 1
+        sampled = 0
+        if self._sheds & (self._sheds - 1) == 0:
+            for chunk in self._chunks[:end]:
+                if sampled >= SAMPLE:
+                    break
+                # Whole chunks where they are no larger: most servers of streams send an event in each.
+                read = chunk[:MAX_SAMPLE]
+                self._for_text.feed(read)
+                sampled += len(read)
+        return sampled

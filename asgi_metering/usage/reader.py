@@ -13,7 +13,7 @@ from decimal import Decimal
 from re import Pattern
 from typing import Any, Final
 
-from asgi_metering.usage.dialects import DIALECTS, detect, detect_usage, marks, named
+from asgi_metering.usage.dialects import DIALECTS, SHOWN, detect, detect_usage, marks, named
 from asgi_metering.usage.frames import (
     MAX_PAYLOAD,
     BodyFrames,
@@ -33,7 +33,7 @@ from asgi_metering.usage.values import UsageReport
 __all__ = ["MAX_TEXT", "UsageReader"]
 
 INTRODUCTION: Final = 32
-"""Payloads parsed whatever they hold, until the dialect and the model are known: they come in the first events."""
+"""Payloads parsed for the dialect and the model, until both are known: they come in the first events."""
 
 OPENING: Final = 2_048
 """Bytes read at a time until then: few enough that little is read for nothing behind them."""
@@ -48,6 +48,7 @@ MAX_DONE: Final = 16
 """Bytes of an end mark with white space around it."""
 
 _ERROR: Final = Marks(["error"])
+_INTRODUCING: Final = re.compile(SHOWN.pattern.pattern + b"|" + _ERROR.pattern.pattern + rb"|\\")
 _SIEVES: Final = {name: sieve(dialect.telling, _ERROR) for name, dialect in DIALECTS.items()}
 _ANY: Final = sieve(*(dialect.telling for dialect in DIALECTS.values()))
 _USAGE_KEY: Final = re.compile(
@@ -342,7 +343,7 @@ class UsageReader:
         dialect = notes.dialect
         if not _is_introduced(notes):
             notes.introduced += 1
-            return True
+            return self._keep_text or dialect is not None or _INTRODUCING.search(data) is not None
         if dialect is None:
             return self._keep_text or any(known.telling.pattern.search(data) for known in DIALECTS.values())
         if dialect.telling.pattern.search(data) or _ERROR.pattern.search(data):

@@ -14,17 +14,23 @@ from typing import Final
 
 __all__ = ["Marks", "end_before", "end_behind", "find_mark", "sieve"]
 
-WINDOW: Final = 256
-"""Bytes that are searched at a time: a few small events, or the ends of two large ones."""
+WINDOW: Final = 128
+"""Bytes that are searched behind a leap: the end of one large event and the beginning of the next."""
+
+MAX_WINDOW: Final = 4_096
+"""Bytes that are searched at a time where there is nothing to leap over; it grows to them by doubling."""
 
 FAR: Final = 128
 """A stretch without a quotation mark that is worth leaping over, which costs as much as searching so many bytes."""
 
-REACH: Final = 64
+REACH: Final = 48
 """Bytes behind a window that a name which begins in it may take, with the beginning of its value."""
 
 DONE: Final = b"[DONE]"
 """The end mark of many streams, the only one that is no JSON."""
+
+DONE_REACH: Final = len(DONE) - 1
+"""Bytes behind a window that one which begins in it takes."""
 
 _LETTERS: Final = 3
 """Of a name that are asked as sets first: most quotation marks fail them, in a fraction of what alternatives take."""
@@ -72,26 +78,29 @@ def find_mark(data: bytes, at: int, marks: Pattern[bytes]) -> int:
     Names stand in quotation marks, and an end mark has a line without any: so the stretch from one to the next within
     a line, such as a long text, is passed over.
     """
-    size = len(data)
+    size, find, search = len(data), data.find, marks.search
     quote = line = -1
+    window = WINDOW
     while at < size:
-        if quote < at:
-            quote = data.find(b'"', at)
-            quote = size if quote < 0 else quote
-        if quote - at > FAR:
-            if line < at:
-                line = data.find(b"\n", at)
-                line = size if line < 0 else line
-            if line > quote:
+        if quote < at and (quote := find(b'"', at)) < 0:
+            quote = size
+        if quote > at + FAR:
+            if line < at and (line := find(b"\n", at)) < 0:
+                line = size
+            if line >= quote:
                 at = quote
-        stop = at + WINDOW
-        found = marks.search(data, at, stop + REACH)
-        done = data.find(DONE, at, stop + len(DONE) - 1)
-        if found is not None:
-            return found.start() if done < 0 else min(done, found.start())
+                window = WINDOW
+        stop = at + window
+        found = search(data, at, stop + REACH)
+        if found is not None and found.start() < stop:
+            done = find(DONE, at, found.start())
+            return found.start() if done < 0 else done
+        done = find(DONE, at, stop + DONE_REACH)
         if done >= 0:
             return done
         at = stop
+        if window < MAX_WINDOW:
+            window += window
     return -1
 
 
