@@ -90,11 +90,11 @@ class Tap:
 
     def _feed(self, reader: UsageReader, at: int) -> None:
         """Give *reader* the chunks from *at* on, several at a time."""
-        chunks = self._chunks
-        if at < len(chunks):
-            step = max(1, READ_AT_ONCE * len(chunks) // max(1, self._waiting()))
-            for start in range(at, len(chunks), step):
-                reader.feed(b"".join(chunks[start : start + step]))
+        chunks = self._chunks[at:]
+        size = sum(map(len, chunks))
+        step = max(1, READ_AT_ONCE * len(chunks) // max(1, size))
+        for start in range(0, len(chunks), step):
+            reader.feed(b"".join(chunks[start : start + step]))
 
     def _shed(self) -> None:
         """
