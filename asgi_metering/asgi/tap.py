@@ -26,10 +26,10 @@ READ_AT_ONCE = 65_536
 """About so many bytes are put together for reading: for each chunk alone a call would cost more than what it reads."""
 
 SAMPLE = 8_192
-"""Bytes read of what is dropped, for how dense its text is: tens of a model's events, in a fraction of a millisecond."""
+"""Bytes kept of what is dropped, to tell how dense its text is: tens of a model's events."""
 
 MAX_SAMPLE = 32_768
-"""Bytes read of one chunk for it: of an event that is cut nobody can tell how much of it is text."""
+"""Bytes of one chunk that are kept for it: of an event that is cut nobody can tell how much of it is text."""
 
 
 class Tap:
@@ -44,7 +44,7 @@ class Tap:
         keep: Keeps a reference to a chunk that was sent: all that happens for each of them.
     """
 
-    __slots__ = ("_chunks", "_for_text", "_for_usage", "_passed", "_sheds", "_usage_at", "keep")
+    __slots__ = ("_chunks", "_dropped", "_for_text", "_for_usage", "_passed", "_sheds", "_usage_at", "keep")
 
     def __init__(self, content_type: str | None, content_encoding: str | None, dialect: str | None) -> None:
         # Two readers of the same chunks: looking for usage alone skips what looking for text has to parse.
@@ -56,6 +56,8 @@ class Tap:
         self._passed = 0
         self._usage_at = 0
         self._sheds = 0
+        # Of what was dropped and whose text is not read yet: a sample, and how much more there was.
+        self._dropped: list[tuple[bytes, int]] = []
 
     def passed(self, count: int) -> None:
         """Note that *count* more bytes were kept since the last time; called at the checkpoints of a long body."""
@@ -80,6 +82,10 @@ class Tap:
     def text_reader(self) -> UsageReader:
         """The reader that has seen every chunk and keeps its text."""
         self.report()
+        for sample, lost in self._dropped:
+            self._for_text.feed(sample)
+            self._for_text.gap(lost)
+        self._dropped.clear()
         self._feed(self._for_text, 0)
         self._chunks.clear()
         self._passed = self._usage_at = 0
@@ -100,29 +106,30 @@ class Tap:
         """
         Nobody read for a while: the newest half stays, since final usage comes last.
 
-        Of the text that is dropped the beginning is read, and the rest counts by its bytes as equally dense: past the
-        bound the observation is an estimate from bytes (DESIGN 4), which nothing that passes later makes less. Each
-        time would be much of what a long stream costs: the first time, the second, the fourth, the eighth.
+        Of the text that is dropped a sample is read, and the rest counts by its bytes as equally dense: past the bound
+        the observation is an estimate from bytes (DESIGN 4), which nothing that passes later makes less.
         """
         self.report()
         sizes = [*accumulate(map(len, self._chunks))]
         at = bisect_left(sizes, sizes[-1] - MAX_WAITING // 2) + 1
         dropped = sizes[at - 1]
-        self._for_text.gap(dropped - self._sampled(at))
+        self._sheds += 1
+        if self._sheds & (self._sheds - 1) == 0:
+            # The first time, the second, the fourth, the eighth: of a stream without end no more than a few samples.
+            sample = self._sample(at)
+            self._dropped.append((sample, dropped - len(sample)))
+        else:
+            sample, lost = self._dropped.pop() if self._dropped else (b"", 0)
+            self._dropped.append((sample, lost + dropped))
         del self._chunks[:at]
         self._usage_at = len(self._chunks)
         self._passed = sizes[-1] - dropped
 
-    def _sampled(self, end: int) -> int:
-        """Let the text be read of some of the chunks before *end*, if it is time; returns how many bytes they are."""
-        self._sheds += 1
-        sampled = 0
-        if self._sheds & (self._sheds - 1) == 0:
-            for chunk in self._chunks[:end]:
-                if sampled >= SAMPLE:
-                    break
-                # Whole chunks where they are no larger: most servers of streams send an event in each.
-                read = chunk[:MAX_SAMPLE]
-                self._for_text.feed(read)
-                sampled += len(read)
-        return sampled
+    def _sample(self, end: int) -> bytes:
+        """The first of the chunks before *end*: whole ones if possible, since most servers send an event in each."""
+        sample = bytearray()
+        for chunk in self._chunks[:end]:
+            if len(sample) >= SAMPLE:
+                break
+            sample += chunk[:MAX_SAMPLE]
+        return bytes(sample)

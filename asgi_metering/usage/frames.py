@@ -56,15 +56,12 @@ class Payload(NamedTuple):
 
 
 class Frames(Protocol):
-    """
-    Cuts a body into payloads.
-
-    Attributes:
-        ends: Behind any of these bytes a payload is over, whatever stood before; empty where none tells it.
-    """
+    """Cuts a body into payloads."""
 
     @property
-    def ends(self) -> tuple[bytes, ...]: ...
+    def ends(self) -> tuple[bytes, ...]:
+        """Behind any of these bytes a payload is over, whatever stood before; empty where none tells it."""
+        ...
 
     @property
     def between(self) -> bool:

@@ -48,7 +48,7 @@ MAX_DONE: Final = 16
 """Bytes of an end mark with white space around it."""
 
 _ERROR: Final = Marks(["error"])
-_INTRODUCING: Final = re.compile(SHOWN.pattern.pattern + b"|" + _ERROR.pattern.pattern + rb"|\\")
+_INTRODUCING: Final = sieve(SHOWN, _ERROR)
 _SIEVES: Final = {name: sieve(dialect.telling, _ERROR) for name, dialect in DIALECTS.items()}
 _ANY: Final = sieve(*(dialect.telling for dialect in DIALECTS.values()))
 _USAGE_KEY: Final = re.compile(
@@ -185,8 +185,9 @@ class UsageReader:
         while not _is_introduced(self._notes):
             if at >= len(data):
                 return
-            self._frame(frames, data[at : at + OPENING])
-            at += OPENING
+            end = end_behind(data, at, at + OPENING, ends)
+            self._frame(frames, data[at:end])
+            at = end
         if not frames.between:
             end = end_behind(data, at, at, ends)
             self._frame(frames, data[at:end])
@@ -343,7 +344,7 @@ class UsageReader:
         dialect = notes.dialect
         if not _is_introduced(notes):
             notes.introduced += 1
-            return self._keep_text or dialect is not None or _INTRODUCING.search(data) is not None
+            return self._keep_text or dialect is not None or b"\\" in data or find_mark(data, 0, _INTRODUCING) >= 0
         if dialect is None:
             return self._keep_text or any(known.telling.pattern.search(data) for known in DIALECTS.values())
         if dialect.telling.pattern.search(data) or _ERROR.pattern.search(data):

@@ -210,16 +210,17 @@ def test_looks_at_each_byte_once_however_often_it_is_asked(monkeypatch: pytest.M
     assert list(fed.values()) == [300 * len(chunk)] * 2
 
 
-def test_samples_less_and_less_of_a_long_burst() -> None:
-    """Of what is dropped a sample is read the first time, the second, the fourth and the eighth, not each time."""
-    read: list[int] = []
+def test_keeps_few_samples_of_a_long_burst() -> None:
+    """Of what is dropped a sample is kept the first time, the second, the fourth and the eighth; only asking reads it."""
     watched = tap()
     chunk = delta("x" * 2_000)
-    before = 0
-    for _ in range(17):
-        give(watched, chunk, MAX_WAITING // len(chunk))
-        now = watched._for_text._read
-        read.append(now - before)
-        before = now
-    assert sum(bytes_read > 0 for bytes_read in read) <= 5
-    assert 0 < sum(read) <= 5 * (SAMPLE + len(chunk))
+    give(watched, chunk, 8 * MAX_WAITING // len(chunk))
+    assert watched._for_text._read == 0
+    sampled = sum(len(sample) for sample, _ in watched._dropped)
+    assert 0 < sampled <= 4 * (SAMPLE + len(chunk))
+    heard = watched.text_reader().heard()
+    assert watched._for_text._read <= sampled + MAX_WAITING + CHECKPOINT_BYTES
+    assert len(heard.text) + heard.more_chars == pytest.approx(8 * MAX_WAITING * 2_000 / len(chunk), rel=0.02)
+    give(watched, chunk, 8 * MAX_WAITING // len(chunk))
+    again = watched.text_reader().heard()
+    assert len(again.text) + again.more_chars == pytest.approx(16 * MAX_WAITING * 2_000 / len(chunk), rel=0.02)

@@ -255,7 +255,9 @@ def test_show_every_payload_that_detection_claims(document: Any) -> None:
         (b"abc", 1, LINES, 0, 3),
     ],
 )
-def test_find_the_ends_around_a_place(data: bytes, place: int, ends: tuple[bytes, ...], before: int, behind: int) -> None:
+def test_find_the_ends_around_a_place(
+    data: bytes, place: int, ends: tuple[bytes, ...], before: int, behind: int
+) -> None:
     """The last end before a place and the first one behind it; the ends of the data where there is none."""
     assert end_before(data, 0, place, ends) == before
     assert end_behind(data, 0, place, ends) == behind
