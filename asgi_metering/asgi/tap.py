@@ -44,12 +44,13 @@ class Tap:
         keep: Keeps a reference to a chunk that was sent: all that happens for each of them.
     """
 
-    __slots__ = ("_chunks", "_dropped", "_for_text", "_for_usage", "_passed", "_sheds", "_usage_at", "keep")
+    __slots__ = ("_chunks", "_dropped", "_for_text", "_for_usage", "_kind", "_passed", "_sheds", "_usage_at", "keep")
 
     def __init__(self, content_type: str | None, content_encoding: str | None, dialect: str | None) -> None:
         # Two readers of the same chunks: looking for usage alone skips what looking for text has to parse.
-        self._for_usage = UsageReader(content_type, content_encoding, dialect)
-        self._for_text = UsageReader(content_type, content_encoding, dialect, keep_text=True)
+        self._kind = content_type, content_encoding, dialect
+        self._for_usage = UsageReader(*self._kind)
+        self._for_text: UsageReader | None = None
         # One list for good, which is emptied and never replaced: `keep` is its own method.
         self._chunks: list[bytes] = []
         self.keep: Callable[[bytes], None] = self._chunks.append
@@ -60,7 +61,12 @@ class Tap:
         self._dropped: list[tuple[bytes, int]] = []
 
     def passed(self, count: int) -> None:
-        """Note that *count* more bytes were kept since the last time; called at the checkpoints of a long body."""
+        """
+        Note that *count* more bytes were kept since the last time; called at the checkpoints of a long body.
+
+        Usage is read here, since at the bound it has to be: of so many bytes in a millisecond or two, never of more.
+        """
+        self._read_usage()
         self._passed += count
         if self._passed > MAX_WAITING:
             # Some of them may have been read in between.
@@ -75,24 +81,28 @@ class Tap:
 
     def report(self) -> UsageReport | None:
         """What the body has reported so far; None if nothing."""
-        self._feed(self._for_usage, self._usage_at)
-        self._usage_at = len(self._chunks)
+        self._read_usage()
         return self._for_usage.report()
 
     def text_reader(self) -> UsageReader:
         """The reader that has seen every chunk and keeps its text."""
-        self.report()
+        self._read_usage()
+        reader = self._for_text = self._for_text or UsageReader(*self._kind, keep_text=True)
         for sample, lost in self._dropped:
-            self._for_text.feed(sample)
-            self._for_text.gap(lost)
+            reader.feed(sample)
+            reader.gap(lost)
         self._dropped.clear()
-        self._feed(self._for_text, 0)
+        self._feed(reader, 0)
         self._chunks.clear()
         self._passed = self._usage_at = 0
-        return self._for_text
+        return reader
 
     def _waiting(self) -> int:
         return sum(map(len, self._chunks))
+
+    def _read_usage(self) -> None:
+        self._feed(self._for_usage, self._usage_at)
+        self._usage_at = len(self._chunks)
 
     def _feed(self, reader: UsageReader, at: int) -> None:
         """Give *reader* the chunks from *at* on, several at a time."""
@@ -109,7 +119,6 @@ class Tap:
         Of the text that is dropped a sample is read, and the rest counts by its bytes as equally dense: past the bound
         the observation is an estimate from bytes (DESIGN 4), which nothing that passes later makes less.
         """
-        self.report()
         sizes = [*accumulate(map(len, self._chunks))]
         at = bisect_left(sizes, sizes[-1] - MAX_WAITING // 2) + 1
         dropped = sizes[at - 1]

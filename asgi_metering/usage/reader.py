@@ -196,7 +196,9 @@ class UsageReader:
             start, end = end_before(data, at, found, ends), end_behind(data, at, found, ends)
             self._frame(frames, data[start:end])
             at = end
-        self._frame(frames, data[end_before(data, at, len(data), ends) :])
+        at = end_before(data, at, len(data), ends)
+        if at < len(data):
+            self._frame(frames, data[at:])
 
     def _sieve(self) -> Pattern[bytes]:
         dialect = self._notes.dialect

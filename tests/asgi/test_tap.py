@@ -159,15 +159,17 @@ def test_keeps_a_chunk_without_running_any_code_of_ours() -> None:
     assert report.usage == TokenUsage(input=9, output=2)
 
 
-def test_reads_early_what_was_counted_late() -> None:
-    """What was read between two checkpoints is no longer waiting: nothing is dropped before the bound is reached."""
+def test_drops_nothing_for_what_was_read_before_its_checkpoint() -> None:
+    """What was read between two checkpoints waits no longer, though the next one counts it: nothing is dropped yet."""
     watched = tap()
     chunk = delta("x" * 2_000)
-    for _ in range(3 * MAX_WAITING // CHECKPOINT_BYTES):
-        give(watched, chunk, CHECKPOINT_BYTES // len(chunk))
-        watched.digest()
+    times = CHECKPOINT_BYTES // len(chunk) + 1
+    for _ in range(times):
         watched.keep(chunk)
-        watched.passed(CHECKPOINT_BYTES)
+    watched.text_reader()
+    watched.passed(times * len(chunk))
+    give(watched, chunk, 3 * times)
+    assert MAX_WAITING - CHECKPOINT_BYTES < waiting(watched) < MAX_WAITING
     assert not watched.text_reader().gapped
 
 
@@ -211,15 +213,16 @@ def test_looks_at_each_byte_once_however_often_it_is_asked(monkeypatch: pytest.M
 
 
 def test_keeps_few_samples_of_a_long_burst() -> None:
-    """Of what is dropped a sample is kept the first time, the second, the fourth and the eighth; only asking reads it."""
+    """Of what is dropped a sample is kept the first time, the second, the fourth and so on; only asking reads it."""
     watched = tap()
     chunk = delta("x" * 2_000)
     give(watched, chunk, 8 * MAX_WAITING // len(chunk))
-    assert watched._for_text._read == 0
+    assert watched._for_text is None
     sampled = sum(len(sample) for sample, _ in watched._dropped)
     assert 0 < sampled <= 4 * (SAMPLE + len(chunk))
-    heard = watched.text_reader().heard()
-    assert watched._for_text._read <= sampled + MAX_WAITING + CHECKPOINT_BYTES
+    reader = watched.text_reader()
+    heard = reader.heard()
+    assert reader._read <= sampled + MAX_WAITING + CHECKPOINT_BYTES
     assert len(heard.text) + heard.more_chars == pytest.approx(8 * MAX_WAITING * 2_000 / len(chunk), rel=0.02)
     give(watched, chunk, 8 * MAX_WAITING // len(chunk))
     again = watched.text_reader().heard()
