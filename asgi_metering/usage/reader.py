@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from decimal import Decimal
-from re import Pattern
 from typing import Any, Final
 
 from asgi_metering.usage.dialects import DIALECTS, SHOWN, detect, detect_usage, marks, named
@@ -33,10 +32,7 @@ from asgi_metering.usage.values import UsageReport
 __all__ = ["MAX_TEXT", "UsageReader"]
 
 INTRODUCTION: Final = 32
-"""Payloads parsed for the dialect and the model, until both are known: they come in the first events."""
-
-OPENING: Final = 2_048
-"""Bytes read at a time until then: few enough that little is read for nothing behind them."""
+"""Payloads parsed for the dialect and the model, if they may show them, until both are known."""
 
 MAX_CANDIDATES: Final = 8
 """Usage objects tried in a piece of a payload, from its end."""
@@ -179,20 +175,13 @@ class UsageReader:
         """
         Read as `_frame` does, and pass over the whole payloads without a mark, of which nothing would be parsed.
 
-        What is begun, and the first payloads, are read byte by byte. None is so large that its ends would be searched.
+        What is begun is read to its end before, whatever it holds. What lies within *data* is never too large.
         """
         at, ends = 0, frames.ends
-        while not _is_introduced(self._notes):
-            if at >= len(data):
-                return
-            end = end_behind(data, at, at + OPENING, ends)
-            self._frame(frames, data[at:end])
-            at = end
         if not frames.between:
-            end = end_behind(data, at, at, ends)
-            self._frame(frames, data[at:end])
-            at = end
-        while (found := find_mark(data, at, self._sieve())) >= 0:
+            at = end_behind(data, 0, 0, ends)
+            self._frame(frames, data[:at])
+        while at < len(data) and (found := self._next(data, at)) >= 0:
             start, end = end_before(data, at, found, ends), end_behind(data, at, found, ends)
             self._frame(frames, data[start:end])
             at = end
@@ -200,9 +189,12 @@ class UsageReader:
         if at < len(data):
             self._frame(frames, data[at:])
 
-    def _sieve(self) -> Pattern[bytes]:
+    def _next(self, data: bytes, at: int) -> int:
+        """Return where in ``data[at:]`` a payload is first that `_worthwhile` may want, or -1."""
         dialect = self._notes.dialect
-        return _ANY if dialect is None else _SIEVES[dialect.name]
+        if _is_introduced(self._notes):
+            return find_mark(data, at, _ANY if dialect is None else _SIEVES[dialect.name])
+        return at if dialect is not None else _find_shown(data, at)
 
     def end(self) -> None:
         """Note that the body came to its proper end, whether or not it said so itself (`ended`)."""
@@ -345,8 +337,10 @@ class UsageReader:
         """Tell whether a payload may change the notes or bring text, without parsing it."""
         dialect = notes.dialect
         if not _is_introduced(notes):
+            if dialect is None and _find_shown(data, 0) < 0:
+                return self._keep_text
             notes.introduced += 1
-            return self._keep_text or dialect is not None or b"\\" in data or find_mark(data, 0, _INTRODUCING) >= 0
+            return True
         if dialect is None:
             return self._keep_text or any(known.telling.pattern.search(data) for known in DIALECTS.values())
         if dialect.telling.pattern.search(data) or _ERROR.pattern.search(data):
@@ -405,6 +399,13 @@ class UsageReader:
 
 def _is_introduced(notes: Notes) -> bool:
     return (notes.dialect is not None and notes.model is not None) or notes.introduced >= INTRODUCTION
+
+
+def _find_shown(data: bytes, at: int) -> int:
+    """Return where in ``data[at:]`` a dialect or an error may first show itself, or -1; escapes may hide a name."""
+    shown = find_mark(data, at, _INTRODUCING)
+    escape = data.find(b"\\", at, shown if shown >= 0 else len(data))
+    return shown if escape < 0 else escape
 
 
 def _known(notes: Notes, text: Text) -> bool:

@@ -333,13 +333,13 @@ def test_parse_only_what_may_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stream(*events).report() == stream(*events, keep_text=True).report()
     assert len(parsed) == 2 + 101
     parsed.clear()
-    # What shows no type might still name one with escapes.
-    for mine, introduced in (({"hello": 1}, 0), ({"type": "mine"}, INTRODUCTION), ({"hello": "\n"}, INTRODUCTION)):
+    # What shows no name counts for nothing, unless escapes might hide one.
+    for mine, count in (({"hello": 1}, 2), ({"type": "mine"}, INTRODUCTION + 1), ({"hello": "\n"}, INTRODUCTION + 1)):
         parsed.clear()
         report = stream(*[mine] * 100, *events).report()
         assert report is not None
         assert (report.usage, report.complete) == (TokenUsage(9, 500), True)
-        assert len(parsed) == introduced + 1
+        assert len(parsed) == count
 
 
 def test_look_for_the_model_in_the_first_events() -> None:

@@ -26,16 +26,24 @@ TELLING = sieve(*(dialect.telling for dialect in DIALECTS.values()))
 
 
 class Full(UsageReader):
-    """The oracle: every payload is cut, and asked whether it may matter; the first ones are all parsed."""
+    """The oracle: every payload is cut, and asked whether it may matter."""
 
     __slots__ = ()
 
     def _skim(self, frames: Frames, data: bytes) -> None:
         self._frame(frames, data)
 
+
+class Eager(Full):
+    """Parses the first payloads even if they show no name that detection needs."""
+
+    __slots__ = ()
+
     def _worthwhile(self, data: bytes, notes: Notes) -> bool:
-        before = notes.introduced
-        return super()._worthwhile(data, notes) or notes.introduced > before
+        if reader._is_introduced(notes):
+            return super()._worthwhile(data, notes)
+        notes.introduced += 1
+        return True
 
 
 def reports(made: UsageReader, chunks: list[bytes], gap: int = -1) -> list[UsageReport | None]:
@@ -53,6 +61,9 @@ def agree(chunks: list[bytes], gap: int = -1, **options: Any) -> UsageReport | N
     """Both readers report the same after each chunk; returns what they report in the end."""
     found = reports(UsageReader(**options), chunks, gap)
     assert found == reports(Full(**options), chunks, gap)
+    eager = Eager(**options)
+    # Past those it would parse no more, while what shows nothing does not count against the others.
+    assert found == reports(eager, chunks, gap) or eager._notes.introduced == reader.INTRODUCTION
     assert found[-1:] == reports(UsageReader(**options), [b"".join(chunks)])[-1:] or gap >= 0
     return found[-1] if found else None
 
