@@ -138,8 +138,8 @@ class LineFrames:
 
     @property
     def between(self) -> bool:
-        """Whether no line is begun, nor anything known of the next one."""
-        return not (self._line or self._skip_lf or self._torn or self._fresh)
+        """Whether no line is begun, and the next one is neither the first nor torn."""
+        return not (self._line or self._torn or self._fresh)
 
     def feed(self, chunk: bytes) -> list[Payload]:
         """Return the lines that *chunk* ended, without their ends; empty lines too."""

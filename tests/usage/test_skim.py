@@ -195,6 +195,31 @@ def test_read_huge_events_as_a_full_reader(size: int) -> None:
         assert (report.usage.input, report.usage.output) == (9, 2)
 
 
+def test_skip_no_event_whose_ends_would_be_searched() -> None:
+    """An event above the bound names its model without any mark: it is never passed over."""
+    strangers = b'data: {"type":"mine"}\n\n' * reader.INTRODUCTION
+    data = FILLER + b"\n\n" + b'data: {"model":"huge","x":"' + b"z" * MAX_PAYLOAD + b'"}\n\n'
+    report = agree([strangers, data], content_type="text/event-stream")
+    assert report is not None
+    assert report.model == "huge"
+
+
+@pytest.mark.parametrize("start", [b"", b'"text of an event"}\n\n', b'"}]}\n'])
+def test_leave_a_torn_event_behind(start: bytes) -> None:
+    """What follows a torn event is whole, also if nothing of the torn one was worth reading."""
+    named = b'event: {"usage":{"prompt_tokens":3,"completion_tokens":1}}\ndata: {"error":{}}\n\n'
+    report = agree([stream(), start + FILLER + b"\n\n" + named], 1, content_type="text/event-stream")
+    assert report is not None
+    assert report.usage is None
+
+
+def test_take_no_byte_order_mark_within_a_body() -> None:
+    """Only the first line of a body may begin with a byte order mark; behind others it makes an unknown field."""
+    data = FILLER + b"\n\n\xef\xbb\xbf" + USAGE + b"\n\n"
+    assert agree([data], content_type="text/event-stream", dialect="openai-chat") is None
+    assert agree([data], content_type="text/event-stream") is None
+
+
 def test_cut_and_parse_only_what_may_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a thousand deltas between usage and error none is cut, let alone parsed; all that tells something is."""
     seen: list[bytes] = []
