@@ -8,6 +8,10 @@ and what it keeps is bounded.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable
+from itertools import accumulate
+
 from asgi_metering.usage import UsageReader, UsageReport
 
 __all__ = ["Tap"]
@@ -16,10 +20,16 @@ BLOCK = 262_144
 """Bytes of references after which the worker reads them: most answers of models end before."""
 
 MAX_WAITING = 1_048_576
-"""Bytes of references that wait at most: beyond it the middle is dropped, and text becomes an estimate."""
+"""Bytes of references that wait at most, and what passes between two checkpoints: beyond it the middle is dropped."""
 
-SAMPLE = 32_768
-"""Bytes read of what is dropped, for how dense its text is: a fraction of a millisecond for each half of the bound."""
+READ_AT_ONCE = 65_536
+"""About so many bytes are put together for reading: for each chunk alone a call would cost more than what it reads."""
+
+SAMPLE = 8_192
+"""Bytes kept of what is dropped, to tell how dense its text is: tens of a model's events."""
+
+MAX_SAMPLE = 32_768
+"""Bytes of one chunk that are kept for it: of an event that is cut nobody can tell how much of it is text."""
 
 
 class Tap:
@@ -29,67 +39,106 @@ class Tap:
     Args:
         content_type, content_encoding: Of the response.
         dialect: The usage dialect where the shape would mislead; None detects it.
+
+    Attributes:
+        keep: Keeps a reference to a chunk that was sent: all that happens for each of them.
     """
 
-    __slots__ = ("_bytes", "_chunks", "_for_text", "_for_usage", "_usage_at")
+    __slots__ = ("_chunks", "_dropped", "_for_text", "_for_usage", "_kind", "_passed", "_sheds", "_usage_at", "keep")
 
     def __init__(self, content_type: str | None, content_encoding: str | None, dialect: str | None) -> None:
         # Two readers of the same chunks: looking for usage alone skips what looking for text has to parse.
-        self._for_usage = UsageReader(content_type, content_encoding, dialect)
-        self._for_text = UsageReader(content_type, content_encoding, dialect, keep_text=True)
+        self._kind = content_type, content_encoding, dialect
+        self._for_usage = UsageReader(*self._kind)
+        self._for_text: UsageReader | None = None
+        # One list for good, which is emptied and never replaced: `keep` is its own method.
         self._chunks: list[bytes] = []
-        self._bytes = 0
+        self.keep: Callable[[bytes], None] = self._chunks.append
+        self._passed = 0
         self._usage_at = 0
+        self._sheds = 0
+        # Of what was dropped and whose text is not read yet: a sample, and how much more there was.
+        self._dropped: list[tuple[bytes, int]] = []
 
-    def keep(self, chunk: bytes) -> None:
-        """Keep a reference to a chunk that was sent."""
-        self._chunks.append(chunk)
-        self._bytes += len(chunk)
-        if self._bytes > MAX_WAITING:
-            self._shed()
+    def passed(self, count: int) -> None:
+        """
+        Note that *count* more bytes were kept since the last time; called at the checkpoints of a long body.
+
+        Usage is read here, since at the bound it has to be: of so many bytes in a millisecond or two, never of more.
+        """
+        self._read_usage()
+        self._passed += count
+        if self._passed > MAX_WAITING:
+            # Some of them may have been read in between.
+            self._passed = self._waiting()
+            if self._passed > MAX_WAITING:
+                self._shed()
 
     def digest(self) -> None:
         """Read what waits, if it is a block; called from the worker now and then."""
-        if self._bytes >= BLOCK:
+        if self._waiting() >= BLOCK:
             self.text_reader()
 
     def report(self) -> UsageReport | None:
         """What the body has reported so far; None if nothing."""
-        for at in range(self._usage_at, len(self._chunks)):
-            self._for_usage.feed(self._chunks[at])
-        self._usage_at = len(self._chunks)
+        self._read_usage()
         return self._for_usage.report()
 
     def text_reader(self) -> UsageReader:
         """The reader that has seen every chunk and keeps its text."""
-        self.report()
-        for chunk in self._chunks:
-            self._for_text.feed(chunk)
+        self._read_usage()
+        reader = self._for_text = self._for_text or UsageReader(*self._kind, keep_text=True)
+        for sample, lost in self._dropped:
+            reader.feed(sample)
+            reader.gap(lost)
+        self._dropped.clear()
+        self._feed(reader, 0)
         self._chunks.clear()
-        self._bytes = self._usage_at = 0
-        return self._for_text
+        self._passed = self._usage_at = 0
+        return reader
+
+    def _waiting(self) -> int:
+        return sum(map(len, self._chunks))
+
+    def _read_usage(self) -> None:
+        self._feed(self._for_usage, self._usage_at)
+        self._usage_at = len(self._chunks)
+
+    def _feed(self, reader: UsageReader, at: int) -> None:
+        """Give *reader* the chunks from *at* on, several at a time."""
+        chunks = self._chunks[at:]
+        size = sum(map(len, chunks))
+        step = max(1, READ_AT_ONCE * len(chunks) // max(1, size))
+        for start in range(0, len(chunks), step):
+            reader.feed(b"".join(chunks[start : start + step]))
 
     def _shed(self) -> None:
         """
         Nobody read for a while: the newest half stays, since final usage comes last.
 
-        Of the text that is dropped the beginning is read, and the rest counts by its bytes as equally dense: past the
-        bound the observation is an estimate from bytes (DESIGN 4), which nothing that passes later makes less.
+        Of the text that is dropped a sample is read, and the rest counts by its bytes as equally dense: past the bound
+        the observation is an estimate from bytes (DESIGN 4), which nothing that passes later makes less.
         """
-        self.report()
-        kept, at = 0, len(self._chunks)
-        while at > 0 and kept + len(self._chunks[at - 1]) <= MAX_WAITING // 2:
-            at -= 1
-            kept += len(self._chunks[at])
-        sampled = lost = 0
-        for chunk in self._chunks[:at]:
-            # Whole chunks where they are no larger: most servers of streams send an event in each.
-            read = chunk[:SAMPLE] if sampled < SAMPLE else b""
-            if read:
-                self._for_text.feed(read)
-            sampled += len(read)
-            lost += len(chunk) - len(read)
-        self._for_text.gap(lost)
+        sizes = [*accumulate(map(len, self._chunks))]
+        at = bisect_left(sizes, sizes[-1] - MAX_WAITING // 2) + 1
+        dropped = sizes[at - 1]
+        self._sheds += 1
+        if self._sheds & (self._sheds - 1) == 0:
+            # The first time, the second, the fourth, the eighth: of a stream without end no more than a few samples.
+            sample = self._sample(at)
+            self._dropped.append((sample, dropped - len(sample)))
+        else:
+            sample, lost = self._dropped.pop() if self._dropped else (b"", 0)
+            self._dropped.append((sample, lost + dropped))
         del self._chunks[:at]
         self._usage_at = len(self._chunks)
-        self._bytes = kept
+        self._passed = sizes[-1] - dropped
+
+    def _sample(self, end: int) -> bytes:
+        """The first of the chunks before *end*: whole ones if possible, since most servers send an event in each."""
+        sample = bytearray()
+        for chunk in self._chunks[:end]:
+            if len(sample) >= SAMPLE:
+                break
+            sample += chunk[:MAX_SAMPLE]
+        return bytes(sample)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from asgi_metering.usage.notes import Dialect, Json, Notes, as_object, compact, objects
+from asgi_metering.usage.skim import Marks
 from asgi_metering.usage.values import TokenUsage
 
 __all__ = ["MESSAGES"]
@@ -158,6 +159,6 @@ MESSAGES: Final = Dialect(
     note=_note,
     note_usage=_note_usage,
     text=_text,
-    telling=re.compile(rb'"usage"\s*:\s*\{|"message_(?:start|delta|stop)"|"stop_reason"\s*:\s*"'),
+    telling=Marks(["message_start", "message_delta", "message_stop"], {"usage": r"\{", "stop_reason": '"'}),
     texty=re.compile(rb'"(?:content_block_delta|content_block_start|content)"'),
 )

@@ -11,8 +11,9 @@ from typing import Final
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.usage import anthropic, gemini, ollama, openai
 from asgi_metering.usage.notes import Dialect, Json, as_object
+from asgi_metering.usage.skim import Marks
 
-__all__ = ["DIALECTS", "detect", "detect_usage", "marks", "named"]
+__all__ = ["DIALECTS", "SHOWN", "detect", "detect_usage", "marks", "named"]
 
 DIALECTS: Final = {
     dialect.name: dialect
@@ -24,6 +25,12 @@ Every dialect by name, in the order of detection.
 Responses comes before Anthropic: a bare usage with ``input_tokens`` and a total is inclusive, without one the two
 shapes count the same, unless Anthropic's cache fields are there (exclusive).
 """
+
+
+SHOWN: Final = Marks(
+    ["object", "type", "usage", "usageMetadata", "modelVersion", "prompt_eval_count", "model"],
+)
+"""A payload without any of these is nobody's: `detect` finds none for it, unless its names are written with escapes."""
 
 
 def named(name: str) -> Dialect:

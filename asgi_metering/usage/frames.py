@@ -58,6 +58,16 @@ class Payload(NamedTuple):
 class Frames(Protocol):
     """Cuts a body into payloads."""
 
+    @property
+    def ends(self) -> tuple[bytes, ...]:
+        """Behind any of these bytes a payload is over, whatever stood before; empty where none tells it."""
+        ...
+
+    @property
+    def between(self) -> bool:
+        """Whether nothing is begun, so that whole payloads may be left out from here on without a trace."""
+        ...
+
     def feed(self, chunk: bytes) -> list[Payload]:
         """Take the next bytes, and return the payloads that they ended."""
         ...
@@ -118,15 +128,24 @@ class LineFrames:
 
     __slots__ = ("_fresh", "_line", "_skip_lf", "_torn")
 
+    ends = (b"\n",)
+
     def __init__(self) -> None:
         self._line = _Clip()
         self._fresh = True
         self._skip_lf = False
         self._torn = False
 
+    @property
+    def between(self) -> bool:
+        """Whether no line is begun, and the next one is neither the first nor torn."""
+        return not (self._line or self._torn or self._fresh)
+
     def feed(self, chunk: bytes) -> list[Payload]:
         """Return the lines that *chunk* ended, without their ends; empty lines too."""
-        if self._skip_lf and chunk:
+        if not chunk:
+            return []
+        if self._skip_lf:
             # The chunk before ended in \r, which was an end already.
             self._skip_lf = False
             chunk = chunk.removeprefix(b"\n")
@@ -171,11 +190,18 @@ class EventFrames:
 
     __slots__ = ("_data", "_lines", "_size", "_spoiled")
 
+    ends = (b"\n\n", b"\r\n\r\n")
+
     def __init__(self) -> None:
         self._lines = LineFrames()
         self._data: list[bytes] = []
         self._size = 0
         self._spoiled = False
+
+    @property
+    def between(self) -> bool:
+        """Whether no event has data yet, and no line is begun."""
+        return not (self._data or self._spoiled) and self._lines.between
 
     def feed(self, chunk: bytes) -> list[Payload]:
         """Return the data of the events that *chunk* ended."""
@@ -241,6 +267,9 @@ class BodyFrames:
 
     __slots__ = ("_body",)
 
+    ends = ()
+    between = False
+
     def __init__(self) -> None:
         self._body = _Clip()
 
@@ -263,6 +292,9 @@ class ProseFrames:
     """Text without a format, such as ``text/html``: each chunk is a payload, cut between characters of UTF-8."""
 
     __slots__ = ("_decoder",)
+
+    ends = ()
+    between = False
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -301,6 +333,16 @@ class SniffingFrames:
         self._start = b""
         self._prose = prose
         self._frames: Frames | None = None
+
+    @property
+    def ends(self) -> tuple[bytes, ...]:
+        """Those of the chosen frames."""
+        return self._frames.ends if self._frames is not None else ()
+
+    @property
+    def between(self) -> bool:
+        """Whether the chosen frames are between payloads."""
+        return self._frames is not None and self._frames.between
 
     def feed(self, chunk: bytes) -> list[Payload]:
         """Pass the bytes on once it is clear to whom."""

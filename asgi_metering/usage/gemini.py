@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from asgi_metering.usage.notes import Dialect, Json, Notes, as_object, compact, objects
+from asgi_metering.usage.skim import Marks
 from asgi_metering.usage.values import TokenUsage
 
 __all__ = ["GENERATE"]
@@ -87,7 +88,7 @@ GENERATE: Final = Dialect(
     note=_note,
     note_usage=_note_usage,
     text=_text,
-    telling=re.compile(rb'"(?:usageMetadata|finishReason|blockReason)"'),
+    telling=Marks(["usageMetadata", "finishReason", "blockReason"]),
     texty=re.compile(rb'"parts"'),
     usage_key="usageMetadata",
     trailing_model=True,

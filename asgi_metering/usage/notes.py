@@ -14,6 +14,7 @@ from re import Pattern
 from typing import Any, Final, TypeAlias
 
 from asgi_metering.errors import UsageError
+from asgi_metering.usage.skim import Marks
 from asgi_metering.usage.values import MAX_TOKENS, TokenUsage, UsageReport, read_count
 
 __all__ = ["Dialect", "Json", "Notes", "as_object", "compact", "first", "objects"]
@@ -178,8 +179,8 @@ class Dialect:
         note: Add one payload (an event, a chunk or a whole body) to the notes.
         note_usage: Add one bare usage object, cut out of a payload whose rest is lost; tell whether it counted.
         text: The text that the model produced in one payload, in order.
-        telling: A payload that this pattern does not find cannot change the notes, so it is not parsed. Errors need
-            not be named.
+        telling: A payload without any of these marks cannot change the notes, so it is not parsed. Errors need not be
+            named.
         texty: A payload that this pattern does not find has no text.
         usage_key: The field that holds the usage object.
         trailing_model: A large body names its model behind its content (embeddings do).
@@ -191,7 +192,7 @@ class Dialect:
     note: Callable[[Notes, Json], None]
     note_usage: Callable[[Notes, Json], bool]
     text: Callable[[Json], Iterator[str]]
-    telling: Pattern[bytes]
+    telling: Marks
     texty: Pattern[bytes]
     usage_key: str = "usage"
     trailing_model: bool = False

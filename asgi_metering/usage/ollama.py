@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from asgi_metering.usage.notes import Dialect, Json, Notes, as_object
+from asgi_metering.usage.skim import Marks
 from asgi_metering.usage.values import TokenUsage
 
 __all__ = ["CHAT"]
@@ -56,6 +57,6 @@ CHAT: Final = Dialect(
     note=_note,
     note_usage=_note_usage,
     text=_text,
-    telling=re.compile(rb'"done"\s*:\s*true|eval_count"'),
+    telling=Marks(["eval_count", "prompt_eval_count"], {"done": "true"}),
     texty=re.compile(rb'"(?:message|response)"'),
 )

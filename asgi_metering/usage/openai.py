@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from asgi_metering.usage.notes import Dialect, Json, Notes, as_object, first, objects
+from asgi_metering.usage.skim import Marks
 from asgi_metering.usage.values import TokenUsage
 
 __all__ = ["CHAT", "RESPONSES"]
@@ -193,7 +194,7 @@ CHAT: Final = Dialect(
     note=_note_chat,
     note_usage=_note_chat_usage,
     text=_chat_text,
-    telling=re.compile(rb'"usage"\s*:\s*\{|"finish_reason"\s*:\s*"|"chat\.completion\.done"'),
+    telling=Marks(["chat.completion.done"], {"usage": r"\{", "finish_reason": '"'}),
     texty=re.compile(rb'"(?:delta|message|text)"'),
     trailing_model=True,
 )
@@ -255,8 +256,6 @@ RESPONSES: Final = Dialect(
     note=_note_responses,
     note_usage=_note_responses_usage,
     text=_responses_text,
-    telling=re.compile(
-        rb'"usage"\s*:\s*\{|"(?:' + b"|".join(re.escape(name.encode()) for name in sorted(_TERMINAL)) + rb')"'
-    ),
+    telling=Marks(_TERMINAL, {"usage": r"\{"}),
     texty=re.compile(rb'\.delta"|"output"|"text"'),
 )

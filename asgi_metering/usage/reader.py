@@ -12,8 +12,9 @@ import re
 from decimal import Decimal
 from typing import Any, Final
 
-from asgi_metering.usage.dialects import DIALECTS, detect, detect_usage, marks, named
+from asgi_metering.usage.dialects import DIALECTS, SHOWN, detect, detect_usage, marks, named
 from asgi_metering.usage.frames import (
+    MAX_PAYLOAD,
     BodyFrames,
     EventFrames,
     Frames,
@@ -24,13 +25,14 @@ from asgi_metering.usage.frames import (
 )
 from asgi_metering.usage.inflate import Inflate
 from asgi_metering.usage.notes import Dialect, Json, Notes, objects
+from asgi_metering.usage.skim import Marks, end_before, end_behind, find_mark, sieve
 from asgi_metering.usage.texts import MAX_TEXT, Heard, Text, join, prose, words
 from asgi_metering.usage.values import UsageReport
 
 __all__ = ["MAX_TEXT", "UsageReader"]
 
 INTRODUCTION: Final = 32
-"""Payloads parsed whatever they hold, until the dialect and the model are known: they come in the first events."""
+"""Payloads parsed for the dialect and the model, if they may show them, until both are known."""
 
 MAX_CANDIDATES: Final = 8
 """Usage objects tried in a piece of a payload, from its end."""
@@ -41,7 +43,10 @@ _DONE: Final = b"[DONE]"
 MAX_DONE: Final = 16
 """Bytes of an end mark with white space around it."""
 
-_ERROR: Final = re.compile(rb'"error"')
+_ERROR: Final = Marks(["error"])
+_INTRODUCING: Final = sieve(SHOWN, _ERROR)
+_SIEVES: Final = {name: sieve(dialect.telling, _ERROR) for name, dialect in DIALECTS.items()}
+_ANY: Final = sieve(*(dialect.telling for dialect in DIALECTS.values()))
 _USAGE_KEY: Final = re.compile(
     '"(?:' + "|".join(sorted({re.escape(dialect.usage_key) for dialect in DIALECTS.values()})) + r')"\s*:\s*(?=\{)'
 )
@@ -155,10 +160,41 @@ class UsageReader:
             return
         self._read += len(chunk)
         for piece in self._inflate.feed(bytes(chunk)):
-            for payload in self._frames.feed(piece):
-                self._take(payload, self._notes, self._text, self._guess)
+            if self._keep_text or not self._frames.ends or len(piece) > MAX_PAYLOAD:
+                self._frame(self._frames, piece)
+            else:
+                self._skim(self._frames, piece)
         if self._guess.parts and self.known:
             self._guess = Text()
+
+    def _frame(self, frames: Frames, data: bytes) -> None:
+        for payload in frames.feed(data):
+            self._take(payload, self._notes, self._text, self._guess)
+
+    def _skim(self, frames: Frames, data: bytes) -> None:
+        """
+        Read as `_frame` does, and pass over the whole payloads without a mark, of which nothing would be parsed.
+
+        What is begun is read to its end before, whatever it holds. What lies within *data* is never too large.
+        """
+        at, ends = 0, frames.ends
+        if not frames.between:
+            at = end_behind(data, 0, 0, ends)
+            self._frame(frames, data[:at])
+        while at < len(data) and (found := self._next(data, at)) >= 0:
+            start, end = end_before(data, at, found, ends), end_behind(data, at, found, ends)
+            self._frame(frames, data[start:end])
+            at = end
+        at = end_before(data, at, len(data), ends)
+        if at < len(data):
+            self._frame(frames, data[at:])
+
+    def _next(self, data: bytes, at: int) -> int:
+        """Return where in ``data[at:]`` a payload is first that `_worthwhile` may want, or -1."""
+        dialect = self._notes.dialect
+        if _is_introduced(self._notes):
+            return find_mark(data, at, _ANY if dialect is None else _SIEVES[dialect.name])
+        return at if dialect is not None else _find_shown(data, at)
 
     def end(self) -> None:
         """Note that the body came to its proper end, whether or not it said so itself (`ended`)."""
@@ -300,12 +336,14 @@ class UsageReader:
     def _worthwhile(self, data: bytes, notes: Notes) -> bool:
         """Tell whether a payload may change the notes or bring text, without parsing it."""
         dialect = notes.dialect
-        if (dialect is None or notes.model is None) and notes.introduced < INTRODUCTION:
+        if not _is_introduced(notes):
+            if dialect is None and _find_shown(data, 0) < 0:
+                return self._keep_text
             notes.introduced += 1
             return True
         if dialect is None:
-            return self._keep_text or any(known.telling.search(data) for known in DIALECTS.values())
-        if dialect.telling.search(data) or _ERROR.search(data):
+            return self._keep_text or any(known.telling.pattern.search(data) for known in DIALECTS.values())
+        if dialect.telling.pattern.search(data) or _ERROR.pattern.search(data):
             return True
         return self._keep_text and (not notes.recognised or dialect.texty.search(data) is not None)
 
@@ -357,6 +395,17 @@ class UsageReader:
                 notes.flag("clipped")
                 return True
         return False
+
+
+def _is_introduced(notes: Notes) -> bool:
+    return (notes.dialect is not None and notes.model is not None) or notes.introduced >= INTRODUCTION
+
+
+def _find_shown(data: bytes, at: int) -> int:
+    """Return where in ``data[at:]`` a dialect or an error may first show itself, or -1; escapes may hide a name."""
+    shown = find_mark(data, at, _INTRODUCING)
+    escape = data.find(b"\\", at, shown if shown >= 0 else len(data))
+    return shown if escape < 0 else escape
 
 
 def _known(notes: Notes, text: Text) -> bool:

@@ -18,7 +18,8 @@ MAX_TEXT: Final = 200_000
 _LABELS: Final = frozenset({"type", "object", "id", "model", "role", "event", "finish_reason", "error"})
 """Fields whose strings are marks, not words: in most formats each event repeats some of them."""
 
-_BLOB: Final = re.compile(r"[A-Za-z0-9+/_=-]{512,}")
+_LONG: Final = 512
+_BLOB: Final = re.compile(rf"[A-Za-z0-9+/_=-]{{{_LONG},}}")
 """A run that no language has without a blank: base64 of an image or a voice, which is not counted as text."""
 
 
@@ -76,7 +77,14 @@ def join(parts: list[str]) -> str:
 
 def prose(data: bytes) -> str:
     """Return *data* as text without encoded binary in it; nothing for bytes that are no text."""
-    return "" if b"\0" in data else _BLOB.sub("", data.decode("utf-8", "replace"))
+    return "" if b"\0" in data else _spoken(data.decode("utf-8", "replace"))
+
+
+def _spoken(text: str) -> str:
+    # The pattern is asked at every letter; nearly every text shows sooner that all of its words are short.
+    if len(text) < _LONG or max(map(len, text.split()), default=0) < _LONG:
+        return text
+    return _BLOB.sub("", text)
 
 
 def words(document: Any) -> Iterator[str]:
@@ -85,7 +93,7 @@ def words(document: Any) -> Iterator[str]:
     while waiting:
         value = waiting.pop()
         if isinstance(value, str):
-            yield _BLOB.sub("", value)
+            yield _spoken(value)
         elif isinstance(value, list):
             waiting.extend(reversed(value))
         elif isinstance(value, dict) and value.get("type") != "error":

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from asgi_metering.asgi.tap import BLOCK, MAX_WAITING, Tap
-from asgi_metering.usage import TokenUsage
+from asgi_metering.asgi.exchange import CHECKPOINT_BYTES
+from asgi_metering.asgi.tap import BLOCK, MAX_WAITING, READ_AT_ONCE, SAMPLE, Tap
+from asgi_metering.usage import TokenUsage, UsageReader
 
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":2,"total_tokens":11}}\n\n'
 
@@ -21,6 +22,24 @@ def delta(text: str) -> bytes:
 def tap() -> Tap:
     """A tap on a stream of events."""
     return Tap("text/event-stream", None, None)
+
+
+def give(watched: Tap, chunk: bytes, times: int = 1) -> int:
+    """Show a tap chunks as an exchange does, and say at each checkpoint what has passed; returns the most it kept."""
+    unchecked = most = 0
+    for _ in range(times):
+        watched.keep(chunk)
+        unchecked += len(chunk)
+        if unchecked >= CHECKPOINT_BYTES:
+            most = max(most, waiting(watched))
+            watched.passed(unchecked)
+            unchecked = 0
+    return max(most, waiting(watched))
+
+
+def waiting(watched: Tap) -> int:
+    """Bytes that a tap has not read yet."""
+    return sum(map(len, watched._chunks))
 
 
 def test_reports_what_passed_so_far_and_again() -> None:
@@ -58,20 +77,22 @@ def test_digest_reads_blocks_and_leaves_less_alone() -> None:
     small = delta("a" * 1_000)
     watched.keep(small)
     watched.digest()
-    assert watched._bytes == len(small)
+    assert waiting(watched) == len(small)
     for _ in range(BLOCK // len(small) + 1):
         watched.keep(small)
     watched.digest()
-    assert watched._bytes == 0
+    assert waiting(watched) == 0
 
 
 def test_what_nobody_reads_is_bounded_and_its_usage_is_found_still() -> None:
-    """A stream of many times the bound keeps at most the bound; the usage at its end counts, the text says its gap."""
+    """
+    A stream of many times the bound keeps at most the bound and what passes between two checkpoints.
+
+    The usage at its end counts, and the text says its gap.
+    """
     watched = tap()
     chunk = delta("x" * 2_000)
-    for _ in range(5 * MAX_WAITING // len(chunk)):
-        watched.keep(chunk)
-        assert watched._bytes <= MAX_WAITING
+    assert give(watched, chunk, 5 * MAX_WAITING // len(chunk)) <= MAX_WAITING + CHECKPOINT_BYTES + len(chunk)
     watched.keep(USAGE)
     report = watched.report()
     reader = watched.text_reader()
@@ -83,8 +104,8 @@ def test_what_nobody_reads_is_bounded_and_its_usage_is_found_still() -> None:
 def test_one_huge_chunk_is_not_kept_beyond_the_bound() -> None:
     """A single chunk above the bound is read for usage at once and dropped."""
     watched = tap()
-    watched.keep(b"data: " + b"x" * (MAX_WAITING + 1) + b"\n\n")
-    assert watched._bytes == 0
+    give(watched, b"data: " + b"x" * (MAX_WAITING + 1) + b"\n\n")
+    assert waiting(watched) == 0
     watched.keep(USAGE)
     report = watched.report()
     assert report is not None
@@ -94,9 +115,7 @@ def test_one_huge_chunk_is_not_kept_beyond_the_bound() -> None:
 def burst(chunks: int, size: int = 900) -> int:
     """Characters that a tap hears of a burst that nobody reads."""
     watched = tap()
-    chunk = delta(("a word " * size)[:size])
-    for _ in range(chunks):
-        watched.keep(chunk)
+    give(watched, delta(("a word " * size)[:size]), chunks)
     heard = watched.text_reader().heard()
     return len(heard.text) + heard.more_chars
 
@@ -106,8 +125,7 @@ def test_text_past_the_bound_is_an_estimate_from_bytes() -> None:
     for chunks in (1_000, 1_500, 2_500, 6_000):
         assert burst(chunks) == pytest.approx(chunks * 900, rel=0.02)
     watched = tap()
-    for _ in range(2_000):
-        watched.keep(delta("x" * 900))
+    give(watched, delta("x" * 900), 2_000)
     assert watched.text_reader().heard().estimated
 
 
@@ -122,6 +140,90 @@ def test_one_huge_chunk_is_heard_by_its_size() -> None:
     """A chunk above the bound is read at its beginning, and the rest counts by its bytes; base64 is next to nothing."""
     for text, chars in (("a word " * 400_000, 2_800_000), ("QUJD" * 700_000, 0)):
         watched = tap()
-        watched.keep(delta(text))
+        give(watched, delta(text))
         heard = watched.text_reader().heard()
         assert len(heard.text) + heard.more_chars == pytest.approx(chars, rel=0.02, abs=10_000)
+
+
+def test_keeps_a_chunk_without_running_any_code_of_ours() -> None:
+    """What a chunk costs on the path is one append to a list, and the list is the same for good (DESIGN 9)."""
+    watched = tap()
+    keep = watched.keep
+    assert keep.__self__ is watched._chunks  # type: ignore[attr-defined]
+    give(watched, delta("x" * 2_000), 2 * MAX_WAITING // 2_000)
+    watched.text_reader()
+    assert watched.keep is keep
+    keep(USAGE)
+    report = watched.report()
+    assert report is not None
+    assert report.usage == TokenUsage(input=9, output=2)
+
+
+def test_drops_nothing_for_what_was_read_before_its_checkpoint() -> None:
+    """What was read between two checkpoints waits no longer, though the next one counts it: nothing is dropped yet."""
+    watched = tap()
+    chunk = delta("x" * 2_000)
+    times = CHECKPOINT_BYTES // len(chunk) + 1
+    for _ in range(times):
+        watched.keep(chunk)
+    watched.text_reader()
+    watched.passed(times * len(chunk))
+    give(watched, chunk, 3 * times)
+    assert MAX_WAITING - CHECKPOINT_BYTES < waiting(watched) < MAX_WAITING
+    assert not watched.text_reader().gapped
+
+
+def test_reads_chunks_of_any_sizes_together() -> None:
+    """However large or small the chunks are, empty ones too, all of them are read, once, in order."""
+    for sizes in ([0, 0], [1] * 300, [0, 3, 0, READ_AT_ONCE, 1, 2 * READ_AT_ONCE, 5]):
+        watched = tap()
+        data = delta("first") + delta("w" * sum(sizes)) + USAGE
+        at = 0
+        for size in sizes:
+            watched.keep(data[at : at + size])
+            at += size
+            watched.report()
+        watched.keep(data[at:])
+        report = watched.report()
+        assert report is not None
+        assert (report.usage, report.model) == (TokenUsage(input=9, output=2), "m")
+        assert watched.text_reader().text() == "first" + "w" * sum(sizes)
+
+
+def test_looks_at_each_byte_once_however_often_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heartbeats may ask for usage and text after every chunk: no reader is fed a byte twice."""
+    fed: dict[int, int] = {}
+    feed = UsageReader.feed
+
+    def counted(reader: UsageReader, chunk: bytes) -> None:
+        fed[id(reader)] = fed.get(id(reader), 0) + len(chunk)
+        feed(reader, chunk)
+
+    monkeypatch.setattr(UsageReader, "feed", counted)
+    watched = tap()
+    chunk = delta("a")
+    for number in range(300):
+        watched.keep(chunk)
+        watched.report()
+        watched.digest()
+        if number % 7 == 0:
+            watched.text_reader()
+    watched.text_reader()
+    assert list(fed.values()) == [300 * len(chunk)] * 2
+
+
+def test_keeps_few_samples_of_a_long_burst() -> None:
+    """Of what is dropped a sample is kept the first time, the second, the fourth and so on; only asking reads it."""
+    watched = tap()
+    chunk = delta("x" * 2_000)
+    give(watched, chunk, 8 * MAX_WAITING // len(chunk))
+    assert watched._for_text is None
+    sampled = sum(len(sample) for sample, _ in watched._dropped)
+    assert 0 < sampled <= 4 * (SAMPLE + len(chunk))
+    reader = watched.text_reader()
+    heard = reader.heard()
+    assert reader._read <= sampled + MAX_WAITING + CHECKPOINT_BYTES
+    assert len(heard.text) + heard.more_chars == pytest.approx(8 * MAX_WAITING * 2_000 / len(chunk), rel=0.02)
+    give(watched, chunk, 8 * MAX_WAITING // len(chunk))
+    again = watched.text_reader().heard()
+    assert len(again.text) + again.more_chars == pytest.approx(16 * MAX_WAITING * 2_000 / len(chunk), rel=0.02)

@@ -344,3 +344,10 @@ def test_work_grows_with_the_bytes_however_small_the_chunks(
     assert written <= moved <= 3 * written
     # Not exactly twice: past the bound one chunk in many cuts what is kept.
     assert twice <= 2.1 * once
+
+
+def test_take_an_empty_chunk_for_nothing() -> None:
+    r"""An empty chunk between ``\r`` and ``\n`` leaves them one end of a line."""
+    frames = EventFrames()
+    chunks = (b"data: a\r", b"", b"\ndata: b\r\n", b"", b"\r\n")
+    assert [payload.data for chunk in chunks for payload in frames.feed(chunk)] == [b"a\nb"]

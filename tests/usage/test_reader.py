@@ -333,11 +333,13 @@ def test_parse_only_what_may_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stream(*events).report() == stream(*events, keep_text=True).report()
     assert len(parsed) == 2 + 101
     parsed.clear()
-    unknown = [{"hello": number} for number in range(100)]
-    report = stream(*unknown, *events).report()
-    assert report is not None
-    assert (report.usage, report.complete) == (TokenUsage(9, 500), True)
-    assert len(parsed) == INTRODUCTION + 1
+    # What shows no name counts for nothing, unless escapes might hide one.
+    for mine, count in (({"hello": 1}, 2), ({"type": "mine"}, INTRODUCTION + 1), ({"hello": "\n"}, INTRODUCTION + 1)):
+        parsed.clear()
+        report = stream(*[mine] * 100, *events).report()
+        assert report is not None
+        assert (report.usage, report.complete) == (TokenUsage(9, 500), True)
+        assert len(parsed) == count
 
 
 def test_look_for_the_model_in_the_first_events() -> None:

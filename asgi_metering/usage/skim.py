@@ -1,0 +1,122 @@
+"""
+Skimming: where, in many payloads at once, one may stand that matters, without cutting or parsing the others.
+
+Knows names in JSON and the ends of lines and events. Never knows what a name means, nor whose it is. It may name a
+place too many, which costs its reader a look, and never one too few.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from re import Pattern
+from typing import Final
+
+__all__ = ["Marks", "end_before", "end_behind", "find_mark", "sieve"]
+
+WINDOW: Final = 128
+"""Bytes that are searched behind a leap: the end of one large event and the beginning of the next."""
+
+MAX_WINDOW: Final = 4_096
+"""Bytes that are searched at a time where there is nothing to leap over; it grows to them by doubling."""
+
+FAR: Final = 128
+"""A stretch without a quotation mark that is worth leaping over, which costs as much as searching so many bytes."""
+
+REACH: Final = 48
+"""Bytes behind a window that a name which begins in it may take, with the beginning of its value."""
+
+DONE: Final = b"[DONE]"
+"""The end mark of many streams, the only one that is no JSON."""
+
+DONE_REACH: Final = len(DONE) - 1
+"""Bytes behind a window that one which begins in it takes."""
+
+_LETTERS: Final = 3
+"""Of a name that are asked as sets first: most quotation marks fail them, in a fraction of what alternatives take."""
+
+_NOTHING: Final = rb'"(?!:\s?(?:null|false))'
+"""Behind a name whose value decides: most events of most streams repeat it only to say that there is nothing yet."""
+
+
+class Marks:
+    """
+    Names, one of which a payload must show to matter.
+
+    Args:
+        names: As keys or values, each at least `_LETTERS` long.
+        fields: Keys that matter with a value that begins like this (a regular expression) only.
+    """
+
+    __slots__ = ("fields", "names", "pattern")
+
+    def __init__(self, names: Iterable[str], fields: Mapping[str, str] | None = None) -> None:
+        self.names = tuple(sorted(names))
+        self.fields = dict(fields or {})
+        shown = [f'"{re.escape(name)}"' for name in self.names]
+        shown += [rf'"{re.escape(name)}"\s*:\s*{begins}' for name, begins in self.fields.items()]
+        self.pattern = re.compile("|".join(shown).encode())
+
+
+def sieve(*marks: Marks) -> Pattern[bytes]:
+    """
+    Make a pattern that lets through whatever any of *marks* finds, and little else, for `find_mark`.
+
+    It looks no further than `REACH` bytes, and may be shown a name that is cut there.
+    """
+    names = {name.encode(): b'"' for each in marks for name in each.names}
+    names |= {name.encode(): _NOTHING for each in marks for name in each.fields}
+    sets = b"".join(b"[" + re.escape(bytes({name[at] for name in names})) + b"]" for at in range(_LETTERS))
+    rests = b"|".join(sorted({re.escape(name[_LETTERS:]) + behind for name, behind in names.items()}))
+    return re.compile(b'"' + sets + b"(?:" + rests + b")")
+
+
+def find_mark(data: bytes, at: int, marks: Pattern[bytes]) -> int:
+    """
+    Return where the first mark or end mark begins in ``data[at:]``, or -1. Linear, and far less than a byte at a time.
+
+    Names stand in quotation marks, and an end mark has a line without any: so the stretch from one to the next within
+    a line, such as a long text, is passed over.
+    """
+    size, find, search = len(data), data.find, marks.search
+    quote = line = -1
+    window = WINDOW
+    while at < size:
+        if quote < at and (quote := find(b'"', at)) < 0:
+            quote = size
+        if quote > at + FAR:
+            if line < at and (line := find(b"\n", at)) < 0:
+                line = size
+            if line >= quote:
+                at = quote
+                window = WINDOW
+        stop = at + window
+        found = search(data, at, stop + REACH)
+        if found is not None and found.start() < stop:
+            done = find(DONE, at, found.start())
+            return found.start() if done < 0 else done
+        done = find(DONE, at, stop + DONE_REACH)
+        if done >= 0:
+            return done
+        at = stop
+        if window < MAX_WINDOW:
+            window += window
+    return -1
+
+
+def end_before(data: bytes, at: int, place: int, ends: tuple[bytes, ...]) -> int:
+    """Return the position behind the last of *ends* in ``data[at:place]``; *at*, which is one, if there is none."""
+    line = place
+    while (line := data.rfind(b"\n", at, line)) >= 0:
+        if data.endswith(ends, at, line + 1):
+            return line + 1
+    return at
+
+
+def end_behind(data: bytes, at: int, place: int, ends: tuple[bytes, ...]) -> int:
+    """Return the position behind the first of *ends* at or behind *place* in ``data[at:]``; all of it without one."""
+    line = place
+    while (line := data.find(b"\n", line) + 1) > 0:
+        if data.endswith(ends, at, line):
+            return line
+    return len(data)
