@@ -33,6 +33,7 @@ __all__ = [
     "GRANT",
     "HOLD",
     "KINDS",
+    "LENGTH",
     "LIVES",
     "MAX_REMEMBERED",
     "PINNED",
@@ -91,7 +92,7 @@ WINDOW = Struct(">4d")
 CHARGE_KEY = Struct(">dddB")
 EVENT = Struct(">ddB")
 DOUBLE = Struct(">d")
-_LENGTH = Struct(">I")
+LENGTH = Struct(">I")
 
 LIVES = (HoldState.HELD, HoldState.IN_DOUBT)
 ENDS = (HoldState.SETTLED, HoldState.RELEASED)
@@ -133,7 +134,7 @@ def words(*texts: str | bytes) -> bytes:
     packed = []
     for text in texts:
         raw = text if isinstance(text, bytes) else text.encode()
-        packed.append(_LENGTH.pack(len(raw)))
+        packed.append(LENGTH.pack(len(raw)))
         packed.append(raw)
     return b"".join(packed)
 
@@ -163,7 +164,7 @@ class Unpacking:
 
     def word(self) -> bytes:
         """The next text, or what is packed as one."""
-        (length,) = self.numbers(_LENGTH)
+        (length,) = self.numbers(LENGTH)
         at = self.at
         self.at = at + length
         return self.raw[at : self.at]
@@ -224,7 +225,7 @@ def receipt_of(raw: bytes, payer: str, unit: str, at: int = 0) -> Receipt | None
         return None
     _, _, basis, estimated, by, known, amount, held, available, time, entry, late, length = RECEIPT.unpack_from(raw, at)
     at += RECEIPT.size
-    parts = at + length + _LENGTH.size
+    parts = at + length + LENGTH.size
     return Receipt(
         restored(raw[at : at + length].decode()),
         payer,
