@@ -212,8 +212,8 @@ class Calls:
             told.append(words(pays, escaped(name), span))
             last = place
         # Behind who pays stands what is rare, for which most calls have nothing to say.
-        who = words(self._packing.who(payer, unit, ""), b"")
-        return names.account(payer, unit), keys, b"".join(told), who
+        pays = words(self._packing.who(payer, unit, ""), b"")
+        return names.account(payer, unit), keys, b"".join(told), pays
 
     def _decided(self, ask: Admit, reply: Reply) -> Decision:
         if isinstance(reply, list):
@@ -249,7 +249,7 @@ class Calls:
             else:
                 left = most - int(count)
                 resets = end - now if now > start else end - start
-                windows.append(build(WindowState, (name, most, left if left > 0 else 0, resets, window_s, meter)))
+                windows.append(build(WindowState, (name, most, max(0, left), resets, window_s, meter)))
         return tuple(windows)
 
     def _refused(self, ask: Admit, reply: Reply) -> Decision:
