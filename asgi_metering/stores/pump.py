@@ -27,6 +27,7 @@ from asgi_metering.errors import (
 )
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, Operation, Undo
+from asgi_metering.rules.state import build
 from asgi_metering.stores.contract import Store
 from asgi_metering.stores.deadlines import Deadlines
 
@@ -130,8 +131,9 @@ class Pump:
         future: asyncio.Future[Answer] = loop.create_future()
         queue = self._admissions if isinstance(operation, Admit) else self._others
         self._arrived += 1
-        queue.append(_Waiting(self._arrived, operation, future, is_repeated))
-        self._idle.clear()
+        queue.append(build(_Waiting, (self._arrived, operation, future, is_repeated)))
+        if not self._awake:
+            self._idle.clear()
         if not self._is_coming:
             self._is_coming = self._wake(loop)
         return future
@@ -265,7 +267,11 @@ class Pump:
             raise
         else:
             for waiting, answer in zip(batch, answers, strict=True):
-                self._deliver(waiting, answer)
+                future = waiting.future
+                if future.done() or isinstance(answer, Exception):
+                    self._deliver(waiting, answer)
+                else:
+                    future.set_result(answer)
             return
         await self._send_one_by_one(batch, unwritable)
 
@@ -355,7 +361,11 @@ def _unwritable(store: Store, failure: Exception) -> UnwritableError:
 
 
 def _draw(queue: deque[_Waiting], most: int) -> list[_Waiting]:
-    drawn: list[_Waiting] = []
+    if len(queue) <= most:
+        drawn = [waiting for waiting in queue if not waiting.future.done()]
+        queue.clear()
+        return drawn
+    drawn = []
     while queue and len(drawn) < most:
         waiting = queue.popleft()
         if not waiting.future.done():

@@ -75,6 +75,7 @@ _LIMIT_KINDS = (WindowKind.FIXED, WindowKind.CALENDAR, WindowKind.SLIDING)
 _SLIDING = WindowKind.SLIDING
 _WALLET, _CALENDAR, _ROLLING = range(3)
 _SETTLED, _RELEASED = range(2)
+_BASIS_CODES = {basis: code for code, basis in enumerate(BASES)}
 """As the scripts call them."""
 
 
@@ -232,14 +233,17 @@ class Calls:
         source = ask.sources[last - 1]
         name = source.name if isinstance(source, AllowanceSource) else WALLET
         payer = source.payer or ask.payer
-        taken = (int(held), int(available), name, windows, False, payer, source.group)
-        return build(Decision, (ask.id, now, None, *taken, False, None, None, ()))
+        held, available, group = int(held), int(available), source.group
+        return build(
+            Decision,
+            (ask.id, now, None, held, available, name, windows, False, payer, group, False, None, None, ()),
+        )
 
     def _windows(self, ask: Admit, reply: bytes, at: int, now: float) -> tuple[WindowState, ...]:
         """What the limits tell after the call, from the counters as it left them."""
         windows = []
         for limit, (start, end, count, previous) in zip(ask.limits, WINDOW.iter_unpack(reply[at:]), strict=True):
-            name, key, kind, most, window_s, cost, meter, *_ = limit
+            name, key, kind, most, window_s, cost, meter, _ = limit
             if kind is _SLIDING:
                 before = Counter(key, start, end, int(count) - cost, int(previous))
                 seen = look(limit, before, now)
@@ -277,7 +281,7 @@ class Calls:
         if amount is None:
             numbers = (_RELEASED, 0, BASES.index(Basis.NONE))
         else:
-            numbers = (_SETTLED, check_parts(amount, "charge"), BASES.index(ask.basis))
+            numbers = (_SETTLED, check_parts(amount, "charge"), _BASIS_CODES[ask.basis])
         rare = b""
         if ask.actual or ask.reply is not None:
             used = [words(meter) + _POOL.pack(count) for meter, count in ask.actual.items()]

@@ -92,7 +92,9 @@ class Names:
 
     def hold(self, call_id: str) -> str:
         """A hold."""
-        return self._hold + escaped(call_id)
+        # Every call has an id of its own, and most are plain: as `escaped`.
+        is_plain = call_id.isprintable() and "%" not in call_id
+        return self._hold + (call_id if is_plain else escaped(call_id))
 
     def counter(self, key: str) -> str:
         """A rate limit's counter."""

@@ -17,6 +17,7 @@ from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.errors import AmountError
 from asgi_metering.receipts import Basis, EndedBy, EntryKind, Part, Receipt, Source
 from asgi_metering.rules.hold import HoldState
+from asgi_metering.rules.state import build
 from asgi_metering.stores.redis.names import escaped, restored
 
 __all__ = [
@@ -226,22 +227,13 @@ def receipt_of(raw: bytes, payer: str, unit: str, at: int = 0) -> Receipt | None
     _, _, basis, estimated, by, known, amount, held, available, time, entry, late, length = RECEIPT.unpack_from(raw, at)
     at += RECEIPT.size
     parts = at + length + LENGTH.size
-    return Receipt(
-        restored(raw[at : at + length].decode()),
-        payer,
-        unit,
-        int(amount),
-        int(held),
-        BASES[basis] or Basis.NONE,
-        estimated == 1,
-        ENDERS[by],
-        parts_of(raw[parts:]),
-        int(available) if known & HAS_AVAILABLE else None,
-        time,
-        int(entry) if known & HAS_ENTRY else None,
-        True,
-        int(late) if known & HAS_LATE else None,
-    )
+    # fmt: off
+    return build(Receipt, (
+        restored(raw[at : at + length].decode()), payer, unit, int(amount), int(held), BASES[basis] or Basis.NONE,
+        estimated == 1, ENDERS[by], parts_of(raw[parts:]), int(available) if known & HAS_AVAILABLE else None, time,
+        int(entry) if known & HAS_ENTRY else None, True, int(late) if known & HAS_LATE else None, True,
+    ))
+    # fmt: on
 
 
 @lru_cache(maxsize=MAX_PAYERS)
