@@ -10,7 +10,7 @@ suite in `asgi_metering.testing`.
 from __future__ import annotations
 
 import abc
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
@@ -274,6 +274,20 @@ class Store(abc.ABC):
             MeteringError: The operation is a mistake.
         """
         raise TypeError(f"The {self.name} store cannot answer at once. Await run({operation!r}).")
+
+    def start(self, operation: Operation, told: Callable[[Answer | Exception | None], None]) -> bool:
+        """
+        Send one operation in this turn of the loop, if nothing has to be waited for before that.
+
+        Args:
+            operation: As one of `run`.
+            told: Called once, later and from the loop: with what `run` would answer; with what it would raise; or with
+                None where the operation has not been done, and has to be `run`. It never raises.
+
+        Returns:
+            Whether it was sent. If it was not, *told* is never called: it has to be `run`.
+        """
+        return False
 
     @abc.abstractmethod
     async def read(self, query: Query) -> Snapshot:

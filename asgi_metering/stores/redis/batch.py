@@ -17,7 +17,7 @@ from asgi_metering.stores.redis.calls import Call, Calls
 from asgi_metering.stores.redis.link import Command, Reply
 from asgi_metering.stores.redis.parts import Part
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "lone_answer"]
 
 CHUNK = 64
 """Calls in one script: enough that its beginning and its end cost nothing, few enough that nobody waits for long."""
@@ -30,6 +30,13 @@ _RULES, _LATER = b"S", b"N"
 
 
 _CALLED = (Admit, End, Renew, Part)
+
+
+def lone_answer(calls: Calls, operation: Operation, reply: Reply) -> Answer | None:
+    """What *reply* to a command for *operation* alone says about it; None if it has to be tried again in a batch."""
+    if not isinstance(reply, list) or reply[0] in (_RULES, _LATER):
+        return None
+    return calls.answer(operation, reply[0])
 
 
 class Batch:

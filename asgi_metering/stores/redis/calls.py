@@ -33,7 +33,7 @@ from asgi_metering.rules.operations import (
     SourceAsk,
     WindowKind,
 )
-from asgi_metering.rules.state import NEVER, Counter, Lease, State
+from asgi_metering.rules.state import NEVER, Counter, Lease, State, build
 from asgi_metering.rules.windows import look, window_state
 from asgi_metering.sources import WALLET
 from asgi_metering.stores.redis.link import Command, Reply
@@ -75,6 +75,7 @@ _LIMIT_KINDS = (WindowKind.FIXED, WindowKind.CALENDAR, WindowKind.SLIDING)
 _SLIDING = WindowKind.SLIDING
 _WALLET, _CALENDAR, _ROLLING = range(3)
 _SETTLED, _RELEASED = range(2)
+_BASIS_CODES = {basis: code for code, basis in enumerate(BASES)}
 """As the scripts call them."""
 
 
@@ -105,7 +106,6 @@ class Calls:
         # The same few accounts pay from the same few sources, until the calendar moves on.
         self._sources = lru_cache(maxsize=MAX_REMEMBERED)(self._make_sources)
         self._limits = lru_cache(maxsize=MAX_REMEMBERED)(self._make_limits)
-        self._who = lru_cache(maxsize=MAX_REMEMBERED)(packing.who)
 
     def call(self, operation: Operation) -> Call | None:
         """
@@ -149,23 +149,15 @@ class Calls:
         if not 0 <= ask.minimum <= ask.amount <= MAX_AMOUNT:
             # The rules say what is wrong with it.
             return None
-        names, payer, unit = self._names, ask.payer, ask.unit
-        keys = [names.hold(ask.id), names.account(payer, unit)]
         counters, limits = self._limits(ask.limits)
-        keys += counters
+        account, source_keys, sources, who = self._sources(ask.sources, ask.payer, ask.unit)
+        keys = [self._names.hold(ask.id), account, *counters]
         rare = b""
         if ask.leases or ask.charge_key is not None or ask.idempotency is not None:
             rare = self._rare(ask, keys)
-        source_keys, sources = self._sources(ask.sources, payer, unit)
         keys += source_keys
-        told = (
-            _ADMISSION.pack(b"A", len(keys), 5, ask.amount, ask.minimum, ask.ttl_s, ask.grace_s) + rare,
-            limits,
-            sources,
-            self._who(payer, unit, ""),
-            self._packing.kept(ask),
-        )
-        return Call(keys, told)
+        numbers = _ADMISSION.pack(b"A", len(keys), 4, ask.amount, ask.minimum, ask.ttl_s, ask.grace_s) + rare
+        return build(Call, (keys, (numbers, limits, sources, who + self._packing.kept(ask))))
 
     def _rare(self, ask: Admit, keys: list[str]) -> bytes:
         """Slots and keys, which most calls do not have."""
@@ -190,8 +182,10 @@ class Calls:
             told.append(words(counted, doubles(boundaries)))
         return [self._names.counter(limit.key) for limit in limits], b"".join(told)
 
-    def _make_sources(self, sources: tuple[SourceAsk, ...], payer: str, unit: str) -> tuple[list[str], bytes]:
-        """The keys that sources name, and the words that say what to do with them."""
+    def _make_sources(
+        self, sources: tuple[SourceAsk, ...], payer: str, unit: str
+    ) -> tuple[str, list[str], bytes, bytes]:
+        """Who pays: the account, the keys that sources name, what to do with them, and what a hold says of it."""
         names = self._names
         keys: list[str] = []
         told: list[bytes] = []
@@ -218,7 +212,9 @@ class Calls:
             told.append(_SOURCE.pack(kind, place != last, source.split, limit, account, own))
             told.append(words(pays, escaped(name), span))
             last = place
-        return keys, b"".join(told)
+        # Behind who pays stands what is rare, for which most calls have nothing to say.
+        pays = words(self._packing.who(payer, unit, ""), b"")
+        return names.account(payer, unit), keys, b"".join(told), pays
 
     def _decided(self, ask: Admit, reply: Reply) -> Decision:
         if isinstance(reply, list):
@@ -237,15 +233,17 @@ class Calls:
         source = ask.sources[last - 1]
         name = source.name if isinstance(source, AllowanceSource) else WALLET
         payer = source.payer or ask.payer
-        return Decision(ask.id, now, None, int(held), int(available), name, windows, False, payer, source.group)
+        held, available, group = int(held), int(available), source.group
+        return build(
+            Decision,
+            (ask.id, now, None, held, available, name, windows, False, payer, group, False, None, None, ()),
+        )
 
     def _windows(self, ask: Admit, reply: bytes, at: int, now: float) -> tuple[WindowState, ...]:
         """What the limits tell after the call, from the counters as it left them."""
         windows = []
-        for limit in ask.limits:
-            start, end, count, previous = WINDOW.unpack_from(reply, at)
-            at += WINDOW.size
-            name, key, kind, most, window_s, cost, meter, *_ = limit
+        for limit, (start, end, count, previous) in zip(ask.limits, WINDOW.iter_unpack(reply[at:]), strict=True):
+            name, key, kind, most, window_s, cost, meter, _ = limit
             if kind is _SLIDING:
                 before = Counter(key, start, end, int(count) - cost, int(previous))
                 seen = look(limit, before, now)
@@ -255,7 +253,7 @@ class Calls:
             else:
                 left = most - int(count)
                 resets = end - now if now > start else end - start
-                windows.append(WindowState(name, most, max(0, left), resets, window_s, meter))
+                windows.append(build(WindowState, (name, most, max(0, left), resets, window_s, meter)))
         return tuple(windows)
 
     def _refused(self, ask: Admit, reply: Reply) -> Decision:
@@ -283,7 +281,7 @@ class Calls:
         if amount is None:
             numbers = (_RELEASED, 0, BASES.index(Basis.NONE))
         else:
-            numbers = (_SETTLED, check_parts(amount, "charge"), BASES.index(ask.basis))
+            numbers = (_SETTLED, check_parts(amount, "charge"), _BASIS_CODES[ask.basis])
         rare = b""
         if ask.actual or ask.reply is not None:
             used = [words(meter) + _POOL.pack(count) for meter, count in ask.actual.items()]
@@ -292,7 +290,7 @@ class Calls:
             _END.pack(b"E", 1, 2, *numbers, ask.estimated, ENDERS.index(ask.by), ask.failed) + rare,
             b"" if ask.event is None else json_text(ask.event).encode(),
         )
-        return Call((self._names.hold(ask.id),), told)
+        return build(Call, ((self._names.hold(ask.id),), told))
 
     def _ended(self, ask: End, reply: Reply) -> Receipt:
         kind = reply[:1]

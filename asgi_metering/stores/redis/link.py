@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from asgi_metering.errors import ConfigurationError, StoreUnavailableError
 from asgi_metering.stores.redis.places import Place, driver
 from asgi_metering.stores.redis.scripts import Scripts
-from asgi_metering.stores.redis.wire import Wire
+from asgi_metering.stores.redis.wire import Told, Wire
 
 __all__ = ["Command", "Link", "Reply", "moves"]
 
@@ -80,6 +80,41 @@ class Link:
                 replies[at] = reply
         return replies
 
+    def post(self, command: Command, told: Told) -> bool:
+        """
+        Send *command* in this turn of the loop, if the connection is in use, and return whether it was sent.
+
+        Args:
+            command: One.
+            told: Gets its reply, alone, as it came; or `StoreUnavailableError` as of `exchange`.
+        """
+        wire = self._wire
+        if wire is None or wire.failure is not None or not self._has_functions:
+            return False
+        if self._connecting.locked() or time.monotonic() - self._used_at >= IDLE_S:
+            return False
+
+        def replied(outcome: list[Reply] | Exception) -> None:
+            if isinstance(outcome, Exception):
+                told(self._lost(outcome))
+            else:
+                self._used_at = time.monotonic()
+                told(outcome)
+
+        wire.post(driver().pack(command), 1, self._timeout_s, replied)
+        return True
+
+    def _lost(self, error: Exception) -> StoreUnavailableError:
+        if isinstance(error, TimeoutError):
+            said = (
+                f"The Redis server at {self._place} gave no answer within {self._timeout_s} s. Repeat with the same id."
+            )
+        else:
+            said = f"The connection to the Redis server at {self._place} is lost: {error}"
+        failure = StoreUnavailableError(said)
+        failure.__cause__ = error
+        return failure
+
     async def _mended(self, failures: list[tuple[int, Exception]]) -> list[int]:
         """Do what some failures ask for, and return those that were not executed and can be sent again."""
         errors = driver().exceptions
@@ -119,11 +154,6 @@ class Link:
             for reply in replies:
                 if isinstance(reply, errors.ConnectionError):
                     raise reply
-        except TimeoutError as error:
-            await self._drop(wire)
-            raise StoreUnavailableError(
-                f"The Redis server at {self._place} gave no answer within {self._timeout_s} s. Repeat with the same id."
-            ) from error
         except errors.AuthenticationError as error:
             # Redis 7.0 says so at the first command, and not when a connection is made.
             await self._drop(wire)
@@ -132,9 +162,7 @@ class Link:
             ) from error
         except (errors.ConnectionError, errors.TimeoutError, OSError) as error:
             await self._drop(wire)
-            raise StoreUnavailableError(
-                f"The connection to the Redis server at {self._place} is lost: {error}"
-            ) from error
+            raise self._lost(error) from error
         except BaseException:
             # Whoever cancels a read leaves replies behind that are nobody's.
             await self._drop(wire)
@@ -183,8 +211,9 @@ class Link:
 
     async def close(self) -> None:
         """Close the connection, after whoever uses it. Again changes nothing."""
-        while self._wire is not None and (waiting := self._wire.on_their_way()):
-            await asyncio.wait(waiting)
+        wire = self._wire
+        if wire is not None:
+            await wire.quiet()
         await self._drop(self._wire)
 
 

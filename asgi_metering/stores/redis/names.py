@@ -7,8 +7,6 @@ what is kept under a key.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from asgi_metering.errors import ConfigurationError
 
 __all__ = ["GLUE", "Names", "escaped", "restored"]
@@ -24,7 +22,6 @@ def _escape(char: str) -> str:
     return f"%{ord(char):02x}" if ord(char) < 0x20 or char in "%\x7f" else char
 
 
-@lru_cache(maxsize=8_192)
 def escaped(text: str) -> str:
     """*text* without control characters; other texts stay as they are, so that keys can be read."""
     if text.isprintable() and "%" not in text:
@@ -64,6 +61,7 @@ class Names:
                 f"characters of '_-.:'."
             )
         self.prefix = prefix = f"{{{namespace}}}:"
+        self._hold = f"{prefix}h:"
         self.gate = f"{prefix}gate"
         # The second key never exists: where a slot is on its way to another node, a Cluster then runs no script that
         # names both, and none finds one row here and the next one there.
@@ -94,7 +92,9 @@ class Names:
 
     def hold(self, call_id: str) -> str:
         """A hold."""
-        return f"{self.prefix}h:{escaped(call_id)}"
+        # Every call has an id of its own, and most are plain: as `escaped`.
+        is_plain = call_id.isprintable() and "%" not in call_id
+        return self._hold + (call_id if is_plain else escaped(call_id))
 
     def counter(self, key: str) -> str:
         """A rate limit's counter."""

@@ -17,6 +17,7 @@ from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.errors import AmountError
 from asgi_metering.receipts import Basis, EndedBy, EntryKind, Part, Receipt, Source
 from asgi_metering.rules.hold import HoldState
+from asgi_metering.rules.state import build
 from asgi_metering.stores.redis.names import escaped, restored
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "GRANT",
     "HOLD",
     "KINDS",
+    "LENGTH",
     "LIVES",
     "MAX_REMEMBERED",
     "PINNED",
@@ -91,7 +93,7 @@ WINDOW = Struct(">4d")
 CHARGE_KEY = Struct(">dddB")
 EVENT = Struct(">ddB")
 DOUBLE = Struct(">d")
-_LENGTH = Struct(">I")
+LENGTH = Struct(">I")
 
 LIVES = (HoldState.HELD, HoldState.IN_DOUBT)
 ENDS = (HoldState.SETTLED, HoldState.RELEASED)
@@ -133,7 +135,7 @@ def words(*texts: str | bytes) -> bytes:
     packed = []
     for text in texts:
         raw = text if isinstance(text, bytes) else text.encode()
-        packed.append(_LENGTH.pack(len(raw)))
+        packed.append(LENGTH.pack(len(raw)))
         packed.append(raw)
     return b"".join(packed)
 
@@ -163,7 +165,7 @@ class Unpacking:
 
     def word(self) -> bytes:
         """The next text, or what is packed as one."""
-        (length,) = self.numbers(_LENGTH)
+        (length,) = self.numbers(LENGTH)
         at = self.at
         self.at = at + length
         return self.raw[at : self.at]
@@ -224,23 +226,14 @@ def receipt_of(raw: bytes, payer: str, unit: str, at: int = 0) -> Receipt | None
         return None
     _, _, basis, estimated, by, known, amount, held, available, time, entry, late, length = RECEIPT.unpack_from(raw, at)
     at += RECEIPT.size
-    parts = at + length + _LENGTH.size
-    return Receipt(
-        restored(raw[at : at + length].decode()),
-        payer,
-        unit,
-        int(amount),
-        int(held),
-        BASES[basis] or Basis.NONE,
-        estimated == 1,
-        ENDERS[by],
-        parts_of(raw[parts:]),
-        int(available) if known & HAS_AVAILABLE else None,
-        time,
-        int(entry) if known & HAS_ENTRY else None,
-        True,
-        int(late) if known & HAS_LATE else None,
-    )
+    parts = at + length + LENGTH.size
+    # fmt: off
+    return build(Receipt, (
+        restored(raw[at : at + length].decode()), payer, unit, int(amount), int(held), BASES[basis] or Basis.NONE,
+        estimated == 1, ENDERS[by], parts_of(raw[parts:]), int(available) if known & HAS_AVAILABLE else None, time,
+        int(entry) if known & HAS_ENTRY else None, True, int(late) if known & HAS_LATE else None, True,
+    ))
+    # fmt: on
 
 
 @lru_cache(maxsize=MAX_PAYERS)

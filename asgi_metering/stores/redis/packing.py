@@ -41,6 +41,7 @@ from asgi_metering.stores.redis.packed import (
     GRANT,
     HOLD,
     KINDS,
+    LENGTH,
     LIVES,
     MAX_REMEMBERED,
     PINNED,
@@ -121,7 +122,8 @@ class Packing:
     @staticmethod
     def kept(row: Any) -> bytes:
         """What a hold keeps as the call brought it: line, basis in doubt, facts; *row* is a hold or its admission."""
-        return _policy(row.line, str(row.in_doubt)) + words(json_text(row.facts))
+        facts = json_text(row.facts).encode()
+        return _policy(row.line, row.in_doubt) + LENGTH.pack(len(facts)) + facts
 
     def who(self, payer: str, unit: str, group: str) -> bytes:
         """Who pays."""

@@ -17,11 +17,11 @@ from asgi_metering.rules.decide import Answer, run
 from asgi_metering.rules.operations import Operation, Sweep
 from asgi_metering.rules.state import Change
 from asgi_metering.stores.contract import Books, Filling, Query, Snapshot, Store
-from asgi_metering.stores.redis.batch import Batch
+from asgi_metering.stores.redis.batch import Batch, lone_answer
 from asgi_metering.stores.redis.books import Access, opened_books, opened_filling
 from asgi_metering.stores.redis.calls import Calls
 from asgi_metering.stores.redis.checks import check_server
-from asgi_metering.stores.redis.link import Link, moves
+from asgi_metering.stores.redis.link import Link, Reply, moves
 from asgi_metering.stores.redis.loading import load
 from asgi_metering.stores.redis.names import Names
 from asgi_metering.stores.redis.packed import time_text
@@ -134,6 +134,33 @@ class RedisStore(Store):
                     batch.give_up(_busy)
                 await asyncio.sleep(PAUSE_S)
         return [batch.answers[place] for place in range(len(operations))]
+
+    def start(self, operation: Operation, told: Callable[[Answer | Exception | None], None]) -> bool:
+        """See `Store.start`. Only the operations of calls, on a connection that is in use."""
+        link = self._links.get(asyncio.get_running_loop())
+        if link is None:
+            return False
+        calls = self._calls
+        try:
+            call = calls.call(operation)
+        except Exception:  # noqa: BLE001 -- `run` says what is wrong with it
+            return False
+        if call is None:
+            return False
+
+        def replied(outcome: list[Reply] | Exception) -> None:
+            if isinstance(outcome, Exception):
+                told(outcome)
+                return
+            try:
+                answer = lone_answer(calls, operation, outcome[0])
+            except Exception as failure:  # noqa: BLE001 -- whoever asked is told
+                told(failure)
+            else:
+                told(answer)
+
+        now = "" if self._clock is None else time_text(self._clock())
+        return link.post(calls.together((call,), now, ""), replied)
 
     async def _decided(self, operation: Operation) -> Answer | Exception:
         """Run one operation by the rules."""

@@ -9,27 +9,31 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from asgi_metering.stores.redis.places import driver
 
 if TYPE_CHECKING:
     from redis.asyncio.connection import AbstractConnection
 
-__all__ = ["Wire"]
+__all__ = ["Told", "Wire"]
+
+Told: TypeAlias = "Callable[[list[Any] | Exception], None]"
+"""Called once, from the loop: with all replies, or why they do not come. It never raises."""
 
 LOOKS = 4
 """Turns of the loop in which it sees what the other end has said or closed meanwhile, also through TLS."""
 
 
 class _Asked(NamedTuple):
-    """What was asked together: until when, how many replies are to come, those that came, and who waits for them."""
+    """What was asked together: until when, how many replies are to come, those that came, and who is told."""
 
     until: float
     number: int
     replies: list[Any]
-    answered: asyncio.Future[list[Any]]
+    told: Told
 
 
 class Wire(asyncio.Protocol):
@@ -51,6 +55,7 @@ class Wire(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         # One for all that is on its way, and set again only when it goes off: most batches have long been answered.
         self._timer: asyncio.TimerHandle | None = None
+        self._quiet: list[asyncio.Future[None]] = []
         self._transport: Any = connection._writer.transport  # type: ignore[union-attr]
         self._transport.set_protocol(self)
 
@@ -70,23 +75,26 @@ class Wire(asyncio.Protocol):
         if self.failure is not None:
             raise self.failure
         answered: asyncio.Future[list[Any]] = self._loop.create_future()
-        self._asked.append(_Asked(self._loop.time() + timeout_s, count, [], answered))
+        self.post(packed, count, timeout_s, partial(_answer, answered))
+        return await answered
+
+    def post(self, packed: bytes, count: int, timeout_s: float, told: Told) -> None:
+        """The same for who does not wait: it is *told*. Only while there is no `failure`."""
+        self._asked.append(_Asked(self._loop.time() + timeout_s, count, [], told))
         self._transport.write(packed)
         if self._timer is None:
             self._timer = self._loop.call_later(timeout_s, self._look)
-        return await answered
 
     def _look(self) -> None:
         """Whether what was asked first has been answered in time."""
         self._timer = None
         if not self._asked:
             return
-        until, _, _, answered = self._asked[0]
+        until = self._asked[0].until
         if until > self._loop.time():
             self._timer = self._loop.call_at(until, self._look)
             return
-        if not answered.done():
-            answered.set_exception(TimeoutError())
+        self._asked.popleft().told(TimeoutError())
         self._lose(driver().exceptions.ConnectionError("It gave no answer in time."))
 
     def _lose(self, failure: Exception) -> None:
@@ -97,24 +105,32 @@ class Wire(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
         while self._asked:
-            answered = self._asked.popleft().answered
-            if not answered.done():
-                # One of its own for each: what is raised keeps the way that it took.
-                answered.set_exception(type(failure)(*failure.args))
+            # One of its own for each: what is raised keeps the way that it took.
+            self._asked.popleft().told(type(failure)(*failure.args))
+        self._rest()
+
+    def _rest(self) -> None:
+        quiet, self._quiet = self._quiet, []
+        for waiting in quiet:
+            if not waiting.done():
+                waiting.set_result(None)
 
     def data_received(self, data: bytes) -> None:
         """Replies, or parts of one."""
+        whole: list[_Asked] = []
         try:
             self._reader.feed(data)
             while (reply := self._reader.gets()) is not False:
-                _, number, replies, answered = self._asked[0]
-                replies.append(reply)
-                if len(replies) == number:
-                    self._asked.popleft()
-                    if not answered.done():
-                        answered.set_result(replies)
+                asked = self._asked[0]
+                asked.replies.append(reply)
+                if len(asked.replies) == asked.number:
+                    whole.append(self._asked.popleft())
         except (IndexError, driver().exceptions.InvalidResponse) as failure:
             self._lose(driver().exceptions.ConnectionError(f"It said what nobody asked for: {failure}"))
+        for asked in whole:
+            asked.told(asked.replies)
+        if self._quiet and not self._asked:
+            self._rest()
 
     def eof_received(self) -> None:
         """The other end has closed it."""
@@ -130,11 +146,23 @@ class Wire(asyncio.Protocol):
             await asyncio.sleep(0)
         return self.failure is not None
 
-    def on_their_way(self) -> Sequence[asyncio.Future[list[Any]]]:
-        """What waits for replies."""
-        return [asked.answered for asked in self._asked]
+    async def quiet(self) -> None:
+        """Wait until nobody waits for replies."""
+        if self._asked:
+            waiting = self._loop.create_future()
+            self._quiet.append(waiting)
+            await waiting
 
     async def close(self) -> None:
         """Close it. What was on its way is lost; again changes nothing."""
         self._lose(driver().exceptions.ConnectionError("Connection closed."))
         await self._connection.disconnect(nowait=True)
+
+
+def _answer(answered: asyncio.Future[list[Any]], outcome: list[Any] | Exception) -> None:
+    if answered.done():
+        return
+    if isinstance(outcome, Exception):
+        answered.set_exception(outcome)
+    else:
+        answered.set_result(outcome)

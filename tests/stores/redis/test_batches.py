@@ -10,11 +10,11 @@ from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.decisions import Decision, Reason
 from asgi_metering.errors import AmountError
 from asgi_metering.receipts import Basis, Receipt
-from asgi_metering.rules.operations import Admit, End, LeaseAsk, Operation, PostGrant, Renew, WalletSource
+from asgi_metering.rules.operations import Admit, End, LeaseAsk, Operation, PostGrant, Renew, Sweep, WalletSource
 from asgi_metering.stores.contract import EverythingKept
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.stores.redis import RedisStore
-from asgi_metering.testing.clock import FakeClock
+from asgi_metering.testing.clock import NOON, FakeClock
 from asgi_metering.testing.conformance import tables
 from tests.harness.valkey import ValkeyServer
 from tests.stores.operations import comparable
@@ -119,3 +119,47 @@ def test_many_calls_are_several_scripts(server: ValkeyServer, make_store: Maker)
     )
     assert [answer.admitted for answer in answers] == [True] * 149 + [False] * 51
     assert turns == 1
+
+
+def test_account_that_others_write_between_calls(server: ValkeyServer, make_store: Maker) -> None:
+    """What scripts remember of an account is not believed once a grant, another end or a sweep has written it."""
+    lasting = [call(str(number), amount)._replace(ttl_s=600.0) for number, amount in enumerate((3, 4, 10, 1, 1, 1))]
+    ends = [End(str(number), 2, Basis.USAGE) for number in range(6)]
+    later = PostGrant("later", "p", "credits", 100, effective_at=NOON + 25.0)
+    steps: list[list[Operation]] = [[PostGrant("g", "p", "credits", 12)], lasting[:1], lasting[1:2]]
+    steps += [
+        [PostGrant("more", "p", "credits", 5)],
+        lasting[2:3],
+        ends[:1],
+        [later],
+        lasting[3:4],
+        ends[2:3],
+        [Sweep(10)],
+    ]
+    steps += [lasting[4:], ends[3:5], ends[5:], [call("late", 20)], [call("e", 70)], [Sweep(10)], [call("f", 70)]]
+    steps += [[End("late", 20, Basis.USAGE)], [call("g", 1), call("h", 1)]]
+    debtor = [Admit(f"debt{n}", "q", "credits", 5, 5, (WalletSource(overdraft=20),), ttl_s=600.0) for n in range(3)]
+    steps += [[ask] for ask in debtor]
+    beside_memory(server, make_store, *steps)
+
+
+def test_accounts_of_several_namespaces(make_store: Maker) -> None:
+    """Accounts of two namespaces that are the same in all they say are never taken for one another."""
+
+    async def run() -> list[int]:
+        clock = FakeClock()
+        stores = [make_store(namespace=f"own{number}", clock=clock) for number in range(2)]
+        for store in stores:
+            await store.open()
+            await store.run([PostGrant("g", "p", "credits", 100)])
+        left = []
+        for number in range(3):
+            for store in stores:
+                (decision,) = await store.run([call(f"c{number}", 10)])
+                assert isinstance(decision, Decision)
+                left.append(decision.available or 0)
+        for store in stores:
+            await store.close()
+        return left
+
+    assert asyncio.run(run()) == [90, 90, 80, 80, 70, 70]

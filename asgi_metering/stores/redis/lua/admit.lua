@@ -1,6 +1,6 @@
 -- May this call run? Mirrors rules/admission.py: everything is decided in one step, all or nothing.
 -- Its keys: hold, account, counters, idempotency key, charge keys, then what the sources name.
--- Its words: numbers and what is rare, limits, sources, who pays, what the hold keeps.
+-- Its words: numbers and what is rare, limits, sources, how the hold goes on after its parts with nothing rare in it.
 -- Answers 'A' and what it took, 'J' and whose key it joined, or {'R', rows} if it may not run: why, the rules say from
 -- these rows. Answers nothing, and why, if it could not be decided here.
 
@@ -29,10 +29,11 @@ function M.ask_of(k, a, n_keys, at)
   local numbers = args[a]
   local amount, minimum, ttl, grace, at_rare = parse('>dddd', numbers, at)
   local limits, sources = M.limits_of(args[a + 1]), M.sources_of(args[a + 2])
+  local who, _, at_kept = parse('>I4c0I4', args[a + 3])
   return {
     k = k, n_keys = n_keys, base = k + n_keys - sources.keys, account = rest(keys[k + 2]), amount = amount,
-    minimum = minimum, ttl = ttl, grace = grace, limits = limits, sources = sources, who = args[a + 3],
-    kept = args[a + 4],
+    minimum = minimum, ttl = ttl, grace = grace, limits = limits, sources = sources, who = who,
+    kept = sub(args[a + 3], at_kept),
     rare = at_rare <= #numbers and M.rare_of(numbers, at_rare, k + 3 + #limits) or NOTHING_RARE,
     -- What is found out: when, how many leases live, what else was read, who pays.
     now = 0, counts = {}, further = NONE, key = false, book = false, giving = false,
@@ -167,20 +168,22 @@ end
 
 -- -- taking -------------------------------------------------------------------------------------------------
 
--- How a hold goes on that keeps nothing rare.
-local NO_TEXT = pack('>I4', 0)
+-- How a hold goes on after its parts.
+function M.kept_of(who, rare, kept)
+  return pack('>I4', #who) .. who .. pack('>I4', #rare) .. rare .. kept
+end
 
-local function hold_text(now, ttl, grace, expires, due_at, parts, held, who, rare, kept)
-  return pack(
-    AS.NEW_HOLD, CODE.NEW_HOLD_SIZE + #parts + #who + #rare + #kept, 0, expires, due_at, 0, held, now, ttl, grace, #parts
-  ) .. parts .. pack('>I4', #who) .. who .. (rare == '' and NO_TEXT or pack('>I4', #rare) .. rare) .. kept
+local function hold_text(now, ttl, grace, expires, due_at, parts, held, kept)
+  local size = CODE.NEW_HOLD_SIZE + #parts + #kept
+  return pack(AS.NEW_HOLD, size, 0, expires, due_at, 0, held, now, ttl, grace, #parts) .. parts .. kept
 end
 
 -- The hold that a charge key owns has no deadline: it ends with its calls, and each of those has one.
 function M.begin_key(ask, parts, held)
   local key, owned = ask.key, keys[ask.k + 1] .. ':key'
   local member = rest(owned)
-  put(owned, hold_text(ask.now, ask.ttl, ask.grace, CODE.INF, CODE.INF, parts, held, ask.who, '', ask.kept))
+  local kept = M.kept_of(ask.who, '', ask.kept)
+  put(owned, hold_text(ask.now, ask.ttl, ask.grace, CODE.INF, CODE.INF, parts, held, kept))
   put(key.key, pack(AS.CHARGE_KEY, key.start, key.finish, 1, 0) .. member)
   append(rare_of('past'), 'charge', key.finish, key.key)
   lives((parse('>I4c0', ask.who)), CODE.INF, member)
@@ -239,7 +242,8 @@ function M.take_all(ask)
   local rare = M.take_rare(ask, member, expires)
   if ask.book or ask.key or rare ~= '' then
     local due_at = expires + ask.grace
-    put(key, hold_text(now, ask.ttl, ask.grace, expires, due_at, parts, whole, ask.who, rare, ask.kept))
+    local kept = M.kept_of(ask.who, rare, ask.kept)
+    put(key, hold_text(now, ask.ttl, ask.grace, expires, due_at, parts, whole, kept))
     lives((parse('>I4c0', ask.who)), expires, member)
   end
   if ask.key and ask.key.text then
@@ -295,7 +299,7 @@ local function admit_plain(k, a, n_keys, limits, wallet, amount, minimum, ttl, g
   if not fits then
     return M.refused(k, n_keys, now, NONE, NONE)
   end
-  local expires, held, left_there, parts, who = now + ttl, 0, 0, '', args[a + 3]
+  local expires, held, left_there, parts, kept = now + ttl, 0, 0, '', args[a + 3]
   if wallet then
     if not M.book_at(account, now) then
       return nil, CODE.LATER
@@ -312,12 +316,15 @@ local function admit_plain(k, a, n_keys, limits, wallet, amount, minimum, ttl, g
     parts = M.book_hold(book, held)
     M.close_book(book, expires)
     left_there = available(book)
-    who = wallet.who ~= '' and wallet.who or who
   end
   if wallet or pinned ~= '' then
     local key = keys[k + 1]
-    local rare = pinned == '' and '' or pack(AS.RARE, #pinned, pinned, 0, '', 0, '', 0, '')
-    put(key, hold_text(now, ttl, grace, expires, expires + grace, parts, held, who, rare, args[a + 4]))
+    if pinned ~= '' or (wallet and wallet.who ~= '') then
+      local who, _, at = parse('>I4c0I4', kept)
+      local rare = pinned == '' and '' or pack(AS.RARE, #pinned, pinned, 0, '', 0, '', 0, '')
+      kept = M.kept_of(wallet and wallet.who ~= '' and wallet.who or who, rare, sub(kept, at))
+    end
+    put(key, hold_text(now, ttl, grace, expires, expires + grace, parts, held, kept))
     lives(account, expires, rest(key))
   end
   return take_counts(limits, k, pack('>cdddB', 'A', now, held, left_there, wallet and 1 or 0))

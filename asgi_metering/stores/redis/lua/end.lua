@@ -64,7 +64,7 @@ function M.nothing_charged(ask, id, held)
   )
 end
 
--- Where the charge came from, as parts. Nothing if what was held is gone.
+-- Where the charge came from, as parts, and whether that is known to be the wallet. Nothing if what was held is gone.
 function M.charged_to(book, parts_text, amount)
   if parts_text ~= '' then
     local source, _, held, name, at = parse(AS.PART, parts_text)
@@ -74,9 +74,9 @@ function M.charged_to(book, parts_text, amount)
         return nil
       end
       if amount == held then
-        return parts_text
+        return parts_text, true
       end
-      return amount > 0 and pack(AS.PART, source, 0, amount, #name, name) or ''
+      return amount > 0 and pack(AS.PART, source, 0, amount, #name, name) or '', true
     end
   end
   local spent = {}
@@ -106,7 +106,7 @@ function M.charge(ask, id, account, parts_text, held, amount)
   if not book or not M.is_exact(book, amount) then
     return nil
   end
-  local spent = M.charged_to(book, parts_text, amount)
+  local spent, is_wallet = M.charged_to(book, parts_text, amount)
   if not spent then
     return nil
   end
@@ -116,7 +116,7 @@ function M.charge(ask, id, account, parts_text, held, amount)
     known = 2
   end
   M.close_book(book, CODE.INF)
-  if M.is_of_wallet(parts_text) then
+  if is_wallet or M.is_of_wallet(parts_text) then
     known, left = known + 1, available(book)
   end
   return pack(
