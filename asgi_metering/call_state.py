@@ -47,6 +47,9 @@ class Reply(Protocol):
 class Observer(Protocol):
     """Watches the body that passes to the client, off its path."""
 
+    def passed(self, count: int) -> None:
+        """Note that *count* more bytes have passed since the last time; called now and then."""
+
     def digest(self) -> None:
         """Read what was kept, if it is much; called now and then."""
 

@@ -370,6 +370,8 @@ class Exchange(Opening):
         passed, self.unchecked = self.unchecked, 0
         self.sent += passed
         await asyncio.sleep(0)
+        if call.observer is not None:
+            call.observer.passed(passed)
         if call.growth is not None:
             self.room = await call.growth.pace(passed)
         return self.room
