@@ -18,6 +18,9 @@ settings.register_profile("the same", timeless, derandomize=True)
 settings.register_profile("random", timeless, print_blob=True)
 settings.load_profile("random" if os.environ.get("METERING_TEST_RANDOM") else "the same")
 
+LONG_S = 600.0
+"""What is given so much time, and more, is long."""
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Iterator[None]:
@@ -35,3 +38,9 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
         return (yield)
     finally:
         coverage.resume()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long, which is what may run long: last, it would leave one core alone with it."""
+    items.sort(key=lambda item: all(mark.args[0] < LONG_S for mark in item.iter_markers("timeout")))
