@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # A run that met other examples each time would now and then fail for what nobody has just changed.
@@ -13,3 +17,30 @@ timeless = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("the same", timeless, derandomize=True)
 settings.register_profile("random", timeless, print_blob=True)
 settings.load_profile("random" if os.environ.get("METERING_TEST_RANDOM") else "the same")
+
+LONG_S = 600.0
+"""What is given so much time, and more, is long."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """Have coverage see the package imported, and not the tests collected: that takes it half as long again."""
+    plugins = session.config.pluginmanager
+    coverage = getattr(plugins.getplugin("_cov"), "cov_controller", None)
+    if coverage is None or not coverage.started or plugins.hasplugin("dsession"):
+        return (yield)
+    package = importlib.import_module("asgi_metering")
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    coverage.pause()
+    try:
+        return (yield)
+    finally:
+        coverage.resume()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long, which is what may run long: last, it would leave one core alone with it."""
+    items.sort(key=lambda item: all(mark.args[0] < LONG_S for mark in item.iter_markers("timeout")))

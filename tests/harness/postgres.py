@@ -1,8 +1,9 @@
 """
 A real PostgreSQL server: a process of its own, on a free loopback port, with its data in a temporary folder.
 
-It waits for the disk as a real one does (fsync is on), asks for a password, and refuses to run as root: where the
-tests do, it runs as ``nobody``. Knows nothing of what it keeps.
+It asks for a password, and refuses to run as root: where the tests do, it runs as ``nobody``. It waits for the disk as
+a real one does, unless it is told that no power is cut: then a commit survives whatever process is killed, its own
+too. Knows nothing of what it keeps.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import psycopg
 
+from tests.harness import leash
 from tests.harness.servers import HOST, free_port
 from tests.harness.waiting import wait_until
 
@@ -30,7 +32,6 @@ USER = "metering"
 PASSWORD = "only for tests"
 
 _SETTINGS = {
-    "fsync": "on",
     "shared_buffers": "32MB",
     "max_connections": "100",
     "unix_socket_directories": "",
@@ -44,12 +45,17 @@ class PostgresServer:
     """
     One server.
 
+    Args:
+        folder: For its data, and all it needs.
+        waits_for_disk: Whether a commit is on the disk, or with the operating system, before it is answered.
+
     Attributes:
         port: Its port on `HOST`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, waits_for_disk: bool = True) -> None:
         self.port = free_port()
+        self._settings = {**_SETTINGS, "fsync": "on" if waits_for_disk else "off", "port": str(self.port)}
         self._folder = folder
         self._data = folder / "data"
         self._as: dict[str, Any] = {}
@@ -96,6 +102,8 @@ class PostgresServer:
             "--auth=scram-sha-256",
             "--encoding=UTF8",
             "--locale=C",
+            # The disk has it long before a power cut that nobody plays.
+            "--no-sync",
             f"--pgdata={self._data}",
         )
 
@@ -106,7 +114,7 @@ class PostgresServer:
         Raises:
             TimeoutError: It does not come up; the message carries its log.
         """
-        settings = [f"--{name}={value}" for name, value in {**_SETTINGS, "port": str(self.port)}.items()]
+        settings = [f"--{name}={value}" for name, value in self._settings.items()]
         log = self._folder / "log"
         with log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -117,6 +125,7 @@ class PostgresServer:
                 cwd="/",
                 **self._as,
             )
+        leash.tie(self._process.pid)
         try:
             wait_until(self._is_ready, what="PostgreSQL takes connections")
         except TimeoutError as error:
@@ -140,6 +149,7 @@ class PostgresServer:
         if self._process is not None:
             self._process.send_signal(signal.SIGQUIT if is_over else signal.SIGINT)
             self._process.wait(30)
+            leash.let_go(self._process.pid)
             self._process = None
 
     def restart(self) -> None:
@@ -188,10 +198,10 @@ class PostgresServer:
 
 
 @contextlib.contextmanager
-def postgres_server() -> Iterator[PostgresServer]:
+def postgres_server(*, waits_for_disk: bool = True) -> Iterator[PostgresServer]:
     """A server that runs until the block ends, and leaves nothing behind."""
     with tempfile.TemporaryDirectory(prefix="metering-postgres-") as folder:
-        server = PostgresServer(Path(folder))
+        server = PostgresServer(Path(folder), waits_for_disk=waits_for_disk)
         try:
             server.start()
             yield server

@@ -33,6 +33,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, get_args
 
 import uvicorn
 
+from tests.harness import leash
 from tests.harness.waiting import DEFAULT_TIMEOUT_S, wait_until
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ class ServerProcess:
         self.wait()
         wait_until(lambda: not any(map(_is_alive, children)), what=f"the processes of {self.kind} are dead")
         self._signal(signal.SIGKILL, whole_group=True)
+        leash.let_go(self.process.pid)
 
     def _children(self) -> list[int]:
         try:
@@ -218,6 +220,7 @@ def _start(
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, cwd=_ROOT, start_new_session=True
         )
+        leash.tie(process.pid)
         server = ServerProcess(kind, port, process, log)
         try:
             wait_until(lambda server=server: _is_ready(server, workers), what=f"{kind} serves {app}")  # type: ignore[misc]

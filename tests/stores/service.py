@@ -56,7 +56,7 @@ KINDS = {
 }
 """Of every hundred operations or so, how many."""
 
-BATCHES = (1, 2, 4, 8, 16)
+BATCHES = (1, 2, 4, 8, 16, 32)
 """Operations that wait together."""
 
 DAY_S = 100.0

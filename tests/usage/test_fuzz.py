@@ -6,6 +6,7 @@ import itertools
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,6 +80,7 @@ def cut(data: bytes, borders: list[int]) -> list[bytes]:
     return [data[start:end] for start, end in itertools.pairwise(places)]
 
 
+@pytest.mark.no_cover
 @given(st.lists(st.binary(max_size=200), max_size=8), st.integers(-1, 8), MEDIA, CODINGS, NAMED)
 @settings(max_examples=200, deadline=None)
 def test_read_random_bytes(
@@ -88,6 +90,7 @@ def test_read_random_bytes(
     read(chunks, gap, content_type=media, content_encoding=coding, dialect=dialect, keep_text=True)
 
 
+@pytest.mark.no_cover
 @given(st.lists(DOCUMENTS, min_size=1, max_size=6), st.lists(st.integers(0), max_size=5), st.integers(-1, 6), NAMED)
 @settings(max_examples=200, deadline=None)
 def test_read_random_json(documents: list[Any], borders: list[int], gap: int, dialect: str | None) -> None:
@@ -112,6 +115,7 @@ def test_read_random_json(documents: list[Any], borders: list[int], gap: int, di
     st.lists(st.integers(0), max_size=4),
     st.integers(-1, 5),
 )
+@pytest.mark.no_cover
 @settings(max_examples=200, deadline=None)
 def test_read_damaged_samples(name: str, damage: list[tuple[int, bytes]], borders: list[int], gap: int) -> None:
     """Samples with bytes changed, cut anywhere, with a gap, never raise."""

@@ -20,6 +20,7 @@ def raw(data: bytes) -> bytes:
     return packer.compress(data) + packer.flush()
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("header", "packed"),
     [

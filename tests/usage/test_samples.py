@@ -31,6 +31,7 @@ def test_read_sample_in_one_piece(name: str) -> None:
     assert not reader.gapped
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", vectors.NAMES)
 def test_read_sample_cut_in_two_anywhere(name: str) -> None:
     """A border at any byte changes neither the report nor the text."""
@@ -41,6 +42,7 @@ def test_read_sample_cut_in_two_anywhere(name: str) -> None:
         assert reader.text() == vectors.TEXTS.get(name, "")
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", vectors.NAMES)
 def test_read_sample_in_chunks_of_any_size(name: str) -> None:
     """Chunks of every size, from one byte to half of the sample, give the same report and text."""
@@ -51,6 +53,7 @@ def test_read_sample_in_chunks_of_any_size(name: str) -> None:
         assert reader.text() == vectors.TEXTS.get(name, "")
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", vectors.NAMES)
 def test_look_at_sample_after_every_byte(name: str) -> None:
     """A report asked for after each byte never disturbs what is read in the end."""

@@ -20,6 +20,9 @@ from tests.stores.crashes.after import CREDITED, Next, next_process
 from tests.stores.crashes.conftest import Ground
 from tests.stores.crashes.house import HELD, POLICIES, SEEN, USED, Policy, ask, burn
 
+# What is killed is counted nowhere, and what comes after it is a process like any other.
+pytestmark = pytest.mark.no_cover
+
 ORDER: Final = list(POINTS)
 
 CUT: Final = "response.cut"
