@@ -13,9 +13,9 @@ equal answers, states and changes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.decisions import Decision, WindowState
@@ -41,7 +41,7 @@ from asgi_metering.rules.state import (
 from asgi_metering.rules.windows import look, window_state
 from asgi_metering.sources import WALLET
 
-__all__ = ["Moved", "admit", "put_moved", "window_change"]
+__all__ = ["Moved", "admit", "window_change"]
 
 # Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
 _HELD = HoldState.HELD
@@ -54,6 +54,8 @@ _NO_LOOKS: _Looks = ((), [], ())
 
 Moved: TypeAlias = tuple[tuple[Part, ...], int, Account, Grant | None, AllowanceWindow | None]
 """Where units came from, what is left there, and the rows after that: of the account, and of one of the two."""
+
+_Take: TypeAlias = Callable[[State, AccountKey, Account, Any, int, float, float], Moved | None]
 
 SHARED_PARTS = 4_096
 """Grants times prices whose parts are one object each: holds stay for long after they ended, and the collector looks at
@@ -100,17 +102,19 @@ def admit(state: State, ask: Admit, now: float, written: list[Change] | None = N
         source = sources[0]
         if (len(sources) > 1 and not _decides(sources)) or not 0 <= minimum <= amount <= MAX_AMOUNT:
             return None
-        group = source.group
-        if source.payer:
-            payer = source.payer
+        if type(source) is WalletSource:
+            take: _Take = _hold
+            overdraft, other, group, _ = source
+            if overdraft < 0:
+                return None
+        else:
+            take = _use
+            other, group = source.payer, source.group
+        if other:
+            payer = other
             key = (payer, unit)
             account = state.accounts.get(key)
-        if account is None or not account[-1] <= now < account[-2] or now >= account[-3]:
-            return None
-        if isinstance(source, WalletSource):
-            moved = None if source.overdraft < 0 else _hold(state, key, account, amount, expires_at, now)
-        else:
-            moved = _use(state, key, account, source, amount, expires_at, now)
+        moved = None if account is None else take(state, key, account, source, amount, expires_at, now)
         if moved is None:
             return None
         parts, available, account, grant, window = moved
@@ -120,7 +124,11 @@ def admit(state: State, ask: Admit, now: float, written: list[Change] | None = N
             call, now, None, amount, available, name, windows, False, payer, group, False, None, None, (),
         ))
         # fmt: on
-        put_moved(state, key, account, grant, window)
+        state.accounts[key] = account
+        if grant is not None:
+            state.grants[key][grant[2]] = grant
+        elif window is not None:
+            state.apply([window_change(window)])
     elif amount or minimum:
         return None
     else:
@@ -181,11 +189,13 @@ def _decides(sources: Sequence[SourceAsk]) -> bool:
     return not first.split and not any(source.payer for source in others)
 
 
-def _hold(state: State, key: AccountKey, account: Account, amount: int, due_at: float, now: float) -> Moved | None:
+def _hold(
+    state: State, key: AccountKey, account: Account, _source: WalletSource, amount: int, due_at: float, now: float
+) -> Moved | None:
     """Set *amount* aside for a hold that falls due then; None where that is not plain."""
-    payer, unit, granted, settled, held, expired, debt, entries, changes_at, next_due_at, _ = account
+    payer, unit, granted, settled, held, expired, debt, entries, changes_at, next_due_at, seen_at = account
     available = granted - settled - expired - held - amount
-    if available < 0:
+    if available < 0 or now >= changes_at or not seen_at <= now < next_due_at:
         return None
     grant = None
     parts: tuple[Part, ...] = ()
@@ -221,6 +231,8 @@ def _use(
     state: State, key: AccountKey, account: Account, source: AllowanceSource, amount: int, due_at: float, now: float
 ) -> Moved | None:
     """As `_hold`, of the window of an allowance; the account is noted to have been looked at."""
+    if now >= account.next_change_at or not account.seen_at <= now < account.next_due_at:
+        return None
     window = window_now(state, source, (*key, source.name), now)
     if window is None:
         return None
@@ -232,17 +244,6 @@ def _use(
     window = AllowanceWindow(payer, unit, name, start, end, settled, held + amount)
     account = account._replace(next_due_at=min(due_at, account.next_due_at), seen_at=now)
     return (Part(_ALLOWANCE, name, start, amount),), available, account, None, window
-
-
-def put_moved(
-    state: State, key: AccountKey, account: Account, grant: Grant | None, window: AllowanceWindow | None
-) -> None:
-    """Put the rows of a `Moved`."""
-    state.accounts[key] = account
-    if grant is not None:
-        state.grants[key][grant[2]] = grant
-    elif window is not None:
-        state.apply([window_change(window)])
 
 
 def window_change(window: AllowanceWindow) -> Change:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from asgi_metering.receipts import Basis, Entry, EntryKind, Part, Receipt, Source
-from asgi_metering.rules.fast_admission import Moved, put_moved, window_change
+from asgi_metering.rules.fast_admission import Moved, window_change
 from asgi_metering.rules.hold import HoldState
 from asgi_metering.rules.operations import End
 from asgi_metering.rules.settlement import event_payload
@@ -100,7 +100,11 @@ def end(state: State, ask: End, now: float, written: list[Change] | None = None)
         if call not in state.delivered:
             state.events[call] = event
     if account is not None:
-        put_moved(state, key, account, grant, window)
+        state.accounts[key] = account
+        if grant is not None:
+            state.grants[key][grant[2]] = grant
+        elif window is not None:
+            state.apply([window_change(window)])
         if entry is not None:
             _put_line(state, key, entry)
     _over(state, key, hold)

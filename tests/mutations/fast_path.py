@@ -74,10 +74,29 @@ MUTATIONS = (
     ),
     Mutation(
         0,
+        "the fast path knows no used up allowance",
+        ADMISSION,
+        "    if available < 0 or not available + amount:\n",
+        "    if False:\n",
+        _test(
+            "leave_a_call_that_is_not_plain[allowance that has too little]",
+            "leave_a_call_that_is_not_plain[allowance that is used up]",
+        ),
+    ),
+    Mutation(
+        0,
+        "the fast path asks no other payer",
+        ADMISSION,
+        " and not any(source.payer for source in others)",
+        "",
+        _test("leave_a_call_that_is_not_plain[another payer behind]"),
+    ),
+    Mutation(
+        0,
         "the fast path charges above the hold",
         END,
-        " or amount > size or debt or",
-        " or debt or",
+        "    if amount > size or debt:\n",
+        "    if debt:\n",
         _test("leave_an_end_that_is_not_plain[more than held]"),
     ),
     Mutation(
