@@ -153,10 +153,10 @@ def _settle(
 def _charge(
     state: State, key: AccountKey, account: Account, parts: tuple[Part, ...], amount: int, now: float
 ) -> Moved | None:
-    """As `_settle`, of the window of an allowance, above its limit if need be; None where it is no window, or gone."""
+    """As `_settle`, of the window of an allowance; None where it is no window, gone, or charged above what was held."""
     (part,) = parts
     window = state.allowances.get((*key, part.name, part.start))
-    if window is None:
+    if window is None or amount > part.amount:
         return None
     window = window._replace(held=window.held - part.amount, settled=window.settled + amount)
     account = account._replace(entries=account.entries + (1 if amount else 0), seen_at=now)

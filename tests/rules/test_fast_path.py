@@ -306,7 +306,6 @@ PLAIN_ENDS = {
     "a person's": End("old", 5, Basis.HOLD, by=EndedBy.PERSON, event={}),
     "of an allowance": End("used", 4, Basis.USAGE, event={"b": 2}),
     "of an allowance in part": End("used", 1, Basis.USAGE),
-    "of an allowance and more": End("used", 12, Basis.USAGE),
     "of an allowance for nothing": End("used", 0, Basis.USAGE),
     "of an allowance, given back": End("used", None),
     "of a slot": End("held", None, event={"b": 2}),
@@ -323,6 +322,7 @@ def test_take_a_plain_end(world: World, name: str) -> None:
 ODD_ENDS = {
     "unknown": End("nobody", 5),
     "more than held": End("old", 6),
+    "more than held of an allowance": End("used", 12, Basis.USAGE),
     "charge for nothing held": End("held", 1),
     "less than nothing": End("old", -1),
     "half a part": End("old", 2.5),  # type: ignore[arg-type]
