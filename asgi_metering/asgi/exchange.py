@@ -92,23 +92,22 @@ _OVER: Scope = {}
 """The scope of a request that is over."""
 
 
-async def run(app: ASGIApp, exchange: Exchange, receive: Receive, send: Send) -> None:
+async def run(app: ASGIApp, exchange: Exchange) -> None:
     """Run *app* for the request of *exchange*, and do what its call, if somebody asks for one, needs around it."""
-    passing: Send | None = None
-    exchange.connect(receive, send)
+    send = exchange.server_send
 
     def send_(message: Message) -> Awaitable[None]:
+        passing = exchange.passing
         if passing is not None:
             return passing(message)
         if exchange.call is None:
-            exchange.note(message)
+            # Known to whoever asks for a call later.
+            if message["type"] == "http.response.start":
+                exchange.started, exchange.begun = True, message
+            else:
+                exchange.latest = message
             return send(message)
-        return metered_send(message)
-
-    async def metered_send(message: Message) -> None:
-        nonlocal passing
-        await exchange.send(message)
-        passing = exchange.passing
+        return exchange.send(message)
 
     token = CURRENT.set(exchange)
     try:
@@ -123,7 +122,8 @@ async def run(app: ASGIApp, exchange: Exchange, receive: Receive, send: Send) ->
         CURRENT.reset(token)
         exchange.closed = True
         try:
-            await exchange.over()
+            if exchange.call is not None or exchange.watch is not None:
+                await exchange.over()
         finally:
             exchange.let_go()
 
@@ -136,15 +136,15 @@ class Exchange(Opening):
         metering: Of the layer that opens it.
         features, free, unenforced: As of `Opening`.
         scope: The connection's.
+        receive, send: The server's. To be made in the task of the request.
         options: What the layer lets it do.
 
     Attributes:
+        server_send: The server's.
         passing: What chunks of the body pass to, once it is under way; None before, and where each is looked at.
     """
 
     # Defaults stand here and not in `__init__`: most requests need none of them, and none pays for what it has not.
-    _receive: Receive
-    _send: Send
     _origin: HTTPOrigin | None = None
     passing: Send | None = None
     started = False  # the app's response, or ours instead of it, has begun
@@ -171,6 +171,8 @@ class Exchange(Opening):
         metering: Metering,
         features: frozenset[str],
         scope: Scope,
+        receive: Receive,
+        send: Send,
         options: ExchangeOptions = _DEFAULTS,
         *,
         free: bool = False,
@@ -182,15 +184,12 @@ class Exchange(Opening):
         self.unenforced = unenforced
         self.scope = scope
         self.options = options
-
-    def connect(self, receive: Receive, send: Send) -> None:
-        """Know the server's side."""
-        self._receive, self._send = receive, send
+        self._receive, self.server_send = receive, send
         if Slices.in_use:
             # To ask for it costs as much as all else here, so only where some hold of this process may grow.
             self.task = asyncio.current_task()
-        if self.options.stop_on_disconnect:
-            self.watch = Watch(self.scope, receive, send)
+        if options.stop_on_disconnect:
+            self.watch = Watch(scope, receive, send)
             self._receive = self.watch.receive
 
     @property
@@ -226,13 +225,6 @@ class Exchange(Opening):
 
     # -- what the app sends --------------------------------------------------------------------------------
 
-    def note(self, message: Message) -> None:
-        """Know what passed before anybody asked for a call."""
-        if message["type"] == "http.response.start":
-            self.started, self.begun = True, message
-        else:
-            self.latest = message
-
     async def send(self, message: Message) -> None:
         """What the app calls once there is a call."""
         call = self.open_call() if self.call is None else self.call
@@ -248,7 +240,7 @@ class Exchange(Opening):
         elif kind in ("http.response.pathsend", "http.response.trailers", "http.response.zerocopysend"):
             await self._send_other(call, message, kind)
         else:
-            await self._send(message)
+            await self.server_send(message)
 
     def _let_through(self, call: Call, message: Message) -> None:
         """Stop what the app sends beside our answer, unless the call of a cut is over by it."""
@@ -336,7 +328,7 @@ class Exchange(Opening):
 
         A closure, since attributes cost twice as much as cells, and one step, since each costs as much as all it does.
         """
-        send, slowly, keep, room = self._send, self.send, self.keep, self.room
+        send, slowly, keep, room = self.server_send, self.send, self.keep, self.room
         unchecked, self.unchecked = self.unchecked, 0
 
         async def passing(message: Message) -> None:
@@ -387,7 +379,7 @@ class Exchange(Opening):
                 self.swapped = True
                 message = {**message, "body": error}
         self.latest = message
-        await self._send(message)
+        await self.server_send(message)
 
     async def _send_last(self, call: Call, message: Message, body: bytes, reaches: bool) -> None:
         """
@@ -454,7 +446,7 @@ class Exchange(Opening):
         watch = self.watch
         try:
             if watch is None:
-                await self._send(message)
+                await self.server_send(message)
             elif watch.is_gone and not self.finishing:
                 raise ClientGone("The client has left.")
             else:
@@ -478,9 +470,9 @@ class Exchange(Opening):
         """Send the refusal instead of whatever the app would send."""
         self.started = self.swapped = True
         rendered = refusal_response(call, self.options.answers)
-        await self._send({"type": "http.response.start", "status": rendered.status, "headers": rendered.headers})
+        await self.server_send({"type": "http.response.start", "status": rendered.status, "headers": rendered.headers})
         body = b"" if self.scope["method"] == "HEAD" else rendered.body
-        await self._send({"type": "http.response.body", "body": body})
+        await self.server_send({"type": "http.response.body", "body": body})
 
     async def _answer_refusal(self, call: Call) -> bool:
         """Answer a refusal that the app has left to us; False where no answer can be given any more."""
@@ -494,7 +486,7 @@ class Exchange(Opening):
         if error is None:
             return False
         self.swapped = True
-        await self._send({"type": "http.response.body", "body": error})
+        await self.server_send({"type": "http.response.body", "body": error})
         return True
 
     async def _end_cut(self, cutting: Cutting, failure: BaseException | None) -> bool:
@@ -513,7 +505,7 @@ class Exchange(Opening):
             let_go(failure)
         if not self.started:
             await self._refuse(call)
-        elif not await cutting.tell(self._send, self.options.answers):
+        elif not await cutting.tell(self.server_send, self.options.answers):
             raise CallCut(call) from failure
         return ours
 

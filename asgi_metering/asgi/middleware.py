@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from typing import Any, ClassVar, Literal
 
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
@@ -98,30 +98,31 @@ class MeteringMiddleware:
         """Meter HTTP requests; look after the lifespan; pass everything else on."""
         kind = scope["type"]
         if kind == "http":
-            await self._http(scope, receive, send)
+            opening = scope.get(SCOPE_KEY)
+            if opening is not None:
+                await self._join(opening, scope, receive, send)
+            elif self.proven or self._prove(scope):
+                await self._meter(scope, receive, send)
+            else:
+                await _answer_mistaken(send)
         elif kind == "lifespan":
             await self._lifespan(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
-    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        opening = scope.get(SCOPE_KEY)
-        if opening is not None:
-            await self._join(opening, scope, receive, send)
-            return
-        if not self.proven and not self._prove(scope):
-            await _answer_mistaken(send)
-            return
+    def _meter(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         # Into the scope itself, as Starlette's own middleware does: a copy would hide the route from outer layers.
         exchange = scope[SCOPE_KEY] = Exchange(
             self.metering,
             self.features,
             scope,
+            receive,
+            send,
             self.options,
             free=scope["method"] in FREE_METHODS,
             unenforced=self.unenforced,
         )
-        await run(self.app, exchange, receive, send)
+        return run(self.app, exchange)
 
     def _prove(self, scope: Scope) -> bool:
         """Audit the application, once, where no lifespan did; False for one that must not serve."""

@@ -233,8 +233,8 @@ STARTUP = (
         4,
         "nothing is audited where no lifespan comes",
         MIDDLEWARE,
-        "        if not self.proven and not self._prove(scope):\n",
-        "        if False:\n",
+        "            elif self.proven or self._prove(scope):\n",
+        "            elif True:\n",
         _in(
             "startup",
             "test_refuse_every_request_of_what_must_not_serve[ungated]",
@@ -528,8 +528,8 @@ ENDPOINTS = (
         37,
         "a second middleware opens a second call",
         MIDDLEWARE,
-        "        if opening is not None:\n            await self._join",
-        "        if False:\n            await self._join",
+        "            if opening is not None:\n                await self._join",
+        "            if False:\n                await self._join",
         _in("layers", "test_do_exactly_what_the_layers_enable[credits-rates-up]"),
     ),
     Mutation(
@@ -615,8 +615,8 @@ LAYERS = (
         0,
         "every response is dressed",
         EXCHANGE,
-        "            return send(message)\n        return metered_send",
-        '            return send({**message, "metered": True})\n        return metered_send',
+        "            return send(message)\n        return exchange.send",
+        '            return send({**message, "metered": True})\n        return exchange.send',
         _in("layers", "test_change_no_byte_without_a_policy[GET-/json-2.3-whole]"),
     ),
 )

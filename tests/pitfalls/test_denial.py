@@ -593,7 +593,7 @@ def test_send_no_body_with_a_refused_head(method: str, scene: Scene) -> None:
     """Pitfall 21: where HEAD is not free its refusal has the fields of problem details, and no body behind them."""
 
     async def strict(scope: Scope, receive: Receive, send: Send) -> None:
-        await run(paid_app, Exchange(scene.metering, ALL_FEATURES, scope), receive, send)
+        await run(paid_app, Exchange(scene.metering, ALL_FEATURES, scope, receive, send))
 
     ended = asyncio.run(drive(strict, Visit(method=method, caller=POOR).scope()))
     assert status(ended.log) == 402
