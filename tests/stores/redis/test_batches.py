@@ -122,7 +122,7 @@ def test_many_calls_are_several_scripts(server: ValkeyServer, make_store: Maker)
 
 
 def test_account_that_others_write_between_calls(server: ValkeyServer, make_store: Maker) -> None:
-    """What scripts remember of an account is not believed once a grant, another end or a sweep has written it."""
+    """Calls find an account as grants, sweeps and the ends of others have left it, and grants that begin meanwhile."""
     lasting = [call(str(number), amount)._replace(ttl_s=600.0) for number, amount in enumerate((3, 4, 10, 1, 1, 1))]
     ends = [End(str(number), 2, Basis.USAGE) for number in range(6)]
     later = PostGrant("later", "p", "credits", 100, effective_at=NOON + 25.0)

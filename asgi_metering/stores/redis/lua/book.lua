@@ -71,22 +71,6 @@ local function rest(key)
 end
 M.rest = rest
 
--- Books as they were last written, by the key of their row: taken apart once, as long as nobody else writes that. One is
--- not among them while a script works on it, whatever becomes of that. Some kilobytes each, so they are few and small.
-CODE.KEPT_BOOKS, CODE.KEPT_GRANTS = 1000, 2
-local kept, kept_count = {}, 0
-
-local function keep(book, text)
-  if kept_count == CODE.KEPT_BOOKS then
-    kept, kept_count = {}, 0
-  end
-  if not kept[book.key] then
-    kept_count = kept_count + 1
-  end
-  book.at, book.text, book.is_moved = book.at + #text - #book.text, text, false
-  kept[book.key] = book
-end
-
 -- The book of an account whose row has this key; its list is that of its grants.
 local function book_of(account, key)
   local book = books[account]
@@ -95,14 +79,6 @@ local function book_of(account, key)
   end
   key = key or work.prefix .. 'a:' .. account
   local text = fetch(key)
-  book = kept[key]
-  if book then
-    kept[key], kept_count = nil, kept_count - 1
-    if book.text == text then
-      books[account], book.now = book, book.seen
-      return book
-    end
-  end
   local granted, settled, held, expired, debt, entries, seen, at = 0, 0, 0, 0, 0, 0, 0, 1
   local change, due = CODE.INF, CODE.INF
   if text then
@@ -135,40 +111,42 @@ end
 local function grant_at(book, place)
   local grant = book[place]
   if not grant and book.at <= #book.text then
-    local text, from = book.text, book.at
-    local amount, priority, begins, ends, number, settled, held, expired, begun, reversed, id, size, at =
-      parse(AS.GRANT, text, from)
-    at = at + size
-    -- What calls never change is kept as it is packed, before and after what they do.
+    local amount, priority, begins, ends, number, settled, held, expired, begun, reversed, id, rest, at =
+      parse(AS.GRANT, book.text, book.at)
     grant = {
       amount = amount, priority = priority, begins = begins, ends = ends, number = number, settled = settled,
-      held = held, expired = expired, begun = begun, reversed = reversed, id = id,
-      before = sub(text, from, from + CODE.GRANT_BEFORE - 1), after = sub(text, from + CODE.GRANT_AFTER, at - 1),
+      held = held, expired = expired, begun = begun, reversed = reversed, id = id, rest = rest,
     }
     book[place], book.at = grant, at
   end
   return grant
 end
 
+function M.grant_text(grant)
+  return pack(
+    AS.GRANT, grant.amount, grant.priority, grant.begins, grant.ends, grant.number, grant.settled, grant.held,
+    grant.expired, grant.begun, grant.reversed, #grant.id, grant.id, #grant.rest, grant.rest
+  )
+end
+
 -- The row, and the closed grants, which are no part of it: ids and texts, or nothing.
 function M.book_text(book)
-  local closed
-  local text = pack(
-    AS.ACCOUNT, book.granted, book.settled, book.held, book.expired, book.debt, book.entries, book.change, book.due,
-    book.seen
-  )
+  local texts, closed = '', nil
   for i = 1, #book do
     local grant = book[i]
-    local moved = pack('>ddd', grant.settled, grant.held, grant.expired)
+    local text = M.grant_text(grant)
     if is_open(grant) then
-      text = text .. grant.before .. moved .. grant.after
+      texts = texts .. text
     else
       closed = closed or {}
       closed[#closed + 1] = grant.id
-      closed[#closed + 1] = grant.before .. moved .. grant.after
+      closed[#closed + 1] = text
     end
   end
-  return text .. sub(book.text, book.at), closed
+  return pack(
+    AS.ACCOUNT, book.granted, book.settled, book.held, book.expired, book.debt, book.entries, book.change, book.due,
+    book.seen
+  ) .. texts .. sub(book.text, book.at), closed
 end
 
 -- Add a ledger line. Returns its number. A settlement's line is found by its hold, which has the number: the index gets
@@ -254,7 +232,7 @@ function M.mature(book)
   table.sort(beginning, M.began_before)
   for _, grant in ipairs(beginning) do
     book.granted = book.granted + grant.amount
-    grant.begun, grant.after = 1, CODE.HAS_BEGUN .. sub(grant.after, #CODE.HAS_BEGUN + 1)
+    grant.begun = 1
     M.pay_debt(book, grant)
   end
   for _, grant in ipairs(book) do

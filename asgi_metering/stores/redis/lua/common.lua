@@ -20,10 +20,8 @@ CODE.GLUE = '\31'
 -- Rows, as stores/redis/packing.py packs them too. A text is its length and its bytes.
 -- granted, settled, held, expired, debt, entries, next change, next due, seen; then the open grants in burn order
 AS.ACCOUNT = '>ddddddddd'
--- amount, priority, begins, ends, number, settled, held, expired, begun, reversed, id; then what never counts
-AS.GRANT = '>ddddddddddI4c0I4'
--- Of that: what stands before what calls change, where what follows that begins, and how a grant that has begun goes on.
-CODE.GRANT_BEFORE, CODE.GRANT_AFTER, CODE.HAS_BEGUN = 40, 64, pack('>d', 1)
+-- amount, priority, begins, ends, number, settled, held, expired, begun, reversed, id, what never counts
+AS.GRANT = '>ddddddddddI4c0I4c0'
 -- its size without the receipt, whether it is in doubt, expires, due, observed, amount, created, ttl, grace, parts, who
 -- pays, what is rare, line; then the basis in doubt, the facts, and the receipt once there is one
 AS.HOLD = '>I4BdddddddI4c0I4c0I4c0I4c0'

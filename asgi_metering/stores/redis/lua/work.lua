@@ -99,9 +99,6 @@ local function write_books()
       if book.text == '' then
         call('ZADD', work.prefix .. 'z:accounts', 0, account)
       end
-      if book.is_moved and not (closed or book.is_due_new or #book > CODE.KEPT_GRANTS) then
-        keep(book, text)
-      end
     end
   end
 end
