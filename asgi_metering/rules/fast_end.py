@@ -103,7 +103,7 @@ def end(state: State, ask: End, now: float, written: list[Change] | None = None)
         state.accounts[key] = account
         if grant is not None:
             state.grants[key][grant[2]] = grant
-        elif window is not None:
+        if window is not None:
             state.apply([window_change(window)])
         if entry is not None:
             _put_line(state, key, entry)
