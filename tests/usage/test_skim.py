@@ -351,6 +351,24 @@ def test_look_at_hostile_bytes_a_bounded_number_of_times(piece: bytes) -> None:
     assert looked[1] <= 2 * looked[0]
 
 
+@pytest.mark.parametrize(
+    "claimed",
+    [
+        {"object": "response"},
+        {"type": "message_stop"},
+        {"usageMetadata": {}},
+        {"candidates": [], "modelVersion": "g"},
+        {"prompt_eval_count": 1},
+        {"model": "o", "done": False},
+        {"usage": {"prompt_tokens": 1}},
+    ],
+)
+def test_show_each_way_of_claiming_a_payload(claimed: Any) -> None:
+    """Each name by which alone a dialect claims a payload is one of those that are looked for before parsing."""
+    assert detect(claimed) is not None
+    assert SHOWN.pattern.search(json.dumps(claimed).encode())
+
+
 @given(DOCUMENTS)
 @settings(max_examples=60, deadline=None)
 def test_show_every_payload_that_detection_claims(document: Any) -> None:
