@@ -25,7 +25,7 @@ from asgi_metering.usage.frames import (
 )
 from asgi_metering.usage.inflate import Inflate
 from asgi_metering.usage.notes import Dialect, Json, Notes, objects
-from asgi_metering.usage.skim import Marks, end_before, end_behind, find_mark, sieve
+from asgi_metering.usage.skim import MAX_LEAP, Marks, end_before, end_behind, find_mark, sieve
 from asgi_metering.usage.texts import MAX_TEXT, Heard, Text, join, prose, words
 from asgi_metering.usage.values import UsageReport
 
@@ -403,9 +403,16 @@ def _is_introduced(notes: Notes) -> bool:
 
 def _find_shown(data: bytes, at: int) -> int:
     """Return where in ``data[at:]`` a dialect or an error may first show itself, or -1; escapes may hide a name."""
-    shown = find_mark(data, at, _INTRODUCING)
-    escape = data.find(b"\\", at, shown if shown >= 0 else len(data))
-    return shown if escape < 0 else escape
+    while at < len(data):
+        stop = min(at + MAX_LEAP, len(data))
+        escape = data.find(b"\\", at, stop)
+        shown = find_mark(data, at, _INTRODUCING, stop if escape < 0 else escape)
+        if shown >= 0 and (escape < 0 or shown < escape):
+            return shown
+        if escape >= 0:
+            return escape
+        at = stop
+    return -1
 
 
 def _known(notes: Notes, text: Text) -> bool:

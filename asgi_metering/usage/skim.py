@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from re import Pattern
 from typing import Final
 
-__all__ = ["Marks", "end_before", "end_behind", "find_mark", "sieve"]
+__all__ = ["MAX_LEAP", "Marks", "end_before", "end_behind", "find_mark", "sieve"]
 
 WINDOW: Final = 128
 """Bytes that are searched behind a leap: the end of one large event and the beginning of the next."""
@@ -22,6 +22,9 @@ MAX_WINDOW: Final = 4_096
 
 FAR: Final = 128
 """A stretch without a quotation mark that is worth leaping over, which costs as much as searching so many bytes."""
+
+MAX_LEAP: Final = 16_384
+"""Bytes that are looked at for the end of such a stretch: each mark is searched from the one before it anew."""
 
 REACH: Final = 48
 """Bytes behind a window that a name which begins in it may take, with the beginning of its value."""
@@ -71,25 +74,21 @@ def sieve(*marks: Marks) -> Pattern[bytes]:
     return re.compile(b'"' + sets + b"(?:" + rests + b")")
 
 
-def find_mark(data: bytes, at: int, marks: Pattern[bytes]) -> int:
+def find_mark(data: bytes, at: int, marks: Pattern[bytes], end: int | None = None) -> int:
     """
-    Return where the first mark or end mark begins in ``data[at:]``, or -1. Linear, and far less than a byte at a time.
+    Return where the first mark or end mark of ``data[at:end]`` begins, or -1; it may be one that begins soon behind.
 
     Names stand in quotation marks, and an end mark has a line without any: so the stretch from one to the next within
     a line, such as a long text, is passed over.
     """
-    size, find, search = len(data), data.find, marks.search
-    quote = line = -1
-    window = WINDOW
+    size = len(data) if end is None else end
+    find, search = data.find, marks.search
+    quote, window = -1, WINDOW
     while at < size:
-        if quote < at and (quote := find(b'"', at)) < 0:
-            quote = size
-        if quote > at + FAR:
-            if line < at and (line := find(b"\n", at)) < 0:
-                line = size
-            if line >= quote:
-                at = quote
-                window = WINDOW
+        if quote < at and (quote := find(b'"', at, at + MAX_LEAP)) < 0:
+            quote = min(at + MAX_LEAP, size)
+        if quote > at + FAR and find(b"\n", at, quote) < 0:
+            at, window = quote, WINDOW
         stop = at + window
         found = search(data, at, stop + REACH)
         if found is not None and found.start() < stop:

@@ -195,6 +195,33 @@ def test_read_huge_events_as_a_full_reader(size: int) -> None:
         assert (report.usage.input, report.usage.output) == (9, 2)
 
 
+@pytest.mark.parametrize(
+    ("event", "error", "asked"),
+    [
+        (b'data: {"\\u0075sage":{"prompt_tokens":8}}', False, 8),
+        (b'data: {"usag\\u0065":{"prompt_tokens":8}}', False, 8),
+        (b'data: {"error":{"message":"x"}}', True, None),
+        (b'data: {"type":"error"}', True, None),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 1, 500])
+def test_introduce_by_what_stands_behind_strangers(event: bytes, error: bool, asked: int | None, before: int) -> None:
+    """However many payloads that show nothing come first, an error counts, and so does a name that has escapes."""
+    report = agree([b"data: 1\n\n" * before + event + b"\n\n" + FILLER], content_type="text/event-stream")
+    assert report is not None
+    assert report.error is error
+    assert (report.usage and report.usage.input) == asked
+
+
+@pytest.mark.parametrize("before", [3, 40])
+def test_look_for_the_model_of_a_known_dialect_in_its_first_events(before: int) -> None:
+    """Where the dialect is asked for, the model is taken from one of the first payloads, whatever they hold."""
+    named = b'data: {"choices":[],"model":"m"}'
+    data = b"".join(event + b"\n\n" for event in (*[FILLER] * before, named, FILLER))
+    report = agree([data], content_type="text/event-stream", dialect="openai-chat")
+    assert (report is not None) is (before < reader.INTRODUCTION)
+
+
 def test_skip_no_event_whose_ends_would_be_searched() -> None:
     """An event above the bound names its model without any mark: it is never passed over."""
     strangers = b'data: {"type":"mine"}\n\n' * reader.INTRODUCTION
@@ -274,6 +301,72 @@ def test_pass_over_names_that_say_nothing(nothing: bytes) -> None:
     """A field that is null, as most events repeat it, is no mark, also where a window ends within it."""
     for before in range(3 * WINDOW):
         assert find_mark(b'"' * before + nothing + b"}", 0, TELLING) == -1
+
+
+class Counted(bytes):
+    """Bytes that count how many of them are looked at."""
+
+    looked = 0
+
+    def find(self, part: Any, start: Any = 0, end: Any = None) -> int:
+        """Count and find."""
+        found = super().find(part, start, end)
+        stop = len(self) if end is None else min(end, len(self))
+        Counted.looked += 64 + (stop if found < 0 else found) - min(start, stop)
+        return found
+
+    def rfind(self, part: Any, start: Any = 0, end: Any = None) -> int:
+        """Count and find from the end."""
+        found = super().rfind(part, start, end)
+        Counted.looked += 64 + (len(self) if end is None else end) - max(found, start)
+        return found
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        b":\\\n\n",
+        b"x [DONE]\n\n",
+        b"\n",
+        b":\n",
+        b"x",
+        b'"',
+        b'"error"\n\n',
+        b'data: "type"\n\n',
+        b'data: {"a":"\\n"}\n\n',
+    ],
+)
+def test_look_at_hostile_bytes_a_bounded_number_of_times(piece: bytes) -> None:
+    """However many marks, escapes or line ends a body has, the work grows with its bytes, not with their square."""
+    looked = []
+    for size in (1 << 15, 1 << 17):
+        made = UsageReader("text/event-stream")
+        made.feed(FILLER + b"\n\n")
+        Counted.looked = 0
+        frames = made._frames
+        assert frames is not None
+        made._skim(frames, Counted(piece * (size // len(piece))))
+        looked.append(Counted.looked / size)
+    # A leap for each mark at most, whose bound does not grow with the body: without one it is nearly 4 times as much.
+    assert looked[1] <= 2 * looked[0]
+
+
+@pytest.mark.parametrize(
+    "claimed",
+    [
+        {"object": "response"},
+        {"type": "message_stop"},
+        {"usageMetadata": {}},
+        {"candidates": [], "modelVersion": "g"},
+        {"prompt_eval_count": 1},
+        {"model": "o", "done": False},
+        {"usage": {"prompt_tokens": 1}},
+    ],
+)
+def test_show_each_way_of_claiming_a_payload(claimed: Any) -> None:
+    """Each name by which alone a dialect claims a payload is one of those that are looked for before parsing."""
+    assert detect(claimed) is not None
+    assert SHOWN.pattern.search(json.dumps(claimed).encode())
 
 
 @given(DOCUMENTS)
