@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import random
 import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
@@ -20,17 +19,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from asgi_metering.admission import leaves_hold
 from asgi_metering.attributes import plain_attributes
-from asgi_metering.billing import beyond_count, bill, bill_now, observed_parts
+from asgi_metering.billing import beyond_count, bill, bill_now
 from asgi_metering.delivery import Delivery
 from asgi_metering.errors import AmountError, MeteringError, StoreError, StoreUnavailableError
 from asgi_metering.events.exporter import Exporter
 from asgi_metering.growing import growth_of
-from asgi_metering.outage import beat_locally
+from asgi_metering.heartbeats import Heartbeats
 from asgi_metering.overdue import Overdue
 from asgi_metering.receipts import Receipt
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.ending import Cause
-from asgi_metering.rules.operations import Admit, Emit, End, Operation, Renew, Sweep, Undo
+from asgi_metering.rules.operations import Admit, Emit, End, Operation, Undo
 from asgi_metering.stores.pump import Pump
 
 if TYPE_CHECKING:
@@ -42,18 +41,6 @@ if TYPE_CHECKING:
 __all__ = ["Runtime"]
 
 log = logging.getLogger("asgi_metering")
-
-TICK_S = 0.25
-"""How often calls in flight are looked at: what was observed is parsed at least this often."""
-
-BEATS_PER_LIFE = 3
-"""Heartbeats within one life of a hold, so that one may be lost."""
-
-SWEEP_EVERY_S = 30.0
-"""
-How often this process looks for holds that other processes left behind, and for what is old; processes that start
-together do so at times of their own.
-"""
 
 CLOSE_S = 10.0
 """
@@ -114,6 +101,7 @@ class Runtime:
         self._opening: asyncio.Task[None] | None = None
         self._delivery = Delivery(metering, self._submit_again, self._tell_exporter)
         self._replaying: asyncio.Task[None] | None = None
+        self._heartbeats = Heartbeats(metering, loop, self.in_flight, self._quietly, self.finish, self._spawn)
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -165,7 +153,7 @@ class Runtime:
     def _begin(self) -> None:
         if self._worker is None:
             self._worker = self._spawn(self._work(), "ends")
-            self._ticker = self._spawn(self._tick(), "heartbeats")
+            self._ticker = self._spawn(self._heartbeats.run(), "heartbeats")
 
     async def _declare_units(self) -> None:
         """A store that opens and gives no answer is asked again before the first admission."""
@@ -531,77 +519,6 @@ class Runtime:
             await self._delivery.book(end.id, (end,), durable=False)
         except MeteringError as failure:
             self._metering.alarms.raised("release", f"What {end.id!r} may hold is left to its expiry.", failure)
-
-    # -- time ----------------------------------------------------------------------------------------------
-
-    async def _tick(self) -> None:
-        sweep_at = flush_at = self.loop.time() + SWEEP_EVERY_S * (1.0 + random.random())  # noqa: S311 -- no secret
-        while True:
-            await asyncio.sleep(TICK_S if self.in_flight else 4 * TICK_S)
-            now = self.loop.time()
-            for call in list(self.in_flight.values()):
-                try:
-                    self._look_after(call, now)
-                except Exception as failure:  # noqa: BLE001 -- the heartbeats of all other calls hang on this task
-                    self._metering.alarms.raised("call", f"Call {call.id} could not be looked after.", failure)
-            if now >= sweep_at:
-                swept = await self._quietly(Sweep())
-                # What was full has left more behind: as much must go as comes, whatever the traffic.
-                sweep_at = now if isinstance(swept, int) and swept >= Sweep().limit else now + SWEEP_EVERY_S
-            if now >= flush_at:
-                flush_at = now + SWEEP_EVERY_S
-                try:
-                    self._metering.meters.flush()
-                except Exception as failure:  # noqa: BLE001 -- a plug-in's, and heartbeats go on
-                    self._metering.alarms.raised("tallies", "The tallies could not be handed on.", failure)
-
-    def _look_after(self, call: Call, now: float) -> None:
-        age = time.time() - call.started_at
-        if age > self._metering.max_call_s:
-            # A send that never returns, or a handler that was forgotten (pitfall 27).
-            call.see(Cause.ABORTED)
-            log.error("Call %s is older than %s s; it is ended as it is.", call.id, self._metering.max_call_s)
-            self.finish(call)
-        elif call.beats and not call.hold_lost and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:
-            call.last_beat = now
-            self._spawn(self._beat(call), f"heartbeat of {call.id}")
-        if call.growth is not None:
-            call.growth.nudge()
-        if call.observer is not None:
-            # Last: what a body does to its reader must not cost the call its heartbeat.
-            call.observer.digest()
-
-    async def _beat(self, call: Call) -> None:
-        told = call.observed_parts
-        try:
-            call.observed_parts = max(call.observed_parts, await observed_parts(call))
-        except Exception as failure:  # noqa: BLE001 -- a price of the application's own; the call lives, and its hold
-            untold = f"What call {call.id} has used so far cannot be told; its heartbeat repeats what was told last."
-            self._metering.alarms.raised("heartbeat", untold, failure)
-        if call.queued is not None:
-            if call.observed_parts > told:
-                await beat_locally(call)
-            return
-        renewed = await self._quietly(Renew(call.id, call.observed_parts))
-        # Its own end may have come between.
-        if renewed is False and not call.closed:
-            await self._lost(call)
-
-    async def _lost(self, call: Call) -> None:
-        """Say once that *call* runs on without its hold and its slots, which its policy has ended (S0.57)."""
-        if call.hold_lost:
-            return
-        call.hold_lost = True
-        self._metering.meters.count("holds_lost", line=call.line)
-        log.error(
-            "Call %s runs on, and its hold has been ended by its policy: no heartbeat came for longer than it lives. "
-            "What its own end says is posted as the difference; others may have its slots. Give it a longer ttl_s.",
-            call.id,
-        )
-        try:
-            await self._metering.hold_lost(call)
-        except Exception as failure:  # noqa: BLE001 -- the application's own
-            self._metering.alarms.raised("on_hold_lost", f"on_hold_lost failed for call {call.id}.", failure)
 
     async def _quietly(self, operation: Operation) -> Answer | None:
         """The answer to *operation*, or None and an alarm."""

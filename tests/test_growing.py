@@ -466,7 +466,7 @@ def test_tell_of_growths_that_fail_as_one_alarm(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """While the store is down, or cannot count a unit, every look of every call fails: that is told seldom."""
-    monkeypatch.setattr("asgi_metering.runtime.TICK_S", 0.001)
+    monkeypatch.setattr("asgi_metering.heartbeats.TICK_S", 0.001)
     failures = [StoreUnavailableError("down"), ConfigurationError("another scale")]
 
     async def play() -> None:

@@ -109,7 +109,7 @@ def test_beat_although_what_was_used_cannot_be_told(monkeypatch: pytest.MonkeyPa
             return None
 
     monkeypatch.setattr("asgi_metering.runtime.observed_parts", broken)
-    monkeypatch.setattr("asgi_metering.runtime.TICK_S", 0.001)
+    monkeypatch.setattr("asgi_metering.heartbeats.TICK_S", 0.001)
 
     async def play() -> None:
         store = Breaking()
@@ -135,7 +135,7 @@ def test_tell_of_a_hold_that_its_call_has_lost(
     how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """S0.57: a call whose hold its policy has ended is told of once, and its own end is posted as the difference."""
-    monkeypatch.setattr("asgi_metering.runtime.TICK_S", 0.001)
+    monkeypatch.setattr("asgi_metering.heartbeats.TICK_S", 0.001)
     lost: list[Call] = []
 
     def told(call: Call) -> None:
@@ -174,8 +174,8 @@ def test_tell_of_a_hold_that_its_call_has_lost(
 
 def test_beat_although_a_sweep_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """S0.54: a store that cannot sweep, and tallies that nobody takes, stop no heartbeat, and no shutdown."""
-    monkeypatch.setattr("asgi_metering.runtime.SWEEP_EVERY_S", 0.0)
-    monkeypatch.setattr("asgi_metering.runtime.TICK_S", 0.001)
+    monkeypatch.setattr("asgi_metering.heartbeats.SWEEP_EVERY_S", 0.0)
+    monkeypatch.setattr("asgi_metering.heartbeats.TICK_S", 0.001)
 
     async def play() -> None:
         store = Breaking(Sweep)
@@ -195,7 +195,7 @@ def test_beat_although_a_sweep_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sweep_on_while_there_is_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """As much is forgotten as comes: a sweep that was full is followed by another at once, one that was not by none."""
-    monkeypatch.setattr("asgi_metering.runtime.TICK_S", 0.001)
+    monkeypatch.setattr("asgi_metering.heartbeats.TICK_S", 0.001)
     monkeypatch.setattr("asgi_metering.runtime.random.random", lambda: -1.0)
     rows = Sweep().limit
 

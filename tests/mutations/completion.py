@@ -13,6 +13,7 @@ PITFALLS = Path(__file__).parents[1] / "pitfalls"
 EXCHANGE = "asgi_metering.asgi.exchange"
 DRESSING = "asgi_metering.asgi.dressing"
 RUNTIME = "asgi_metering.runtime"
+HEARTBEATS = "asgi_metering.heartbeats"
 
 
 @cache
@@ -116,7 +117,7 @@ MUTATIONS = (
     Mutation(
         27,
         "no maximum age",
-        RUNTIME,
+        HEARTBEATS,
         "        if age > self._metering.max_call_s:\n",
         "        if False:\n",
         _test("test_send_that_never_returns_is_ended_by_its_age"),
@@ -213,7 +214,7 @@ MUTATIONS = (
     Mutation(
         33,
         "no heartbeats",
-        RUNTIME,
+        HEARTBEATS,
         "        elif call.beats and not call.hold_lost and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:\n",
         "        elif False:\n",
         _test("test_heartbeats_keep_the_hold_of_a_long_stream"),
@@ -381,7 +382,7 @@ MUTATIONS = (
     Mutation(
         33,
         "one call's trouble ends all heartbeats",
-        RUNTIME,
+        HEARTBEATS,
         "                except Exception as failure:  # noqa: BLE001 -- the he"
         "artbeats of all other calls hang on this task\n",
         "                except StoreError as failure:\n",

@@ -733,7 +733,7 @@ def test_tell_failing_heartbeats_as_one_alarm(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A dead store takes no heartbeats of any call: that is counted, and told once and not once for each."""
-    monkeypatch.setattr("asgi_metering.runtime.TICK_S", 0.001)
+    monkeypatch.setattr("asgi_metering.heartbeats.TICK_S", 0.001)
 
     async def play() -> None:
         store = Gated()

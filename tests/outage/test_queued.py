@@ -166,7 +166,7 @@ def test_charge_what_was_seen_of_a_queued_call_whose_process_died(
     price: Any, hold: int | None, charged: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DESIGN "End of call": the journal hears what heartbeats tell, so that a killed worker's call is charged that."""
-    monkeypatch.setattr("asgi_metering.runtime.TICK_S", 0.005)
+    monkeypatch.setattr("asgi_metering.heartbeats.TICK_S", 0.005)
     written: list[End] = []
 
     async def endpoint(scope: Any, _receive: Any, send: Any) -> None:

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
-import asgi_metering.runtime
+import asgi_metering.heartbeats
 from asgi_metering import MeteringMiddleware, TokenUsage, billable, current_call, slices
 from asgi_metering.call import Call
 from asgi_metering.prices import per_token
@@ -39,7 +39,7 @@ SPENT = 105
 
 async def grow(plan: Plan) -> None:
     """Play a stream that uses more than there is, until the fault ends this process."""
-    asgi_metering.runtime.TICK_S = 0.005
+    asgi_metering.heartbeats.TICK_S = 0.005
     clock, beaten = FakeClock(plan.now), asyncio.Event()
     fault = crash_after(plan.point, nth=plan.nth)
     store = fault.store(store_at(plan.url, fault.clock(clock)))

@@ -20,7 +20,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
 import asgi_metering.asgi.exchange
-import asgi_metering.runtime
+import asgi_metering.heartbeats
 from asgi_metering import (
     Caller,
     Idempotency,
@@ -201,7 +201,7 @@ async def burn(plan: Plan, probes: Mapping[str, Callable[[], object]] = MappingP
         plan: What to play.
         probes: What else is done at other points of the store.
     """
-    asgi_metering.runtime.TICK_S = 0.005
+    asgi_metering.heartbeats.TICK_S = 0.005
     # A machine that stalls for 50 ms shall not end a call in place of the application that returns.
     asgi_metering.asgi.exchange.GRACE_S = LIFE_S
     admitted, beaten, clock = asyncio.Event(), asyncio.Event(), FakeClock(plan.now)
