@@ -108,7 +108,7 @@ def test_beat_although_what_was_used_cannot_be_told(monkeypatch: pytest.MonkeyPa
         def report(self) -> None:
             return None
 
-    monkeypatch.setattr("asgi_metering.runtime.observed_parts", broken)
+    monkeypatch.setattr("asgi_metering.heartbeats.observed_parts", broken)
     monkeypatch.setattr("asgi_metering.heartbeats.TICK_S", 0.001)
 
     async def play() -> None:
@@ -196,7 +196,7 @@ def test_beat_although_a_sweep_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sweep_on_while_there_is_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """As much is forgotten as comes: a sweep that was full is followed by another at once, one that was not by none."""
     monkeypatch.setattr("asgi_metering.heartbeats.TICK_S", 0.001)
-    monkeypatch.setattr("asgi_metering.runtime.random.random", lambda: -1.0)
+    monkeypatch.setattr("asgi_metering.heartbeats.random.random", lambda: -1.0)
     rows = Sweep().limit
 
     class Full(Breaking):
