@@ -18,6 +18,9 @@ settings.register_profile("the same", timeless, derandomize=True)
 settings.register_profile("random", timeless, print_blob=True)
 settings.load_profile("random" if os.environ.get("METERING_TEST_RANDOM") else "the same")
 
+# Before anything imports it: what a scenario of it found is shown in the failures of every store.
+pytest.register_assert_rewrite("asgi_metering.testing.conformance")
+
 LONG_S = 600.0
 """What is given so much time, and more, is long."""
 

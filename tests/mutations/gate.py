@@ -569,7 +569,19 @@ LAYERS = (
         "asgi_metering.admission",
         'policy.rates if "rates" in features else ()',
         "policy.rates",
-        _in("layers", "test_do_exactly_what_the_layers_enable[credits-up]"),
+        _in("layers", "test_count_nothing_without_the_rate_limits[measured]"),
+    ),
+    Mutation(
+        0,
+        "rates are planned without their layer",
+        "asgi_metering.plans",
+        'policy.rates if "rates" in features else ()',
+        "policy.rates",
+        _in(
+            "layers",
+            "test_do_exactly_what_the_layers_enable[credits-up]",
+            "test_count_nothing_without_the_rate_limits[fixed]",
+        ),
     ),
     Mutation(
         0,
@@ -583,8 +595,8 @@ LAYERS = (
         0,
         "what is only counted is charged by its usage",
         "asgi_metering.billing",
-        "    if call.exempt:\n        # Its hold",
-        "    if False:\n        # Its hold",
+        "    if price is None or isinstance(price, FixedPrice) or call.exempt:\n",
+        "    if price is None or isinstance(price, FixedPrice):\n",
         _in("layers", "test_charge_nothing_without_the_gate[measured-events-rates]"),
     ),
     Mutation(

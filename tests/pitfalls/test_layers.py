@@ -150,6 +150,21 @@ def test_charge_nothing_without_the_gate(price: Any, subset: tuple[str, ...]) ->
     )
 
 
+@pytest.mark.parametrize(
+    "charge", [billable(per_token(input=1, output=1), hold=1), billable(PRICE)], ids=["measured", "fixed"]
+)
+def test_count_nothing_without_the_rate_limits(charge: Any, scene: Scene) -> None:
+    """X.1: limits whose layer is absent count nobody, whatever else of the route is enforced."""
+
+    @rate_limited("1/day", concurrency=1)
+    @charge
+    async def endpoint(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("paid")
+
+    app = with_layers(Starlette(routes=[Route("/", endpoint)]), scene.metering, ("credits",), unenforced="allow")
+    assert [status(each.log) for each in visit(app, Visit(), Visit())] == [200, 200]
+
+
 def test_say_the_same_as_the_whole_stack(scene: Scene) -> None:
     """X.1: all four layers together answer and charge as `MeteringMiddleware` does."""
     whole, parts = Scene(), scene

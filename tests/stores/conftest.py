@@ -12,7 +12,6 @@ from tests.harness.valkey import ValkeyServer, valkey
 from tests.harness.warm import preload
 
 preload()
-pytest.register_assert_rewrite("asgi_metering.testing.conformance")
 
 _numbers = count(1)
 
