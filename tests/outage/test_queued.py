@@ -151,7 +151,9 @@ def test_end_a_growing_call_whose_process_died(policy: Literal["hold", "none"], 
         store = Gated()
         async with used(store, journal=tmp_path / "j", on_store_down=QUEUE, max_call_s=0.5) as metering:
             store.down = True
+            # Nobody ends it: as if the process died.
             metering.runtime().finish = lambda call: None  # type: ignore[method-assign]
+            metering.runtime()._heartbeats._finish = lambda call: None
             part = billable(PRICE, hold=GROWING, on_abort=policy)
             async with Drive(metered(metering, part, work=work), http_scope("/")):
                 await grown.wait()
@@ -189,7 +191,9 @@ def test_charge_what_was_seen_of_a_queued_call_whose_process_died(
 
             metering.runtime()._delivery.keep = kept  # type: ignore[method-assign]
             store.down = True
+            # Nobody ends it: as if the process died.
             metering.runtime().finish = lambda call: None  # type: ignore[method-assign]
+            metering.runtime()._heartbeats._finish = lambda call: None
             app = metered_app(endpoint, billable(price, hold=hold, ttl_s=0.03))
             async with Drive(MeteringMiddleware(app, metering=metering), http_scope("/")):
                 await until(is_heard)
@@ -302,7 +306,9 @@ def test_tell_of_a_queued_call_whose_process_died(tmp_path: Path) -> None:
         options: dict[str, Any] = {"on_store_down": QUEUE, "max_call_s": 0.2, "sinks": [CallbackSink(told.extend)]}
         async with used(store, journal=tmp_path / "j", **options) as metering:
             store.down = True
+            # Nobody ends it: as if the process died.
             metering.runtime().finish = lambda call: None  # type: ignore[method-assign]
+            metering.runtime()._heartbeats._finish = lambda call: None
             async with Drive(metered(metering, billable(2, line="job"), work=work), http_scope("/")):
                 await begun.wait()
             await back(metering, store)
