@@ -8,7 +8,8 @@ nothing, and asks nobody.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from asgi_metering.asking import REQUESTS, key_of, lease_asks, limit_ask, root_of_rate, source_asks
 from asgi_metering.outage import in_doubt_of
@@ -17,6 +18,7 @@ from asgi_metering.prices import FixedPrice
 from asgi_metering.rules.operations import Admit, AllowanceSource, LeaseAsk, LimitAsk, SourceAsk
 from asgi_metering.rules.roots import rooted
 from asgi_metering.rules.state import NEVER, build
+from asgi_metering.sources import Allowance
 
 if TYPE_CHECKING:
     from asgi_metering.amounts import Unit
@@ -30,6 +32,10 @@ MAX_PLANS = 1_024
 
 MAX_CALLERS = 4_096
 """Callers whose asks one plan remembers: some megabytes at the most."""
+
+
+_Place: TypeAlias = tuple[object, ...]
+"""Who asks, by all that its asks depend on: the ids of caller and payer, its plan, and what that is allowed."""
 
 
 class _Asks(NamedTuple):
@@ -54,7 +60,19 @@ class Plan:
         is_plain: Whether a call can be asked for by `asked`.
     """
 
-    __slots__ = ("_asks", "_grace_s", "_in_doubt", "_ttl_s", "amount", "charge", "is_plain", "policy", "rates", "unit")
+    __slots__ = (
+        "_asks",
+        "_by_plan",
+        "_grace_s",
+        "_in_doubt",
+        "_ttl_s",
+        "amount",
+        "charge",
+        "is_plain",
+        "policy",
+        "rates",
+        "unit",
+    )
 
     def __init__(self, metering: Metering, policy: EndpointPolicy, features: frozenset[str]) -> None:
         self.policy = policy
@@ -68,7 +86,10 @@ class Plan:
         self._ttl_s = metering.ttl_s if charge is None else charge.ttl_s
         self._grace_s = metering.grace_s if charge is None else charge.grace_s
         self._in_doubt = in_doubt_of(charge)
-        self._asks: dict[tuple[str, str, str | None], _Asks] = {}
+        self._asks: dict[_Place, _Asks] = {}
+        sources = () if charge is None else charge.sources
+        # Whoever declared limits by plan may change them while we run: they are looked up for each call.
+        self._by_plan = [each for each in sources if isinstance(each, Allowance) and isinstance(each.limit, Mapping)]
         # Without the gate a priced call is reported all the same, and that is not told here.
         is_enforced = policy.charge is None or charge is not None or "events" not in features
         asks_anything = bool(self.amount or any(rate.limits or rate.concurrency for rate in self.rates))
@@ -78,7 +99,9 @@ class Plan:
         """What *call*, whose caller and payer are known, asks around *now*."""
         caller = call.caller
         assert caller is not None  # noqa: S101 -- asked before
-        place = (caller.id, caller.payer, caller.plan)
+        place: _Place = (caller.id, caller.payer, caller.plan)
+        for source in self._by_plan:
+            place += (source.limit_for(caller.plan),)
         asks = self._asks.get(place)
         if asks is None or now >= asks.until:
             asks = self._remember(place, self._asked_by(call, now))
@@ -90,7 +113,7 @@ class Plan:
         ))
         # fmt: on
 
-    def _remember(self, place: tuple[str, str, str | None], asks: _Asks) -> _Asks:
+    def _remember(self, place: _Place, asks: _Asks) -> _Asks:
         if len(self._asks) >= MAX_CALLERS:
             # All at once: those that call will be known again after their next call.
             self._asks.clear()
