@@ -8,7 +8,9 @@ nothing, and asks nobody.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from asgi_metering.asking import REQUESTS, key_of, lease_asks, limit_ask, root_of_rate, source_asks
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "Plans"]
 
 MAX_PLANS = 1_024
-"""Policies that are remembered: those of routes are few, and those that handlers make for each request come and go."""
+"""Policies whose plans are remembered, as long as they live: those that handlers make for each request come and go."""
 
 MAX_CALLERS = 4_096
 """Callers whose asks one plan remembers: some megabytes at the most."""
@@ -51,10 +53,15 @@ class Plan:
     """
     What one policy asks under certain layers.
 
+    Args:
+        metering, policy, features: Of `Plans.of`.
+        gone: Called when nobody keeps the policy any more.
+
     Attributes:
-        policy: Whose plan it is.
-        charge: What is charged; None where nothing is.
-        rates: The limits that count here.
+        policy: Whose plan it is, as long as that lives.
+        charge: What is charged; None where nothing is, and of a plan that is not plain: what that computes may refer to
+            anything, such as the request that it was made for.
+        rates: The limits that count here; likewise.
         unit: Of the amounts.
         amount: Smallest parts of a fixed price; 0 where there is none.
         is_plain: Whether a call can be asked for by `asked`.
@@ -74,8 +81,14 @@ class Plan:
         "unit",
     )
 
-    def __init__(self, metering: Metering, policy: EndpointPolicy, features: frozenset[str]) -> None:
-        self.policy = policy
+    def __init__(
+        self,
+        metering: Metering,
+        policy: EndpointPolicy,
+        features: frozenset[str],
+        gone: Callable[[object], object] | None = None,
+    ) -> None:
+        self.policy = weakref.ref(policy, gone)
         self.charge = policy.charge if "credits" in features else None
         self.rates = policy.rates if "rates" in features else ()
         charge = self.charge
@@ -94,6 +107,8 @@ class Plan:
         is_enforced = policy.charge is None or charge is not None or "events" not in features
         asks_anything = bool(self.amount or any(rate.limits or rate.concurrency for rate in self.rates))
         self.is_plain = is_enforced and asks_anything and _is_plain_charge(charge) and _are_plain_rates(self.rates)
+        if not self.is_plain:
+            self.charge, self.rates, self._by_plan = None, (), []
 
     def asked(self, call: Call, now: float) -> Admit:
         """What *call*, whose caller and payer are known, asks around *now*."""
@@ -173,11 +188,11 @@ class Plans:
     def of(self, policy: EndpointPolicy, features: frozenset[str]) -> Plan:
         """The plan of *policy* under the layers *features*, worked out once; raises as `Metering.counted`."""
         # By the object and not by what it says: to compare two policies takes longer than to work one out. The plan
-        # keeps its policy, so that no other one can have its id.
+        # goes before its policy does, so that no other one can have its id.
         place = (id(policy), features)
         plan = self._known.get(place)
         if plan is None:
             if len(self._known) >= MAX_PLANS:
                 self._known.clear()
-            plan = self._known[place] = Plan(self._metering, policy, features)
+            plan = self._known[place] = Plan(self._metering, policy, features, partial(self._known.pop, place))
         return plan

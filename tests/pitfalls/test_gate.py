@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -530,6 +532,23 @@ def test_refuse_an_explicit_gate_in_another_scale_from_its_first_call_on(scene: 
     visit(installed(starlette(("/", endpoint)), scene.metering, "added"), Visit(), Visit())
     assert ["is counted with 6 digits" in error for error in errors] == [True, True]
     assert scene.books.admissions == []
+
+
+def test_let_go_of_what_an_explicit_gate_computes(scene: Scene) -> None:
+    """A price that a handler makes for one request, and all that it refers to, goes with that request."""
+    made: list[weakref.ref[object]] = []
+
+    async def endpoint(request: Request) -> PlainTextResponse:
+        def price() -> int:
+            return len(request.url.path)
+
+        made.append(weakref.ref(price))
+        await current_call().admit(billable(price))
+        return PlainTextResponse("ok")
+
+    visit(installed(starlette(("/", endpoint)), scene.metering, "added"), Visit(), Visit())
+    gc.collect()
+    assert [each() for each in made] == [None, None]
 
 
 def test_charge_work_of_its_own_inside_a_call(scene: Scene) -> None:
