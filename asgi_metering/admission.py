@@ -101,7 +101,8 @@ def admit_now(call: Call) -> bool:
     if policy is None:
         return False
     asked = _planned(call, metering.plans.of(policy, call.opening.features))
-    if asked is None:
+    # Asked behind the plan, which may be the first to name its unit: the store has to be told of its scale before.
+    if asked is None or metering.has_new_units:
         return False
     try:
         decision = metering.store.run_now(asked)

@@ -328,7 +328,7 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
 
     def admit_now(self, call: Call) -> bool:
         """Admit *call*, where nothing about it has to wait, and the store neither; see `admission.admit_now`."""
-        if not self.store.immediate or self.has_new_units:
+        if not self.store.immediate:
             return False
         runtime = self.runtime()
         if not runtime.is_open or not admit_now(call):

@@ -8,7 +8,10 @@ nothing, and asks nobody.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from asgi_metering.asking import REQUESTS, key_of, lease_asks, limit_ask, root_of_rate, source_asks
 from asgi_metering.outage import in_doubt_of
@@ -17,6 +20,7 @@ from asgi_metering.prices import FixedPrice
 from asgi_metering.rules.operations import Admit, AllowanceSource, LeaseAsk, LimitAsk, SourceAsk
 from asgi_metering.rules.roots import rooted
 from asgi_metering.rules.state import NEVER, build
+from asgi_metering.sources import Allowance
 
 if TYPE_CHECKING:
     from asgi_metering.amounts import Unit
@@ -26,10 +30,14 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "Plans"]
 
 MAX_PLANS = 1_024
-"""Policies that are remembered: those of routes are few, and those that handlers make for each request come and go."""
+"""Policies whose plans are remembered, as long as they live: those that handlers make for each request come and go."""
 
 MAX_CALLERS = 4_096
 """Callers whose asks one plan remembers: some megabytes at the most."""
+
+
+_Place: TypeAlias = tuple[object, ...]
+"""Who asks, by all that its asks depend on: the ids of caller and payer, its plan, and what that is allowed."""
 
 
 class _Asks(NamedTuple):
@@ -45,19 +53,42 @@ class Plan:
     """
     What one policy asks under certain layers.
 
+    Args:
+        metering, policy, features: Of `Plans.of`.
+        gone: Called when nobody keeps the policy any more.
+
     Attributes:
-        policy: Whose plan it is.
-        charge: What is charged; None where nothing is.
-        rates: The limits that count here.
+        policy: Whose plan it is, as long as that lives.
+        charge: What is charged; None where nothing is, and of a plan that is not plain: what that computes may refer to
+            anything, such as the request that it was made for.
+        rates: The limits that count here; likewise.
         unit: Of the amounts.
         amount: Smallest parts of a fixed price; 0 where there is none.
         is_plain: Whether a call can be asked for by `asked`.
     """
 
-    __slots__ = ("_asks", "_grace_s", "_in_doubt", "_ttl_s", "amount", "charge", "is_plain", "policy", "rates", "unit")
+    __slots__ = (
+        "_asks",
+        "_by_plan",
+        "_grace_s",
+        "_in_doubt",
+        "_ttl_s",
+        "amount",
+        "charge",
+        "is_plain",
+        "policy",
+        "rates",
+        "unit",
+    )
 
-    def __init__(self, metering: Metering, policy: EndpointPolicy, features: frozenset[str]) -> None:
-        self.policy = policy
+    def __init__(
+        self,
+        metering: Metering,
+        policy: EndpointPolicy,
+        features: frozenset[str],
+        gone: Callable[[object], object] | None = None,
+    ) -> None:
+        self.policy = weakref.ref(policy, gone)
         self.charge = policy.charge if "credits" in features else None
         self.rates = policy.rates if "rates" in features else ()
         charge = self.charge
@@ -68,17 +99,24 @@ class Plan:
         self._ttl_s = metering.ttl_s if charge is None else charge.ttl_s
         self._grace_s = metering.grace_s if charge is None else charge.grace_s
         self._in_doubt = in_doubt_of(charge)
-        self._asks: dict[tuple[str, str, str | None], _Asks] = {}
+        self._asks: dict[_Place, _Asks] = {}
+        sources = () if charge is None else charge.sources
+        # Whoever declared limits by plan may change them while we run: they are looked up for each call.
+        self._by_plan = [each for each in sources if isinstance(each, Allowance) and isinstance(each.limit, Mapping)]
         # Without the gate a priced call is reported all the same, and that is not told here.
         is_enforced = policy.charge is None or charge is not None or "events" not in features
         asks_anything = bool(self.amount or any(rate.limits or rate.concurrency for rate in self.rates))
         self.is_plain = is_enforced and asks_anything and _is_plain_charge(charge) and _are_plain_rates(self.rates)
+        if not self.is_plain:
+            self.charge, self.rates, self._by_plan = None, (), []
 
     def asked(self, call: Call, now: float) -> Admit:
         """What *call*, whose caller and payer are known, asks around *now*."""
         caller = call.caller
         assert caller is not None  # noqa: S101 -- asked before
-        place = (caller.id, caller.payer, caller.plan)
+        place: _Place = (caller.id, caller.payer, caller.plan)
+        for source in self._by_plan:
+            place += (source.limit_for(caller.plan),)
         asks = self._asks.get(place)
         if asks is None or now >= asks.until:
             asks = self._remember(place, self._asked_by(call, now))
@@ -90,7 +128,7 @@ class Plan:
         ))
         # fmt: on
 
-    def _remember(self, place: tuple[str, str, str | None], asks: _Asks) -> _Asks:
+    def _remember(self, place: _Place, asks: _Asks) -> _Asks:
         if len(self._asks) >= MAX_CALLERS:
             # All at once: those that call will be known again after their next call.
             self._asks.clear()
@@ -150,11 +188,11 @@ class Plans:
     def of(self, policy: EndpointPolicy, features: frozenset[str]) -> Plan:
         """The plan of *policy* under the layers *features*, worked out once; raises as `Metering.counted`."""
         # By the object and not by what it says: to compare two policies takes longer than to work one out. The plan
-        # keeps its policy, so that no other one can have its id.
+        # goes before its policy does, so that no other one can have its id.
         place = (id(policy), features)
         plan = self._known.get(place)
         if plan is None:
             if len(self._known) >= MAX_PLANS:
                 self._known.clear()
-            plan = self._known[place] = Plan(self._metering, policy, features)
+            plan = self._known[place] = Plan(self._metering, policy, features, partial(self._known.pop, place))
         return plan

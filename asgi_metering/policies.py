@@ -477,7 +477,7 @@ class RatePolicy:
         return tuple(value for value in (self.key, self.cost) if isinstance(value, From))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class EndpointPolicy:
     """
     Everything that the decorators said of one endpoint.

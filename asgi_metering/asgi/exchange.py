@@ -566,7 +566,7 @@ class Exchange(Opening):
         """Forget what refers to this exchange in turn, such as the scope that it stands in."""
         if not self.closed:
             return
-        self.scope, self._origin = _OVER, None
+        self.scope, self._origin, self.passing = _OVER, None, None
         # What the app of a refused call still sends goes nowhere, however late.
         if not self.swapped and self.call is not None and self.call.has_ended:
             super().let_go()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from typing import Annotated, Any
@@ -14,7 +16,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from asgi_metering import MeteringMiddleware, TokenUsage, billable, current_call, metered_app
+from asgi_metering import Call, MeteringMiddleware, TokenUsage, billable, current_call, metered_app
 from tests.harness.drive import Drive, body, drive, status
 from tests.pitfalls.apps import installed
 from tests.pitfalls.scene import POOR, Scene, Visit, http_only, visit
@@ -52,6 +54,35 @@ def test_show_the_endpoint_what_was_set_outside() -> None:
 
     (ended,) = visit(outer, Visit())
     assert body(ended.log) == b"acme ann"
+
+
+def test_let_go_of_a_stream_that_is_over() -> None:
+    """A call that streamed, and what was kept of its body, goes with its request, and not with the next collection."""
+    scene = Scene()
+    calls: list[weakref.ref[Call]] = []
+
+    @billable(PRICE)
+    async def admitted() -> None:
+        calls.append(weakref.ref(current_call()))
+
+    @http_only
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await admitted()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for more in (True, True, False):
+            await send({"type": "http.response.body", "body": b"part", "more_body": more})
+
+    async def story() -> list[Call | None]:
+        async with scene.metering:
+            metered = MeteringMiddleware(app, metering=scene.metering)
+            gc.disable()
+            try:
+                await drive(metered, Visit().scope())
+                return [call() for call in calls]
+            finally:
+                gc.enable()
+
+    assert asyncio.run(story()) == [None]
 
 
 def test_hand_over_each_part_of_a_stream_as_it_comes() -> None:

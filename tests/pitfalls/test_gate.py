@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -20,7 +22,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asgi_metering import (
     CallRefused,
+    Metering,
     MeteringMiddleware,
+    Unit,
     billable,
     current_call,
     rate_limited,
@@ -506,6 +510,45 @@ def test_refuse_a_second_explicit_gate(scene: Scene) -> None:
     (ended,) = visit(installed(starlette(("/", endpoint)), scene.metering, "added"), Visit())
     assert status(ended.log) == 200
     assert scene.settled() == PRICE
+
+
+def test_refuse_an_explicit_gate_in_another_scale_from_its_first_call_on(scene: Scene) -> None:
+    """X.7: a unit that an explicit gate is the first to name is told to the store before anything is charged in it."""
+    fine, coarse = Unit("messages", scale=6), Unit("messages", scale=0)
+    errors: list[str] = []
+
+    async def endpoint(request: Request) -> PlainTextResponse:
+        try:
+            await current_call().admit(billable(1, unit=coarse))
+        except ConfigurationError as error:
+            errors.append(str(error))
+        return PlainTextResponse("ok")
+
+    async def granted_elsewhere() -> None:
+        async with Metering(scene.books, sinks=()) as other:
+            await other.grant(ANN, 5, id="fine", unit=fine)
+
+    asyncio.run(granted_elsewhere())
+    visit(installed(starlette(("/", endpoint)), scene.metering, "added"), Visit(), Visit())
+    assert ["is counted with 6 digits" in error for error in errors] == [True, True]
+    assert scene.books.admissions == []
+
+
+def test_let_go_of_what_an_explicit_gate_computes(scene: Scene) -> None:
+    """A price that a handler makes for one request, and all that it refers to, goes with that request."""
+    made: list[weakref.ref[object]] = []
+
+    async def endpoint(request: Request) -> PlainTextResponse:
+        def price() -> int:
+            return len(request.url.path)
+
+        made.append(weakref.ref(price))
+        await current_call().admit(billable(price))
+        return PlainTextResponse("ok")
+
+    visit(installed(starlette(("/", endpoint)), scene.metering, "added"), Visit(), Visit())
+    gc.collect()
+    assert [each() for each in made] == [None, None]
 
 
 def test_charge_work_of_its_own_inside_a_call(scene: Scene) -> None:

@@ -66,3 +66,16 @@ def test_refuse_at_startup_a_level_that_the_unit_cannot_count(scene: Scene) -> N
     with pytest.raises(BaseException, match=r"warning level '0\.0000001' is finer") as refused:
         visit(app, Visit())
     assert "Round it first" in str(refused.value)
+
+
+def test_ask_for_what_a_plan_is_allowed_by_now() -> None:
+    """S0.2, S4.1: limits by plan that change while the application runs count from the next call on."""
+    scene, limits = Scene(), {"free": 10}
+
+    @billable(1, sources=[Allowance(limits, per="month")])
+    async def endpoint(_request: Request) -> PlainTextResponse:
+        limits["free"] = 1
+        return PlainTextResponse("ok")
+
+    app = MeteringMiddleware(Starlette(routes=[Route("/", endpoint)]), metering=scene.metering)
+    assert [status(ended.log) for ended in visit(app, Visit(), Visit())] == [200, 429]
