@@ -80,12 +80,12 @@ class Link:
                 replies[at] = reply
         return replies
 
-    def post(self, command: Command, told: Told) -> bool:
+    def post(self, packed: bytes, told: Told) -> bool:
         """
-        Send *command* in this turn of the loop, if the connection is in use, and return whether it was sent.
+        Send a command in this turn of the loop, if the connection is in use, and return whether it was sent.
 
         Args:
-            command: One.
+            packed: One, as the driver packs it.
             told: Gets its reply, alone, as it came; or `StoreUnavailableError` as of `exchange`.
         """
         wire = self._wire
@@ -101,7 +101,7 @@ class Link:
                 self._used_at = time.monotonic()
                 told(outcome)
 
-        wire.post(driver().pack(command), 1, self._timeout_s, replied)
+        wire.post(packed, 1, self._timeout_s, replied)
         return True
 
     def _lost(self, error: Exception) -> StoreUnavailableError:

@@ -143,9 +143,11 @@ class RedisStore(Store):
         calls = self._calls
         try:
             call = calls.call(operation)
+            if call is None:
+                return False
+            now = "" if self._clock is None else time_text(self._clock())
+            packed = driver().pack(calls.together((call,), now, ""))
         except Exception:  # noqa: BLE001 -- `run` says what is wrong with it
-            return False
-        if call is None:
             return False
 
         def replied(outcome: list[Reply] | Exception) -> None:
@@ -159,8 +161,7 @@ class RedisStore(Store):
             else:
                 told(answer)
 
-        now = "" if self._clock is None else time_text(self._clock())
-        return link.post(calls.together((call,), now, ""), replied)
+        return link.post(packed, replied)
 
     async def _decided(self, operation: Operation) -> Answer | Exception:
         """Run one operation by the rules."""

@@ -117,6 +117,20 @@ def test_lone_call_that_cannot_be_packed(make_store: Maker) -> None:
     play(make_store(), scene)
 
 
+def test_lone_call_whose_id_cannot_be_sent(make_store: Maker) -> None:
+    """An id of the application's own that is no UTF-8 is its caller's mistake, as in a batch, and stops nobody."""
+
+    async def scene(pump: Pump, went: list[str]) -> None:
+        with pytest.raises(UnwritableError):
+            await pump.submit(call("\ud800"))
+        second = await pump.submit(call("b"))
+        assert isinstance(second, Decision)
+        assert second.available == 90
+        assert went[0] == "run"
+
+    play(make_store(), scene)
+
+
 def test_lone_call_loses_its_connection(server: ValkeyServer, make_store: Maker) -> None:
     """Its caller hears that nobody knows; asked again under its id it is done once, on a new connection."""
 
