@@ -88,7 +88,7 @@ class ExchangeOptions:
 
 _DEFAULTS = ExchangeOptions()
 
-_OVER: Scope = {}
+_OVER: Scope = {"method": "", "headers": ()}
 """The scope of a request that is over."""
 
 
