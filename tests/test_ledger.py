@@ -107,6 +107,12 @@ async def opened(make: Callable[[FakeClock], Store], **options: Any) -> AsyncIte
 
 
 @pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shutdown that gives sinks no time: they take nothing."""
+    monkeypatch.setattr("asgi_metering.runtime.EXPORT_S", 0.01)
+
+
+@pytest.fixture
 def play(make: Callable[[FakeClock], Store]) -> Play:
     """Plays a scene on books of its own."""
 
@@ -473,7 +479,7 @@ def test_refuse_a_unit_of_another_scale_at_a_grant(make: Callable[[FakeClock], S
 # -- what is told ------------------------------------------------------------------------------------------
 
 
-def test_postings_are_told_to_sinks(make: Callable[[FakeClock], Store]) -> None:
+def test_postings_are_told_to_sinks(make: Callable[[FakeClock], Store], impatient: None) -> None:
     """Each posting is an event with its sign; a refund names the call that it takes from."""
 
     async def scene() -> None:
@@ -497,7 +503,7 @@ def test_postings_are_told_to_sinks(make: Callable[[FakeClock], Store]) -> None:
     asyncio.run(scene())
 
 
-def test_a_persons_end_is_told_with_what_was_not_charged(make: Callable[[FakeClock], Store]) -> None:
+def test_a_persons_end_is_told_with_what_was_not_charged(make: Callable[[FakeClock], Store], impatient: None) -> None:
     """The late end of a call that a person resolved is an event of 0 that says what it would have cost."""
 
     async def scene() -> None:
