@@ -121,14 +121,15 @@ class Link:
         lost = [at for at, failure in failures if isinstance(failure, errors.NoScriptError)]
         if lost:
             self._raise_errors(await self._once([("SCRIPT", "LOAD", text) for text in self._scripts.texts()]))
-            return lost
         unknown = [at for at, failure in failures if _is_of_functions(failure)]
         if unknown:
             # Replicas get it from their master, so that one is ready when it takes over.
             (loaded,) = await self._once([("FUNCTION", "LOAD", "REPLACE", self._scripts.library)])
             # A server before 7, or one that forbids it.
             self._has_functions = not isinstance(loaded, Exception)
-            return unknown
+        if lost or unknown:
+            # Together, and so in their order: a fresh server has neither.
+            return sorted(lost + unknown)
         moved = [at for at, failure in failures if isinstance(failure, moves())]
         if moved and self._place.may_move:
             await self._drop(self._wire)

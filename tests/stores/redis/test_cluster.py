@@ -10,8 +10,8 @@ import pytest
 from asgi_metering.decisions import Decision
 from asgi_metering.errors import StoreUnavailableError
 from asgi_metering.receipts import Basis, Receipt
-from asgi_metering.rules.operations import Admit, End, PostGrant, WalletSource
-from asgi_metering.stores.contract import EverythingKept, Store
+from asgi_metering.rules.operations import Acknowledge, Admit, End, PostGrant, WalletSource
+from asgi_metering.stores.contract import EverythingKept, PendingEvents, Store
 from asgi_metering.stores.redis import ClusterPlace, ClusterStore, RedisStore, SentinelPlace
 from asgi_metering.stores.redis.places import driver
 from asgi_metering.stores.redis.transaction import Transactions
@@ -74,6 +74,25 @@ def test_serve_beside_memory(nodes: list[ValkeyServer]) -> None:
         pair.compare()
     finally:
         pair.close()
+
+
+def test_first_batch_on_a_server_is_run_in_order() -> None:
+    """A server that knows neither our scripts nor our functions runs the first batch in its order."""
+
+    async def play(server: ValkeyServer) -> None:
+        store = store_from_url(f"{server.url}?namespace=first")
+        await store.open()
+        await store.run([PostGrant("g", "p", "credits", 100)])
+        server.ask("SCRIPT", "FLUSH")
+        server.ask("FUNCTION", "FLUSH")
+        ended = End("c", 5, Basis.USAGE, event={"outcome": "completed"})
+        answers = await store.run([call("c"), ended, Acknowledge(("c",))])
+        assert answers[2] == 1
+        assert not (await store.read(PendingEvents())).state.events
+        await store.close()
+
+    with valkey() as server:
+        asyncio.run(play(server))
 
 
 def call(call_id: str) -> Admit:
