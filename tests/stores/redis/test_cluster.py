@@ -22,10 +22,8 @@ from asgi_metering.testing.conformance import StoreConformance
 from tests.harness.servers import HOST, free_port
 from tests.harness.valkey import ValkeyServer, sentinel, valkey
 from tests.harness.waiting import wait_until
-from tests.stores.beside import Pair
+from tests.stores.beside import Pair, run_as_a_service
 from tests.stores.proofs import assert_conserved
-from tests.stores.redis.test_partitions import STEPS
-from tests.stores.service import Service
 
 _numbers = count()
 
@@ -62,18 +60,18 @@ class TestCluster(StoreConformance):
         super().test_sweep_a_few_at_a_time()
 
 
+@pytest.mark.no_cover
+@pytest.mark.timeout(1_800)  # For more steps than usual.
 def test_serve_beside_memory(nodes: list[ValkeyServer]) -> None:
-    """What a service asks together is answered and kept on a Cluster as in memory, where all is in one slot."""
-    place = ClusterPlace([(HOST, node.port) for node in nodes], {}, 5.0)
-    namespace = f"serve{next(_numbers)}"
-    pair = Pair(lambda clock: ClusterStore(place, namespace=namespace, partitions=1, clock=clock))
-    service = Service(0, pair.clock, whole_steps=False)
-    try:
-        for _ in range(STEPS):
-            pair.answer(*service.batch())
-        pair.compare()
-    finally:
-        pair.close()
+    """Many thousand steps of a service are answered and kept on a Cluster as in memory, where all is in one slot."""
+
+    def pair() -> Pair:
+        # Of one event loop, as its connections are.
+        place = ClusterPlace([(HOST, node.port) for node in nodes], {}, 5.0)
+        namespace = f"serve{next(_numbers)}"
+        return Pair(lambda clock: ClusterStore(place, namespace=namespace, partitions=1, clock=clock))
+
+    run_as_a_service(pair)
 
 
 def test_first_batch_on_a_server_is_run_in_order() -> None:
