@@ -107,19 +107,20 @@ def test_refuse_one_round() -> None:
     assert "Quartiles need two rounds" in done.stderr
 
 
+def _rows_of(module: str, *options: str) -> list[tuple[str, ...]]:
+    """The rows of the one table that *module* prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *options], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    return [tuple(part.strip() for part in line.strip("|").split("|")) for line in table[2:]]
+
+
 def test_print_a_row_of_each_store() -> None:
     """Every store is measured against its own row-at-a-time way, on one account and on several."""
     tiny = ("--rounds", "1", "--seconds", "0.05", "--callers", "1", "4", "--accounts", "1", "20")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.stores", *tiny],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [tuple(part.strip() for part in line.strip("|").split("|")) for line in done.stdout.splitlines()[4:]]
+    rows = _rows_of("tests.bench.stores", *tiny)
     assert [row[:3] for row in rows] == [
         (store, accounts, callers)
         for store in ("memory", "sqlite", "postgresql", "redis")
@@ -132,16 +133,7 @@ def test_print_a_row_of_each_store() -> None:
 def test_print_what_an_end_takes_on_a_busy_loop() -> None:
     """Every store that waits is measured with the loop idle, and with turns of each length."""
     tiny = ("--rounds", "1", "--ends", "4", "--turns", "0.05", "0.2")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.busy", *tiny],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [tuple(part.strip() for part in line.strip("|").split("|")) for line in done.stdout.splitlines()[2:]]
+    rows = _rows_of("tests.bench.busy", *tiny)
     assert [row[:2] for row in rows] == [
         (store, turn) for store in ("sqlite", "postgresql", "redis") for turn in ("0.05", "0.2")
     ]

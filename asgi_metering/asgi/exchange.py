@@ -178,10 +178,7 @@ class Exchange(Opening):
         free: bool = False,
         unenforced: frozenset[str] = frozenset(),
     ) -> None:
-        self.metering = metering
-        self.features = features
-        self.free = free
-        self.unenforced = unenforced
+        super().__init__(metering, features, free=free, unenforced=unenforced)
         self.scope = scope
         self.options = options
         self._receive, self.server_send = receive, send
