@@ -488,6 +488,9 @@ async def _limits(
     limits: list[LimitAsk],
     leases: list[LeaseAsk],
 ) -> None:
+    if rate.asker is not None:
+        limits += await rate.asker.asks(call, now)
+        return
     wanted = rate.key
     key = hashed(await wanted.compute(call, arguments)) if isinstance(wanted, From) else key_of(call, rate)
     root = root_of_rate(call, rate)

@@ -97,6 +97,8 @@ class CallState:
     asked: TokenUsage | None = None
     decision: Decision | None = None
     refusal: Refusal | None = None
+    # Whether its refusal is answered by the application, with any status.
+    told_by_app = False
     pending: Mapping[str, Any] | None = None
     deferred = False
     cause: Cause | None = None

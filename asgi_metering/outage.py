@@ -196,13 +196,17 @@ def _take_back(call: Call, asked: Admit, failure: StoreError) -> None:
 
 def _decided_locally(call: Call, rates: list[RatePolicy], asked: Admit) -> Decision:
     scopes = tuple(f"{rate.scope}|" for rate in rates)
+    # What somebody else says of a call is said of it here as well.
+    others = tuple(f"{rate.scope}|" for rate in rates if rate.asker is not None)
+    own = [limit for limit in asked.limits if limit.key.startswith(scopes) and not limit.key.startswith(others)]
+    told = [limit for rate in rates if rate.asker is not None for limit in rate.asker.locally(call)]
     ask = Admit(
         call.id,
         asked.payer,
         asked.unit,
         0,
         0,
-        limits=tuple(limit for limit in asked.limits if limit.key.startswith(scopes)),
+        limits=(*own, *told),
         leases=tuple(lease for lease in asked.leases if lease.pool.startswith(scopes)),
         # Nobody beats for it: it lives as long as a call may.
         ttl_s=call.metering.max_call_s,

@@ -165,6 +165,7 @@ def _are_plain_rates(rates: tuple[RatePolicy, ...]) -> bool:
     """Addresses are not among them: there is no end of them, so that nothing is to be remembered of each."""
     return all(
         rate.key in ("caller", "payer")
+        and rate.asker is None
         and isinstance(rate.cost, int)
         and all(limit.meter == REQUESTS for limit in rate.limits)
         for rate in rates

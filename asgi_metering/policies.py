@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, TypedDict
 
 from asgi_metering.amounts import Amount, Unit, exact_amount
 from asgi_metering.errors import ConfigurationError
@@ -20,6 +20,10 @@ from asgi_metering.prices import FixedPrice, MeasuredPrice
 from asgi_metering.rates import RateLimit
 from asgi_metering.sources import PaymentSource, Wallet
 from asgi_metering.usage import TokenUsage
+
+if TYPE_CHECKING:
+    from asgi_metering.call import Call
+    from asgi_metering.rules.operations import LimitAsk
 
 __all__ = [
     "ChargeKey",
@@ -33,6 +37,7 @@ __all__ = [
     "HoldPolicy",
     "HoldSize",
     "Idempotency",
+    "LimitAsker",
     "Price",
     "RatePolicy",
     "RatesDown",
@@ -449,6 +454,19 @@ class ConcurrencyLimit:
             raise ConfigurationError(f"The concurrency {self.limit!r} is not an int from 0 up.")
 
 
+class LimitAsker(Protocol):
+    """Says of each call what limits it is counted by, in the words of the store: another package's rules, say."""
+
+    async def asks(self, call: Call, now: float) -> Sequence[LimitAsk]:
+        """What to ask for *call* around *now*; every key begins with the scope of the policy, and ``|``."""
+
+    def locally(self, call: Call) -> Sequence[LimitAsk]:
+        """What it is counted by in this process alone, where the store has no answer to what was asked."""
+
+    def texts(self) -> Sequence[str]:
+        """Its limits as they may be listed."""
+
+
 @dataclass(frozen=True, slots=True)
 class RatePolicy:
     """
@@ -462,6 +480,7 @@ class RatePolicy:
         cost: What one call takes of each request limit; a number, or computed.
         errors: The shape of refusals where no charge policy says.
         on_store_down: As of `ChargePolicy`.
+        asker: Says the limits of each call, instead of *limits*, *key* and *cost*; None where these say all.
     """
 
     limits: tuple[RateLimit, ...]
@@ -471,6 +490,7 @@ class RatePolicy:
     cost: int | From = 1
     errors: ErrorShape = "problem"
     on_store_down: RatesDown | None = None
+    asker: LimitAsker | None = None
 
     def callables(self) -> tuple[From, ...]:
         """Everything that is computed from the endpoint's arguments."""

@@ -90,7 +90,7 @@ def _route(row: Any) -> dict[str, Any]:
         "price": _price(charge.price) if charge is not None else "",
         # Which one the metering counts is not seen from here.
         "unit": _unit(charge.unit) if charge is not None else "",
-        "limits": ", ".join(limit.text for rate in rates for limit in rate.limits),
+        "limits": ", ".join(text for rate in rates for text in _limits(rate)),
         "concurrency": ", ".join(slots),
     }
     if charge is not None:
@@ -103,6 +103,11 @@ def _route(row: Any) -> dict[str, Any]:
         shown["charge_key"] = _charge_key(charge.key)
         shown["end"] = {situation.value: charge.end.basis(situation).value for situation in END_OF_CALL}
     return shown
+
+
+def _limits(rate: Any) -> list[str]:
+    """Its limits, as they were written."""
+    return [*(limit.text for limit in rate.limits), *(rate.asker.texts() if rate.asker is not None else ())]
 
 
 def _unit(unit: Unit | None) -> str:

@@ -1,0 +1,312 @@
+"""
+Endpoints: what slowapi's decorators write on one, in our words, and what runs instead of it.
+
+Knows functions and the requests that frameworks hand to them. Decides nothing about a limit.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, get_args
+
+from slowapi.errors import RateLimitExceeded
+from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import Response
+
+from asgi_metering.call import Call, CallRefused
+from asgi_metering.decisions import Reason
+from asgi_metering.errors import MeteringError, NoCallError
+from asgi_metering.guards import Part, guard_of
+from asgi_metering.integrations.slowapi.asking import ASKING, Alone, Asking
+from asgi_metering.integrations.slowapi.rules import SCOPE, Counted, Rule, counted, driven, static_texts
+from asgi_metering.opening import CURRENT, SCOPE_KEY, Opening
+from asgi_metering.policies import EndpointPolicy, RatePolicy
+from asgi_metering.rules.operations import LimitAsk
+
+if TYPE_CHECKING:
+    from asgi_metering.integrations.slowapi.limiter import AdoptedLimiter
+
+__all__ = ["Limited", "exceeded", "named", "plain", "request_of", "wrapped"]
+
+REQUEST, RESPONSE = "slowapi_request", "slowapi_response"
+"""
+Parameters that a wrapper asks its framework for, where the endpoint does not have them: FastAPI reads signatures, and
+gives a request or response to whatever is annotated as one. Starlette gives a request by position.
+"""
+
+OUTAGE_WAIT_S = "5"
+"""What a client is told to wait where the store is down and nobody of ours stands in front: a few seconds."""
+
+
+def plain(endpoint: Any) -> Any:
+    """The function, or class, below wrappers, partials and bound methods: what an endpoint is known by."""
+    while True:
+        inner = inspect.unwrap(endpoint)
+        inner = getattr(inner, "__func__", inner)
+        if isinstance(inner, functools.partial):
+            inner = inner.func
+        if inner is endpoint:
+            return inner
+        endpoint = inner
+
+
+def named(endpoint: Any) -> str:
+    """How slowapi calls *endpoint*, by its module and name."""
+    return f"{endpoint.__module__}.{getattr(endpoint, '__name__', type(endpoint).__name__)}"
+
+
+class Limited:
+    """
+    What one limiter says of one endpoint: a `LimitAsker`.
+
+    Args:
+        limiter: Whose.
+        endpoint: The function, or class; see `plain`.
+        rules: What its decorators say, in the order in which they ran; empty for one that has none.
+    """
+
+    def __init__(self, limiter: AdoptedLimiter, endpoint: Any, rules: Sequence[Rule] = ()) -> None:
+        self.limiter, self.endpoint = limiter, endpoint
+        self.rules = list(rules)
+        self.name = named(endpoint)
+        # Two of a name are two; the first one is called as slowapi calls it.
+        number = limiter.number_of(self.name)
+        self.place = self.name if number == 1 else f"{self.name}#{number}"
+        self._is_sync = not (inspect.iscoroutinefunction(endpoint) or inspect.isclass(endpoint))
+        self.policy = EndpointPolicy(self.place, rates=(self.rate,))
+
+    @property
+    def rate(self) -> RatePolicy:
+        """What is written on the endpoint."""
+        return RatePolicy((), SCOPE, key="address", on_store_down=self.limiter.on_store_down, asker=self)
+
+    def texts(self) -> list[str]:
+        """Its limits, as they may be listed."""
+        return list(static_texts(self._all()))
+
+    def _all(self) -> list[Rule]:
+        """Everything that counts, in slowapi's order."""
+        limiter = self.limiter
+        defaults = [] if any(rule.override_defaults for rule in self.rules) else limiter.default_rules
+        return [*limiter.application_rules, *self.rules, *defaults]
+
+    async def asks(self, call: Call, now: float) -> list[LimitAsk]:
+        """What *call* is counted by; nothing where it is exempt, or the limiter is not enabled."""
+        asking = self._asking(call)
+        limiter, request = self.limiter, asking.request
+        if not (limiter.enabled and limiter._auto_check) or limiter.exempts(self.endpoint):
+            return asking.count(call, ())
+        try:
+            return asking.count(
+                call,
+                await self._counted(call, self._all(), request),
+                await self._counted(call, limiter.fallback_rules, request),
+            )
+        except Exception:
+            if not limiter._swallow_errors:
+                raise
+            limiter.logger.exception("Failed to rate limit. Swallowing error")
+            return asking.count(call, ())
+
+    def locally(self, call: Call) -> Sequence[LimitAsk]:
+        """What counts without the store: the limits of ``in_memory_fallback``, or else the same ones."""
+        asking = self._asking(call)
+        return asking.fall_back(call) if self.limiter.fallback_rules else [each.ask for each in asking.counted]
+
+    def _asking(self, call: Call) -> Asking:
+        current = ASKING.get()
+        asking = None if current is None else current.of(self)
+        if asking is None:
+            # Asked for by a gate of ours that no wrapper of slowapi's decorators stands around.
+            asking = Asking(self, Request(_scope_of(call.opening)), current)
+            ASKING.set(asking)
+        return asking
+
+    async def _counted(self, call: Call, rules: Sequence[Rule], request: Request) -> list[Counted]:
+        """
+        What of *rules* counts.
+
+        An application's own functions run where slowapi runs them: on the event loop for an async endpoint, and in a
+        thread for a sync one. Where one is async, which slowapi has not, all of them run on the loop.
+        """
+        limiter = self.limiter
+        endpoint = request["path"] if limiter._key_style == "url" else self.place
+        reading = counted(rules, request, endpoint, limiter.reading)
+        calls, waits = any(rule.calls for rule in rules), any(rule.waits for rule in rules)
+        if self._is_sync and calls and not waits:
+            found: list[Counted] = await call.metering.run_sync(functools.partial(driven, reading))
+            return found
+        return await reading
+
+    async def enforce(self, asking: Asking) -> None:
+        """
+        Count its request apart from whatever call it may be.
+
+        Raises:
+            RateLimitExceeded: A limit is spent.
+            HTTPException: 503, where the store gives no answer and its limits may not be left out.
+        """
+        scope = asking.request.scope
+        opening = Alone(self.limiter.metering_of(scope), scope)
+        token = ASKING.set(asking)
+        try:
+            await opening.open_call().gate(self.policy, {})
+        except CallRefused as refused:
+            raise exceeded(asking, refused) from refused
+        finally:
+            ASKING.reset(token)
+            opening.over()
+
+
+def _scope_of(opening: Opening) -> Any:
+    scope = getattr(opening, "scope", None)
+    if scope is None:
+        raise NoCallError(
+            "A limit of slowapi's was asked for outside of any request. Its endpoints are for requests alone."
+        )
+    return scope
+
+
+def exceeded(asking: Asking, refused: CallRefused) -> Exception:
+    """What rises instead of *refused*: slowapi's exception, for its handlers, where a limit of its own is spent."""
+    limit = asking.refused(refused)
+    if limit is not None:
+        refused.call.told_by_app = True
+        asking.limited.limiter.logger.warning(
+            "ratelimit %s exceeded at endpoint: %s", limit.limit, asking.limited.place
+        )
+        return RateLimitExceeded(limit)
+    if refused.refusal.reason is Reason.STORE_DOWN and isinstance(refused.call.opening, Alone):
+        return HTTPException(503, "The rate limits cannot be asked for.", headers={"Retry-After": OUTAGE_WAIT_S})
+    return refused
+
+
+# -- what runs instead of an endpoint ------------------------------------------------------------------------
+
+
+def wrapped(limited: Limited, endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    Guard *endpoint*, whose limits are *limited*, and answer what runs instead of it.
+
+    One guard for both kinds of decorators: whatever else is written on the endpoint is asked for in one admission. A
+    generator endpoint gives its refusal to the middleware, which answers it at its first byte.
+    """
+    guarded = Part(rates=limited.rate)(endpoint)
+    guard = guard_of(guarded)
+    if guard is None:
+        raise AssertionError(f"{endpoint!r} was not guarded")
+    if inspect.isgeneratorfunction(limited.endpoint) or inspect.isasyncgenfunction(limited.endpoint):
+        return guarded
+    run: Callable[..., Any] = guarded
+
+    @functools.wraps(guarded)
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        limiter = limited.limiter
+        response = kwargs.pop(RESPONSE, None)
+        request = kwargs.pop(REQUEST, None) or _request_in(args, kwargs)
+        if request is None:
+            # A WebSocket, or nothing at all: the guard says what is wrong with it.
+            return await run(*args, **kwargs)
+        asking = Asking(limited, request, ASKING.get())
+        token = ASKING.set(asking)
+        try:
+            result = await _run(asking, run, args, kwargs)
+        finally:
+            ASKING.reset(token)
+        limiter.show(result if isinstance(result, Response) else response or _response_in(kwargs), asking.shown)
+        return result
+
+    wrapper.__signature__ = _asking_signature(inspect.signature(guarded), limited.limiter)  # type: ignore[attr-defined]
+    return wrapper
+
+
+async def _run(asking: Asking, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the guarded endpoint in the call of its request, or alone where no middleware of ours stands in front."""
+    request, limiter = asking.request, asking.limited.limiter
+    opening = opening_of(request.scope)
+    if opening is None:
+        opening = Alone(limiter.metering, request.scope)
+    elif not opening.free:
+        limiter.check_shared(opening.metering)
+    else:
+        if request.method in COUNTED_THOUGH_FREE:
+            # Nothing is charged for a HEAD, but it runs the endpoint: slowapi counts it.
+            await asking.limited.enforce(asking)
+        return await run(*args, **kwargs)
+    token = CURRENT.set(opening)
+    try:
+        return await run(*args, **kwargs)
+    except CallRefused as refused:
+        failure = exceeded(asking, refused)
+        if failure is refused:
+            raise
+        raise failure from refused
+    finally:
+        CURRENT.reset(token)
+        if isinstance(opening, Alone):
+            opening.over()
+
+
+COUNTED_THOUGH_FREE = frozenset({"HEAD", "OPTIONS"})
+"""Methods that are never charged (X.4)."""
+
+
+def opening_of(scope: Any) -> Opening | None:
+    """What a middleware of ours has opened for the request of *scope*; None where there is none."""
+    told = scope.get(SCOPE_KEY)
+    opening: Opening | None = told if isinstance(told, Opening) else CURRENT.get()
+    while opening is not None and opening.around is not None:
+        opening = opening.around
+    if opening is not None and opening.closed:
+        raise MeteringError("The request that this endpoint belongs to is over.")
+    return opening
+
+
+def request_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
+    """The request that an endpoint was handed; raises `NoCallError` where it was handed none."""
+    request = _request_in(args, kwargs)
+    if request is None:
+        raise NoCallError("An endpoint that slowapi limits was called without a request. Hand it one.")
+    return request
+
+
+def _request_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request | None:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Request):
+            return value
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, HTTPConnection) and value.scope["type"] == "http":
+            return Request(value.scope)
+    opening = CURRENT.get()
+    scope = None if opening is None else getattr(opening, "scope", None)
+    return Request(scope) if scope is not None and scope.get("type") == "http" else None
+
+
+def _response_in(kwargs: dict[str, Any]) -> Response | None:
+    return next((value for value in kwargs.values() if isinstance(value, Response)), None)
+
+
+def _asking_signature(signature: inspect.Signature, limiter: AdoptedLimiter) -> inspect.Signature:
+    """*signature* with what the wrapper needs of its framework and the endpoint does not ask for itself."""
+    parameters = list(signature.parameters.values())
+    missing: list[tuple[str, type, str]] = [(REQUEST, Request, "Request")]
+    if limiter._headers_enabled:
+        missing.append((RESPONSE, Response, "Response"))
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind)
+        for name, kind, text in missing
+        if not any(_is_a(parameter.annotation, kind, text) for parameter in parameters)
+    ]
+    at = next((n for n, each in enumerate(parameters) if each.kind is each.VAR_KEYWORD), len(parameters))
+    return signature.replace(parameters=[*parameters[:at], *added, *parameters[at:]])
+
+
+def _is_a(annotation: Any, kind: type, text: str) -> bool:
+    if isinstance(annotation, str):
+        # One that cannot be resolved here: the framework may.
+        return annotation.rpartition(".")[2] == text
+    told = [annotation, *get_args(annotation)]
+    return any(isinstance(each, type) and issubclass(each, kind) for each in told)

@@ -1,0 +1,198 @@
+"""
+Middleware: what slowapi's two middlewares do for an adopted limiter, in their place.
+
+Default limits of endpoints without a decorator, counted before the endpoint runs. Finds the endpoint as the router
+will, through included routers and mounted applications too; slowapi's own lose these, and tear streams.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from typing import Any
+
+from slowapi import _rate_limit_exceeded_handler
+from slowapi.errors import RateLimitExceeded
+from slowapi.middleware import SlowAPIASGIMiddleware, SlowAPIMiddleware
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Match
+
+from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
+from asgi_metering.call import CallRefused
+from asgi_metering.guards import Guard, Part, guard_of
+from asgi_metering.integrations.slowapi.asking import ASKING, Asking
+from asgi_metering.integrations.slowapi.endpoints import Limited, exceeded, plain
+from asgi_metering.integrations.slowapi.headers import write_fields
+from asgi_metering.integrations.slowapi.limiter import AdoptedLimiter
+
+__all__ = ["endpoint_of", "stand_in"]
+
+MAX_DEPTH = 32
+"""Applications within applications that are looked into: deeper is a loop."""
+
+OURS = "__asgi_metering_slowapi__"
+"""What a middleware's ``__call__`` has that looks for adopted limiters."""
+
+
+def stand_in() -> None:
+    """
+    Have slowapi's middlewares run `limited` for applications whose limiter is adopted; for all others they are as ever.
+
+    In the classes themselves: applications name them, and may have made theirs before.
+    """
+    for kind in (SlowAPIMiddleware, SlowAPIASGIMiddleware):
+        if not hasattr(kind.__call__, OURS):
+            replaced = _looking(kind.__call__)
+            setattr(replaced, OURS, True)
+            kind.__call__ = replaced  # type: ignore[assignment, method-assign]
+
+
+def _looking(original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    @functools.wraps(original)
+    async def call(self: Any, scope: Scope, receive: Receive, send: Send) -> None:
+        state = getattr(scope.get("app"), "state", None)
+        limiter = getattr(state, "limiter", None)
+        if isinstance(limiter, AdoptedLimiter):
+            await limited(limiter, self.app, scope, receive, send)
+        else:
+            await original(self, scope, receive, send)
+
+    return call
+
+
+async def limited(limiter: AdoptedLimiter, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run *app* for a request, by the limits that its endpoint has without a decorator of *limiter*."""
+    endpoint = endpoint_of(scope) if scope["type"] == "http" and limiter.enabled else None
+    if endpoint is None:
+        await app(scope, receive, send)
+        return
+    known = limiter.known(plain(endpoint))
+    if known.rules or not (limiter.application_rules or limiter.default_rules):
+        # Its own wrapper asks for all of them.
+        await app(scope, receive, send)
+        return
+    asking = Asking(known, Request(scope, receive), ASKING.get())
+    guard = guard_of(endpoint)
+    if guard is None:
+        try:
+            await known.enforce(asking)
+        except HTTPException as failure:
+            await _answer(asking.request, send, failure)
+            return
+        await app(scope, receive, _showing(asking, send))
+    else:
+        # Together with what else is written on it, in the one admission of its call.
+        _write(known, guard)
+        await _inside(asking, app, receive, send)
+
+
+async def _inside(asking: Asking, app: ASGIApp, receive: Receive, send: Send) -> None:
+    """Run *app*, whose gate asks for the limits as well, and answer a refusal by one of them."""
+    token = ASKING.set(asking)
+    try:
+        await app(asking.request.scope, receive, _showing(asking, send))
+    except CallRefused as refused:
+        failure = exceeded(asking, refused)
+        if not isinstance(failure, HTTPException):
+            raise
+        await _answer(asking.request, send, failure)
+    finally:
+        ASKING.reset(token)
+
+
+_writing = threading.Lock()
+
+
+def _write(known: Limited, guard: Guard) -> None:
+    """Write the limits of an endpoint that has none of its own into the policy that our decorators made, once."""
+    with _writing:
+        if all(rate.asker is not known for rate in guard.policy.rates):
+            guard.add(Part(rates=known.rate))
+
+
+def _showing(asking: Asking, send: Send) -> Send:
+    """*send*, with slowapi's fields on the start of the response."""
+
+    async def showing(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = list(message.get("headers", ()))
+            write_fields(asking.limited.limiter, MutableHeaders(raw=headers), asking.shown)
+            message = {**message, "headers": headers}
+        await send(message)
+
+    return showing
+
+
+async def _answer(request: Request, send: Send, failure: HTTPException) -> None:
+    """Answer as slowapi's middlewares do, by the application's handler of that very exception, sync or async."""
+    default = _rate_limit_exceeded_handler if isinstance(failure, RateLimitExceeded) else _plain
+    handler = request.app.exception_handlers.get(type(failure), default)
+    response = handler(request, failure)
+    if inspect.isawaitable(response):
+        response = await response
+    await response(request.scope, request.receive, send)
+
+
+def _plain(_: Request, failure: HTTPException) -> PlainTextResponse:
+    return PlainTextResponse(failure.detail, failure.status_code, failure.headers)
+
+
+# -- which endpoint ------------------------------------------------------------------------------------------
+
+
+def endpoint_of(scope: Scope) -> Any:
+    """
+    The endpoint that the application of *scope* will run for it; None where there is none, as for a 404, a 405, or a
+    mounted application that has no routes.
+
+    The first route that matches, as in routers, where slowapi takes the last; of a class, the method that answers.
+    """
+    return _endpoint_in(getattr(scope["app"], "routes", ()), scope, 0)
+
+
+def _endpoint_in(routes: Iterable[Any], scope: Scope, depth: int) -> Any:
+    for route in _flat(routes, depth):
+        # Of its own: matching may leave things in it.
+        match, child = route.matches(dict(scope))
+        if match is not Match.FULL:
+            continue
+        endpoint = child.get("endpoint", getattr(route, "endpoint", None))
+        inner = getattr(route, "routes", None) or getattr(getattr(route, "app", None), "routes", None)
+        if inner and depth < MAX_DEPTH and not _is_endpoint(route):
+            return _endpoint_in(inner, {**scope, **child}, depth + 1)
+        return _method_of(endpoint, scope["method"]) if _is_endpoint(route) else None
+    return None
+
+
+def _flat(routes: Iterable[Any], depth: int) -> Iterator[Any]:
+    """*routes*, those of FastAPI's included routers among them, with the prefixes that they were included with."""
+    for route in routes:
+        contexts = getattr(route, "effective_route_contexts", None)
+        if contexts is None:
+            yield route
+        elif depth < MAX_DEPTH:
+            for context in contexts():
+                yield getattr(context, "starlette_route", None) or context
+
+
+def _is_endpoint(route: Any) -> bool:
+    """Whether it has an endpoint of its own, and is no mounted application."""
+    return getattr(route, "endpoint", None) is not None
+
+
+def _method_of(endpoint: Any, method: str) -> Any:
+    if not inspect.isclass(endpoint):
+        return endpoint
+    name = method.lower()
+    handler = getattr(endpoint, name, None) or (getattr(endpoint, "get", None) if name == "head" else None)
+    # Limits of a class are its own; those of a method, that method's.
+    return handler if handler is not None and _is_written_on(handler) else endpoint
+
+
+def _is_written_on(handler: Any) -> bool:
+    return guard_of(handler) is not None
