@@ -489,7 +489,7 @@ async def _limits(
     leases: list[LeaseAsk],
 ) -> None:
     if rate.asker is not None:
-        limits += await rate.asker.asks(call, now)
+        limits += await rate.asker.asks(call, arguments, now)
         return
     wanted = rate.key
     key = hashed(await wanted.compute(call, arguments)) if isinstance(wanted, From) else key_of(call, rate)

@@ -408,7 +408,7 @@ class Call(CallState):
         """
         if self._gate is _Gate.DECIDED:
             if self.refusal is not None:
-                raise CallRefused(self, self.refusal, self.decision)
+                raise self._refusal(self.refusal)
         elif self._gate is _Gate.ASKING:
             if self._decided is None:
                 self._decided = asyncio.get_running_loop().create_future()
@@ -435,7 +435,15 @@ class Call(CallState):
         self.refusal = refusal
         self.decision = decision
         self.metering.refused(self, refusal)
-        return CallRefused(self, refusal, decision)
+        return self._refusal(refusal)
+
+    def _refusal(self, refusal: Refusal) -> CallRefused:
+        """What rises: of limits that somebody else says, whatever that one knows its own refusals by."""
+        for rate in self.policy.rates if self.policy is not None else ():
+            told = None if rate.asker is None else rate.asker.refused(self, refusal, self.decision)
+            if told is not None:
+                return told
+        return CallRefused(self, refusal, self.decision)
 
     def cut(self) -> CallCut:
         """End the call here, unless it has ended otherwise; answers what stops its work."""

@@ -89,7 +89,8 @@ class Guard:
         charge = self.policy.charge
         # Also where the hold is an amount: what a hang-up pays for its input is estimated from the request.
         estimated = charge is not None and charge.measured and charge.hold.reads_request
-        self._needs_arguments = bool(self.policy.callables()) or estimated or self.policy.weighs
+        asked = any(rate.asker is not None for rate in self.policy.rates)
+        self._needs_arguments = bool(self.policy.callables()) or estimated or self.policy.weighs or asked
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
         """The endpoint's arguments by name, if the policy asks for any."""

@@ -22,7 +22,8 @@ from asgi_metering.sources import PaymentSource, Wallet
 from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
-    from asgi_metering.call import Call
+    from asgi_metering.call import Call, CallRefused
+    from asgi_metering.decisions import Decision, Refusal
     from asgi_metering.rules.operations import LimitAsk
 
 __all__ = [
@@ -457,11 +458,14 @@ class ConcurrencyLimit:
 class LimitAsker(Protocol):
     """Says of each call what limits it is counted by, in the words of the store: another package's rules, say."""
 
-    async def asks(self, call: Call, now: float) -> Sequence[LimitAsk]:
-        """What to ask for *call* around *now*; every key begins with the scope of the policy, and ``|``."""
+    async def asks(self, call: Call, arguments: Mapping[str, Any], now: float) -> Sequence[LimitAsk]:
+        """What to ask for *call* of an endpoint's *arguments*, around *now*; every key begins with the scope of the policy, and ``|``."""
 
     def locally(self, call: Call) -> Sequence[LimitAsk]:
         """What it is counted by in this process alone, where the store has no answer to what was asked."""
+
+    def refused(self, call: Call, refusal: Refusal, decision: Decision | None) -> CallRefused | None:
+        """What rises where *call* is refused by a limit of its own; None where it was another one."""
 
     def texts(self) -> Sequence[str]:
         """Its limits as they may be listed."""

@@ -11,13 +11,14 @@ from contextvars import ContextVar
 from math import floor
 from typing import TYPE_CHECKING, Any
 
+from slowapi.errors import RateLimitExceeded
 from slowapi.wrappers import Limit
 from starlette.requests import Request
 
 from asgi_metering.asgi.fields import whole_seconds
 from asgi_metering.asgi.origin import HTTPOrigin
 from asgi_metering.call import Call, CallRefused
-from asgi_metering.decisions import Reason, Refusal, WindowState
+from asgi_metering.decisions import Decision, Reason, Refusal, WindowState
 from asgi_metering.integrations.slowapi.rules import Counted
 from asgi_metering.opening import Opening
 from asgi_metering.rules.ending import Cause
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from asgi_metering.integrations.slowapi.endpoints import Limited
     from asgi_metering.metering import Metering
 
-__all__ = ["ASKING", "Alone", "Asking", "Shown"]
+__all__ = ["ASKING", "Alone", "Asking", "LimitExceeded", "Shown"]
 
 SPENT = frozenset((Reason.RATE_LIMIT, Reason.EXCEEDS_LIMIT))
 
@@ -150,21 +151,34 @@ class Asking:
         self.shown = self.request.state.view_rate_limit = shown
         self.request.state._rate_limiting_complete = True
 
-    def refused(self, refused: CallRefused) -> Limit | None:
+    def refused(self, call: Call, refusal: Refusal, decision: Decision) -> Limit | None:
         """
-        The limit of slowapi's that has refused; None where it was none of them.
+        The limit of slowapi's that has refused *call*; None where it was none of them.
 
         Of several it is the first in slowapi's order, and the wait is that of the one that lasts longest.
         """
-        refusal, decision = refused.refusal, refused.decision
         asked = {each.ask.name: each for each in self.counted}
-        if decision is None or refusal.reason not in SPENT or refusal.name not in asked:
+        if refusal.reason not in SPENT or refusal.name not in asked:
             return None
         left = {window.name: window.remaining for window in decision.windows}
         failing = (each for each in self.counted if each.ask.cost > left.get(each.ask.name, each.ask.cost))
         first = next(failing, asked[refusal.name])
-        self._show(Shown.of(first, refused.call))
+        self._show(Shown.of(first, call))
         return first.limit
+
+
+class LimitExceeded(RateLimitExceeded, CallRefused):
+    """
+    A limit of an adopted limiter is spent: slowapi's exception for its handlers, and a refusal for our middleware.
+
+    Args:
+        limit: slowapi's.
+        call, refusal, decision: Of the refused call.
+    """
+
+    def __init__(self, limit: Limit, call: Call, refusal: Refusal, decision: Decision | None) -> None:
+        CallRefused.__init__(self, call, refusal, decision)
+        RateLimitExceeded.__init__(self, limit)
 
 
 ASKING: ContextVar[Asking | None] = ContextVar("asgi_metering_slowapi", default=None)

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
-from slowapi.errors import RateLimitExceeded
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
 from asgi_metering.call import Call, CallRefused
-from asgi_metering.decisions import Reason
+from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import MeteringError, NoCallError
-from asgi_metering.guards import Part, guard_of
-from asgi_metering.integrations.slowapi.asking import ASKING, Alone, Asking
+from asgi_metering.guards import NO_ARGUMENTS, Part, guard_of
+from asgi_metering.integrations.slowapi.asking import ASKING, Alone, Asking, LimitExceeded
 from asgi_metering.integrations.slowapi.rules import SCOPE, Counted, Rule, counted, driven, static_texts
 from asgi_metering.opening import CURRENT, SCOPE_KEY, Opening
 from asgi_metering.policies import EndpointPolicy, RatePolicy
@@ -29,7 +28,7 @@ from asgi_metering.rules.operations import LimitAsk
 if TYPE_CHECKING:
     from asgi_metering.integrations.slowapi.limiter import AdoptedLimiter
 
-__all__ = ["Limited", "exceeded", "named", "plain", "request_of", "wrapped"]
+__all__ = ["Limited", "named", "plain", "request_of", "wrapped"]
 
 REQUEST, RESPONSE = "slowapi_request", "slowapi_response"
 """
@@ -93,9 +92,9 @@ class Limited:
         defaults = [] if any(rule.override_defaults for rule in self.rules) else limiter.default_rules
         return [*limiter.application_rules, *self.rules, *defaults]
 
-    async def asks(self, call: Call, now: float) -> list[LimitAsk]:
+    async def asks(self, call: Call, arguments: Mapping[str, Any], now: float) -> list[LimitAsk]:
         """What *call* is counted by; nothing where it is exempt, or the limiter is not enabled."""
-        asking = self._asking(call)
+        asking = self._asking(call, arguments)
         limiter, request = self.limiter, asking.request
         if not (limiter.enabled and limiter._auto_check) or limiter.exempts(self.endpoint):
             return asking.count(call, ())
@@ -116,12 +115,22 @@ class Limited:
         asking = self._asking(call)
         return asking.fall_back(call) if self.limiter.fallback_rules else [each.ask for each in asking.counted]
 
-    def _asking(self, call: Call) -> Asking:
+    def refused(self, call: Call, refusal: Refusal, decision: Decision | None) -> LimitExceeded | None:
+        """What slowapi's handlers take, where a limit of its own is spent."""
+        limit = None if decision is None else self._asking(call).refused(call, refusal, decision)
+        if limit is None:
+            return None
+        call.told_by_app = True
+        self.limiter.logger.warning("ratelimit %s exceeded at endpoint: %s", limit.limit, self.place)
+        return LimitExceeded(limit, call, refusal, decision)
+
+    def _asking(self, call: Call, arguments: Mapping[str, Any] = NO_ARGUMENTS) -> Asking:
         current = ASKING.get()
         asking = None if current is None else current.of(self)
         if asking is None:
             # Asked for by a gate of ours that no wrapper of slowapi's decorators stands around.
-            asking = Asking(self, Request(_scope_of(call.opening)), current)
+            request = next((value for value in arguments.values() if isinstance(value, Request)), None)
+            asking = Asking(self, request or Request(_scope_of(call.opening)), current)
             ASKING.set(asking)
         return asking
 
@@ -155,7 +164,7 @@ class Limited:
         try:
             await opening.open_call().gate(self.policy, {})
         except CallRefused as refused:
-            raise exceeded(asking, refused) from refused
+            raise _unanswered(refused) from refused
         finally:
             ASKING.reset(token)
             opening.over()
@@ -170,16 +179,9 @@ def _scope_of(opening: Opening) -> Any:
     return scope
 
 
-def exceeded(asking: Asking, refused: CallRefused) -> Exception:
-    """What rises instead of *refused*: slowapi's exception, for its handlers, where a limit of its own is spent."""
-    limit = asking.refused(refused)
-    if limit is not None:
-        refused.call.told_by_app = True
-        asking.limited.limiter.logger.warning(
-            "ratelimit %s exceeded at endpoint: %s", limit.limit, asking.limited.place
-        )
-        return RateLimitExceeded(limit)
-    if refused.refusal.reason is Reason.STORE_DOWN and isinstance(refused.call.opening, Alone):
+def _unanswered(refused: CallRefused) -> Exception:
+    """What rises instead of *refused* where no middleware of ours answers it."""
+    if refused.refusal.reason is Reason.STORE_DOWN:
         return HTTPException(503, "The rate limits cannot be asked for.", headers={"Retry-After": OUTAGE_WAIT_S})
     return refused
 
@@ -191,8 +193,7 @@ def wrapped(limited: Limited, endpoint: Callable[..., Any]) -> Callable[..., Any
     """
     Guard *endpoint*, whose limits are *limited*, and answer what runs instead of it.
 
-    One guard for both kinds of decorators: whatever else is written on the endpoint is asked for in one admission. A
-    generator endpoint gives its refusal to the middleware, which answers it at its first byte.
+    One guard for both kinds of decorators: whatever else is written on the endpoint is asked for in one admission.
     """
     guarded = Part(rates=limited.rate)(endpoint)
     guard = guard_of(guarded)
@@ -240,7 +241,7 @@ async def _run(asking: Asking, run: Callable[..., Any], args: tuple[Any, ...], k
     try:
         return await run(*args, **kwargs)
     except CallRefused as refused:
-        failure = exceeded(asking, refused)
+        failure = _unanswered(refused) if isinstance(opening, Alone) else refused
         if failure is refused:
             raise
         raise failure from refused

@@ -23,10 +23,9 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Match
 
 from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
-from asgi_metering.call import CallRefused
 from asgi_metering.guards import Guard, Part, guard_of
-from asgi_metering.integrations.slowapi.asking import ASKING, Asking
-from asgi_metering.integrations.slowapi.endpoints import Limited, exceeded, plain
+from asgi_metering.integrations.slowapi.asking import ASKING, Asking, LimitExceeded
+from asgi_metering.integrations.slowapi.endpoints import Limited, plain
 from asgi_metering.integrations.slowapi.headers import write_fields
 from asgi_metering.integrations.slowapi.limiter import AdoptedLimiter
 
@@ -67,6 +66,8 @@ def _looking(original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitabl
 
 async def limited(limiter: AdoptedLimiter, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     """Run *app* for a request, by the limits that its endpoint has without a decorator of *limiter*."""
+    # What is set on the request's state here is seen further in, and by handlers.
+    scope.setdefault("state", {})
     endpoint = endpoint_of(scope) if scope["type"] == "http" and limiter.enabled else None
     if endpoint is None:
         await app(scope, receive, send)
@@ -96,10 +97,7 @@ async def _inside(asking: Asking, app: ASGIApp, receive: Receive, send: Send) ->
     token = ASKING.set(asking)
     try:
         await app(asking.request.scope, receive, _showing(asking, send))
-    except CallRefused as refused:
-        failure = exceeded(asking, refused)
-        if not isinstance(failure, HTTPException):
-            raise
+    except LimitExceeded as failure:
         await _answer(asking.request, send, failure)
     finally:
         ASKING.reset(token)
@@ -130,8 +128,9 @@ def _showing(asking: Asking, send: Send) -> Send:
 
 async def _answer(request: Request, send: Send, failure: HTTPException) -> None:
     """Answer as slowapi's middlewares do, by the application's handler of that very exception, sync or async."""
-    default = _rate_limit_exceeded_handler if isinstance(failure, RateLimitExceeded) else _plain
-    handler = request.app.exception_handlers.get(type(failure), default)
+    is_limit = isinstance(failure, RateLimitExceeded)
+    kind, default = (RateLimitExceeded, _rate_limit_exceeded_handler) if is_limit else (type(failure), _plain)
+    handler = request.app.exception_handlers.get(kind, default)
     response = handler(request, failure)
     if inspect.isawaitable(response):
         response = await response

@@ -82,13 +82,13 @@ def _bind(limiter: AdoptedLimiter, endpoint: Any) -> Iterator[Any]:
     if cell is None:
         raise AssertionError(f"{wrappers[-1]!r} runs nothing")
     guard = guard_of(endpoint)
-    if guard is None:
+    if guard is None or guard_of(cell.cell_contents) is not None:
         gated = cell.cell_contents = _asking(limited, cell.cell_contents)
         guard = guard_of(gated)
     else:
-        # In the one admission of what our own decorators say.
+        # Ours stand above: their gate asks, in one admission, before a wrapper of slowapi's is run.
         guard.add(Part(rates=limited.rate))
-        setattr(cell.cell_contents, GATED, True)
+        cell.cell_contents = _told(cell.cell_contents)
     for each in wrappers:
         setattr(each, GATED, True)
         if guard is not None:
@@ -124,6 +124,19 @@ def _asking(limited: Limited, endpoint: Callable[..., Any]) -> Callable[..., Any
         gated = _asking_in_thread(limited, endpoint)
     setattr(gated, GATED, True)
     return gated
+
+
+def _told(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """*endpoint*, for whose limits a gate above has asked: its request hears what may be shown."""
+
+    @functools.wraps(endpoint)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        asking = ASKING.get()
+        request_of(args, kwargs).state.view_rate_limit = None if asking is None else asking.shown
+        return endpoint(*args, **kwargs)
+
+    setattr(told, GATED, True)
+    return told
 
 
 def _asking_in_thread(limited: Limited, endpoint: Callable[..., Any]) -> Callable[..., Any]:

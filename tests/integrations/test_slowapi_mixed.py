@@ -1,0 +1,254 @@
+"""Both kinds of decorators on one route, and an adopted limiter beside our own middleware: one admission (S2.33)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from slowapi import Limiter
+from slowapi.util import get_remote_address
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from asgi_metering import Caller, Metering, MeteringMiddleware, billable, rate_limited
+from asgi_metering.asgi.audit import audit
+from asgi_metering.errors import ConfigurationError
+from asgi_metering.integrations.slowapi import adopt
+from asgi_metering.metering import ALL_FEATURES
+from asgi_metering.stores.memory import MemoryStore
+from asgi_metering.testing import FakeClock, unmetered
+from tests.integrations.scenes import codes, install
+
+
+class Counting(MemoryStore):
+    """Tells what it was asked."""
+
+    immediate = False
+
+    def __init__(self) -> None:
+        super().__init__(FakeClock())
+        self.admissions: list[Any] = []
+
+    async def run(self, operations: Any) -> Any:
+        """Note the admissions among *operations*, and run them."""
+        self.admissions.extend(each for each in operations if type(each).__name__ == "Admit")
+        return await super().run(operations)
+
+
+class Scene:
+    """An application with our middleware, and an adopted limiter of the same metering."""
+
+    def __init__(self, *, inside: str = "decorators", middleware: bool = True, **options: Any) -> None:
+        self.store = Counting()
+        self.metering = Metering(self.store, identify=lambda _: Caller("ada", payer="ada"), sinks=())
+        self.limiter = adopt(Limiter(key_func=get_remote_address, **options), self.metering)
+        self.app = FastAPI()
+        install(self.app, self.limiter, inside)
+        if middleware:
+            self.app.add_middleware(MeteringMiddleware, metering=self.metering)
+
+    def play(self, *requests: tuple[str, str], grant: int = 3) -> tuple[list[httpx.Response], int]:
+        """Answers to *requests* by a payer who has so many credits, and the parts that are left."""
+
+        async def run() -> tuple[list[httpx.Response], int]:
+            async with self.metering:
+                await self.metering.grant("ada", grant, id="g")
+                transport = httpx.ASGITransport(self.app)
+                async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                    answers = [await client.request(method, path) for method, path in requests]
+                await self.metering.drain()
+                return answers, int(self.metering.unit.whole((await self.metering.balance("ada")).available))
+
+        return asyncio.run(run())
+
+
+@pytest.mark.parametrize("is_sync", [False, True])
+@pytest.mark.parametrize("order", ["slowapi above", "slowapi below", "between"])
+def test_both_kinds_of_decorators_are_one_admission(order: str, is_sync: bool) -> None:
+    """In any order each request asks the store once, and what the limit refuses is not charged; no `request` needed."""
+    scene = Scene(headers_enabled=True)
+
+    async def endpoint() -> dict[str, int]:
+        return {"x": 1}
+
+    def sync_endpoint() -> dict[str, int]:
+        return {"x": 1}
+
+    limit, price = scene.limiter.limit("2/minute"), billable(1)
+    ours = rate_limited("100/minute")
+    decorators = {
+        "slowapi above": [price, ours, limit],
+        "slowapi below": [limit, price, ours],
+        "between": [price, limit, ours],
+    }[order]
+    decorated: Any = sync_endpoint if is_sync else endpoint
+    for decorator in decorators:
+        decorated = decorator(decorated)
+    scene.app.get("/t1")(decorated)
+    answers, left = scene.play(*[("GET", "/t1")] * 3)
+    assert codes(answers) == [200, 200, 429]
+    assert answers[2].json() == {"error": "Rate limit exceeded: 2 per 1 minute"}
+    assert [answer.headers["x-ratelimit-remaining"] for answer in answers] == ["1", "0", "0"]
+    assert "100-per-minute" in answers[0].headers["ratelimit"]
+    assert left == 1
+    assert len(scene.store.admissions) == 3
+    assert all(len(ask.limits) == 2 and ask.sources for ask in scene.store.admissions)
+
+
+def test_what_credits_or_our_own_limits_refuse_has_spent_no_limit_of_slowapis() -> None:
+    """A 402, and a 429 of our own decorator, are ours to answer, and leave the counts as they are."""
+    scene = Scene(headers_enabled=True)
+
+    @scene.app.get("/t1")
+    @billable(2)
+    @scene.limiter.shared_limit("2/minute", "s")
+    async def paid() -> dict[str, int]:
+        return {}
+
+    @scene.app.get("/t2")
+    @rate_limited("1/minute")
+    @scene.limiter.shared_limit("2/minute", "s")
+    async def limited() -> dict[str, int]:
+        return {}
+
+    answers, left = scene.play(("GET", "/t1"), ("GET", "/t1"), ("GET", "/t2"), ("GET", "/t2"), grant=3)
+    assert codes(answers) == [200, 402, 200, 429]
+    assert answers[1].json()["code"] == "insufficient_credits"
+    assert answers[3].json()["error"] == "Rate limit exceeded: 2 per 1 minute" or answers[3].json()["code"]
+    assert left == 1
+
+
+@pytest.mark.parametrize("inside", ["middleware", "asgi"])
+def test_default_limits_join_the_admission_of_our_decorators(inside: str) -> None:
+    """An endpoint that only ours are written on is counted by the defaults in its one admission."""
+    scene = Scene(inside=inside, default_limits=["1/minute"], headers_enabled=True)
+
+    @scene.app.get("/t1")
+    @billable(1)
+    async def paid() -> dict[str, int]:
+        return {}
+
+    answers, left = scene.play(*[("GET", "/t1")] * 2)
+    assert codes(answers) == [200, 429]
+    assert answers[1].json() == {"error": "Rate limit exceeded: 1 per 1 minute"}
+    assert [answer.headers["x-ratelimit-limit"] for answer in answers] == ["1", "1"]
+    assert (left, len(scene.store.admissions)) == (2, 2)
+
+
+def test_billable_without_our_middleware_lets_nobody_in() -> None:
+    """A price that nobody could charge is refused, and not run for free under a limit alone."""
+    scene = Scene(middleware=False)
+
+    @scene.app.get("/t1")
+    @billable(1)
+    @scene.limiter.limit("1/minute")
+    async def paid() -> dict[str, int]:
+        return {}
+
+    with pytest.raises(ConfigurationError, match="no layer enforces credits"):
+        scene.play(("GET", "/t1"))
+
+
+def test_middleware_with_another_metering_than_the_limiters_is_refused() -> None:
+    """Counts that were meant for one store do not go to another one; a limiter in memory takes the middleware's."""
+    for own, is_refused in ((Metering("memory://", sinks=()), True), (None, False)):
+        scene = Scene()
+        limiter = adopt(Limiter(key_func=get_remote_address), own)
+
+        @scene.app.get("/t1")
+        @limiter.limit("1/minute")
+        async def endpoint() -> dict[str, int]:
+            return {}
+
+        if is_refused:
+            with pytest.raises(ConfigurationError, match="another Metering"):
+                scene.play(("GET", "/t1"))
+        else:
+            assert codes(scene.play(*[("GET", "/t1")] * 2)[0]) == [200, 429]
+            assert len(scene.store.admissions) == 2
+
+
+def test_two_limiters_on_one_endpoint_are_one_admission() -> None:
+    """Each tells its own handler of its own limit."""
+    scene = Scene()
+    other = adopt(Limiter(key_func=lambda: "all"), scene.metering)
+
+    @scene.app.get("/t1")
+    @other.limit("2/minute", error_message="others")
+    @scene.limiter.limit("3/minute")
+    async def endpoint() -> dict[str, int]:
+        return {}
+
+    answers, _ = scene.play(*[("GET", "/t1")] * 3)
+    assert codes(answers) == [200, 200, 429]
+    assert answers[2].json() == {"error": "Rate limit exceeded: others"}
+    assert [len(ask.limits) for ask in scene.store.admissions] == [2, 2, 2]
+
+
+def test_head_counts_and_costs_nothing() -> None:
+    """Under our middleware HEAD is free of charge, and still counted by slowapi's limits."""
+    scene = Scene()
+
+    @scene.app.api_route("/t1", methods=["GET", "HEAD"])
+    @billable(1)
+    @scene.limiter.limit("1/minute")
+    async def endpoint() -> dict[str, int]:
+        return {}
+
+    answers, left = scene.play(("HEAD", "/t1"), ("GET", "/t1"))
+    assert (codes(answers), left) == ([200, 429], 3)
+
+
+def test_unmetered_lets_tests_of_endpoints_pass() -> None:
+    """Inside of `unmetered()` nothing counts."""
+    scene = Scene(middleware=False)
+
+    @scene.limiter.limit("1/minute")
+    async def endpoint(request: Request) -> Response:
+        return PlainTextResponse("test")
+
+    async def run() -> list[int]:
+        request = Request({"type": "http", "method": "GET", "path": "/", "headers": []})
+        return [(await endpoint(request)).status_code for _ in range(3)]
+
+    with unmetered():
+        assert asyncio.run(run()) == [200] * 3
+
+
+def test_generator_endpoint_is_asked_for_before_its_first_byte() -> None:
+    """Of FastAPI's generator endpoints the refusal is the middleware's, whole."""
+    scene = Scene()
+
+    @scene.app.get("/t1")
+    @scene.limiter.limit("1/minute")
+    async def endpoint() -> AsyncIterator[dict[str, int]]:
+        yield {"x": 1}
+
+    answers, _ = scene.play(*[("GET", "/t1")] * 2)
+    assert codes(answers) == [200, 429]
+    assert answers[1].json()["code"] == "rate_limit"
+
+
+def test_audit_sees_adopted_limits() -> None:
+    """The startup audit lists them, and refuses a decorator above the route's own, which slowapi lets pass (S2.30)."""
+    scene = Scene(application_limits=["9/day"])
+
+    @scene.app.get("/t1")
+    @scene.limiter.limit("1/minute; 5/hour")
+    async def endpoint() -> None: ...
+
+    @scene.limiter.limit("1/minute")
+    @scene.app.get("/t2")
+    async def above() -> None: ...
+
+    report = audit(scene.app, ALL_FEATURES, frozenset(), scene.metering)
+    (policy,) = next(row for row in report.rows if row.path == "/t1").policies
+    asker = policy.rates[0].asker
+    assert asker is not None
+    assert list(asker.texts()) == ["9 per 1 day", "1 per 1 minute", "5 per 1 hour"]
+    assert [error for error in report.errors if "/t2" in error and "above the route's own" in error]
+    assert len(report.errors) == 1
