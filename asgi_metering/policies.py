@@ -459,7 +459,11 @@ class LimitAsker(Protocol):
     """Says of each call what limits it is counted by, in the words of the store: another package's rules, say."""
 
     async def asks(self, call: Call, arguments: Mapping[str, Any], now: float) -> Sequence[LimitAsk]:
-        """What to ask for *call* of an endpoint's *arguments*, around *now*; every key begins with the scope of the policy, and ``|``."""
+        """
+        What to ask for *call*, of an endpoint with these *arguments*, around *now*.
+
+        Every key begins with the scope of the policy, and ``|``.
+        """
 
     def locally(self, call: Call) -> Sequence[LimitAsk]:
         """What it is counted by in this process alone, where the store has no answer to what was asked."""

@@ -111,26 +111,29 @@ class Asking:
         limited: The endpoint's.
         request: As the endpoint gets it.
         outer: What else is asked around it.
+        opening: In which its call is; None as long as that is not known.
 
     Attributes:
         counted: What counts.
         shown: What the client may see; None where nothing counts.
     """
 
-    __slots__ = ("_fallback", "counted", "limited", "outer", "request", "shown")
+    __slots__ = ("_fallback", "counted", "limited", "opening", "outer", "request", "shown")
 
-    def __init__(self, limited: Limited, request: Request, outer: Asking | None = None) -> None:
-        self.limited, self.request, self.outer = limited, request, outer
+    def __init__(
+        self, limited: Limited, request: Request, outer: Asking | None = None, opening: Opening | None = None
+    ) -> None:
+        self.limited, self.request, self.outer, self.opening = limited, request, outer, opening
         self.counted: Sequence[Counted] = ()
         self._fallback: Sequence[Counted] = ()
         self.shown: Shown | None = None
         request.state.view_rate_limit = None
 
-    def of(self, limited: Limited) -> Asking | None:
-        """This, or what is around it, if it asks for *limited*."""
+    def of(self, limited: Limited, call: Call) -> Asking | None:
+        """This, or what is around it, if it asks for *limited* of *call*, and not of a request before."""
         asking: Asking | None = self
         while asking is not None:
-            if asking.limited is limited:
+            if asking.limited is limited and asking.opening in (None, call.opening):
                 return asking
             asking = asking.outer
         return None

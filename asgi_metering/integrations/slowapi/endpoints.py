@@ -126,11 +126,11 @@ class Limited:
 
     def _asking(self, call: Call, arguments: Mapping[str, Any] = NO_ARGUMENTS) -> Asking:
         current = ASKING.get()
-        asking = None if current is None else current.of(self)
+        asking = None if current is None else current.of(self, call)
         if asking is None:
             # Asked for by a gate of ours that no wrapper of slowapi's decorators stands around.
             request = next((value for value in arguments.values() if isinstance(value, Request)), None)
-            asking = Asking(self, request or Request(_scope_of(call.opening)), current)
+            asking = Asking(self, request or Request(_scope_of(call.opening)), current, call.opening)
             ASKING.set(asking)
         return asking
 
@@ -159,7 +159,7 @@ class Limited:
             HTTPException: 503, where the store gives no answer and its limits may not be left out.
         """
         scope = asking.request.scope
-        opening = Alone(self.limiter.metering_of(scope), scope)
+        opening = asking.opening = Alone(self.limiter.metering_of(scope), scope)
         token = ASKING.set(asking)
         try:
             await opening.open_call().gate(self.policy, {})
@@ -237,6 +237,7 @@ async def _run(asking: Asking, run: Callable[..., Any], args: tuple[Any, ...], k
             # Nothing is charged for a HEAD, but it runs the endpoint: slowapi counts it.
             await asking.limited.enforce(asking)
         return await run(*args, **kwargs)
+    asking.opening = opening
     token = CURRENT.set(opening)
     try:
         return await run(*args, **kwargs)
