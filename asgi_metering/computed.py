@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from asgi_metering.chosen import LimitReading
 from asgi_metering.errors import ConfigurationError, MeteringError
-from asgi_metering.policies import ChargePolicy, From, RatePolicy
+from asgi_metering.policies import ChargePolicy, ComputedLimit, From, NamedKey, RatePolicy
 from asgi_metering.usage import TokenUsage
 
-__all__ = ["Computed", "bound_charge", "bound_rates", "check_sync", "is_async"]
+__all__ = ["Computed", "bound_charge", "bound_rates", "check_answers", "check_sync", "is_async"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -27,6 +28,9 @@ MAX_SHOWN = 60
 
 MAX_FAILURE_SHOWN = 200
 """The same of what a callable raised; the traceback has all of it."""
+
+
+_READING = LimitReading()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,7 @@ def bound_charge(charge: ChargePolicy, endpoint: str) -> ChargePolicy:
     """
     if not charge.callables():
         return charge
-    _check_answers(charge.callables(), endpoint)
+    check_answers(charge.callables(), endpoint)
     once, key = charge.idempotency, charge.key
     return replace(
         charge,
@@ -101,15 +105,33 @@ def bound_rates(rates: RatePolicy, endpoint: str) -> RatePolicy:
     """*rates* with their computed key and cost bound to *endpoint*; raises as `bound_charge`."""
     if not rates.callables():
         return rates
-    _check_answers(rates.callables(), endpoint)
-    return replace(rates, key=_bound(rates.key, endpoint), cost=_bound(rates.cost, endpoint))
+    check_answers(rates.callables(), endpoint)
+    chosen = [
+        replace(each, function=_bound(each.function, endpoint)) if isinstance(each, ComputedLimit) else each
+        for each in rates.chosen
+    ]
+    return replace(
+        rates,
+        key=_bound(rates.key, endpoint),
+        cost=_bound(rates.cost, endpoint),
+        exempt_when=_bound(rates.exempt_when, endpoint),
+        chosen=tuple(chosen),
+    )
 
 
 def _bound(value: Any, endpoint: str) -> Any:
+    if isinstance(value, NamedKey):
+        return NamedKey.of(value.name, endpoint)
     return Computed(value.function, value.what, endpoint) if isinstance(value, From) else value
 
 
-def _check_answers(computed: Iterable[From], endpoint: str) -> None:
+def check_answers(computed: Iterable[From], endpoint: str) -> None:
+    """
+    Refuse what answers no value.
+
+    Raises:
+        ConfigurationError: A generator.
+    """
     for each in computed:
         if _is_a(each.function, inspect.isgeneratorfunction, inspect.isasyncgenfunction):
             raise ConfigurationError(
@@ -200,6 +222,23 @@ def _check_skip(_: Any, skips: Any) -> None:
         raise ConfigurationError(f"What skip_if answers is a {type(skips).__name__}. It has to be True or False.")
 
 
+def _check_exemption(_: Any, exempt: Any) -> None:
+    if type(exempt) is not bool:
+        raise ConfigurationError(f"What exempt_when answers is a {type(exempt).__name__}. It has to be True or False.")
+
+
+def _check_limit(_: Any, limit: Any) -> None:
+    texts = list(limit) if isinstance(limit, list | tuple) else [limit]
+    if not texts:
+        raise ConfigurationError("The limit is an empty list. Answer at least one; exempt_when= tells who has none.")
+    for text in texts:
+        if not isinstance(text, str) or _READING.read(text).meter != "requests":
+            raise ConfigurationError(
+                f"The limit {text!r:.{MAX_SHOWN}} is no limit of requests. Answer a text such as '60/minute', or a "
+                f"list of them; exempt_when= tells who has none."
+            )
+
+
 _CHECKS: Mapping[str, Callable[[Any, Any], None]] = {
     "price": _check_price,
     "hold estimate": _check_estimate,
@@ -208,5 +247,7 @@ _CHECKS: Mapping[str, Callable[[Any, Any], None]] = {
     "charge key": _check_charge_key,
     "fingerprint": _check_fingerprint,
     "skip_if": _check_skip,
+    "exempt_when": _check_exemption,
+    "limit": _check_limit,
 }
 """By what is computed, as `From` names it."""
