@@ -19,7 +19,7 @@ from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.policies import ChargePolicy, ComputedLimit, From, NamedKey, RatePolicy
 from asgi_metering.usage import TokenUsage
 
-__all__ = ["Computed", "bound_charge", "bound_rates", "check_answers", "check_sync", "is_async"]
+__all__ = ["Computed", "bound_charge", "bound_rates", "check_answers", "check_sync", "is_async", "name_of"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -59,7 +59,7 @@ class Computed(From):
             answered = await From.compute(self, call, arguments)
         except Exception as failure:
             told = (
-                f"The {self.what} of {self.endpoint} could not be computed: {_name(self.function)} raised "
+                f"The {self.what} of {self.endpoint} could not be computed: {name_of(self.function)} raised "
                 f"{failure!r:.{MAX_FAILURE_SHOWN}}. The endpoint did not run, and nothing was charged. Answer every "
                 f"call, or raise your framework's own answer, such as its HTTPException."
             )
@@ -70,7 +70,7 @@ class Computed(From):
             _CHECKS[self.what](call, answered)
         except MeteringError as wrong:
             error = type(wrong)(
-                f"The {self.what} of {self.endpoint}, computed by {_name(self.function)}, cannot be used. {wrong}"
+                f"The {self.what} of {self.endpoint}, computed by {name_of(self.function)}, cannot be used. {wrong}"
             )
             # Frameworks may make an answer of any ValueError, and then no server logs it.
             log.error("%s The endpoint did not run, and nothing was charged.", error)
@@ -135,7 +135,7 @@ def check_answers(computed: Iterable[From], endpoint: str) -> None:
     for each in computed:
         if _is_a(each.function, inspect.isgeneratorfunction, inspect.isasyncgenfunction):
             raise ConfigurationError(
-                f"The {each.what} of {endpoint} is computed by {_name(each.function)}, a generator, which answers no "
+                f"The {each.what} of {endpoint} is computed by {name_of(each.function)}, a generator, which answers no "
                 f"value. Return it instead of yielding it."
             )
 
@@ -149,7 +149,7 @@ def check_sync(function: Callable[..., Any], what: str) -> None:
     """
     if _is_a(function, inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction):
         raise ConfigurationError(
-            f"{what} is {_name(function)}, an async function or generator, and nobody awaits what it answers. Pass a "
+            f"{what} is {name_of(function)}, an async function or generator, and nobody awaits what it answers. Pass a "
             f"plain function that returns its answer."
         )
 
@@ -170,7 +170,8 @@ def _unpacked(function: Any) -> Any:
     return function
 
 
-def _name(function: Any) -> str:
+def name_of(function: Any) -> str:
+    """What a function, or an object that is called like one, is called in sentences."""
     plain = _unpacked(function)
     if not hasattr(plain, "__qualname__"):
         plain = type(plain)

@@ -106,6 +106,8 @@ class MeteringMiddleware:
         self.unenforced = ALL_FEATURES - self.features if unenforced == "allow" else frozenset[str]()
         self.options = ExchangeOptions(answers, stop_on_disconnect)
         self.limits = FlatLimits(application_limits, default_limits) if application_limits or default_limits else None
+        self.application_limits = () if self.limits is None else self.limits.application_limits
+        self.default_limits = () if self.limits is None else self.limits.default_limits
         if self.limits is not None and "rates" not in self.features:
             raise ConfigurationError(
                 f"{type(self).__name__} enforces no limits, so application_limits= and default_limits= would mean "
