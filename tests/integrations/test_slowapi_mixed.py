@@ -250,6 +250,6 @@ def test_audit_sees_adopted_limits() -> None:
     (policy,) = next(row for row in report.rows if row.path == "/t1").policies
     asker = policy.rates[0].asker
     assert asker is not None
-    assert list(asker.texts()) == ["9 per 1 day", "1 per 1 minute", "5 per 1 hour"]
+    assert [text for text, _ in asker.texts()] == ["9 per 1 day", "1 per 1 minute", "5 per 1 hour"]
     assert [error for error in report.errors if "/t2" in error and "above the route's own" in error]
     assert len(report.errors) == 1

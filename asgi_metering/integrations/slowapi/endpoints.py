@@ -82,9 +82,9 @@ class Limited:
         """What is written on the endpoint."""
         return RatePolicy((), SCOPE, key="address", on_store_down=self.limiter.on_store_down, asker=self)
 
-    def texts(self) -> list[str]:
-        """Its limits, as they may be listed."""
-        return list(static_texts(self._all()))
+    def texts(self) -> list[tuple[str, str]]:
+        """Its limits as they may be listed, each with its strategy."""
+        return [(text, self.limiter.reading.strategy) for text in static_texts(self._all())]
 
     def _all(self) -> list[Rule]:
         """Everything that counts, in slowapi's order."""

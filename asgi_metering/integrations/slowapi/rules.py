@@ -23,7 +23,8 @@ from starlette.requests import Request
 from asgi_metering.asking import hashed, limit_ask
 from asgi_metering.computed import is_async
 from asgi_metering.errors import ConfigurationError
-from asgi_metering.rates import RateLimit, Strategy, parse_limit
+from asgi_metering.policies import RatePolicy
+from asgi_metering.rates import Strategy, parse_limit
 from asgi_metering.rules.operations import LimitAsk
 
 __all__ = ["SCOPE", "STRATEGIES", "Counted", "Reading", "Rule", "counted", "driven", "read_group", "read_limit"]
@@ -215,9 +216,9 @@ def _parsed(text: str) -> tuple[RateLimitItem, ...]:
 
 
 @functools.lru_cache(maxsize=1024)
-def rate_of(item: RateLimitItem, strategy: Strategy) -> RateLimit:
+def rate_of(item: RateLimitItem, strategy: Strategy) -> RatePolicy:
     """*item* as we count it; raises `ConfigurationError`."""
-    return parse_limit(str(item), strategy)
+    return RatePolicy((parse_limit(str(item), strategy),), SCOPE)
 
 
 def read_cost(cost: Any) -> int:
@@ -292,7 +293,8 @@ async def counted(rules: Iterable[Rule], request: Request, endpoint: str, readin
 def _ask(item: RateLimitItem, identifiers: tuple[str, ...], cost: int, reading: Reading, number: int) -> LimitAsk:
     # As a tuple and not joined: a key with a slash in it is nobody else's.
     key = hashed((reading.epoch, item.namespace, *identifiers))
-    ask = limit_ask(SCOPE, rate_of(item, reading.strategy), key, cost, 0.0)
+    rate = rate_of(item, reading.strategy)
+    ask = limit_ask(rate, rate.limits[0], key, cost, 0.0)
     return ask._replace(name=f"{ask.name}#{number + 1}") if number else ask
 
 
