@@ -199,6 +199,30 @@ def test_topup_webhook_grants_each_payment_once(example: Callable[[str], Any]) -
     ]
 
 
+def test_from_slowapi_limits_as_before_and_charges_beside_it(example: Callable[[str], Any]) -> None:
+    """Adopted limits count old, new, included and streamed routes; what a limit refuses is not charged."""
+    module = example("from_slowapi")
+    with running(module.app) as server, httpx2.Client(base_url=server.url, headers={"x-user": "ada"}) as client:
+        server.run(lambda: module.metering.grant("ada", 100, id="g"))
+        statuses = {
+            path: [client.get(path).status_code for _ in range(4)]
+            for path in ("/old", "/answers?q=tea", "/v1/words", "/v1/health")
+        }
+        module.limiter.reset()
+        answer, stranger = client.get("/old"), client.get("/answers?q=tea", headers={"x-user": ""})
+        streamed = client.get("/v1/words").text
+        server.run(lambda: settled(module.metering))
+        balance = server.run(lambda: module.metering.balance("ada"))
+    assert statuses == {
+        "/old": [200, 200, 429, 429],
+        "/answers?q=tea": [200, 200, 429, 429],
+        "/v1/words": [200, 200, 200, 429],
+        "/v1/health": [200] * 4,
+    }
+    assert (answer.headers["x-ratelimit-remaining"], streamed, stranger.status_code) == ("1", "one two three", 401)
+    assert module.metering.unit.text(balance.available) == "96"
+
+
 def test_faults_in_tests_are_tests_that_pass(example: Callable[[str], Any], tmp_path: Path) -> None:
     """The tests that show the fault kit pass: after a killed worker, a client that left, and a store that was down."""
     module = example("faults_in_tests")
