@@ -325,6 +325,10 @@ class Call(CallState):
         if caller is not None:
             self.caller, self._identified = caller, True
 
+    def known_as_nobody(self) -> None:
+        """Have nobody asked who calls, where nothing depends on it."""
+        self._identified = True
+
     def identify_now(self) -> bool:
         """Ask who calls, once; False where the answer is to be waited for, or none."""
         if self._identified or self._asked_who is not None:

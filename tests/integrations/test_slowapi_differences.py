@@ -23,6 +23,7 @@ from slowapi.util import get_ipaddr
 from starlette.applications import Starlette
 from starlette.endpoints import HTTPEndpoint
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
@@ -192,6 +193,31 @@ def test_method_of_a_class_that_is_decorated_is_not_limited_by_default() -> None
     assert (told(slow), told(ours)) == ([200, 429, 429, 429], [200, 200, 200, 429])
 
 
+@pytest.mark.parametrize("installed", ["middleware", "asgi"])
+def test_endpoint_that_is_found_late_is_counted_late(installed: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A path that is rewritten further in leads to no endpoint beforehand: what ran is counted before it answers."""
+
+    class Rewriting:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            scope["path"] = scope["path"].replace("/hidden", "/t1")
+            await self.app(scope, receive, send)
+
+    def build(app: Any, limiter: Any) -> None:
+        # Below the middleware, which was added before.
+        app.user_middleware.append(Middleware(Rewriting))
+        app.add_route("/t1", fresh())
+        app.add_route("/t2", limiter.exempt(fresh_named("free")))
+
+    hidden = ("GET", "/hidden")
+    slow, ours = both(build, *[hidden] * 3, ("GET", "/none"), default_limits=["2/minute"], installed=installed)
+    assert (told(slow), told(ours)) == ([200, 200, 200, 404], [200, 200, 429, 404])
+    assert ours[2].text == '{"error":"Rate limit exceeded: 2 per 1 minute"}'
+    assert "asked for late" in caplog.text
+
+
 # -- endpoints -----------------------------------------------------------------------------------------------
 
 
@@ -254,6 +280,32 @@ def test_endpoints_of_one_name_are_counted_apart() -> None:
 
     slow, ours = both(freed, *[GET] * 2, default_limits=["1/minute"])
     assert (told(slow), told(ours)) == ([200, 200], [200, 429])
+
+
+def test_one_function_on_two_routes_has_two_limits() -> None:
+    """
+    Decorated twice it is limited twice, each time by its own decorator, as are methods of two objects.
+
+    slowapi puts them together by name: each route counts by both.
+    """
+
+    def build(app: Any, limiter: Any) -> None:
+        endpoint = fresh()
+        app.add_route("/t1", limiter.limit("1/minute")(endpoint))
+        app.add_route("/t2", limiter.limit("3/minute")(endpoint))
+
+    slow, ours = both(build, *[GET] * 2, *[("GET", "/t2")] * 4)
+    assert told(slow) == [200, 429, 200, 429, 429, 429]
+    assert told(ours) == [200, 429, 200, 200, 200, 429]
+
+    class Controller:
+        async def answer(self, request: Request) -> Response:
+            return PlainTextResponse("test")
+
+    scene = adopted("decorators", kind=Starlette, key_style="endpoint")
+    for path in ("/a", "/b"):
+        scene.app.add_route(path, scene.limiter.limit("1/minute")(Controller().answer))
+    assert [scene.codes(path, 2) for path in ("/a", "/b")] == [[200, 429]] * 2
 
 
 def test_endpoint_may_be_limited_and_exempt() -> None:
@@ -493,7 +545,7 @@ def test_log_of_a_refusal_names_no_client(caplog: pytest.LogCaptureFixture) -> N
     both(build, *[GET] * 2, key_func=lambda: "secret-of-ada")
     slow, ours = (record.getMessage() for record in caplog.records if "exceeded" in record.getMessage())
     assert "secret-of-ada" in slow
-    assert ours == f"ratelimit 1 per 1 minute exceeded at endpoint: {__name__}.endpoint"
+    assert ours == f"ratelimit 1 per 1 minute exceeded at endpoint: {__name__}.fresh.endpoint"
 
 
 def test_head_counts_as_in_slowapi() -> None:

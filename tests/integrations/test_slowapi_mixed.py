@@ -22,7 +22,7 @@ from asgi_metering.metering import ALL_FEATURES
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.testing import FakeClock
 from asgi_metering.testing.unmetered import unmetered
-from tests.integrations.scenes import codes, install
+from tests.integrations.scenes import ask, codes, install
 
 
 class Counting(MemoryStore):
@@ -204,9 +204,53 @@ def test_head_counts_and_costs_nothing() -> None:
     assert (codes(answers), left) == ([200, 429], 3)
 
 
+def test_application_that_is_asked_by_another_one_counts_by_itself() -> None:
+    """An endpoint that asks an adopted application in its own process is another request than what that gets."""
+    scene, inner = Scene(), Scene(middleware=False)
+
+    @inner.app.get("/t2")
+    @inner.limiter.limit("1/minute")
+    async def asked() -> dict[str, int]:
+        return {}
+
+    @scene.app.get("/t1")
+    @billable(1)
+    async def asking() -> list[int]:
+        transport = httpx.ASGITransport(inner.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return codes([await client.get("/t2") for _ in range(2)])
+
+    answers, left = scene.play(("GET", "/t1"))
+    assert (answers[0].json(), left, len(inner.store.admissions)) == ([200, 429], 2, 2)
+
+
+def test_nobody_is_asked_who_calls_where_no_middleware_stands() -> None:
+    """Whom a limit of slowapi's counts is its key function's to say; two limiters count without a `request` too."""
+    seen: list[Any] = []
+    metering = Metering(Counting(), identify=seen.append, sinks=())
+    first = adopt(Limiter(key_func=get_remote_address, headers_enabled=True), metering)
+    second = adopt(Limiter(key_func=get_remote_address, headers_enabled=True), metering)
+    app = FastAPI()
+    install(app, first, "decorators")
+
+    @app.get("/t1")
+    @first.limit("3/minute")
+    @second.limit("2/minute")
+    async def endpoint() -> dict[str, int]:
+        return {}
+
+    answers = ask(app, *[("GET", "/t1")] * 3)
+    assert (codes(answers), seen) == ([200, 200, 429], [])
+    assert answers[0].headers["x-ratelimit-limit"] == "3"
+
+
 def test_unmetered_lets_tests_of_endpoints_pass() -> None:
-    """Inside of `unmetered()` nothing counts."""
-    scene = Scene(middleware=False)
+    """Inside of `unmetered()` nothing counts, neither decorated nor by default."""
+    scene = Scene(inside="asgi", middleware=False, default_limits=["1/minute"])
+
+    @scene.app.get("/default")
+    async def default() -> dict[str, int]:
+        return {}
 
     @scene.limiter.limit("1/minute")
     async def endpoint(request: Request) -> Response:
@@ -218,6 +262,8 @@ def test_unmetered_lets_tests_of_endpoints_pass() -> None:
 
     with unmetered():
         assert asyncio.run(run()) == [200] * 3
+        assert codes(ask(scene.app, *[("GET", "/default")] * 3)) == [200] * 3
+    assert codes(ask(scene.app, *[("GET", "/default")] * 2)) == [200, 429]
 
 
 def test_generator_endpoint_is_asked_for_before_its_first_byte() -> None:

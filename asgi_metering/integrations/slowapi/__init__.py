@@ -11,6 +11,8 @@ Where slowapi 0.1.10 is wrong, an adopted limiter is right. What slowapi does, w
   it is. `test_stream_behind_the_asgi_middleware_arrives_whole`
 - Its middlewares see neither included routers nor mounted applications: no default limits. Here: they count.
   `test_included_and_mounted_routes_are_limited`
+- What they cannot find they let pass. Here: it is counted before its answer, and logged.
+  `test_endpoint_that_is_found_late_is_counted_late`
 - Of several routes that match they take the last one. Here: the one that runs.
   `test_first_route_that_matches_is_the_one_that_counts`
 - They skip decorated endpoints: no application limits. Here: those count everywhere.
@@ -29,6 +31,7 @@ Where slowapi 0.1.10 is wrong, an adopted limiter is right. What slowapi does, w
 - Parameters of these names must be just that. Here: types tell.
   `test_parameters_named_request_and_response_may_be_anything`
 - Endpoints of one name share limits, counts and exemptions. `test_endpoints_of_one_name_are_counted_apart`
+- So do two routes of one function that is decorated twice. `test_one_function_on_two_routes_has_two_limits`
 - One that is limited and exempt answers 500. Here: it is exempt. `test_endpoint_may_be_limited_and_exempt`
 - Coroutines of async functions are taken for their answers. Here: they are awaited.
   `test_async_functions_are_awaited`

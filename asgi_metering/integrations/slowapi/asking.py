@@ -52,6 +52,12 @@ class Alone(Opening):
         """Where it came from."""
         return self._origin
 
+    def open_call(self) -> Call:
+        """The call of this request. Nobody asks who calls: whom its limits count is theirs to say."""
+        call = super().open_call()
+        call.known_as_nobody()
+        return call
+
     def over(self) -> None:
         """The endpoint is done, or never began."""
         self.closed = True

@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from asgi_metering.call import Call, CallRefused
 from asgi_metering.decisions import Decision, Reason, Refusal
-from asgi_metering.errors import MeteringError, NoCallError
+from asgi_metering.errors import NoCallError
 from asgi_metering.guards import NO_ARGUMENTS, Part, guard_of
 from asgi_metering.integrations.slowapi.asking import ASKING, Alone, Asking, LimitExceeded
 from asgi_metering.integrations.slowapi.rules import SCOPE, Counted, Rule, counted, driven, static_texts
@@ -28,7 +28,7 @@ from asgi_metering.rules.operations import LimitAsk
 if TYPE_CHECKING:
     from asgi_metering.integrations.slowapi.limiter import AdoptedLimiter
 
-__all__ = ["Limited", "named", "plain", "request_of", "wrapped"]
+__all__ = ["LIMITED", "Limited", "limited_on", "named", "opening_of", "plain", "request_of", "wrapped", "write_on"]
 
 REQUEST, RESPONSE = "slowapi_request", "slowapi_response"
 """
@@ -57,6 +57,24 @@ def named(endpoint: Any) -> str:
     return f"{endpoint.__module__}.{getattr(endpoint, '__name__', type(endpoint).__name__)}"
 
 
+LIMITED = "__asgi_metering_slowapi_limited__"
+"""Where a wrapper tells what limits it, by each limiter; what is wrapped around it has it as well."""
+
+
+def limited_on(endpoint: Any, limiter: AdoptedLimiter) -> Limited | None:
+    """What the decorators of *limiter* have written on *endpoint*; None for one that has none, or is another's."""
+    for limited in getattr(endpoint, LIMITED, ()):
+        if limited.limiter is limiter:
+            found: Limited = limited
+            return found
+    return None
+
+
+def write_on(endpoint: Any, limited: Limited) -> None:
+    """Have *endpoint* tell that *limited* limits it."""
+    setattr(endpoint, LIMITED, (*getattr(endpoint, LIMITED, ()), limited))
+
+
 class Limited:
     """
     What one limiter says of one endpoint: a `LimitAsker`.
@@ -70,10 +88,11 @@ class Limited:
     def __init__(self, limiter: AdoptedLimiter, endpoint: Any, rules: Sequence[Rule] = ()) -> None:
         self.limiter, self.endpoint = limiter, endpoint
         self.rules = list(rules)
-        self.name = named(endpoint)
-        # Two of a name are two; the first one is called as slowapi calls it.
-        number = limiter.number_of(self.name)
-        self.place = self.name if number == 1 else f"{self.name}#{number}"
+        # Two of a name are two.
+        name = f"{endpoint.__module__}.{getattr(endpoint, '__qualname__', type(endpoint).__qualname__)}"
+        name = name.replace("<locals>.", "")
+        number = limiter.number_of(name)
+        self.place = name if number == 1 else f"{name}#{number}"
         self._is_sync = not (inspect.iscoroutinefunction(endpoint) or inspect.isclass(endpoint))
         self.policy = EndpointPolicy(self.place, rates=(self.rate,))
 
@@ -159,6 +178,10 @@ class Limited:
             HTTPException: 503, where the store gives no answer and its limits may not be left out.
         """
         scope = asking.request.scope
+        around = opening_of(scope)
+        if around is not None and around.free and asking.request.method not in COUNTED_THOUGH_FREE:
+            # A test that has opted out.
+            return
         opening = asking.opening = Alone(self.limiter.metering_of(scope), scope)
         token = ASKING.set(asking)
         try:
@@ -200,14 +223,17 @@ def wrapped(limited: Limited, endpoint: Callable[..., Any]) -> Callable[..., Any
     if guard is None:
         raise AssertionError(f"{endpoint!r} was not guarded")
     if inspect.isgeneratorfunction(limited.endpoint) or inspect.isasyncgenfunction(limited.endpoint):
+        write_on(guarded, limited)
         return guarded
     run: Callable[..., Any] = guarded
+    signature = inspect.signature(guarded)
+    added = _missing(signature, limited.limiter)
 
     @functools.wraps(guarded)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         limiter = limited.limiter
-        response = kwargs.pop(RESPONSE, None)
-        request = kwargs.pop(REQUEST, None) or _request_in(args, kwargs)
+        given = {name: kwargs.pop(name, None) for name in added}
+        request = given.get(REQUEST) or _request_in(args, kwargs)
         if request is None:
             # A WebSocket, or nothing at all: the guard says what is wrong with it.
             return await run(*args, **kwargs)
@@ -217,10 +243,12 @@ def wrapped(limited: Limited, endpoint: Callable[..., Any]) -> Callable[..., Any
             result = await _run(asking, run, args, kwargs)
         finally:
             ASKING.reset(token)
-        limiter.show(result if isinstance(result, Response) else response or _response_in(kwargs), asking.shown)
+        response = result if isinstance(result, Response) else given.get(RESPONSE) or _response_in(kwargs)
+        limiter.show(response, asking.shown)
         return result
 
-    wrapper.__signature__ = _asking_signature(inspect.signature(guarded), limited.limiter)  # type: ignore[attr-defined]
+    wrapper.__signature__ = _with(signature, added)  # type: ignore[attr-defined]
+    write_on(wrapper, limited)
     return wrapper
 
 
@@ -228,8 +256,9 @@ async def _run(asking: Asking, run: Callable[..., Any], args: tuple[Any, ...], k
     """Run the guarded endpoint in the call of its request, or alone where no middleware of ours stands in front."""
     request, limiter = asking.request, asking.limited.limiter
     opening = opening_of(request.scope)
+    alone: Alone | None = None
     if opening is None:
-        opening = Alone(limiter.metering, request.scope)
+        opening = alone = Alone(limiter.metering, request.scope)
     elif not opening.free:
         limiter.check_shared(opening.metering)
     else:
@@ -248,8 +277,8 @@ async def _run(asking: Asking, run: Callable[..., Any], args: tuple[Any, ...], k
         raise failure from refused
     finally:
         CURRENT.reset(token)
-        if isinstance(opening, Alone):
-            opening.over()
+        if alone is not None:
+            alone.over()
 
 
 COUNTED_THOUGH_FREE = frozenset({"HEAD", "OPTIONS"})
@@ -257,14 +286,17 @@ COUNTED_THOUGH_FREE = frozenset({"HEAD", "OPTIONS"})
 
 
 def opening_of(scope: Any) -> Opening | None:
-    """What a middleware of ours has opened for the request of *scope*; None where there is none."""
-    told = scope.get(SCOPE_KEY)
-    opening: Opening | None = told if isinstance(told, Opening) else CURRENT.get()
-    while opening is not None and opening.around is not None:
-        opening = opening.around
-    if opening is not None and opening.closed:
-        raise MeteringError("The request that this endpoint belongs to is over.")
-    return opening
+    """
+    What is open for the request of *scope*, by a middleware of ours or alone; None where nothing is.
+
+    What the context shows is another request's where the scope has none: one that asks an application in its own
+    process. Unless it is free: then a test has opted out.
+    """
+    told, current = scope.get(SCOPE_KEY), CURRENT.get()
+    if isinstance(told, Opening):
+        return told
+    is_ours = isinstance(current, Alone) and current.scope is scope
+    return current if current is not None and (current.free or is_ours) else None
 
 
 def request_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:
@@ -291,24 +323,26 @@ def _response_in(kwargs: dict[str, Any]) -> Response | None:
     return next((value for value in kwargs.values() if isinstance(value, Response)), None)
 
 
-def _asking_signature(signature: inspect.Signature, limiter: AdoptedLimiter) -> inspect.Signature:
-    """*signature* with what the wrapper needs of its framework and the endpoint does not ask for itself."""
-    parameters = list(signature.parameters.values())
-    missing: list[tuple[str, type, str]] = [(REQUEST, Request, "Request")]
+def _missing(signature: inspect.Signature, limiter: AdoptedLimiter) -> dict[str, type]:
+    """What the wrapper needs of its framework, by name, and the endpoint does not ask for itself."""
+    needed: dict[str, type] = {REQUEST: Request}
     if limiter._headers_enabled:
-        missing.append((RESPONSE, Response, "Response"))
-    added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind)
-        for name, kind, text in missing
-        if not any(_is_a(parameter.annotation, kind, text) for parameter in parameters)
-    ]
+        needed[RESPONSE] = Response
+    annotations = [parameter.annotation for parameter in signature.parameters.values()]
+    return {name: kind for name, kind in needed.items() if not any(_is_a(each, kind) for each in annotations)}
+
+
+def _with(signature: inspect.Signature, added: Mapping[str, type]) -> inspect.Signature:
+    """*signature* with these parameters, by name alone."""
+    parameters = list(signature.parameters.values())
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind) for name, kind in added.items()]
     at = next((n for n, each in enumerate(parameters) if each.kind is each.VAR_KEYWORD), len(parameters))
-    return signature.replace(parameters=[*parameters[:at], *added, *parameters[at:]])
+    return signature.replace(parameters=[*parameters[:at], *more, *parameters[at:]])
 
 
-def _is_a(annotation: Any, kind: type, text: str) -> bool:
+def _is_a(annotation: Any, kind: type) -> bool:
     if isinstance(annotation, str):
         # One that cannot be resolved here: the framework may.
-        return annotation.rpartition(".")[2] == text
+        return annotation.rpartition(".")[2] == kind.__name__
     told = [annotation, *get_args(annotation)]
     return any(isinstance(each, type) and issubclass(each, kind) for each in told)

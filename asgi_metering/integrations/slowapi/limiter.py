@@ -14,7 +14,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 
 from asgi_metering.errors import ConfigurationError
-from asgi_metering.integrations.slowapi.endpoints import Limited, named, opening_of, plain, wrapped
+from asgi_metering.integrations.slowapi.endpoints import Limited, limited_on, named, opening_of, plain, wrapped
 from asgi_metering.integrations.slowapi.headers import write_fields
 from asgi_metering.integrations.slowapi.rules import Reading, Rule, read_group
 from asgi_metering.integrations.slowapi.storage import metering_for, storage_of, strategy_of, without_store
@@ -99,14 +99,12 @@ class AdoptedLimiter(Limiter):
 
     def _writing(self, rule: Rule) -> Callable[[Endpoint], Endpoint]:
         def decorator(func: Endpoint) -> Endpoint:
-            endpoint = plain(func)
-            limited = self._known.get(endpoint)
-            if limited is not None and limited.rules:
+            limited = limited_on(func, self)
+            if limited is not None:
+                # A decorator above another one of this limiter.
                 limited.rules.append(rule)
                 return func
-            limited = self.known(endpoint)
-            limited.rules.append(rule)
-            return wrapped(limited, func)  # type: ignore[return-value]
+            return wrapped(Limited(self, plain(func), [rule]), func)  # type: ignore[return-value]
 
         return decorator
 
@@ -118,7 +116,11 @@ class AdoptedLimiter(Limiter):
     # -- what its endpoints and middleware ask ---------------------------------------------------------------
 
     def known(self, endpoint: Any) -> Limited:
-        """What is said of *endpoint*, a `plain` one, by whatever it was written."""
+        """What is said of *endpoint*, as its route has it."""
+        limited = limited_on(endpoint, self)
+        if limited is not None:
+            return limited
+        endpoint = plain(endpoint)
         limited = self._known.get(endpoint)
         if limited is None:
             limited = self._known[endpoint] = Limited(self, endpoint)
@@ -131,7 +133,7 @@ class AdoptedLimiter(Limiter):
         return endpoint in self._exempt or is_named or any(passes() for passes in self._request_filters)
 
     def number_of(self, name: str) -> int:
-        """How many endpoints of *name* there are, with this one."""
+        """How many endpoints of this whole name there are, with this one."""
         self._numbers[name] = self._numbers.get(name, 0) + 1
         return self._numbers[name]
 

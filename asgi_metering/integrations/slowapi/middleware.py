@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
@@ -25,11 +26,13 @@ from starlette.routing import Match
 from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_metering.guards import Guard, Part, guard_of
 from asgi_metering.integrations.slowapi.asking import ASKING, Asking, LimitExceeded
-from asgi_metering.integrations.slowapi.endpoints import Limited, plain
+from asgi_metering.integrations.slowapi.endpoints import LIMITED, Limited
 from asgi_metering.integrations.slowapi.headers import write_fields
 from asgi_metering.integrations.slowapi.limiter import AdoptedLimiter
 
 __all__ = ["endpoint_of", "stand_in"]
+
+log = logging.getLogger("slowapi")
 
 MAX_DEPTH = 32
 """Applications within applications that are looked into: deeper is a loop."""
@@ -66,14 +69,17 @@ def _looking(original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitabl
 
 async def limited(limiter: AdoptedLimiter, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     """Run *app* for a request, by the limits that its endpoint has without a decorator of *limiter*."""
-    # What is set on the request's state here is seen further in, and by handlers.
-    scope.setdefault("state", {})
-    endpoint = endpoint_of(scope) if scope["type"] == "http" and limiter.enabled else None
-    if endpoint is None:
+    if scope["type"] != "http" or not limiter.enabled or not (limiter.application_rules or limiter.default_rules):
         await app(scope, receive, send)
         return
-    known = limiter.known(plain(endpoint))
-    if known.rules or not (limiter.application_rules or limiter.default_rules):
+    # What is set on the request's state here is seen further in, and by handlers.
+    scope.setdefault("state", {})
+    endpoint = endpoint_of(scope)
+    if endpoint is None:
+        await app(scope, receive, _held(limiter, scope, receive, send))
+        return
+    known = limiter.known(endpoint)
+    if known.rules:
         # Its own wrapper asks for all of them.
         await app(scope, receive, send)
         return
@@ -124,6 +130,34 @@ def _showing(asking: Asking, send: Send) -> Send:
         await send(message)
 
     return showing
+
+
+def _held(limiter: AdoptedLimiter, scope: Scope, receive: Receive, send: Send) -> Send:
+    """
+    *send* of a request that seemed to have no endpoint, and is held to it.
+
+    One that has run all the same, by a router or a rewritten path that cannot be told from here, is counted before its
+    response begins: it must not be a way around the limits.
+    """
+    answered = False
+
+    async def held(message: Message) -> None:
+        nonlocal answered
+        ran = scope.get("endpoint")
+        if message["type"] == "http.response.start" and (inspect.isroutine(ran) or inspect.isclass(ran)):
+            known = limiter.known(ran)
+            if not known.rules and message["status"] not in (404, 405):
+                log.error("%r was not among the routes before it ran; its limits are asked for late.", ran)
+                request = Request(scope, receive)
+                try:
+                    await known.enforce(Asking(known, request, ASKING.get()))
+                except HTTPException as failure:
+                    answered = True
+                    await _answer(request, send, failure)
+        if not answered:
+            await send(message)
+
+    return held
 
 
 async def _answer(request: Request, send: Send, failure: HTTPException) -> None:
@@ -190,8 +224,5 @@ def _method_of(endpoint: Any, method: str) -> Any:
     name = method.lower()
     handler = getattr(endpoint, name, None) or (getattr(endpoint, "get", None) if name == "head" else None)
     # Limits of a class are its own; those of a method, that method's.
-    return handler if handler is not None and _is_written_on(handler) else endpoint
-
-
-def _is_written_on(handler: Any) -> bool:
-    return guard_of(handler) is not None
+    is_own = handler is not None and (guard_of(handler) is not None or hasattr(handler, LIMITED))
+    return handler if is_own else endpoint

@@ -21,7 +21,7 @@ from asgi_metering.asgi.audit import routes_of
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.guards import GUARD, Part, guard_of
 from asgi_metering.integrations.slowapi.asking import ASKING, Asking
-from asgi_metering.integrations.slowapi.endpoints import Limited, plain, request_of, wrapped
+from asgi_metering.integrations.slowapi.endpoints import Limited, plain, request_of, wrapped, write_on
 from asgi_metering.integrations.slowapi.limiter import GATED, AdoptedLimiter
 from asgi_metering.integrations.slowapi.rules import read_group, read_limit
 
@@ -76,8 +76,7 @@ def _bind(limiter: AdoptedLimiter, endpoint: Any) -> Iterator[Any]:
     name = f"{below.__module__}.{below.__name__}"
     rules = [read_limit(each) for each in limiter._route_limits.get(name, ())]
     rules += [read_group(each) for each in limiter._dynamic_route_limits.get(name, ())]
-    limited = limiter.known(below)
-    limited.rules[:] = rules
+    limited = Limited(limiter, below, rules)
     cell = _runs(wrappers[-1], limiter)
     if cell is None:
         raise AssertionError(f"{wrappers[-1]!r} runs nothing")
@@ -91,6 +90,7 @@ def _bind(limiter: AdoptedLimiter, endpoint: Any) -> Iterator[Any]:
         cell.cell_contents = _told(cell.cell_contents)
     for each in wrappers:
         setattr(each, GATED, True)
+        write_on(each, limited)
         if guard is not None:
             # So that the audit of a middleware finds it.
             setattr(each, GUARD, guard)
