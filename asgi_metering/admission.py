@@ -15,11 +15,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.amounts import Unit, exact_amount
-from asgi_metering.asking import REQUESTS, hashed, key_of, lease_asks, limit_ask, root_of_rate, source_asks
+from asgi_metering.asking import REQUESTS, lease_asks, limit_ask, source_asks
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import ConfigurationError, IdentityError, PayerError, StoreError
 from asgi_metering.estimates import estimate_arguments
 from asgi_metering.keying import key_ask, once, shared_key
+from asgi_metering.messages import counted_by, message_limits
 from asgi_metering.names import check_key
 from asgi_metering.outage import in_doubt_of, without_store
 from asgi_metering.policies import ChargePolicy, From, RatePolicy, Slices
@@ -35,6 +36,7 @@ from asgi_metering.rules.operations import (
 )
 from asgi_metering.rules.roots import rooted
 from asgi_metering.sources import Wallet, check_payers
+from asgi_metering.tally import first_slice
 from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
@@ -66,13 +68,17 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
     charge = policy.charge if features & _CHARGING else None
     # Without the gate a billable call runs unenforced; its usage is still reported (S4.16).
     call.exempt = "credits" not in features
-    rates = policy.rates if "rates" in features else ()
-    await _identify(call, rates, charged=charge is not None and not call.exempt)
+    rates = policy.gated if "rates" in features else ()
+    messages = policy.messages if "rates" in features else ()
+    await _identify(call, (*rates, *messages) if messages else rates, charged=charge is not None and not call.exempt)
     asked = _planned(call, call.metering.plans.of(policy, features))
     if asked is None:
         if call.caller is not None and call.caller.exempt:
             call.exempt = True
             rates = tuple([rate for rate in map(_of_everybody, rates) if rate is not None])
+            messages = tuple([rate for rate in messages if rate.key not in _BY_IDENTITY])
+        if messages:
+            call.message_limits = await message_limits(call, messages, arguments)
         if charge is not None:
             await _charge(call, charge, arguments)
         asked = await _operation(call, charge, rates, arguments, time.time())
@@ -371,6 +377,8 @@ def _amounts(call: Call) -> tuple[int, int]:
     estimate, price, charge = call.estimate, call.price, call.charge
     if charge is None or estimate is None or price is None or call.exempt:
         return 0, 0
+    if charge.per != "call":
+        return first_slice(call, charge, price)
     if isinstance(estimate, TokenUsage):
         exact = Decimal(0) if isinstance(price, FixedPrice) else price.cost(estimate)
     else:
@@ -488,12 +496,7 @@ async def _limits(
     limits: list[LimitAsk],
     leases: list[LeaseAsk],
 ) -> None:
-    wanted = rate.key
-    key = hashed(await wanted.compute(call, arguments)) if isinstance(wanted, From) else key_of(call, rate)
-    root = root_of_rate(call, rate)
-    cost = rate.cost
-    if isinstance(cost, From):
-        cost = await cost.compute(call, arguments)
+    key, root, cost = await counted_by(call, rate, arguments)
     for limit in rate.limits:
         taken = cost if limit.meter == REQUESTS else await _weight(call, limit, arguments)
         limits.append(limit_ask(rate.scope, limit, rooted(key, root), taken, now))

@@ -62,12 +62,16 @@ class Opening:
         call: The call, once somebody asked for it.
         closed: The request is over; code that outlives it must not admit or charge (pitfall 1).
         around: In which request, or charge, the work runs that this charge is for; None where there is none.
+        is_session: It is a connection over which messages go, such as a WebSocket, and may last for hours.
+        accepted: Of a session: it is open.
     """
 
     # On the class: what a request never has costs it nothing.
     call: Call | None = None
     closed = False
     around: Opening | None = None
+    is_session = False
+    accepted = False
 
     def __init__(
         self,
