@@ -48,8 +48,15 @@ def cause_of(failure: BaseException, finishing: bool) -> Cause:
     return Cause.COMPLETED if finishing else Cause.ABORTED
 
 
-SAID_GOODBYE = frozenset({1000, 1001, 1005})
-"""Codes of a WebSocket whose client closed it as it should: normally, going away, or without saying why (RFC 6455)."""
+SAID_GOODBYE = frozenset({1000, 1001})
+"""
+Codes of a WebSocket whose client closed it and said so: normally, or going away (RFC 6455, section 7.4.1).
+
+1005, a close without a code, is none: uvicorn and granian say it of connections that were lost, too.
+"""
+
+OWN_CODES = 3000
+"""From here on they are of libraries and applications (RFC 6455, section 7.4.2)."""
 
 RESTARTING = 1012
 """The server's own code when it stops (IANA registry of close codes)."""
@@ -59,9 +66,12 @@ def cause_of_close(code: int | None) -> Cause:
     """
     What the code of ``websocket.disconnect`` says of the end: a goodbye, a server that stops, or a client that is gone.
 
-    The codes from 3000 on are the application's: whoever sends one has closed in good order.
+    The codes from 3000 on are the application's: whoever sends one has closed in good order. hypercorn says 1006 of
+    every end by a client.
     """
-    if code is None or code in SAID_GOODBYE or code >= 3000:
+    if code is None:
+        return Cause.CLIENT_GONE
+    if code in SAID_GOODBYE or code >= OWN_CODES:
         return Cause.COMPLETED
     return Cause.ABORTED if code == RESTARTING else Cause.CLIENT_GONE
 

@@ -126,7 +126,8 @@ class Session(Opening):
     ==============================================  ================================================================
     the client closes (1000, 1001, 3000 and up)     completed
     the handler closes, or returns                  completed
-    the client vanishes (1006), ``send`` raises     client gone, before or after the accept
+    it leaves without a word (1005, 1006), or       client gone, before or after the accept
+    ``send`` raises
     the handler raises, or closes with 1011         error, before or after the accept; a session's default after
                                                     it is ``observed``
     the handler denies, or never accepts            answered >= 400
@@ -193,6 +194,8 @@ class Session(Opening):
                     return message
                 if not call.admitted:
                     return message
+                if call.closed:
+                    continue
                 self._kept = message
                 verdict = await self._judged(call)
                 self._kept = None
@@ -256,7 +259,7 @@ class Session(Opening):
         """Note how the connection ended; a call that was not let in, or closed by us, has its end already."""
         if message["type"] != "websocket.disconnect":
             return
-        self._end(call, cause_of_close(message.get("code", 1005)))
+        self._end(call, cause_of_close(message.get("code")))
 
     def _end(self, call: Call, cause: Cause) -> None:
         if call.admitted:

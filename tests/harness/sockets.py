@@ -112,6 +112,10 @@ class Socket:
                 waiting.cancel()
         return found
 
+    async def opened(self) -> None:
+        """Wait until the application has accepted."""
+        await self.until(lambda: "accept" in self.kinds)
+
     async def heard(self, count: int) -> list[str]:
         """The texts that the client was sent, once there are *count*."""
         await self.until(lambda: len(self.texts) >= count)
