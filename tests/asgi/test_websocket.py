@@ -326,6 +326,9 @@ def test_let_in_no_message_that_cannot_be_paid(hold: Any) -> None:
         async with served(talk, granted=7) as scene:
             async with scene.socket() as socket:
                 socket.say(*"abcdefghij")
+                await socket.until(lambda: socket.closed or len(given) > 7)
+                if not socket.closed:
+                    socket.leave()
             assert socket.failure is None
             assert socket.closed == (4402, "insufficient_credits: Insufficient credits")
             assert await scene.books() == (7, 0)
@@ -608,18 +611,18 @@ def test_read_no_further_while_a_message_waits() -> None:
 
     async def story() -> None:
         books = Slow()
-        async with served(echo(rate_limited("9/minute", per="message")), store=books) as scene:
-            async with scene.socket() as socket:
-                await socket.opened()
-                books.door.clear()
-                socket.say("a", "b", "c")
-                await socket.until(lambda: len(socket.read) == 2)
-                for _ in range(20):
-                    await asyncio.sleep(0)
-                assert (len(socket.read), socket.texts) == (2, [])
-                books.door.set()
-                assert await socket.heard(3) == ["a!", "b!", "c!"]
-                socket.leave()
+        route = rate_limited("9/minute", per="message")
+        async with served(echo(route), store=books) as scene, scene.socket() as socket:
+            await socket.opened()
+            books.door.clear()
+            socket.say("a", "b", "c")
+            await socket.until(lambda: len(socket.read) == 2)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert (len(socket.read), socket.texts) == (2, [])
+            books.door.set()
+            assert await socket.heard(3) == ["a!", "b!", "c!"]
+            socket.leave()
 
     play(story)
 

@@ -92,12 +92,12 @@ async def handler_says_that_it_failed(scene: Served, socket: Socket) -> None:
 
 
 async def server_stops(scene: Served, socket: Socket) -> None:
-    """uvicorn closes its connections by 1012."""
+    """As uvicorn does: it closes its connections by 1012."""
     socket.leave(1012)
 
 
 async def task_is_cancelled(scene: Served, socket: Socket) -> None:
-    """hypercorn and daphne cancel."""
+    """As hypercorn and daphne do."""
     socket.task.cancel()
 
 
@@ -568,7 +568,7 @@ def test_book_the_end_inline_where_no_lifespan_comes() -> None:
 
 
 def test_let_nobody_in_to_an_application_that_must_not_serve(caplog: pytest.LogCaptureFixture) -> None:
-    """Where no lifespan comes the first connection is audited: an application with a mistake denies it, and says why."""
+    """Where no lifespan comes the first connection is audited: a mistake denies it, and the log says why."""
     from asgi_metering import Metering
 
     app = MeteringMiddleware(
