@@ -8,62 +8,31 @@ and never says what becomes of a message too many.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from asgi_metering.asking import hashed, key_of, limit_ask, root_of_rate
+from asgi_metering.asking import REQUESTS, limit_ask
 from asgi_metering.decisions import Decision, Reason, Refusal
-from asgi_metering.errors import StoreError
-from asgi_metering.policies import From, RatePolicy
+from asgi_metering.errors import ConfigurationError, StoreError
+from asgi_metering.policies import RatePolicy
 from asgi_metering.rates import RateLimit
 from asgi_metering.rules.operations import Admit, LimitAsk
-from asgi_metering.rules.roots import rooted
 from asgi_metering.rules.state import NEVER
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
     from asgi_metering.policies import OnExcess
 
-__all__ = ["MessageLimits", "counted_by", "message_limits"]
+__all__ = ["Counted", "MessageLimits"]
 
 
-class _Counted(NamedTuple):
-    """One limit, and by what one session is counted there."""
+class Counted(NamedTuple):
+    """One limit, the key by which one session is counted there, and what each message takes."""
 
     rate: RatePolicy
     limit: RateLimit
     key: str
     cost: int
-
-
-async def counted_by(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> tuple[str, str, int]:
-    """
-    What *rate* counts *call* by: the key, the payer beside whose accounts that is kept, and what is taken each time.
-
-    Raises:
-        ConfigurationError: A computed key or cost that cannot be used.
-        MeteringError: Nobody is known.
-    """
-    wanted, cost = rate.key, rate.cost
-    key = hashed(await wanted.compute(call, arguments)) if isinstance(wanted, From) else key_of(call, rate)
-    root = root_of_rate(call, rate)
-    return key, root, await cost.compute(call, arguments) if isinstance(cost, From) else cost
-
-
-async def message_limits(call: Call, rates: Sequence[RatePolicy], arguments: Mapping[str, Any]) -> MessageLimits:
-    """
-    What the messages of *call* are let in by, whose caller is known.
-
-    Keys and costs are computed here, once: from the arguments that the session began with.
-
-    Raises:
-        ConfigurationError: A computed key or cost that cannot be used.
-    """
-    counted = []
-    for rate in rates:
-        key, root, cost = await counted_by(call, rate, arguments)
-        counted += [_Counted(rate, limit, rooted(key, root), cost) for limit in rate.limits]
-    return MessageLimits(call, counted)
 
 
 class MessageLimits:
@@ -73,11 +42,19 @@ class MessageLimits:
     Args:
         call: Whose.
         counted: The limits, in the order written.
+
+    Raises:
+        ConfigurationError: A limit that was configured or computed counts what calls use.
     """
 
     __slots__ = ("_asks", "_call", "_counted", "_until")
 
-    def __init__(self, call: Call, counted: Sequence[_Counted]) -> None:
+    def __init__(self, call: Call, counted: Sequence[Counted]) -> None:
+        weighed = next((each.limit.text for each in counted if each.limit.meter != REQUESTS), None)
+        if weighed is not None:
+            raise ConfigurationError(
+                f"The limit {weighed!r} counts what calls use, and messages are counted here. Use one of requests."
+            )
         self._call = call
         self._counted = tuple(counted)
         self._asks: tuple[LimitAsk, ...] = ()
@@ -116,9 +93,7 @@ class MessageLimits:
     def _ask(self, now: float) -> Admit:
         call = self._call
         if now >= self._until:
-            self._asks = tuple(
-                [limit_ask(rate.scope, limit, key, cost, now) for rate, limit, key, cost in self._counted]
-            )
+            self._asks = tuple([limit_ask(rate, limit, key, cost, now) for rate, limit, key, cost in self._counted])
             self._until = min((ask.boundaries[2] for ask in self._asks if ask.boundaries), default=NEVER)
         return Admit(call.metering.new_id(), call.payer or "", call.unit.name, 0, 0, limits=self._asks)
 

@@ -39,6 +39,9 @@ log = logging.getLogger("asgi_metering")
 DENIAL = "websocket.http.response"
 """The extension by which a server answers a WebSocket with an HTTP response, before it is accepted."""
 
+GOING_AWAY = 1001
+"""What an application hears whose call has ended before its connection (RFC 6455, section 7.4.1)."""
+
 INTERNAL_ERROR = 1011
 """The close code of a handler that failed (RFC 6455, section 7.4.1)."""
 
@@ -183,20 +186,21 @@ class Session(Opening):
         async with self._turn:
             while True:
                 self._catch_up(call)
-                if self.gone is not None and (self.swapped or call.closed):
+                if self.gone is not None:
                     return self.gone
-                if call.closed:
+                if has_ended(call):
                     # The process stops, and its calls have ended.
-                    return self._goodbye(1001, "")
+                    return self._goodbye(GOING_AWAY, "")
                 message = self._kept if self._kept is not None else await self._next(call)
                 if message["type"] != "websocket.receive":
                     self._left(call, message)
                     return message
                 if not call.admitted:
                     return message
-                if call.closed:
-                    continue
                 self._kept = message
+                if has_ended(call):
+                    # While it was waited for.
+                    continue
                 verdict = await self._judged(call)
                 self._kept = None
                 if verdict.refusal is None:
@@ -503,6 +507,11 @@ class Session(Opening):
         self.scope, self._origin = _OVER, None
         if not self.swapped and self.call is not None and self.call.has_ended:
             super().let_go()
+
+
+def has_ended(call: Call) -> bool:
+    """Whether *call* is over for the ledger: nothing that comes from now on is charged."""
+    return call.closed
 
 
 async def deny(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:

@@ -267,6 +267,10 @@ def test_take_a_function_of_that_name_for_an_endpoint(scene: Scene) -> None:
     assert report.errors == []
 
 
+def _layer(**options: Any) -> Any:
+    return MeteringMiddleware(Starlette(), Metering(sinks=()), **options)
+
+
 MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "unknown-per": (lambda: billable(1, per="token"), "billable(per='token') is not known."),
     "unknown-limit": (lambda: rate_limited("1/day", per="second"), "rate_limited(per='second') is not known."),
@@ -283,6 +287,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "slots": (lambda: rate_limited("1/day", per="message", concurrency=1), "A message takes no slot"),
     "pool": (lambda: rate_limited("1/day", per="message", global_concurrency=1), "A message takes no slot"),
     "weighed": (lambda: rate_limited("9/day of tokens", per="message"), 'messages are counted per="message"'),
+    "flat": (lambda: _layer(application_limits=[rate_limited("1/day", per="message")]), "Limits of a middleware count"),
+    "by-plan": (
+        lambda: rate_limited({"free": "1/day of tokens"}, per="message"),
+        'messages are counted per="message"',
+    ),
     "excess": (lambda: rate_limited("1/day", per="message", on_excess="ignore"), "on_excess='ignore' is not known."),
     "excess-of-calls": (lambda: rate_limited("1/day", on_excess="drop"), 'Write per="message" as well.'),
 }
