@@ -135,7 +135,7 @@ def rates_of(parts: Sequence[Part], name: str) -> tuple[RatePolicy, ...]:
         )
     if policy.messages:
         raise ConfigurationError(
-            'Limits of a middleware count HTTP requests, and per="message" counts what comes in over a WebSocket. Write '
+            'Limits of a middleware count HTTP requests, and per="message" what comes in over a WebSocket. Write '
             "it on the endpoints."
         )
     return policy.rates
