@@ -13,6 +13,8 @@ from slowapi import Limiter
 from slowapi.util import get_remote_address
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
+from starlette.testclient import TestClient, WebSocketDenialResponse
+from starlette.websockets import WebSocket
 
 from asgi_metering import Caller, Metering, MeteringMiddleware, billable, rate_limited
 from asgi_metering.asgi.audit import audit
@@ -278,6 +280,25 @@ def test_generator_endpoint_is_asked_for_before_its_first_byte() -> None:
     answers, _ = scene.play(*[("GET", "/t1")] * 2)
     assert codes(answers) == [200, 429]
     assert answers[1].json()["code"] == "rate_limit"
+
+
+def test_websocket_is_limited_by_its_connections() -> None:
+    """Behind our middleware a limit counts the connections of a WebSocket, which slowapi refuses one and all."""
+    scene = Scene()
+
+    @scene.app.websocket("/ws")
+    @scene.limiter.limit("1/minute", per_method=True)
+    async def endpoint(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.send_text("hello")
+        await websocket.close()
+
+    with TestClient(scene.app) as client:
+        with client.websocket_connect("/ws") as session:
+            assert session.receive_text() == "hello"
+        with pytest.raises(WebSocketDenialResponse) as denied, client.websocket_connect("/ws"):
+            raise AssertionError("let in")
+    assert denied.value.status_code == 429
 
 
 def test_audit_sees_adopted_limits() -> None:

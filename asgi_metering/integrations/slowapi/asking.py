@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slowapi.errors import RateLimitExceeded
 from slowapi.wrappers import Limit
-from starlette.requests import Request
+from starlette.requests import HTTPConnection
 
 from asgi_metering.asgi.fields import whole_seconds
 from asgi_metering.asgi.origin import HTTPOrigin
@@ -127,7 +127,7 @@ class Asking:
     __slots__ = ("_fallback", "counted", "limited", "opening", "outer", "request", "shown")
 
     def __init__(
-        self, limited: Limited, request: Request, outer: Asking | None = None, opening: Opening | None = None
+        self, limited: Limited, request: HTTPConnection, outer: Asking | None = None, opening: Opening | None = None
     ) -> None:
         self.limited, self.request, self.outer, self.opening = limited, request, outer, opening
         self.counted: Sequence[Counted] = ()

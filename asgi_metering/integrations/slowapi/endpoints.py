@@ -20,7 +20,7 @@ from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import NoCallError
 from asgi_metering.guards import NO_ARGUMENTS, Part, guard_of
 from asgi_metering.integrations.slowapi.asking import ASKING, Alone, Asking, LimitExceeded
-from asgi_metering.integrations.slowapi.rules import SCOPE, Counted, Rule, counted, driven, static_texts
+from asgi_metering.integrations.slowapi.rules import SCOPE, Counted, Rule, counted, driven, method_of, static_texts
 from asgi_metering.opening import CURRENT, SCOPE_KEY, Opening
 from asgi_metering.policies import EndpointPolicy, RatePolicy
 from asgi_metering.rules.operations import LimitAsk
@@ -136,6 +136,9 @@ class Limited:
 
     def refused(self, call: Call, refusal: Refusal, decision: Decision | None) -> LimitExceeded | None:
         """What slowapi's handlers take, where a limit of its own is spent."""
+        if call.opening.is_session:
+            # No handler of an HTTP answer closes a WebSocket.
+            return None
         limit = None if decision is None else self._asking(call).refused(call, refusal, decision)
         if limit is None:
             return None
@@ -149,11 +152,11 @@ class Limited:
         if asking is None:
             # Asked for by a gate of ours that no wrapper of slowapi's decorators stands around.
             request = next((value for value in arguments.values() if isinstance(value, Request)), None)
-            asking = Asking(self, request or Request(_scope_of(call.opening)), current, call.opening)
+            asking = Asking(self, request or _connection_of(call.opening), current, call.opening)
             ASKING.set(asking)
         return asking
 
-    async def _counted(self, call: Call, rules: Sequence[Rule], request: Request) -> list[Counted]:
+    async def _counted(self, call: Call, rules: Sequence[Rule], request: HTTPConnection) -> list[Counted]:
         """
         What of *rules* counts.
 
@@ -179,7 +182,7 @@ class Limited:
         """
         scope = asking.request.scope
         around = opening_of(scope)
-        if around is not None and around.free and asking.request.method not in COUNTED_THOUGH_FREE:
+        if around is not None and around.free and method_of(asking.request) not in COUNTED_THOUGH_FREE:
             # A test that has opted out.
             return
         opening = asking.opening = Alone(self.limiter.metering_of(scope), scope)
@@ -193,13 +196,14 @@ class Limited:
             opening.over()
 
 
-def _scope_of(opening: Opening) -> Any:
+def _connection_of(opening: Opening) -> HTTPConnection:
+    """What key functions are handed: the request, or the connection of a WebSocket."""
     scope = getattr(opening, "scope", None)
     if scope is None:
         raise NoCallError(
             "A limit of slowapi's was asked for outside of any request. Its endpoints are for requests alone."
         )
-    return scope
+    return Request(scope) if scope["type"] == "http" else HTTPConnection(scope)
 
 
 def _unanswered(refused: CallRefused) -> Exception:
@@ -262,7 +266,7 @@ async def _run(asking: Asking, run: Callable[..., Any], args: tuple[Any, ...], k
     elif not opening.free:
         limiter.check_shared(opening.metering)
     else:
-        if request.method in COUNTED_THOUGH_FREE:
+        if method_of(request) in COUNTED_THOUGH_FREE:
             # Nothing is charged for a HEAD, but it runs the endpoint: slowapi counts it.
             await asking.limited.enforce(asking)
         return await run(*args, **kwargs)

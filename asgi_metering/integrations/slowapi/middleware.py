@@ -83,28 +83,29 @@ async def limited(limiter: AdoptedLimiter, app: ASGIApp, scope: Scope, receive: 
         # Its own wrapper asks for all of them.
         await app(scope, receive, send)
         return
-    asking = Asking(known, Request(scope, receive), ASKING.get())
+    request = Request(scope, receive)
+    asking = Asking(known, request, ASKING.get())
     guard = guard_of(endpoint)
     if guard is None:
         try:
             await known.enforce(asking)
         except HTTPException as failure:
-            await _answer(asking.request, send, failure)
+            await _answer(request, send, failure)
             return
         await app(scope, receive, _showing(asking, send))
     else:
         # Together with what else is written on it, in the one admission of its call.
         _write(known, guard)
-        await _inside(asking, app, receive, send)
+        await _inside(asking, request, app, send)
 
 
-async def _inside(asking: Asking, app: ASGIApp, receive: Receive, send: Send) -> None:
+async def _inside(asking: Asking, request: Request, app: ASGIApp, send: Send) -> None:
     """Run *app*, whose gate asks for the limits as well, and answer a refusal by one of them."""
     token = ASKING.set(asking)
     try:
-        await app(asking.request.scope, receive, _showing(asking, send))
+        await app(request.scope, request.receive, _showing(asking, send))
     except LimitExceeded as failure:
-        await _answer(asking.request, send, failure)
+        await _answer(request, send, failure)
     finally:
         ASKING.reset(token)
 

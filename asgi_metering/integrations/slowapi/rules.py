@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 from limits import RateLimitItem, parse_many
 from slowapi.util import get_ipaddr, get_remote_address
 from slowapi.wrappers import Limit, LimitGroup
-from starlette.requests import Request
+from starlette.requests import HTTPConnection
 
 from asgi_metering.asking import hashed, limit_ask
 from asgi_metering.computed import is_async
@@ -27,7 +27,18 @@ from asgi_metering.policies import RatePolicy
 from asgi_metering.rates import Strategy, parse_limit
 from asgi_metering.rules.operations import LimitAsk
 
-__all__ = ["SCOPE", "STRATEGIES", "Counted", "Reading", "Rule", "counted", "driven", "read_group", "read_limit"]
+__all__ = [
+    "SCOPE",
+    "STRATEGIES",
+    "Counted",
+    "Reading",
+    "Rule",
+    "counted",
+    "driven",
+    "method_of",
+    "read_group",
+    "read_limit",
+]
 
 SCOPE = "slowapi"
 """Where all of its limits are counted: what shares a count is said by their keys."""
@@ -93,19 +104,19 @@ class Rule:
         object.__setattr__(self, "waits", any(is_async(function) for function in functions.values()))
         object.__setattr__(self, "calls", any(function not in AT_ONCE for function in functions.values()))
 
-    async def is_exempt(self, request: Request) -> bool:
+    async def is_exempt(self, request: HTTPConnection) -> bool:
         """Whether it does not count *request* at all."""
-        if self.methods is not None and request.method.lower() not in self.methods:
+        if self.methods is not None and method_of(request).lower() not in self.methods:
             return True
         if self.exempt_when is None:
             return False
         return bool(await _answer(self.exempt_when(*self._given("exempt_when", request))))
 
-    async def key(self, request: Request) -> Any:
+    async def key(self, request: HTTPConnection) -> Any:
         """Whom it counts; empty for nobody."""
         return await _answer(self.key_func(*self._given("key_func", request)))
 
-    async def items(self, request: Request) -> tuple[RateLimitItem, ...]:
+    async def items(self, request: HTTPConnection) -> tuple[RateLimitItem, ...]:
         """The limits that it has for *request*; raises `ConfigurationError` for what is none."""
         provided = self.provider
         if callable(provided):
@@ -113,15 +124,15 @@ class Rule:
             provided = await _answer(provided(*key))
         return read_items(provided)
 
-    async def place(self, request: Request, endpoint: str) -> str:
+    async def place(self, request: HTTPConnection, endpoint: str) -> str:
         """What shares its counts."""
         scope = self.scope
         if callable(scope):
             scope = await _answer(scope(*((endpoint,) if "scope" in self._of_request else ())))
         place = scope or endpoint
-        return f"{place}:{request.method}" if self.per_method else str(place)
+        return f"{place}:{method_of(request)}" if self.per_method else str(place)
 
-    async def taken(self, request: Request) -> int:
+    async def taken(self, request: HTTPConnection) -> int:
         """What *request* takes of its limits."""
         return read_cost(await _answer(self.cost(request)) if callable(self.cost) else self.cost)
 
@@ -139,7 +150,7 @@ class Rule:
             )  # fmt: skip
         return found
 
-    def _given(self, function: str, request: Request) -> tuple[Request, ...]:
+    def _given(self, function: str, request: HTTPConnection) -> tuple[HTTPConnection, ...]:
         return (request,) if function in self._of_request else ()
 
 
@@ -158,6 +169,11 @@ def _asks_for(name: str, function: Any) -> bool:
     if name == "key_func":
         return "request" in parameters
     return "key" in parameters if name == "provider" else len(parameters) == 1
+
+
+def method_of(request: HTTPConnection) -> str:
+    """The method of a request; WebSockets have one of their own."""
+    return str(request.scope.get("method", "WEBSOCKET"))
 
 
 async def _answer(given: Any) -> Any:
@@ -263,7 +279,7 @@ class Counted(NamedTuple):
     ask: LimitAsk
 
 
-async def counted(rules: Iterable[Rule], request: Request, endpoint: str, reading: Reading) -> list[Counted]:
+async def counted(rules: Iterable[Rule], request: HTTPConnection, endpoint: str, reading: Reading) -> list[Counted]:
     """
     The limits that count for *request*, in slowapi's order; each count once, however often it was written.
 
