@@ -12,10 +12,12 @@ import pytest
 from slowapi import Limiter
 from slowapi.util import get_remote_address
 from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from asgi_metering import Metering
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.integrations.slowapi import adopt
+from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.testing import store_down
 from tests.integrations.scenes import ask, codes, install, text
 
@@ -141,6 +143,32 @@ def test_options_of_the_storage_are_the_stores() -> None:
     limiter._storage_uri, limiter._storage_options = "redis://localhost", {"timeout": "never"}
     with pytest.raises(ConfigurationError, match="timeout='never'"):
         adopt(limiter)
+
+
+@pytest.mark.parametrize("installed", ["middleware", "asgi"])
+def test_store_is_closed_with_the_application(installed: str) -> None:
+    """What the first request has opened is given back when slowapi's middleware sees the end of the lifespan."""
+    opened: list[str] = []
+
+    class Noting(MemoryStore):
+        immediate = False
+
+        async def open(self) -> None:
+            opened.append("open")
+            await super().open()
+
+        async def close(self) -> None:
+            opened.append("close")
+            await super().close()
+
+    limiter = adopt(Limiter(key_func=get_remote_address), Metering(Noting(), sinks=()))
+    app = Starlette()
+    install(app, limiter, installed)
+    app.add_route("/t1", limiter.limit("1/minute")(text))
+    with TestClient(app) as client:
+        assert [client.get("/t1").status_code for _ in range(2)] == [200, 429]
+        assert opened == ["open"]
+    assert opened == ["open", "close"]
 
 
 def test_reset_of_a_shared_store_is_not_done(caplog: pytest.LogCaptureFixture) -> None:

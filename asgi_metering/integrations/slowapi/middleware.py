@@ -29,6 +29,7 @@ from asgi_metering.integrations.slowapi.asking import ASKING, Asking, LimitExcee
 from asgi_metering.integrations.slowapi.endpoints import LIMITED, Limited
 from asgi_metering.integrations.slowapi.headers import write_fields
 from asgi_metering.integrations.slowapi.limiter import AdoptedLimiter
+from asgi_metering.metering import Metering
 
 __all__ = ["endpoint_of", "stand_in"]
 
@@ -69,6 +70,12 @@ def _looking(original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitabl
 
 async def limited(limiter: AdoptedLimiter, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     """Run *app* for a request, by the limits that its endpoint has without a decorator of *limiter*."""
+    if scope["type"] == "lifespan":
+        try:
+            await app(scope, receive, send)
+        finally:
+            await _stop(limiter.metering)
+        return
     if scope["type"] != "http" or not limiter.enabled or not (limiter.application_rules or limiter.default_rules):
         await app(scope, receive, send)
         return
@@ -97,6 +104,13 @@ async def limited(limiter: AdoptedLimiter, app: ASGIApp, scope: Scope, receive: 
         # Together with what else is written on it, in the one admission of its call.
         _write(known, guard)
         await _inside(asking, request, app, send)
+
+
+async def _stop(metering: Metering) -> None:
+    """Give back what *metering* has opened, where no middleware of ours, and no block, does it."""
+    runtime = metering.runtime()
+    if not (runtime.lifespans or runtime.blocks):
+        await metering.stop()
 
 
 async def _inside(asking: Asking, request: Request, app: ASGIApp, send: Send) -> None:
