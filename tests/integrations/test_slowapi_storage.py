@@ -17,8 +17,9 @@ from starlette.testclient import TestClient
 from asgi_metering import Metering
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.integrations.slowapi import adopt
+from asgi_metering.rates import STRATEGIES
 from asgi_metering.stores.memory import MemoryStore
-from asgi_metering.testing import store_down
+from asgi_metering.testing import FakeClock, store_down
 from tests.integrations.scenes import ask, codes, install, text
 
 
@@ -114,6 +115,29 @@ def test_store_is_where_the_limiter_kept_its_counts(uri: str | None, name: str) 
     limiter = adopt(Limiter(key_func=get_remote_address, storage_uri=uri))
     assert limiter.metering.store.name == name
     assert not limiter.metering.identifies
+
+
+def test_moving_window_counts_the_last_requests_one_by_one() -> None:
+    """Each request has a window of its own, as in slowapi; a cost of another number is refused at import."""
+    clock = FakeClock()
+    own = Limiter(key_func=get_remote_address, strategy="moving-window", headers_enabled=True)
+    if "moving" not in STRATEGIES:
+        with pytest.raises(ConfigurationError, match="'moving-window' is not known"):
+            adopt(own)
+        return
+    limiter = adopt(own, Metering(MemoryStore(clock), sinks=()))
+    app = Starlette()
+    install(app, limiter, "asgi")
+    app.add_route("/t1", limiter.limit("2/minute")(text))
+    assert codes(ask(app, ("GET", "/t1"))) == [200]
+    clock.advance(40)
+    assert codes(ask(app, *[("GET", "/t1")] * 2)) == [200, 429]
+    clock.advance(21)
+    answers = ask(app, *[("GET", "/t1")] * 2)
+    assert codes(answers) == [200, 429]
+    assert answers[1].headers["retry-after"] == "39"
+    with pytest.raises(ConfigurationError, match="counts requests one by one"):
+        limiter.limit("2/minute", cost=2)
 
 
 def test_storage_from_the_settings_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.integrations.slowapi.endpoints import Limited, limited_on, named, opening_of, plain, wrapped
 from asgi_metering.integrations.slowapi.headers import write_fields
-from asgi_metering.integrations.slowapi.rules import Reading, Rule, read_group
+from asgi_metering.integrations.slowapi.rules import Reading, Rule, read_cost, read_group
 from asgi_metering.integrations.slowapi.storage import metering_for, storage_of, strategy_of, without_store
 from asgi_metering.metering import Metering
 from asgi_metering.policies import RatesDown
@@ -98,6 +98,9 @@ class AdoptedLimiter(Limiter):
         return self._writing(rule)
 
     def _writing(self, rule: Rule) -> Callable[[Endpoint], Endpoint]:
+        if not callable(rule.cost):
+            read_cost(rule.cost, self.reading.strategy)
+
         def decorator(func: Endpoint) -> Endpoint:
             limited = limited_on(func, self)
             if limited is not None:

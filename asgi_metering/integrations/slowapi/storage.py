@@ -16,6 +16,7 @@ from asgi_metering.errors import ConfigurationError
 from asgi_metering.integrations.slowapi.rules import STRATEGIES
 from asgi_metering.metering import Metering
 from asgi_metering.policies import RatesDown
+from asgi_metering.rates import STRATEGIES as OURS
 from asgi_metering.rates import Strategy
 
 if TYPE_CHECKING:
@@ -81,10 +82,9 @@ def strategy_of(limiter: Limiter) -> Strategy:
     kind = type(limiter._limiter)
     name = next((name for name, strategy in THEIRS.items() if strategy is kind), kind.__name__)
     strategy = STRATEGIES.get(name)
-    if strategy is None:
-        raise ConfigurationError(
-            f"The strategy {name!r} is not known. Use one of {', '.join(map(repr, STRATEGIES))} in the Limiter."
-        )
+    if strategy not in OURS:
+        known = [repr(name) for name, strategy in STRATEGIES.items() if strategy in OURS]
+        raise ConfigurationError(f"The strategy {name!r} is not known. Use one of {', '.join(known)} in the Limiter.")
     return strategy
 
 
