@@ -18,6 +18,8 @@ from starlette.responses import PlainTextResponse, Response
 
 from asgi_metering import Metering
 from asgi_metering.integrations.slowapi import adopt
+from asgi_metering.integrations.slowapi.rules import STRATEGIES as THEIRS
+from asgi_metering.rates import STRATEGIES
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.testing import FakeClock
 from tests.integrations.scenes import install
@@ -104,16 +106,17 @@ class Side:
 
 
 @pytest.mark.parametrize(
-    ("kind", "style", "installed"),
+    ("kind", "style", "installed", "strategy"),
     [
-        (Starlette, "url", "decorators"),
-        (Starlette, "endpoint", "middleware"),
-        (FastAPI, "endpoint", "decorators"),
-        (FastAPI, "url", "middleware"),
+        (Starlette, "url", "decorators", "fixed-window"),
+        (Starlette, "endpoint", "middleware", "fixed-window"),
+        (FastAPI, "endpoint", "decorators", "fixed-window"),
+        (FastAPI, "url", "middleware", "fixed-window"),
+        *((Starlette, "url", "decorators", theirs) for theirs, ours in THEIRS.items() if ours in STRATEGIES[1:]),
     ],
 )
 def test_traces_are_answered_as_by_slowapi(
-    kind: Any, style: Any, installed: str, monkeypatch: pytest.MonkeyPatch
+    kind: Any, style: Any, installed: str, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Random traces over every kind of limit and three clients, while time passes, differ in nothing."""
     seed = random.randrange(2**32) if os.environ.get("METERING_TEST_RANDOM") else 7
@@ -123,7 +126,7 @@ def test_traces_are_answered_as_by_slowapi(
 
     async def run() -> set[int]:
         options: dict[str, Any] = {"headers_enabled": True, "key_style": style, "key_prefix": draw.choice(["", "p"])}
-        options["default_limits"] = ["4/minute"]
+        options |= {"default_limits": ["4/minute"], "strategy": strategy}
         theirs = Side(build(kind, Limiter(key_func=who, **options), installed))
         adopted = adopt(Limiter(key_func=who, **options), Metering(MemoryStore(clock), sinks=()))
         ours = Side(build(kind, adopted, installed))

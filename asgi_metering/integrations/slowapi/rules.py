@@ -13,7 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from math import ceil, isfinite
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from limits import RateLimitItem, parse_many
 from slowapi.util import get_ipaddr, get_remote_address
@@ -43,10 +43,10 @@ __all__ = [
 SCOPE = "slowapi"
 """Where all of its limits are counted: what shares a count is said by their keys."""
 
-STRATEGIES: dict[str, Strategy] = {
+STRATEGIES: dict[str, Any] = {
     "fixed-window": "fixed",
     "sliding-window-counter": "sliding",
-    "moving-window": cast(Strategy, "moving"),
+    "moving-window": "moving",
 }
 """slowapi's strategies, which are those of `limits`, by our names."""
 

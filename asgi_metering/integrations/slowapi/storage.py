@@ -85,7 +85,8 @@ def strategy_of(limiter: Limiter) -> Strategy:
     if strategy not in OURS:
         known = [repr(name) for name, strategy in STRATEGIES.items() if strategy in OURS]
         raise ConfigurationError(f"The strategy {name!r} is not known. Use one of {', '.join(known)} in the Limiter.")
-    return strategy
+    found: Strategy = strategy
+    return found
 
 
 def without_store(limiter: Any) -> RatesDown:
