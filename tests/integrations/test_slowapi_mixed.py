@@ -10,6 +10,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from slowapi import Limiter
+from slowapi.errors import RateLimitExceeded
 from slowapi.util import get_remote_address
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -123,6 +124,26 @@ def test_what_credits_or_our_own_limits_refuse_has_spent_no_limit_of_slowapis() 
     assert answers[1].json()["code"] == "insufficient_credits"
     assert answers[3].json()["code"] == "rate_limit"
     assert left == 1
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_handler_of_the_application_answers_with_any_status(is_written: bool) -> None:
+    """A 503 of its own stands, behind our middleware too, for decorated endpoints and for those of default limits."""
+    scene = Scene(inside="asgi", default_limits=["1/minute"])
+
+    async def busy(request: Request, failure: Exception) -> Response:
+        return PlainTextResponse("busy", 503)
+
+    scene.app.add_exception_handler(RateLimitExceeded, busy)
+    limit = scene.limiter.limit("1/minute") if is_written else billable(1)
+
+    @scene.app.get("/t1")
+    @limit
+    async def endpoint() -> dict[str, int]:
+        return {}
+
+    answers, _ = scene.play(*[("GET", "/t1")] * 2)
+    assert [(answer.status_code, answer.text) for answer in answers] == [(200, "{}"), (503, "busy")]
 
 
 @pytest.mark.parametrize("inside", ["middleware", "asgi"])

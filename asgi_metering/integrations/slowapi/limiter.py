@@ -16,7 +16,7 @@ from starlette.responses import Response
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.integrations.slowapi.endpoints import Limited, limited_on, named, opening_of, plain, wrapped
 from asgi_metering.integrations.slowapi.headers import write_fields
-from asgi_metering.integrations.slowapi.rules import Reading, Rule, read_cost, read_group
+from asgi_metering.integrations.slowapi.rules import Reading, Rule, check_rule, read_group
 from asgi_metering.integrations.slowapi.storage import metering_for, storage_of, strategy_of, without_store
 from asgi_metering.metering import Metering
 from asgi_metering.policies import RatesDown
@@ -98,8 +98,7 @@ class AdoptedLimiter(Limiter):
         return self._writing(rule)
 
     def _writing(self, rule: Rule) -> Callable[[Endpoint], Endpoint]:
-        if not callable(rule.cost):
-            read_cost(rule.cost, self.reading.strategy)
+        check_rule(rule, self.reading.strategy)
 
         def decorator(func: Endpoint) -> Endpoint:
             limited = limited_on(func, self)
@@ -211,11 +210,11 @@ def become_adopted(limiter: Limiter, metering: Metering | None) -> AdoptedLimite
         ConfigurationError: Its limits, strategy or storage are none of ours.
     """
     found: Any = limiter
+    strategy = strategy_of(limiter)
     rules = {
-        name: [read_group(group) for group in getattr(limiter, name)]
+        name: [check_rule(read_group(group), strategy) for group in getattr(limiter, name)]
         for name in ("_application_limits", "_default_limits", "_in_memory_fallback")
     }
-    strategy = strategy_of(limiter)
     counts = metering or metering_for(limiter)
     own = type(limiter)
     found.__class__ = AdoptedLimiter if own is Limiter else type(own.__name__, (AdoptedLimiter, own), {})

@@ -176,6 +176,21 @@ def method_of(request: HTTPConnection) -> str:
     return str(request.scope.get("method", "WEBSOCKET"))
 
 
+def check_rule(rule: Rule, strategy: Strategy) -> Rule:
+    """
+    Return *rule* if its windows can move by *strategy*, as far as it is written and not computed.
+
+    Raises:
+        ConfigurationError: With the mend.
+    """
+    if not callable(rule.cost):
+        read_cost(rule.cost, strategy)
+    if not callable(rule.provider):
+        for item in read_items(rule.provider):
+            rate_of(item, strategy)
+    return rule
+
+
 async def _answer(given: Any) -> Any:
     return await given if isinstance(given, Awaitable) else given
 
