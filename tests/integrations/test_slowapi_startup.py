@@ -14,8 +14,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from asgi_metering import Metering, MeteringMiddleware, billable
+from asgi_metering.asgi.audit import audit
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.integrations.slowapi import adopt
+from asgi_metering.metering import ALL_FEATURES
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.testing import FakeClock
 from tests.integrations.scenes import INSTALLED, ask, codes, install
@@ -190,3 +192,12 @@ def test_price_beside_a_decorator_from_before_is_one_admission(above: bool, is_s
     assert (codes(answers), left, len(mixed.store.admissions)) == ([200, 200, 429], 1, 3)
     assert isinstance(mixed.app.user_middleware[0].cls, type)
     assert mixed.app.user_middleware[0].cls is MeteringMiddleware
+
+
+def test_audit_finds_what_was_decorated_before() -> None:
+    """Behind our middleware the startup audit sees adopted endpoints gated, and refuses none of them."""
+    before = Before("asgi")
+    limiter = adopt(before.limiter, app=before.app)
+    report = audit(before.app, ALL_FEATURES, frozenset(), limiter.metering)
+    assert not report.errors
+    assert next(row for row in report.rows if row.path == "/async").policy is not None

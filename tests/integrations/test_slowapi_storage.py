@@ -67,6 +67,9 @@ def test_without_a_store_requests_are_answered_as_the_limiter_says(
     answers = scene.get("/t1", 3)
     assert codes(answers) == decorated
     assert codes(scene.get("/t2", 3)) == default
+    latest = scene.metering._latest
+    assert latest is not None
+    assert not latest.in_flight
     if decorated[0] == 503:
         assert all(int(answer.headers["retry-after"]) > 0 for answer in answers)
     if decorated[2] == 429:
