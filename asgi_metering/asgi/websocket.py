@@ -354,9 +354,15 @@ class Session(Opening):
             call.status = message["status"]
 
     def _gives_way(self, message: Message, kind: str) -> bool:
-        """Whether a framework says *message* of the refusal: as of HTTP, its 500 does, and a handler's own 402 not."""
+        """
+        Whether a framework says *message* of the refusal: as of HTTP its 500 does, and a handler's own 402 not.
+
+        Before the accept no client sees the code of a close, so that any gives way; after it what frameworks say of an
+        error, 1011 or 4000 plus its status.
+        """
         if kind == "websocket.close":
-            return not self.ended
+            code = message.get("code", 1000)
+            return not self.accepted or code == INTERNAL_ERROR or 4500 <= code < 4600
         return kind == "websocket.http.response.start" and int(message["status"]) >= 500
 
     def passed(self, kind: str) -> None:
@@ -479,7 +485,8 @@ class Session(Opening):
                 await self._refuse(call)
             return is_refusal(failure)
         self._end(call, cause_of(failure, finishing=False))
-        return False
+        # Raised by us to stop a handler whose client has left meanwhile: news of nothing.
+        return isinstance(failure, CallCut)
 
     async def over(self, call: Call) -> None:
         """The connection is over, however."""

@@ -432,6 +432,28 @@ def test_keep_a_handlers_own_answer_to_a_refusal(own: str) -> None:
     play(story)
 
 
+@pytest.mark.parametrize(("code", "heard"), [(3000, 3000), (1000, 1000), (1011, 4402), (4500, 4402)])
+def test_keep_a_handlers_own_close_after_a_refusal(code: int, heard: int) -> None:
+    """After the accept a handler's own close stays; what frameworks say of an error gives way to our code."""
+
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        try:
+            await current_call().admit(billable(2))
+        except CallRefused:
+            await websocket.close(code)
+
+    async def story() -> None:
+        async with served(talk, granted=1) as scene:
+            async with scene.socket() as socket:
+                pass
+            assert socket.failure is None
+            assert socket.closed is not None
+            assert socket.closed[0] == heard
+
+    play(story)
+
+
 def test_say_nothing_to_a_client_that_left_before_it_was_refused() -> None:
     """A client that is gone before its handshake was read hears nothing, and nobody breaks."""
 
