@@ -24,7 +24,10 @@ from asgi_metering import (
     rate_limited,
     slices,
 )
+from asgi_metering.errors import ConfigurationError
 from asgi_metering.rules.operations import Grow
+from asgi_metering.stores.memory import MemoryStore
+from asgi_metering.testing import FakeClock
 from tests.asgi.sessions import CREDIT, Hours, Slow, echo, play, served
 from tests.harness.drive import assert_same_log
 from tests.harness.sockets import DENIAL, Socket
@@ -794,5 +797,50 @@ def test_charge_a_session_that_began_without_the_store(tmp_path: Path) -> None:
                     await asyncio.sleep(0.01)
             assert await scene.account() == (5, 0)
             assert await scene.charges() == [("usage", 5)]
+
+    play(story)
+
+
+def test_limit_messages_by_a_store_with_another_day() -> None:
+    """A calendar window is the store's: where its clock is far from ours it is asked once more around its own time."""
+
+    async def story() -> None:
+        books = MemoryStore(FakeClock(1_000_000_000.0))
+        async with served(echo(rate_limited("2/day", per="message", strategy="calendar")), store=books) as scene:
+            async with scene.socket() as socket:
+                socket.say("a", "b", "c")
+            assert socket.texts == ["a!", "b!"]
+            assert socket.closed is not None
+            assert socket.closed[0] == 4429
+
+    play(story)
+
+
+def test_refuse_computed_limits_of_tokens_for_messages() -> None:
+    """A limit that is computed is known when the session begins: one of tokens counts no messages, and says so."""
+
+    async def story() -> None:
+        route = rate_limited(lambda websocket: "9/minute of tokens", per="message")
+        async with served(echo(route)) as scene:
+            async with scene.socket() as socket:
+                pass
+            assert isinstance(socket.failure, ConfigurationError)
+            assert "of tokens" in str(socket.failure)
+            assert socket.log == []
+
+    play(story)
+
+
+def test_drop_messages_on_a_store_with_round_trips() -> None:
+    """What memory decides at once other stores decide in a moment, and the same way."""
+
+    async def story() -> None:
+        route = rate_limited("2/minute", per="message", on_excess="drop")
+        async with served(echo(route), store=Slow()) as scene, scene.socket() as socket:
+            socket.say("a", "b", "c", "d")
+            await socket.until(lambda: len(socket.read) == 5)
+            await socket.heard(2)
+            socket.leave()
+        assert socket.texts == ["a!", "b!"]
 
     play(story)

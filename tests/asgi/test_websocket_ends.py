@@ -30,7 +30,7 @@ from asgi_metering.errors import CallClosedError
 from asgi_metering.prices import per_token
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.operations import Renew
-from tests.asgi.sessions import Hours, Served, echo, play, served
+from tests.asgi.sessions import Hours, Served, Slow, echo, play, served
 from tests.harness.sockets import DENIAL, Socket
 from tests.pitfalls.scene import Books
 
@@ -468,6 +468,104 @@ def test_say_nothing_to_a_client_that_left_before_it_was_refused() -> None:
     play(story)
 
 
+def test_break_nothing_where_a_refusal_cannot_be_told() -> None:
+    """A client that vanishes while it is refused is no error of the application."""
+
+    async def story() -> None:
+        async with served(echo(billable(2)), granted=1) as scene:
+            socket = scene.socket()
+            socket.is_gone = True
+            async with socket:
+                pass
+            assert (socket.log, socket.failure) == ([], None)
+
+    play(story)
+
+
+def test_let_a_cancellation_through_a_refusal() -> None:
+    """Whoever wants the task to end is not kept by an answer."""
+    waits = asyncio.Event()
+
+    async def talk(websocket: WebSocket) -> None:
+        try:
+            await current_call().admit(billable(2))
+        except CallRefused:
+            waits.set()
+            await asyncio.Event().wait()
+
+    async def story() -> None:
+        async with served(talk, granted=1) as scene:
+            async with scene.socket() as socket:
+                await waits.wait()
+                socket.task.cancel()
+            assert isinstance(socket.failure, asyncio.CancelledError)
+            assert socket.log == []
+
+    play(story)
+
+
+def test_serve_less_to_whom_was_refused() -> None:
+    """A handler that catches the refusal may go on without the call: that is its own, and costs nothing."""
+
+    async def talk(websocket: WebSocket) -> None:
+        try:
+            await current_call().admit(billable(2))
+        except CallRefused:
+            await websocket.accept()
+            await websocket.send_text((await websocket.receive_text()).upper())
+            await websocket.close(3000)
+
+    async def story() -> None:
+        async with served(talk, granted=1) as scene:
+            async with scene.socket() as socket:
+                socket.say("a")
+            assert socket.texts == ["A"]
+            assert socket.closed == (3000, "")
+            assert await scene.books() == (0, 0)
+
+    play(story)
+
+
+def test_hear_of_a_disconnect_that_was_waited_for_before_the_gate() -> None:
+    """A read that began before there was a call ends the session as any other."""
+
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        reader = asyncio.create_task(websocket.receive())
+        await asyncio.sleep(0)
+        await current_call().admit(billable(1, per="second"))
+        await reader
+
+    async def story() -> None:
+        async with served(talk) as scene:
+            async with scene.socket() as socket:
+                await socket.until(lambda: scene.metering.runtime().in_flight)
+                socket.leave(1006)
+            assert await scene.charges() == [("observed", 1)]
+
+    play(story)
+
+
+def test_leave_the_servers_own_failure_to_the_handler() -> None:
+    """What the server's `receive` raises while it is read ahead reaches the handler that asks."""
+
+    @billable(1, per="second")
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.receive()
+
+    async def story() -> None:
+        async with served(talk) as scene:
+            socket = scene.socket()
+            socket.breaks = RuntimeError("the server broke")
+            async with socket:
+                pass
+            assert socket.failure is socket.breaks
+            assert await scene.charges() == [("observed", 1)]
+
+    play(story)
+
+
 # -- long sessions -----------------------------------------------------------------------------------------
 
 
@@ -577,7 +675,8 @@ def test_book_the_end_inline_where_no_lifespan_comes() -> None:
     async def story() -> None:
         from asgi_metering import Caller, Metering
 
-        metering = Metering(identify=lambda connection: Caller("ann"), sinks=())
+        # An end takes a turn of the loop there, as on every store but memory.
+        metering = Metering(Slow(), identify=lambda connection: Caller("ann"), sinks=())
         app = MeteringMiddleware(Starlette(routes=[WebSocketRoute("/ws", echo(billable(2)))]), metering)
         await metering.grant("ann", 5, id="g")
         async with Socket(app) as socket:
@@ -603,6 +702,11 @@ def test_let_nobody_in_to_an_application_that_must_not_serve(caplog: pytest.LogC
                 pass
             assert socket.kinds == (["http.response.start", "http.response.body"] if extensions else ["close"])
             assert (socket.log[0].get("status"), socket.log[0].get("code")) in ((500, None), (None, 1011))
+        gone = Socket(app)
+        gone.leave(1006)
+        async with gone:
+            pass
+        assert gone.log == []
 
     with caplog.at_level(logging.ERROR):
         play(story)
