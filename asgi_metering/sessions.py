@@ -8,6 +8,7 @@ anything: who serves the session does, and is told.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
@@ -157,7 +158,9 @@ class SessionGrowth(Growth):
 
     def _wait(self, least_s: float = 0.0) -> None:
         paid_until = self.tally.ends_at(self._call.held // self.tally.price)
-        self._timer = self._loop.call_at(max(paid_until, self._loop.time() + least_s), self._time_is_up)
+        when = max(paid_until, self._loop.time() + least_s)
+        # In an empty context: the loop keeps a cancelled timer until its time, and would keep the session with it.
+        self._timer = self._loop.call_at(when, self._time_is_up, context=contextvars.Context())
 
     def _time_is_up(self) -> None:
         """Another second begins that is not held for, unless the hold has grown meanwhile."""

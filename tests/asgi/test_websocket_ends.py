@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +29,7 @@ from asgi_metering import (
 )
 from asgi_metering.asgi import cutting, websocket
 from asgi_metering.errors import CallClosedError
+from asgi_metering.opening import SCOPE_KEY
 from asgi_metering.prices import per_token
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.operations import Renew
@@ -334,6 +337,63 @@ def test_cut_a_session_whose_tokens_run_out(waits: str, monkeypatch: pytest.Monk
     assert ends == [4402 if waits == "receive" else asyncio.CancelledError]
 
 
+def test_cut_a_session_before_its_accept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler that uses up what is held before it accepts is answered by a whole response."""
+    monkeypatch.setattr(cutting, "SILENT_S", 0.01)
+
+    @billable(per_token(output=1), hold=slices(5))
+    async def talk(websocket: WebSocket) -> None:
+        call = current_call()
+        call.reports.append(_reported(20))
+        assert call.growth is not None
+        call.growth.nudge()
+        await asyncio.Event().wait()
+
+    async def story() -> None:
+        async with served(talk, granted=10) as scene:
+            async with scene.socket(extensions=DENIAL) as socket:
+                pass
+            assert socket.failure is None
+            assert [message.get("status") for message in socket.log] == [402, None]
+            assert await scene.charges() == [("observed", 20)]
+
+    play(story)
+
+
+@pytest.mark.parametrize("hears", ["receive", "send"])
+def test_let_a_handler_clean_up_that_has_heard(hears: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was told of the disconnect is not cancelled, however long it takes to leave: no more than by a client."""
+    monkeypatch.setattr(cutting, "SILENT_S", 0.01)
+    ends: list[str] = []
+
+    @billable(1, per="second", hold=slices(1))
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        try:
+            if hears == "receive":
+                await websocket.receive_text()
+            else:
+                while True:
+                    await websocket.send_text("more")
+                    await asyncio.sleep(0)
+        except WebSocketDisconnect:
+            await asyncio.sleep(0.03)
+            ends.append("clean")
+
+    async def story() -> None:
+        hours = Hours()
+        async with served(talk, granted=1) as scene:
+            async with scene.socket() as socket:
+                await socket.opened()
+                await hours.pass_by(1)
+            assert socket.closed is not None
+            assert socket.closed[0] == 4402
+            assert await scene.books() == (1, 0)
+
+    play(story)
+    assert ends == ["clean"]
+
+
 def _reported(tokens: int) -> Any:
     from asgi_metering.call_state import Reported
 
@@ -596,6 +656,30 @@ def test_keep_a_session_alive_for_hours() -> None:
                 await socket.heard(2)
                 socket.leave()
             assert await scene.books() == (2, 0)
+
+    play(story)
+
+
+def test_leave_nothing_of_a_session_behind() -> None:
+    """A session that is over is forgotten, and no timer of the loop keeps it until some slice would have been used."""
+    seen: list[weakref.ref[Any]] = []
+
+    @billable(1, per="second")
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        seen.append(weakref.ref(websocket.scope[SCOPE_KEY]))
+        await websocket.receive()
+
+    async def story() -> None:
+        async with served(talk) as scene:
+            async with scene.socket() as socket:
+                await socket.opened()
+                socket.leave()
+            await scene.books()
+            del socket
+            await asyncio.sleep(0)
+            gc.collect()
+            assert seen[0]() is None
 
     play(story)
 
