@@ -127,7 +127,8 @@ def rates_of(parts: Sequence[Part], name: str) -> tuple[RatePolicy, ...]:
     """
     if not parts:
         return ()
-    policy = gather(parts, name, OFFERED)
+    # The last of several decorators is the first that is applied.
+    policy = gather(tuple(reversed(parts)), name, OFFERED)
     if policy.weighs:
         raise ConfigurationError(
             "Limits of a middleware count requests: what a call will use is not known before its body is read. Write "
@@ -269,16 +270,27 @@ class _Checked:
         self._row, self._depth = row, depth
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answered = False
+        asked = answered = False
+
+        async def ask() -> None:
+            nonlocal asked, answered
+            asked = True
+            answered = not self._is_right(scope) and await self._refuses(send)
 
         async def send_(message: Message) -> None:
-            nonlocal answered
-            if message["type"] == "http.response.start" and not self._is_right(scope):
-                answered = await self._refuses(send)
+            if not asked and message["type"] == "http.response.start":
+                await ask()
             if not answered:
                 await send(message)
 
-        await self._app(scope, receive, send_)
+        try:
+            await self._app(scope, receive, send_)
+        except Exception:
+            # Answered further out, for all that is known here; whoever is refused hears that instead.
+            if not asked:
+                await ask()
+            if not answered:
+                raise
 
     def _is_right(self, scope: Scope) -> bool:
         call = self._exchange.call

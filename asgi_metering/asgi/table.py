@@ -19,6 +19,9 @@ __all__ = ["RouteTable", "runs"]
 MAX_PATHS = 4_096
 """Paths whose route is remembered: those that clients make up come and go."""
 
+MAX_PATH = 256
+"""Characters of such a path: with longer ones a client could fill our memory."""
+
 
 class _Entry(NamedTuple):
     row: Row
@@ -45,6 +48,8 @@ class RouteTable:
         place = (scope["method"], _path_below(scope["path"], self._root_path or scope.get("root_path", "")))
         if place in self._known:
             return self._known[place]
+        if len(place[1]) > MAX_PATH:
+            return self._find(*place)
         if len(self._known) >= MAX_PATHS:
             self._known = {}
         found = self._known[place] = self._find(*place)
