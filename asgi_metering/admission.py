@@ -85,7 +85,7 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
         if call.caller is not None and call.caller.exempt:
             call.exempt = True
             rates = tuple([rate for rate in map(_of_everybody, rates) if rate is not None])
-        if any(rate.is_selective for rate in rates):
+        if policy.is_selective:
             rates = tuple([rate for rate in rates if await _counts(call, rate, arguments)])
         if charge is not None:
             await _charge(call, charge, arguments)
@@ -530,14 +530,15 @@ async def _limits(
     cost = rate.cost
     if isinstance(cost, From):
         cost = await cost.compute(call, arguments)
-    for limit in (*limits_of(call, rate), *await _computed_limits(call, rate, arguments)):
+    for limit in rate.limits if not rate.chosen else await _chosen(call, rate, arguments):
         taken = cost if limit.meter == REQUESTS else await _weight(call, limit, arguments)
         limits.append(limit_ask(rate, limit, rooted(key, root), taken, now))
     leases += lease_asks(rate, key, root)
 
 
-async def _computed_limits(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> list[RateLimit]:
-    limits: list[RateLimit] = []
+async def _chosen(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> list[RateLimit]:
+    """The limits of *rate* for *call*, those that are computed last."""
+    limits = list(limits_of(call, rate))
     for each in rate.chosen:
         if isinstance(each, ComputedLimit):
             answered = await each.function.compute(call, arguments)

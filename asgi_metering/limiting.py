@@ -25,7 +25,7 @@ from asgi_metering.policies import (
 )
 from asgi_metering.rates import RateLimit, parse_limit
 
-__all__ = ["Key", "Levels", "Limit", "check_level", "read_key", "read_levels", "read_methods"]
+__all__ = ["FREE_METHODS", "Key", "Levels", "Limit", "check_level", "read_key", "read_levels", "read_methods"]
 
 Limit: TypeAlias = "str | Mapping[str, str] | Callable[..., Any]"
 """What a user may write as a limit: a text, a text for each plan, or a function that answers one."""
@@ -40,6 +40,7 @@ MAX_LEVEL = 32
 """Characters of a level's name: it stands in the names of its limits, which have 64."""
 
 FREE_METHODS = ("HEAD", "OPTIONS")
+"""What no limit counts (X.4)."""
 
 Chosen: TypeAlias = "LimitByPlan | ConfiguredLimits | ComputedLimit"
 

@@ -563,17 +563,20 @@ class EndpointPolicy:
         charge: None if it is not billable.
         rates: In the order of the decorators, outermost first.
         weighs: Whether a limit takes what the call uses, such as tokens.
+        is_selective: Whether there are calls that some of its limits do not count.
     """
 
     name: str
     charge: ChargePolicy | None = None
     rates: tuple[RatePolicy, ...] = ()
     weighs: bool = field(init=False, repr=False, compare=False)
+    is_selective: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         fixed = [limit.meter for rates in self.rates for limit in rates.limits]
         by_plan = [each.meter for rates in self.rates for each in rates.chosen if isinstance(each, LimitByPlan)]
         object.__setattr__(self, "weighs", any(meter != "requests" for meter in (*fixed, *by_plan)))
+        object.__setattr__(self, "is_selective", any(rates.is_selective for rates in self.rates))
 
     @property
     def errors(self) -> ErrorShape:

@@ -88,7 +88,8 @@ def _path_below(path: str, root: str) -> str:
 
 def runs(row: Row, scope: Scope) -> bool:
     """Whether the framework that handled the request of *scope* says that it took *row*."""
-    endpoint: Any = scope.get("endpoint")
+    # Starlette and FastAPI name the endpoint, Litestar its handler.
+    endpoint: Any = scope.get("endpoint") or getattr(scope.get("route_handler"), "fn", None)
     if isinstance(endpoint, type) and endpoint is not row.endpoint:
         handler = next((name for name, method in HTTP_HANDLERS.items() if method == scope["method"]), "")
         endpoint = getattr(endpoint, handler, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -436,6 +437,32 @@ def test_find_routes_below_a_root_path() -> None:
         assert await hall.statuses(*["/api/free"] * 3) == [200] * 3
 
     play(below, app, default_limits=[PER_ADDRESS])
+
+
+class Handled:
+    """An app with routes as Litestar keeps them: several handlers of one path, which it names in the scope."""
+
+    def __init__(self) -> None:
+        read = SimpleNamespace(fn=answer_of("read"), http_methods={"GET"})
+        write = SimpleNamespace(fn=rate_limited("3/minute", key="address")(answer_of("write")), http_methods={"POST"})
+        self.routes = [SimpleNamespace(path="/things/{thing:int}", route_handlers=[read, write])]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        (route,) = self.routes
+        scope["route_handler"] = next(each for each in route.route_handlers if scope["method"] in each.http_methods)
+        response = await scope["route_handler"].fn(Request(scope))
+        await response(scope, receive, send)
+
+
+def test_count_the_handlers_of_one_path() -> None:
+    """S2.30: routes as Litestar keeps them are read too: those without limits of their own are counted by default."""
+
+    async def scene(hall: Hall) -> None:
+        asked = [("/things/1", "GET"), ("/things/2", "GET"), ("/things/3", "GET"), *[("/things/1", "POST")] * 4]
+        answered = [status((await hall.ask(path, method)).log) for path, method in asked]
+        assert answered == [200, 200, 429, 200, 200, 200, 429]
+
+    play(scene, Handled(), default_limits=[PER_ADDRESS])
 
 
 def overridden(app: Any) -> Any:
