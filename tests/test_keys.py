@@ -159,9 +159,9 @@ def test_replace_a_key_while_it_runs() -> None:
 
 def test_count_a_named_key_apart_from_others() -> None:
     """S2.32: what two named keys answer alike, an organisation's number and a user's, is counted apart."""
-    keys = {"org": lambda: 7, "user": lambda: 7}
-    limits = rate_limited(levels={"named:org": "2/minute", "named:user": "2/minute"}, scope="s")
-    play(answers([200, 200, 429], ANN, ANN, ANN), limits, metering={"keys": keys})
+    keys = {"org": lambda: 7, "user": lambda call: call.caller.id}
+    limits = rate_limited(levels={"named:org": "3/minute", "named:user": "1/minute"}, scope="s")
+    play(answers([200, 200, 429], ANN, {"key": "7"}, {"key": "7"}), limits, metering={"keys": keys})
 
 
 def test_refuse_a_call_whose_named_key_answers_nothing() -> None:
@@ -255,9 +255,9 @@ def test_stack_decorators_of_several_keys() -> None:
 
 def test_tell_two_functions_apart_by_their_levels() -> None:
     """S0.42: a team and a user of one number are two, where their limits are the same."""
-    team = rate_limited("2/minute", key=lambda: 7, level="team", scope="s")
-    user = rate_limited("2/minute", key=lambda request: 7, level="user", scope="s")
-    play(answers([200, 200, 429], ANN, ANN, ANN), team, user)
+    team = rate_limited("3/minute", key=lambda: 7, level="team", scope="s")
+    user = rate_limited("1/minute", key=lambda call: call.caller.id, level="user", scope="s")
+    play(answers([200, 200, 429], ANN, {"key": "7"}, {"key": "7"}), team, user)
 
 
 def test_limit_calls_at_once_by_several_keys() -> None:

@@ -1,8 +1,8 @@
 """
 The startup audit: which route is metered how, and what is decorated in vain.
 
-Walks the route tables of Starlette, FastAPI and Litestar, included routers and mounts too; other apps have none to walk.
-Only looks, and never at request time.
+Walks the route tables of Starlette, FastAPI and Litestar, included routers and mounts too; other apps have none to
+walk. Only looks, and never at request time.
 """
 
 from __future__ import annotations

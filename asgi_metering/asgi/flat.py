@@ -61,7 +61,8 @@ class FlatLimits:
                 "key='global', or write them as default_limits=."
             )
         self._table: RouteTable | None = None
-        self._policies: dict[tuple[str, int], EndpointPolicy] = {}
+        # By row, which the table keeps: two routes of one name may differ in what limits them.
+        self._policies: dict[tuple[int, int], EndpointPolicy] = {}
 
     def default(self, row: Row | None) -> tuple[RatePolicy, ...]:
         """The default limits that count at *row*, or where no route is known."""
@@ -79,18 +80,18 @@ class FlatLimits:
             depth: How many layers outside of this one have counted it.
         """
         row = self._row(app, scope) if self.default_limits else None
-        name = UNMATCHED if row is None else bucket_of(row)
-        policy = self._policies.get((name, depth))
+        place = (0 if row is None else id(row), depth)
+        policy = self._policies.get(place)
         if policy is None:
             rates = (*_deeper(self.application, depth), *_deeper(self.default(row), depth))
-            # As many as there are routes.
-            policy = self._policies[name, depth] = EndpointPolicy(f"limits of {name}", rates=rates)
+            name = UNMATCHED if row is None else bucket_of(row)
+            policy = self._policies[place] = EndpointPolicy(f"limits of {name}", rates=rates)
         trusted = row if self.default_limits and row is not None and not defaults_apply(row) else None
         return policy if policy.rates else None, trusted
 
     def unmatched(self, depth: int) -> EndpointPolicy:
         """What a request is counted by that took another route than the one which was trusted."""
-        place = (f"mistaken {UNMATCHED}", depth)
+        place = (-1, depth)
         policy = self._policies.get(place)
         if policy is None:
             rates = _deeper(self.default(None), depth)

@@ -69,6 +69,9 @@ def _entries(row: Row) -> list[_Entry]:
     # Only applications with routes of Starlette's have rows.
     from starlette.routing import compile_path
 
+    if not (row.path or row.methods or row.policy):
+        # A host, or a mount that takes whatever no route does: no more than that is known of what it takes.
+        return []
     path = row.path if row.path.startswith("/") else f"/{row.path}"
     try:
         exact, _, _ = compile_path(path)

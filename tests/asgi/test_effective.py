@@ -124,15 +124,13 @@ MISNAMED: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
         app_of(rate_limited("1/day")),
         {"limits": {"search-unused": "1/minute"}},
         {},
-        "The limits 'search-unused' are configured, and no endpoint uses them. Write "
-        "rate_limited(configured='search-unused') on it",
+        "The limits 'search-unused' are configured, and no endpoint uses them. Write rate_limited(configured='search",
     ),
     "unknown": (
         app_of(rate_limited(configured="serach")),
         {},
         {},
-        "cannot be limited. The limits configured='serach' are not known to this Metering. Pass "
-        "Metering(limits={'serach': '60/minute'}).",
+        "configured='serach' are not known to this Metering. Pass Metering(limits={'serach': '60/minute'}).",
     ),
     "unknown-key": (
         app_of(rate_limited("1/day", key="named:tenant")),
@@ -171,7 +169,7 @@ MISNAMED: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
 def test_refuse_to_start_with_names_that_nobody_knows(case: str) -> None:
     """S2.30: a configured limit that no route uses is an error at startup, and so is a name that nothing is said of."""
     app, metering, middleware, expected = MISNAMED[case]
-    with pytest.raises(RuntimeError, match="startup.failed") as caught:
+    with pytest.raises(RuntimeError, match=r"startup\.failed") as caught:
         started(app, Metering(sinks=(), **metering), **middleware)
     assert expected in str(caught.value)
 

@@ -558,6 +558,19 @@ def test_count_in_each_of_two_layers() -> None:
     asyncio.run(run())
 
 
+def test_count_once_in_each_of_two_layers() -> None:
+    """Pitfall 37: two layers that say the same do not count a request twice in one bucket."""
+
+    async def run() -> None:
+        metering = Metering(MemoryStore(FakeClock()), sinks=())
+        inner = RateLimitMiddleware(Starlette(routes=[Route("/", search)]), metering, application_limits=[PER_ADDRESS])
+        outer = Starlette(routes=[Mount("/sub", inner)])
+        app = MeteringMiddleware(outer, metering, application_limits=[PER_ADDRESS])
+        assert [status((await drive(app, http_scope(path))).log) for path in ["/sub/"] * 3] == [200, 200, 429]
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("layer", [CreditGateMiddleware, UsageEventsMiddleware])
 def test_refuse_limits_of_a_layer_that_enforces_none(layer: Any) -> None:
     """DESIGN 2: limits that would mean nothing fail at import, with the layer that they belong to."""

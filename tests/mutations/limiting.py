@@ -169,7 +169,7 @@ FLATS = (
         FLAT,
         "    if not depth:\n",
         "    if True:\n",
-        _flat("test_count_in_each_of_two_layers"),
+        _flat("test_count_once_in_each_of_two_layers"),
     ),
     Mutation(
         0,
