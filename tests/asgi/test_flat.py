@@ -13,7 +13,8 @@ from starlette.applications import Starlette
 from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
-from starlette.routing import Host, Mount, Route, Router
+from starlette.routing import Host, Mount, Route, Router, WebSocketRoute
+from starlette.websockets import WebSocket
 
 from asgi_metering import (
     CreditGateMiddleware,
@@ -125,19 +126,52 @@ def test_leave_free_methods_free(method: str) -> None:
     play(scene, routes={"/": search}, application_limits=limits, default_limits=limits)
 
 
-def test_pass_a_websocket_on() -> None:
-    """DESIGN 7: flat limits count HTTP requests; other scopes pass untouched."""
-    seen = []
+async def echo(websocket: WebSocket) -> None:
+    """A WebSocket without a decorator."""
+    await websocket.accept()
+    await websocket.close()
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.append(scope["type"])
 
-    async def scene(hall: Hall) -> None:
+@pytest.mark.parametrize("extension", [True, False], ids=["denial", "close"])
+@pytest.mark.parametrize("inner", [False, True], ids=["outermost", "inner"])
+def test_count_the_handshakes_of_websockets(extension: bool, inner: bool) -> None:
+    """X.1: application limits count the request that a WebSocket begins with, and refuse it before it is accepted."""
+
+    async def run() -> None:
+        metering = Metering(MemoryStore(FakeClock()), sinks=())
+        app = Starlette(routes=[WebSocketRoute("/", echo), Route("/http", search)])
+        limited: Any = RateLimitMiddleware(app, metering, application_limits=[PER_ADDRESS], default_limits=["1/minute"])
+        served = CreditGateMiddleware(limited, metering) if inner else limited
+        answered = []
         for _ in range(3):
-            await drive(hall.app, websocket_scope("/"), messages=[])
-        assert seen == ["websocket"] * 3
+            scope = websocket_scope("/", extensions={"websocket.http.response": {}} if extension else None)
+            answered.append((await drive(served, scope, messages=[{"type": "websocket.connect"}])).log)
+        assert [log[0]["type"] for log in answered[:2]] == ["websocket.accept"] * 2
+        if extension:
+            assert (answered[2][0]["type"], answered[2][0]["status"]) == ("websocket.http.response.start", 429)
+        else:
+            assert answered[2] == [{"type": "websocket.close", "code": 4429, "reason": "rate_limit: Quota exceeded"}]
+        assert status((await drive(served, http_scope("/http"))).log) == 429
 
-    play(scene, app, application_limits=[PER_ADDRESS])
+    asyncio.run(run())
+
+
+def test_leave_websockets_to_their_own_limits() -> None:
+    """S2.30: routes of WebSockets have no default limits, and who left before the refusal is told nothing."""
+
+    async def run() -> None:
+        app = Starlette(routes=[WebSocketRoute("/", echo)])
+        only = MeteringMiddleware(app, Metering(sinks=()), default_limits=["1/minute"])
+        for _ in range(3):
+            driven = await drive(only, websocket_scope("/"), messages=[{"type": "websocket.connect"}])
+            assert driven.log[0]["type"] == "websocket.accept"
+        closed = MeteringMiddleware(
+            app, Metering(sinks=()), application_limits=[rate_limited("0/minute", key="address")]
+        )
+        gone = await drive(closed, websocket_scope("/"), messages=[{"type": "websocket.disconnect", "code": 1006}])
+        assert gone.log == []
+
+    asyncio.run(run())
 
 
 def test_tell_one_set_of_fields() -> None:
