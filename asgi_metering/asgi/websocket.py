@@ -32,7 +32,7 @@ from asgi_metering.sessions import SessionGrowth
 if TYPE_CHECKING:
     from asgi_metering.metering import Metering
 
-__all__ = ["Session", "attend", "deny_mistaken"]
+__all__ = ["Session", "attend", "deny_mistaken", "deny_refused"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -533,6 +533,18 @@ async def deny(send: Send, status: int, headers: list[tuple[bytes, bytes]], body
     """Answer a WebSocket with an HTTP response, where the server has the extension for it."""
     await send({"type": "websocket.http.response.start", "status": status, "headers": headers})
     await send({"type": "websocket.http.response.body", "body": body})
+
+
+async def deny_refused(call: Call, options: AnswerOptions, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a handshake that was refused before the application ran, by the denial response or a close."""
+    if (await receive())["type"] == "websocket.disconnect":
+        return
+    if DENIAL in (scope.get("extensions") or ()):
+        rendered = refusal_response(call, options)
+        await deny(send, rendered.status, rendered.headers, rendered.body)
+    else:
+        code, reason = close_frame(refusal_answer(call, options))
+        await send({"type": "websocket.close", "code": code, "reason": reason})
 
 
 async def deny_mistaken(scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
