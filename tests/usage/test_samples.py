@@ -67,6 +67,7 @@ def test_look_at_sample_after_every_byte(name: str) -> None:
     assert reader.text() == vectors.TEXTS.get(name, "")
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("coding", ["gzip", "x-gzip", "deflate", "raw deflate", "identity", "gzip members"])
 @pytest.mark.parametrize("name", vectors.NAMES)
 def test_read_sample_compressed(name: str, coding: str) -> None:
@@ -90,6 +91,7 @@ def test_read_sample_compressed(name: str, coding: str) -> None:
         assert not reader.undecodable
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", vectors.NAMES)
 def test_read_sample_without_a_content_type(name: str) -> None:
     """The first bytes tell events from a JSON body where no content type does, also behind a byte order mark."""
@@ -122,6 +124,7 @@ def test_read_sample_without_its_last_line_end(name: str) -> None:
     assert reader.text() == vectors.TEXTS.get(name, "")
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", [name for name in CHUNKED if name.endswith(".sse")])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 def test_read_sample_with_other_line_ends(name: str, end: bytes) -> None:
