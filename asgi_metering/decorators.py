@@ -10,13 +10,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 from asgi_metering.admission import check_amounts
 from asgi_metering.amounts import Amount, Unit, exact_amount
+from asgi_metering.chosen import LimitReading
 from asgi_metering.computed import check_sync
 from asgi_metering.errors import ConfigurationError, InvalidKeyError
 from asgi_metering.guards import BARE_MEND, Part, guard_of, merged
+from asgi_metering.limiting import Key, Levels, Limit, check_level, read_key, read_levels, read_methods
 from asgi_metering.names import check_key, is_field_name
 from asgi_metering.outage import CHOICES
 from asgi_metering.policies import (
@@ -24,11 +26,11 @@ from asgi_metering.policies import (
     ChargeKey,
     ChargePer,
     ChargePolicy,
-    ConcurrencyLimit,
     CreditsDown,
     EndpointPolicy,
     ErrorShape,
     From,
+    HoldPolicy,
     HoldSize,
     Idempotency,
     OnAbort,
@@ -36,8 +38,10 @@ from asgi_metering.policies import (
     OnDisconnect,
     OnEarlyDisconnect,
     OnError,
+    OnExcess,
     OnLateError,
     OnMissingUsage,
+    Per,
     Price,
     RatePolicy,
     RatesDown,
@@ -47,7 +51,7 @@ from asgi_metering.policies import (
     read_price,
 )
 from asgi_metering.prices import MeasuredPrice
-from asgi_metering.rates import RateLimit, Strategy, parse_limit
+from asgi_metering.rates import Strategy
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.calendars import zone as find_zone
 from asgi_metering.rules.ending import END_OF_CALL, EndPolicy, Situation
@@ -55,9 +59,9 @@ from asgi_metering.sources import PERIODS, Allowance, PaymentSource, Wallet, che
 from asgi_metering.usage import TokenUsage
 from asgi_metering.usage.dialects import named
 
-__all__ = ["billable", "gather", "rate_limited"]
+__all__ = ["billable", "gather", "is_unlimited", "rate_limited", "unlimited"]
 
-KEYS = ("caller", "payer", "address")
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
 def billable(
@@ -87,6 +91,7 @@ def billable(
     charge_zone: str = "UTC",
     skip_if: Callable[..., Any] | None = None,
     on_store_down: CreditsDown | None = None,
+    per: Per = "call",
 ) -> Part:
     """
     Charge for an endpoint; without the money it answers 402 before its first line runs.
@@ -127,6 +132,10 @@ def billable(
             turn that was (S0.16). It is counted by limits, and audited with an amount of 0.
         on_store_down: The store gives no answer: ``deny`` with 503, ``queue`` (let in, and charged later out of the
             metering's journal) or ``allow`` (let in for nothing); what the `Metering` says by default (X.6).
+        per: ``"message"`` charges a WebSocket the price for each message that comes in, ``"second"`` for each second
+            that it is open; ``"call"``, the default, once. Held in slices ahead of what is used: of ten messages, or a
+            minute, unless ``hold=slices(...)`` says amounts. A session begins with one of them, and is closed with 4402
+            before the first that cannot be paid.
 
     Raises:
         AmountError: A price or hold that is a float, negative, NaN or too large, or too fine for *unit*. Without a
@@ -150,7 +159,10 @@ def billable(
     if guard_of(price) is not None:
         raise ConfigurationError(f"The price {price!r} is a metered endpoint. {BARE_MEND}")
     read = read_price(price)
-    if hold is not None and not isinstance(read, MeasuredPrice):
+    _check_per("billable", per, ("call", "message", "second"))
+    if per != "call":
+        _check_session(read, hold, charge_key, idempotency, per)
+    elif hold is not None and not isinstance(read, MeasuredPrice):
         what = "price that a function computes" if isinstance(read, From) else "fixed price"
         raise ConfigurationError(f"A {what} holds itself. Leave out hold=, or use a measured price.")
     _check_errors(errors)
@@ -169,7 +181,7 @@ def billable(
     if held.estimate is not None and not isinstance(held.estimate, From | TokenUsage):
         exact_amount(held.estimate, "hold estimate")
     paid_from = _sources(sources)
-    if held.slices is not None and isinstance(read, MeasuredPrice):
+    if held.slices is not None and (per != "call" or isinstance(read, MeasuredPrice)):
         _check_slices(held.estimate, held.slices, read, paid_from)
     charge = ChargePolicy(
         price=read,
@@ -189,13 +201,45 @@ def billable(
         key=_charge_key(charge_key, charge_per, charge_zone, measured=isinstance(read, MeasuredPrice)),
         skip_if=None if skip_if is None else From(skip_if, "skip_if"),
         on_store_down=on_store_down,
+        per=per,
     )
     if unit is not None:
         check_amounts(charge, unit)
     return Part(charge=charge)
 
 
-def _check_slices(first: Any, slices: Slices, price: MeasuredPrice, sources: Sequence[PaymentSource]) -> None:
+def _check_per(what: str, per: str, known: Sequence[str]) -> None:
+    if per not in known:
+        raise ConfigurationError(f"{what}(per={per!r}) is not known. Use one of {', '.join(map(repr, known))}.")
+
+
+def _check_session(price: Any, hold: Any, charge_key: Any, idempotency: Any, per: str) -> None:
+    """Refuse what no session can be charged by that has a price for each message or second."""
+    if isinstance(price, MeasuredPrice):
+        raise ConfigurationError(
+            f"The price {price!r} is measured by what a call uses, and not per={per!r}. Leave per= out, and report "
+            f"usage with call.record(), or write an amount."
+        )
+    if charge_key is not None or idempotency:
+        raise ConfigurationError(
+            f"charge_key= and idempotency= count calls of one price, and what a session costs per={per!r} is known at "
+            f"its end. Leave them out."
+        )
+    if hold is None:
+        return
+    sizes = (hold.estimate, hold.slices.step, hold.slices.low_water) if _is_sliced(hold) else (hold,)
+    if not _is_sliced(hold) or any(isinstance(size, From | TokenUsage) for size in sizes):
+        raise ConfigurationError(
+            f"hold={hold!r} is no hold of a session that is charged per={per!r}: it grows by amounts. Write "
+            f"hold=slices('0.5'), say, or leave it out."
+        )
+
+
+def _is_sliced(hold: Any) -> bool:
+    return isinstance(hold, HoldPolicy) and hold.slices is not None
+
+
+def _check_slices(first: Any, slices: Slices, price: Any, sources: Sequence[PaymentSource]) -> None:
     """Refuse slices that could never grow, or would have to at once, by this price."""
     if exact_amount(slices.debt, "debt") and not any(isinstance(source, Wallet) for source in sources):
         raise ConfigurationError(
@@ -220,8 +264,8 @@ def _check_slices(first: Any, slices: Slices, price: MeasuredPrice, sources: Seq
             )
 
 
-def _cost(size: Amount | TokenUsage, price: MeasuredPrice) -> Decimal:
-    """Whole units of a slice."""
+def _cost(size: Amount | TokenUsage, price: Any) -> Decimal:
+    """Whole units of a slice; tokens are of measured prices alone."""
     return price.cost(size) if isinstance(size, TokenUsage) else exact_amount(size, "slice")
 
 
@@ -312,71 +356,164 @@ def _check_seconds(**spans: float) -> None:
 
 
 def rate_limited(
-    *limits: str,
-    concurrency: int | None = None,
+    *limits: Limit,
+    concurrency: int | Mapping[str, int] | None = None,
     global_concurrency: int | None = None,
-    key: Literal["caller", "payer", "address"] | Callable[..., Any] = "caller",
+    key: Key = "caller",
+    levels: Levels | None = None,
+    level: str | None = None,
+    configured: str | None = None,
     cost: int | Callable[..., Any] = 1,
     strategy: Strategy = "fixed",
     zone: str = "UTC",
     scope: str | None = None,
+    methods: Sequence[str] | None = None,
+    per_method: bool = False,
+    exempt_when: Callable[..., Any] | None = None,
+    override_defaults: bool = True,
     errors: ErrorShape = "problem",
     on_store_down: RatesDown | None = None,
+    per: Per = "call",
+    on_excess: OnExcess | None = None,
 ) -> Part:
     """
     Limit how often and how many at once.
 
     Args:
-        limits: ``"60/minute"``, ``"5000/day"``, ``"200000/minute of tokens"``.
-        concurrency: Calls at once, per key.
+        limits: ``"60/minute"``, ``"5000/day"``, ``"200000/minute of tokens"``; a mapping of plans to such texts, of
+            which a plan that it does not have, or none, gets the smallest; or a callable of the endpoint's arguments
+            that answers one text or a list of them (S4.17). The last two are looked up for each call.
+        concurrency: Calls at once, per key; or a mapping of keys to such numbers.
         global_concurrency: Calls at once, of everybody together.
-        key: ``"caller"`` (the address where nobody is known), ``"payer"``, ``"address"``, or a callable of the
-            endpoint's arguments.
+        key: ``"caller"`` (the address where nobody is known), ``"payer"``, ``"address"``, ``"route"`` (everybody's
+            calls of this endpoint), ``"global"`` (everybody's in the scope), ``"attribute:team"`` (of the caller; who
+            has none is counted as a caller), ``"named:tenant"`` (whatever `Metering.keys` has as ``tenant`` when the
+            call comes, S2.32), or a callable of the endpoint's arguments.
+        levels: Limits by key, decided together with all others: ``{"payer": "1000/minute", "attribute:user":
+            ["100/minute", "2000/day"], "caller": "20/minute"}``. Each is named by its key, in refusals too (S0.42).
+        level: Names this key in refusals and limits.
+        configured: Name of limits in `Metering.limits`, which may change while the application runs; a name there that
+            no endpoint uses is an error at startup, and so is one here that is not there (S2.30).
         cost: What a call takes of each request limit; an int or a callable.
         strategy: ``"fixed"``, ``"calendar"`` or ``"sliding"``.
         zone: Where calendar days begin.
-        scope: Endpoints with the same scope share their counts; the endpoint's own by default.
+        scope: Endpoints with the same scope share their counts of a window and key, each by its own limit (S4.11); the
+            endpoint's own by default.
+        methods: Count these HTTP methods alone.
+        per_method: Count each HTTP method apart.
+        exempt_when: Answers True, from the endpoint's arguments, for a call that is not counted.
+        override_defaults: False: the ``default_limits`` of a middleware apply as well.
         errors: Shape of refusals where no `billable` says.
         on_store_down: The store gives no answer: ``deny`` with 503, ``local`` (each process counts by itself, by the
             same rules) or ``allow``; what the `Metering` says by default (X.6).
 
+        per: ``"message"`` counts the messages that come in over a WebSocket; ``"call"``, the default, requests, and
+            WebSockets as they are opened. *concurrency* is always of calls: of open WebSockets.
+        on_excess: What becomes of a message over the limit: the WebSocket is closed with 4429 (``close``, the default),
+            or goes on without that message (``drop``), and tells the client so in a text frame (``answer``).
+
     Raises:
         ConfigurationError: No limit at all, a text that is not in the grammar, or another argument that cannot work.
 
-    A computed key that is neither a non-empty str nor an int, or a computed cost that is not an int from 0 up, raises
-    `ConfigurationError` on that request, and what a callable raises rises as it is. Either way the endpoint does not
-    run, nothing is counted, and the log names endpoint, argument and callable.
+    A computed key that is neither a non-empty str nor an int, a computed cost that is not an int from 0 up, a computed
+    limit that is not in the grammar, or an exemption that is no bool raises `ConfigurationError` on that request, and
+    what a callable raises rises as it is. Either way the endpoint does not run, nothing is counted, and the log names
+    endpoint, argument and callable.
     """
-    if not limits and concurrency is None and global_concurrency is None:
+    if not (limits or levels or configured) and concurrency is None and global_concurrency is None:
         raise ConfigurationError("rate_limited() limits nothing. Give it '60/minute', say, or concurrency=4.")
     _check_errors(errors)
     _check_store_down("rates", on_store_down)
     # Unknown zones are refused here; windows are made when a call comes.
     find_zone(check_zone(zone))
-    if not callable(key) and key not in KEYS:
-        raise ConfigurationError(f"key={key!r} is not known. Use one of {', '.join(KEYS)}, or a function.")
     if not callable(cost) and (type(cost) is not int or cost < 0):
         raise ConfigurationError(f"cost={cost!r} is not an int from 0 up.")
     if scope is not None:
         _check_scope(scope)
-    read = tuple(parse_limit(limit, strategy, zone) for limit in limits)
-    _check_cost(read, cost)
-    slots = []
-    if concurrency is not None:
-        slots.append(ConcurrencyLimit(concurrency))
-    if global_concurrency is not None:
-        slots.append(ConcurrencyLimit(global_concurrency, "global"))
-    return Part(
-        rates=RatePolicy(
-            limits=read,
-            scope=scope or "",
-            concurrency=tuple(slots),
-            key=From(key, "key") if callable(key) else key,
-            cost=From(cost, "cost") if callable(cost) else cost,
-            errors=errors,
-            on_store_down=on_store_down,
-        )
+    for name, flag in {"per_method": per_method, "override_defaults": override_defaults}.items():
+        if type(flag) is not bool:
+            raise ConfigurationError(f"{name}={flag!r} is no bool. Use True or False.")
+    if exempt_when is not None and not callable(exempt_when):
+        raise ConfigurationError(f"exempt_when={exempt_when!r} cannot be called. Pass a function.")
+    if level == "global" and key != "global":
+        raise ConfigurationError("level='global' is that of key='global', everybody together. Choose another name.")
+    _check_per("rate_limited", per, ("call", "message"))
+    base = RatePolicy(
+        limits=(),
+        scope=scope or "",
+        key=read_key(key),
+        cost=From(cost, "cost") if callable(cost) else cost,
+        errors=errors,
+        on_store_down=on_store_down,
+        level="" if level is None else check_level(level),
+        shares=scope is not None,
+        methods=read_methods(methods),
+        per_method=per_method,
+        exempt_when=None if exempt_when is None else From(exempt_when, "exempt_when"),
+        overrides=override_defaults,
+        per=per,
+        on_excess=on_excess or "close",
     )
+    first, *more = read_levels(
+        base,
+        limits,
+        levels=levels,
+        configured=configured,
+        concurrency=concurrency,
+        global_concurrency=global_concurrency,
+        reading=LimitReading(strategy, zone),
+    )
+    _check_messages((first, *more), per, on_excess)
+    return Part(rates=first, more=tuple(more))
+
+
+UNLIMITED = "__asgi_metering_unlimited__"
+
+
+def unlimited(endpoint: Endpoint) -> Endpoint:
+    """
+    Mark *endpoint* as one that the ``default_limits`` of a middleware do not count; its own decorators still do.
+
+    The ``application_limits`` of a middleware, which are counted before a route is known, leave requests out by
+    ``exempt_when=``.
+
+    Raises:
+        ConfigurationError: *endpoint* is no function.
+    """
+    if isinstance(endpoint, Part) or not callable(endpoint):
+        raise ConfigurationError(f"{endpoint!r} is no endpoint. Write @unlimited above its function.")
+    try:
+        setattr(getattr(endpoint, "__func__", endpoint), UNLIMITED, True)
+    except AttributeError:
+        raise ConfigurationError(f"{endpoint!r} takes no mark. Write @unlimited above its function.") from None
+    return endpoint
+
+
+def is_unlimited(endpoint: object) -> bool:
+    """Whether *endpoint* is marked as `unlimited`."""
+    return getattr(endpoint, UNLIMITED, None) is True
+
+
+EXCESS: tuple[OnExcess, ...] = ("close", "drop", "answer")
+
+
+def _check_messages(policies: Sequence[RatePolicy], per: str, on_excess: str | None) -> None:
+    if on_excess is not None and on_excess not in EXCESS:
+        raise ConfigurationError(f"on_excess={on_excess!r} is not known. Use one of {', '.join(map(repr, EXCESS))}.")
+    if per == "call":
+        if on_excess is not None:
+            raise ConfigurationError('on_excess= says what becomes of messages. Write per="message" as well.')
+        return
+    if any(policy.concurrency for policy in policies):
+        raise ConfigurationError(
+            'A message takes no slot, so that concurrency= means nothing per="message". Write it into a '
+            "rate_limited() of its own, which counts open WebSockets."
+        )
+    if EndpointPolicy("", rates=tuple(policies)).weighs:
+        raise ConfigurationError(
+            'A limit "of tokens" counts what calls use, and messages are counted per="message". Write it into a '
+            "rate_limited() of its own."
+        )
 
 
 def _check_scope(scope: str) -> None:
@@ -384,16 +521,6 @@ def _check_scope(scope: str) -> None:
         check_key(scope, "scope of the limits")
     except InvalidKeyError as failure:
         raise ConfigurationError(str(failure)) from None
-
-
-def _check_cost(limits: Sequence[RateLimit], cost: Any) -> None:
-    for limit in limits:
-        # A limit of 0 is meant: it closes the endpoint.
-        if limit.meter == "requests" and type(cost) is int and 0 < limit.amount < cost:
-            raise ConfigurationError(
-                f"cost={cost} is above the limit {limit.text!r}, so that every call would be refused. Raise the limit, "
-                f"or lower the cost."
-            )
 
 
 def _early(on_disconnect: OnDisconnect | None) -> str | None:
