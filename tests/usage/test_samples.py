@@ -67,7 +67,6 @@ def test_look_at_sample_after_every_byte(name: str) -> None:
     assert reader.text() == vectors.TEXTS.get(name, "")
 
 
-@pytest.mark.no_cover
 @pytest.mark.parametrize("coding", ["gzip", "x-gzip", "deflate", "raw deflate", "identity", "gzip members"])
 @pytest.mark.parametrize("name", vectors.NAMES)
 def test_read_sample_compressed(name: str, coding: str) -> None:
@@ -91,7 +90,6 @@ def test_read_sample_compressed(name: str, coding: str) -> None:
         assert not reader.undecodable
 
 
-@pytest.mark.no_cover
 @pytest.mark.parametrize("name", vectors.NAMES)
 def test_read_sample_without_a_content_type(name: str) -> None:
     """The first bytes tell events from a JSON body where no content type does, also behind a byte order mark."""
