@@ -20,6 +20,7 @@ from starlette.websockets import WebSocket
 from asgi_metering import Caller, Metering, MeteringMiddleware, billable, rate_limited
 from asgi_metering.asgi.audit import audit
 from asgi_metering.errors import ConfigurationError
+from asgi_metering.guards import guard_of
 from asgi_metering.integrations.slowapi import adopt
 from asgi_metering.metering import ALL_FEATURES
 from asgi_metering.stores.memory import MemoryStore
@@ -161,6 +162,9 @@ def test_default_limits_join_the_admission_of_our_decorators(inside: str) -> Non
     assert answers[1].json() == {"error": "Rate limit exceeded: 1 per 1 minute"}
     assert [answer.headers["x-ratelimit-limit"] for answer in answers] == ["1", "1"]
     assert (left, [len(ask.limits) for ask in scene.store.admissions]) == (2, [1, 1])
+    guard = guard_of(paid)
+    assert guard is not None
+    assert len(guard.policy.rates) == 1
 
 
 def test_billable_without_our_middleware_lets_nobody_in() -> None:

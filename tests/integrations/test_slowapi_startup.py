@@ -87,10 +87,11 @@ def test_endpoints_that_were_decorated_before_are_counted_by_us(installed: str) 
 
 
 def test_exempt_and_default_endpoints_are_as_they_were() -> None:
-    """What was exempt before stays so, and the middleware counts the defaults with us."""
+    """What was exempt before stays so, and the middleware counts the defaults with us, where no decorator stands."""
     before = Before("asgi", default_limits=["1/minute"])
     adopt(before.limiter, app=before.app)
     assert codes(ask(before.app, *[("GET", "/free")] * 2, *[("GET", "/default")] * 2)) == [200, 200, 200, 429]
+    assert [codes(ask(before.app, *[("GET", path)] * 3)) for path in ("/async", "/class")] == [[200, 200, 429]] * 2
 
 
 def test_adoption_behind_the_decorators_needs_the_application() -> None:
