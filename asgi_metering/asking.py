@@ -85,7 +85,9 @@ def limit_ask(scope: str, limit: RateLimit, key: str, cost: int, now: float) -> 
         window_s = edges[2] - edges[1]
     name, kind = limit.name, _KINDS[limit.strategy]
     counted = f"{scope}|{name}|{key}"
-    return build(LimitAsk, (name, counted, kind, limit.amount, window_s, cost, limit.meter, edges))
+    if limit.burst:
+        return LimitAsk(name, counted, kind, limit.burst, window_s, cost, limit.meter, refill=limit.amount)
+    return build(LimitAsk, (name, counted, kind, limit.amount, window_s, cost, limit.meter, edges, 0))
 
 
 _KINDS = {str(kind): kind for kind in WindowKind}

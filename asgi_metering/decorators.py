@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from asgi_metering.admission import check_amounts
 from asgi_metering.amounts import Amount, Unit, exact_amount
@@ -47,13 +47,16 @@ from asgi_metering.policies import (
     read_price,
 )
 from asgi_metering.prices import MeasuredPrice
-from asgi_metering.rates import RateLimit, Strategy, parse_limit
+from asgi_metering.rates import RateLimit, Strategy, parse_limits
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.calendars import zone as find_zone
 from asgi_metering.rules.ending import END_OF_CALL, EndPolicy, Situation
 from asgi_metering.sources import PERIODS, Allowance, PaymentSource, Wallet, check_allowances, check_payers, check_zone
 from asgi_metering.usage import TokenUsage
 from asgi_metering.usage.dialects import named
+
+if TYPE_CHECKING:
+    from limits import RateLimitItem
 
 __all__ = ["billable", "gather", "rate_limited"]
 
@@ -312,7 +315,7 @@ def _check_seconds(**spans: float) -> None:
 
 
 def rate_limited(
-    *limits: str,
+    *limits: str | RateLimitItem,
     concurrency: int | None = None,
     global_concurrency: int | None = None,
     key: Literal["caller", "payer", "address"] | Callable[..., Any] = "caller",
@@ -327,14 +330,16 @@ def rate_limited(
     Limit how often and how many at once.
 
     Args:
-        limits: ``"60/minute"``, ``"5000/day"``, ``"200000/minute of tokens"``.
+        limits: ``"60/minute"``, ``"100/hour; 1000/day"``, ``"200000/minute of tokens"``, ``"10/second burst 50"``; or
+            items of the `limits` package. See `parse_limit`.
         concurrency: Calls at once, per key.
         global_concurrency: Calls at once, of everybody together.
         key: ``"caller"`` (the address where nobody is known), ``"payer"``, ``"address"``, or a callable of the
             endpoint's arguments.
         cost: What a call takes of each request limit; an int or a callable.
-        strategy: ``"fixed"``, ``"calendar"`` or ``"sliding"``.
-        zone: Where calendar days begin.
+        strategy: ``"fixed"``, ``"calendar"``, ``"sliding"`` or ``"moving"`` (at a cost of 1 only). A limit with a burst is
+            a token bucket beside any of them.
+        zone: Where calendar windows begin.
         scope: Endpoints with the same scope share their counts; the endpoint's own by default.
         errors: Shape of refusals where no `billable` says.
         on_store_down: The store gives no answer: ``deny`` with 503, ``local`` (each process counts by itself, by the
@@ -359,7 +364,7 @@ def rate_limited(
         raise ConfigurationError(f"cost={cost!r} is not an int from 0 up.")
     if scope is not None:
         _check_scope(scope)
-    read = tuple(parse_limit(limit, strategy, zone) for limit in limits)
+    read = tuple(each for limit in limits for each in parse_limits(limit, strategy, zone))
     _check_cost(read, cost)
     slots = []
     if concurrency is not None:
@@ -388,8 +393,13 @@ def _check_scope(scope: str) -> None:
 
 def _check_cost(limits: Sequence[RateLimit], cost: Any) -> None:
     for limit in limits:
+        if limit.strategy == "moving" and (type(cost) is not int or cost != 1):
+            raise ConfigurationError(
+                f"cost={cost!r} beside the limit {limit.text!r}, and a moving window counts calls, one by one. Use the "
+                f"strategy 'sliding', or a bucket: '{limit.text} burst {limit.amount}'."
+            )
         # A limit of 0 is meant: it closes the endpoint.
-        if limit.meter == "requests" and type(cost) is int and 0 < limit.amount < cost:
+        if limit.meter == "requests" and type(cost) is int and 0 < (limit.burst or limit.amount) < cost:
             raise ConfigurationError(
                 f"cost={cost} is above the limit {limit.text!r}, so that every call would be refused. Raise the limit, "
                 f"or lower the cost."
