@@ -61,7 +61,10 @@ def look(ask: LimitAsk, counter: Counter | None, now: float) -> Look | None:
     if kind is _MOVING:
         return _look_moving(ask, counter, now)
     if kind is _BUCKET:
-        return in_bucket(ask, *buckets.since_full(counter, now, refill, window_s), now)
+        start, taken, at = buckets.since_full(counter, now, refill, window_s)
+        seen = in_bucket(ask, start, taken, at, now)
+        # Whoever only looks changes nothing, not even the time that was seen.
+        return seen if cost or counter is None or not taken else seen._replace(counter=counter)
     if kind is _CALENDAR:
         window = pick(boundaries, now)
         if window is None:
@@ -126,6 +129,8 @@ def _look_moving(ask: LimitAsk, counter: Counter | None, now: float) -> Look:
     used = logs.count(log)
     left = leaves_after_s((logs.time_at(log, 0) if used else at) + window_s, now)
     if used + cost <= limit:
+        if counter is not None and used and not cost:
+            return Look(ask, used, True, counter, left, 0.0)
         log = logs.MARK + log + logs.text_of(at) * cost
         return Look(ask, used, True, Counter(key, at, at + window_s, used + cost, 0, log), left, 0.0)
     retry = NEVER

@@ -147,6 +147,8 @@ class Service:
             LimitAsk("bucket", "k%9", WindowKind.BUCKET, 6, 7.0, 2, refill=3),
             LimitAsk("tokens in a bucket", "k10", WindowKind.BUCKET, 150, 3.3, 15, "tokens", refill=17),
         )
+        if chance.random() < 0.1:
+            usual = tuple(limit._replace(cost=0) for limit in usual)
         never = LimitAsk("never", "k7", WindowKind.FIXED, 1, 20.0, 2)
         asked = tuple(chance.sample(usual, chance.choice((0, 1, 2, 3))))
         return (*asked, never) if chance.random() < 0.02 else asked

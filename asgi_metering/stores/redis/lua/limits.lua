@@ -109,11 +109,15 @@ function M.logged(limit, text, now)
   end
   local leaves = (count > 0 and parse('>d', log) or at) + window
   local finish, after = at + window, count + cost
-  local row
-  if after <= limit.limit then
+  local told, row = pack(AS.WINDOW, at, leaves, after, 0), nil
+  if cost == 0 and count > 0 then
+    -- Whoever only looks changes nothing.
+    at, finish = parse('>dd', text)
+    row = after <= limit.limit and text or nil
+  elseif after <= limit.limit then
     row = pack(AS.WINDOW, at, finish, after, 0) .. CODE.LOG .. log .. string.rep(pack('>d', at), cost)
   end
-  return row, pack(AS.WINDOW, at, leaves, after, 0), at, finish + (finish - at), count
+  return row, told, at, finish + (finish - at), count
 end
 
 -- When `amount` has flowed into a bucket that was full at `start`. Mirrors due in rules/buckets.py.
@@ -141,6 +145,9 @@ function M.filled(limit, text, now)
   local after, pace, fill = taken + limit.cost, window / refill, limit.limit * window / refill
   local finish = start + after * pace + fill
   local row = pack(AS.WINDOW, start, finish, after, 0) .. CODE.FILLED .. pack('>ddd', at, pace, fill)
+  if limit.cost == 0 and taken > 0 then
+    row = text
+  end
   local told = pack(AS.WINDOW, start, at, after, 0)
   return row, told, start, finish + (finish - start), taken, due(limit, start, after - limit.limit) <= at, start ~= c_start
 end
