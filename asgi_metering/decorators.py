@@ -337,8 +337,8 @@ def rate_limited(
         key: ``"caller"`` (the address where nobody is known), ``"payer"``, ``"address"``, or a callable of the
             endpoint's arguments.
         cost: What a call takes of each request limit; an int or a callable.
-        strategy: ``"fixed"``, ``"calendar"``, ``"sliding"`` or ``"moving"`` (at a cost of 1 only). A limit with a burst is
-            a token bucket beside any of them.
+        strategy: ``"fixed"``, ``"calendar"``, ``"sliding"`` or ``"moving"`` (at a cost of 1 only). A limit with a burst
+            is a token bucket beside any of them.
         zone: Where calendar windows begin.
         scope: Endpoints with the same scope share their counts; the endpoint's own by default.
         errors: Shape of refusals where no `billable` says.

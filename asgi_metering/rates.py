@@ -135,7 +135,9 @@ def parse_limit(text: str | RateLimitItem, strategy: Strategy = "fixed", zone: s
         )
     kind = BUCKET if burst else strategy
     period = window.granularity if kind == "calendar" else ""
-    return RateLimit(text, _name(window, meter, burst), window.amount, window.window_s, meter, kind, period, zone, burst)
+    return RateLimit(
+        text, _name(window, meter, burst), window.amount, window.window_s, meter, kind, period, zone, burst
+    )
 
 
 def _name(window: _Window, meter: str, burst: int) -> str:

@@ -70,8 +70,8 @@ def corrected(counter: Counter, start: float, delta: int, now: float) -> Counter
     """
     The row after *delta* more was taken by a call that found the bucket not full since *start*.
 
-    What is given back after the bucket was full has flowed over; what was used beyond the estimate is owed all the same.
-    None where nothing changes: that has flowed over, or the row is over.
+    What is given back after the bucket was full has flowed over; what was used beyond the estimate is owed all the
+    same. None where nothing changes: that has flowed over, or the row is over.
     """
     if now >= counter.end or (delta < 0 and counter.start != start):
         return None

@@ -163,9 +163,7 @@ def _charge(
     return (part._replace(amount=amount),) if amount else (), account.available, account, None, window
 
 
-def _corrected(
-    state: State, pinned: Sequence[PinnedWindow], actual: Mapping[str, int], now: float
-) -> list[Counter]:
+def _corrected(state: State, pinned: Sequence[PinnedWindow], actual: Mapping[str, int], now: float) -> list[Counter]:
     """The rows of weighted limits, with what the call used instead of what was taken for it."""
     rows = []
     for window in pinned:

@@ -142,9 +142,7 @@ def _unknown(ask: End, now: float) -> Receipt:
     return Receipt(ask.id, "", "", 0, 0, Basis.NONE, False, ask.by, (), None, now, None, applied=False, known=False)
 
 
-def _correct_windows(
-    state: State, hold: Hold, actual: Mapping[str, int], changes: list[Change], now: float
-) -> None:
+def _correct_windows(state: State, hold: Hold, actual: Mapping[str, int], changes: list[Change], now: float) -> None:
     for pinned in hold.windows:
         used = actual.get(pinned.meter)
         if used is None:

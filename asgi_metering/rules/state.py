@@ -41,7 +41,7 @@ __all__ = [
 
 build = tuple.__new__
 """
-Makes a row of its class and all its fields in their order: ``build(Counter, (key, start, end, used, previous, extra))``.
+Makes a row of its class and all its fields in order: ``build(Counter, (key, start, end, used, previous, extra))``.
 
 A named tuple's own constructor is a function of Python around this, and takes twice as long; a call makes twenty rows.
 """

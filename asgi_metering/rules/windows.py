@@ -17,7 +17,17 @@ from asgi_metering.rules.calendars import pick
 from asgi_metering.rules.operations import LimitAsk, WindowKind
 from asgi_metering.rules.state import NEVER, Counter, PinnedWindow, build
 
-__all__ = ["TICK_S", "Look", "correct", "in_bucket", "leaves_after_s", "look", "may_be_corrected", "taken_at", "window_state"]
+__all__ = [
+    "TICK_S",
+    "Look",
+    "correct",
+    "in_bucket",
+    "leaves_after_s",
+    "look",
+    "may_be_corrected",
+    "taken_at",
+    "window_state",
+]
 
 # Read once: on Python 3.11 to look up the member of an enum costs more than all that a window computes.
 _CALENDAR, _SLIDING = WindowKind.CALENDAR, WindowKind.SLIDING

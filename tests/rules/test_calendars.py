@@ -280,7 +280,11 @@ def test_bound_years_hours_and_minutes(
         ("Australia/Lord_Howe", (2024, 4, 6, 13, 30), [(2024, 4, 6, 12), (2024, 4, 6, 13), (2024, 4, 6, 14)]),
         # From two to half past two: an hour of 30 minutes, which begins with the jump.
         ("Australia/Lord_Howe", (2024, 10, 5, 15, 29), [(2024, 10, 5, 14, 30), (2024, 10, 5, 15, 30)]),
-        ("Australia/Lord_Howe", (2024, 10, 5, 15, 31), [(2024, 10, 5, 14, 30), (2024, 10, 5, 15, 30), (2024, 10, 5, 16)]),
+        (
+            "Australia/Lord_Howe",
+            (2024, 10, 5, 15, 31),
+            [(2024, 10, 5, 14, 30), (2024, 10, 5, 15, 30), (2024, 10, 5, 16)],
+        ),
     ],
 )
 def test_bound_hours_where_the_clock_is_set(name: str, now: tuple[int, ...], edges: list[tuple[int, ...]]) -> None:

@@ -51,7 +51,7 @@ Life of a reservation. Thousands of times what the rest of an admission takes; a
 """
 
 CORRECTED_S = 7 * 86_400.0
-"""As long as the hold of a call that has ended is kept by default: a bucket may be in use for ever, its calls are not."""
+"""As long as the hold of a call that has ended is kept by default: a bucket may be in use for ever, no call is."""
 
 REQUESTS = "requests"
 """The meter that no end corrects."""
