@@ -15,14 +15,25 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.amounts import Unit, exact_amount
-from asgi_metering.asking import REQUESTS, hashed, key_of, lease_asks, limit_ask, root_of_rate, source_asks
+from asgi_metering.asking import (
+    REQUESTS,
+    by_identity,
+    computed_key,
+    key_of,
+    lease_asks,
+    limit_ask,
+    limits_of,
+    method_of,
+    root_of_rate,
+    source_asks,
+)
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import ConfigurationError, IdentityError, PayerError, StoreError
 from asgi_metering.estimates import estimate_arguments
 from asgi_metering.keying import key_ask, once, shared_key
 from asgi_metering.names import check_key
 from asgi_metering.outage import in_doubt_of, without_store
-from asgi_metering.policies import ChargePolicy, From, RatePolicy, Slices
+from asgi_metering.policies import ChargePolicy, ComputedLimit, From, RatePolicy, Slices
 from asgi_metering.prices import FixedPrice
 from asgi_metering.rates import RateLimit
 from asgi_metering.rules.operations import (
@@ -67,12 +78,15 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
     # Without the gate a billable call runs unenforced; its usage is still reported (S4.16).
     call.exempt = "credits" not in features
     rates = policy.rates if "rates" in features else ()
-    await _identify(call, rates, charged=charge is not None and not call.exempt)
+    if not call.opening.is_flat or any(map(_needs_caller, rates)):
+        await _identify(call, rates, charged=charge is not None and not call.exempt)
     asked = _planned(call, call.metering.plans.of(policy, features))
     if asked is None:
         if call.caller is not None and call.caller.exempt:
             call.exempt = True
             rates = tuple([rate for rate in map(_of_everybody, rates) if rate is not None])
+        if any(rate.is_selective for rate in rates):
+            rates = tuple([rate for rate in rates if await _counts(call, rate, arguments)])
         if charge is not None:
             await _charge(call, charge, arguments)
         asked = await _operation(call, charge, rates, arguments, time.time())
@@ -167,7 +181,7 @@ async def _decide(
 def _mark(call: Call, asked: Admit, decision: Decision) -> None:
     """Tell *call* what was decided; raises `CallRefused`."""
     if decision.refusal is not None:
-        raise call.refused(decision.refusal, decision)
+        raise call.refused(_leveled(call, decision.refusal), decision)
     if decision.replay is not None:
         raise call.refused(Refusal(Reason.REPLAYED, "idempotency"), decision)
     call.decision = decision
@@ -175,6 +189,18 @@ def _mark(call: Call, asked: Admit, decision: Decision) -> None:
     call.has_hold = leaves_hold(asked)
     call.ttl_s = asked.ttl_s
     call.payer = decision.payer or call.payer
+
+
+def _leveled(call: Call, refusal: Refusal) -> Refusal:
+    """*refusal* with the level of the limit that refused, where its name says one (S0.42)."""
+    rates = call.policy.rates if call.policy is not None else ()
+    if refusal.reason not in _OF_RATES:
+        return refusal
+    levels = [rate.level for rate in rates if rate.level and refusal.name.startswith(f"{rate.level}-")]
+    return refusal._replace(level=max(levels, key=len)) if levels else refusal
+
+
+_OF_RATES = (Reason.RATE_LIMIT, Reason.EXCEEDS_LIMIT)
 
 
 def leaves_hold(asked: Admit) -> bool:
@@ -275,10 +301,6 @@ async def asked_of(call: Call, charge: ChargePolicy, now: float) -> tuple[Source
 # -- who ---------------------------------------------------------------------------------------------------
 
 
-_BY_IDENTITY = ("caller", "payer")
-"""Keys of limits that `identify` answers."""
-
-
 async def _identify(call: Call, rates: tuple[RatePolicy, ...], *, charged: bool) -> None:
     """
     Who calls. Where `identify` fails, nobody is charged in the caller's place, and nobody is counted by another key.
@@ -289,7 +311,7 @@ async def _identify(call: Call, rates: tuple[RatePolicy, ...], *, charged: bool)
         caller = await call.identify()
     except IdentityError as failure:
         call.metering.alarms.raised("identify", str(failure), failure)
-        if not charged and not any(isinstance(rate.key, str) and rate.key in _BY_IDENTITY for rate in rates):
+        if not charged and not any(map(by_identity, rates)):
             return
         raise call.refused(Refusal(Reason.IDENTITY_DOWN, "identify")) from failure
     if caller is None and charged:
@@ -298,12 +320,24 @@ async def _identify(call: Call, rates: tuple[RatePolicy, ...], *, charged: bool)
         call.payer = caller.payer
 
 
+def _needs_caller(rate: RatePolicy) -> bool:
+    """Whether anything of *rate* may depend on who calls: what is flat is asked of every request, known or not."""
+    return by_identity(rate) or bool(rate.chosen or rate.callables())
+
+
 def _of_everybody(rate: RatePolicy) -> RatePolicy | None:
     """What of *rate* an exempt caller is counted by: nothing that is counted by who it is (S0.18)."""
-    if rate.key not in _BY_IDENTITY:
+    if not by_identity(rate):
         return rate
     shared = tuple([slots for slots in rate.concurrency if slots.level == "global"])
-    return replace(rate, limits=(), concurrency=shared) if shared else None
+    return replace(rate, limits=(), chosen=(), concurrency=shared) if shared else None
+
+
+async def _counts(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> bool:
+    """Whether *call* is one of those that *rate* counts: by its method, and by what the application says of it."""
+    if rate.methods and method_of(call) not in rate.methods and call.opening.origin is not None:
+        return False
+    return rate.exempt_when is None or not await rate.exempt_when.compute(call, arguments)
 
 
 async def _payer(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
@@ -489,15 +523,27 @@ async def _limits(
     leases: list[LeaseAsk],
 ) -> None:
     wanted = rate.key
-    key = hashed(await wanted.compute(call, arguments)) if isinstance(wanted, From) else key_of(call, rate)
+    key = await computed_key(call, rate, wanted, arguments) if isinstance(wanted, From) else key_of(call, rate)
+    if rate.per_method:
+        key = f"{method_of(call)} {key}"
     root = root_of_rate(call, rate)
     cost = rate.cost
     if isinstance(cost, From):
         cost = await cost.compute(call, arguments)
-    for limit in rate.limits:
+    for limit in (*limits_of(call, rate), *await _computed_limits(call, rate, arguments)):
         taken = cost if limit.meter == REQUESTS else await _weight(call, limit, arguments)
-        limits.append(limit_ask(rate.scope, limit, rooted(key, root), taken, now))
+        limits.append(limit_ask(rate, limit, rooted(key, root), taken, now))
     leases += lease_asks(rate, key, root)
+
+
+async def _computed_limits(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> list[RateLimit]:
+    limits: list[RateLimit] = []
+    for each in rate.chosen:
+        if isinstance(each, ComputedLimit):
+            answered = await each.function.compute(call, arguments)
+            for text in answered if isinstance(answered, list | tuple) else (answered,):
+                limits += each.reading.read_all(text)
+    return limits
 
 
 async def _weight(call: Call, limit: RateLimit, arguments: Mapping[str, Any]) -> int:

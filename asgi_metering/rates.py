@@ -18,7 +18,7 @@ from asgi_metering.names import check_name
 if TYPE_CHECKING:
     from limits import RateLimitItem
 
-__all__ = ["MAX_MOVING", "RateLimit", "Strategy", "parse_limit", "parse_limits"]
+__all__ = ["MAX_MOVING", "RateLimit", "Strategy", "is_item", "parse_limit", "parse_limits"]
 
 Strategy: TypeAlias = Literal["fixed", "calendar", "sliding", "moving"]
 STRATEGIES: tuple[Strategy, ...] = ("fixed", "calendar", "sliding", "moving")
@@ -180,10 +180,15 @@ def _check_moving(text: str, window: _Window, meter: str) -> None:
         )
 
 
-def _of_item(item: Any) -> tuple[str, _Window]:
+def is_item(value: object) -> bool:
+    """Whether *value* is a limit as an item of the `limits` package."""
     from limits import RateLimitItem
 
-    if not isinstance(item, RateLimitItem):
+    return isinstance(value, RateLimitItem)
+
+
+def _of_item(item: Any) -> tuple[str, _Window]:
+    if not is_item(item):
         raise ConfigurationError(
             f"The limit {item!r} is neither a str nor an item of the limits package. Write it as '60/minute'."
         )

@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from limits import RateLimitItemPerDay
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -251,7 +252,7 @@ def test_refuse_to_charge_twice(between: list[Decorator]) -> None:
     [
         (rate_limited("1/day"), rate_limited("1/day")),
         (rate_limited("1/day", key="payer"), rate_limited("1 per day", key="payer")),
-        (rate_limited("1/day", scope="s"), rate_limited("2/day", "1/day", scope="s")),
+        (rate_limited("1/day", scope="s"), rate_limited("2/hour", "1/day", scope="s")),
         (rate_limited("5/day", "5/day"), BILL),
     ],
     ids=["same", "spelled-otherwise", "scope", "one-decorator"],
@@ -502,11 +503,23 @@ RATE_MISUSE: dict[str, tuple[Callable[[], Any], str]] = {
     "nothing": (lambda: rate_limited(), "rate_limited() limits nothing. Give it '60/minute', say, or concurrency=4."),
     "meter": (lambda: rate_limited("60/minute of bananas"), "counts 'bananas'. Use one of requests, tokens"),
     "not-text": (lambda: rate_limited(60), "neither a str nor an item of the limits package"),
+    "moving-chosen": (
+        lambda: rate_limited(lambda q: "5/day", strategy="moving", cost=2),
+        "cost=2 beside moving limits that are looked up for each call",
+    ),
+    "moving-by-plan": (
+        lambda: rate_limited({"free": RateLimitItemPerDay(5)}, strategy="moving", cost=2),
+        "cost=2 beside moving limits such as '5 per 1 day'",
+    ),
+    "moving-configured": (
+        lambda: rate_limited(configured="search", strategy="moving", cost=2),
+        "cost=2 beside moving limits that are looked up for each call",
+    ),
     "moving-cost": (
         lambda: rate_limited("9/day burst 9", "5/day", strategy="moving", cost=2),
-        "cost=2 beside the limit '5/day', and a moving window counts calls, one by one.",
+        "cost=2 beside moving limits such as '5/day', and a moving window counts calls, one by one.",
     ),
-    "moving-computed-cost": (lambda: rate_limited("5/day", strategy="moving", cost=len), "counts calls, one by one."),
+    "moving-computed-cost": (lambda: rate_limited("5/day", strategy="moving", cost=lambda n: n), "counts calls, one by one."),
     "bucket-cost": (lambda: rate_limited("60/second burst 5", cost=6), "cost=6 is above the limit '60/second burst 5'"),
     "second": (lambda: rate_limited("1/day; often"), "The limit 'often' is not in the grammar."),
     "strategy": (lambda: rate_limited("1/day", strategy="rolling"), "The strategy 'rolling' is not known."),

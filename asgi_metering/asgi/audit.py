@@ -31,15 +31,20 @@ HTTP_HANDLERS = {name: name.upper() for name in ("get", "post", "put", "patch", 
 WEBSOCKET_HANDLERS = dict.fromkeys(("dispatch", "on_connect", "on_receive", "on_disconnect"), WEBSOCKET)
 """Methods of class endpoints, by the HTTP method that they answer."""
 
+LIMITS = ("application_limits", "default_limits")
+"""What a layer says of limits, as an argument and on itself."""
+
 MAX_DEPTH = 32
 """Nested apps and routers that are walked: deeper is a loop."""
 
 
 class Layer(NamedTuple):
-    """One of our layers below the outermost: what it enables, and its metering as far as that can be seen."""
+    """One of our layers below the outermost: what it enables, its metering, and its limits, as far as can be seen."""
 
     features: frozenset[str]
     metering: Any
+    application_limits: tuple[Any, ...] = ()
+    default_limits: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,13 +359,14 @@ def _walk(app: Any, place: _Place) -> Iterator[Row]:
 
 def _layers_on(app: Any) -> Iterator[Layer]:
     """What *app* is as one of our layers, or what an application has added of them."""
-    found = [(app, getattr(app, "metering", None))]
+    said = ("metering", *LIMITS)
+    found = [(app, {name: getattr(app, name, None) for name in said})]
     for added in getattr(app, "user_middleware", ()):
-        found.append((getattr(added, "cls", None), getattr(added, "kwargs", {}).get("metering")))
-    for layer, metering in found:
+        found.append((getattr(added, "cls", None), getattr(added, "kwargs", {})))
+    for layer, kept in found:
         features = getattr(layer, "features", None)
         if isinstance(features, frozenset) and features <= ALL_FEATURES:
-            yield Layer(features, metering)
+            yield Layer(features, kept.get("metering"), *(tuple(kept.get(name) or ()) for name in LIMITS))
 
 
 def _policy_of(app: Any) -> EndpointPolicy | None:

@@ -2,8 +2,8 @@
 Moving logs: when each call came that a moving window still counts.
 
 The times stand in a counter's ``extra``, oldest first, each as 16 hexadecimal digits of its bits: exact to the last
-one, of one length, and in the order of time also as text. A row's ``start`` is the latest of them, its ``end`` when that
-leaves. Knows the text, and no limit.
+one, of one length, and in the order of time also as text. A row's ``start`` is the latest of them, its ``end`` when
+that leaves. Knows the text, and no limit.
 """
 
 from __future__ import annotations

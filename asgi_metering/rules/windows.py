@@ -71,10 +71,10 @@ def look(ask: LimitAsk, counter: Counter | None, now: float) -> Look | None:
     if kind is _MOVING:
         return _look_moving(ask, counter, now)
     if kind is _BUCKET:
-        start, taken, at = buckets.since_full(counter, now, refill, window_s)
-        seen = in_bucket(ask, start, taken, at, now)
+        since, before, at = buckets.since_full(counter, now, refill, window_s)
+        seen = in_bucket(ask, since, before, at, now)
         # Whoever only looks changes nothing, not even the time that was seen.
-        return seen if cost or counter is None or not taken else seen._replace(counter=counter)
+        return seen if cost or counter is None or not before else seen._replace(counter=counter)
     if kind is _CALENDAR:
         window = pick(boundaries, now)
         if window is None:

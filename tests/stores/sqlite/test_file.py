@@ -247,7 +247,7 @@ def test_open_another_programs_database(path: Path) -> None:
 
 
 def test_open_a_file_of_an_older_version(path: Path) -> None:
-    """A file of the first schema is brought up to date once, and its counters go on; all kinds of limits work beside."""
+    """A file of the first schema is brought up to date once, and its counters go on; all kinds of limits work."""
     connection = sqlite3.connect(path)
     for statement in database._statements(1):
         connection.execute(statement)
