@@ -519,7 +519,10 @@ RATE_MISUSE: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: rate_limited("9/day burst 9", "5/day", strategy="moving", cost=2),
         "cost=2 beside moving limits such as '5/day', and a moving window counts calls, one by one.",
     ),
-    "moving-computed-cost": (lambda: rate_limited("5/day", strategy="moving", cost=lambda n: n), "counts calls, one by one."),
+    "moving-computed-cost": (
+        lambda: rate_limited("5/day", strategy="moving", cost=lambda n: n),
+        "counts calls, one by one.",
+    ),
     "bucket-cost": (lambda: rate_limited("60/second burst 5", cost=6), "cost=6 is above the limit '60/second burst 5'"),
     "second": (lambda: rate_limited("1/day; often"), "The limit 'often' is not in the grammar."),
     "strategy": (lambda: rate_limited("1/day", strategy="rolling"), "The strategy 'rolling' is not known."),

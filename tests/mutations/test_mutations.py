@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.mutations import capture, completion, denial, fast_path, gate, growing, keys, outage, telling
+from tests.mutations import capture, completion, denial, fast_path, gate, growing, keys, limits, outage, telling
 from tests.mutations.entries import Mutation
 from tests.mutations.running import Runs
 
@@ -21,6 +21,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     *outage.MUTATIONS,
     *growing.MUTATIONS,
     *fast_path.MUTATIONS,
+    *limits.MUTATIONS,
 )
 
 CALLS = "tests/pitfalls/test_calls.py::"

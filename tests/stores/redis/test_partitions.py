@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from asgi_metering.rules import buckets, logs
 from asgi_metering.rules.operations import Admit, Claim, End, Operation, Preview, Sweep, Undo
 from asgi_metering.rules.roots import rooted
-from asgi_metering.rules.state import Hold
+from asgi_metering.rules.state import Counter, Hold
 from asgi_metering.stores.contract import AccountsAfter, EverythingKept, LiveHolds
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.stores.redis import ClusterPlace, ClusterStore
@@ -77,8 +78,16 @@ def state_of(state: Any, now: float) -> dict[str, Any]:
     keys = told["idempotency"].items()
     told["idempotency"] = {key: row for key, row in keys if row.receipt is None or row.expires_at > now}
     told["hold"] = {key: _in_order(hold) for key, hold in told["hold"].items()}
-    told["counter"] = {key: row for key, row in told["counter"].items() if row.used and row.end > now}
+    told["counter"] = {key: _counting(row, now) for key, row in told["counter"].items() if row.used and row.end > now}
     return told
+
+
+def _counting(row: Counter, now: float) -> Counter:
+    """A counter without the time that a bucket has seen, also of who was refused elsewhere, and what left a log."""
+    if row.extra.startswith(buckets.MARK):
+        return row._replace(extra="")
+    left = logs.inside(row, now - (row.end - row.start))
+    return row._replace(extra=left, used=logs.count(left)) if row.extra else row
 
 
 def _in_order(hold: Hold) -> Hold:
