@@ -65,16 +65,13 @@ class Look(NamedTuple):
 
 def look(ask: LimitAsk, counter: Counter | None, now: float) -> Look | None:
     """What *ask* meets at *now*; None when its calendar boundaries do not cover *now*."""
-    _, key, kind, limit, window_s, cost, _, boundaries, refill = ask
+    _, key, kind, limit, window_s, cost, _, boundaries, _ = ask
     if kind is _SLIDING:
         return _look_sliding(ask, counter, now)
     if kind is _MOVING:
         return _look_moving(ask, counter, now)
     if kind is _BUCKET:
-        since, before, at = buckets.since_full(counter, now, refill, window_s)
-        seen = in_bucket(ask, since, before, at, now)
-        # Whoever only looks changes nothing, not even the time that was seen.
-        return seen if cost or counter is None or not before else seen._replace(counter=counter)
+        return _look_bucket(ask, counter, now)
     if kind is _CALENDAR:
         window = pick(boundaries, now)
         if window is None:
@@ -160,17 +157,22 @@ def _until_s(at: float, now: float) -> float:
     return wait if now + wait >= at else wait + ulp(at)
 
 
-def in_bucket(ask: LimitAsk, start: float, taken: int, at: float, now: float) -> Look:
-    """
-    What *ask* meets in a bucket of which *taken* was taken since it was full at *start*.
+def _look_bucket(ask: LimitAsk, counter: Counter | None, now: float) -> Look:
+    found = buckets.filling(counter, now, ask.refill, ask.window_s)
+    seen = in_bucket(ask, found, now)
+    # Whoever only looks changes nothing, not even the time that was seen.
+    if counter is not None and not ask.cost and counter.extra.startswith(buckets.MARK) and found.at < counter.end:
+        return seen._replace(counter=counter)
+    return seen
 
-    *at* is the time that counts: *now*, if the clock did not step back.
-    """
+
+def in_bucket(ask: LimitAsk, found: buckets.Filling, now: float) -> Look:
+    """What *ask* meets in a bucket as it was *found*."""
     _, key, _, limit, window_s, cost, _, _, refill = ask
-    start, taken = buckets.bounded(start, taken, at, cost, refill, window_s)
+    start, taken, at, prior = buckets.bounded(found, cost, refill, window_s)
     back = buckets.refilled(start, at, refill, window_s)
     left = _until_s(buckets.due(start, back + 1, refill, window_s), now)
-    after = buckets.row(key, start, taken + cost, at, limit, refill, window_s)
+    after = buckets.row(key, buckets.Filling(start, taken, at, prior), cost, limit, refill, window_s)
     fits_at = buckets.due(start, taken + cost - limit, refill, window_s)
     if fits_at <= at:
         return Look(ask, taken - back, True, after, left, 0.0)

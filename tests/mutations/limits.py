@@ -64,8 +64,8 @@ MUTATIONS = (
         0,
         "a bucket flows over",
         BUCKETS,
-        "    if at >= due(counter.start, counter.used, refill, window_s):\n",
-        "    if False:\n",
+        "    if at < due(counter.start, counter.used, refill, window_s):\n",
+        "    if True:\n",
         _bucket("begin_full_and_flow_back_evenly", "give_nothing_back_into_a_bucket_that_was_full_since"),
     ),
     Mutation(
@@ -88,8 +88,8 @@ MUTATIONS = (
         0,
         "a bucket that owes is forgotten",
         BUCKETS,
-        "counter._replace(end=counter.start + taken * pace + fill, used=taken)\n",
-        "counter._replace(used=taken)\n",
+        "    return _row(counter.key, counter.start, taken, kept, prior)\n",
+        "    return counter._replace(used=taken)\n",
         _bucket("forget_a_bucket_that_is_full"),
     ),
 )

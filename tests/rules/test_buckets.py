@@ -273,3 +273,21 @@ def test_never_drift(begin: float, pace: int, waits: list[float]) -> None:
         world.wait(min(wait, 2 / pace))
         taken += hit(world, ask).admitted
     assert abs(taken + left(world, ask) - (world.now - begin) * pace / 7.0) <= 1
+
+
+def test_be_as_before_where_all_is_given_back() -> None:
+    """Where all that was taken of a full bucket comes back, it is as it was: what went before is corrected."""
+    world, ask = World(BEGIN), bucket(10, 100, 1.0, cost=20, **TOKENS)
+    world.admit(0, "a", limits=(ask,))
+    before = world.counter("t")
+    world.wait(5)
+    world.admit(0, "b", limits=(ask,))
+    world.admit(0, "c", limits=(ask._replace(cost=5),))
+    assert (world.counter("t").start, world.counter("t").previous) == (BEGIN + 5, 20)
+    world.end("b", None, actual={"tokens": 0})
+    assert left(world, ask) == 95
+    world.end("c", None, actual={"tokens": 0})
+    row = world.counter("t")
+    assert (row.start, row.end, row.used, row.previous) == (before.start, before.end, 20, 0)
+    world.end("a", None, actual={"tokens": 120})
+    assert left(world, ask) == 30

@@ -17,6 +17,7 @@ from asgi_metering.decisions import Decision, WindowState
 from asgi_metering.errors import StoreError
 from asgi_metering.receipts import Basis, Receipt
 from asgi_metering.rules.admission import admit
+from asgi_metering.rules.buckets import Filling
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.keys import key_rows
 from asgi_metering.rules.operations import (
@@ -253,7 +254,8 @@ class Calls:
             name, key, kind, most, window_s, cost, meter, _, _ = limit
             if kind is _BUCKET:
                 # Since when it is not full, the time that counts, and what was taken.
-                windows.append(window_state(in_bucket(limit, start, int(count) - cost, end, now), taken=True))
+                found = Filling(start, int(count) - cost, end)
+                windows.append(window_state(in_bucket(limit, found, now), taken=True))
             elif kind is _MOVING:
                 # When the oldest call leaves, instead of an end.
                 left, resets = max(0, most - int(count)), leaves_after_s(end, now)

@@ -42,7 +42,8 @@ AS.RECEIPT = '>BBBBBBddddddI4c0I4c0'
 AS.ENTRY = '>BBBddddI4c0I4c0I4c0'
 AS.NEW_ENTRY = AS.ENTRY .. 'I4I4'
 -- start, end, used, previous of a counter; start, end, settled, held of an allowance's window. Behind a counter stands
--- what only some kinds keep: 'm' and the times of a moving log, or 'b' and what a bucket has seen, its pace and its fill
+-- what only some kinds keep: 'm' and the times of a moving log, or 'b' and what a bucket has seen, its pace, its fill, and
+-- since when it was not full before
 AS.WINDOW = '>dddd'
 -- start, end, members, whether it is settled; then the hold that it owns
 AS.CHARGE_KEY = '>dddB'

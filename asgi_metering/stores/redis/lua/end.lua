@@ -181,14 +181,18 @@ end
 
 -- Mirrors corrected in rules/buckets.py.
 function M.correct_bucket(key, text, start, delta, now)
-  local c_start, c_end, taken = parse(AS.WINDOW, text)
+  local c_start, c_end, taken, previous = parse(AS.WINDOW, text)
   if now >= c_end or (delta < 0 and c_start ~= start) then
     return
   end
   local _, pace, fill = parse('>ddd', text, CODE.BEHIND + 1)
+  local kept, prior = sub(text, CODE.BEHIND, CODE.PRIOR - 1), sub(text, CODE.PRIOR)
   taken = min(CODE.MAX_AMOUNT, max(0, taken + delta))
+  if taken == 0 and prior ~= '' then
+    c_start, taken, previous, prior = parse('>d', prior), previous, 0, ''
+  end
   local finish = c_start + taken * pace + fill
-  put(key, pack(AS.WINDOW, c_start, finish, taken, 0) .. sub(text, CODE.BEHIND))
+  put(key, pack(AS.WINDOW, c_start, finish, taken, previous) .. kept .. prior)
   append(rare_of('past'), 'counters', finish + (finish - c_start), key)
 end
 

@@ -3,6 +3,8 @@
 CODE.FIXED, CODE.CALENDAR, CODE.SLIDING, CODE.MOVING, CODE.BUCKET = 0, 1, 2, 3, 4
 -- Behind a counter, where what a log and a bucket keep beside begins.
 CODE.LOG, CODE.FILLED, CODE.BEHIND = 'm', 'b', 33
+-- Where what a bucket was before it was full begins.
+CODE.PRIOR = CODE.BEHIND + 1 + 3 * 8
 
 -- Before the meters of what a part counts: see stores/redis/parts.py.
 CODE.COUNTED, CODE.BEGUN = '#', '+'
@@ -125,31 +127,35 @@ local function due(limit, start, amount)
   return start + amount * limit.window / limit.bounds[1]
 end
 
--- What a bucket would be after this call. Mirrors in_bucket in rules/windows.py. Returns its row, what the answer tells
--- of it, since when it is not full, when that is past, what was taken since, and whether it fits.
+-- What a bucket would be after this call. Mirrors filling in rules/buckets.py and in_bucket in rules/windows.py. Returns
+-- its row, what the answer tells of it, since when it is not full, when that is past, what was taken since, whether it
+-- fits, and whether nothing went before.
 function M.filled(limit, text, now)
-  local start, taken, at, c_start = now, 0, now, nil
+  local start, taken, at, prior, previous, is_new = now, 0, now, '', 0, true
+  local c_start, c_end, c_taken, c_previous
   if text and sub(text, CODE.BEHIND, CODE.BEHIND) == CODE.FILLED then
-    local _, c_taken, seen
-    c_start, _, c_taken, _ = parse(AS.WINDOW, text)
-    seen = parse('>d', text, CODE.BEHIND + 1)
+    c_start, c_end, c_taken, c_previous = parse(AS.WINDOW, text)
+    local seen = parse('>d', text, CODE.BEHIND + 1)
     if seen > at then
       at = seen
     end
-    start = at
+    start, is_new = at, at >= c_end
     if at < due(limit, c_start, c_taken) then
-      start, taken = c_start, c_taken
+      start, taken, prior, previous = c_start, c_taken, sub(text, CODE.PRIOR), c_previous
+    elseif not is_new then
+      prior, previous = pack('>d', c_start), c_taken
     end
   end
   local refill, window = limit.bounds[1], limit.window
   local after, pace, fill = taken + limit.cost, window / refill, limit.limit * window / refill
   local finish = start + after * pace + fill
-  local row = pack(AS.WINDOW, start, finish, after, 0) .. CODE.FILLED .. pack('>ddd', at, pace, fill)
-  if limit.cost == 0 and taken > 0 then
-    row = text
-  end
+  local row = pack(AS.WINDOW, start, finish, after, previous) .. CODE.FILLED .. pack('>ddd', at, pace, fill) .. prior
   local told = pack(AS.WINDOW, start, at, after, 0)
-  return row, told, start, finish + (finish - start), taken, due(limit, start, after - limit.limit) <= at, start ~= c_start
+  local fits = due(limit, start, after - limit.limit) <= at
+  if limit.cost == 0 and not is_new then
+    row, start, finish = text, c_start, c_end
+  end
+  return row, told, start, finish + (finish - start), taken, fits, is_new
 end
 
 -- Of the call that is looked at: the rows of its counters to come, after a place for its answer; those that count anew
