@@ -28,8 +28,10 @@ from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
 if TYPE_CHECKING:
     from asgi_metering.caller import Caller
     from asgi_metering.growing import Growth
+    from asgi_metering.messages import MessageLimits
     from asgi_metering.opening import Opening
     from asgi_metering.runtime import Runtime
+    from asgi_metering.tally import Tally
 
 __all__ = ["CallState", "Observer", "Reply", "Reported"]
 
@@ -118,6 +120,9 @@ class CallState:
     local = ""
     # How its hold grows while it runs; None for one that never does.
     growth: Growth | None = None
+    # What a session has used that is charged per message or second; what each of its messages is counted by.
+    tally: Tally | None = None
+    message_limits: MessageLimits | None = None
     # What makes it run once, and its answer for repeats; the hashed key of the calls that it is charged with.
     once: IdempotencyAsk | None = None
     reply: Reply | None = None

@@ -39,6 +39,8 @@ __all__ = [
     "HoldSize",
     "Idempotency",
     "NamedKey",
+    "OnExcess",
+    "Per",
     "Price",
     "RatePolicy",
     "RatesDown",
@@ -52,6 +54,12 @@ ErrorShape: TypeAlias = Literal["problem", "openai", "anthropic"]
 """The shape of refusals and in-band errors of a route."""
 
 ERROR_SHAPES: tuple[ErrorShape, ...] = ("problem", "openai", "anthropic")
+
+Per: TypeAlias = Literal["call", "message", "second"]
+"""What is charged or counted: the call as a whole or, of a WebSocket, each message that comes in, or each second."""
+
+OnExcess: TypeAlias = Literal["close", "drop", "answer"]
+"""What becomes of a message over its limit: the WebSocket is closed, or it goes on without it, told or untold."""
 
 CALL = "call"
 """The parameter name by which a policy's callable asks for the call."""
@@ -448,6 +456,7 @@ class ChargePolicy:
         key: Charge once for all calls of a key; None charges each.
         skip_if: Tells the calls that are not charged.
         on_store_down: What happens without an answer of the store; None is what the metering says.
+        per: What the price is for; other than ``"call"`` a WebSocket alone can be charged by.
     """
 
     price: FixedPrice | MeasuredPrice | From
@@ -468,6 +477,7 @@ class ChargePolicy:
     key: ChargeKey | None = None
     skip_if: From | None = None
     on_store_down: CreditsDown | None = None
+    per: Per = "call"
 
     @property
     def measured(self) -> bool:
@@ -525,6 +535,8 @@ class RatePolicy:
         per_method: Whether each of them is counted apart.
         exempt_when: Tells the calls that are not counted.
         overrides: Whether default limits of a middleware give way to it.
+        per: What is counted: ``"call"``, or each ``"message"`` of a WebSocket.
+        on_excess: What becomes of a message too many.
     """
 
     limits: tuple[RateLimit, ...]
@@ -547,6 +559,9 @@ class RatePolicy:
         """Whether there are calls of its endpoint that it does not count, or counts apart by method."""
         return bool(self.methods) or self.per_method or self.exempt_when is not None
 
+    per: Per = "call"
+    on_excess: OnExcess = "close"
+
     def callables(self) -> tuple[From, ...]:
         """Everything that is computed from the endpoint's arguments."""
         limits = (each.function for each in self.chosen if isinstance(each, ComputedLimit))
@@ -563,17 +578,33 @@ class EndpointPolicy:
         charge: None if it is not billable.
         rates: In the order of the decorators, outermost first.
         weighs: Whether a limit takes what the call uses, such as tokens.
+        gated: Those of the rates that the call is let in by.
+        messages: Those that each message of a WebSocket is let in by.
+        needs: ``"websocket"`` or ``"http"``, where it means nothing to the other one; else empty.
     """
 
     name: str
     charge: ChargePolicy | None = None
     rates: tuple[RatePolicy, ...] = ()
     weighs: bool = field(init=False, repr=False, compare=False)
+    gated: tuple[RatePolicy, ...] = field(init=False, repr=False, compare=False)
+    messages: tuple[RatePolicy, ...] = field(init=False, repr=False, compare=False)
+    needs: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         fixed = [limit.meter for rates in self.rates for limit in rates.limits]
         by_plan = [each.meter for rates in self.rates for each in rates.chosen if isinstance(each, LimitByPlan)]
         object.__setattr__(self, "weighs", any(meter != "requests" for meter in (*fixed, *by_plan)))
+        messages = tuple([rates for rates in self.rates if rates.per != "call"]) if self.rates else ()
+        gated = tuple([rates for rates in self.rates if rates.per == "call"]) if messages else self.rates
+        object.__setattr__(self, "gated", gated)
+        object.__setattr__(self, "messages", messages)
+        charge, needs = self.charge, ""
+        if messages or (charge is not None and charge.per != "call"):
+            needs = "websocket"
+        elif charge is not None and charge.idempotency is not None and charge.once is None:
+            needs = "http"
+        object.__setattr__(self, "needs", needs)
 
     @property
     def errors(self) -> ErrorShape:
@@ -586,6 +617,19 @@ class EndpointPolicy:
         """Everything that is computed from the endpoint's arguments."""
         charge = self.charge.callables() if self.charge is not None else ()
         return (*charge, *(value for rates in self.rates for value in rates.callables()))
+
+
+def misplaced(policy: EndpointPolicy) -> str:
+    """Why *policy* means nothing to the kind of connection that it does not need, and the mend, without its name."""
+    if policy.needs == "websocket":
+        return (
+            'is charged or limited per="message" or per="second", which only WebSockets are. Leave per= out: an HTTP '
+            "request is one call."
+        )
+    return (
+        "has idempotency=, and a WebSocket has neither a body nor an answer that could be repeated. Leave it out; "
+        "charge_key= counts several connections once."
+    )
 
 
 def check_line(line: str) -> str:

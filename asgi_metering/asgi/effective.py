@@ -82,7 +82,8 @@ def limits_of_row(row: Row, *, is_known: bool = True) -> Iterator[EffectiveLimit
         yield from _told(row, "decorator", policy.rates)
     if row.around is not None and row.around not in row.policies:
         yield from _told(row, "metered_app", row.around.rates)
-    for limits in _flat(row.layers):
+    # A middleware's own count requests, and no WebSockets.
+    for limits in () if row.is_websocket else _flat(row.layers):
         yield from _told(row, "default", limits.default(row if is_known else None))
         yield from _told(row, "application", limits.application)
 
@@ -100,7 +101,7 @@ def _told(row: Row, source: Origin, policies: Sequence[RatePolicy]) -> Iterator[
                 path=row.path,
                 methods=row.methods,
                 endpoint="" if row.endpoint is None else name_of(row.endpoint),
-                limit=limit,
+                limit=limit if rate.per == "call" else f"{limit} per {rate.per}",
                 source=source,
                 key=_key(rate),
                 level=rate.level,

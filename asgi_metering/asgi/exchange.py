@@ -44,7 +44,7 @@ from asgi_metering.runtime import BOOK_S, Runtime
 if TYPE_CHECKING:
     from asgi_metering.metering import Metering
 
-__all__ = ["Exchange", "ExchangeOptions", "run"]
+__all__ = ["Exchange", "ExchangeOptions", "booked", "run"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -572,7 +572,7 @@ class Exchange(Opening):
         if runtime is not None:
             self._close(call)
             if not (runtime.managed or call.receipt is not None or not call.has_hold):
-                await self._booked(call, runtime)
+                await booked(call, runtime)
 
     def let_go(self) -> None:
         """Forget what refers to this exchange in turn, such as the scope that it stands in."""
@@ -590,13 +590,14 @@ class Exchange(Opening):
         if call.runtime is not None:
             call.runtime.finish(call)
 
-    async def _booked(self, call: Call, runtime: Runtime) -> None:
-        """
-        Where nobody will hold a shutdown for us, stay until the end is booked (pitfall 32).
 
-        Bounded: a store that is down shall not keep the tasks of all requests.
-        """
-        await asyncio.wait((call.expects_ending(),), timeout=BOOK_S)
-        if call.cause is Cause.ABORTED:
-            # daphne stops when the first of the calls that it cancelled is over, and not when the last one is.
-            await asyncio.shield(runtime.booked())
+async def booked(call: Call, runtime: Runtime) -> None:
+    """
+    Where nobody will hold a shutdown for us, stay until the end of *call* is booked (pitfall 32).
+
+    Bounded: a store that is down shall not keep the tasks of all requests.
+    """
+    await asyncio.wait((call.expects_ending(),), timeout=BOOK_S)
+    if call.cause is Cause.ABORTED:
+        # daphne stops when the first of the calls that it cancelled is over, and not when the last one is.
+        await asyncio.shield(runtime.booked())

@@ -133,6 +133,11 @@ def rates_of(parts: Sequence[Part], name: str) -> tuple[RatePolicy, ...]:
             "Limits of a middleware count requests: what a call will use is not known before its body is read. Write "
             "limits of tokens on the endpoints."
         )
+    if policy.messages:
+        raise ConfigurationError(
+            'Limits of a middleware count HTTP requests, and per="message" what comes in over a WebSocket. Write '
+            "it on the endpoints."
+        )
     return policy.rates
 
 

@@ -18,6 +18,7 @@ from asgi_metering.asgi.flat import FlatLimits, counted
 from asgi_metering.asgi.lifespan import LAYERS_KEY, Lifespan
 from asgi_metering.asgi.startup import check_stack, examined
 from asgi_metering.asgi.types import ASGIApp, Receive, Scope, Send
+from asgi_metering.asgi.websocket import Session, attend, deny_mistaken
 from asgi_metering.asgi.workers import check_workers
 from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.guards import Part
@@ -119,7 +120,7 @@ class MeteringMiddleware:
         self._proving = threading.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Meter HTTP requests; look after the lifespan; pass everything else on."""
+        """Meter HTTP requests and WebSockets; look after the lifespan; pass everything else on."""
         kind = scope["type"]
         if kind == "http":
             opening = scope.get(SCOPE_KEY)
@@ -129,6 +130,8 @@ class MeteringMiddleware:
                 await self._meter(scope, receive, send)
             else:
                 await _answer_mistaken(send)
+        elif kind == "websocket":
+            await self._websocket(scope, receive, send)
         elif kind == "lifespan":
             await self._lifespan(scope, receive, send)
         else:
@@ -168,6 +171,18 @@ class MeteringMiddleware:
         if self.fault is not None:
             log.error("The application cannot serve: %s", self.fault)
         return self.fault is None
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        opening = scope.get(SCOPE_KEY)
+        if opening is not None:
+            await self._join(opening, scope, receive, send)
+        elif self.proven or self._prove(scope):
+            session = scope[SCOPE_KEY] = Session(
+                self.metering, self.features, scope, receive, send, self.options.answers, unenforced=self.unenforced
+            )
+            await attend(self.app, session)
+        else:
+            await deny_mistaken(scope, receive, send, MISTAKEN)
 
     async def _join(self, opening: Opening, scope: Scope, receive: Receive, send: Send) -> None:
         """An outer layer opened the call; this one adds what it enables (X.1)."""

@@ -7,7 +7,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.mutations import capture, completion, denial, fast_path, gate, growing, keys, limits, outage, telling
+from tests.mutations import (
+    capture,
+    completion,
+    denial,
+    fast_path,
+    gate,
+    growing,
+    keys,
+    limits,
+    outage,
+    telling,
+    websockets,
+)
 from tests.mutations.entries import Mutation
 from tests.mutations.running import Runs
 
@@ -22,6 +34,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     *growing.MUTATIONS,
     *fast_path.MUTATIONS,
     *limits.MUTATIONS,
+    *websockets.MUTATIONS,
 )
 
 CALLS = "tests/pitfalls/test_calls.py::"
