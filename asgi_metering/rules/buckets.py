@@ -108,6 +108,9 @@ def corrected(counter: Counter, start: float, delta: int, now: float) -> Counter
     doubles = _doubles(counter)
     kept, before = doubles[:_KEPT], doubles[_KEPT:]
     prior = (before[0], counter.previous) if before else None
+    if delta > 0 and start > counter.start:
+        # It began that time, which was forgotten since all others gave back what they took.
+        return _row(counter.key, start, min(MAX_AMOUNT, delta), kept, (counter.start, counter.used))
     taken = min(MAX_AMOUNT, max(0, counter.used + delta))
     if not taken and prior is not None:
         return _row(counter.key, *prior, kept, None)

@@ -291,3 +291,26 @@ def test_be_as_before_where_all_is_given_back() -> None:
     assert (row.start, row.end, row.used, row.previous) == (before.start, before.end, 20, 0)
     world.end("a", None, actual={"tokens": 120})
     assert left(world, ask) == 30
+
+
+def test_begin_again_when_it_began_though_all_others_gave_back() -> None:
+    """What a call uses beyond an estimate of nothing is owed from when it came, whatever those beside it give back."""
+    world, ask = World(BEGIN), bucket(10, 100, 1.0, cost=20, **TOKENS)
+    world.admit(0, "a", limits=(ask,))
+    world.wait(9)
+    world.admit(0, "b", limits=(ask,))
+    world.admit(0, "c", limits=(ask._replace(cost=0),))
+    world.end("b", None, actual={"tokens": 0})
+    assert world.counter("t").start == BEGIN
+    world.end("c", None, actual={"tokens": 70})
+    assert left(world, ask) == 30
+
+
+def test_owe_from_when_a_call_came_that_was_expected_to_use_nothing() -> None:
+    """What flowed over before such a call came does not pay for it."""
+    world, ask = World(BEGIN), bucket(10, 100, 1.0, cost=20, **TOKENS)
+    world.admit(0, "a", limits=(ask,))
+    world.wait(9)
+    world.admit(0, "b", limits=(ask._replace(cost=0),))
+    world.end("b", None, actual={"tokens": 70})
+    assert left(world, ask) == 30

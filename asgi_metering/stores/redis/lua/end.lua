@@ -187,7 +187,12 @@ function M.correct_bucket(key, text, start, delta, now)
   end
   local _, pace, fill = parse('>ddd', text, CODE.BEHIND + 1)
   local kept, prior = sub(text, CODE.BEHIND, CODE.PRIOR - 1), sub(text, CODE.PRIOR)
-  taken = min(CODE.MAX_AMOUNT, max(0, taken + delta))
+  if delta > 0 and start > c_start then
+    c_start, taken, previous, prior = start, delta, taken, pack('>d', c_start)
+  else
+    taken = max(0, taken + delta)
+  end
+  taken = min(CODE.MAX_AMOUNT, taken)
   if taken == 0 and prior ~= '' then
     c_start, taken, previous, prior = parse('>d', prior), previous, 0, ''
   end

@@ -152,8 +152,8 @@ function M.filled(limit, text, now)
   local row = pack(AS.WINDOW, start, finish, after, previous) .. CODE.FILLED .. pack('>ddd', at, pace, fill) .. prior
   local told = pack(AS.WINDOW, start, at, after, 0)
   local fits = due(limit, start, after - limit.limit) <= at
-  if limit.cost == 0 and not is_new then
-    row, start, finish = text, c_start, c_end
+  if limit.cost == 0 and taken > 0 then
+    row, finish = text, c_end
   end
   return row, told, start, finish + (finish - start), taken, fits, is_new
 end
