@@ -160,8 +160,8 @@ def _until_s(at: float, now: float) -> float:
 def _look_bucket(ask: LimitAsk, counter: Counter | None, now: float) -> Look:
     found = buckets.filling(counter, now, ask.refill, ask.window_s)
     seen = in_bucket(ask, found, now)
-    # Whoever only looks changes nothing, not even the time that was seen. But a full bucket is not full from then on: what
-    # a call uses beyond an estimate of nothing is not paid from what flowed over before it came.
+    # Whoever only looks changes nothing, not even the time that was seen. But a full bucket is not full from then on:
+    # what a call uses beyond an estimate of nothing is not paid from what flowed over before it came.
     if counter is not None and not ask.cost and found.taken:
         return seen._replace(counter=counter)
     return seen
