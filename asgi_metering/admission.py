@@ -19,6 +19,7 @@ from asgi_metering.asking import (
     REQUESTS,
     by_identity,
     computed_key,
+    distinct,
     key_of,
     lease_asks,
     limit_ask,
@@ -90,7 +91,7 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
             call.exempt = True
             rates = tuple([rate for rate in map(_of_everybody, rates) if rate is not None])
             messages = tuple([rate for rate in map(_of_everybody, messages) if rate is not None])
-        if any(rate.is_selective for rate in rates):
+        if policy.is_selective:
             rates = tuple([rate for rate in rates if await _counts(call, rate, arguments)])
         if messages:
             call.message_limits = await _message_limits(call, messages, arguments)
@@ -490,7 +491,7 @@ async def _operation(
         amount,
         minimum,
         source_asks(call, charge, now) if holds and charge is not None else (),
-        tuple(limits),
+        tuple(distinct(limits) if len(limits) > 1 else limits),
         tuple(leases),
         charge.ttl_s if charge is not None else call.metering.ttl_s,
         charge.grace_s if charge is not None else call.metering.grace_s,
@@ -532,7 +533,7 @@ async def _limits(
     leases: list[LeaseAsk],
 ) -> None:
     key, root, cost = await _counted_by(call, rate, arguments)
-    for limit in (*limits_of(call, rate), *await _computed_limits(call, rate, arguments)):
+    for limit in rate.limits if not rate.chosen else await _chosen(call, rate, arguments):
         taken = cost if limit.meter == REQUESTS else await _weight(call, limit, arguments)
         limits.append(limit_ask(rate, limit, rooted(key, root), taken, now))
     leases += lease_asks(rate, key, root)
@@ -556,13 +557,14 @@ async def _message_limits(
     for rate in rates:
         if not rate.is_selective or await _counts(call, rate, arguments):
             key, root, cost = await _counted_by(call, rate, arguments)
-            limits = (*limits_of(call, rate), *await _computed_limits(call, rate, arguments))
+            limits = rate.limits if not rate.chosen else await _chosen(call, rate, arguments)
             counted += [Counted(rate, limit, rooted(key, root), cost) for limit in limits]
     return MessageLimits(call, counted) if counted else None
 
 
-async def _computed_limits(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> list[RateLimit]:
-    limits: list[RateLimit] = []
+async def _chosen(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> list[RateLimit]:
+    """The limits of *rate* for *call*, those that are computed last."""
+    limits = list(limits_of(call, rate))
     for each in rate.chosen:
         if isinstance(each, ComputedLimit):
             answered = await each.function.compute(call, arguments)

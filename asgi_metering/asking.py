@@ -35,6 +35,7 @@ __all__ = [
     "by_identity",
     "computed_key",
     "counted_as",
+    "distinct",
     "hashed",
     "key_of",
     "lease_asks",
@@ -112,6 +113,22 @@ def limit_ask(rate: RatePolicy, limit: RateLimit, key: str, cost: int, now: floa
     return build(LimitAsk, (limit.name, counted, kind, limit.amount, window_s, cost, limit.meter, edges, 0))
 
 
+def distinct(limits: list[LimitAsk]) -> list[LimitAsk]:
+    """
+    *limits*, of which no two take from one count: of those the smallest, at the highest cost.
+
+    What is chosen for a call may be what is written beside it, and limits of a middleware may share a scope.
+    """
+    if len({limit.key for limit in limits}) == len(limits):
+        return limits
+    found: dict[str, LimitAsk] = {}
+    for limit in limits:
+        other = found.setdefault(limit.key, limit)
+        smallest = min(other, limit, key=attrgetter("limit"))
+        found[limit.key] = smallest._replace(cost=max(other.cost, limit.cost))
+    return list(found.values())
+
+
 def limits_of(call: Call, rate: RatePolicy) -> tuple[RateLimit, ...]:
     """The limits of *rate* for *call*, but for those that are computed."""
     if not rate.chosen:
@@ -135,7 +152,7 @@ def counted_as(rate: RatePolicy, limit: RateLimit) -> str:
     amount: what is counted by one of them counts for all (S4.11).
     """
     told = limit.name
-    if rate.shares or limit not in rate.limits:
+    if rate.shares or (rate.chosen and limit not in rate.limits):
         # What flows back at another rate is another bucket.
         rate_of = f"{limit.amount}/" if limit.burst else ""
         told = f"{limit.strategy}:{limit.meter}/{rate_of}{limit.period or ''}{limit.window_s:g}"

@@ -118,6 +118,12 @@ class Opening:
         if self.closed:
             self.call = None
 
+    def counted_before(self, call: Call) -> None:
+        """Note that the limits of a layer let the request through, by the admission of *call*."""
+        windows = call.decision.windows if call.decision is not None else ()
+        inner = self.before or Before(None, (), 0)
+        self.before = Before(call.caller or inner.caller, (*windows, *inner.windows), inner.layers + 1)
+
     def cut(self) -> None:
         """Stop the work of the call and its answer, on the loop of the request; outside HTTP nothing can be stopped."""
 

@@ -578,6 +578,7 @@ class EndpointPolicy:
         charge: None if it is not billable.
         rates: In the order of the decorators, outermost first.
         weighs: Whether a limit takes what the call uses, such as tokens.
+        is_selective: Whether there are calls that some of its limits do not count.
         gated: Those of the rates that the call is let in by.
         messages: Those that each message of a WebSocket is let in by.
         needs: ``"websocket"`` or ``"http"``, where it means nothing to the other one; else empty.
@@ -587,6 +588,7 @@ class EndpointPolicy:
     charge: ChargePolicy | None = None
     rates: tuple[RatePolicy, ...] = ()
     weighs: bool = field(init=False, repr=False, compare=False)
+    is_selective: bool = field(init=False, repr=False, compare=False)
     gated: tuple[RatePolicy, ...] = field(init=False, repr=False, compare=False)
     messages: tuple[RatePolicy, ...] = field(init=False, repr=False, compare=False)
     needs: str = field(init=False, repr=False, compare=False)
@@ -595,6 +597,7 @@ class EndpointPolicy:
         fixed = [limit.meter for rates in self.rates for limit in rates.limits]
         by_plan = [each.meter for rates in self.rates for each in rates.chosen if isinstance(each, LimitByPlan)]
         object.__setattr__(self, "weighs", any(meter != "requests" for meter in (*fixed, *by_plan)))
+        object.__setattr__(self, "is_selective", any(rates.is_selective for rates in self.rates))
         messages = tuple([rates for rates in self.rates if rates.per != "call"]) if self.rates else ()
         gated = tuple([rates for rates in self.rates if rates.per == "call"]) if messages else self.rates
         object.__setattr__(self, "gated", gated)

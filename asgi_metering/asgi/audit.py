@@ -1,8 +1,8 @@
 """
 The startup audit: which route is metered how, and what is decorated in vain.
 
-Walks the route tables of Starlette and FastAPI, included routers and mounts too; other apps have none to walk.
-Only looks, and never at request time.
+Walks the route tables of Starlette, FastAPI and Litestar, included routers and mounts too; other apps have none to
+walk. Only looks, and never at request time.
 """
 
 from __future__ import annotations
@@ -395,6 +395,12 @@ def _route_rows(route: Any, place: _Place) -> Iterator[Row]:
         yield from _walk(included, place.below(place.prefix + (getattr(context, "prefix", "") or "")))
         return
     path = place.prefix + getattr(route, "path", "")
+    handlers = getattr(route, "route_handlers", None)
+    if handlers is not None:
+        # Litestar's: several for the methods of one path.
+        for handler in handlers:
+            yield place.row(path, map(str, handler.http_methods), handler.fn, _policy_of(handler.fn))
+        return
     endpoint = getattr(route, "endpoint", None)
     inner = getattr(route, "app", None)
     if endpoint is None and inner is not None and not isinstance(inner, type):

@@ -16,6 +16,7 @@ from asgi_metering.chosen import ConfiguredLimits, LimitByPlan
 from asgi_metering.computed import name_of
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.guards import decorated
+from asgi_metering.limiting import FREE_METHODS
 from asgi_metering.named import NamedLimits
 from asgi_metering.policies import From, NamedKey, RatePolicy
 
@@ -78,6 +79,8 @@ def effective_limits(app: Any) -> list[EffectiveLimit]:
 
 def limits_of_row(row: Row, *, is_known: bool = True) -> Iterator[EffectiveLimit]:
     """What limits one route, its own first; *is_known*: whether it is one, and no stand-in for those that are not."""
+    if row.methods and not set(row.methods) - set(FREE_METHODS):
+        return
     for policy in row.policies:
         yield from _told(row, "decorator", policy.rates)
     if row.around is not None and row.around not in row.policies:

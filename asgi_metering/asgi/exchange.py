@@ -35,7 +35,7 @@ from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_metering.asgi.watch import ClientGone, Watch
 from asgi_metering.call import Call, CallCut, CallRefused
 from asgi_metering.growing import LEAST_ROOM
-from asgi_metering.opening import CURRENT, Before, Opening
+from asgi_metering.opening import CURRENT, Opening
 from asgi_metering.overdue import Entry
 from asgi_metering.policies import Slices
 from asgi_metering.rules.ending import Cause
@@ -217,17 +217,6 @@ class Exchange(Opening):
         if message["type"] == "http.disconnect":
             self._gone()
         return message
-
-    def counted_before(self, call: Call) -> None:
-        """The limits of a layer let the request through, by the admission of *call*."""
-        windows = call.decision.windows if call.decision is not None else ()
-        inner = self.before or Before(None, (), 0)
-        self.before = Before(call.caller or inner.caller, (*windows, *inner.windows), inner.layers + 1)
-
-    @property
-    def flat_layers(self) -> int:
-        """How many layers have counted the request before its application ran."""
-        return 0 if self.before is None else self.before.layers
 
     def _gone(self) -> None:
         if not self.finishing and self.call is not None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.audit import MAX_DEPTH
 from asgi_metering.asgi.exchange import Exchange, ExchangeOptions, run
-from asgi_metering.asgi.flat import FlatLimits, counted
+from asgi_metering.asgi.flat import FlatLimits, counted, counted_session
 from asgi_metering.asgi.lifespan import LAYERS_KEY, Lifespan
 from asgi_metering.asgi.startup import check_stack, examined
 from asgi_metering.asgi.types import ASGIApp, Receive, Scope, Send
@@ -54,8 +54,8 @@ class MeteringMiddleware:
         answers: How refusals and limits look on the wire. Of a stack of layers the outermost says it for all of them,
             and an inner one that says something else fails at startup; so for:
         stop_on_disconnect: Raise `OSError` from ``send`` once the client has left, for apps that would run on.
-        application_limits: Limits that count every HTTP request, whatever its route: ``[rate_limited("1000/minute",
-            key="address")]``.
+        application_limits: Limits that count every HTTP request, whatever its route, and the handshakes of WebSockets:
+            ``[rate_limited("1000/minute", key="address")]``.
         default_limits: Limits that count the requests of each route that has none of its own, route by route, but for
             those that are `unlimited`; a route whose own ones say ``override_defaults=False`` has both. Requests whose
             route cannot be told beforehand (unknown paths, frameworks without a route table that can be read) are
@@ -71,8 +71,8 @@ class MeteringMiddleware:
     ``scope``, ``request`` (without a body) and ``call``. HEAD and OPTIONS are free.
 
     The application is audited once: when its lifespan starts, or, where none comes (a mounted application, daphne, a
-    function behind a gateway), before its first HTTP request is served. One that must not serve answers every request
-    with 500 then, says why in the log, and charges nothing.
+    function behind a gateway), before its first request or WebSocket is served. One that must not serve answers every
+    request with 500 then, says why in the log, and charges nothing.
 
     With no policy on any endpoint not one byte of any response changes (S2.27). Installed twice, the inner one adds
     nothing (pitfall 37).
@@ -180,7 +180,11 @@ class MeteringMiddleware:
             session = scope[SCOPE_KEY] = Session(
                 self.metering, self.features, scope, receive, send, self.options.answers, unenforced=self.unenforced
             )
-            await attend(self.app, session)
+            if self.limits is None:
+                await attend(self.app, session)
+                return
+            channel = (scope, receive, send)
+            await counted_session(self.limits, session, lambda *_: attend(self.app, session), channel)
         else:
             await deny_mistaken(scope, receive, send, MISTAKEN)
 
@@ -192,10 +196,13 @@ class MeteringMiddleware:
             )
         opening.features |= self.features
         opening.unenforced &= self.unenforced
-        if self.limits is None or opening.free or not isinstance(opening, Exchange):
-            await self.app(scope, receive, send)
-            return
         channel = (scope, receive, send)
+        if self.limits is not None and isinstance(opening, Session):
+            await counted_session(self.limits, opening, self.app, channel)
+            return
+        if self.limits is None or opening.free or not isinstance(opening, Exchange):
+            await self.app(*channel)
+            return
         answers = opening.options.answers
         await counted(self.limits, opening, answers, self.app, lambda app: app(*channel), channel)
 

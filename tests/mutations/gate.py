@@ -190,8 +190,8 @@ STARTUP = (
         0,
         "layers of mounted apps do not count",
         AUDIT,
-        "            yield Layer(features, metering)\n",
-        "            yield Layer(frozenset(), metering)\n",
+        "            yield Layer(features, kept.get(",
+        "            yield Layer(frozenset(), kept.get(",
         _in("layers", "test_see_the_layers_of_a_mounted_application[sub-app]"),
     ),
     Mutation(
