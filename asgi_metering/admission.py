@@ -571,7 +571,8 @@ async def _chosen(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) ->
     for each in rate.chosen:
         if isinstance(each, ComputedLimit):
             answered = await each.function.compute(call, arguments)
-            limits += [each.reading.read(text) for text in ([answered] if isinstance(answered, str) else answered)]
+            for text in answered if isinstance(answered, list | tuple) else (answered,):
+                limits += each.reading.read_all(text)
     return limits
 
 

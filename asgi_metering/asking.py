@@ -108,7 +108,9 @@ def limit_ask(rate: RatePolicy, limit: RateLimit, key: str, cost: int, now: floa
         window_s = edges[2] - edges[1]
     kind = _KINDS[limit.strategy]
     counted = f"{rate.scope}|{counted_as(rate, limit)}|{key}"
-    return build(LimitAsk, (limit.name, counted, kind, limit.amount, window_s, cost, limit.meter, edges))
+    if limit.burst:
+        return LimitAsk(limit.name, counted, kind, limit.burst, window_s, cost, limit.meter, refill=limit.amount)
+    return build(LimitAsk, (limit.name, counted, kind, limit.amount, window_s, cost, limit.meter, edges, 0))
 
 
 def distinct(limits: list[LimitAsk]) -> list[LimitAsk]:
@@ -137,7 +139,8 @@ def limits_of(call: Call, rate: RatePolicy) -> tuple[RateLimit, ...]:
         if isinstance(each, LimitByPlan):
             limits.append(each.limit_for(plan))
         elif isinstance(each, ConfiguredLimits):
-            limits += [each.reading.read(text) for text in call.metering.limits.texts_for(each.name, plan)]
+            for text in call.metering.limits.texts_for(each.name, plan):
+                limits += each.reading.read_all(text)
     return tuple(limits)
 
 
@@ -150,7 +153,9 @@ def counted_as(rate: RatePolicy, limit: RateLimit) -> str:
     """
     told = limit.name
     if rate.shares or (rate.chosen and limit not in rate.limits):
-        told = f"{limit.strategy}:{limit.meter}/{limit.period or ''}{limit.window_s:g}"
+        # What flows back at another rate is another bucket.
+        rate_of = f"{limit.amount}/" if limit.burst else ""
+        told = f"{limit.strategy}:{limit.meter}/{rate_of}{limit.period or ''}{limit.window_s:g}"
     return f"{told} {'+'.join(sorted(rate.methods))}" if rate.methods else told
 
 

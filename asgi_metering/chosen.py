@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from asgi_metering.names import check_name
-from asgi_metering.rates import RateLimit, Strategy, parse_limit
+from asgi_metering.rates import RateLimit, Strategy, parse_limit, parse_limits
+
+if TYPE_CHECKING:
+    from limits import RateLimitItem
 
 __all__ = ["ConfiguredLimits", "LimitByPlan", "LimitReading", "leveled"]
 
@@ -24,14 +28,23 @@ class LimitReading:
     zone: str = "UTC"
     level: str = ""
 
-    def read(self, text: str) -> RateLimit:
+    def read(self, text: str | RateLimitItem) -> RateLimit:
         """The limit that *text* says, read once; raises as `parse_limit`."""
         return _read(text, self.strategy, self.zone, self.level)
 
+    def read_all(self, text: str | RateLimitItem) -> tuple[RateLimit, ...]:
+        """The limits that *text* says, as `parse_limits` divides it, read once."""
+        return _read_all(text, self.strategy, self.zone, self.level)
+
 
 @lru_cache(maxsize=4096)
-def _read(text: str, strategy: Strategy, zone: str, level: str) -> RateLimit:
+def _read(text: str | RateLimitItem, strategy: Strategy, zone: str, level: str) -> RateLimit:
     return leveled(parse_limit(text, strategy, zone), level)
+
+
+@lru_cache(maxsize=4096)
+def _read_all(text: str | RateLimitItem, strategy: Strategy, zone: str, level: str) -> tuple[RateLimit, ...]:
+    return tuple([leveled(limit, level) for limit in parse_limits(text, strategy, zone)])
 
 
 def leveled(limit: RateLimit, level: str) -> RateLimit:
@@ -50,7 +63,7 @@ class LimitByPlan:
         reading: How they are read.
     """
 
-    texts: Mapping[str, str]
+    texts: Mapping[str, str | RateLimitItem]
     reading: LimitReading = LimitReading()
 
     @property
@@ -61,7 +74,7 @@ class LimitByPlan:
     def text_for(self, plan: str | None) -> str:
         """The limit of *plan*, as it is written."""
         if plan is not None and plan in self.texts:
-            return self.texts[plan]
+            return str(self.texts[plan])
         return min(self._all(), key=_speed).text
 
     def limit_for(self, plan: str | None) -> RateLimit:

@@ -17,6 +17,7 @@ from typing import Any
 from asgi_metering.chosen import LimitReading
 from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.policies import ChargePolicy, ComputedLimit, From, NamedKey, RatePolicy
+from asgi_metering.rates import is_item
 from asgi_metering.usage import TokenUsage
 
 __all__ = ["Computed", "bound_charge", "bound_rates", "check_answers", "check_sync", "is_async", "name_of"]
@@ -233,7 +234,8 @@ def _check_limit(_: Any, limit: Any) -> None:
     if not texts:
         raise ConfigurationError("The limit is an empty list. Answer at least one; exempt_when= tells who has none.")
     for text in texts:
-        if not isinstance(text, str) or _READING.read(text).meter != "requests":
+        is_limit = isinstance(text, str) or is_item(text)
+        if not is_limit or any(limit.meter != "requests" for limit in _READING.read_all(text)):
             raise ConfigurationError(
                 f"The limit {text!r:.{MAX_SHOWN}} is no limit of requests. Answer a text such as '60/minute', or a "
                 f"list of them; exempt_when= tells who has none."

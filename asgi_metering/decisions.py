@@ -49,10 +49,11 @@ class WindowState(NamedTuple):
 
     Attributes:
         name: The limit's name, unique on its route.
-        limit: What the window allows, in units of *meter*.
+        limit: What the window allows, in units of *meter*; what a bucket holds.
         remaining: What is left of it now, never negative.
         reset_after_s: Seconds until more becomes available.
-        window_s: The window's length in seconds.
+        window_s: The window's length in seconds; of a bucket, how long an empty one takes to fill: at that pace nobody
+            takes more than flows back.
         meter: What is counted: ``"requests"``, ``"tokens"``...
     """
 

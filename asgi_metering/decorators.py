@@ -380,9 +380,10 @@ def rate_limited(
     Limit how often and how many at once.
 
     Args:
-        limits: ``"60/minute"``, ``"5000/day"``, ``"200000/minute of tokens"``; a mapping of plans to such texts, of
-            which a plan that it does not have, or none, gets the smallest; or a callable of the endpoint's arguments
-            that answers one text or a list of them (S4.17). The last two are looked up for each call.
+        limits: ``"60/minute"``, ``"100/hour; 1000/day"``, ``"200000/minute of tokens"``, ``"10/second burst 50"``, or
+            items of the `limits` package: see `parse_limit`; a mapping of plans to such limits, of which a plan that
+            it does not have, or none, gets the smallest; or a callable of the endpoint's arguments that answers one
+            text or a list of them (S4.17). The last two are looked up for each call.
         concurrency: Calls at once, per key; or a mapping of keys to such numbers.
         global_concurrency: Calls at once, of everybody together.
         key: ``"caller"`` (the address where nobody is known), ``"payer"``, ``"address"``, ``"route"`` (everybody's
@@ -395,8 +396,9 @@ def rate_limited(
         configured: Name of limits in `Metering.limits`, which may change while the application runs; a name there that
             no endpoint uses is an error at startup, and so is one here that is not there (S2.30).
         cost: What a call takes of each request limit; an int or a callable.
-        strategy: ``"fixed"``, ``"calendar"`` or ``"sliding"``.
-        zone: Where calendar days begin.
+        strategy: ``"fixed"``, ``"calendar"``, ``"sliding"`` or ``"moving"`` (at a cost of 1 only). A limit with a burst
+            is a token bucket beside any of them.
+        zone: Where calendar windows begin.
         scope: Endpoints with the same scope share their counts of a window and key, each by its own limit (S4.11); the
             endpoint's own by default.
         methods: Count these HTTP methods alone.

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from asgi_metering.chosen import ConfiguredLimits, LimitByPlan, LimitReading, leveled
+from asgi_metering.chosen import ConfiguredLimits, LimitByPlan, LimitReading
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.names import check_name, is_field_name
 from asgi_metering.policies import (
@@ -23,12 +23,15 @@ from asgi_metering.policies import (
     NamedKey,
     RatePolicy,
 )
-from asgi_metering.rates import RateLimit, parse_limit
+from asgi_metering.rates import RateLimit, is_item
+
+if TYPE_CHECKING:
+    from limits import RateLimitItem
 
 __all__ = ["FREE_METHODS", "Key", "Levels", "Limit", "check_level", "read_key", "read_levels", "read_methods"]
 
-Limit: TypeAlias = "str | Mapping[str, str] | Callable[..., Any]"
-"""What a user may write as a limit: a text, a text for each plan, or a function that answers one."""
+Limit: TypeAlias = "str | RateLimitItem | Mapping[str, str | RateLimitItem] | Callable[..., Any]"
+"""What a user may write as a limit: a text or an item, one for each plan, or a function that answers one."""
 
 Key: TypeAlias = "Literal['caller', 'payer', 'address', 'route', 'global'] | str | Callable[..., Any]"
 """What a user may write as a key."""
@@ -214,14 +217,16 @@ def _policy(
         elif callable(limit):
             chosen.append(ComputedLimit(From(limit, "limit"), reading))
         else:
-            read.append(leveled(parse_limit(limit, reading.strategy, reading.zone), level))
+            read += reading.read_all(limit) if isinstance(limit, str) or is_item(limit) else [reading.read(limit)]
     _check_cost(read, base.cost)
+    if reading.strategy == "moving" and (configured is not None or any(map(callable, limits))):
+        _check_single(base.cost, "that are looked up for each call")
     if configured is not None:
         chosen.append(ConfiguredLimits(check_name(configured, "name of configured limits"), reading))
     return replace(base, limits=tuple(read), concurrency=tuple(slots), chosen=tuple(chosen), key=key, level=level)
 
 
-def _by_plan(texts: Mapping[str, str], reading: LimitReading, cost: Any) -> LimitByPlan:
+def _by_plan(texts: Mapping[str, str | RateLimitItem], reading: LimitReading, cost: Any) -> LimitByPlan:
     if not texts or not all(isinstance(plan, str) for plan in texts):
         raise ConfigurationError(
             f"The limits by plan {dict(texts)!r} are no mapping of plans to limits. Write {{'free': '20/minute', "
@@ -238,18 +243,29 @@ def _by_plan(texts: Mapping[str, str], reading: LimitReading, cost: Any) -> Limi
     return found
 
 
-def _text(text: Any) -> str:
-    if not isinstance(text, str):
+def _text(text: Any) -> str | RateLimitItem:
+    if not isinstance(text, str) and not is_item(text):
         raise ConfigurationError(
             f"The limit {text!r} is not a str. Write it as '60/minute', and several for a plan as several mappings."
         )
-    return text
+    checked: str | RateLimitItem = text
+    return checked
+
+
+def _check_single(cost: Any, limits: str) -> None:
+    if type(cost) is not int or cost != 1:
+        raise ConfigurationError(
+            f"cost={cost!r} beside moving limits {limits}, and a moving window counts calls, one by one. Use the "
+            f"strategy 'sliding', or a bucket: '60/minute burst 60', say."
+        )
 
 
 def _check_cost(limits: Sequence[RateLimit], cost: Any) -> None:
     for limit in limits:
+        if limit.strategy == "moving":
+            _check_single(cost, f"such as {limit.text!r}")
         # A limit of 0 is meant: it closes the endpoint.
-        if limit.meter == "requests" and type(cost) is int and 0 < limit.amount < cost:
+        if limit.meter == "requests" and type(cost) is int and 0 < (limit.burst or limit.amount) < cost:
             raise ConfigurationError(
                 f"cost={cost} is above the limit {limit.text!r}, so that every call would be refused. Raise the limit, "
                 f"or lower the cost."

@@ -15,6 +15,7 @@ from asgi_metering.errors import ConfigurationError
 from asgi_metering.limiting import Limit
 from asgi_metering.names import check_name
 from asgi_metering.policies import From
+from asgi_metering.rates import RateLimit, is_item
 
 __all__ = ["NamedKeys", "NamedLimits"]
 
@@ -85,7 +86,7 @@ class NamedKeys(MutableMapping[str, Callable[..., Any]]):
         return found
 
 
-class NamedLimits(MutableMapping[str, tuple[str | Mapping[str, str], ...]]):
+class NamedLimits(MutableMapping[str, tuple[str | Mapping[str, Any], ...]]):
     """
     Limits of requests by name: ``metering.limits["search"] = ["60/minute", {"free": "100/day", "pro": "5000/day"}]``.
 
@@ -105,7 +106,7 @@ class NamedLimits(MutableMapping[str, tuple[str | Mapping[str, str], ...]]):
             )
         self.update(given or {})
 
-    def __getitem__(self, name: str) -> tuple[str | Mapping[str, str], ...]:
+    def __getitem__(self, name: str) -> tuple[str | Mapping[str, Any], ...]:
         return tuple([each.texts if isinstance(each, LimitByPlan) else each for each in self._known[name]])
 
     def __setitem__(self, name: str, limits: Limit | list[Limit] | tuple[Limit, ...]) -> None:
@@ -146,7 +147,8 @@ class NamedLimits(MutableMapping[str, tuple[str | Mapping[str, str], ...]]):
         """Everything that is allowed under *name* to anybody; raises as `texts_for`."""
         self.texts_for(name, None)
         several = [
-            tuple(each.texts.values()) if isinstance(each, LimitByPlan) else (each,) for each in self._known[name]
+            tuple(map(str, each.texts.values())) if isinstance(each, LimitByPlan) else (each,)
+            for each in self._known[name]
         ]
         return tuple([text for texts in several for text in texts])
 
@@ -157,9 +159,15 @@ def _checked(name: str, limit: Limit) -> str | LimitByPlan:
     if not texts or (by_plan is not None and not all(isinstance(plan, str) for plan in by_plan.texts)):
         raise ConfigurationError(f"The configured limits {name!r} have no plan. Write {{'free': '60/minute'}}, say.")
     for text in texts:
-        if not isinstance(text, str) or _READING.read(text).meter != "requests":
+        is_limit = isinstance(text, str) or is_item(text)
+        if not is_limit or any(limit.meter != "requests" for limit in _read(text, by_plan)):
             raise ConfigurationError(
                 f"The configured limits {name!r} have {text!r}, which is no limit of requests. Write '60/minute', say; "
                 f"limits of tokens stand in rate_limited() itself."
             )
     return by_plan or str(limit)
+
+
+def _read(text: Any, by_plan: LimitByPlan | None) -> tuple[RateLimit, ...]:
+    """What *text* says: one limit for a plan, or several for everybody."""
+    return _READING.read_all(text) if by_plan is None else (_READING.read(text),)

@@ -19,7 +19,7 @@ from asgi_metering.policies import ChargePolicy, EndpointPolicy, RatePolicy
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.calendars import Period, boundaries_until
 from asgi_metering.rules.ending import EndPolicy, Situation
-from asgi_metering.rules.operations import Admit, AllowanceSource, End
+from asgi_metering.rules.operations import Admit, AllowanceSource, End, LimitAsk
 from asgi_metering.sources import Allowance
 from asgi_metering.stores.memory import MemoryStore
 
@@ -123,8 +123,8 @@ class LocalLimits:
     def decide(self, ask: Admit) -> Decision:
         """Decide the limits and leases of *ask*."""
         now = self._clock()
-        # A window that slides weighs in the next one as well.
-        self._until.update((limit.key, now + 2 * limit.window_s) for limit in ask.limits)
+        # A window that slides weighs in the next one as well, and a full bucket counts for as long as it took to fill.
+        self._until.update((limit.key, now + 2 * _span_s(limit)) for limit in ask.limits)
         self._until.update((lease.pool, now + ask.ttl_s) for lease in ask.leases)
         if len(self._until) > MAX_LOCAL_KEYS:
             self._make_room(now)
@@ -145,6 +145,10 @@ class LocalLimits:
         if len(self._until) > LOCAL_KEYS_LEFT * MAX_LOCAL_KEYS:
             log.error("More than %d keys are limited locally; all of them are counted anew.", MAX_LOCAL_KEYS)
             self._store, self._until = MemoryStore(self._clock), {}
+
+
+def _span_s(limit: LimitAsk) -> float:
+    return limit.limit * limit.window_s / limit.refill if limit.refill else limit.window_s
 
 
 async def without_store(

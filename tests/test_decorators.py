@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from limits import RateLimitItemPerDay
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -489,7 +490,7 @@ def test_refuse_a_price_that_was_not_made() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["60", "60/fortnight", "", "a/minute", "60/minute; 5/day", "-1/minute", "60/minute of", "sixty per minute"]
+    "text", ["60", "60/fortnight", "", "a/minute", "60/minute & 5/day", "-1/minute", "60/minute of", "sixty per minute"]
 )
 def test_refuse_limits_that_are_not_in_the_grammar(text: str) -> None:
     """DESIGN "Rate limits": a limit that cannot be read fails at import, with three that can."""
@@ -501,9 +502,31 @@ def test_refuse_limits_that_are_not_in_the_grammar(text: str) -> None:
 RATE_MISUSE: dict[str, tuple[Callable[[], Any], str]] = {
     "nothing": (lambda: rate_limited(), "rate_limited() limits nothing. Give it '60/minute', say, or concurrency=4."),
     "meter": (lambda: rate_limited("60/minute of bananas"), "counts 'bananas'. Use one of requests, tokens"),
-    "not-text": (lambda: rate_limited(60), "The limit 60 is not a str. Write it as '60/minute'."),
+    "not-text": (lambda: rate_limited(60), "neither a str nor an item of the limits package"),
+    "moving-chosen": (
+        lambda: rate_limited(lambda q: "5/day", strategy="moving", cost=2),
+        "cost=2 beside moving limits that are looked up for each call",
+    ),
+    "moving-by-plan": (
+        lambda: rate_limited({"free": RateLimitItemPerDay(5)}, strategy="moving", cost=2),
+        "cost=2 beside moving limits such as '5 per 1 day'",
+    ),
+    "moving-configured": (
+        lambda: rate_limited(configured="search", strategy="moving", cost=2),
+        "cost=2 beside moving limits that are looked up for each call",
+    ),
+    "moving-cost": (
+        lambda: rate_limited("9/day burst 9", "5/day", strategy="moving", cost=2),
+        "cost=2 beside moving limits such as '5/day', and a moving window counts calls, one by one.",
+    ),
+    "moving-computed-cost": (
+        lambda: rate_limited("5/day", strategy="moving", cost=lambda n: n),
+        "counts calls, one by one.",
+    ),
+    "bucket-cost": (lambda: rate_limited("60/second burst 5", cost=6), "cost=6 is above the limit '60/second burst 5'"),
+    "second": (lambda: rate_limited("1/day; often"), "The limit 'often' is not in the grammar."),
     "strategy": (lambda: rate_limited("1/day", strategy="rolling"), "The strategy 'rolling' is not known."),
-    "calendar": (lambda: rate_limited("1/hour", strategy="calendar"), "cannot follow the calendar."),
+    "calendar": (lambda: rate_limited("1/second", strategy="calendar"), "cannot follow the calendar."),
     "key": (lambda: rate_limited("1/day", key="user"), "key='user' is not known. Use one of caller, payer, address"),
     "cost": (lambda: rate_limited("1/day", cost=-1), "cost=-1 is not an int from 0 up."),
     "cost-float": (lambda: rate_limited("1/day", cost=1.5), "cost=1.5 is not an int from 0 up."),

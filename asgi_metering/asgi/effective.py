@@ -202,7 +202,7 @@ def _failures(rate: RatePolicy, metering: Any) -> Iterator[str]:
         if isinstance(each, ConfiguredLimits):
             try:
                 for text in metering.limits.texts(each.name):
-                    each.reading.read(text)
+                    each.reading.read_all(text)
             except ConfigurationError as failure:
                 yield str(failure)
 

@@ -158,18 +158,18 @@ def _looked(state: State, limits: Sequence[LimitAsk], now: float) -> _Looks | No
     counters: list[Counter] = []
     pinned: tuple[PinnedWindow, ...] = ()
     for limit in limits:
-        name, key, kind, most, window_s, cost, meter, _ = limit
+        name, key, kind, most, window_s, cost, meter, _, _ = limit
         row = rows.get(key)
         if kind is _FIXED:
             if row is not None and now < row[2]:
-                _, start, end, used, _ = row
+                _, start, end, used, _, _ = row
             else:
                 start, end, used = now, now + window_s, 0
             used += cost
             if used > most:
                 return None
             left = end - now if now > start else end - start
-            counters.append(build(Counter, (key, start, end, used, 0)))
+            counters.append(build(Counter, (key, start, end, used, 0, "")))
             windows.append(build(WindowState, (name, most, most - used, left, window_s, meter)))
         else:
             seen = look(limit, row, now)

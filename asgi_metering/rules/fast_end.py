@@ -93,7 +93,7 @@ def end(state: State, ask: End, now: float, written: list[Change] | None = None)
         observed, pinned, pools, facts, receipt, group, "", "",
     ))
     # fmt: on
-    corrected = _corrected(state, pinned, actual) if pinned and actual else ()
+    corrected = _corrected(state, pinned, actual, now) if pinned and actual else ()
     event = None
     if told is not None:
         event = build(Event, (call, now, event_payload(hold, receipt, told), 0.0, None))
@@ -163,13 +163,13 @@ def _charge(
     return (part._replace(amount=amount),) if amount else (), account.available, account, None, window
 
 
-def _corrected(state: State, pinned: Sequence[PinnedWindow], actual: Mapping[str, int]) -> list[Counter]:
+def _corrected(state: State, pinned: Sequence[PinnedWindow], actual: Mapping[str, int], now: float) -> list[Counter]:
     """The rows of weighted limits, with what the call used instead of what was taken for it."""
     rows = []
     for window in pinned:
         used = actual.get(window.meter)
         if used is not None:
-            row = correct(window, state.counters.get(window.key), used)
+            row = correct(window, state.counters.get(window.key), used, now)
             if row is not None:
                 rows.append(row)
     return rows

@@ -49,6 +49,8 @@ class WindowKind(StrEnum):
     FIXED = "fixed"
     CALENDAR = "calendar"
     SLIDING = "sliding"
+    MOVING = "moving"
+    BUCKET = "bucket"
 
 
 class LimitAsk(NamedTuple):
@@ -60,11 +62,12 @@ class LimitAsk(NamedTuple):
         key: What is counted together: limit and key value, already hashed where it is personal. Whose it is, it says
             itself (`roots`), for stores that keep payers apart.
         kind: How the window moves.
-        limit: What one window allows.
+        limit: What one window allows; what a bucket holds.
         window_s: The window's length in seconds, for a calendar window the current one's.
         cost: What this call takes; 0 looks without taking.
         meter: What is counted. Anything but ``"requests"`` is corrected at the call's end.
         boundaries: For calendar windows: four instants around the caller's time, ascending.
+        refill: For buckets: how much comes back in each *window_s*, 1 or more.
     """
 
     name: str
@@ -75,6 +78,7 @@ class LimitAsk(NamedTuple):
     cost: int = 1
     meter: str = "requests"
     boundaries: tuple[float, ...] = ()
+    refill: int = 0
 
 
 class LeaseAsk(NamedTuple):

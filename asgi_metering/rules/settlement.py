@@ -24,7 +24,6 @@ from asgi_metering.rules.state import (
     AccountKey,
     Change,
     ChargeKey,
-    Counter,
     Event,
     Hold,
     Lease,
@@ -33,7 +32,7 @@ from asgi_metering.rules.state import (
     Table,
     build,
 )
-from asgi_metering.rules.windows import correct
+from asgi_metering.rules.windows import correct, taken_at
 
 __all__ = ["end", "end_overdue", "event_payload", "renew", "undo"]
 
@@ -101,7 +100,7 @@ def end(state: State, ask: End, now: float) -> tuple[Receipt, list[Change]]:
     if hold.idempotency_key:
         changes.extend(answer_key(state, hold, ask, receipt))
     if hold.windows:
-        _correct_windows(state, hold, ask.actual, changes)
+        _correct_windows(state, hold, ask.actual, changes, now)
     if ask.event is not None:
         changes.append(_event(hold, receipt, ask.event))
     return receipt, changes
@@ -125,9 +124,9 @@ def undo(state: State, ask: Undo, now: float) -> tuple[bool, list[Change]]:
         counter = state.counters.get(limit.key)
         if counter is None:
             continue
-        start = _window_at(counter, ask.at)
+        start = taken_at(counter, ask.at)
         taken = None if start is None else PinnedWindow(limit.key, start, limit.meter, limit.cost)
-        restored = None if taken is None else correct(taken, counter, 0)
+        restored = None if taken is None else correct(taken, counter, 0, now)
         if restored is not None:
             changes.append((Table.COUNTER, limit.key, restored))
     return True, changes
@@ -139,25 +138,16 @@ def _kept(table: str, row: Any) -> Any:
     return None if table == Table.IDEMPOTENCY and row.call == GIVEN_BACK else row
 
 
-def _window_at(counter: Counter, at: float) -> float | None:
-    """Start of the counter's window, or of the one before it, that held the time *at*; None where neither did."""
-    start, end = counter.start, counter.end
-    if start <= at < end:
-        return start
-    before = start - (end - start)
-    return before if before <= at < start else None
-
-
 def _unknown(ask: End, now: float) -> Receipt:
     return Receipt(ask.id, "", "", 0, 0, Basis.NONE, False, ask.by, (), None, now, None, applied=False, known=False)
 
 
-def _correct_windows(state: State, hold: Hold, actual: Mapping[str, int], changes: list[Change]) -> None:
+def _correct_windows(state: State, hold: Hold, actual: Mapping[str, int], changes: list[Change], now: float) -> None:
     for pinned in hold.windows:
         used = actual.get(pinned.meter)
         if used is None:
             continue
-        counter = correct(pinned, state.counters.get(pinned.key), used)
+        counter = correct(pinned, state.counters.get(pinned.key), used, now)
         if counter is not None:
             changes.append((Table.COUNTER, pinned.key, counter))
 
@@ -217,7 +207,7 @@ def _after_the_end(state: State, hold: Hold, ask: End, now: float) -> tuple[Rece
             changes.append((Table.CHARGE_KEY, unpaid.key, unpaid._replace(settled=True)))
     receipt = first._replace(late=difference)
     if first.ended_by is not EndedBy.PERSON:
-        _correct_windows(state, hold, ask.actual, changes)
+        _correct_windows(state, hold, ask.actual, changes, now)
         changes.extend(answer_key(state, hold, ask, receipt))
     changes.append((Table.HOLD, hold.id, hold.ended(hold.state, receipt)))
     if told is not None:

@@ -41,7 +41,7 @@ __all__ = [
 
 build = tuple.__new__
 """
-Makes a row of its class and all its fields in their order: ``build(Counter, (key, start, end, used, previous))``.
+Makes a row of its class and all its fields in order: ``build(Counter, (key, start, end, used, previous, extra))``.
 
 A named tuple's own constructor is a function of Python around this, and takes twice as long; a call makes twenty rows.
 """
@@ -197,13 +197,19 @@ class AllowanceWindow(NamedTuple):
 
 
 class Counter(NamedTuple):
-    """What one rate limit counted for one key: the window that runs, and the one before it."""
+    """
+    What one rate limit counted for one key: the window that runs, and the one before it.
+
+    ``extra`` is what only a moving log (`rules.logs`) and a token bucket (`rules.buckets`) keep beside; they also say
+    what the other fields mean to them. It is ASCII text, so that every store and every file keeps it as it is.
+    """
 
     key: str
     start: float
     end: float
     used: int
     previous: int = 0
+    extra: str = ""
 
 
 class Lease(NamedTuple):

@@ -52,6 +52,7 @@ class RowMap(Generic[Row]):
         key: The columns that identify a row.
         derived: Further columns, computed from the row, for queries to look by.
         changing: The fields that may change in the row's life; all but the key where it is left out.
+        later: The fields that older versions did not have; their default says what those meant.
 
     Attributes:
         place: Where a row stands in a `State`: the key that a change of it names.
@@ -67,6 +68,7 @@ class RowMap(Generic[Row]):
         key: tuple[str, ...],
         derived: Mapping[str, Callable[[Row], Any]] = MappingProxyType({}),
         changing: tuple[str, ...] = (),
+        later: tuple[str, ...] = (),
     ) -> None:
         hints = get_type_hints(row)
         self.table = table
@@ -82,6 +84,9 @@ class RowMap(Generic[Row]):
         self._encoders = _only_some(_column_encoder(hint) for hint in hints.values())
         self._times = [name for name, hint in hints.items() if hint is float]
         readers = {name: _decoder_or_none(hint) for name, hint in hints.items()}
+        # What files of older versions do not have, and those of this one only where a row has something to say there.
+        defaults: Mapping[str, Any] = row._field_defaults  # type: ignore[attr-defined]
+        self._later = [(name, defaults[name]) for name in later]
         self._readers = [(name, reader) for name, reader in readers.items() if reader is not None]
 
     def encode(self, row: Row) -> list[Any]:
@@ -112,6 +117,9 @@ class RowMap(Generic[Row]):
         for name in self._times:
             time = float(values[name])
             values[name] = None if time == NEVER else time
+        for name, default in self._later:
+            if values[name] == default:
+                del values[name]
         return values
 
     def of_plain(self, values: dict[str, Any]) -> Row:
@@ -121,6 +129,8 @@ class RowMap(Generic[Row]):
         Raises:
             KeyError, TypeError, ValueError: It is none.
         """
+        for name, default in self._later:
+            values.setdefault(name, default)
         for name, reader in self._readers:
             values[name] = reader(values[name])
         for name in self._times:
@@ -262,7 +272,7 @@ MAPS: Mapping[str, RowMap[Any]] = {
         RowMap[Any](Table.GRANT, Grant, ("payer", "unit", "id")),
         RowMap[Any](Table.HOLD, Hold, ("id",), {"ended_at": _ended_at}, _CHANGING),
         RowMap[Any](Table.ALLOWANCE, AllowanceWindow, ("payer", "unit", "name", "start")),
-        RowMap[Any](Table.COUNTER, Counter, ("key",)),
+        RowMap[Any](Table.COUNTER, Counter, ("key",), later=("extra",)),
         RowMap[Any](Table.LEASE, Lease, ("pool", "id")),
         RowMap[Any](Table.ENTRY, Entry, ("payer", "unit", "number")),
         RowMap[Any](Table.EVENT, Event, ("id",)),

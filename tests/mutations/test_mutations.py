@@ -16,6 +16,7 @@ from tests.mutations import (
     growing,
     keys,
     limiting,
+    limits,
     outage,
     telling,
     websockets,
@@ -34,6 +35,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     *outage.MUTATIONS,
     *growing.MUTATIONS,
     *fast_path.MUTATIONS,
+    *limits.MUTATIONS,
     *websockets.MUTATIONS,
 )
 

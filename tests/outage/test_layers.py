@@ -177,6 +177,34 @@ def test_limit_locally() -> None:
     asyncio.run(play())
 
 
+@pytest.mark.parametrize(
+    ("limits", "policy"),
+    [
+        (rate_limited("2/day", strategy="moving"), '"2-per-day";q=2;w=86400'),
+        (rate_limited("1/day burst 2"), '"1-per-day-burst-2";q=2;w=172800'),
+        (rate_limited("2/week", strategy="calendar"), '"2-per-week";q=2;w=604800'),
+    ],
+    ids=["moving", "bucket", "calendar"],
+)
+def test_limit_locally_by_every_kind(limits: Any, policy: str) -> None:
+    """Every kind of limit counts without the store as with it, and says the same of itself in both."""
+
+    async def play() -> None:
+        store = Gated()
+        async with used(store, on_store_down={"rates": "local"}) as metering:
+            app = metered(metering, limits)
+            for store.down in (False, True):
+                ended = [await call(app) for _ in range(3)]
+                assert [status(each.log) for each in ended] == [200, 200, 429]
+                fields = [dict(headers(each.log)) for each in ended]
+                assert {each["ratelimit-policy"] for each in fields} == {policy}
+                left = [each["ratelimit"].partition(";t=")[0].rpartition("=")[2] for each in fields]
+                assert left == ["1", "0", "0"]
+                assert 0 < int(fields[2]["ratelimit"].rpartition("=")[2]) <= int(fields[2]["retry-after"])
+
+    asyncio.run(play())
+
+
 def test_free_local_slots_and_correct_local_tokens() -> None:
     """A call that ends frees its local slot, and gives back the tokens that it did not use."""
     inside, leave = asyncio.Event(), asyncio.Event()

@@ -18,7 +18,7 @@ from asgi_metering.rules.operations import (
     WalletSource,
 )
 from asgi_metering.rules.state import State
-from tests.rules.world import WALLET, calendar, days, fixed, sliding, slots
+from tests.rules.world import WALLET, bucket, calendar, days, fixed, moving, sliding, slots
 
 __all__ = ["ordered", "plain_calls"]
 
@@ -43,6 +43,9 @@ def _limits(now: float) -> tuple[LimitAsk, ...]:
         sliding(60, 16.0, name="smooth", key="s"),
         sliding(300, 32.0, key="st", **tokens),
         calendar(50, now, name="daily", key="d"),
+        moving(20, 18.0, name="log", key="m"),
+        bucket(9, 25, 5.0, name="bucket", key="b", cost=2),
+        bucket(40, 200, 9.0, key="bt", **tokens),
     )
 
 

@@ -114,6 +114,6 @@ def test_end_a_call_in_doubt_that_nobody_can_count(amount: int, told: bool) -> N
 @pytest.mark.parametrize(("start", "counted"), [(60.0, (MAX_AMOUNT, 5)), (0.0, (3, MAX_AMOUNT))])
 def test_count_usage_up_to_the_bound(start: float, counted: tuple[int, int]) -> None:
     """Usage that nobody can count fills its limit, in the window that runs or in the one before it, and no more."""
-    counter = correct(PinnedWindow("k", start, "tokens", 1), Counter("k", 60.0, 120.0, 3, 5), MAX_AMOUNT)
+    counter = correct(PinnedWindow("k", start, "tokens", 1), Counter("k", 60.0, 120.0, 3, 5), MAX_AMOUNT, 70.0)
     assert counter is not None
     assert (counter.used, counter.previous) == counted

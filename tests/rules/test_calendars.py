@@ -1,4 +1,4 @@
-"""Calendars: where days and months begin, in UTC and in zones whose days are odd."""
+"""Calendars: where minutes, hours, days, weeks, months and years begin, in UTC and in zones whose days are odd."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.rules.calendars import Period, around, boundaries, boundaries_until, pick, zone
 
-DAY, WEEK, MONTH = Period
+MINUTE, HOUR, DAY, WEEK, MONTH, YEAR = Period
+DATED = (DAY, WEEK, MONTH, YEAR)
 
 ZONES = [
     "UTC",
@@ -215,12 +216,12 @@ def test_bound_a_month_by_the_zones_own_clock() -> None:
 
 @given(
     name=st.sampled_from(ZONES),
-    period=st.sampled_from(Period),
+    period=st.sampled_from(DATED),
     now=st.floats(epoch(1990, 1, 1), epoch(2037, 1, 1), allow_nan=False),
     anchor=st.integers(1, 31),
 )
 def test_cover_the_time_they_were_asked_for(name: str, period: Period, now: float, anchor: int) -> None:
-    """Boundaries ascend, cover now, and their window is exactly the zone's own day, week or month."""
+    """Boundaries ascend, cover now, and their window is exactly the zone's own day, week, month or year."""
     edges = boundaries(period, name, now, anchor)
     assert all(before <= after for before, after in pairwise(edges))
     window = pick(edges, now)
@@ -231,6 +232,8 @@ def test_cover_the_time_they_were_asked_for(name: str, period: Period, now: floa
     def same(at: float) -> date:
         """The day with which the window of an instant begins, by the zone's own calendar."""
         day = local(at, name).date()
+        if period is YEAR:
+            return day.replace(month=1, day=1)
         if period is WEEK:
             return day - timedelta(days=day.weekday())
         while period is MONTH and day.day != min(anchor, monthrange(day.year, day.month)[1]):
@@ -239,6 +242,88 @@ def test_cover_the_time_they_were_asked_for(name: str, period: Period, now: floa
 
     assert same(start) == same(now) == same(end - 1e-3)
     assert same(start - 1e-3) < same(now) < same(end)
+
+
+def utc(*edges: tuple[int, ...]) -> tuple[float, ...]:
+    """Epoch seconds of UTC times."""
+    return tuple(epoch(*edge) for edge in edges)
+
+
+@pytest.mark.parametrize(
+    ("period", "name", "now", "edges"),
+    [
+        (YEAR, "UTC", (2024, 2, 29), [(2023, 1, 1), (2024, 1, 1), (2025, 1, 1), (2026, 1, 1)]),
+        (YEAR, "Asia/Tokyo", (2023, 12, 31, 15), [(2022, 12, 31, 15), (2023, 12, 31, 15), (2024, 12, 31, 15)]),
+        (HOUR, "UTC", (2024, 1, 1), [(2023, 12, 31, 23), (2024, 1, 1), (2024, 1, 1, 1), (2024, 1, 1, 2)]),
+        (HOUR, "Asia/Kolkata", (2024, 1, 1, 0, 40), [(2023, 12, 31, 23, 30), (2024, 1, 1, 0, 30), (2024, 1, 1, 1, 30)]),
+        (MINUTE, "Asia/Kolkata", (2024, 1, 1, 0, 0, 59), [(2023, 12, 31, 23, 59), (2024, 1, 1), (2024, 1, 1, 0, 1)]),
+    ],
+)
+def test_bound_years_hours_and_minutes(
+    period: Period, name: str, now: tuple[int, ...], edges: list[tuple[int, ...]]
+) -> None:
+    """Years begin on 1 January, hours where the zone's own clock is full, minutes everywhere at once."""
+    found = boundaries(period, name, epoch(*now))
+    assert found[: len(edges)] == utc(*edges)
+
+
+@pytest.mark.parametrize(
+    ("name", "now", "edges"),
+    [
+        # Two in the night comes twice: two windows, each an hour long.
+        ("Europe/Berlin", (2024, 10, 27, 0, 30), [(2024, 10, 26, 23), (2024, 10, 27, 0), (2024, 10, 27, 1)]),
+        ("Europe/Berlin", (2024, 10, 27, 1, 30), [(2024, 10, 27, 0), (2024, 10, 27, 1), (2024, 10, 27, 2)]),
+        # From one to three.
+        ("Europe/Berlin", (2024, 3, 31, 0, 59), [(2024, 3, 30, 23), (2024, 3, 31, 0), (2024, 3, 31, 1)]),
+        # From half past one back at two: an hour of 90 minutes.
+        ("Australia/Lord_Howe", (2024, 4, 6, 15, 5), [(2024, 4, 6, 13), (2024, 4, 6, 14), (2024, 4, 6, 15, 30)]),
+        ("Australia/Lord_Howe", (2024, 4, 6, 13, 30), [(2024, 4, 6, 12), (2024, 4, 6, 13), (2024, 4, 6, 14)]),
+        # From two to half past two: an hour of 30 minutes, which begins with the jump.
+        ("Australia/Lord_Howe", (2024, 10, 5, 15, 29), [(2024, 10, 5, 14, 30), (2024, 10, 5, 15, 30)]),
+        (
+            "Australia/Lord_Howe",
+            (2024, 10, 5, 15, 31),
+            [(2024, 10, 5, 14, 30), (2024, 10, 5, 15, 30), (2024, 10, 5, 16)],
+        ),
+    ],
+)
+def test_bound_hours_where_the_clock_is_set(name: str, now: tuple[int, ...], edges: list[tuple[int, ...]]) -> None:
+    """An hour that comes twice is two, one that the clock jumps into is shorter, one that it goes back into longer."""
+    found = boundaries(HOUR, name, epoch(*now))
+    at = found.index(epoch(*edges[0]))
+    assert found[at : at + len(edges)] == utc(*edges)
+    window = pick(found, epoch(*now))
+    assert window is not None
+    assert window[0] <= epoch(*now) < window[1]
+
+
+@given(
+    name=st.sampled_from(ZONES),
+    period=st.sampled_from((MINUTE, HOUR)),
+    now=st.one_of(
+        st.floats(epoch(1990, 1, 1), epoch(2037, 1, 1)),
+        st.builds(
+            lambda around, off: around + off,
+            st.sampled_from(utc((2024, 4, 6, 15), (2024, 10, 5, 15, 30), (2024, 10, 27, 1), (2007, 11, 4, 4, 1))),
+            st.floats(-8_000, 8_000),
+        ),
+    ),
+)
+def test_begin_hours_and_minutes_whenever_the_clock_is_full(name: str, period: Period, now: float) -> None:
+    """In no window of the clock is it full once more, and each begins when it is, or jumps over that."""
+    edges = boundaries(period, name, now)
+    assert list(edges) == sorted(set(edges))
+    assert edges[1] <= now < edges[2]
+    step = 60 if period is HOUR else 1
+
+    def is_full(at: float) -> bool:
+        shown = local(at, name)
+        return not (shown.second or (period is HOUR and shown.minute))
+
+    for start, end in pairwise(edges):
+        jumped = local(start, name).replace(tzinfo=None) - local(start - 1, name).replace(tzinfo=None)
+        assert is_full(start) or jumped > timedelta(seconds=1)
+        assert not any(is_full(at) for at in range(int(start) + step, int(end), step))
 
 
 # Around the days that they skipped when the date line moved, these two have one boundary less to be off by.
@@ -312,7 +397,7 @@ def test_pick_no_window_without_length() -> None:
 
 
 @given(
-    period=st.sampled_from(Period),
+    period=st.sampled_from(DATED),
     name=st.sampled_from(ZONES),
     now=st.floats(epoch(2020, 1, 1), epoch(2030, 1, 1)),
     later=st.floats(0, 90 * 86_400),

@@ -489,14 +489,14 @@ def test_drop_a_correction_that_no_longer_matters() -> None:
 def test_drop_a_correction_of_a_counter_that_is_forgotten() -> None:
     """A counter that was swept away is not made again by a correction."""
     pinned = PinnedWindow("t", MIDNIGHT, "tokens", 5)
-    assert correct(pinned, None, 9) is None
+    assert correct(pinned, None, 9, MIDNIGHT) is None
 
 
 @pytest.mark.parametrize("start", [MIDNIGHT, MIDNIGHT + 60])
 def test_never_count_below_zero(start: float) -> None:
     """Where a count was cleared meanwhile, a correction leaves zero in it."""
     counter = Counter("t", start, start + 60, 3, 3)
-    corrected = correct(PinnedWindow("t", MIDNIGHT, "tokens", 10), counter, 2)
+    corrected = correct(PinnedWindow("t", MIDNIGHT, "tokens", 10), counter, 2, MIDNIGHT)
     assert corrected is not None
     assert min(corrected.used, corrected.previous) == 0
 

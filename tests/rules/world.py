@@ -34,10 +34,12 @@ __all__ = [
     "MIDNIGHT",
     "WALLET",
     "World",
+    "bucket",
     "calendar",
     "days",
     "fixed",
     "imbalances",
+    "moving",
     "sliding",
     "slots",
     "snapshot",
@@ -66,6 +68,17 @@ def fixed(limit: int, window_s: float = 60.0, **more: Any) -> LimitAsk:
 def sliding(limit: int, window_s: float = 60.0, **more: Any) -> LimitAsk:
     """A limit of two weighted neighbours."""
     return LimitAsk(**{"name": "calls", "key": "k", **more}, kind=WindowKind.SLIDING, limit=limit, window_s=window_s)
+
+
+def moving(limit: int, window_s: float = 60.0, **more: Any) -> LimitAsk:
+    """A limit that remembers every call."""
+    return LimitAsk(**{"name": "calls", "key": "k", **more}, kind=WindowKind.MOVING, limit=limit, window_s=window_s)
+
+
+def bucket(refill: int, burst: int, window_s: float = 60.0, **more: Any) -> LimitAsk:
+    """A bucket that holds *burst* and gets *refill* back in each window."""
+    asked = {"name": "calls", "key": "k", "refill": refill, **more}
+    return LimitAsk(**asked, kind=WindowKind.BUCKET, limit=burst, window_s=window_s)
 
 
 def calendar(limit: int, now: float, **more: Any) -> LimitAsk:

@@ -85,6 +85,9 @@ def _limits(now: float) -> tuple[LimitAsk, ...]:
         LimitAsk("tokens", "k4", WindowKind.FIXED, 100, 50.0, 15, "tokens"),
         LimitAsk("smooth tokens", "k5", WindowKind.SLIDING, 100, 32.0, 15, "tokens"),
         LimitAsk("daily tokens", "k6", WindowKind.CALENDAR, 90, DAY_S, 10, "tokens", _days(now)),
+        LimitAsk("log", "k7", WindowKind.MOVING, 4, 20.0),
+        LimitAsk("bucket", "k8", WindowKind.BUCKET, 5, 3.0, 2, refill=1),
+        LimitAsk("tokens in a bucket", "k9", WindowKind.BUCKET, 100, 10.0, 15, "tokens", refill=7),
     )
 
 

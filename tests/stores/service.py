@@ -143,7 +143,12 @@ class Service:
             LimitAsk("tokens", "k4", WindowKind.FIXED, 200, 50.0, 15, "tokens"),
             LimitAsk("smooth tokens", "k5", WindowKind.SLIDING, 300, 32.5, 15, "tokens"),
             LimitAsk("daily tokens", "k6", WindowKind.CALENDAR, 400, DAY_S, 10, "to kens", self._days()),
+            LimitAsk("log", "k8", WindowKind.MOVING, 5, 17.5),
+            LimitAsk("bucket", "k%9", WindowKind.BUCKET, 6, 7.0, 2, refill=3),
+            LimitAsk("tokens in a bucket", "k10", WindowKind.BUCKET, 150, 3.3, 15, "tokens", refill=17),
         )
+        if chance.random() < 0.1:
+            usual = tuple(limit._replace(cost=0) for limit in usual)
         never = LimitAsk("never", "k7", WindowKind.FIXED, 1, 20.0, 2)
         asked = tuple(chance.sample(usual, chance.choice((0, 1, 2, 3))))
         return (*asked, never) if chance.random() < 0.02 else asked

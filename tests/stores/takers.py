@@ -126,6 +126,11 @@ async def last_units(race: Race) -> None:
             "sources": (AllowanceSource("free", 40, (0.0, 1.0, 1e11, 2e11)),),
         },
         "limit": {"payer": "newcomer", "limits": (LimitAsk("calls", "race", WindowKind.FIXED, 30, LONG_S),)},
+        "log": {"payer": "newcomer", "limits": (LimitAsk("log", "log race", WindowKind.MOVING, 25, LONG_S),)},
+        "bucket": {
+            "payer": "newcomer",
+            "limits": (LimitAsk("bucket", "bucket race", WindowKind.BUCKET, 35, LONG_S, refill=1),),
+        },
         "pool": {"payer": "newcomer", "leases": (LeaseAsk("at once", "race", 20),)},
     }
 

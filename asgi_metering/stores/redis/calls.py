@@ -17,6 +17,7 @@ from asgi_metering.decisions import Decision, WindowState
 from asgi_metering.errors import StoreError
 from asgi_metering.receipts import Basis, Receipt
 from asgi_metering.rules.admission import admit
+from asgi_metering.rules.buckets import Filling
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.keys import key_rows
 from asgi_metering.rules.operations import (
@@ -34,7 +35,7 @@ from asgi_metering.rules.operations import (
     WindowKind,
 )
 from asgi_metering.rules.state import NEVER, Counter, Lease, State, build
-from asgi_metering.rules.windows import look, window_state
+from asgi_metering.rules.windows import in_bucket, leaves_after_s, look, window_state
 from asgi_metering.sources import WALLET
 from asgi_metering.stores.redis.link import Command, Reply
 from asgi_metering.stores.redis.names import Names, escaped, restored
@@ -71,8 +72,14 @@ _JOINED = Struct(">xd")
 _LENGTH = Struct(">I")
 _TIME = Struct(">d")
 
-_LIMIT_KINDS = (WindowKind.FIXED, WindowKind.CALENDAR, WindowKind.SLIDING)
-_SLIDING = WindowKind.SLIDING
+_LIMIT_KINDS = (
+    WindowKind.FIXED,
+    WindowKind.CALENDAR,
+    WindowKind.SLIDING,
+    WindowKind.MOVING,
+    WindowKind.BUCKET,
+)
+_SLIDING, _MOVING, _BUCKET = WindowKind.SLIDING, WindowKind.MOVING, WindowKind.BUCKET
 _WALLET, _CALENDAR, _ROLLING = range(3)
 _SETTLED, _RELEASED = range(2)
 _BASIS_CODES = {basis: code for code, basis in enumerate(BASES)}
@@ -176,10 +183,11 @@ class Calls:
     def _make_limits(self, limits: tuple[LimitAsk, ...]) -> tuple[list[str], bytes]:
         """The keys of the counters, and the words that say how they count."""
         told = []
-        for _, _, kind, limit, window_s, cost, meter, boundaries in limits:
+        for _, _, kind, limit, window_s, cost, meter, boundaries, refill in limits:
             counted = "" if meter == "requests" else meter
             told.append(_LIMIT.pack(_LIMIT_KINDS.index(kind), limit, window_s, cost))
-            told.append(words(counted, doubles(boundaries)))
+            # A bucket has no boundaries, and nothing else flows back.
+            told.append(words(counted, doubles((refill,) if refill else boundaries)))
         return [self._names.counter(limit.key) for limit in limits], b"".join(told)
 
     def _make_sources(
@@ -243,8 +251,16 @@ class Calls:
         """What the limits tell after the call, from the counters as it left them."""
         windows = []
         for limit, (start, end, count, previous) in zip(ask.limits, WINDOW.iter_unpack(reply[at:]), strict=True):
-            name, key, kind, most, window_s, cost, meter, _ = limit
-            if kind is _SLIDING:
+            name, key, kind, most, window_s, cost, meter, _, _ = limit
+            if kind is _BUCKET:
+                # Since when it is not full, the time that counts, and what was taken.
+                found = Filling(start, int(count) - cost, end)
+                windows.append(window_state(in_bucket(limit, found, now), taken=True))
+            elif kind is _MOVING:
+                # When the oldest call leaves, instead of an end.
+                left, resets = max(0, most - int(count)), leaves_after_s(end, now)
+                windows.append(build(WindowState, (name, most, left, resets, window_s, meter)))
+            elif kind is _SLIDING:
                 before = Counter(key, start, end, int(count) - cost, int(previous))
                 seen = look(limit, before, now)
                 if seen is None:

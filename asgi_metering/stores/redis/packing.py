@@ -174,12 +174,15 @@ class Packing:
 
     def counter(self, row: Counter) -> bytes:
         """A rate limit's counter."""
-        return WINDOW.pack(row.start, row.end, exact(row.used), exact(row.previous))
+        packed = WINDOW.pack(row.start, row.end, exact(row.used), exact(row.previous))
+        return packed + row.extra[:1].encode() + bytes.fromhex(row.extra[1:]) if row.extra else packed
 
     def counter_of(self, key: str, raw: bytes) -> Counter:
         """The counter."""
-        start, end, used, previous = WINDOW.unpack(raw)
-        return Counter(self.names.text(key), start, end, int(used), int(previous))
+        start, end, used, previous = WINDOW.unpack_from(raw)
+        at = WINDOW.size
+        extra = raw[at : at + 1].decode() + raw[at + 1 :].hex() if len(raw) > at else ""
+        return Counter(self.names.text(key), start, end, int(used), int(previous), extra)
 
     def window(self, row: AllowanceWindow) -> bytes:
         """An allowance's window."""

@@ -18,7 +18,7 @@ from asgi_metering.rules.keys import answer_key
 from asgi_metering.rules.operations import Admit, End, IdempotencyAsk, LeaseAsk, LimitAsk
 from asgi_metering.rules.settlement import end
 from asgi_metering.rules.state import AccountKey, Change, Hold, State, Table
-from asgi_metering.rules.windows import correct
+from asgi_metering.rules.windows import may_be_corrected
 from asgi_metering.stores.redis.working_copy import WorkingCopy
 
 __all__ = [
@@ -49,6 +49,9 @@ RESERVED_S = 10.0
 """
 Life of a reservation. Thousands of times what the rest of an admission takes; after a crash others wait for no longer.
 """
+
+CORRECTED_S = 7 * 86_400.0
+"""As long as the hold of a call that has ended is kept by default: a bucket may be in use for ever, no call is."""
 
 REQUESTS = "requests"
 """The meter that no end corrects."""
@@ -200,7 +203,7 @@ async def taken_back(copy: WorkingCopy, limit: int) -> tuple[list[Change], list[
     over = [hold for hold in overdue if not (hold.observed and hold.idempotency_key)]
     await copy.rows(copy.names.counter(pinned.key) for hold in over for pinned in hold.windows)
     done: list[Change] = []
-    for hold in sorted((hold for hold in over if not _may_be_corrected(state, hold)), key=_by_expiry)[:limit]:
+    for hold in sorted((hold for hold in over if not _may_be_corrected(state, hold, now)), key=_by_expiry)[:limit]:
         changes = _gone(state, hold, now)
         state.apply(changes)
         done.extend(changes)
@@ -211,10 +214,14 @@ def _by_expiry(hold: Hold) -> tuple[float, str]:
     return hold.expires_at, hold.id
 
 
-def _may_be_corrected(state: State, hold: Hold) -> bool:
-    return bool(hold.observed) and any(
-        unmetered(pinned.meter) != REQUESTS and correct(pinned, state.counters.get(pinned.key), 0) is not None
-        for pinned in hold.windows
+def _may_be_corrected(state: State, hold: Hold, now: float) -> bool:
+    return (
+        bool(hold.observed)
+        and now < hold.due_at + CORRECTED_S
+        and any(
+            unmetered(pinned.meter) != REQUESTS and may_be_corrected(pinned, state.counters.get(pinned.key), now)
+            for pinned in hold.windows
+        )
     )
 
 

@@ -169,6 +169,24 @@ class Passing(Suite):
         assert (await scene.account()).available == 40
 
     @scenario
+    async def test_log_and_bucket_when_the_clock_steps_back(self, scene: Scene) -> None:
+        """A clock that steps back takes nothing out of a log or a bucket, nor puts anything in."""
+        log, bucket = (
+            scene.limit(WindowKind.MOVING, 3, name="log"),
+            scene.limit(WindowKind.BUCKET, 4, name="bucket", refill=1),
+        )
+        await scene.admit("a", limits=[log, bucket._replace(cost=3)])
+        scene.clock.advance(60)
+        await scene.admit("b", limits=[log, bucket])
+        scene.clock.advance(-59)
+        looked = (await scene.admit("c", limits=[log, bucket])).windows
+        assert [window.remaining for window in looked] == [0, 0]
+        async with scene.nothing_changes():
+            refusals = [(await scene.admit("d", limits=[limit])).refusal for limit in (log, bucket)]
+        waits = [refusal.retry_after_s or 0.0 for refusal in refusals if refusal is not None]
+        assert [round(wait, 5) for wait in waits] == [59.0, 119.0]
+
+    @scenario
     async def test_sliding_window_when_the_clock_steps_back(self, scene: Scene) -> None:
         """A sliding window that a stepped-back clock has not reached yet goes on counting where it was."""
         limits = [scene.limit(WindowKind.SLIDING, 2)]

@@ -106,6 +106,8 @@ class Undoing(Suite):
             scene.limit(WindowKind.FIXED, 5),
             scene.limit(WindowKind.CALENDAR, 5, name="daily"),
             scene.limit(WindowKind.SLIDING, 90, name="tokens", meter="tokens", cost=20),
+            scene.limit(WindowKind.MOVING, 5, name="log"),
+            scene.limit(WindowKind.BUCKET, 90, name="bucket", meter="tokens", cost=20, refill=5),
         ]
         await scene.admit("a", 10, limits=limits)
         before = (await scene.state()).counters

@@ -11,6 +11,7 @@ from asgi_metering.testing.conformance.scene import GRACE_S, LIFE_S, PAYER, UNIT
 __all__ = ["Limiting"]
 
 FIXED, CALENDAR, SLIDING = WindowKind.FIXED, WindowKind.CALENDAR, WindowKind.SLIDING
+MOVING, BUCKET = WindowKind.MOVING, WindowKind.BUCKET
 
 
 class Limiting(Suite):
@@ -69,12 +70,89 @@ class Limiting(Suite):
         assert (await scene.admit("c", limits=[scene.limit(SLIDING, 3, cost=2)])).admitted
 
     @scenario
+    async def test_moving_log_counts_each_call_for_its_own_window(self, scene: Scene) -> None:
+        """A moving log admits no more than its limit in any window, and says exactly when the next one fits."""
+        limits = [scene.limit(MOVING, 2)]
+        assert (await scene.admit("a", limits=limits)).windows[0].remaining == 1
+        scene.clock.advance(40)
+        assert (await scene.admit("b", limits=limits)).windows[0].remaining == 0
+        async with scene.nothing_changes():
+            refusal = (await scene.admit("c", limits=limits)).refusal
+        assert refusal is not None
+        assert refusal.retry_after_s is not None
+        assert (refusal.reason, round(refusal.retry_after_s, 6)) == (Reason.RATE_LIMIT, 20.0)
+        scene.clock.advance(20)
+        # Exactly as old as the window it still counts.
+        assert not (await scene.admit("d", limits=limits)).admitted
+        scene.clock.advance(refusal.retry_after_s - 20)
+        admitted = await scene.admit("e", limits=limits)
+        assert (admitted.admitted, admitted.windows[0].remaining) == (True, 0)
+        assert round(admitted.windows[0].reset_after_s, 5) == 40.0
+        scene.clock.advance(200)
+        assert (await scene.admit("f", limits=limits)).windows[0].remaining == 1
+
+    @scenario
+    async def test_bucket_gives_its_burst_and_what_flows_back(self, scene: Scene) -> None:
+        """A token bucket begins full, gets its share back by and by, and says exactly when the next one fits."""
+        two, one = (scene.limit(BUCKET, 5, refill=2, cost=cost) for cost in (2, 1))
+        left = [(await scene.admit(f"a{call}", limits=[two])).windows[0].remaining for call in range(2)]
+        assert left == [3, 1]
+        async with scene.nothing_changes():
+            refusal = (await scene.admit("b", limits=[two])).refusal
+        assert refusal is not None
+        assert (refusal.reason, refusal.retry_after_s) == (Reason.RATE_LIMIT, 30.0)
+        scene.clock.advance(30)
+        window = (await scene.admit("c", limits=[two])).windows[0]
+        assert (window.limit, window.remaining, window.reset_after_s, window.window_s) == (5, 0, 30.0, 150.0)
+        scene.clock.advance(45)
+        assert [(await scene.admit(f"d{call}", limits=[one])).admitted for call in range(2)] == [True, False]
+        scene.clock.advance(1_000)
+        assert (await scene.admit("e", limits=[one])).windows[0].remaining == 4
+
+    @scenario
+    async def test_bucket_owes_what_was_used_beyond_the_estimate(self, scene: Scene) -> None:
+        """A weighted bucket may owe by correction, is never above its burst, and gets nothing that flowed over."""
+        tokens = scene.limit(BUCKET, 100, refill=60, cost=20, meter="tokens")
+        look = tokens._replace(cost=0)
+        await scene.admit("a", limits=[tokens])
+        await scene.admit("b", limits=[tokens])
+        await scene.release("a", actual={"tokens": 150})
+        refusal = (await scene.admit("c", limits=[tokens])).refusal
+        assert refusal is not None
+        assert (refusal.available, refusal.retry_after_s) == (0, 90.0)
+        await scene.release("b", actual={"tokens": 5})
+        assert (await scene.admit("look", limits=[look])).windows[0].remaining == 0
+        scene.clock.advance(56)
+        assert (await scene.admit("look again", limits=[look])).windows[0].remaining == 1
+        scene.clock.advance(99)
+        for call in ("d", "e", "f"):
+            assert (await scene.admit(call, limits=[tokens])).windows[0].remaining >= 40
+        await scene.release("d", actual={"tokens": 0})
+        assert (await scene.admit("look at more", limits=[look])).windows[0].remaining == 60
+        scene.clock.advance(40)
+        assert (await scene.admit("g", limits=[tokens])).windows[0].remaining == 80
+        await scene.release("e", actual={"tokens": 0})
+        await scene.release("f", actual={"tokens": 50})
+        assert (await scene.admit("look at the last", limits=[look])).windows[0].remaining == 50
+
+    @scenario
+    async def test_look_at_a_log_and_a_bucket_without_taking(self, scene: Scene) -> None:
+        """A cost of 0 tells what is left of either and takes nothing."""
+        limits = [scene.limit(MOVING, 5, name="log"), scene.limit(BUCKET, 5, name="bucket", refill=5)]
+        await scene.admit("a", limits=limits)
+        scene.clock.advance(3)
+        async with scene.nothing_changes():
+            looked = await scene.admit("b", limits=[limit._replace(cost=0) for limit in limits])
+        assert [window.remaining for window in looked.windows] == [4, 4]
+
+    @scenario
     async def test_refuse_a_call_above_the_limit_itself(self, scene: Scene) -> None:
         """A call that costs more than a whole window is told so, and no time to come back."""
         async with scene.nothing_changes():
-            refusal = (await scene.admit("a", limits=[scene.limit(FIXED, 5, cost=6)])).refusal
-        assert refusal is not None
-        assert (refusal.reason, refusal.required, refusal.retry_after_s) == (Reason.EXCEEDS_LIMIT, 6, None)
+            for limit in (scene.limit(FIXED, 5, cost=6), scene.limit(BUCKET, 5, cost=6, refill=60)):
+                refusal = (await scene.admit("a", limits=[limit])).refusal
+                assert refusal is not None
+                assert (refusal.reason, refusal.required, refusal.retry_after_s) == (Reason.EXCEEDS_LIMIT, 6, None)
 
     @scenario
     async def test_refuse_by_one_of_several_limits(self, scene: Scene) -> None:

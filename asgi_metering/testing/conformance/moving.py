@@ -26,6 +26,7 @@ from asgi_metering.rules.operations import (
     IdempotencyAsk,
     KeyAsk,
     LeaseAsk,
+    LimitAsk,
     Operation,
     PostGrant,
     Refund,
@@ -104,6 +105,7 @@ async def _live(scene: Scene) -> None:
     """A life that leaves rows of every kind, of which some wait for what comes."""
     now = scene.clock()
     weighted = scene.limit(WindowKind.SLIDING, 100, name="tokens", cost=9, meter="tokens")
+    log, bucket = _log_and_bucket(scene)
     slots = (LeaseAsk("jobs", "jobs|7", 5),)
 
     def admit(call_id: str, amount: int, **more: Any) -> Admit:
@@ -131,7 +133,7 @@ async def _live(scene: Scene) -> None:
         Emit((("e1", {"n": [1, None, "é"]}), ("e2", {}), ("e3", {}))),
         Acknowledge(("e3",)),
         Claim(1, 1e6),
-        admit("live", 20, limits=(weighted, scene.limit(WindowKind.FIXED, 9)), leases=slots),
+        admit("live", 20, limits=(weighted, scene.limit(WindowKind.FIXED, 9), log, bucket), leases=slots),
         admit("held", 2, sources=(scene.allowance(5), WalletSource())),
         admit("first", 30, charge_key=SESSION),
         End("first", 30, Basis.USAGE),
@@ -142,11 +144,17 @@ async def _live(scene: Scene) -> None:
     )
 
 
+def _log_and_bucket(scene: Scene) -> tuple[LimitAsk, LimitAsk]:
+    bucket = scene.limit(WindowKind.BUCKET, 30, name="bucket", cost=9, meter="tokens", refill=7)
+    return scene.limit(WindowKind.MOVING, 2, name="log"), bucket
+
+
 def _what_comes(scene: Scene) -> Sequence[Operation]:
     """Operations that meet the rows of `_live`."""
     ask = scene.ask("again", 30)
     return (
         Renew("live", 6),
+        ask._replace(id="limited", amount=1, minimum=1, limits=_log_and_bucket(scene)),
         End("live", 17, Basis.USAGE, actual={"tokens": 4}, event={"outcome": "completed"}),
         End("live", 99, Basis.USAGE),
         End("lost", 9, Basis.USAGE),

@@ -12,8 +12,9 @@ import psycopg
 import pytest
 
 from asgi_metering.cli import main
+from asgi_metering.decisions import Decision
 from asgi_metering.errors import ConfigurationError, MissingExtraError, StoreError
-from asgi_metering.rules.operations import Admit, PostGrant, WalletSource
+from asgi_metering.rules.operations import Admit, LimitAsk, PostGrant, WalletSource, WindowKind
 from asgi_metering.stores.postgres import PostgresStore
 from asgi_metering.stores.postgres.link import Statement, connect
 from asgi_metering.stores.postgres.migrations import MIGRATIONS, SCHEMA_VERSION, Migration, migrate, pending, script
@@ -125,6 +126,36 @@ def test_migrate_under_load(postgres: PostgresServer, schema: str) -> None:
     assert _applied(postgres, schema) == [*(each.number for each in MIGRATIONS), column.number]
 
 
+def test_migrate_counters_of_an_older_version(postgres: PostgresServer, schema: str) -> None:
+    """Counters that an older version wrote, before and after the migration, go on; all kinds of limits work beside."""
+    limits = (
+        LimitAsk("calls", "old", WindowKind.FIXED, 5, 1e9),
+        LimitAsk("calls", "older", WindowKind.FIXED, 5, 1e9),
+        LimitAsk("log", "log", WindowKind.MOVING, 5, 1e9),
+        LimitAsk("bucket", "bucket", WindowKind.BUCKET, 5, 1e9, refill=1),
+    )
+    _apply(postgres, schema, *MIGRATIONS[:1])
+    written = f'INSERT INTO "{schema}".counter (key, start, "end", used, previous) VALUES '
+    postgres.execute(f"{written} ('old', 1, 1e11, 3, 0)")
+
+    async def run() -> None:
+        for _ in range(2):
+            link = await connect(postgres.url(), 10.0)
+            await migrate(link, schema, 60.0, MIGRATIONS)
+            link.close()
+        postgres.execute(f"{written} ('older', 1, 1e11, 3, 0)")
+        store = PostgresStore(postgres.url(), namespace=schema)
+        await store.open()
+        for left in ([1, 1, 4, 4], [0, 0, 3, 3]):
+            (decision,) = await store.admit([Admit(f"c{left}", "p", "credits", 0, 0, limits=limits)])
+            assert isinstance(decision, Decision)
+            assert [window.remaining for window in decision.windows] == left
+        await store.close()
+
+    asyncio.run(run())
+    assert _applied(postgres, schema) == [each.number for each in MIGRATIONS]
+
+
 def test_migration_that_deadlocks_with_a_batch_is_begun_again(postgres: PostgresServer, schema: str) -> None:
     """A migration that took one table while a batch took another gives way to the batch, and is applied after it."""
     columns = Migration(
@@ -217,8 +248,7 @@ def test_open_refuses_another_schema_version(postgres: PostgresServer, schema: s
     assert isinstance(newer, ConfigurationError)
     assert "has version 999, newer than" in str(newer)
     assert str(newer).endswith("Upgrade asgi_metering.")
-    postgres.execute(f'UPDATE "{schema}".migration SET number = 0 WHERE number > 0 AND number < 999')
-    postgres.execute(f'DELETE FROM "{schema}".migration WHERE number = 999')
+    postgres.execute(f'DELETE FROM "{schema}".migration WHERE number >= {SCHEMA_VERSION}')
     assert str(failure_to_open(store)).endswith("Run: asgi-metering migrate")
 
 

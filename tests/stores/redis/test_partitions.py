@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import struct
 from typing import Any
 
 import pytest
 
+from asgi_metering.rules import buckets, logs
 from asgi_metering.rules.operations import Admit, Claim, End, Operation, Preview, Sweep, Undo
 from asgi_metering.rules.roots import rooted
-from asgi_metering.rules.state import Hold
+from asgi_metering.rules.state import Counter, Hold
 from asgi_metering.stores.contract import AccountsAfter, EverythingKept, LiveHolds
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.stores.redis import ClusterPlace, ClusterStore
@@ -77,8 +79,28 @@ def state_of(state: Any, now: float) -> dict[str, Any]:
     keys = told["idempotency"].items()
     told["idempotency"] = {key: row for key, row in keys if row.receipt is None or row.expires_at > now}
     told["hold"] = {key: _in_order(hold) for key, hold in told["hold"].items()}
-    told["counter"] = {key: row for key, row in told["counter"].items() if row.used and row.end > now}
+    told["counter"] = {key: _counting(row, now) for key, row in told["counter"].items() if _counts(row, now)}
     return told
+
+
+def _counts(row: Counter, now: float) -> bool:
+    """Whether it says anything now: a bucket that is full does not."""
+    if row.extra.startswith(buckets.MARK):
+        _, pace, _, *_ = struct.iter_unpack(">d", bytes.fromhex(row.extra[1:]))
+        return row.start + row.used * pace[0] > now
+    return bool(row.used) and row.end > now
+
+
+def _counting(row: Counter, now: float) -> Counter:
+    """
+    A counter without what left a log, and what a bucket has seen, or was before.
+
+    Both it has seen also of who was refused elsewhere, and then it forgets the one before the last.
+    """
+    if row.extra.startswith(buckets.MARK):
+        return row._replace(extra="", previous=0)
+    left = logs.inside(row, now - (row.end - row.start))
+    return row._replace(extra=left, used=logs.count(left)) if row.extra else row
 
 
 def _in_order(hold: Hold) -> Hold:

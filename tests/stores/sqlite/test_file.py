@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 
+from asgi_metering.decisions import Decision
 from asgi_metering.errors import (
     ConfigurationError,
     MeteringError,
     StoreContendedError,
 )
+from asgi_metering.rules.operations import Admit, LimitAsk, WindowKind
 from asgi_metering.stores.sqlite import SQLiteStore, database
 from asgi_metering.stores.sqlite.database import APPLICATION_ID, SCHEMA_VERSION, SYNCHRONOUS
 from asgi_metering.stores.sqlite.thread import Turn
@@ -244,6 +246,33 @@ def test_open_another_programs_database(path: Path) -> None:
     connection.close()
 
 
+def test_open_a_file_of_an_older_version(path: Path) -> None:
+    """A file of the first schema is brought up to date once, and its counters go on; all kinds of limits work."""
+    connection = sqlite3.connect(path)
+    for statement in database._statements(1):
+        connection.execute(statement)
+    connection.execute("INSERT INTO counter VALUES ('old', 1, 1e11, 3, 0)")
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute("PRAGMA user_version = 1")
+    connection.commit()
+    connection.close()
+    limits = (
+        LimitAsk("calls", "old", WindowKind.FIXED, 5, 1e9),
+        LimitAsk("log", "log", WindowKind.MOVING, 5, 1e9),
+        LimitAsk("bucket", "bucket", WindowKind.BUCKET, 5, 1e9, refill=1),
+    )
+    left = []
+
+    async def scene(store: SQLiteStore) -> None:
+        (decision,) = await store.admit([Admit(f"c{len(left)}", "p", "credits", 0, 0, limits=limits)])
+        assert isinstance(decision, Decision)
+        left.append([window.remaining for window in decision.windows])
+
+    play(path, scene)
+    play(path, scene)
+    assert left == [[1, 4, 4], [0, 3, 3]]
+
+
 def test_open_a_newer_schema(path: Path) -> None:
     """A file that a newer version wrote is refused, and says what to do."""
     play(path, nothing)
@@ -316,7 +345,7 @@ def test_open_locked_by_another_connection(path: Path) -> None:
     holder = sqlite3.connect(path, isolation_level=None)
     holder.execute("PRAGMA locking_mode = EXCLUSIVE")
     holder.execute("BEGIN IMMEDIATE")
-    holder.execute("PRAGMA user_version = 1")
+    holder.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     error = failure_to_open(path, busy_timeout_s=0.02)
     assert isinstance(error, StoreContendedError)
     assert "locked for 0.02 s" in str(error)
@@ -332,7 +361,7 @@ def test_open_waits_for_a_lock(path: Path) -> None:
         holder = sqlite3.connect(path, isolation_level=None)
         holder.execute("PRAGMA locking_mode = EXCLUSIVE")
         holder.execute("BEGIN IMMEDIATE")
-        holder.execute("PRAGMA user_version = 1")
+        holder.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         store = SQLiteStore(path, synchronous="OFF", busy_timeout_s=60.0)
         opening = asyncio.ensure_future(store.open())
         await asyncio.sleep(0.01)

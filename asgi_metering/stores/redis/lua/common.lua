@@ -41,7 +41,9 @@ AS.RECEIPT = '>BBBBBBddddddI4c0I4c0'
 -- kind, basis, whether it is an estimate, number, at, amount, available, ref, line, parts; then actor and id
 AS.ENTRY = '>BBBddddI4c0I4c0I4c0'
 AS.NEW_ENTRY = AS.ENTRY .. 'I4I4'
--- start, end, used, previous of a counter; start, end, settled, held of an allowance's window
+-- start, end, used, previous of a counter; start, end, settled, held of an allowance's window. Behind a counter stands
+-- what only some kinds keep: 'm' and the times of a moving log, or 'b' and what a bucket has seen, its pace, its fill, and
+-- since when it was not full before
 AS.WINDOW = '>dddd'
 -- start, end, members, whether it is settled; then the hold that it owns
 AS.CHARGE_KEY = '>dddB'

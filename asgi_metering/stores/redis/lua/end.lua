@@ -179,8 +179,48 @@ function M.end_member(ask, id, account, held, created, key)
   return nothing
 end
 
+-- Mirrors corrected in rules/buckets.py.
+function M.correct_bucket(key, text, start, delta, now)
+  local c_start, c_end, taken, previous = parse(AS.WINDOW, text)
+  if now >= c_end or (delta < 0 and c_start ~= start) then
+    return
+  end
+  local _, pace, fill = parse('>ddd', text, CODE.BEHIND + 1)
+  local kept, prior = sub(text, CODE.BEHIND, CODE.PRIOR - 1), sub(text, CODE.PRIOR)
+  if delta > 0 and start > c_start then
+    c_start, taken, previous, prior = start, delta, taken, pack('>d', c_start)
+  else
+    taken = max(0, taken + delta)
+  end
+  taken = min(CODE.MAX_AMOUNT, taken)
+  if taken == 0 and prior ~= '' then
+    c_start, taken, previous, prior = parse('>d', prior), previous, 0, ''
+  end
+  local finish = c_start + taken * pace + fill
+  put(key, pack(AS.WINDOW, c_start, finish, taken, previous) .. kept .. prior)
+  append(rare_of('past'), 'counters', finish + (finish - c_start), key)
+end
+
+-- Mirrors without in rules/logs.py.
+function M.leave_log(key, text, time, some)
+  local from = M.first_from(text, time)
+  local to = from
+  while to <= #text and to < from + 8 * some and parse('>d', text, to) == time do
+    to = to + 8
+  end
+  if to == from then
+    return
+  end
+  local c_start, c_end = parse(AS.WINDOW, text)
+  local log = sub(text, CODE.BEHIND + 1, from - 1) .. sub(text, to)
+  local newest = #log > 0 and parse('>d', log, #log - 7) or c_start
+  local finish = newest + (c_end - c_start)
+  put(key, pack(AS.WINDOW, newest, finish, #log / 8, 0) .. CODE.LOG .. log)
+  append(rare_of('past'), 'counters', finish + (finish - newest), key)
+end
+
 -- The windows of weighted limits, as pinned at admission: what was used instead of what was taken.
-function M.correct(windows, actual)
+function M.correct(windows, actual, now)
   local at = 1
   while at <= #windows do
     local start, taken, meter, counter
@@ -189,7 +229,12 @@ function M.correct(windows, actual)
     local text = used and fetch(key)
     if text then
       local c_start, c_end, c_used, c_previous = parse(AS.WINDOW, text)
-      if c_start == start then
+      local kind = sub(text, CODE.BEHIND, CODE.BEHIND)
+      if kind == CODE.FILLED then
+        M.correct_bucket(key, text, start, used - taken, now)
+      elseif kind == CODE.LOG then
+        M.leave_log(key, text, start, taken - used)
+      elseif c_start == start then
         put(key, pack(AS.WINDOW, c_start, c_end, min(CODE.MAX_AMOUNT, max(0, c_used + used - taken)), c_previous))
       elseif c_start - (c_end - c_start) == start then
         put(key, pack(AS.WINDOW, c_start, c_end, c_used, min(CODE.MAX_AMOUNT, max(0, c_previous + used - taken))))
@@ -284,7 +329,7 @@ function M.finish(k, a, _, at)
       local _, _, _, _, _, _, charged = parse('>BBBBBBd', receipt)
       M.answer_key(work.prefix .. 'i:' .. idempotency_key, member, failed == 1 and charged == 0, reply, who, receipt)
     end
-    M.correct(windows, actual)
+    M.correct(windows, actual, now)
     for _, pool in ipairs(M.texts_of(pools_text)) do
       M.lease(work.prefix .. 'q:' .. pool, member, false)
     end

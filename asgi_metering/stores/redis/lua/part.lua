@@ -90,7 +90,7 @@ function M.part(k, a, _, at)
   elseif claimed ~= '' then
     M.answer_key(work.prefix .. 'i:' .. claimed, M.rest(key))
   end
-  M.correct(windows, actual)
+  M.correct(windows, actual, work.now_is)
   if what == CODE.TAKE_BACK then
     M.drop_unused(windows)
   end
