@@ -277,6 +277,9 @@ def _event(call: Call, used: Metered, seen: Sighting, row: Situation) -> dict[st
         told["usage"] = usage_dict(used.usage)
     if call.attributes:
         told["attributes"] = dict(call.attributes)
+    shadow = None if call.beside is None else call.beside.told()
+    if shadow:
+        told["attributes"] = {**(call.attributes or call.facts.get("attributes", {})), **shadow}
     return told
 
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from asgi_metering.errors import ConfigurationError, MeteringError
-from asgi_metering.policies import ChargePolicy, From, RatePolicy
+from asgi_metering.names import check_name
+from asgi_metering.policies import ChargePolicy, From, RatePolicy, UpstreamPolicy
 from asgi_metering.usage import TokenUsage
 
-__all__ = ["Computed", "bound_charge", "bound_rates", "check_sync", "is_async"]
+__all__ = ["Computed", "bound_charge", "bound_rates", "bound_upstream", "check_sync", "is_async"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -103,6 +104,14 @@ def bound_rates(rates: RatePolicy, endpoint: str) -> RatePolicy:
         return rates
     _check_answers(rates.callables(), endpoint)
     return replace(rates, key=_bound(rates.key, endpoint), cost=_bound(rates.cost, endpoint))
+
+
+def bound_upstream(upstream: UpstreamPolicy, endpoint: str) -> UpstreamPolicy:
+    """*upstream* with its computed tokens and label bound to *endpoint*; raises as `bound_charge`."""
+    if not upstream.callables():
+        return upstream
+    _check_answers(upstream.callables(), endpoint)
+    return replace(upstream, tokens=_bound(upstream.tokens, endpoint), label=_bound(upstream.label, endpoint))
 
 
 def _bound(value: Any, endpoint: str) -> Any:
@@ -200,6 +209,18 @@ def _check_skip(_: Any, skips: Any) -> None:
         raise ConfigurationError(f"What skip_if answers is a {type(skips).__name__}. It has to be True or False.")
 
 
+def _check_tokens(_: Any, tokens: Any) -> None:
+    if tokens is not None and not isinstance(tokens, TokenUsage) and (type(tokens) is not int or tokens < 0):
+        raise ConfigurationError(
+            f"The tokens {tokens!r:.{MAX_SHOWN}} are no int from 0 up, no TokenUsage and not None. Round them up first."
+        )
+
+
+def _check_label(_: Any, label: Any) -> None:
+    if label is not None:
+        check_name(label, "quota label")
+
+
 _CHECKS: Mapping[str, Callable[[Any, Any], None]] = {
     "price": _check_price,
     "hold estimate": _check_estimate,
@@ -208,5 +229,7 @@ _CHECKS: Mapping[str, Callable[[Any, Any], None]] = {
     "charge key": _check_charge_key,
     "fingerprint": _check_fingerprint,
     "skip_if": _check_skip,
+    "upstream tokens": _check_tokens,
+    "upstream label": _check_label,
 }
 """By what is computed, as `From` names it."""

@@ -55,7 +55,7 @@ from asgi_metering.sources import PERIODS, Allowance, PaymentSource, Wallet, che
 from asgi_metering.usage import TokenUsage
 from asgi_metering.usage.dialects import named
 
-__all__ = ["billable", "gather", "rate_limited"]
+__all__ = ["billable", "check_flag", "gather", "rate_limited"]
 
 KEYS = ("caller", "payer", "address")
 
@@ -87,6 +87,7 @@ def billable(
     charge_zone: str = "UTC",
     skip_if: Callable[..., Any] | None = None,
     on_store_down: CreditsDown | None = None,
+    shadow: bool = False,
 ) -> Part:
     """
     Charge for an endpoint; without the money it answers 402 before its first line runs.
@@ -127,6 +128,8 @@ def billable(
             turn that was (S0.16). It is counted by limits, and audited with an amount of 0.
         on_store_down: The store gives no answer: ``deny`` with 503, ``queue`` (let in, and charged later out of the
             metering's journal) or ``allow`` (let in for nothing); what the `Metering` says by default (X.6).
+        shadow: Charge and refuse nothing, and tell what it would have: see `asgi_metering.shadow` (S4.16). Not with
+            keys: nothing is claimed, so that nobody could tell which of several calls pays.
 
     Raises:
         AmountError: A price or hold that is a float, negative, NaN or too large, or too fine for *unit*. Without a
@@ -189,10 +192,31 @@ def billable(
         key=_charge_key(charge_key, charge_per, charge_zone, measured=isinstance(read, MeasuredPrice)),
         skip_if=None if skip_if is None else From(skip_if, "skip_if"),
         on_store_down=on_store_down,
+        shadow=shadow,
     )
+    _check_shadow(charge)
     if unit is not None:
         check_amounts(charge, unit)
     return Part(charge=charge)
+
+
+def _check_shadow(charge: ChargePolicy) -> None:
+    check_flag(shadow=charge.shadow)
+    if not charge.shadow:
+        return
+    for name, given in {"idempotency": charge.idempotency, "charge_key": charge.key}.items():
+        if given is not None:
+            raise ConfigurationError(
+                f"shadow=True claims no keys, so that {name}= would mean nothing: a repeat would run, and be told, "
+                f"again. Leave {name}= out until the charge is live."
+            )
+
+
+def check_flag(**flags: object) -> None:
+    """Refuse what is no bool: the text 'false', say, would be a shadow."""
+    for name, flag in flags.items():
+        if type(flag) is not bool:
+            raise ConfigurationError(f"{name}={flag!r} is no bool. Use True or False.")
 
 
 def _check_slices(first: Any, slices: Slices, price: MeasuredPrice, sources: Sequence[PaymentSource]) -> None:
@@ -322,6 +346,7 @@ def rate_limited(
     scope: str | None = None,
     errors: ErrorShape = "problem",
     on_store_down: RatesDown | None = None,
+    shadow: bool = False,
 ) -> Part:
     """
     Limit how often and how many at once.
@@ -339,6 +364,8 @@ def rate_limited(
         errors: Shape of refusals where no `billable` says.
         on_store_down: The store gives no answer: ``deny`` with 503, ``local`` (each process counts by itself, by the
             same rules) or ``allow``; what the `Metering` says by default (X.6).
+        shadow: Refuse nothing, and tell what it would have: see `asgi_metering.shadow` (S4.16). Its counts are those
+            that it has when it is live.
 
     Raises:
         ConfigurationError: No limit at all, a text that is not in the grammar, or another argument that cannot work.
@@ -350,6 +377,7 @@ def rate_limited(
     if not limits and concurrency is None and global_concurrency is None:
         raise ConfigurationError("rate_limited() limits nothing. Give it '60/minute', say, or concurrency=4.")
     _check_errors(errors)
+    check_flag(shadow=shadow)
     _check_store_down("rates", on_store_down)
     # Unknown zones are refused here; windows are made when a call comes.
     find_zone(check_zone(zone))
@@ -375,6 +403,7 @@ def rate_limited(
             cost=From(cost, "cost") if callable(cost) else cost,
             errors=errors,
             on_store_down=on_store_down,
+            shadow=shadow,
         )
     )
 

@@ -16,10 +16,18 @@ from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any, TypeVar
 
-from asgi_metering.computed import bound_charge, bound_rates
+from asgi_metering.computed import bound_charge, bound_rates, bound_upstream
 from asgi_metering.errors import ConfigurationError, NoCallError
 from asgi_metering.opening import CURRENT, SCOPE_KEY, Opening
-from asgi_metering.policies import ChargePolicy, ConcurrencyLimit, EndpointPolicy, RatePolicy, check_line
+from asgi_metering.policies import (
+    ESTIMATE,
+    ChargePolicy,
+    ConcurrencyLimit,
+    EndpointPolicy,
+    RatePolicy,
+    UpstreamPolicy,
+    check_line,
+)
 from asgi_metering.wrappers import wrap
 
 __all__ = ["BARE_MEND", "WEBSOCKET_MEND", "Guard", "Part", "decorated", "guard_of", "merged"]
@@ -39,6 +47,7 @@ class Part:
 
     charge: ChargePolicy | None = None
     rates: RatePolicy | None = None
+    upstream: UpstreamPolicy | None = None
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -89,6 +98,7 @@ class Guard:
         charge = self.policy.charge
         # Also where the hold is an amount: what a hang-up pays for its input is estimated from the request.
         estimated = charge is not None and charge.measured and charge.hold.reads_request
+        estimated = estimated or any(each.tokens == ESTIMATE for each in self.policy.upstreams)
         self._needs_arguments = bool(self.policy.callables()) or estimated or self.policy.weighs
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
@@ -205,6 +215,14 @@ def merged(
         rates = bound_rates(rates, policy.name)
         _check_twice(policy, rates)
         policy = replace(policy, rates=(rates, *policy.rates))
+    if part.upstream is not None:
+        upstream = bound_upstream(part.upstream, policy.name)
+        if any((each.provider, each.label) == (upstream.provider, upstream.label) for each in policy.upstreams):
+            raise ConfigurationError(
+                f"{policy.name} requires the upstream {upstream.provider!r} twice. Put both into one "
+                f"requires_upstream(), or give them labels."
+            )
+        policy = replace(policy, upstreams=(upstream, *policy.upstreams))
     for function in policy.callables():
         function.check(policy.name, parameters)
     return policy

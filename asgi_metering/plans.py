@@ -106,7 +106,10 @@ class Plan:
         # Without the gate a priced call is reported all the same, and that is not told here.
         is_enforced = policy.charge is None or charge is not None or "events" not in features
         asks_anything = bool(self.amount or any(rate.limits or rate.concurrency for rate in self.rates))
-        self.is_plain = is_enforced and asks_anything and _is_plain_charge(charge) and _are_plain_rates(self.rates)
+        is_alone = not policy.has_beside and not metering.shadow
+        self.is_plain = (
+            is_alone and is_enforced and asks_anything and _is_plain_charge(charge) and _are_plain_rates(self.rates)
+        )
         if not self.is_plain:
             self.charge, self.rates, self._by_plan = None, (), []
 

@@ -30,6 +30,7 @@ from asgi_metering.receipts import Receipt
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.ending import Cause
 from asgi_metering.rules.operations import Admit, Emit, End, Operation, Undo
+from asgi_metering.shadow import end_shadow, settle_shadow
 from asgi_metering.stores.pump import Pump
 
 if TYPE_CHECKING:
@@ -174,6 +175,10 @@ class Runtime:
         self.keep(task)
         task.add_done_callback(self._report)
         return task
+
+    def spawn(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
+        """Run *work* in the background, as long as this runs; what it raises is logged."""
+        return self._spawn(work, what)
 
     def keep(self, task: asyncio.Task[Any]) -> None:
         """Hold a strong reference to *task* until it is done (pitfall 30)."""
@@ -345,6 +350,8 @@ class Runtime:
             return
         call.closed = True
         self.in_flight.pop(call.id, None)
+        if call.beside is not None:
+            call.beside.release(self._metering.headroom)
         if self._ends_now(call):
             return
         self._ended.append(call)
@@ -358,6 +365,8 @@ class Runtime:
         """End *call* here, where its store answers at once and nothing is to be read for it; False where not."""
         metering = self._metering
         if not metering.store.immediate or not self.is_open or call.queued is not None or call.attributes:
+            return False
+        if call.beside is not None:
             return False
         try:
             end = bill_now(call)
@@ -395,6 +404,8 @@ class Runtime:
     async def _end(self, call: Call) -> None:
         receipt: Receipt | None = None
         try:
+            if call.beside is not None:
+                await settle_shadow(call, is_awaited=call.is_awaited)
             self._make_plain(call)
             end, _ = await bill(call)
             self._metering.local.end(call, end.actual)
@@ -412,6 +423,8 @@ class Runtime:
                 log.error("%s", told, exc_info=failure)
         finally:
             call.ended(receipt)
+            if call.beside is not None:
+                await end_shadow(call)
             self.busy -= 1
             if not self.busy:
                 self._quiet.set()
