@@ -50,12 +50,18 @@ def run_routes(given: argparse.Namespace) -> int:
     if given.json:
         print(json.dumps({"routes": rows, "errors": report.errors, "warnings": report.warnings}, indent=2))
     else:
-        print_table(("path", "methods", "line", "price", "unit", "limits", "concurrency"), rows)
+        print_table(_columns(rows), rows)
         if given.verbose:
             _details(rows)
         for sentence in (*report.errors, *report.warnings):
             print(f"! {sentence}")
     return 1 if report.errors else 0
+
+
+def _columns(rows: Iterable[dict[str, Any]]) -> tuple[str, ...]:
+    """What the table shows: of providers only where something is required."""
+    columns = ("path", "methods", "line", "price", "unit", "limits", "concurrency")
+    return (*columns, "upstream") if any(row["upstream"] for row in rows) else columns
 
 
 def _kind(found: Any) -> str:
@@ -79,7 +85,7 @@ def _route(row: Any) -> dict[str, Any]:
     charge = policy.charge if policy is not None else None
     rates = policy.rates if policy is not None else ()
     slots = [
-        f"{each.limit}{' of everybody' if each.level == 'global' else ''}"
+        f"{each.limit}{' of everybody' if each.level == 'global' else ''}{_shadow(rate)}"
         for rate in rates
         for each in rate.concurrency
     ]
@@ -87,11 +93,12 @@ def _route(row: Any) -> dict[str, Any]:
         "path": row.path,
         "methods": ",".join(row.methods),
         "line": charge.line if charge is not None else "",
-        "price": _price(charge.price) if charge is not None else "",
+        "price": f"{_price(charge.price)}{_shadow(charge)}" if charge is not None else "",
         # Which one the metering counts is not seen from here.
         "unit": _unit(charge.unit) if charge is not None else "",
-        "limits": ", ".join(limit.text for rate in rates for limit in rate.limits),
+        "limits": ", ".join(f"{limit.text}{_shadow(rate)}" for rate in rates for limit in rate.limits),
         "concurrency": ", ".join(slots),
+        "upstream": ", ".join(map(_upstream, policy.upstreams if policy is not None else ())),
     }
     if charge is not None:
         from asgi_metering.rules.ending import END_OF_CALL
@@ -103,6 +110,18 @@ def _route(row: Any) -> dict[str, Any]:
         shown["charge_key"] = _charge_key(charge.key)
         shown["end"] = {situation.value: charge.end.basis(situation).value for situation in END_OF_CALL}
     return shown
+
+
+def _shadow(part: Any) -> str:
+    """Marks what only tells."""
+    return " (shadow)" if part.shadow else ""
+
+
+def _upstream(required: Any) -> str:
+    """What a provider must have left."""
+    label = required.label if isinstance(required.label, str) else None
+    name = required.provider if required.label is None else f"{required.provider}/{label or _function(required.label)}"
+    return f"{name}{_shadow(required)}"
 
 
 def _unit(unit: Unit | None) -> str:
