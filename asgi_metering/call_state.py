@@ -110,6 +110,7 @@ class CallState:
     observed_parts = 0
     receipt: Receipt | None = None
     last_beat = 0.0
+    is_beating = False
     trace: Mapping[str, str] = MappingProxyType({})
     facts: Mapping[str, Any] = MappingProxyType({})
     has_hold = False

@@ -102,7 +102,10 @@ class Heartbeats:
             self._finish(call)
         elif call.beats and not call.hold_lost and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:
             call.last_beat = now
-            self._spawn(self._beat(call), f"heartbeat of {call.id}")
+            if not call.is_beating:
+                # One at a time: a store that comes back after long shall hear of each call once.
+                call.is_beating = True
+                self._spawn(self._beat(call), f"heartbeat of {call.id}")
         beside = call.beside
         if beside is not None and beside.is_due(now, BEATS_PER_LIFE):
             beside.last_beat = now
@@ -114,6 +117,12 @@ class Heartbeats:
             call.observer.digest()
 
     async def _beat(self, call: Call) -> None:
+        try:
+            await self._renew(call)
+        finally:
+            call.is_beating = False
+
+    async def _renew(self, call: Call) -> None:
         told = call.observed_parts
         try:
             call.observed_parts = max(call.observed_parts, await observed_parts(call))

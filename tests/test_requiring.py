@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import httpx2
 import pytest
 
 from asgi_metering import (
+    Caller,
     CallRefused,
     Idempotency,
     Metering,
@@ -28,7 +30,10 @@ from asgi_metering.decisions import Reason
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.quotas.headroom import Need
 from asgi_metering.rules.operations import Admit, Preview
-from asgi_metering.testing import store_down
+from asgi_metering.stores.contract import EverythingKept
+from asgi_metering.stores.memory import MemoryStore
+from asgi_metering.testing import FakeClock, store_down
+from asgi_metering.testing.conformance import tables
 from tests.harness.drive import Drive, body, headers, status
 from tests.outage.gated import Gated, call, identify, metered, settled, used
 from tests.pitfalls.scene import Books
@@ -385,5 +390,59 @@ def test_refuse_what_a_function_must_not_answer(wrong: dict[str, Any]) -> None:
                 ):
                     pass
             assert metering.headroom.running("openai") == Need(0)
+
+    asyncio.run(play())
+
+
+ORDER = ("stranger", "key", "upstream", "slots", "rate", "credits")
+"""What refuses a call in these tests, in the order of the documentation."""
+
+ANSWERS = {
+    "stranger": (401, "unauthenticated", None),
+    "key": (409, "in_flight", (1, 5)),
+    "upstream": (503, "upstream_headroom", (RESET_S, RESET_S)),
+    "slots": (429, "concurrency", (1, 5)),
+    "rate": (429, "rate_limit", (60, 60)),
+    "credits": (402, "insufficient_credits", None),
+}
+"""Status, code, and the least and most seconds of ``Retry-After``: exact where they can be known, else drawn."""
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(ORDER, 2)), ids="+".join)
+def test_report_the_first_of_any_two_reasons(pair: tuple[str, str]) -> None:
+    """DESIGN "Admission": of two reasons that hold at once the first is answered, and nothing is consumed anywhere."""
+
+    def who(connection: Any) -> Caller | None:
+        return None if "stranger" in connection.headers else identify(connection)
+
+    async def play() -> None:
+        leave, clock = asyncio.Event(), FakeClock()
+        async with Metering(MemoryStore(clock), identify=who, sinks=()) as metering:
+            await metering.grant("ann", 5, id="g")
+            # What the first call takes is all that there is of whatever refuses the second one.
+            limits = rate_limited("1/minute" if "rate" in pair else "9/minute", concurrency=1 if "slots" in pair else 9)
+            price = billable(5 if "credits" in pair else 1, idempotency=True)
+            app = metered(metering, requires_upstream("openai", requests=1), limits, price, work=leave.wait)
+            running = asyncio.create_task(call(app, idempotency_key="a"))
+            await within(10, lambda: len(metering.runtime().in_flight) == 1)
+            if "upstream" in pair:
+                tell(metering, requests=0)
+            # A hold that ends may make room: only what was spent is gone for good.
+            if "credits" in pair:
+                await metering.correct("ann", 5, id="c")
+            _, before = await metering.store.read(EverythingKept())
+            fields = {"stranger": "yes"} if "stranger" in pair else {}
+            ended = await call(app, idempotency_key="a" if "key" in pair else "b", **fields)
+            _, after = await metering.store.read(EverythingKept())
+            code, reason, waits = ANSWERS[pair[0]]
+            assert (status(ended.log), problem(ended)["code"]) == (code, reason)
+            wait = dict(headers(ended.log)).get("retry-after")
+            assert (wait is None) is (waits is None)
+            if wait is not None and waits is not None:
+                assert waits[0] <= int(wait) <= waits[1]
+            assert tables(after) == tables(before)
+            assert metering.headroom.running("openai") == Need(1)
+            leave.set()
+            await running
 
     asyncio.run(play())
