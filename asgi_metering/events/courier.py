@@ -133,6 +133,8 @@ class Courier:
 
     def _in_order(self, events: Sequence[UsageEvent]) -> list[UsageEvent]:
         """Untroubled events first, then those whose time has come, the least rejected first."""
+        if not self._troubled:
+            return list(events)
         now = self._clock()
         calm = [event for event in events if event.id not in self._troubled]
         due = [e for e in events if e.id in self._troubled and self._troubled[e.id].not_before <= now]
@@ -140,6 +142,10 @@ class Courier:
 
     def _cut(self, waiting: deque[UsageEvent]) -> tuple[UsageEvent, ...]:
         """The next piece: what the size allows; a troubled event goes alone."""
+        if not self._troubled and len(waiting) <= self._size:
+            whole = tuple(waiting)
+            waiting.clear()
+            return whole
         piece = [waiting.popleft()]
         if piece[0].id not in self._troubled:
             while waiting and len(piece) < self._size and waiting[0].id not in self._troubled:
@@ -173,8 +179,9 @@ class Courier:
 
     def _taken(self, piece: tuple[UsageEvent, ...]) -> None:
         self._size = min(2 * self._size, self._most)
-        for event in piece:
-            self._troubled.pop(event.id, None)
+        if self._troubled:
+            for event in piece:
+                self._troubled.pop(event.id, None)
         self._meters.count("events_delivered", len(piece), sink=self.sink.name)
         self._took(self, piece)
 

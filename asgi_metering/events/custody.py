@@ -20,6 +20,10 @@ MAX_MARKS: Final = 100_000
 """Events remembered only by id and by who took them: some 20 MB, and a failing sink's backlog for long."""
 
 
+_UNKNOWN: Final = (0, 0.0)
+"""The mark of an event that nobody took."""
+
+
 class _Parcel:
     """A claimed event: whose until when, and the bits of the sinks that took it."""
 
@@ -60,12 +64,14 @@ class Custody:
 
     def pick_up(self, event: UsageEvent, until: float) -> None:
         """Keep a claimed event until its lease ends; what is known of who took it still holds."""
-        if event.id in self._finished:
+        key, hand = event.id, self._hand
+        if key in self._finished:
             return
-        parcel = self._hand.get(event.id)
-        taken = parcel.taken if parcel is not None else self._marks.pop(event.id, (0, 0.0))[0]
-        self._hand[event.id] = _Parcel(event, until, taken)
-        self._finish_if_everyone_took(event.id)
+        parcel = hand.get(key)
+        taken = parcel.taken if parcel is not None else self._marks.pop(key, _UNKNOWN)[0]
+        hand[key] = _Parcel(event, until, taken)
+        if taken == self._everyone:
+            self.give_up(key)
 
     def missing(self, bit: int) -> list[UsageEvent]:
         """Return the events in hand that the sink of *bit* has not taken, in the order in which they were claimed."""
@@ -73,13 +79,15 @@ class Custody:
 
     def took(self, ids: Iterable[str], bit: int, now: float) -> None:
         """Note that the sink of *bit* has these events, or will never get them; they may be put down meanwhile."""
+        hand, everyone = self._hand, self._everyone
         for key in ids:
-            parcel = self._hand.get(key)
+            parcel = hand.get(key)
             if parcel is not None:
                 parcel.taken |= bit
-                self._finish_if_everyone_took(key)
+                if parcel.taken == everyone:
+                    self.give_up(key)
             elif key not in self._finished:
-                self._mark(key, self._marks.get(key, (0, 0.0))[0] | bit, now)
+                self._mark(key, self._marks.get(key, _UNKNOWN)[0] | bit, now)
 
     def give_up(self, key: str) -> None:
         """Have an event acknowledged that no sink can be given."""
@@ -109,7 +117,3 @@ class Custody:
         # and round, forget each just before it comes again.
         if taken and len(self._marks) < MAX_MARKS:
             self._marks[key] = (taken, now)
-
-    def _finish_if_everyone_took(self, key: str) -> None:
-        if self._hand[key].taken == self._everyone:
-            self.give_up(key)

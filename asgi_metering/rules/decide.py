@@ -36,7 +36,7 @@ from asgi_metering.rules.operations import (
 from asgi_metering.rules.posting import post_grant
 from asgi_metering.rules.retention import forgotten
 from asgi_metering.rules.settlement import end, end_overdue, renew, undo
-from asgi_metering.rules.state import AccountKey, Change, Event, State, Table
+from asgi_metering.rules.state import AccountKey, Change, Event, State, Table, build
 from asgi_metering.rules.units import declare
 
 __all__ = ["Answer", "clamped", "decided", "paying", "run"]
@@ -46,6 +46,9 @@ Answer: TypeAlias = Decision | Receipt | GrantReceipt | Posting | bool | int | t
 Admit, Preview, Grow: Decision. End: Receipt. PostGrant: GrantReceipt. Refund, Correct, Backfill, ReverseGrant: Posting.
 Renew, Undo: bool. Claim: events. Others: rows touched.
 """
+
+# Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
+_EVENT = Table.EVENT
 
 OVERDUE_PER_ADMISSION = 20
 """Overdue holds that one admission ends on its way: bounded, so that a crash's aftermath delays nobody for long."""
@@ -156,7 +159,10 @@ def _emit(_: State, ask: Emit, now: float) -> tuple[Answer, list[Change]]:
 
 def _acknowledge(state: State, ask: Acknowledge, now: float) -> tuple[Answer, list[Change]]:
     known = [state.events[key] for key in ask.ids if key in state.events]
-    return len(known), [(Table.EVENT, event.id, event._replace(acknowledged_at=now)) for event in known]
+    # Every event comes by here and by `_claim`: to put one together costs a tenth of to replace a field of it.
+    return len(known), [
+        (_EVENT, key, build(Event, (key, at, payload, claimed, now))) for key, at, payload, claimed, _ in known
+    ]
 
 
 def clamped(state: State, key: AccountKey, now: float) -> float:
@@ -170,9 +176,10 @@ def _claim(state: State, ask: Claim, now: float) -> tuple[tuple[Event, ...], lis
     for event in state.events.values():
         if len(claimed) == ask.limit:
             break
-        if event.claimed_until <= now:
-            claimed.append(event._replace(claimed_until=now + ask.lease_s))
-    return tuple(claimed), [(Table.EVENT, event.id, event) for event in claimed]
+        key, at, payload, claimed_until, acknowledged_at = event
+        if claimed_until <= now:
+            claimed.append(build(Event, (key, at, payload, now + ask.lease_s, acknowledged_at)))
+    return tuple(claimed), [(_EVENT, event[0], event) for event in claimed]
 
 
 _BEFORE: Mapping[type, Callable[[State, Any, float, list[Change]], float]] = {

@@ -3,15 +3,20 @@ Requests per second behind uvicorn, of a bare application and of the same behind
 
     python -m tests.bench.end_to_end
 
-Each is a server process of its own, asked over keep-alive connections; rounds are interleaved. Options: ``--servers
-NAME ...``, ``--stores NAME ...``, ``--connections N``, ``--rounds N``, ``--seconds S``.
+Each is a server process of its own, asked over keep-alive connections by ``wrk``, or where that is not installed by a
+small client of our own; rounds are interleaved. Options: ``--servers NAME ...``, ``--stores NAME ...``,
+``--connections N``, ``--rounds N``, ``--seconds S``, ``--no-wrk``, and ``--peers`` for the limiters of ``tox run -e
+bench-peers``, in memory and on Redis.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import re
+import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,12 +24,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from asgi_metering.stores.postgres import PostgresStore
-from tests.bench.served import STORE
+from tests.bench.served import PEER, STORE
 from tests.harness.postgres import postgres_server
 from tests.harness.servers import HOST, SERVER_KINDS, ServerKind, serve
 from tests.harness.valkey import valkey
 
-REQUEST = b"GET /hit HTTP/1.1\r\nhost: bench\r\nx-key: payer\r\n\r\n"
+REQUEST = b"GET /hit HTTP/1.1\r\nhost: bench\r\nx-key: bench\r\n\r\n"
 
 
 @contextmanager
@@ -117,19 +122,48 @@ async def per_second(port: int, connections: int, seconds: float) -> float:
     return count / took
 
 
+WRK_RATE = re.compile(r"^Requests/sec:\s+([0-9.]+)$", re.MULTILINE)
+WRK_WRONG = re.compile(r"^\s*(Non-2xx or 3xx responses|Socket errors): .*$", re.MULTILINE)
+
+
+def per_second_by_wrk(port: int, connections: int, seconds: float) -> float:
+    """The same by ``wrk``, whose one thread takes far less of the machine."""
+    url = f"http://{HOST}:{port}/hit"
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "-H", "x-key: bench", url]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60 + seconds).stdout
+    wrong, rate = WRK_WRONG.search(told), WRK_RATE.search(told)
+    if wrong is not None or rate is None:
+        raise RuntimeError(told)
+    return float(rate[1])
+
+
+def asked(port: int, given: argparse.Namespace) -> float:
+    """Answers per second of one server."""
+    if given.wrk:
+        return per_second_by_wrk(port, given.connections, given.seconds)
+    return asyncio.run(per_second(port, given.connections, given.seconds))
+
+
 def measure(kind: ServerKind, given: argparse.Namespace) -> None:
     """Print the rows of one server."""
     with ExitStack() as stack:
-        served = {"bare": stack.enter_context(serve("tests.bench.served:bare", kind, extra_args=["--factory"])).port}
-        for name in given.stores:
-            env = {STORE: stack.enter_context(STORES[name]())}
-            server = serve("tests.bench.served:metered", kind, env=env, extra_args=["--factory"])
-            served[name] = stack.enter_context(server).port
+
+        def serving(app: str, **env: str) -> int:
+            extra = [] if app == "peer" else ["--factory"]
+            return stack.enter_context(serve(f"tests.bench.served:{app}", kind, env=env, extra_args=extra)).port
+
+        served = {"bare": serving("bare")}
+        urls = {name: stack.enter_context(STORES[name]()) for name in given.stores}
+        for name, url in urls.items():
+            served[name] = serving("metered", **{STORE: url})
+        for name, url in urls.items():
+            for peer in peers_on(name) if given.peers else []:
+                served[f"{peer}, {name}"] = serving("peer", **{STORE: url, PEER: peer})
         rates: dict[str, list[float]] = {name: [] for name in served}
         # One round that does not count: pools are filled, statements prepared.
         for turn in range(given.rounds + 1):
             for name, port in served.items():
-                rate = asyncio.run(per_second(port, given.connections, given.seconds))
+                rate = asked(port, given)
                 if turn:
                     rates[name].append(rate)
     for name, found in rates.items():
@@ -141,6 +175,13 @@ def measure(kind: ServerKind, given: argparse.Namespace) -> None:
         )
 
 
+def peers_on(store: str) -> list[str]:
+    """The peers that count in a store of that name."""
+    from tests.bench.peers import PEERS
+
+    return [peer.name for peer in PEERS if store == "memory" or (store == "redis" and peer.on_redis)]
+
+
 def main() -> None:
     """Run each server in turn."""
     parser = argparse.ArgumentParser(description="End-to-end benchmark of asgi_metering")
@@ -149,8 +190,11 @@ def main() -> None:
     parser.add_argument("--stores", nargs="*", choices=STORES, default=list(STORES))
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each in each round")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each in each round; whole ones for wrk")
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--no-wrk", dest="wrk", action="store_false", default=shutil.which("wrk") is not None)
     given = parser.parse_args()
+    print(f"Asked by {'wrk' if given.wrk else 'our own client'}.")
     print("Three limits, a lease, a hold, a settlement and an event for each metered request; medians [least most].\n")
     print("| server | store | requests/s | of the bare app's |")
     print("|---|---|---:|---:|")

@@ -1,10 +1,11 @@
-"""What the end-to-end benchmark serves: one small endpoint, bare, or behind the whole stack on a store."""
+"""What the end-to-end benchmark serves: one small endpoint, bare, behind the whole stack, or behind a peer."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -15,7 +16,10 @@ from asgi_metering import Caller, Metering, MeteringMiddleware, billable, rate_l
 from asgi_metering.events.sinks import CallbackSink
 from tests.bench.subjects import PLENTY, forget
 
-__all__ = ["STORE", "bare", "metered"]
+__all__ = ["PEER", "STORE", "bare", "metered", "peer"]
+
+PEER = "METERING_BENCH_PEER"
+"""The environment variable that names one of `peers.PEERS`."""
 
 STORE = "METERING_BENCH_STORE"
 """The environment variable that names the store's URL."""
@@ -42,10 +46,30 @@ def metered() -> Starlette:
 
     @asynccontextmanager
     async def granted(_app: Starlette) -> AsyncIterator[None]:
-        await metering.grant("payer", 1_000_000_000, id="bench")
+        await metering.grant("bench", 1_000_000_000, id="bench")
         yield
 
     paid = rate_limited(*PLENTY, concurrency=1_000)(billable(1)(plain))
     app = Starlette(routes=[Route("/hit", paid)], lifespan=granted)
     app.add_middleware(MeteringMiddleware, metering=metering)
     return app
+
+
+async def peer(scope: Any, receive: Any, send: Any) -> None:
+    """The application of one peer, opened with its lifespan."""
+    # Only `tox run -e bench-peers` has what they are made of.
+    from tests.bench.peers import PEERS, opened
+
+    if scope["type"] == "lifespan":
+        (chosen,) = [each for each in PEERS if each.name == os.environ[PEER]]
+        await receive()
+        async with opened(chosen, store=os.environ[STORE]) as app:
+            _opened.append(app)
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+    else:
+        await _opened[0](scope, receive, send)
+
+
+_opened: list[Any] = []

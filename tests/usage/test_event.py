@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.errors import UsageError
@@ -66,6 +69,26 @@ def test_read_what_a_later_version_stored() -> None:
     stored = UsageEvent(**FULL).to_dict() | {"version": 99, "colour": "blue"}
     stored["usage"]["video"] = 3
     assert UsageEvent.from_dict(stored) == UsageEvent(**FULL)
+
+
+def made(make: Callable[[dict[str, Any]], UsageEvent], fields: dict[str, Any]) -> UsageEvent | str:
+    """The event, or the sentence that refuses it."""
+    try:
+        return make(fields)
+    except UsageError as refused:
+        return str(refused)
+
+
+ODD = st.sampled_from(
+    [None, "", "01", "0af7651916cd43dd8448eb211c80319c", 0, 7, -1, MAX_AMOUNT + 1, 1.5, math.nan, True]
+)
+
+
+@given(drop=st.sets(st.sampled_from(sorted(FULL))), odd=st.dictionaries(st.sampled_from(sorted(FULL)), ODD, max_size=2))
+def test_read_as_if_made_anew(drop: set[str], odd: dict[str, Any]) -> None:
+    """Whatever was stored, the event is the one that its constructor makes of it, or refused as that refuses it."""
+    stored = {name: value for name, value in (FULL | odd).items() if name not in drop or name in LEAST}
+    assert made(UsageEvent.from_dict, stored) == made(lambda fields: UsageEvent(**fields), stored)
 
 
 @pytest.mark.parametrize("name", sorted(LEAST))
