@@ -230,6 +230,7 @@ async def _reserve(call: Call, policy: EndpointPolicy, asked: Admit | None, argu
             if not is_shadow:
                 raise
             metering.meters.count("shadow_lost", line=beside.line, cause="computing")
+            beside.tells_upstream = False
             continue
         lack, reservation = metering.headroom.reserve(upstream.provider, need, label=label, is_certain=is_shadow)
         if reservation is not None:

@@ -37,6 +37,7 @@ class Beside:
         charge, rates: What is in the shadow.
         live_charge, live_rates: What is not.
         reserved: What the call takes of providers.
+        tells_upstream: What a provider has left is in the shadow.
         would_deny: The first reason for which the shadow would have refused; None where it would not, or it is not
             known.
         is_known: Whether what the shadow would have done is known.
@@ -61,6 +62,7 @@ class Beside:
         "rates",
         "reserved",
         "task",
+        "tells_upstream",
         "twin",
         "would_deny",
     )
@@ -73,6 +75,7 @@ class Beside:
         self.live_charge = None if is_free else charge
         self.rates = tuple([each for each in rates if everything or each.shadow])
         self.live_rates = tuple([each for each in rates if not (everything or each.shadow)])
+        self.tells_upstream = any(each.shadow or everything for each in policy.upstreams)
         self.line = policy.name if charge is None else charge.line
         self.reserved: list[Reservation] = []
         self.would_deny: Refusal | None = None
@@ -86,7 +89,7 @@ class Beside:
     @property
     def has_shadow(self) -> bool:
         """Whether anything has to be found out."""
-        return self.charge is not None or bool(self.rates)
+        return self.charge is not None or bool(self.rates) or self.tells_upstream
 
     def is_due(self, now: float, beats: int) -> bool:
         """Whether the store has to hear of what it keeps for the shadow, *beats* times in its life."""

@@ -26,7 +26,7 @@ from asgi_metering.clients import UpstreamClients
 from asgi_metering.computed import check_sync, is_async
 from asgi_metering.decisions import Decision, Refusal
 from asgi_metering.decorators import check_flag
-from asgi_metering.errors import ConfigurationError, IdentityError, StoreError
+from asgi_metering.errors import ConfigurationError, IdentityError, StoreAvoidedError, StoreError
 from asgi_metering.events.metrics import Meters
 from asgi_metering.events.records import whole_units
 from asgi_metering.events.sinks import Sink
@@ -319,8 +319,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
             await self.declare_units(self.end_timeout_s)
         return await self.runtime().submit(operation, self.end_timeout_s)
 
-    async def decide(self, ask: Admit | Preview) -> Decision:
-        """Ask the store for one decision, within the deadline, if it is worth asking. Raises `StoreError`."""
+    async def decide(self, ask: Admit) -> Decision:
+        """Ask the store for one admission, within the deadline, if it is worth asking. Raises `StoreError`."""
         runtime = self.runtime()
         if self.store.immediate and not self.has_new_units:
             answer = await runtime.submit(ask, self.store_timeout_s)
@@ -337,6 +337,18 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         if call.beside is not None:
             await ask_shadow(call, arguments)
             call.opening.check()
+
+    async def decide_beside(self, ask: Admit | Preview) -> Decision:
+        """
+        As `decide`, for what no call waits for: only of a store that is well, and whatever comes of it tells nothing of
+        how that is.
+        """
+        if self.breaker.state is not BreakerState.CLOSED:
+            raise StoreAvoidedError(f"The {self.store.name} store has not answered of late.")
+        answer = await self.runtime().submit_known(ask, self.store_timeout_s)
+        if not isinstance(answer, Decision):
+            raise AssertionError(f"an admission was answered with {answer!r}")
+        return answer
 
     def told_shadow(self, call: Call, refusal: Refusal) -> None:
         """Count what would have been a refusal of *call*."""

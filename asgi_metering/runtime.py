@@ -352,7 +352,7 @@ class Runtime:
         self.in_flight.pop(call.id, None)
         if call.beside is not None:
             call.beside.release(self._metering.headroom)
-        if self._ends_now(call):
+        elif self._ends_now(call):
             return
         self._ended.append(call)
         self.busy += 1
@@ -365,8 +365,6 @@ class Runtime:
         """End *call* here, where its store answers at once and nothing is to be read for it; False where not."""
         metering = self._metering
         if not metering.store.immediate or not self.is_open or call.queued is not None or call.attributes:
-            return False
-        if call.beside is not None:
             return False
         try:
             end = bill_now(call)

@@ -79,6 +79,9 @@ async def ask_shadow(call: Call, arguments: Mapping[str, Any]) -> None:
     beside = call.beside
     if beside is None or not beside.has_shadow:
         return
+    if beside.charge is None and not beside.rates:
+        _admitted(call, beside)
+        return
     twin = Twin(call)
     try:
         asked = await would_ask(twin, beside, arguments, call.started_at)
@@ -90,6 +93,9 @@ async def ask_shadow(call: Call, arguments: Mapping[str, Any]) -> None:
         return
     twin.held = 0 if asked is None else asked.amount
     beside.twin = twin
+    if beside.charge is not None:
+        # Who pays is told as it would have been, also to what is charged inside of it.
+        call.payer, call.accounts = twin.payer, twin.accounts
     if beside.would_deny is not None:
         return
     if asked is None:
@@ -139,14 +145,14 @@ async def _fitting(
 ) -> tuple[Decision, Admit]:
     """What the store decides, around its own time; and on what. Raises `StoreError` without an answer."""
     metering, twin = call.metering, beside.twin
-    decision = await metering.decide(Preview(asked) if is_preview else asked)
+    decision = await metering.decide_beside(Preview(asked) if is_preview else asked)
     policy = call.policy
     # Functions of the application's own have had their turn: by now others use the arguments.
     if decision.stale_calendar and twin is not None and policy is not None and not policy.callables():
         again = await would_ask(twin, beside, arguments, decision.now)
         if again is not None:
             asked = again if is_preview else again._replace(amount=0, minimum=0, sources=())
-            decision = await metering.decide(Preview(asked) if is_preview else asked)
+            decision = await metering.decide_beside(Preview(asked) if is_preview else asked)
     if decision.stale_calendar:
         raise StoreError(f"The store's time {decision.now} does not fit any calendar around ours.")
     return decision, asked

@@ -328,6 +328,9 @@ def test_tell_a_lack_in_the_shadow() -> None:
             assert status((await call(app)).log) == 200
             ((refusal, running),) = seen
             assert (refusal.reason, running) == (Reason.UPSTREAM, 1)
+            tell(metering, requests=1)
+            assert status((await call(metered(metering, shadow))).log) == 200
+            assert sum(metering.meters.totals("shadow_admitted").values()) == 1
             denied = metering.meters.totals("shadow_denied")
             assert [dict(key)["metering.refusal.reason"] for key in denied] == ["upstream_headroom"]
 

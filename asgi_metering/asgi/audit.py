@@ -121,7 +121,7 @@ def audit(app: Any, features: frozenset[str], unenforced: frozenset[str], meteri
     if metering is not None and metering.shadow:
         report.warnings.extend(_unclaimed(report.rows))
     _check_reach(report)
-    if metering is not None and not metering.identifies:
+    if metering is not None and not metering.identifies and not metering.shadow:
         report.warnings.extend(_nobody(report.rows, features))
     return report
 
