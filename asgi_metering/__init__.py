@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from asgi_metering.caller import Caller as Caller
     from asgi_metering.decorators import billable as billable
     from asgi_metering.decorators import rate_limited as rate_limited
+    from asgi_metering.decorators import unlimited as unlimited
     from asgi_metering.metering import Metering as Metering
     from asgi_metering.opening import current_call as current_call
     from asgi_metering.policies import Idempotency as Idempotency
@@ -64,6 +65,7 @@ _HOMES = {
     "rate_limited": "decorators",
     "requires_upstream": "requiring",
     "slices": "policies",
+    "unlimited": "decorators",
     "up_to": "policies",
 }
 

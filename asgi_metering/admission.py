@@ -15,7 +15,18 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.amounts import Unit, exact_amount
-from asgi_metering.asking import REQUESTS, hashed, key_of, lease_asks, limit_ask, root_of_rate, source_asks
+from asgi_metering.asking import (
+    REQUESTS,
+    by_identity,
+    computed_key,
+    key_of,
+    lease_asks,
+    limit_ask,
+    limits_of,
+    method_of,
+    root_of_rate,
+    source_asks,
+)
 from asgi_metering.beside import Beside
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import ConfigurationError, IdentityError, PayerError, StoreError
@@ -23,7 +34,16 @@ from asgi_metering.estimates import estimate_arguments
 from asgi_metering.keying import key_ask, once, shared_key
 from asgi_metering.names import check_key
 from asgi_metering.outage import in_doubt_of, without_store
-from asgi_metering.policies import ESTIMATE, ChargePolicy, EndpointPolicy, From, RatePolicy, Slices, UpstreamPolicy
+from asgi_metering.policies import (
+    ESTIMATE,
+    ChargePolicy,
+    ComputedLimit,
+    EndpointPolicy,
+    From,
+    RatePolicy,
+    Slices,
+    UpstreamPolicy,
+)
 from asgi_metering.prices import FixedPrice
 from asgi_metering.quotas.headroom import Lack, Need
 from asgi_metering.rates import RateLimit
@@ -83,12 +103,16 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
     if policy.has_beside or call.metering.shadow:
         call.beside = Beside(policy, charge, rates, everything=call.metering.shadow)
         charge, rates = call.beside.live_charge, call.beside.live_rates
-    await _identify(call, rates, charged=charge is not None and not call.exempt)
+    counted = rates if call.beside is None else (*rates, *call.beside.rates)
+    if not call.opening.is_flat or any(map(_needs_caller, counted)):
+        await _identify(call, rates, charged=charge is not None and not call.exempt)
     asked = _planned(call, call.metering.plans.of(policy, features))
     if asked is None:
         if call.caller is not None and call.caller.exempt:
             call.exempt = True
             rates = tuple([rate for rate in map(_of_everybody, rates) if rate is not None])
+        if any(rate.is_selective for rate in rates):
+            rates = tuple([rate for rate in rates if await _counts(call, rate, arguments)])
         if charge is not None:
             await _charge(call, charge, arguments)
         elif call.beside is not None and call.beside.charge is not None:
@@ -191,14 +215,15 @@ async def would_ask(call: Call, beside: Beside, arguments: Mapping[str, Any], no
     And whatever the application's own functions raise.
     """
     charge, rates = beside.charge, beside.rates
-    by_identity = charge is not None or any(rate.key in _BY_IDENTITY for rate in rates if isinstance(rate.key, str))
-    if beside.identity_down and by_identity:
+    if beside.identity_down and (charge is not None or any(map(by_identity, rates))):
         raise call.refused(Refusal(Reason.IDENTITY_DOWN, "identify"))
     if charge is not None and call.caller is None:
         raise call.refused(Refusal(Reason.UNAUTHENTICATED, "identify"))
     if call.caller is not None and call.caller.exempt:
         call.exempt, charge = True, None
         rates = tuple([rate for rate in map(_of_everybody, rates) if rate is not None])
+    if any(rate.is_selective for rate in rates):
+        rates = tuple([rate for rate in rates if await _counts(call, rate, arguments)])
     if charge is not None and call.price is None:
         # Keys are not claimed: each call is told by itself.
         charge = replace(charge, idempotency=None, key=None, once=None)
@@ -321,7 +346,7 @@ async def _decide(
 def _mark(call: Call, asked: Admit, decision: Decision) -> None:
     """Tell *call* what was decided; raises `CallRefused`."""
     if decision.refusal is not None:
-        raise call.refused(decision.refusal, decision)
+        raise call.refused(_leveled(call, decision.refusal), decision)
     if decision.replay is not None:
         raise call.refused(Refusal(Reason.REPLAYED, "idempotency"), decision)
     call.decision = decision
@@ -329,6 +354,18 @@ def _mark(call: Call, asked: Admit, decision: Decision) -> None:
     call.has_hold = leaves_hold(asked)
     call.ttl_s = asked.ttl_s
     call.payer = decision.payer or call.payer
+
+
+def _leveled(call: Call, refusal: Refusal) -> Refusal:
+    """*refusal* with the level of the limit that refused, where its name says one (S0.42)."""
+    rates = call.policy.rates if call.policy is not None else ()
+    if refusal.reason not in _OF_RATES:
+        return refusal
+    levels = [rate.level for rate in rates if rate.level and refusal.name.startswith(f"{rate.level}-")]
+    return refusal._replace(level=max(levels, key=len)) if levels else refusal
+
+
+_OF_RATES = (Reason.RATE_LIMIT, Reason.EXCEEDS_LIMIT)
 
 
 def leaves_hold(asked: Admit) -> bool:
@@ -429,10 +466,6 @@ async def asked_of(call: Call, charge: ChargePolicy, now: float) -> tuple[Source
 # -- who ---------------------------------------------------------------------------------------------------
 
 
-_BY_IDENTITY = ("caller", "payer")
-"""Keys of limits that `identify` answers."""
-
-
 async def _identify(call: Call, rates: tuple[RatePolicy, ...], *, charged: bool) -> None:
     """
     Who calls. Where `identify` fails, nobody is charged in the caller's place, and nobody is counted by another key.
@@ -443,7 +476,7 @@ async def _identify(call: Call, rates: tuple[RatePolicy, ...], *, charged: bool)
         caller = await call.identify()
     except IdentityError as failure:
         call.metering.alarms.raised("identify", str(failure), failure)
-        if not charged and not any(isinstance(rate.key, str) and rate.key in _BY_IDENTITY for rate in rates):
+        if not charged and not any(map(by_identity, rates)):
             if call.beside is not None:
                 call.beside.identity_down = True
             return
@@ -454,12 +487,24 @@ async def _identify(call: Call, rates: tuple[RatePolicy, ...], *, charged: bool)
         call.payer = caller.payer
 
 
+def _needs_caller(rate: RatePolicy) -> bool:
+    """Whether anything of *rate* may depend on who calls: what is flat is asked of every request, known or not."""
+    return by_identity(rate) or bool(rate.chosen or rate.callables())
+
+
 def _of_everybody(rate: RatePolicy) -> RatePolicy | None:
     """What of *rate* an exempt caller is counted by: nothing that is counted by who it is (S0.18)."""
-    if rate.key not in _BY_IDENTITY:
+    if not by_identity(rate):
         return rate
     shared = tuple([slots for slots in rate.concurrency if slots.level == "global"])
-    return replace(rate, limits=(), concurrency=shared) if shared else None
+    return replace(rate, limits=(), chosen=(), concurrency=shared) if shared else None
+
+
+async def _counts(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> bool:
+    """Whether *call* is one of those that *rate* counts: by its method, and by what the application says of it."""
+    if rate.methods and method_of(call) not in rate.methods and call.opening.origin is not None:
+        return False
+    return rate.exempt_when is None or not await rate.exempt_when.compute(call, arguments)
 
 
 async def _payer(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
@@ -645,15 +690,26 @@ async def _limits(
     leases: list[LeaseAsk],
 ) -> None:
     wanted = rate.key
-    key = hashed(await wanted.compute(call, arguments)) if isinstance(wanted, From) else key_of(call, rate)
+    key = await computed_key(call, rate, wanted, arguments) if isinstance(wanted, From) else key_of(call, rate)
+    if rate.per_method:
+        key = f"{method_of(call)} {key}"
     root = root_of_rate(call, rate)
     cost = rate.cost
     if isinstance(cost, From):
         cost = await cost.compute(call, arguments)
-    for limit in rate.limits:
+    for limit in (*limits_of(call, rate), *await _computed_limits(call, rate, arguments)):
         taken = cost if limit.meter == REQUESTS else await _weight(call, limit, arguments)
-        limits.append(limit_ask(rate.scope, limit, rooted(key, root), taken, now))
+        limits.append(limit_ask(rate, limit, rooted(key, root), taken, now))
     leases += lease_asks(rate, key, root)
+
+
+async def _computed_limits(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> list[RateLimit]:
+    limits: list[RateLimit] = []
+    for each in rate.chosen:
+        if isinstance(each, ComputedLimit):
+            answered = await each.function.compute(call, arguments)
+            limits += [each.reading.read(text) for text in ([answered] if isinstance(answered, str) else answered)]
+    return limits
 
 
 async def _weight(call: Call, limit: RateLimit, arguments: Mapping[str, Any]) -> int:

@@ -8,12 +8,15 @@ asks nobody.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from ipaddress import IPv6Address
 from itertools import groupby
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from asgi_metering.chosen import ConfiguredLimits, LimitByPlan
 from asgi_metering.errors import MeteringError
-from asgi_metering.policies import ChargePolicy, RatePolicy
+from asgi_metering.policies import ATTRIBUTE, ChargePolicy, From, NamedKey, RatePolicy
 from asgi_metering.rates import RateLimit
 from asgi_metering.rules.calendars import Period, boundaries
 from asgi_metering.rules.operations import AllowanceSource, LeaseAsk, LimitAsk, SourceAsk, WalletSource, WindowKind
@@ -22,9 +25,26 @@ from asgi_metering.rules.state import build
 from asgi_metering.sources import Allowance
 
 if TYPE_CHECKING:
+    from asgi_metering.attributes import Scalar
     from asgi_metering.call import Call
+    from asgi_metering.caller import Caller
 
-__all__ = ["REQUESTS", "hashed", "key_of", "lease_asks", "limit_ask", "root_of_rate", "source_asks"]
+__all__ = [
+    "REQUESTS",
+    "attribute_of",
+    "by_identity",
+    "computed_key",
+    "counted_as",
+    "hashed",
+    "key_of",
+    "lease_asks",
+    "limit_ask",
+    "limits_of",
+    "method_of",
+    "network_of",
+    "root_of_rate",
+    "source_asks",
+]
 
 REQUESTS = "requests"
 DAY_S = 86_400.0
@@ -59,7 +79,8 @@ def lease_asks(rate: RatePolicy, key: str, root: str) -> list[LeaseAsk]:
         if slots.level == "global":
             asks.append(LeaseAsk(rate.scope, f"{rate.scope}|global", slots.limit, slots.level))
         else:
-            asks.append(LeaseAsk(rate.scope, rooted(f"{rate.scope}|{key}", root), slots.limit, slots.level))
+            pool = rooted(f"{rate.scope}|{key}", root)
+            asks.append(LeaseAsk(rate.scope, pool, slots.limit, rate.level or slots.level))
     return asks
 
 
@@ -67,25 +88,53 @@ def root_of_rate(call: Call, rate: RatePolicy) -> str:
     """
     The payer beside whose accounts a rate's counters are kept, so that most calls ask one place.
 
-    That of a caller is the one that `identify` names, whoever pays this call: one caller has one counter.
+    That of a caller is the one that `identify` names, whoever pays this call: one caller has one counter. What callers
+    of several payers may be counted by together, such as an attribute of theirs, is kept beside none.
     """
     if rate.key == "payer" and call.payer:
         return call.payer
-    if isinstance(rate.key, str) and rate.key != "address" and call.caller is not None:
+    if rate.key in ("caller", "payer") and call.caller is not None:
         return call.caller.payer
     return ""
 
 
-def limit_ask(scope: str, limit: RateLimit, key: str, cost: int, now: float) -> LimitAsk:
-    """What a call that is counted by *key* asks of *limit* around *now*."""
+def limit_ask(rate: RatePolicy, limit: RateLimit, key: str, cost: int, now: float) -> LimitAsk:
+    """What a call that is counted by *key* asks of *limit*, one of those of *rate*, around *now*."""
     window_s: float = limit.window_s
     edges: tuple[float, ...] = ()
     if limit.period:
         edges = boundaries(Period(limit.period), limit.zone, now)
         window_s = edges[2] - edges[1]
-    name, kind = limit.name, _KINDS[limit.strategy]
-    counted = f"{scope}|{name}|{key}"
-    return build(LimitAsk, (name, counted, kind, limit.amount, window_s, cost, limit.meter, edges))
+    kind = _KINDS[limit.strategy]
+    counted = f"{rate.scope}|{counted_as(rate, limit)}|{key}"
+    return build(LimitAsk, (limit.name, counted, kind, limit.amount, window_s, cost, limit.meter, edges))
+
+
+def limits_of(call: Call, rate: RatePolicy) -> tuple[RateLimit, ...]:
+    """The limits of *rate* for *call*, but for those that are computed."""
+    if not rate.chosen:
+        return rate.limits
+    plan = call.caller.plan if call.caller is not None else None
+    limits = list(rate.limits)
+    for each in rate.chosen:
+        if isinstance(each, LimitByPlan):
+            limits.append(each.limit_for(plan))
+        elif isinstance(each, ConfiguredLimits):
+            limits += [each.reading.read(text) for text in call.metering.limits.texts_for(each.name, plan)]
+    return tuple(limits)
+
+
+def counted_as(rate: RatePolicy, limit: RateLimit) -> str:
+    """
+    What tells the counts of *limit* from those of others in the scope of *rate*.
+
+    In a scope that endpoints share, and for a limit that changes from call to call, that is its window and not its
+    amount: what is counted by one of them counts for all (S4.11).
+    """
+    told = limit.name
+    if rate.shares or limit not in rate.limits:
+        told = f"{limit.strategy}:{limit.meter}/{limit.period or ''}{limit.window_s:g}"
+    return f"{told} {'+'.join(sorted(rate.methods))}" if rate.methods else told
 
 
 _KINDS = {str(kind): kind for kind in WindowKind}
@@ -94,17 +143,23 @@ _KINDS = {str(kind): kind for kind in WindowKind}
 
 def key_of(call: Call, rate: RatePolicy) -> str:
     """
-    What is counted together, of a rate whose key is not computed. Addresses are hashed (S3.48); ids are not personal
-    by contract.
+    What is counted together, of a rate whose key is not computed. Addresses and attributes are hashed (S3.48); ids are
+    not personal by contract.
 
     Raises:
         MeteringError: Nobody is known.
     """
-    wanted = rate.key
+    wanted, caller = rate.key, call.caller
+    if wanted == "caller" and caller is not None:
+        return f"caller:{caller.id}"
     if wanted == "payer" and call.payer:
         return f"payer:{call.payer}"
-    if wanted != "address" and call.caller is not None:
-        return f"caller:{call.caller.id}"
+    if wanted in _OF_EVERYBODY:
+        # A route is told apart by its name, in a scope that it may share with others.
+        return "everybody" if wanted == "global" or call.policy is None else f"everybody:{call.policy.name}"
+    if wanted != "address" and caller is not None:
+        value = attribute_of(caller, str(wanted))
+        return f"caller:{caller.id}" if value is None else hashed(f"{wanted}:{value}")
     origin = call.opening.origin
     address = origin.address if origin is not None else None
     if not address:
@@ -112,7 +167,62 @@ def key_of(call: Call, rate: RatePolicy) -> str:
             f"The limits of {rate.scope!r} have nobody to count: no caller is known and the server reports no "
             f"address. Give rate_limited() a key, or Metering an identify function."
         )
-    return hashed(address)
+    return hashed(network_of(address))
+
+
+_OF_EVERYBODY = ("route", "global")
+
+
+def by_identity(rate: RatePolicy) -> bool:
+    """Whether *rate* counts by what `identify` answers."""
+    return isinstance(rate.key, str) and (rate.key in _BY_IDENTITY or rate.key.startswith(ATTRIBUTE))
+
+
+_BY_IDENTITY = ("caller", "payer")
+
+
+def attribute_of(caller: Caller, key: str) -> Scalar | None:
+    """The attribute that *key* names, ``"attribute:team"`` for one; None where it names none, or *caller* has none."""
+    return caller.attributes.get(key.removeprefix(ATTRIBUTE)) if key.startswith(ATTRIBUTE) else None
+
+
+def network_of(address: str) -> str:
+    """
+    What of an address is counted together: of IPv6 its /64, all of which one client has to choose from.
+
+    Source: RFC 6177 (an end site gets a /64 at the least), RFC 4291 section 2.5.5.2 (IPv4 as seen by an IPv6 socket).
+    """
+    if ":" not in address:
+        return address
+    try:
+        known = IPv6Address(address)
+    except ValueError:
+        # Of whatever a server says instead, all.
+        return address
+    if known.ipv4_mapped is not None:
+        return str(known.ipv4_mapped)
+    return f"{IPv6Address(int(known) >> 64 << 64)}/64"
+
+
+async def computed_key(call: Call, rate: RatePolicy, wanted: From, arguments: Mapping[str, Any]) -> str:
+    """The key that is computed for *call*, apart from what functions of other levels answer; raises as they do."""
+    answered = await wanted.compute(call, arguments)
+    if isinstance(wanted, NamedKey):
+        return hashed(f"{wanted}:{answered}")
+    return hashed(f"{rate.level}:{answered}" if rate.level else answered)
+
+
+def method_of(call: Call) -> str:
+    """The HTTP method of *call*; of those that nobody knows, which clients may invent, one name. Empty outside HTTP."""
+    origin = call.opening.origin
+    if origin is None:
+        return ""
+    method = origin.target[0].decode("latin-1")
+    return method if method in _METHODS else "OTHER"
+
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"})
+"""RFC 9110 section 9, RFC 5789, and draft-ietf-httpbis-safe-method-w-body."""
 
 
 def hashed(value: object) -> str:

@@ -330,6 +330,11 @@ class Call(CallState):
         self.caller, self.payer, self._inherited = caller, payer, inherited
         self._identified = True
 
+    def known(self, caller: Caller | None) -> None:
+        """Take who calls from whoever asked before, where anybody is known; else it may be known by now."""
+        if caller is not None:
+            self.caller, self._identified = caller, True
+
     def identify_now(self) -> bool:
         """Ask who calls, once; False where the answer is to be waited for, or none."""
         if self._identified or self._asked_who is not None:

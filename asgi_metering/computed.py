@@ -14,12 +14,22 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from asgi_metering.chosen import LimitReading
 from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.names import check_name
-from asgi_metering.policies import ChargePolicy, From, RatePolicy, UpstreamPolicy
+from asgi_metering.policies import ChargePolicy, ComputedLimit, From, NamedKey, RatePolicy, UpstreamPolicy
 from asgi_metering.usage import TokenUsage
 
-__all__ = ["Computed", "bound_charge", "bound_rates", "bound_upstream", "check_sync", "is_async"]
+__all__ = [
+    "Computed",
+    "bound_charge",
+    "bound_rates",
+    "bound_upstream",
+    "check_answers",
+    "check_sync",
+    "is_async",
+    "name_of",
+]
 
 log = logging.getLogger("asgi_metering")
 
@@ -28,6 +38,9 @@ MAX_SHOWN = 60
 
 MAX_FAILURE_SHOWN = 200
 """The same of what a callable raised; the traceback has all of it."""
+
+
+_READING = LimitReading()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +69,7 @@ class Computed(From):
             answered = await From.compute(self, call, arguments)
         except Exception as failure:
             told = (
-                f"The {self.what} of {self.endpoint} could not be computed: {_name(self.function)} raised "
+                f"The {self.what} of {self.endpoint} could not be computed: {name_of(self.function)} raised "
                 f"{failure!r:.{MAX_FAILURE_SHOWN}}. The endpoint did not run, and nothing was charged. Answer every "
                 f"call, or raise your framework's own answer, such as its HTTPException."
             )
@@ -67,7 +80,7 @@ class Computed(From):
             _CHECKS[self.what](call, answered)
         except MeteringError as wrong:
             error = type(wrong)(
-                f"The {self.what} of {self.endpoint}, computed by {_name(self.function)}, cannot be used. {wrong}"
+                f"The {self.what} of {self.endpoint}, computed by {name_of(self.function)}, cannot be used. {wrong}"
             )
             # Frameworks may make an answer of any ValueError, and then no server logs it.
             log.error("%s The endpoint did not run, and nothing was charged.", error)
@@ -86,7 +99,7 @@ def bound_charge(charge: ChargePolicy, endpoint: str) -> ChargePolicy:
     """
     if not charge.callables():
         return charge
-    _check_answers(charge.callables(), endpoint)
+    check_answers(charge.callables(), endpoint)
     once, key = charge.idempotency, charge.key
     return replace(
         charge,
@@ -102,27 +115,45 @@ def bound_rates(rates: RatePolicy, endpoint: str) -> RatePolicy:
     """*rates* with their computed key and cost bound to *endpoint*; raises as `bound_charge`."""
     if not rates.callables():
         return rates
-    _check_answers(rates.callables(), endpoint)
-    return replace(rates, key=_bound(rates.key, endpoint), cost=_bound(rates.cost, endpoint))
+    check_answers(rates.callables(), endpoint)
+    chosen = [
+        replace(each, function=_bound(each.function, endpoint)) if isinstance(each, ComputedLimit) else each
+        for each in rates.chosen
+    ]
+    return replace(
+        rates,
+        key=_bound(rates.key, endpoint),
+        cost=_bound(rates.cost, endpoint),
+        exempt_when=_bound(rates.exempt_when, endpoint),
+        chosen=tuple(chosen),
+    )
 
 
 def bound_upstream(upstream: UpstreamPolicy, endpoint: str) -> UpstreamPolicy:
     """*upstream* with its computed tokens and label bound to *endpoint*; raises as `bound_charge`."""
     if not upstream.callables():
         return upstream
-    _check_answers(upstream.callables(), endpoint)
+    check_answers(upstream.callables(), endpoint)
     return replace(upstream, tokens=_bound(upstream.tokens, endpoint), label=_bound(upstream.label, endpoint))
 
 
 def _bound(value: Any, endpoint: str) -> Any:
+    if isinstance(value, NamedKey):
+        return NamedKey.of(value.name, endpoint)
     return Computed(value.function, value.what, endpoint) if isinstance(value, From) else value
 
 
-def _check_answers(computed: Iterable[From], endpoint: str) -> None:
+def check_answers(computed: Iterable[From], endpoint: str) -> None:
+    """
+    Refuse what answers no value.
+
+    Raises:
+        ConfigurationError: A generator.
+    """
     for each in computed:
         if _is_a(each.function, inspect.isgeneratorfunction, inspect.isasyncgenfunction):
             raise ConfigurationError(
-                f"The {each.what} of {endpoint} is computed by {_name(each.function)}, a generator, which answers no "
+                f"The {each.what} of {endpoint} is computed by {name_of(each.function)}, a generator, which answers no "
                 f"value. Return it instead of yielding it."
             )
 
@@ -136,7 +167,7 @@ def check_sync(function: Callable[..., Any], what: str) -> None:
     """
     if _is_a(function, inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction):
         raise ConfigurationError(
-            f"{what} is {_name(function)}, an async function or generator, and nobody awaits what it answers. Pass a "
+            f"{what} is {name_of(function)}, an async function or generator, and nobody awaits what it answers. Pass a "
             f"plain function that returns its answer."
         )
 
@@ -157,7 +188,8 @@ def _unpacked(function: Any) -> Any:
     return function
 
 
-def _name(function: Any) -> str:
+def name_of(function: Any) -> str:
+    """What a function, or an object that is called like one, is called in sentences."""
     plain = _unpacked(function)
     if not hasattr(plain, "__qualname__"):
         plain = type(plain)
@@ -221,6 +253,23 @@ def _check_label(_: Any, label: Any) -> None:
         check_name(label, "quota label")
 
 
+def _check_exemption(_: Any, exempt: Any) -> None:
+    if type(exempt) is not bool:
+        raise ConfigurationError(f"What exempt_when answers is a {type(exempt).__name__}. It has to be True or False.")
+
+
+def _check_limit(_: Any, limit: Any) -> None:
+    texts = list(limit) if isinstance(limit, list | tuple) else [limit]
+    if not texts:
+        raise ConfigurationError("The limit is an empty list. Answer at least one; exempt_when= tells who has none.")
+    for text in texts:
+        if not isinstance(text, str) or _READING.read(text).meter != "requests":
+            raise ConfigurationError(
+                f"The limit {text!r:.{MAX_SHOWN}} is no limit of requests. Answer a text such as '60/minute', or a "
+                f"list of them; exempt_when= tells who has none."
+            )
+
+
 _CHECKS: Mapping[str, Callable[[Any, Any], None]] = {
     "price": _check_price,
     "hold estimate": _check_estimate,
@@ -231,5 +280,7 @@ _CHECKS: Mapping[str, Callable[[Any, Any], None]] = {
     "skip_if": _check_skip,
     "upstream tokens": _check_tokens,
     "upstream label": _check_label,
+    "exempt_when": _check_exemption,
+    "limit": _check_limit,
 }
 """By what is computed, as `From` names it."""

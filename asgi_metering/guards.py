@@ -11,11 +11,13 @@ import functools
 import inspect
 import re
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any, TypeVar
 
+from asgi_metering.asking import counted_as
+from asgi_metering.chosen import LimitByPlan
 from asgi_metering.computed import bound_charge, bound_rates, bound_upstream
 from asgi_metering.errors import ConfigurationError, NoCallError
 from asgi_metering.opening import CURRENT, SCOPE_KEY, Opening
@@ -24,13 +26,15 @@ from asgi_metering.policies import (
     ChargePolicy,
     ConcurrencyLimit,
     EndpointPolicy,
+    From,
+    NamedKey,
     RatePolicy,
     UpstreamPolicy,
     check_line,
 )
 from asgi_metering.wrappers import wrap
 
-__all__ = ["BARE_MEND", "WEBSOCKET_MEND", "Guard", "Part", "decorated", "guard_of", "merged"]
+__all__ = ["BARE_MEND", "WEBSOCKET_MEND", "Guard", "Part", "counters_of", "decorated", "guard_of", "merged"]
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
@@ -47,6 +51,7 @@ class Part:
 
     charge: ChargePolicy | None = None
     rates: RatePolicy | None = None
+    more: tuple[RatePolicy, ...] = ()
     upstream: UpstreamPolicy | None = None
 
     @property
@@ -210,11 +215,12 @@ def merged(
                 f"once: put the price into one billable()."
             )
         policy = replace(policy, charge=charge)
-    if part.rates is not None:
-        rates = part.rates if part.rates.scope else replace(part.rates, scope=policy.name)
-        rates = bound_rates(rates, policy.name)
-        _check_twice(policy, rates)
-        policy = replace(policy, rates=(rates, *policy.rates))
+    added: tuple[RatePolicy, ...] = ()
+    for each in () if part.rates is None else (part.rates, *part.more):
+        rates = bound_rates(each if each.scope else replace(each, scope=policy.name), policy.name)
+        _check_twice(replace(policy, rates=(*added, *policy.rates)), rates)
+        added = (*added, rates)
+    policy = replace(policy, rates=(*added, *policy.rates)) if added else policy
     if part.upstream is not None:
         upstream = bound_upstream(part.upstream, policy.name)
         if any((each.provider, each.label) == (upstream.provider, upstream.label) for each in policy.upstreams):
@@ -229,19 +235,60 @@ def merged(
 
 
 def _check_twice(policy: EndpointPolicy, rates: RatePolicy) -> None:
-    known = {(other.scope, str(other.key), limit.name) for other in policy.rates for limit in other.limits}
-    names = [(rates.scope, str(rates.key), limit.name) for limit in rates.limits]
-    for at, (scope, key, name) in enumerate(names):
-        if (scope, key, name) in known or names.index((scope, key, name)) != at:
+    known = {
+        (other.scope, str(other.key), counter): name for other in policy.rates for counter, name in counters_of(other)
+    }
+    for counter, name in counters_of(rates):
+        place = (rates.scope, str(rates.key), counter)
+        first = known.get(place)
+        if first == name:
             raise ConfigurationError(f"{policy.name} has the limit {name!r} twice. Remove one.")
-    pools = {_pool(other, each): each.limit for other in policy.rates for each in other.concurrency}
-    for each in rates.concurrency:
-        first = pools.get(_pool(rates, each))
         if first is not None:
             raise ConfigurationError(
-                f"{policy.name} has two {each.level} concurrency limits, {each.limit} and {first}, on the same slots. "
+                f"{policy.name} has the limits {first!r} and {name!r} in the scope {rates.scope!r}, where both would "
+                f"be one count. Remove one, or give it another scope."
+            )
+        known[place] = name
+        if _is_confused(policy, rates, counter):
+            raise ConfigurationError(
+                f"{policy.name} has the limit {name!r} by two functions, and what one of them answers may be what the "
+                f"other does. Tell them apart by names: level='team' and level='user'."
+            )
+    pools = {_pool(other, each): each.limit for other in policy.rates for each in other.concurrency}
+    for each in rates.concurrency:
+        slots = pools.get(_pool(rates, each))
+        if slots is not None:
+            raise ConfigurationError(
+                f"{policy.name} has two {each.level} concurrency limits, {each.limit} and {slots}, on the same slots. "
                 f"Remove one."
             )
+
+
+def counters_of(rates: RatePolicy) -> Iterator[tuple[str, str]]:
+    """What each limit of *rates* is counted as, as far as that is known, and its name."""
+    for limit in rates.limits:
+        yield counted_as(rates, limit), limit.name
+    for each in rates.chosen:
+        if isinstance(each, LimitByPlan):
+            spans = {counted_as(rates, each.reading.read(text)): text for text in each.texts.values()}
+            yield from ((counter, f"{text} by plan") for counter, text in spans.items())
+
+
+def _is_confused(policy: EndpointPolicy, rates: RatePolicy, counter: str) -> bool:
+    """Whether another function computes a key of *policy* for the same count."""
+    if not _is_computed(rates):
+        return False
+    others = [other for other in policy.rates if _is_computed(other) and other.key != rates.key]
+    return any(
+        counter == each
+        for other in others
+        if (other.scope, other.level) == (rates.scope, rates.level)
+        for each, _ in counters_of(other)
+    )
+
+
+def _is_computed(rates: RatePolicy) -> bool:
+    return isinstance(rates.key, From) and not isinstance(rates.key, NamedKey)
 
 
 def _pool(rates: RatePolicy, limit: ConcurrencyLimit) -> tuple[str, str, str]:

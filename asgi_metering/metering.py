@@ -32,6 +32,7 @@ from asgi_metering.events.records import whole_units
 from asgi_metering.events.sinks import Sink
 from asgi_metering.events.span import annotate_span, current_trace, is_recording
 from asgi_metering.ledger import Ledger
+from asgi_metering.named import NamedKeys, NamedLimits
 from asgi_metering.opening import ALL_FEATURES, Opening, Origin
 from asgi_metering.outage import LocalLimits, check_choices, read_choices
 from asgi_metering.plans import Plans
@@ -94,6 +95,10 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         on_hold_lost: Gets a `Call` that runs on although its policy has ended its hold and freed its slots, because no
             heartbeat came through for so long: time to stop what relies on them (S0.57). Sync or async, on the event
             loop of the call, once per call.
+        keys: Functions that compute what is counted together, for ``rate_limited(key="named:tenant")``; each may be
+            replaced while the application runs: ``metering.keys["tenant"] = other`` (S2.32).
+        limits: Limits of requests by name, for ``rate_limited(configured="search")``, replaced in the same way: a text,
+            a mapping of plans to texts, or a list of these. One that no endpoint uses is an error at startup (S2.30).
         shadow: Refuse and charge nothing anywhere, and tell what would have been (S4.16; `asgi_metering.shadow`):
             metering that is new to an application, before it is let loose. Routes can say it for their parts.
 
@@ -124,6 +129,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         run_sync: Callable[[Callable[[], Any]], Coroutine[Any, Any, Any]] | None = None,
         new_id: Callable[[], str] | None = None,
         on_hold_lost: Callable[[Call], Any] | None = None,
+        keys: Mapping[str, Callable[..., Any]] | None = None,
+        limits: Mapping[str, Any] | None = None,
         shadow: bool = False,
     ) -> None:
         if identify is not None and not callable(identify):
@@ -148,6 +155,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         }.items():
             if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not seconds >= 0:
                 raise ConfigurationError(f"{name}={seconds!r} is not a number of seconds from 0 up.")
+        self.keys = NamedKeys(keys)
+        self.limits = NamedLimits(limits)
         check_flag(shadow=shadow)
         self.shadow = shadow
         self.plans = Plans(self)

@@ -8,15 +8,17 @@ charged is the call's, which is made on first use.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from asgi_metering.call import Call
+from asgi_metering.caller import Caller
+from asgi_metering.decisions import WindowState
 from asgi_metering.errors import CallClosedError, NoCallError
 
 if TYPE_CHECKING:
     from asgi_metering.metering import Metering
 
-__all__ = ["ALL_FEATURES", "CURRENT", "SCOPE_KEY", "Opening", "Origin", "RequestBody", "current_call"]
+__all__ = ["ALL_FEATURES", "CURRENT", "SCOPE_KEY", "Before", "Opening", "Origin", "RequestBody", "current_call"]
 
 
 class Origin(Protocol):
@@ -49,6 +51,14 @@ class RequestBody(Protocol):
         """SHA-256 of it; raises `keying.BodyError` where it cannot be told."""
 
 
+class Before(NamedTuple):
+    """What the limits of a middleware found out: who calls, if they asked, and how their windows stand."""
+
+    caller: Caller | None
+    windows: tuple[WindowState, ...]
+    layers: int
+
+
 class Opening:
     """
     A request that may become a metered call. Light: every request behind the middleware makes one.
@@ -62,12 +72,16 @@ class Opening:
         call: The call, once somebody asked for it.
         closed: The request is over; code that outlives it must not admit or charge (pitfall 1).
         around: In which request, or charge, the work runs that this charge is for; None where there is none.
+        is_flat: Whether this is what the limits of a middleware see of a request, before its application runs.
+        before: What those limits have found out, once they let it through; None where there are none.
     """
 
     # On the class: what a request never has costs it nothing.
     call: Call | None = None
     closed = False
     around: Opening | None = None
+    is_flat = False
+    before: Before | None = None
 
     def __init__(
         self,
@@ -115,6 +129,8 @@ class Opening:
         self.check()
         if self.call is None:
             self.call = Call(self)
+            if self.before is not None:
+                self.call.known(self.before.caller)
         return self.call
 
 

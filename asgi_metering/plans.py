@@ -9,13 +9,24 @@ nothing, and asks nobody.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from asgi_metering.asking import REQUESTS, key_of, lease_asks, limit_ask, root_of_rate, source_asks
+from asgi_metering.asking import (
+    REQUESTS,
+    attribute_of,
+    by_identity,
+    key_of,
+    lease_asks,
+    limit_ask,
+    limits_of,
+    root_of_rate,
+    source_asks,
+)
+from asgi_metering.chosen import ConfiguredLimits, LimitByPlan
 from asgi_metering.outage import in_doubt_of
-from asgi_metering.policies import ChargePolicy, EndpointPolicy, RatePolicy
+from asgi_metering.policies import ATTRIBUTE, ChargePolicy, ComputedLimit, EndpointPolicy, RatePolicy
 from asgi_metering.prices import FixedPrice
 from asgi_metering.rules.operations import Admit, AllowanceSource, LeaseAsk, LimitAsk, SourceAsk
 from asgi_metering.rules.roots import rooted
@@ -25,6 +36,7 @@ from asgi_metering.sources import Allowance
 if TYPE_CHECKING:
     from asgi_metering.amounts import Unit
     from asgi_metering.call import Call
+    from asgi_metering.caller import Caller
     from asgi_metering.metering import Metering
 
 __all__ = ["Plan", "Plans"]
@@ -69,10 +81,10 @@ class Plan:
 
     __slots__ = (
         "_asks",
-        "_by_plan",
         "_grace_s",
         "_in_doubt",
         "_ttl_s",
+        "_varying",
         "amount",
         "charge",
         "is_plain",
@@ -100,26 +112,29 @@ class Plan:
         self._grace_s = metering.grace_s if charge is None else charge.grace_s
         self._in_doubt = in_doubt_of(charge)
         self._asks: dict[_Place, _Asks] = {}
-        sources = () if charge is None else charge.sources
         # Whoever declared limits by plan may change them while we run: they are looked up for each call.
-        self._by_plan = [each for each in sources if isinstance(each, Allowance) and isinstance(each.limit, Mapping)]
+        self._varying: list[Callable[[Caller], object]] = [
+            *_varying_sources(charge),
+            *_varying_rates(self.rates, metering),
+        ]
         # Without the gate a priced call is reported all the same, and that is not told here.
         is_enforced = policy.charge is None or charge is not None or "events" not in features
-        asks_anything = bool(self.amount or any(rate.limits or rate.concurrency for rate in self.rates))
+        asks_anything = bool(self.amount or any(rate.limits or rate.chosen or rate.concurrency for rate in self.rates))
+        # What counts everybody together has nobody to ask for.
+        asks_who = charge is not None or any(map(by_identity, self.rates))
         is_alone = not policy.has_beside and not metering.shadow
-        self.is_plain = (
-            is_alone and is_enforced and asks_anything and _is_plain_charge(charge) and _are_plain_rates(self.rates)
-        )
+        self.is_plain = is_alone and is_enforced and asks_anything and asks_who and _is_plain_charge(charge)
+        self.is_plain = self.is_plain and _are_plain_rates(self.rates)
         if not self.is_plain:
-            self.charge, self.rates, self._by_plan = None, (), []
+            self.charge, self.rates, self._varying = None, (), []
 
     def asked(self, call: Call, now: float) -> Admit:
         """What *call*, whose caller and payer are known, asks around *now*."""
         caller = call.caller
         assert caller is not None  # noqa: S101 -- asked before
         place: _Place = (caller.id, caller.payer, caller.plan)
-        for source in self._by_plan:
-            place += (source.limit_for(caller.plan),)
+        for each in self._varying:
+            place += (each(caller),)
         asks = self._asks.get(place)
         if asks is None or now >= asks.until:
             asks = self._remember(place, self._asked_by(call, now))
@@ -145,7 +160,8 @@ class Plan:
             key, root = key_of(call, rate), root_of_rate(call, rate)
             cost = rate.cost
             assert isinstance(cost, int)  # noqa: S101 -- that is what plain means
-            limits += [limit_ask(rate.scope, limit, rooted(key, root), cost, now) for limit in rate.limits]
+            place = rooted(key, root)
+            limits += [limit_ask(rate, limit, place, cost, now) for limit in limits_of(call, rate)]
             leases += lease_asks(rate, key, root)
         sources = () if self.charge is None or not self.amount else source_asks(call, self.charge, now)
         calendars = [limit.boundaries for limit in limits if limit.boundaries]
@@ -167,11 +183,34 @@ def _is_plain_charge(charge: ChargePolicy | None) -> bool:
 def _are_plain_rates(rates: tuple[RatePolicy, ...]) -> bool:
     """Addresses are not among them: there is no end of them, so that nothing is to be remembered of each."""
     return all(
-        rate.key in ("caller", "payer")
+        isinstance(rate.key, str)
+        and rate.key != "address"
         and isinstance(rate.cost, int)
+        and not rate.is_selective
         and all(limit.meter == REQUESTS for limit in rate.limits)
+        and not any(isinstance(each, ComputedLimit) for each in rate.chosen)
+        and all(each.meter == REQUESTS for each in rate.chosen if isinstance(each, LimitByPlan))
         for rate in rates
     )
+
+
+def _varying_sources(charge: ChargePolicy | None) -> Iterator[Callable[[Caller], object]]:
+    """What the sources of *charge* allow a caller, of those that say so by plan."""
+    for source in () if charge is None else charge.sources:
+        if isinstance(source, Allowance) and isinstance(source.limit, Mapping):
+            yield lambda caller, source=source: source.limit_for(caller.plan)  # type: ignore[misc]
+
+
+def _varying_rates(rates: tuple[RatePolicy, ...], metering: Metering) -> Iterator[Callable[[Caller], object]]:
+    """What *rates* count a caller by, and what they allow it, of those that do not say so for ever."""
+    for rate in rates:
+        if isinstance(rate.key, str) and rate.key.startswith(ATTRIBUTE):
+            yield lambda caller, key=rate.key: attribute_of(caller, key)  # type: ignore[misc]
+        for each in rate.chosen:
+            if isinstance(each, LimitByPlan):
+                yield lambda caller, each=each: each.text_for(caller.plan)  # type: ignore[misc]
+            elif isinstance(each, ConfiguredLimits):
+                yield lambda caller, each=each: metering.limits.texts_for(each.name, caller.plan)  # type: ignore[misc]
 
 
 class Plans:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeAlias, TypedDict
 
 from asgi_metering.amounts import Amount, Unit, exact_amount
+from asgi_metering.chosen import ConfiguredLimits, LimitByPlan, LimitReading
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.names import check_name
 from asgi_metering.prices import FixedPrice, MeasuredPrice
@@ -25,10 +26,14 @@ if TYPE_CHECKING:
     from asgi_metering.guards import Part
 
 __all__ = [
+    "ATTRIBUTE",
     "ESTIMATE",
+    "KEYS",
+    "NAMED",
     "ChargeKey",
     "ChargeOptions",
     "ChargePolicy",
+    "ComputedLimit",
     "ConcurrencyLimit",
     "CreditsDown",
     "EndpointPolicy",
@@ -37,6 +42,7 @@ __all__ = [
     "HoldPolicy",
     "HoldSize",
     "Idempotency",
+    "NamedKey",
     "Price",
     "RatePolicy",
     "RatesDown",
@@ -124,6 +130,48 @@ class From:
                 given[CALL] = call
         result = self.function(**given)
         return await result if isinstance(result, Awaitable) else result
+
+
+KEYS = ("caller", "payer", "address", "route", "global")
+"""Keys of limits that mean the same everywhere."""
+
+ATTRIBUTE, NAMED = "attribute:", "named:"
+"""Beginnings of keys that go on with a name: of a caller's attribute, or of what `Metering.keys` registers."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedKey(From):
+    """
+    A key that is computed by whatever function `Metering.keys` has under its name at that moment (S2.32).
+
+    Args:
+        function: Nothing of its own; see `of`.
+        what: As of `From`.
+        name: Under which it is registered.
+        endpoint: The policy's name, once it is bound to one.
+    """
+
+    name: str = ""
+    endpoint: str = ""
+
+    @classmethod
+    def of(cls, name: str, endpoint: str = "") -> NamedKey:
+        """The key that is registered as *name*."""
+        return cls(_unbound, "key", name, endpoint)
+
+    def __str__(self) -> str:
+        return f"{NAMED}{self.name}"
+
+    def check(self, endpoint: str, offered: Mapping[str, inspect.Parameter]) -> None:
+        """Nothing: its function may be registered later, and is asked about at startup."""
+
+    async def compute(self, call: Any, arguments: Mapping[str, Any]) -> Any:
+        """Call what is registered now; raises as the computed keys of decorators."""
+        return await call.metering.keys.bound(self.name, self.endpoint).compute(call, arguments)
+
+
+def _unbound() -> None:
+    """Stands for the function of a `NamedKey`, which is looked up for each call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,6 +507,14 @@ class ConcurrencyLimit:
 
 
 @dataclass(frozen=True, slots=True)
+class ComputedLimit:
+    """A limit that is computed for each call: its text, or several (S4.17)."""
+
+    function: From
+    reading: LimitReading = LimitReading()
+
+
+@dataclass(frozen=True, slots=True)
 class RatePolicy:
     """
     Rate and concurrency limits that share one key.
@@ -466,11 +522,18 @@ class RatePolicy:
     Attributes:
         limits: In the order written.
         concurrency: Slots per key, or for everybody.
-        key: ``"caller"``, ``"payer"``, ``"address"``, or computed from the endpoint's arguments.
-        scope: Limits of equal scope and name share their counts; an endpoint's own name by default.
+        key: One of `KEYS`, ``"attribute:..."``, or computed from the endpoint's arguments.
+        scope: Limits of equal scope and window share their counts; an endpoint's own name by default.
         cost: What one call takes of each request limit; a number, or computed.
         errors: The shape of refusals where no charge policy says.
         on_store_down: As of `ChargePolicy`.
+        chosen: Limits that are looked up for each call, besides *limits*.
+        level: Names the key in refusals and limits; empty where nobody gave it a name.
+        shares: Whether the scope was given, so that other endpoints may count in it, each by its own limit.
+        methods: HTTP methods that are counted; empty for all.
+        per_method: Whether each of them is counted apart.
+        exempt_when: Tells the calls that are not counted.
+        overrides: Whether default limits of a middleware give way to it.
         shadow: Whether it only tells what it would have refused.
     """
 
@@ -481,11 +544,24 @@ class RatePolicy:
     cost: int | From = 1
     errors: ErrorShape = "problem"
     on_store_down: RatesDown | None = None
+    chosen: tuple[LimitByPlan | ConfiguredLimits | ComputedLimit, ...] = ()
+    level: str = ""
+    shares: bool = False
+    methods: frozenset[str] = frozenset()
+    per_method: bool = False
+    exempt_when: From | None = None
+    overrides: bool = True
     shadow: bool = False
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether there are calls of its endpoint that it does not count, or counts apart by method."""
+        return bool(self.methods) or self.per_method or self.exempt_when is not None
 
     def callables(self) -> tuple[From, ...]:
         """Everything that is computed from the endpoint's arguments."""
-        return tuple(value for value in (self.key, self.cost) if isinstance(value, From))
+        limits = (each.function for each in self.chosen if isinstance(each, ComputedLimit))
+        return tuple(value for value in (self.key, self.cost, self.exempt_when, *limits) if isinstance(value, From))
 
 
 ESTIMATE: Final = "estimate"
@@ -541,8 +617,9 @@ class EndpointPolicy:
     has_beside: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        weighs = any(limit.meter != "requests" for rates in self.rates for limit in rates.limits)
-        object.__setattr__(self, "weighs", weighs)
+        fixed = [limit.meter for rates in self.rates for limit in rates.limits]
+        by_plan = [each.meter for rates in self.rates for each in rates.chosen if isinstance(each, LimitByPlan)]
+        object.__setattr__(self, "weighs", any(meter != "requests" for meter in (*fixed, *by_plan)))
         shadows = (self.charge is not None and self.charge.shadow) or any(rates.shadow for rates in self.rates)
         object.__setattr__(self, "has_beside", shadows or bool(self.upstreams))
 

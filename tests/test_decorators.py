@@ -251,7 +251,7 @@ def test_refuse_to_charge_twice(between: list[Decorator]) -> None:
     [
         (rate_limited("1/day"), rate_limited("1/day")),
         (rate_limited("1/day", key="payer"), rate_limited("1 per day", key="payer")),
-        (rate_limited("1/day", scope="s"), rate_limited("2/day", "1/day", scope="s")),
+        (rate_limited("1/day", scope="s"), rate_limited("2/hour", "1/day", scope="s")),
         (rate_limited("5/day", "5/day"), BILL),
     ],
     ids=["same", "spelled-otherwise", "scope", "one-decorator"],

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from starlette.applications import Starlette
+from starlette.responses import Response
 from starlette.routing import Route
 
 from asgi_metering import (
     Caller,
     Metering,
+    MeteringMiddleware,
     TokenUsage,
     billable,
     current_call,
@@ -468,8 +470,30 @@ def test_refuse_a_count_that_is_live_elsewhere() -> None:
     ):
         (told,) = found((live,), (part,))
         assert f"count {name!r} together in the scope 'api'" in told
-    other = (rate_limited("6/minute", concurrency=2, scope="api", shadow=True),)
+    other = (rate_limited("6/hour", concurrency=2, scope="api", shadow=True),)
     assert found((live,), other, (rate_limited("5/minute", key="address", scope="api", shadow=True),)) == []
     keyed = app((billable(1, idempotency=True),))
     warned = audit(keyed, ALL_FEATURES, frozenset(), house("memory://", shadow=True)).warnings
     assert any("has keys, which Metering(shadow=True) does not claim" in told for told in warned)
+
+
+def test_leave_default_limits_to_live_ones() -> None:
+    """Limits of a middleware may be in the shadow as well; one of an endpoint that only tells stands for no default."""
+
+    async def endpoint(request: Any) -> Response:
+        return Response(b"done")
+
+    async def play() -> None:
+        async with house("memory://") as metering:
+            route = Route("/", rate_limited("9/minute", shadow=True)(endpoint), methods=["POST"])
+            app: Any = MeteringMiddleware(
+                Starlette(routes=[route]),
+                metering,
+                application_limits=[rate_limited("0/minute", key="global", concurrency=1, shadow=True)],
+                default_limits=[rate_limited("1/minute")],
+            )
+            assert [status((await call(app)).log) for _ in range(2)] == [200, 429]
+            await idle(metering)
+            assert tallies(metering) == {"denied": {"exceeds_limit": 1}, "admitted": {"": 1}}
+
+    asyncio.run(play())

@@ -93,7 +93,7 @@ WRONG = (
     "up_to(1, at_least=0.5)",
     "rate_limited(60)",
     'rate_limited("60/minute", strategy="moving")',
-    'rate_limited("60/minute", key="ip")',
+    'rate_limited("60/minute", key=7)',
     'rate_limited("60/minute", zone=None)',
     "Metering(3)",
     'Metering(identify=lambda connection: "ann")',

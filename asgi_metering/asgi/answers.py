@@ -261,13 +261,12 @@ def _facts(refusal: Refusal, decision: Decision | None, unit: Unit, row: _Row, j
     # A pool of everybody's shows what the operator can carry and what others use of it: neither is the caller's.
     if reason in _MONEY:
         facts = _money(facts, refusal, unit)
-    elif reason in _COUNTED and refusal.level != "global":
+    elif reason in _COUNTED and not (reason is Reason.CONCURRENCY and refusal.level == "global"):
         facts = _counts(facts, refusal, window)
     # Beginning anew helps nobody where the whole of it is too little.
     hopeless = case.hopeless
     reset = None if hopeless and reason is Reason.ALLOWANCE else _moment(refusal.resets_at)
-    level = refusal.level if reason is Reason.CONCURRENCY else None
-    return facts._replace(level=level, wait_s=row.wait_s(case), reset=reset, hopeless=hopeless)
+    return facts._replace(level=refusal.level, wait_s=row.wait_s(case), reset=reset, hopeless=hopeless)
 
 
 def _counts(facts: Facts, refusal: Refusal, window: WindowState | None) -> Facts:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from asgi_metering.admission import check_amounts
 from asgi_metering.amounts import Unit
 from asgi_metering.errors import AmountError, ConfigurationError
-from asgi_metering.guards import BARE_MEND, WEBSOCKET_MEND, Guard, Part, decorated, guard_of
+from asgi_metering.guards import BARE_MEND, WEBSOCKET_MEND, Guard, Part, counters_of, decorated, guard_of
 from asgi_metering.keying import check_shared
 from asgi_metering.metering import ALL_FEATURES, Metering
 from asgi_metering.outage import check_journal
@@ -31,15 +31,20 @@ HTTP_HANDLERS = {name: name.upper() for name in ("get", "post", "put", "patch", 
 WEBSOCKET_HANDLERS = dict.fromkeys(("dispatch", "on_connect", "on_receive", "on_disconnect"), WEBSOCKET)
 """Methods of class endpoints, by the HTTP method that they answer."""
 
+LIMITS = ("application_limits", "default_limits")
+"""What a layer says of limits, as an argument and on itself."""
+
 MAX_DEPTH = 32
 """Nested apps and routers that are walked: deeper is a loop."""
 
 
 class Layer(NamedTuple):
-    """One of our layers below the outermost: what it enables, and its metering as far as that can be seen."""
+    """One of our layers below the outermost: what it enables, its metering, and its limits, as far as can be seen."""
 
     features: frozenset[str]
     metering: Any
+    application_limits: tuple[Any, ...] = ()
+    default_limits: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,14 +204,15 @@ def _torn_limits(rows: list[Row]) -> Iterator[str]:
     for row in rows:
         for policy in row.policies:
             for rates in policy.rates:
-                places = [(limit.name, str(rates.key)) for limit in rates.limits]
-                places += [(each.level, "" if each.level == "global" else str(rates.key)) for each in rates.concurrency]
-                for place in places:
+                places = [(name, str(rates.key), counter) for counter, name in counters_of(rates)]
+                for each in rates.concurrency:
+                    places.append((each.level, "" if each.level == "global" else str(rates.key), "at once"))
+                for name, *place in places:
                     here = f"{row.path} ({policy.name})"
                     is_shadow, there = known.setdefault((rates.scope, *place), (rates.shadow, here))
                     if is_shadow != rates.shadow:
                         yield (
-                            f"{here} and {there} count {place[0]!r} together in the scope "
+                            f"{here} and {there} count {name!r} together in the scope "
                             f"{rates.scope!r}, and only one of them has shadow=True: its calls would take what the "
                             f"other's may use. Put both in the shadow, or give one another scope."
                         )
@@ -392,13 +398,14 @@ def _walk(app: Any, place: _Place) -> Iterator[Row]:
 
 def _layers_on(app: Any) -> Iterator[Layer]:
     """What *app* is as one of our layers, or what an application has added of them."""
-    found = [(app, getattr(app, "metering", None))]
+    said = ("metering", *LIMITS)
+    found = [(app, {name: getattr(app, name, None) for name in said})]
     for added in getattr(app, "user_middleware", ()):
-        found.append((getattr(added, "cls", None), getattr(added, "kwargs", {}).get("metering")))
-    for layer, metering in found:
+        found.append((getattr(added, "cls", None), getattr(added, "kwargs", {})))
+    for layer, kept in found:
         features = getattr(layer, "features", None)
         if isinstance(features, frozenset) and features <= ALL_FEATURES:
-            yield Layer(features, metering)
+            yield Layer(features, kept.get("metering"), *(tuple(kept.get(name) or ()) for name in LIMITS))
 
 
 def _policy_of(app: Any) -> EndpointPolicy | None:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import time
 
+from asgi_metering.amounts import CREDITS
 from asgi_metering.asgi.answers import AnswerOptions
 from asgi_metering.asgi.fields import limit_fields
 from asgi_metering.asgi.tap import Tap
 from asgi_metering.asgi.types import Headers, Message, Scope
 from asgi_metering.call import Call
+from asgi_metering.decisions import Decision
+from asgi_metering.opening import Before
 from asgi_metering.policies import ChargePolicy
 from asgi_metering.quotas import is_quota_header, read_quota
 from asgi_metering.quotas.dialects import UNKNOWN
 
-__all__ = ["dressed", "tap_of"]
+__all__ = ["dressed", "tap_of", "told", "with_windows"]
 
 CUSTOMARY = frozenset((b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset"))
 """
@@ -38,6 +41,8 @@ def dressed(call: Call, message: Message, scope: Scope, options: AnswerOptions) 
         given = _capture(call, policy.charge, given, message["status"])
     tap = tap_of(call, given, scope)
     if decision is not None:
+        if call.opening.before is not None:
+            decision = with_windows(decision, call.opening.before)
         fields = limit_fields(
             decision,
             call.unit,
@@ -45,13 +50,33 @@ def dressed(call: Call, message: Message, scope: Scope, options: AnswerOptions) 
             warn_below=call.warning_level,
             overdraft=call.overdraft,
         )
-        ours = [name for name, _ in fields]
-        for name, _ in given:
-            if name[:1] in options.names.initials and name.lower() in ours:
-                given = [field for field in given if field[0].lower() not in ours]
-                break
-        given += fields
+        given = _added(given, fields, options)
     return {**message, "headers": given}, tap
+
+
+def _added(given: Headers, fields: Headers, options: AnswerOptions) -> Headers:
+    """*given* with *fields*, of which there is one set (S2.33)."""
+    ours = [name for name, _ in fields]
+    for name, _ in given:
+        if name[:1] in options.names.initials and name.lower() in ours:
+            given = [field for field in given if field[0].lower() not in ours]
+            break
+    given += fields
+    return given
+
+
+def told(before: Before, message: Message, options: AnswerOptions) -> Message:
+    """The start of a response that no endpoint was asked for, with what the limits of the middleware say of it."""
+    if not before.windows:
+        return message
+    given: Headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
+    fields = limit_fields(Decision("", time.time(), windows=before.windows), CREDITS, options.names)
+    return {**message, "headers": _added(given, fields, options)}
+
+
+def with_windows(decision: Decision, before: Before) -> Decision:
+    """*decision* with the windows that the limits of a middleware counted the same request in."""
+    return decision._replace(windows=(*decision.windows, *before.windows))
 
 
 def _capture(call: Call, charge: ChargePolicy | None, given: Headers, status: int) -> Headers:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.body import RequestBody, has_key
 from asgi_metering.asgi.cutting import Cutting, let_go, task_within
-from asgi_metering.asgi.dressing import dressed, tap_of
+from asgi_metering.asgi.dressing import dressed, tap_of, told
 from asgi_metering.asgi.endings import (
     announced,
     cause_of,
@@ -35,7 +35,7 @@ from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_metering.asgi.watch import ClientGone, Watch
 from asgi_metering.call import Call, CallCut, CallRefused
 from asgi_metering.growing import LEAST_ROOM
-from asgi_metering.opening import CURRENT, Opening
+from asgi_metering.opening import CURRENT, Before, Opening
 from asgi_metering.overdue import Entry
 from asgi_metering.policies import Slices
 from asgi_metering.rules.ending import Cause
@@ -103,6 +103,8 @@ async def run(app: ASGIApp, exchange: Exchange) -> None:
         if exchange.call is None:
             # Known to whoever asks for a call later.
             if message["type"] == "http.response.start":
+                if exchange.before is not None:
+                    message = told(exchange.before, message, exchange.options.answers)
                 exchange.started, exchange.begun = True, message
             else:
                 exchange.latest = message
@@ -216,6 +218,17 @@ class Exchange(Opening):
             self._gone()
         return message
 
+    def counted_before(self, call: Call) -> None:
+        """The limits of a layer let the request through, by the admission of *call*."""
+        windows = call.decision.windows if call.decision is not None else ()
+        inner = self.before or Before(None, (), 0)
+        self.before = Before(call.caller or inner.caller, (*windows, *inner.windows), inner.layers + 1)
+
+    @property
+    def flat_layers(self) -> int:
+        """How many layers have counted the request before its application ran."""
+        return 0 if self.before is None else self.before.layers
+
     def _gone(self) -> None:
         if not self.finishing and self.call is not None:
             self.call.see(Cause.CLIENT_GONE)
@@ -267,6 +280,8 @@ class Exchange(Opening):
             self.trailers = bool(message.get("trailers"))
             self._follow(call, message)
         else:
+            if self.before is not None:
+                message = told(self.before, message, self.options.answers)
             self.begun = message
         self.started = True
         await self._deliver(call, message)

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.audit import MAX_DEPTH
 from asgi_metering.asgi.exchange import Exchange, ExchangeOptions, run
+from asgi_metering.asgi.flat import FlatLimits, counted
 from asgi_metering.asgi.lifespan import LAYERS_KEY, Lifespan
 from asgi_metering.asgi.startup import check_stack, examined
 from asgi_metering.asgi.types import ASGIApp, Receive, Scope, Send
 from asgi_metering.asgi.workers import check_workers
 from asgi_metering.errors import ConfigurationError, MeteringError
+from asgi_metering.guards import Part
 from asgi_metering.metering import ALL_FEATURES, Metering
 from asgi_metering.opening import SCOPE_KEY, Opening
 
@@ -51,9 +53,21 @@ class MeteringMiddleware:
         answers: How refusals and limits look on the wire. Of a stack of layers the outermost says it for all of them,
             and an inner one that says something else fails at startup; so for:
         stop_on_disconnect: Raise `OSError` from ``send`` once the client has left, for apps that would run on.
+        application_limits: Limits that count every HTTP request, whatever its route: ``[rate_limited("1000/minute",
+            key="address")]``.
+        default_limits: Limits that count the requests of each route that has none of its own, route by route, but for
+            those that are `unlimited`; a route whose own ones say ``override_defaults=False`` has both. Requests whose
+            route cannot be told beforehand (unknown paths, frameworks without a route table that can be read) are
+            counted together.
 
     Raises:
-        ConfigurationError: *metering* is no `Metering`, *unenforced* is another word, or *answers* no `AnswerOptions`.
+        ConfigurationError: *metering* is no `Metering`, *unenforced* is another word, or *answers* no `AnswerOptions`;
+            limits that are no list, count tokens, or belong to a layer that enforces none.
+
+    Both kinds of limits are one admission of their own, before the application sees the request and before a byte of
+    its body is read: one more round trip than the endpoint's, on stores that have any. What they count stays counted
+    when the endpoint refuses. ``identify`` is asked there if a limit is by caller, payer or attribute; callables get
+    ``scope``, ``request`` (without a body) and ``call``. HEAD and OPTIONS are free.
 
     The application is audited once: when its lifespan starts, or, where none comes (a mounted application, daphne, a
     function behind a gateway), before its first HTTP request is served. One that must not serve answers every request
@@ -73,6 +87,8 @@ class MeteringMiddleware:
         unenforced: Literal["error", "allow"] = "error",
         answers: AnswerOptions = DEFAULT_OPTIONS,
         stop_on_disconnect: bool = False,
+        application_limits: Sequence[Part | str] = (),
+        default_limits: Sequence[Part | str] = (),
     ) -> None:
         if not isinstance(metering, Metering):
             raise ConfigurationError(
@@ -89,6 +105,14 @@ class MeteringMiddleware:
         self.metering = metering
         self.unenforced = ALL_FEATURES - self.features if unenforced == "allow" else frozenset[str]()
         self.options = ExchangeOptions(answers, stop_on_disconnect)
+        self.limits = FlatLimits(application_limits, default_limits) if application_limits or default_limits else None
+        self.application_limits = () if self.limits is None else self.limits.application_limits
+        self.default_limits = () if self.limits is None else self.limits.default_limits
+        if self.limits is not None and "rates" not in self.features:
+            raise ConfigurationError(
+                f"{type(self).__name__} enforces no limits, so application_limits= and default_limits= would mean "
+                f"nothing here. Give them to RateLimitMiddleware or MeteringMiddleware."
+            )
         # Of the outermost layer: whether the application was audited and may serve, and why not.
         self.proven = False
         self.fault: MeteringError | None = None
@@ -122,7 +146,10 @@ class MeteringMiddleware:
             free=scope["method"] in FREE_METHODS,
             unenforced=self.unenforced,
         )
-        return run(self.app, exchange)
+        if self.limits is None or exchange.free:
+            return run(self.app, exchange)
+        channel = (scope, receive, send)
+        return counted(self.limits, exchange, self.options.answers, self.app, lambda app: run(app, exchange), channel)
 
     def _prove(self, scope: Scope) -> bool:
         """Audit the application, once, where no lifespan did; False for one that must not serve."""
@@ -150,7 +177,12 @@ class MeteringMiddleware:
             )
         opening.features |= self.features
         opening.unenforced &= self.unenforced
-        await self.app(scope, receive, send)
+        if self.limits is None or opening.free or not isinstance(opening, Exchange):
+            await self.app(scope, receive, send)
+            return
+        channel = (scope, receive, send)
+        answers = opening.options.answers
+        await counted(self.limits, opening, answers, self.app, lambda app: app(*channel), channel)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         layers: list[Any] | None = scope.get(LAYERS_KEY)

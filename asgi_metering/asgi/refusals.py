@@ -7,6 +7,7 @@ Puts together what a call knows and what its route chose. Never sends anything, 
 from __future__ import annotations
 
 from asgi_metering.asgi.answers import Answer, AnswerOptions, answer
+from asgi_metering.asgi.dressing import with_windows
 from asgi_metering.asgi.problems import Customise, Rendered, ndjson_error, render, sse_error
 from asgi_metering.asgi.replay import replay_response
 from asgi_metering.asgi.types import Message
@@ -32,9 +33,10 @@ def refusal_answer(call: Call, options: AnswerOptions) -> Answer:
     charge = call.charge
     sources = charge.sources if charge is not None else ()
     by_name = {source.name: source.status for source in sources if isinstance(source, Allowance)}
+    decision, before = call.decision, call.opening.before
     return answer(
         refusal,
-        call.decision,
+        decision if decision is None or before is None else with_windows(decision, before),
         unit=call.unit,
         line=call.line,
         plan=call.caller.plan if call.caller is not None else None,

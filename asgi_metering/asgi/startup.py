@@ -10,7 +10,8 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from asgi_metering.asgi.audit import Report, audit, has_routes
+from asgi_metering.asgi.audit import Layer, Report, audit, has_routes
+from asgi_metering.asgi.effective import check_names
 from asgi_metering.asgi.exchange import ExchangeOptions
 from asgi_metering.asgi.types import Scope
 from asgi_metering.errors import ConfigurationError
@@ -57,6 +58,12 @@ def examined(scope: Scope, layers: Sequence[MeteringMiddleware]) -> Report:
     # An app behind middleware that hides it is found through the scope, where frameworks put themselves.
     application = outermost.app if has_routes(outermost.app) else scope.get("app", outermost.app)
     report = audit(application, features, unenforced, outermost.metering)
+    in_front = [
+        Layer(layer.features, layer.metering, layer.application_limits, layer.default_limits) for layer in layers
+    ]
+    errors, warnings = check_names(report.rows, in_front, outermost.metering)
+    report.errors += errors
+    report.warnings += warnings
     if report.errors:
         raise ConfigurationError("\n".join(report.errors))
     for warning in report.warnings:

@@ -20,10 +20,15 @@ from typing import Any
 from asgi_metering.amounts import Unit
 from asgi_metering.cli.showing import print_table
 from asgi_metering.errors import ConfigurationError
-from asgi_metering.metering import ALL_FEATURES
+from asgi_metering.metering import ALL_FEATURES, Metering
 
 __all__ = ["run_routes"]
 
+
+COLUMNS = ("path", "methods", "line", "price", "unit", "limits", "concurrency")
+
+SHOWN = ("limit", "source", "key", "level", "strategy", "cost", "scope", "applies")
+"""What is told of each limit."""
 
 MAX_SHOWN = 300
 """Characters of a foreign error that one line repeats."""
@@ -46,7 +51,9 @@ def run_routes(given: argparse.Namespace) -> int:
         )
     if not report.rows:
         report.warnings.append(f"{given.app} has no route table that can be read, so nothing was checked.")
+    report.errors += _misnamed(report.rows)
     rows = [_route(row) for row in report.rows]
+    rows += _others(app)
     if given.json:
         print(json.dumps({"routes": rows, "errors": report.errors, "warnings": report.warnings}, indent=2))
     else:
@@ -60,8 +67,7 @@ def run_routes(given: argparse.Namespace) -> int:
 
 def _columns(rows: Iterable[dict[str, Any]]) -> tuple[str, ...]:
     """What the table shows: of providers only where something is required."""
-    columns = ("path", "methods", "line", "price", "unit", "limits", "concurrency")
-    return (*columns, "upstream") if any(row["upstream"] for row in rows) else columns
+    return (*COLUMNS, "upstream") if any(row.get("upstream") for row in rows) else COLUMNS
 
 
 def _kind(found: Any) -> str:
@@ -81,6 +87,8 @@ def _takes_three(function: Any) -> bool:
 
 
 def _route(row: Any) -> dict[str, Any]:
+    from asgi_metering.asgi.effective import limits_of_row
+
     policy = row.policy or next(iter(row.policies), None)
     charge = policy.charge if policy is not None else None
     rates = policy.rates if policy is not None else ()
@@ -96,8 +104,8 @@ def _route(row: Any) -> dict[str, Any]:
         "price": f"{_price(charge.price)}{_shadow(charge)}" if charge is not None else "",
         # Which one the metering counts is not seen from here.
         "unit": _unit(charge.unit) if charge is not None else "",
-        "limits": ", ".join(f"{limit.text}{_shadow(rate)}" for rate in rates for limit in rate.limits),
         "concurrency": ", ".join(slots),
+        **_limits(list(limits_of_row(row))),
         "upstream": ", ".join(map(_upstream, policy.upstreams if policy is not None else ())),
     }
     if charge is not None:
@@ -122,6 +130,31 @@ def _upstream(required: Any) -> str:
     label = required.label if isinstance(required.label, str) else None
     name = required.provider if required.label is None else f"{required.provider}/{label or _function(required.label)}"
     return f"{name}{_shadow(required)}"
+
+
+def _misnamed(rows: Any) -> list[str]:
+    """What of the limits' names the metering does not know, where one can be seen."""
+    from asgi_metering.asgi.effective import check_names
+
+    meterings = [layer.metering for row in rows for layer in row.layers if isinstance(layer.metering, Metering)]
+    return check_names(rows, (), meterings[0])[0] if meterings else []
+
+
+def _others(app: Any) -> list[dict[str, Any]]:
+    """A row for the requests whose route cannot be told, where a middleware counts them."""
+    from asgi_metering.asgi.effective import ANY_OTHER, effective_limits
+
+    found = [limit for limit in effective_limits(app) if limit.path == ANY_OTHER]
+    return [{**dict.fromkeys((*COLUMNS, "upstream"), ""), "path": ANY_OTHER, **_limits(found)}] if found else []
+
+
+def _limits(found: Any) -> dict[str, Any]:
+    """What limits a route: in short, and in full."""
+    short = [limit.limit for limit in found if limit.strategy]
+    return {
+        "limits": ", ".join(dict.fromkeys(short)),
+        "effective": [{name: getattr(limit, name) for name in SHOWN} for limit in found],
+    }
 
 
 def _unit(unit: Unit | None) -> str:
@@ -174,16 +207,19 @@ def _source(source: Any) -> str:
 
 
 def _details(rows: Iterable[dict[str, Any]]) -> None:
-    """The rest of each charge, a line for each part: what does not fit into a table."""
+    """The rest of each route, a line for each part: what does not fit into a table."""
     for row in rows:
-        if "end" not in row:
+        if not ("end" in row or row["effective"]):
             continue
         print(f"\n{row['path']}  {row['methods']}".rstrip())
         for name in ("hold", "sources", "payer", "idempotency", "charge_key"):
-            if row[name]:
+            if row.get(name):
                 print(f"  {name.replace('_', ' ')}: {row[name]}")
-        for situation, basis in row["end"].items():
+        for situation, basis in row.get("end", {}).items():
             print(f"  {situation}: {basis}")
+        for limit in row["effective"]:
+            told = ", ".join(f"{name} {limit[name]}" for name in SHOWN[2:] if limit[name])
+            print(f"  {limit['limit']} ({limit['source']}): {told}")
 
 
 def _price(price: Any) -> str:

@@ -400,8 +400,7 @@ MUTATIONS = (
         0,
         "who is unknown by a failure is counted by the address",
         "asgi_metering.admission",
-        "        if not charged and not any(isinstance(rate.key, str) and rate."
-        "key in _BY_IDENTITY for rate in rates):\n",
+        "        if not charged and not any(map(by_identity, rates)):\n",
         "        if not charged:\n",
         (
             "tests/pitfalls/test_frameworks.py::test_answer_503_when_nobody_can_say_who_calls[down]",

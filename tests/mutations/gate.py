@@ -536,8 +536,8 @@ ENDPOINTS = (
         39,
         "limits are not named by the function",
         GUARDS,
-        "replace(part.rates, scope=policy.name)",
-        'replace(part.rates, scope="route")',
+        "replace(each, scope=policy.name)",
+        'replace(each, scope="route")',
         _in("gate", "test_label_by_the_decorated_function", "test_name_two_endpoints_of_one_name_apart"),
     ),
     Mutation(

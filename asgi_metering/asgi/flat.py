@@ -1,0 +1,301 @@
+"""
+Flat limits: what a middleware counts before anything of its application runs, and before a byte of a body is read.
+
+Knows which of them a request is counted by, and how it is answered when one refuses. A default limit never fails open:
+a request whose route cannot be told is counted with all others of that kind. Keeps nothing about a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from asgi_metering.asgi.audit import Row, has_routes, routes_of
+from asgi_metering.asgi.exchange import Exchange
+from asgi_metering.asgi.refusals import refusal_response
+from asgi_metering.asgi.table import RouteTable, runs
+from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
+from asgi_metering.call import Call, CallRefused
+from asgi_metering.decorators import gather, is_unlimited, rate_limited
+from asgi_metering.errors import ConfigurationError
+from asgi_metering.guards import Part
+from asgi_metering.opening import Opening, Origin
+from asgi_metering.policies import EndpointPolicy, RatePolicy
+from asgi_metering.rules.ending import Cause
+from asgi_metering.runtime import BOOK_S
+
+if TYPE_CHECKING:
+    from asgi_metering.asgi.answers import AnswerOptions
+
+__all__ = ["FlatLimits", "FlatOpening", "counted", "rates_of"]
+
+OFFERED = ("scope", "request")
+"""What callables of these limits may ask for, besides ``call``: nothing of a body, which is not read yet."""
+
+UNMATCHED = "unmatched"
+"""The bucket of requests whose route cannot be told: unknown paths, and frameworks whose routes nobody can read."""
+
+
+class FlatLimits:
+    """
+    The flat limits of one middleware.
+
+    Args:
+        application_limits, default_limits: As of `MeteringMiddleware`.
+
+    Raises:
+        ConfigurationError: What is no list of limits of requests, or is counted by what is not known yet.
+    """
+
+    def __init__(self, application_limits: Sequence[Part | str], default_limits: Sequence[Part | str]) -> None:
+        self.application_limits = _parts(application_limits, "application_limits")
+        self.default_limits = _parts(default_limits, "default_limits")
+        self.application = rates_of(self.application_limits, "application")
+        # Read once here, so that what is wrong with them is told at import.
+        rates_of(self.default_limits, UNMATCHED)
+        if any(rate.key == "route" for rate in self.application):
+            raise ConfigurationError(
+                "application_limits= are counted before the route is known, so key='route' means nothing to them. Use "
+                "key='global', or write them as default_limits=."
+            )
+        self._table: RouteTable | None = None
+        self._policies: dict[tuple[str, int], EndpointPolicy] = {}
+
+    def default(self, row: Row | None) -> tuple[RatePolicy, ...]:
+        """The default limits that count at *row*, or where no route is known."""
+        if row is not None and not defaults_apply(row):
+            return ()
+        return rates_of(self.default_limits, UNMATCHED if row is None else bucket_of(row))
+
+    def of(self, app: ASGIApp, scope: Scope, depth: int) -> tuple[EndpointPolicy | None, Row | None]:
+        """
+        What the request of *scope* is counted by, and the route that was trusted to need no default limit.
+
+        Args:
+            app: Behind the middleware.
+            scope: Of the request.
+            depth: How many layers outside of this one have counted it.
+        """
+        row = self._row(app, scope) if self.default_limits else None
+        name = UNMATCHED if row is None else bucket_of(row)
+        policy = self._policies.get((name, depth))
+        if policy is None:
+            rates = (*_deeper(self.application, depth), *_deeper(self.default(row), depth))
+            # As many as there are routes.
+            policy = self._policies[name, depth] = EndpointPolicy(f"limits of {name}", rates=rates)
+        trusted = row if self.default_limits and row is not None and not defaults_apply(row) else None
+        return policy if policy.rates else None, trusted
+
+    def unmatched(self, depth: int) -> EndpointPolicy:
+        """What a request is counted by that took another route than the one which was trusted."""
+        place = (f"mistaken {UNMATCHED}", depth)
+        policy = self._policies.get(place)
+        if policy is None:
+            rates = _deeper(self.default(None), depth)
+            policy = self._policies[place] = EndpointPolicy(f"limits of {UNMATCHED}", rates=rates)
+        return policy
+
+    def _row(self, app: ASGIApp, scope: Scope) -> Row | None:
+        table = self._table
+        if table is None:
+            application = app if has_routes(app) else scope.get("app", app)
+            root_path = getattr(application, "root_path", "") if application is not scope.get("app") else ""
+            table = self._table = RouteTable(list(routes_of(application)), root_path or "")
+        return table.find(scope)
+
+
+def _parts(given: Any, name: str) -> tuple[Part, ...]:
+    if not isinstance(given, list | tuple):
+        raise ConfigurationError(f"{name}={given!r} is no list of limits. Write [rate_limited('100/minute')], say.")
+    parts = []
+    for each in given:
+        part = rate_limited(each) if isinstance(each, str) else each
+        if not isinstance(part, Part) or part.rates is None or part.charge is not None:
+            raise ConfigurationError(f"{name}= has {each!r}, which is no limit. Write rate_limited('100/minute'), say.")
+        parts.append(part)
+    return tuple(parts)
+
+
+def rates_of(parts: Sequence[Part], name: str) -> tuple[RatePolicy, ...]:
+    """
+    The limits of *parts*, counted in the bucket *name* where they name no scope.
+
+    Raises:
+        ConfigurationError: Parts that contradict each other, ask for what is not known yet, or count tokens.
+    """
+    if not parts:
+        return ()
+    policy = gather(parts, name, OFFERED)
+    if policy.weighs:
+        raise ConfigurationError(
+            "Limits of a middleware count requests: what a call will use is not known before its body is read. Write "
+            "limits of tokens on the endpoints."
+        )
+    return policy.rates
+
+
+def _deeper(rates: tuple[RatePolicy, ...], depth: int) -> tuple[RatePolicy, ...]:
+    """*rates* in buckets of their own, where a layer outside has counted the same request in those of its own."""
+    if not depth:
+        return rates
+    return tuple([replace(rate, scope=f"{rate.scope}#{depth + 1}") for rate in rates])
+
+
+def bucket_of(row: Row) -> str:
+    """What the default limits of *row* are counted as: one bucket for each route, whatever its parameters are."""
+    plain = getattr(row.endpoint, "__qualname__", type(row.endpoint).__qualname__)
+    return f"default {row.path} {plain.replace('<locals>.', '')}"
+
+
+def defaults_apply(row: Row) -> bool:
+    """Whether default limits count at *row*: it has none of its own that stand for them, and is not `unlimited`."""
+    if is_unlimited(row.endpoint):
+        return False
+    policies = row.policies if row.around is None else (*row.policies, row.around)
+    return not any(rate.overrides for policy in policies for rate in policy.rates)
+
+
+class FlatOpening(Opening):
+    """
+    The request as its flat limits see it: an admission of its own, with nothing of the endpoint's.
+
+    Args:
+        around: The exchange of the request.
+    """
+
+    is_flat = True
+
+    def __init__(self, around: Opening) -> None:
+        super().__init__(around.metering, frozenset({"rates"}))
+        self.around, self.before = around, around.before
+
+    @property
+    def origin(self) -> Origin | None:
+        """Where the request came from."""
+        assert self.around is not None  # noqa: S101 -- made with it
+        return self.around.origin
+
+
+async def counted(
+    limits: FlatLimits,
+    exchange: Exchange,
+    answers: AnswerOptions,
+    app: ASGIApp,
+    run: Any,
+    channel: tuple[Scope, Receive, Send],
+) -> None:
+    """
+    Count a request by *limits*, and let it through or answer it.
+
+    Args:
+        limits: Of the layer.
+        exchange: Of the request.
+        answers: How refusals look.
+        app: Behind the layer.
+        run: Runs an app for the request.
+        channel: Scope, ``receive`` and ``send`` of the layer.
+    """
+    scope, _, send = channel
+    depth = exchange.flat_layers
+    policy, trusted = limits.of(app, scope, depth)
+    if trusted is not None:
+        app = _Checked(app, limits, exchange, answers, trusted, depth)
+    if policy is None:
+        await run(app)
+        return
+    opening = FlatOpening(exchange)
+    call = opening.open_call()
+    try:
+        try:
+            await call.gate(policy, _offered(policy, exchange))
+        except CallRefused:
+            await _answer(call, exchange, answers, send)
+            return
+        exchange.counted_before(call)
+        await run(app)
+    finally:
+        await _over(opening, call)
+
+
+def _offered(policy: EndpointPolicy, exchange: Exchange) -> Mapping[str, Any]:
+    if not policy.callables():
+        return {}
+    from starlette.requests import Request
+
+    return {"scope": exchange.scope, "request": Request(exchange.scope)}
+
+
+async def _answer(call: Call, exchange: Exchange, answers: AnswerOptions, send: Send) -> None:
+    """Answer the refusal; nothing was read of the request."""
+    rendered = refusal_response(call, answers)
+    # It tells of all windows already.
+    exchange.before = None
+    await send({"type": "http.response.start", "status": rendered.status, "headers": rendered.headers})
+    await send({"type": "http.response.body", "body": rendered.body})
+
+
+async def _over(opening: Opening, call: Call) -> None:
+    """The request is over: give back the slots that it had."""
+    opening.closed = True
+    runtime = call.runtime
+    if runtime is not None:
+        call.see(Cause.COMPLETED)
+        runtime.finish(call)
+        if not (runtime.managed or call.receipt is not None or not call.has_hold):
+            await asyncio.wait((call.expects_ending(),), timeout=BOOK_S)
+    opening.let_go()
+
+
+class _Checked:
+    """
+    An app whose route was told to need no default limit, and which is held to it.
+
+    A request that took another route is counted before its response begins, with those whose route is not known: what
+    changes paths or methods on the way, such as a middleware for overrides, must not be a way around the limits.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: FlatLimits,
+        exchange: Exchange,
+        answers: AnswerOptions,
+        row: Row,
+        depth: int,
+    ) -> None:
+        self._app, self._limits, self._exchange, self._answers = app, limits, exchange, answers
+        self._row, self._depth = row, depth
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answered = False
+
+        async def send_(message: Message) -> None:
+            nonlocal answered
+            if message["type"] == "http.response.start" and not self._is_right(scope):
+                answered = await self._refuses(send)
+            if not answered:
+                await send(message)
+
+        await self._app(scope, receive, send_)
+
+    def _is_right(self, scope: Scope) -> bool:
+        call = self._exchange.call
+        if call is not None and call.policy is not None and call.policy.rates:
+            return True
+        return runs(self._row, scope)
+
+    async def _refuses(self, send: Send) -> bool:
+        """Count the request after all; whether it was answered with a refusal."""
+        opening = FlatOpening(self._exchange)
+        call = opening.open_call()
+        policy = self._limits.unmatched(self._depth)
+        try:
+            await call.gate(policy, _offered(policy, self._exchange))
+        except CallRefused:
+            await _answer(call, self._exchange, self._answers, send)
+            return True
+        finally:
+            await _over(opening, call)
+        return False

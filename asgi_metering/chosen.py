@@ -1,0 +1,84 @@
+"""
+Chosen limits: rate limits that are looked up for each call, by the caller's plan or by a configured name.
+
+Values and how their texts are read. Knows nobody's plan, nor who configured what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from asgi_metering.names import check_name
+from asgi_metering.rates import RateLimit, Strategy, parse_limit
+
+__all__ = ["ConfiguredLimits", "LimitByPlan", "LimitReading", "leveled"]
+
+
+@dataclass(frozen=True, slots=True)
+class LimitReading:
+    """How the text of a limit that is looked up for each call is read."""
+
+    strategy: Strategy = "fixed"
+    zone: str = "UTC"
+    level: str = ""
+
+    def read(self, text: str) -> RateLimit:
+        """The limit that *text* says, read once; raises as `parse_limit`."""
+        return _read(text, self.strategy, self.zone, self.level)
+
+
+@lru_cache(maxsize=4096)
+def _read(text: str, strategy: Strategy, zone: str, level: str) -> RateLimit:
+    return leveled(parse_limit(text, strategy, zone), level)
+
+
+def leveled(limit: RateLimit, level: str) -> RateLimit:
+    """*limit* with the name of its level in its own, so that a hierarchy has no two of one name (S0.42)."""
+    return replace(limit, name=check_name(f"{level}-{limit.name}", "limit name")) if level else limit
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LimitByPlan:
+    """
+    A limit for each plan of callers, looked up for each call (S4.17).
+
+    Args:
+        texts: By plan; whoever declared them may change them while we run. A plan that is not there, and who has none,
+            gets the smallest.
+        reading: How they are read.
+    """
+
+    texts: Mapping[str, str]
+    reading: LimitReading = LimitReading()
+
+    @property
+    def meter(self) -> str:
+        """What all of them count."""
+        return self._all()[0].meter
+
+    def text_for(self, plan: str | None) -> str:
+        """The limit of *plan*, as it is written."""
+        if plan is not None and plan in self.texts:
+            return self.texts[plan]
+        return min(self._all(), key=_speed).text
+
+    def limit_for(self, plan: str | None) -> RateLimit:
+        """The limit of *plan*."""
+        return self.reading.read(self.text_for(plan))
+
+    def _all(self) -> list[RateLimit]:
+        return [self.reading.read(text) for text in self.texts.values()]
+
+
+def _speed(limit: RateLimit) -> tuple[float, int]:
+    return limit.amount / limit.window_s, limit.amount
+
+
+@dataclass(frozen=True, slots=True)
+class ConfiguredLimits:
+    """The limits that `Metering.limits` has under a name, looked up for each call (S2.30)."""
+
+    name: str
+    reading: LimitReading = LimitReading()

@@ -1,0 +1,165 @@
+"""
+Named keys and limits: what decorators refer to by name, and a `Metering` says, also while the application runs.
+
+Knows functions and texts by their names. Never counts anything, and does not know who refers to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+from asgi_metering.chosen import LimitByPlan, LimitReading
+from asgi_metering.computed import Computed, check_answers
+from asgi_metering.errors import ConfigurationError
+from asgi_metering.limiting import Limit
+from asgi_metering.names import check_name
+from asgi_metering.policies import From
+
+__all__ = ["NamedKeys", "NamedLimits"]
+
+_READING = LimitReading()
+
+
+class NamedKeys(MutableMapping[str, Callable[..., Any]]):
+    """
+    Functions that compute what is counted together, by name: ``metering.keys["tenant"] = function`` (S2.32).
+
+    Each is asked like a key of `rate_limited`: with the endpoint's arguments, and ``call``, by the names of its
+    parameters; sync or async. One that is replaced counts from the next call on.
+
+    Raises:
+        ConfigurationError: A name that is none, or what is no function that can answer a key.
+    """
+
+    def __init__(self, given: Mapping[str, Callable[..., Any]] | None = None) -> None:
+        self._known: dict[str, From] = {}
+        self._bound: dict[tuple[str, str], Computed] = {}
+        if given is not None and not isinstance(given, Mapping):
+            raise ConfigurationError(
+                f"keys={given!r} is no mapping of names to functions. Write keys={{'tenant': function}}."
+            )
+        self.update(given or {})
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        return self._known[name].function
+
+    def __setitem__(self, name: str, function: Callable[..., Any]) -> None:
+        check_name(name, "name of the key")
+        if not callable(function):
+            raise ConfigurationError(f"The key {name!r} is {function!r}, which cannot be called. Pass a function.")
+        asked = From(function, "key")
+        check_answers([asked], f"the metering's {name!r}")
+        self._known[name] = asked
+        # A new one, so that whoever is just looking for the old function does not put it back.
+        self._bound = {}
+
+    def __delitem__(self, name: str) -> None:
+        raise ConfigurationError(
+            f"The key {name!r} cannot be taken away, since limits may be counted by it. Replace its function instead."
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def bound(self, name: str, endpoint: str) -> Computed:
+        """
+        What is registered as *name* now, for the policy *endpoint*.
+
+        Raises:
+            ConfigurationError: Nothing is.
+        """
+        bound, place = self._bound, (name, endpoint)
+        found = bound.get(place)
+        if found is None:
+            asked = self._known.get(name)
+            if asked is None:
+                raise ConfigurationError(
+                    f"The limits of {endpoint} are counted by 'named:{name}', which this Metering does not know. Pass "
+                    f"Metering(keys={{{name!r}: function}})."
+                )
+            found = bound[place] = Computed(asked.function, asked.what, endpoint)
+        return found
+
+
+class NamedLimits(MutableMapping[str, tuple[str | Mapping[str, str], ...]]):
+    """
+    Limits of requests by name: ``metering.limits["search"] = ["60/minute", {"free": "100/day", "pro": "5000/day"}]``.
+
+    What is replaced counts from the next call on; the windows that run go on, with what was counted in them.
+
+    Raises:
+        ConfigurationError: A name that is none, no limit at all, or a text that is not in the grammar.
+
+    Source: S2.30.
+    """
+
+    def __init__(self, given: Mapping[str, Any] | None = None) -> None:
+        self._known: dict[str, tuple[str | LimitByPlan, ...]] = {}
+        if given is not None and not isinstance(given, Mapping):
+            raise ConfigurationError(
+                f"limits={given!r} is no mapping of names to limits. Write limits={{'search': '60/minute'}}."
+            )
+        self.update(given or {})
+
+    def __getitem__(self, name: str) -> tuple[str | Mapping[str, str], ...]:
+        return tuple([each.texts if isinstance(each, LimitByPlan) else each for each in self._known[name]])
+
+    def __setitem__(self, name: str, limits: Limit | list[Limit] | tuple[Limit, ...]) -> None:
+        check_name(name, "name of configured limits")
+        several = list(limits) if isinstance(limits, list | tuple) else [limits]
+        if not several:
+            raise ConfigurationError(f"The configured limits {name!r} limit nothing. Write '60/minute', say.")
+        self._known[name] = tuple([_checked(name, limit) for limit in several])
+
+    def __delitem__(self, name: str) -> None:
+        raise ConfigurationError(
+            f"The configured limits {name!r} cannot be taken away, since endpoints may be counted by them. Replace "
+            f"them instead."
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def texts_for(self, name: str, plan: str | None) -> tuple[str, ...]:
+        """
+        What is allowed to *plan* under *name* now.
+
+        Raises:
+            ConfigurationError: Nothing has this name.
+        """
+        known = self._known.get(name)
+        if known is None:
+            raise ConfigurationError(
+                f"The limits configured={name!r} are not known to this Metering. Pass "
+                f"Metering(limits={{{name!r}: '60/minute'}})."
+            )
+        return tuple([each.text_for(plan) if isinstance(each, LimitByPlan) else each for each in known])
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Everything that is allowed under *name* to anybody; raises as `texts_for`."""
+        self.texts_for(name, None)
+        several = [
+            tuple(each.texts.values()) if isinstance(each, LimitByPlan) else (each,) for each in self._known[name]
+        ]
+        return tuple([text for texts in several for text in texts])
+
+
+def _checked(name: str, limit: Limit) -> str | LimitByPlan:
+    by_plan = LimitByPlan(dict(limit)) if isinstance(limit, Mapping) else None
+    texts = [limit] if by_plan is None else list(by_plan.texts.values())
+    if not texts or (by_plan is not None and not all(isinstance(plan, str) for plan in by_plan.texts)):
+        raise ConfigurationError(f"The configured limits {name!r} have no plan. Write {{'free': '60/minute'}}, say.")
+    for text in texts:
+        if not isinstance(text, str) or _READING.read(text).meter != "requests":
+            raise ConfigurationError(
+                f"The configured limits {name!r} have {text!r}, which is no limit of requests. Write '60/minute', say; "
+                f"limits of tokens stand in rate_limited() itself."
+            )
+    return by_plan or str(limit)
