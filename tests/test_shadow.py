@@ -25,7 +25,7 @@ from asgi_metering import (
 )
 from asgi_metering.asgi.audit import audit
 from asgi_metering.decisions import Reason
-from asgi_metering.errors import ConfigurationError
+from asgi_metering.errors import CallClosedError, ConfigurationError
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.guards import Part
 from asgi_metering.opening import ALL_FEATURES
@@ -495,5 +495,131 @@ def test_leave_default_limits_to_live_ones() -> None:
             assert [status((await call(app)).log) for _ in range(2)] == [200, 429]
             await idle(metering)
             assert tallies(metering) == {"denied": {"exceeds_limit": 1}, "admitted": {"": 1}}
+
+    asyncio.run(play())
+
+
+def test_hold_no_money_beside_limits() -> None:
+    """With a price and slots in the shadow only the slots are taken at the store; the price is looked at."""
+
+    async def play() -> None:
+        books = Books()
+        async with house(books) as metering:
+            await metering.grant("ann", 5, id="g")
+
+            async def work() -> None:
+                assert (await metering.balance("ann")).held == 0
+                (ask,) = books.admissions
+                assert (ask.amount, ask.sources, len(ask.leases)) == (0, (), 1)
+
+            app = metered(metering, rate_limited(concurrency=1, shadow=True), billable(2, shadow=True), work=work)
+            assert status((await call(app)).log) == 200
+            await idle(metering)
+            assert [entry.kind.value async for entry in metering.statement("ann")] == ["grant"]
+
+    asyncio.run(play())
+
+
+def test_ask_no_store_where_a_provider_would_have_refused() -> None:
+    """The order of reasons holds in the shadow: behind a provider without room no limit is counted."""
+
+    async def play() -> None:
+        books = Books()
+        async with house(books) as metering:
+            metering.quotas.record("acme", [(b"retry-after", b"30")], 429)
+            app = metered(metering, requires_upstream("acme", shadow=True), rate_limited("9/minute", shadow=True))
+            assert status((await call(app)).log) == 200
+            assert books.admissions == []
+            assert tallies(metering) == {"denied": {"upstream_headroom": 1}}
+
+    asyncio.run(play())
+
+
+def test_free_what_was_answered_after_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot of the shadow that the store gave when the call was over already is given back; nobody waited for it."""
+    monkeypatch.setattr("asgi_metering.shadow.ANSWER_S", 60.0)
+
+    async def play() -> None:
+        store = Gated()
+        async with used(store, store_timeout_s=30) as metering:
+            store.silent = True
+            assert status((await call(metered(metering, rate_limited(concurrency=1, shadow=True)))).log) == 200
+            async with asyncio.timeout(10), metering.charge(payer="ann", line="job", price=2, shadow=True):
+                pass
+            store.silent = False
+            store.let.set()
+            await idle(metering)
+            assert (await metering.store.read(EverythingKept())).state.leases == {}
+            assert len(store.seen(End)) == 1
+
+    asyncio.run(play())
+
+
+def test_tell_who_would_have_paid() -> None:
+    """The event names the payer that was computed, and so do charges inside of the call, which are live."""
+
+    async def play() -> None:
+        told = Told()
+        async with house("memory://", (told.sink,)) as metering:
+            await metering.grant("org", 5, id="g")
+
+            async def work() -> None:
+                async with metering.charge(line="inner", price=1):
+                    pass
+
+            app = metered(metering, billable(2, payer=lambda: "org", line="outer", shadow=True), work=work)
+            assert status((await call(app)).log) == 200
+            await within(10, lambda: len(told.events) == 2)
+            assert {(each.line, each.payer, each.amount) for each in told.events} == {
+                ("outer", "org", 0),
+                ("inner", "org", CREDIT),
+            }
+
+    asyncio.run(play())
+
+
+def test_leave_a_store_alone_that_is_known_to_be_down() -> None:
+    """The shadow is no probe: it asks nothing of a store that nobody asks, and says nothing of how that is."""
+
+    async def play() -> None:
+        store = Gated()
+        async with used(store) as metering:
+            before = len(store.batches)
+            for _ in range(5):
+                number = metering.breaker.ask()
+                assert number is not None
+                metering.breaker.failed(number)
+            assert status((await call(metered(metering, rate_limited("9/minute", shadow=True)))).log) == 200
+            await within(10, lambda: tallies(metering) == {"lost": {"store": 1}})
+            assert len(store.batches) == before
+            assert metering.breaker.state == "open"
+
+    asyncio.run(play())
+
+
+def test_run_nothing_behind_a_request_that_is_over() -> None:
+    """Pitfall 1: code that waits for its shadow's own function while its request ends does not go on."""
+
+    async def play() -> None:
+        reached, go_on = asyncio.Event(), asyncio.Event()
+        late: list[asyncio.Task[None]] = []
+
+        async def slow() -> str:
+            reached.set()
+            await go_on.wait()
+            return "key"
+
+        async def app(_scope: Any, _receive: Any, send: Any) -> None:
+            parts = rate_limited("9/minute"), rate_limited("9/hour", key=slow, shadow=True)
+            late.append(asyncio.create_task(current_call().admit(*parts)))
+            await reached.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"done"})
+
+        async with house("memory://") as metering:
+            await call(MeteringMiddleware(app, metering))
+            go_on.set()
+            with pytest.raises(CallClosedError):
+                await late[0]
 
     asyncio.run(play())
