@@ -537,13 +537,14 @@ def test_ask_no_store_where_a_provider_would_have_refused() -> None:
 
 def test_free_what_was_answered_after_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slot of the shadow that the store gave when the call was over already is given back; nobody waited for it."""
-    monkeypatch.setattr("asgi_metering.shadow.ANSWER_S", 60.0)
+    monkeypatch.setattr("asgi_metering.shadow.ANSWER_S", 0.0)
 
     async def play() -> None:
         store = Gated()
         async with used(store, store_timeout_s=30) as metering:
             store.silent = True
             assert status((await call(metered(metering, rate_limited(concurrency=1, shadow=True)))).log) == 200
+            monkeypatch.setattr("asgi_metering.shadow.ANSWER_S", 60.0)
             async with asyncio.timeout(10), metering.charge(payer="ann", line="job", price=2, shadow=True):
                 pass
             store.silent = False
@@ -551,6 +552,20 @@ def test_free_what_was_answered_after_the_call(monkeypatch: pytest.MonkeyPatch) 
             await idle(metering)
             assert (await metering.store.read(EverythingKept())).state.leases == {}
             assert len(store.seen(End)) == 1
+
+    asyncio.run(play())
+
+
+def test_stand_back_when_live_calls_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where more live admissions wait for the store than it can take soon, the shadow asks nothing and is lost."""
+    monkeypatch.setattr("asgi_metering.shadow.MAX_WAITING", -1)
+
+    async def play() -> None:
+        books = Books()
+        async with house(books) as metering:
+            assert status((await call(metered(metering, rate_limited("9/minute", shadow=True)))).log) == 200
+            assert books.admissions == []
+            assert tallies(metering) == {"lost": {"store": 1}}
 
     asyncio.run(play())
 
