@@ -32,6 +32,7 @@ from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import ConfigurationError, IdentityError, PayerError, StoreError
 from asgi_metering.estimates import estimate_arguments
 from asgi_metering.keying import key_ask, once, shared_key
+from asgi_metering.messages import Counted, MessageLimits
 from asgi_metering.names import check_key
 from asgi_metering.outage import in_doubt_of, without_store
 from asgi_metering.policies import (
@@ -58,6 +59,7 @@ from asgi_metering.rules.operations import (
 )
 from asgi_metering.rules.roots import rooted
 from asgi_metering.sources import Wallet, check_payers
+from asgi_metering.tally import first_slice
 from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
@@ -99,20 +101,26 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
     charge = policy.charge if features & _CHARGING else None
     # Without the gate a billable call runs unenforced; its usage is still reported (S4.16).
     call.exempt = "credits" not in features
-    rates = policy.rates if "rates" in features else ()
+    rates = policy.gated if "rates" in features else ()
+    messages = policy.messages if "rates" in features else ()
     if policy.has_beside or call.metering.shadow:
         call.beside = Beside(policy, charge, rates, everything=call.metering.shadow)
         charge, rates = call.beside.live_charge, call.beside.live_rates
+        messages = () if call.metering.shadow else messages
     counted = rates if call.beside is None else (*rates, *call.beside.rates)
     if not call.opening.is_flat or any(map(_needs_caller, counted)):
-        await _identify(call, rates, charged=charge is not None and not call.exempt)
+        asking = (*rates, *messages) if messages else rates
+        await _identify(call, asking, charged=charge is not None and not call.exempt)
     asked = _planned(call, call.metering.plans.of(policy, features))
     if asked is None:
         if call.caller is not None and call.caller.exempt:
             call.exempt = True
             rates = tuple([rate for rate in map(_of_everybody, rates) if rate is not None])
-        if any(rate.is_selective for rate in rates):
+            messages = tuple([rate for rate in map(_of_everybody, messages) if rate is not None])
+        if policy.is_selective:
             rates = tuple([rate for rate in rates if await _counts(call, rate, arguments)])
+        if messages:
+            call.message_limits = await _message_limits(call, messages, arguments)
         if charge is not None:
             await _charge(call, charge, arguments)
         elif call.beside is not None and call.beside.charge is not None:
@@ -572,6 +580,8 @@ def _amounts(call: Call) -> tuple[int, int]:
     estimate, price, charge = call.estimate, call.price, call.charge
     if charge is None or estimate is None or price is None or call.exempt:
         return 0, 0
+    if charge.per != "call":
+        return first_slice(call, charge, price)
     if isinstance(estimate, TokenUsage):
         exact = Decimal(0) if isinstance(price, FixedPrice) else price.cost(estimate)
     else:
@@ -689,22 +699,39 @@ async def _limits(
     limits: list[LimitAsk],
     leases: list[LeaseAsk],
 ) -> None:
-    wanted = rate.key
-    key = await computed_key(call, rate, wanted, arguments) if isinstance(wanted, From) else key_of(call, rate)
-    if rate.per_method:
-        key = f"{method_of(call)} {key}"
-    root = root_of_rate(call, rate)
-    cost = rate.cost
-    if isinstance(cost, From):
-        cost = await cost.compute(call, arguments)
-    for limit in (*limits_of(call, rate), *await _computed_limits(call, rate, arguments)):
+    key, root, cost = await _counted_by(call, rate, arguments)
+    for limit in rate.limits if not rate.chosen else await _chosen(call, rate, arguments):
         taken = cost if limit.meter == REQUESTS else await _weight(call, limit, arguments)
         limits.append(limit_ask(rate, limit, rooted(key, root), taken, now))
     leases += lease_asks(rate, key, root)
 
 
-async def _computed_limits(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> list[RateLimit]:
-    limits: list[RateLimit] = []
+async def _counted_by(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> tuple[str, str, int]:
+    """The key that *rate* counts *call* by, the payer beside whose accounts that is kept, and what is taken."""
+    wanted, cost = rate.key, rate.cost
+    key = await computed_key(call, rate, wanted, arguments) if isinstance(wanted, From) else key_of(call, rate)
+    if rate.per_method:
+        key = f"{method_of(call)} {key}"
+    root = root_of_rate(call, rate)
+    return key, root, await cost.compute(call, arguments) if isinstance(cost, From) else cost
+
+
+async def _message_limits(
+    call: Call, rates: tuple[RatePolicy, ...], arguments: Mapping[str, Any]
+) -> MessageLimits | None:
+    """What the messages of a session are let in by; all that is computed is, once, from what it began with."""
+    counted: list[Counted] = []
+    for rate in rates:
+        if not rate.is_selective or await _counts(call, rate, arguments):
+            key, root, cost = await _counted_by(call, rate, arguments)
+            limits = rate.limits if not rate.chosen else await _chosen(call, rate, arguments)
+            counted += [Counted(rate, limit, rooted(key, root), cost) for limit in limits]
+    return MessageLimits(call, counted) if counted else None
+
+
+async def _chosen(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> list[RateLimit]:
+    """The limits of *rate* for *call*, those that are computed last."""
+    limits = list(limits_of(call, rate))
     for each in rate.chosen:
         if isinstance(each, ComputedLimit):
             answered = await each.function.compute(call, arguments)

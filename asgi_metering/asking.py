@@ -132,7 +132,7 @@ def counted_as(rate: RatePolicy, limit: RateLimit) -> str:
     amount: what is counted by one of them counts for all (S4.11).
     """
     told = limit.name
-    if rate.shares or limit not in rate.limits:
+    if rate.shares or (rate.chosen and limit not in rate.limits):
         told = f"{limit.strategy}:{limit.meter}/{limit.period or ''}{limit.window_s:g}"
     return f"{told} {'+'.join(sorted(rate.methods))}" if rate.methods else told
 

@@ -116,7 +116,8 @@ class Beside:
             "reason": None if denied is None else denied.reason.value,
             "name": None if denied is None else denied.name,
         }
-        if self.charge is not None and self.end is not None:
+        # What a session costs by its messages or seconds is known by its tally alone, which nobody keeps here.
+        if self.charge is not None and self.end is not None and self.charge.per == "call":
             facts["amount_parts"], facts["basis"] = self.end.amount or 0, self.end.basis.value
         if not self.has_shadow and denied is None:
             return {}

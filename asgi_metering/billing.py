@@ -47,7 +47,7 @@ async def bill(call: Call) -> tuple[End, Metered]:
     seen = sighting(call, reported=fixed or known.complete)
     row = situation(seen)
     policy = _policy(call)
-    basis = policy.basis(row)
+    basis = policy.session_basis(row) if call.opening.is_session else policy.basis(row)
     if basis is Basis.USAGE and not fixed and not known.complete:
         basis = policy.basis(Situation.UNREPORTED)
     if price is None or isinstance(price, FixedPrice) or call.exempt:
@@ -66,7 +66,11 @@ def bill_now(call: Call) -> End | None:
     fixed = isinstance(price, FixedPrice)
     seen = Sighting(call.cause or Cause.COMPLETED, call.status, call.first_byte, call.failure is not None, fixed)
     row = situation(seen)
-    return _unmeasured(call, _policy(call).basis(row), _NOTHING, seen, row)[0]
+    policy = _policy(call)
+    # Asked of the one row that differs: most calls are none of a session.
+    is_apart = row is Situation.FAILED_LATE and call.opening.is_session
+    basis = policy.session_basis(row) if is_apart else policy.basis(row)
+    return _unmeasured(call, basis, _NOTHING, seen, row)[0]
 
 
 _NOTHING = Metered()
@@ -171,15 +175,17 @@ def _fixed_amount(call: Call, basis: Basis) -> int | None:
     """A fixed price is observed in full once a byte went out, zero before."""
     if basis is Basis.NONE or (basis is Basis.OBSERVED and not call.first_byte):
         return None
-    return _due(call)
+    return call.held if basis is Basis.HOLD and call.tally is not None else _due(call)
 
 
 def _due(call: Call) -> int:
     """
-    The fixed price, as it was held.
+    The fixed price, as it was held; of a session that is charged per message or second what it has used.
 
     Also of a call that joined others: whichever of them succeeds first pays for all, and the store knows which.
     """
+    if call.tally is not None:
+        return call.tally.due
     if call.joined and isinstance(call.price, FixedPrice):
         return call.unit.parts(call.price.amount)
     return call.held
@@ -275,8 +281,10 @@ def _event(call: Call, used: Metered, seen: Sighting, row: Situation) -> dict[st
     }
     if used.usage is not None:
         told["usage"] = usage_dict(used.usage)
-    if call.attributes:
+    if call.attributes or call.tally is not None:
         told["attributes"] = dict(call.attributes)
+    if call.tally is not None:
+        told["attributes"].setdefault(f"{call.tally.per}s", call.tally.count)
     shadow = None if call.beside is None else call.beside.told()
     if shadow:
         told["attributes"] = {**(call.attributes or call.facts.get("attributes", {})), **shadow}

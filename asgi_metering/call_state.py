@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from asgi_metering.beside import Beside
     from asgi_metering.caller import Caller
     from asgi_metering.growing import Growth
+    from asgi_metering.messages import MessageLimits
     from asgi_metering.opening import Opening
     from asgi_metering.runtime import Runtime
+    from asgi_metering.tally import Tally
 
 __all__ = ["CallState", "Observer", "Reply", "Reported"]
 
@@ -120,6 +122,9 @@ class CallState:
     local = ""
     # How its hold grows while it runs; None for one that never does.
     growth: Growth | None = None
+    # What a session has used that is charged per message or second; what each of its messages is counted by.
+    tally: Tally | None = None
+    message_limits: MessageLimits | None = None
     # What goes on beside it: shadow parts, and what it takes of providers; None for most.
     beside: Beside | None = None
     # What makes it run once, and its answer for repeats; the hashed key of the calls that it is charged with.

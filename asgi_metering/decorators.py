@@ -30,6 +30,7 @@ from asgi_metering.policies import (
     EndpointPolicy,
     ErrorShape,
     From,
+    HoldPolicy,
     HoldSize,
     Idempotency,
     OnAbort,
@@ -37,8 +38,10 @@ from asgi_metering.policies import (
     OnDisconnect,
     OnEarlyDisconnect,
     OnError,
+    OnExcess,
     OnLateError,
     OnMissingUsage,
+    Per,
     Price,
     RatePolicy,
     RatesDown,
@@ -88,6 +91,7 @@ def billable(
     charge_zone: str = "UTC",
     skip_if: Callable[..., Any] | None = None,
     on_store_down: CreditsDown | None = None,
+    per: Per = "call",
     shadow: bool = False,
 ) -> Part:
     """
@@ -129,6 +133,10 @@ def billable(
             turn that was (S0.16). It is counted by limits, and audited with an amount of 0.
         on_store_down: The store gives no answer: ``deny`` with 503, ``queue`` (let in, and charged later out of the
             metering's journal) or ``allow`` (let in for nothing); what the `Metering` says by default (X.6).
+        per: ``"message"`` charges a WebSocket the price for each message that comes in, ``"second"`` for each second
+            that it is open; ``"call"``, the default, once. Held in slices ahead of what is used: of ten messages, or a
+            minute, unless ``hold=slices(...)`` says amounts. A session begins with one of them, and is closed with 4402
+            before the first that cannot be paid.
         shadow: Charge and refuse nothing, and tell what it would have: see `asgi_metering.shadow` (S4.16). Not with
             keys: nothing is claimed, so that nobody could tell which of several calls pays.
 
@@ -154,7 +162,10 @@ def billable(
     if guard_of(price) is not None:
         raise ConfigurationError(f"The price {price!r} is a metered endpoint. {BARE_MEND}")
     read = read_price(price)
-    if hold is not None and not isinstance(read, MeasuredPrice):
+    _check_per("billable", per, ("call", "message", "second"))
+    if per != "call":
+        _check_session(read, hold, charge_key, idempotency, per)
+    elif hold is not None and not isinstance(read, MeasuredPrice):
         what = "price that a function computes" if isinstance(read, From) else "fixed price"
         raise ConfigurationError(f"A {what} holds itself. Leave out hold=, or use a measured price.")
     _check_errors(errors)
@@ -173,7 +184,7 @@ def billable(
     if held.estimate is not None and not isinstance(held.estimate, From | TokenUsage):
         exact_amount(held.estimate, "hold estimate")
     paid_from = _sources(sources)
-    if held.slices is not None and isinstance(read, MeasuredPrice):
+    if held.slices is not None and (per != "call" or isinstance(read, MeasuredPrice)):
         _check_slices(held.estimate, held.slices, read, paid_from)
     charge = ChargePolicy(
         price=read,
@@ -193,6 +204,7 @@ def billable(
         key=_charge_key(charge_key, charge_per, charge_zone, measured=isinstance(read, MeasuredPrice)),
         skip_if=None if skip_if is None else From(skip_if, "skip_if"),
         on_store_down=on_store_down,
+        per=per,
         shadow=shadow,
     )
     _check_shadow(charge)
@@ -205,12 +217,20 @@ def _check_shadow(charge: ChargePolicy) -> None:
     check_flag(shadow=charge.shadow)
     if not charge.shadow:
         return
+    _check_shadow_per(charge.per)
     for name, given in {"idempotency": charge.idempotency, "charge_key": charge.key}.items():
         if given is not None:
             raise ConfigurationError(
                 f"shadow=True claims no keys, so that {name}= would mean nothing: a repeat would run, and be told, "
                 f"again. Leave {name}= out until the charge is live."
             )
+
+
+def _check_shadow_per(per: str) -> None:
+    if per != "call":
+        raise ConfigurationError(
+            f"shadow=True tells of calls as a whole, and not per={per!r}. Leave one of the two out."
+        )
 
 
 def check_flag(**flags: object) -> None:
@@ -220,7 +240,38 @@ def check_flag(**flags: object) -> None:
             raise ConfigurationError(f"{name}={flag!r} is no bool. Use True or False.")
 
 
-def _check_slices(first: Any, slices: Slices, price: MeasuredPrice, sources: Sequence[PaymentSource]) -> None:
+def _check_per(what: str, per: str, known: Sequence[str]) -> None:
+    if per not in known:
+        raise ConfigurationError(f"{what}(per={per!r}) is not known. Use one of {', '.join(map(repr, known))}.")
+
+
+def _check_session(price: Any, hold: Any, charge_key: Any, idempotency: Any, per: str) -> None:
+    """Refuse what no session can be charged by that has a price for each message or second."""
+    if isinstance(price, MeasuredPrice):
+        raise ConfigurationError(
+            f"The price {price!r} is measured by what a call uses, and not per={per!r}. Leave per= out, and report "
+            f"usage with call.record(), or write an amount."
+        )
+    if charge_key is not None or idempotency:
+        raise ConfigurationError(
+            f"charge_key= and idempotency= count calls of one price, and what a session costs per={per!r} is known at "
+            f"its end. Leave them out."
+        )
+    if hold is None:
+        return
+    sizes = (hold.estimate, hold.slices.step, hold.slices.low_water) if _is_sliced(hold) else (hold,)
+    if not _is_sliced(hold) or any(isinstance(size, From | TokenUsage) for size in sizes):
+        raise ConfigurationError(
+            f"hold={hold!r} is no hold of a session that is charged per={per!r}: it grows by amounts. Write "
+            f"hold=slices('0.5'), say, or leave it out."
+        )
+
+
+def _is_sliced(hold: Any) -> bool:
+    return isinstance(hold, HoldPolicy) and hold.slices is not None
+
+
+def _check_slices(first: Any, slices: Slices, price: Any, sources: Sequence[PaymentSource]) -> None:
     """Refuse slices that could never grow, or would have to at once, by this price."""
     if exact_amount(slices.debt, "debt") and not any(isinstance(source, Wallet) for source in sources):
         raise ConfigurationError(
@@ -245,8 +296,8 @@ def _check_slices(first: Any, slices: Slices, price: MeasuredPrice, sources: Seq
             )
 
 
-def _cost(size: Amount | TokenUsage, price: MeasuredPrice) -> Decimal:
-    """Whole units of a slice."""
+def _cost(size: Amount | TokenUsage, price: Any) -> Decimal:
+    """Whole units of a slice; tokens are of measured prices alone."""
     return price.cost(size) if isinstance(size, TokenUsage) else exact_amount(size, "slice")
 
 
@@ -354,6 +405,8 @@ def rate_limited(
     override_defaults: bool = True,
     errors: ErrorShape = "problem",
     on_store_down: RatesDown | None = None,
+    per: Per = "call",
+    on_excess: OnExcess | None = None,
     shadow: bool = False,
 ) -> Part:
     """
@@ -389,6 +442,11 @@ def rate_limited(
         shadow: Refuse nothing, and tell what it would have: see `asgi_metering.shadow` (S4.16). Its counts are those
             that it has when it is live.
 
+        per: ``"message"`` counts the messages that come in over a WebSocket; ``"call"``, the default, requests, and
+            WebSockets as they are opened. *concurrency* is always of calls: of open WebSockets.
+        on_excess: What becomes of a message over the limit: the WebSocket is closed with 4429 (``close``, the default),
+            or goes on without that message (``drop``), and tells the client so in a text frame (``answer``).
+
     Raises:
         ConfigurationError: No limit at all, a text that is not in the grammar, or another argument that cannot work.
 
@@ -401,6 +459,8 @@ def rate_limited(
         raise ConfigurationError("rate_limited() limits nothing. Give it '60/minute', say, or concurrency=4.")
     _check_errors(errors)
     check_flag(shadow=shadow)
+    if shadow:
+        _check_shadow_per(per)
     _check_store_down("rates", on_store_down)
     # Unknown zones are refused here; windows are made when a call comes.
     find_zone(check_zone(zone))
@@ -415,6 +475,7 @@ def rate_limited(
         raise ConfigurationError(f"exempt_when={exempt_when!r} cannot be called. Pass a function.")
     if level == "global" and key != "global":
         raise ConfigurationError("level='global' is that of key='global', everybody together. Choose another name.")
+    _check_per("rate_limited", per, ("call", "message"))
     base = RatePolicy(
         limits=(),
         scope=scope or "",
@@ -430,6 +491,8 @@ def rate_limited(
         # What only tells stands for nothing that counts.
         overrides=override_defaults and not shadow,
         shadow=shadow,
+        per=per,
+        on_excess=on_excess or "close",
     )
     first, *more = read_levels(
         base,
@@ -440,6 +503,7 @@ def rate_limited(
         global_concurrency=global_concurrency,
         reading=LimitReading(strategy, zone),
     )
+    _check_messages((first, *more), per, on_excess)
     return Part(rates=first, more=tuple(more))
 
 
@@ -468,6 +532,28 @@ def unlimited(endpoint: Endpoint) -> Endpoint:
 def is_unlimited(endpoint: object) -> bool:
     """Whether *endpoint* is marked as `unlimited`."""
     return getattr(endpoint, UNLIMITED, None) is True
+
+
+EXCESS: tuple[OnExcess, ...] = ("close", "drop", "answer")
+
+
+def _check_messages(policies: Sequence[RatePolicy], per: str, on_excess: str | None) -> None:
+    if on_excess is not None and on_excess not in EXCESS:
+        raise ConfigurationError(f"on_excess={on_excess!r} is not known. Use one of {', '.join(map(repr, EXCESS))}.")
+    if per == "call":
+        if on_excess is not None:
+            raise ConfigurationError('on_excess= says what becomes of messages. Write per="message" as well.')
+        return
+    if any(policy.concurrency for policy in policies):
+        raise ConfigurationError(
+            'A message takes no slot, so that concurrency= means nothing per="message". Write it into a '
+            "rate_limited() of its own, which counts open WebSockets."
+        )
+    if EndpointPolicy("", rates=tuple(policies)).weighs:
+        raise ConfigurationError(
+            'A limit "of tokens" counts what calls use, and messages are counted per="message". Write it into a '
+            "rate_limited() of its own."
+        )
 
 
 def _check_scope(scope: str) -> None:

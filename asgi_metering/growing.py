@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from asgi_metering.call import Call
     from asgi_metering.policies import ChargePolicy
 
-__all__ = ["LEAST_ROOM", "Growth", "growth_of"]
+__all__ = ["LEAST_ROOM", "Growth", "Spawn", "growth_of"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -46,11 +46,18 @@ Spawn: TypeAlias = "Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None
 def growth_of(call: Call, loop: asyncio.AbstractEventLoop, spawn: Spawn) -> Growth | None:
     """How the hold of *call*, which was admitted, grows; None where it does not."""
     charge, price = call.charge, call.price
-    if charge is None or charge.hold.slices is None or call.exempt or not (call.has_hold or call.queued):
+    if charge is None or (charge.hold.slices is None and charge.per == "call"):
+        return None
+    if call.exempt or not (call.has_hold or call.queued):
         return None
     if price is None or isinstance(price, FixedPrice):
-        # A turn that costs nothing.
-        return None
+        if price is None or charge.per == "call" or not price.amount:
+            # A turn that costs nothing.
+            return None
+        # Imported late: it builds upon this.
+        from asgi_metering.sessions import SessionGrowth
+
+        return SessionGrowth(call, charge, price, loop, spawn)
     return Growth(call, charge, price, loop, spawn)
 
 
@@ -111,7 +118,12 @@ class Growth:
         low = slices.low_water
         self._low = self._step // 2 if low is None else _parts(low, price, call.unit)
         self._debt = call.unit.parts(slices.debt, "debt")
-        self._call, self._charge, self._price = call, charge, price
+        self._price = price
+        self._prepare(call, charge, loop, spawn)
+
+    def _prepare(self, call: Call, charge: ChargePolicy, loop: asyncio.AbstractEventLoop, spawn: Spawn) -> None:
+        """What every hold begins with that grows, by whatever is counted."""
+        self._call, self._charge = call, charge
         self._loop, self._spawn = loop, spawn
         self._counts, self._counting = TextCounts(), asyncio.Lock()
         self._look: asyncio.Task[None] | None = None

@@ -34,7 +34,7 @@ from asgi_metering.policies import (
 )
 from asgi_metering.wrappers import wrap
 
-__all__ = ["BARE_MEND", "WEBSOCKET_MEND", "Guard", "Part", "counters_of", "decorated", "guard_of", "merged"]
+__all__ = ["BARE_MEND", "Guard", "Part", "counters_of", "decorated", "guard_of", "merged"]
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
@@ -126,7 +126,7 @@ class Guard:
         context of another request (pitfalls 1, 2).
 
         Raises:
-            NoCallError: There is none; the gate fails closed (pitfall 3). WebSockets never have one.
+            NoCallError: There is none; the gate fails closed (pitfall 3).
             CallClosedError: The request is over (pitfall 1).
         """
         opening = self._opening_in(args) or self._opening_in(kwargs.values()) or CURRENT.get()
@@ -134,10 +134,7 @@ class Guard:
             # An endpoint belongs to its request, whatever a dependency charges around it.
             opening = opening.around
         if opening is None:
-            raise NoCallError(
-                f"{self.policy.name} is metered, but no middleware opened a call. Add MeteringMiddleware to the "
-                f"application; in a unit test of the endpoint alone use asgi_metering.testing.unmetered()."
-            )
+            raise NoCallError(self._no_call())
         opening.check()
         return opening
 
@@ -148,20 +145,20 @@ class Guard:
                 opening = scope.get(SCOPE_KEY)
                 if isinstance(opening, Opening):
                     return opening
-                if scope.get("type") == "websocket":
+                if scope.get("type") == "websocket" and not _is_free(CURRENT.get()):
                     # Whatever call the context may show, it is another request's.
-                    raise NoCallError(
-                        f"{self.policy.name} is metered, but WebSockets are not metered yet, so nobody is let in. "
-                        f"{WEBSOCKET_MEND}"
-                    )
+                    raise NoCallError(self._no_call())
         return None
+
+    def _no_call(self) -> str:
+        return (
+            f"{self.policy.name} is metered, but no middleware opened a call. Add MeteringMiddleware to the "
+            f"application; in a unit test of the endpoint alone use asgi_metering.testing.unmetered()."
+        )
 
 
 BARE_MEND = "Write @billable(2), with its price in parentheses, and not @billable alone."
 """What to do where a decorator stands for the endpoint that it should have decorated."""
-
-WEBSOCKET_MEND = "Take the metering decorators off, and charge for its work inside it with metering.charge()."
-"""What an endpoint of a WebSocket can do instead."""
 
 NO_ARGUMENTS: Mapping[str, Any] = {}
 
@@ -217,7 +214,9 @@ def merged(
         policy = replace(policy, charge=charge)
     added: tuple[RatePolicy, ...] = ()
     for each in () if part.rates is None else (part.rates, *part.more):
-        rates = bound_rates(each if each.scope else replace(each, scope=policy.name), policy.name)
+        # Connections and their messages are no counts of one thing, unless somebody says so.
+        own = policy.name if each.per == "call" else f"{policy.name}.messages"
+        rates = bound_rates(each if each.scope else replace(each, scope=own), policy.name)
         _check_twice(replace(policy, rates=(*added, *policy.rates)), rates)
         added = (*added, rates)
     policy = replace(policy, rates=(*added, *policy.rates)) if added else policy
@@ -343,6 +342,10 @@ def _plain(endpoint: Any) -> Any:
     while isinstance(plain, functools.partial):
         plain = inspect.unwrap(plain.func)
     return plain
+
+
+def _is_free(opening: Opening | None) -> bool:
+    return opening is not None and opening.free
 
 
 def _scope_of(value: Any) -> Any:

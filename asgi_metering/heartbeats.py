@@ -95,7 +95,7 @@ class Heartbeats:
 
     def _look_after(self, call: Call, now: float) -> None:
         age = time.time() - call.started_at
-        if age > self._metering.max_call_s:
+        if age > self._metering.max_call_s and not call.opening.is_session:
             # A send that never returns, or a handler that was forgotten (pitfall 27).
             call.see(Cause.ABORTED)
             log.error("Call %s is older than %s s; it is ended as it is.", call.id, self._metering.max_call_s)

@@ -25,7 +25,7 @@ from asgi_metering.policies import (
 )
 from asgi_metering.rates import RateLimit, parse_limit
 
-__all__ = ["Key", "Levels", "Limit", "check_level", "read_key", "read_levels", "read_methods"]
+__all__ = ["FREE_METHODS", "Key", "Levels", "Limit", "check_level", "read_key", "read_levels", "read_methods"]
 
 Limit: TypeAlias = "str | Mapping[str, str] | Callable[..., Any]"
 """What a user may write as a limit: a text, a text for each plan, or a function that answers one."""
@@ -40,6 +40,7 @@ MAX_LEVEL = 32
 """Characters of a level's name: it stands in the names of its limits, which have 64."""
 
 FREE_METHODS = ("HEAD", "OPTIONS")
+"""What no limit counts (X.4)."""
 
 Chosen: TypeAlias = "LimitByPlan | ConfiguredLimits | ComputedLimit"
 
@@ -117,16 +118,17 @@ def read_levels(
     by_key = _limits_by_key(levels)
     slots = _slots_by_key(concurrency)
     own_slots = slots.pop("", [])
+    is_keyed = bool(limits or configured is not None or own_slots)
     if global_concurrency is not None:
         own_slots.append(ConcurrencyLimit(global_concurrency, "global"))
     found = []
-    if limits or configured is not None or own_slots:
-        if str(base.key) in {*by_key, *slots}:
-            raise ConfigurationError(
-                f"levels= or concurrency= has {str(base.key)!r}, which is the key of the other limits as well. Write "
-                f"all of its limits in one of the two places."
-            )
-        level = base.level or (_own_level(base.key) if by_key or slots else "")
+    if is_keyed and str(base.key) in {*by_key, *slots}:
+        raise ConfigurationError(
+            f"levels= or concurrency= has {str(base.key)!r}, which is the key of the other limits as well. Write all "
+            f"of its limits in one of the two places."
+        )
+    if is_keyed or own_slots:
+        level = base.level or (_own_level(base.key) if is_keyed and (by_key or slots) else "")
         found.append(_policy(base, base.key, level, limits, configured, own_slots, reading))
     elif base.level:
         raise ConfigurationError(f"level={base.level!r} names limits that are not there. Give it '60/minute', say.")

@@ -36,7 +36,7 @@ from asgi_metering.named import NamedKeys, NamedLimits
 from asgi_metering.opening import ALL_FEATURES, Opening, Origin
 from asgi_metering.outage import LocalLimits, check_choices, read_choices
 from asgi_metering.plans import Plans
-from asgi_metering.policies import EndpointPolicy
+from asgi_metering.policies import EndpointPolicy, misplaced
 from asgi_metering.portal import Portal
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, Declare, Grow, Operation, Preview
@@ -435,8 +435,10 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         Refuse a policy whose layer is absent, unless its layer says ``unenforced="allow"``.
 
         Raises:
-            ConfigurationError: With the layer to add.
+            ConfigurationError: With the layer to add; or it asks for what this kind of connection does not have.
         """
+        if policy.needs and (policy.needs == "websocket") is not opening.is_session:
+            raise ConfigurationError(f"{policy.name} {misplaced(policy)}")
         if "credits" not in opening.unenforced and policy.charge is not None and "credits" not in opening.features:
             raise ConfigurationError(
                 f"{policy.name} is @billable, but no layer enforces credits here. Add CreditGateMiddleware or "

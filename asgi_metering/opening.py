@@ -72,6 +72,8 @@ class Opening:
         call: The call, once somebody asked for it.
         closed: The request is over; code that outlives it must not admit or charge (pitfall 1).
         around: In which request, or charge, the work runs that this charge is for; None where there is none.
+        is_session: It is a connection over which messages go, such as a WebSocket, and may last for hours.
+        accepted: Of a session: it is open.
         is_flat: Whether this is what the limits of a middleware see of a request, before its application runs.
         before: What those limits have found out, once they let it through; None where there are none.
     """
@@ -80,6 +82,8 @@ class Opening:
     call: Call | None = None
     closed = False
     around: Opening | None = None
+    is_session = False
+    accepted = False
     is_flat = False
     before: Before | None = None
 
@@ -113,6 +117,12 @@ class Opening:
         """
         if self.closed:
             self.call = None
+
+    def counted_before(self, call: Call) -> None:
+        """Note that the limits of a layer let the request through, by the admission of *call*."""
+        windows = call.decision.windows if call.decision is not None else ()
+        inner = self.before or Before(None, (), 0)
+        self.before = Before(call.caller or inner.caller, (*windows, *inner.windows), inner.layers + 1)
 
     def cut(self) -> None:
         """Stop the work of the call and its answer, on the loop of the request; outside HTTP nothing can be stopped."""

@@ -102,7 +102,7 @@ class Plan:
     ) -> None:
         self.policy = weakref.ref(policy, gone)
         self.charge = policy.charge if "credits" in features else None
-        self.rates = policy.rates if "rates" in features else ()
+        self.rates = policy.gated if "rates" in features else ()
         charge = self.charge
         self.unit: Unit = metering.counted(None if charge is None else charge.unit)
         self.amount = 0
@@ -124,7 +124,8 @@ class Plan:
         asks_who = charge is not None or any(map(by_identity, self.rates))
         is_alone = not policy.has_beside and not metering.shadow
         self.is_plain = is_alone and is_enforced and asks_anything and asks_who and _is_plain_charge(charge)
-        self.is_plain = self.is_plain and _are_plain_rates(self.rates)
+        # What each message of a session is let in by is worked out before the session is.
+        self.is_plain = self.is_plain and _are_plain_rates(self.rates) and not policy.messages
         if not self.is_plain:
             self.charge, self.rates, self._varying = None, (), []
 
@@ -177,6 +178,7 @@ def _is_plain_charge(charge: ChargePolicy | None) -> bool:
         and all(each is None for each in (charge.skip_if, charge.payer, charge.idempotency, charge.key, charge.once))
         and all(source.payer is None for source in charge.sources)
         and charge.hold.at_least is None
+        and charge.per == "call"
     )
 
 

@@ -43,6 +43,8 @@ __all__ = [
     "HoldSize",
     "Idempotency",
     "NamedKey",
+    "OnExcess",
+    "Per",
     "Price",
     "RatePolicy",
     "RatesDown",
@@ -57,6 +59,12 @@ ErrorShape: TypeAlias = Literal["problem", "openai", "anthropic"]
 """The shape of refusals and in-band errors of a route."""
 
 ERROR_SHAPES: tuple[ErrorShape, ...] = ("problem", "openai", "anthropic")
+
+Per: TypeAlias = Literal["call", "message", "second"]
+"""What is charged or counted: the call as a whole or, of a WebSocket, each message that comes in, or each second."""
+
+OnExcess: TypeAlias = Literal["close", "drop", "answer"]
+"""What becomes of a message over its limit: the WebSocket is closed, or it goes on without it, told or untold."""
 
 CALL = "call"
 """The parameter name by which a policy's callable asks for the call."""
@@ -455,6 +463,7 @@ class ChargePolicy:
         key: Charge once for all calls of a key; None charges each.
         skip_if: Tells the calls that are not charged.
         on_store_down: What happens without an answer of the store; None is what the metering says.
+        per: What the price is for; other than ``"call"`` a WebSocket alone can be charged by.
         shadow: Whether it only tells what it would have charged, or refused.
     """
 
@@ -476,6 +485,7 @@ class ChargePolicy:
     key: ChargeKey | None = None
     skip_if: From | None = None
     on_store_down: CreditsDown | None = None
+    per: Per = "call"
     shadow: bool = False
 
     @property
@@ -534,6 +544,8 @@ class RatePolicy:
         per_method: Whether each of them is counted apart.
         exempt_when: Tells the calls that are not counted.
         overrides: Whether default limits of a middleware give way to it.
+        per: What is counted: ``"call"``, or each ``"message"`` of a WebSocket.
+        on_excess: What becomes of a message too many.
         shadow: Whether it only tells what it would have refused.
     """
 
@@ -557,6 +569,9 @@ class RatePolicy:
     def is_selective(self) -> bool:
         """Whether there are calls of its endpoint that it does not count, or counts apart by method."""
         return bool(self.methods) or self.per_method or self.exempt_when is not None
+
+    per: Per = "call"
+    on_excess: OnExcess = "close"
 
     def callables(self) -> tuple[From, ...]:
         """Everything that is computed from the endpoint's arguments."""
@@ -606,6 +621,10 @@ class EndpointPolicy:
         rates: In the order of the decorators, outermost first.
         upstreams: What providers must have left, likewise.
         weighs: Whether a limit takes what the call uses, such as tokens.
+        is_selective: Whether there are calls that some of its limits do not count.
+        gated: Those of the rates that the call is let in by.
+        messages: Those that each message of a WebSocket is let in by.
+        needs: ``"websocket"`` or ``"http"``, where it means nothing to the other one; else empty.
         has_beside: Whether anything goes on beside its calls: shadow parts, or a provider's headroom.
     """
 
@@ -614,12 +633,27 @@ class EndpointPolicy:
     rates: tuple[RatePolicy, ...] = ()
     upstreams: tuple[UpstreamPolicy, ...] = ()
     weighs: bool = field(init=False, repr=False, compare=False)
+    is_selective: bool = field(init=False, repr=False, compare=False)
+    gated: tuple[RatePolicy, ...] = field(init=False, repr=False, compare=False)
+    messages: tuple[RatePolicy, ...] = field(init=False, repr=False, compare=False)
+    needs: str = field(init=False, repr=False, compare=False)
     has_beside: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         fixed = [limit.meter for rates in self.rates for limit in rates.limits]
         by_plan = [each.meter for rates in self.rates for each in rates.chosen if isinstance(each, LimitByPlan)]
         object.__setattr__(self, "weighs", any(meter != "requests" for meter in (*fixed, *by_plan)))
+        object.__setattr__(self, "is_selective", any(rates.is_selective for rates in self.rates))
+        messages = tuple([rates for rates in self.rates if rates.per != "call"]) if self.rates else ()
+        gated = tuple([rates for rates in self.rates if rates.per == "call"]) if messages else self.rates
+        object.__setattr__(self, "gated", gated)
+        object.__setattr__(self, "messages", messages)
+        charge, needs = self.charge, ""
+        if messages or (charge is not None and charge.per != "call"):
+            needs = "websocket"
+        elif charge is not None and charge.idempotency is not None and charge.once is None:
+            needs = "http"
+        object.__setattr__(self, "needs", needs)
         shadows = (self.charge is not None and self.charge.shadow) or any(rates.shadow for rates in self.rates)
         object.__setattr__(self, "has_beside", shadows or bool(self.upstreams))
 
@@ -636,6 +670,19 @@ class EndpointPolicy:
         charge = self.charge.callables() if self.charge is not None else ()
         rates = (value for rates in self.rates for value in rates.callables())
         return (*charge, *rates, *(value for upstream in self.upstreams for value in upstream.callables()))
+
+
+def misplaced(policy: EndpointPolicy) -> str:
+    """Why *policy* means nothing to the kind of connection that it does not need, and the mend, without its name."""
+    if policy.needs == "websocket":
+        return (
+            'is charged or limited per="message" or per="second", which only WebSockets are. Leave per= out: an HTTP '
+            "request is one call."
+        )
+    return (
+        "has idempotency=, and a WebSocket has neither a body nor an answer that could be repeated. Leave it out; "
+        "charge_key= counts several connections once."
+    )
 
 
 def check_line(line: str) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
 
 from asgi_metering.testing import Provider
 from tests.harness.servers import serve_in_thread
@@ -59,10 +61,10 @@ class Running:
 
 
 @contextmanager
-def running(app: Any) -> Iterator[Running]:
-    """Serve *app* until the block ends."""
+def running(app: Any, **config: Any) -> Iterator[Running]:
+    """Serve *app* until the block ends, so configured."""
     caught = Running(app)
-    with serve_in_thread(caught) as server:
+    with serve_in_thread(caught, **config) as server:
         caught.url = server.url
         yield caught
 
@@ -168,6 +170,28 @@ def test_plain_asgi_is_metered_as_a_whole_and_at_a_point_of_its_choosing(example
         balance = server.run(lambda: module.metering.balance("ada"))
     assert statuses == [200, 200, 402]
     assert module.metering.unit.text(balance.available) == "0.5"
+
+
+def test_websocket_chat_charges_each_message_and_closes_who_runs_dry(example: Callable[[str], Any]) -> None:
+    """Three credits are three messages; the fourth closes the chat with 4402, and nobody known is refused with 401."""
+    module = example("websocket_chat")
+    with running(module.app, ws="websockets-sansio") as server:
+        url = server.url.replace("http://", "ws://")
+        with connect(f"{url}/chat?user=ada", proxy=None) as chat:
+            for text in "abc":
+                chat.send(text)
+                assert chat.recv(10) == f"You said {text!r}."
+            chat.send("d")
+            with pytest.raises(ConnectionClosed) as closed:
+                chat.recv(10)
+        with pytest.raises(InvalidStatus) as refused, connect(f"{url}/voice", proxy=None):
+            pass
+        server.run(lambda: settled(module.metering))
+        balance = server.run(lambda: module.metering.balance("ada"))
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 4402
+    assert refused.value.response.status_code == 401
+    assert balance.settled == module.metering.unit.parts(3)
 
 
 def test_background_job_charges_who_can_pay_and_refuses_who_cannot(

@@ -425,6 +425,8 @@ def test_say_nothing_of_who_is_exempt() -> None:
         lambda: Metering(shadow="no"),  # type: ignore[arg-type]
         lambda: billable(2, idempotency=True, shadow=True),
         lambda: billable(2, charge_key="X-Session", shadow=True),
+        lambda: billable(2, per="message", shadow=True),
+        lambda: rate_limited("9/minute", per="message", shadow=True),
     ],
 )
 def test_refuse_a_shadow_that_makes_no_sense(make: Callable[[], object]) -> None:

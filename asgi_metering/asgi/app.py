@@ -22,7 +22,7 @@ class MeteredApp:
 
     Attributes:
         app: The app inside.
-        policy: What every HTTP request to it is asked for.
+        policy: What every HTTP request and every WebSocket to it is asked for.
     """
 
     def __init__(self, app: ASGIApp, *parts: Part | Amount, name: str | None = None) -> None:
@@ -33,8 +33,8 @@ class MeteredApp:
         self.policy = gather(parts, name or f"metered_app.{inner}", OFFERED)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Ask for admission before the app sees an HTTP request; other scopes pass untouched."""
-        if scope["type"] == "http":
+        """Ask for admission before the app sees an HTTP request or a WebSocket; other scopes pass untouched."""
+        if scope["type"] in ("http", "websocket"):
             opening = scope.get(SCOPE_KEY) or CURRENT.get()
             if not isinstance(opening, Opening):
                 raise NoCallError(

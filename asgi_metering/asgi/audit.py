@@ -1,8 +1,8 @@
 """
 The startup audit: which route is metered how, and what is decorated in vain.
 
-Walks the route tables of Starlette and FastAPI, included routers and mounts too; other apps have none to walk.
-Only looks, and never at request time.
+Walks the route tables of Starlette, FastAPI and Litestar, included routers and mounts too; other apps have none to
+walk. Only looks, and never at request time.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 from asgi_metering.admission import check_amounts
 from asgi_metering.amounts import Unit
 from asgi_metering.errors import AmountError, ConfigurationError
-from asgi_metering.guards import BARE_MEND, WEBSOCKET_MEND, Guard, Part, counters_of, decorated, guard_of
+from asgi_metering.guards import BARE_MEND, Guard, Part, counters_of, decorated, guard_of
 from asgi_metering.keying import check_shared
 from asgi_metering.metering import ALL_FEATURES, Metering
 from asgi_metering.outage import check_journal
-from asgi_metering.policies import ChargePolicy, EndpointPolicy
+from asgi_metering.policies import ChargePolicy, EndpointPolicy, misplaced
 from asgi_metering.sources import Allowance, what_differs
 
 __all__ = ["Layer", "Report", "Row", "audit", "has_routes", "routes_of"]
@@ -30,6 +30,9 @@ WEBSOCKET = "WEBSOCKET"
 HTTP_HANDLERS = {name: name.upper() for name in ("get", "post", "put", "patch", "delete", "head", "options")}
 WEBSOCKET_HANDLERS = dict.fromkeys(("dispatch", "on_connect", "on_receive", "on_disconnect"), WEBSOCKET)
 """Methods of class endpoints, by the HTTP method that they answer."""
+
+LATE_HANDLERS = frozenset({"on_receive", "on_disconnect"})
+"""Those of a WebSocket's class that are called once it is open: whoever comes to them was let in."""
 
 LIMITS = ("application_limits", "default_limits")
 """What a layer says of limits, as an argument and on itself."""
@@ -79,7 +82,7 @@ class Row:
 
     @property
     def is_websocket(self) -> bool:
-        """Whether it answers a WebSocket, which is not metered."""
+        """Whether it answers a WebSocket."""
         return WEBSOCKET in self.methods
 
 
@@ -116,8 +119,6 @@ def audit(app: Any, features: frozenset[str], unenforced: frozenset[str], meteri
     for row in report.rows:
         if isinstance(row.endpoint, Part):
             report.errors.append(f"{row.path} has a metering decorator for its endpoint. {BARE_MEND}")
-        elif row.is_websocket:
-            _check_websocket(row, report)
         else:
             _check_row(row, report, features | unenforced, metering)
     report.errors.extend(_other_scales(report.rows, metering))
@@ -139,9 +140,11 @@ def _check_row(row: Row, report: Report, covered: frozenset[str], metering: Any)
             f"{row.path} is metered as {names}, and a call is metered once. Write all of it on the endpoint, or all of "
             f"it on one dependency."
         )
+    report.errors.extend(_misplaced_inside(row))
     for policy in row.policies:
         report.errors.extend(_missing_layers(row, policy, covered))
         report.errors.extend(_nested(row, policy))
+        report.errors.extend(_misplaced(row, policy))
         if metering is not None:
             report.errors.extend(_uncountable(row, policy, metering.unit))
             report.errors.extend(_unkept(row, policy, metering))
@@ -258,19 +261,29 @@ def _other_meterings(rows: list[Row], metering: Any) -> Iterator[str]:
             return
 
 
-def _check_websocket(row: Row, report: Report) -> None:
-    """No middleware opens a call for a WebSocket yet: decorated, it lets nobody in; inside a metered app, everybody."""
-    if row.policies:
-        report.errors.extend(_no_websockets(row, policy.name) for policy in row.policies)
-    elif row.around is not None:
-        report.warnings.append(
-            f"{row.path} is a WebSocket inside {row.around.name}, which lets WebSockets through unmetered. Charge for "
-            f"its work inside it with metering.charge()."
+def _misplaced(row: Row, policy: EndpointPolicy) -> Iterator[str]:
+    """What means nothing to this kind of connection; a mounted application may have both."""
+    if policy.needs and row.methods and (policy.needs == "websocket") is not row.is_websocket:
+        yield f"{row.path} ({policy.name}) {misplaced(policy)}"
+    if row.is_websocket and _is_late(row.endpoint):
+        yield (
+            f"{row.path} ({policy.name}) decorates what is called again and again while its WebSocket is open, and a "
+            f'WebSocket is one call. Decorate on_connect, or dispatch, and write per="message" for each message.'
         )
 
 
-def _no_websockets(row: Row, name: str) -> str:
-    return f"{row.path} ({name}) is a WebSocket, and WebSockets are not metered yet. {WEBSOCKET_MEND}"
+def _is_late(endpoint: Any) -> bool:
+    """Whether *endpoint* is a method of a class of Starlette's that is called once its WebSocket is open."""
+    _, _, name = getattr(endpoint, "__qualname__", "").rpartition(".<locals>.")
+    owner, _, method = name.rpartition(".")
+    return bool(owner) and method in LATE_HANDLERS and not inspect.ismethod(endpoint) and guard_of(endpoint) is not None
+
+
+def _misplaced_inside(row: Row) -> Iterator[str]:
+    """The same of what a `metered_app` around *row* asks for."""
+    around = row.around
+    if around is not None and around.needs and row.methods and (around.needs == "websocket") is not row.is_websocket:
+        yield f"{row.path} is inside {around.name}, which {misplaced(around)}"
 
 
 def _missing_layers(row: Row, policy: EndpointPolicy, covered: frozenset[str]) -> Iterator[str]:
@@ -333,8 +346,6 @@ def _check_reach(report: Report) -> None:
         if reached.get(name) is guard:
             if row is not None:
                 report.warnings.append(_free_too(row, name))
-        elif row is not None and row.is_websocket:
-            report.errors.append(_no_websockets(row, name))
         elif row is not None:
             report.errors.append(
                 f"{row.path} runs {name} ungated: its metering decorators stand above the route's own. Put them below "
@@ -423,6 +434,12 @@ def _route_rows(route: Any, place: _Place) -> Iterator[Row]:
         yield from _walk(included, place.below(place.prefix + (getattr(context, "prefix", "") or "")))
         return
     path = place.prefix + getattr(route, "path", "")
+    handlers = getattr(route, "route_handlers", None)
+    if handlers is not None:
+        # Litestar's: several for the methods of one path.
+        for handler in handlers:
+            yield place.row(path, map(str, handler.http_methods), handler.fn, _policy_of(handler.fn))
+        return
     endpoint = getattr(route, "endpoint", None)
     inner = getattr(route, "app", None)
     if endpoint is None and inner is not None and not isinstance(inner, type):

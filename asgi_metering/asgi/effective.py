@@ -16,6 +16,7 @@ from asgi_metering.chosen import ConfiguredLimits, LimitByPlan
 from asgi_metering.computed import name_of
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.guards import decorated
+from asgi_metering.limiting import FREE_METHODS
 from asgi_metering.named import NamedLimits
 from asgi_metering.policies import From, NamedKey, RatePolicy
 
@@ -79,11 +80,14 @@ def effective_limits(app: Any) -> list[EffectiveLimit]:
 
 def limits_of_row(row: Row, *, is_known: bool = True) -> Iterator[EffectiveLimit]:
     """What limits one route, its own first; *is_known*: whether it is one, and no stand-in for those that are not."""
+    if row.methods and not set(row.methods) - set(FREE_METHODS):
+        return
     for policy in row.policies:
         yield from _told(row, "decorator", policy.rates)
     if row.around is not None and row.around not in row.policies:
         yield from _told(row, "metered_app", row.around.rates)
-    for limits in _flat(row.layers):
+    # A middleware's own count requests, and no WebSockets.
+    for limits in () if row.is_websocket else _flat(row.layers):
         yield from _told(row, "default", limits.default(row if is_known else None))
         yield from _told(row, "application", limits.application)
 
@@ -101,7 +105,7 @@ def _told(row: Row, source: Origin, policies: Sequence[RatePolicy]) -> Iterator[
                 path=row.path,
                 methods=row.methods,
                 endpoint="" if row.endpoint is None else name_of(row.endpoint),
-                limit=f"{limit} (shadow)" if rate.shadow else limit,
+                limit=f"{limit}{_unusual(rate)}",
                 source=source,
                 key=_key(rate),
                 level=rate.level,
@@ -110,6 +114,12 @@ def _told(row: Row, source: Origin, policies: Sequence[RatePolicy]) -> Iterator[
                 scope=rate.scope,
                 applies=_applies(rate),
             )
+
+
+def _unusual(rate: RatePolicy) -> str:
+    """What is not said by the limit's text."""
+    told = "" if rate.per == "call" else f" per {rate.per}"
+    return f"{told} (shadow)" if rate.shadow else told
 
 
 def _limits(rate: RatePolicy) -> Iterator[tuple[str, str, bool]]:

@@ -16,6 +16,7 @@ from asgi_metering.rules.ending import Cause
 __all__ = [
     "announced",
     "cause_of",
+    "cause_of_close",
     "is_bare_end",
     "is_departure",
     "is_last",
@@ -47,6 +48,34 @@ def cause_of(failure: BaseException, finishing: bool) -> Cause:
     return Cause.COMPLETED if finishing else Cause.ABORTED
 
 
+SAID_GOODBYE = frozenset({1000, 1001})
+"""
+Codes of a WebSocket whose client closed it and said so: normally, or going away (RFC 6455, section 7.4.1).
+
+1005, a close without a code, is none: uvicorn and granian say it of connections that were lost, too.
+"""
+
+OWN_CODES = 3000
+"""From here on they are of libraries and applications (RFC 6455, section 7.4.2)."""
+
+RESTARTING = 1012
+"""The server's own code when it stops (IANA registry of close codes)."""
+
+
+def cause_of_close(code: int | None) -> Cause:
+    """
+    What the code of ``websocket.disconnect`` says of the end: a goodbye, a server that stops, or a client that is gone.
+
+    The codes from 3000 on are the application's: whoever sends one has closed in good order. hypercorn says 1006 of
+    every end by a client.
+    """
+    if code is None:
+        return Cause.CLIENT_GONE
+    if code in SAID_GOODBYE or code >= OWN_CODES:
+        return Cause.COMPLETED
+    return Cause.ABORTED if code == RESTARTING else Cause.CLIENT_GONE
+
+
 def is_refusal(failure: BaseException | None) -> bool:
     """Whether *failure* is a refusal, was raised from one, or is a group of nothing else (pitfall 13)."""
     while failure is not None:
@@ -65,9 +94,11 @@ def is_departure(failure: BaseException) -> bool:
     # Not imported before they are needed: naming the middleware imports no framework.
     from anyio import BrokenResourceError, ClosedResourceError
     from starlette.requests import ClientDisconnect
+    from starlette.websockets import WebSocketDisconnect
 
     # The last two are what the makers of a stream hear when its sender has stopped.
-    return isinstance(failure, ClientGone | CallCut | ClientDisconnect | BrokenResourceError | ClosedResourceError)
+    nobody_reads = ClientDisconnect | WebSocketDisconnect | BrokenResourceError | ClosedResourceError
+    return isinstance(failure, ClientGone | CallCut | nobody_reads)
 
 
 def stops(failure: BaseException) -> bool:

@@ -35,7 +35,7 @@ from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_metering.asgi.watch import ClientGone, Watch
 from asgi_metering.call import Call, CallCut, CallRefused
 from asgi_metering.growing import LEAST_ROOM
-from asgi_metering.opening import CURRENT, Before, Opening
+from asgi_metering.opening import CURRENT, Opening
 from asgi_metering.overdue import Entry
 from asgi_metering.policies import Slices
 from asgi_metering.rules.ending import Cause
@@ -44,7 +44,7 @@ from asgi_metering.runtime import BOOK_S, Runtime
 if TYPE_CHECKING:
     from asgi_metering.metering import Metering
 
-__all__ = ["Exchange", "ExchangeOptions", "run"]
+__all__ = ["Exchange", "ExchangeOptions", "booked", "run"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -217,17 +217,6 @@ class Exchange(Opening):
         if message["type"] == "http.disconnect":
             self._gone()
         return message
-
-    def counted_before(self, call: Call) -> None:
-        """The limits of a layer let the request through, by the admission of *call*."""
-        windows = call.decision.windows if call.decision is not None else ()
-        inner = self.before or Before(None, (), 0)
-        self.before = Before(call.caller or inner.caller, (*windows, *inner.windows), inner.layers + 1)
-
-    @property
-    def flat_layers(self) -> int:
-        """How many layers have counted the request before its application ran."""
-        return 0 if self.before is None else self.before.layers
 
     def _gone(self) -> None:
         if not self.finishing and self.call is not None:
@@ -572,7 +561,7 @@ class Exchange(Opening):
         if runtime is not None:
             self._close(call)
             if not (runtime.managed or call.receipt is not None or not call.has_hold):
-                await self._booked(call, runtime)
+                await booked(call, runtime)
 
     def let_go(self) -> None:
         """Forget what refers to this exchange in turn, such as the scope that it stands in."""
@@ -590,13 +579,14 @@ class Exchange(Opening):
         if call.runtime is not None:
             call.runtime.finish(call)
 
-    async def _booked(self, call: Call, runtime: Runtime) -> None:
-        """
-        Where nobody will hold a shutdown for us, stay until the end is booked (pitfall 32).
 
-        Bounded: a store that is down shall not keep the tasks of all requests.
-        """
-        await asyncio.wait((call.expects_ending(),), timeout=BOOK_S)
-        if call.cause is Cause.ABORTED:
-            # daphne stops when the first of the calls that it cancelled is over, and not when the last one is.
-            await asyncio.shield(runtime.booked())
+async def booked(call: Call, runtime: Runtime) -> None:
+    """
+    Where nobody will hold a shutdown for us, stay until the end of *call* is booked (pitfall 32).
+
+    Bounded: a store that is down shall not keep the tasks of all requests.
+    """
+    await asyncio.wait((call.expects_ending(),), timeout=BOOK_S)
+    if call.cause is Cause.ABORTED:
+        # daphne stops when the first of the calls that it cancelled is over, and not when the last one is.
+        await asyncio.shield(runtime.booked())

@@ -17,6 +17,7 @@ from asgi_metering.asgi.exchange import Exchange
 from asgi_metering.asgi.refusals import refusal_response
 from asgi_metering.asgi.table import RouteTable, runs
 from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
+from asgi_metering.asgi.websocket import Session, deny_refused
 from asgi_metering.call import Call, CallRefused
 from asgi_metering.decorators import gather, is_unlimited, rate_limited
 from asgi_metering.errors import ConfigurationError
@@ -29,7 +30,7 @@ from asgi_metering.runtime import BOOK_S
 if TYPE_CHECKING:
     from asgi_metering.asgi.answers import AnswerOptions
 
-__all__ = ["FlatLimits", "FlatOpening", "counted", "rates_of"]
+__all__ = ["FlatLimits", "FlatOpening", "counted", "counted_session", "rates_of"]
 
 OFFERED = ("scope", "request")
 """What callables of these limits may ask for, besides ``call``: nothing of a body, which is not read yet."""
@@ -61,7 +62,8 @@ class FlatLimits:
                 "key='global', or write them as default_limits=."
             )
         self._table: RouteTable | None = None
-        self._policies: dict[tuple[str, int], EndpointPolicy] = {}
+        # By row, which the table keeps: two routes of one name may differ in what limits them.
+        self._policies: dict[tuple[int, int], EndpointPolicy] = {}
 
     def default(self, row: Row | None) -> tuple[RatePolicy, ...]:
         """The default limits that count at *row*, or where no route is known."""
@@ -79,18 +81,28 @@ class FlatLimits:
             depth: How many layers outside of this one have counted it.
         """
         row = self._row(app, scope) if self.default_limits else None
-        name = UNMATCHED if row is None else bucket_of(row)
-        policy = self._policies.get((name, depth))
+        place = (0 if row is None else id(row), depth)
+        policy = self._policies.get(place)
         if policy is None:
             rates = (*_deeper(self.application, depth), *_deeper(self.default(row), depth))
-            # As many as there are routes.
-            policy = self._policies[name, depth] = EndpointPolicy(f"limits of {name}", rates=rates)
+            name = UNMATCHED if row is None else bucket_of(row)
+            policy = self._policies[place] = EndpointPolicy(f"limits of {name}", rates=rates)
         trusted = row if self.default_limits and row is not None and not defaults_apply(row) else None
         return policy if policy.rates else None, trusted
 
+    def handshake(self, depth: int) -> EndpointPolicy | None:
+        """What the handshake of a WebSocket is counted by; routes of WebSockets have no default limits."""
+        place = (-2, depth)
+        policy = self._policies.get(place)
+        if policy is None:
+            policy = self._policies[place] = EndpointPolicy(
+                "limits of WebSockets", rates=_deeper(self.application, depth)
+            )
+        return policy if policy.rates else None
+
     def unmatched(self, depth: int) -> EndpointPolicy:
         """What a request is counted by that took another route than the one which was trusted."""
-        place = (f"mistaken {UNMATCHED}", depth)
+        place = (-1, depth)
         policy = self._policies.get(place)
         if policy is None:
             rates = _deeper(self.default(None), depth)
@@ -127,11 +139,17 @@ def rates_of(parts: Sequence[Part], name: str) -> tuple[RatePolicy, ...]:
     """
     if not parts:
         return ()
-    policy = gather(parts, name, OFFERED)
+    # The last of several decorators is the first that is applied.
+    policy = gather(tuple(reversed(parts)), name, OFFERED)
     if policy.weighs:
         raise ConfigurationError(
             "Limits of a middleware count requests: what a call will use is not known before its body is read. Write "
             "limits of tokens on the endpoints."
+        )
+    if policy.messages:
+        raise ConfigurationError(
+            'Limits of a middleware count HTTP requests, and per="message" what comes in over a WebSocket. Write '
+            "it on the endpoints."
         )
     return policy.rates
 
@@ -198,7 +216,7 @@ async def counted(
         channel: Scope, ``receive`` and ``send`` of the layer.
     """
     scope, _, send = channel
-    depth = exchange.flat_layers
+    depth = 0 if exchange.before is None else exchange.before.layers
     policy, trusted = limits.of(app, scope, depth)
     if trusted is not None:
         app = _Checked(app, limits, exchange, answers, trusted, depth)
@@ -219,12 +237,44 @@ async def counted(
         await _over(opening, call)
 
 
-def _offered(policy: EndpointPolicy, exchange: Exchange) -> Mapping[str, Any]:
+async def counted_session(
+    limits: FlatLimits, session: Session, app: ASGIApp, channel: tuple[Scope, Receive, Send]
+) -> None:
+    """
+    The same for the handshake of a WebSocket, which application limits count as the request that it is.
+
+    Args:
+        limits: Of the layer.
+        session: Of the WebSocket.
+        app: Runs with the channel where the handshake is let in.
+        channel: Scope, ``receive`` and ``send`` of the layer.
+    """
+    scope, receive, send = channel
+    policy = limits.handshake(0 if session.before is None else session.before.layers)
+    if policy is None:
+        await app(scope, receive, send)
+        return
+    opening = FlatOpening(session)
+    call = opening.open_call()
+    try:
+        try:
+            await call.gate(policy, _offered(policy, session))
+        except CallRefused:
+            await deny_refused(call, session.options, scope, receive, send)
+            return
+        session.counted_before(call)
+        await app(scope, receive, send)
+    finally:
+        await _over(opening, call)
+
+
+def _offered(policy: EndpointPolicy, opening: Exchange | Session) -> Mapping[str, Any]:
     if not policy.callables():
         return {}
-    from starlette.requests import Request
+    from starlette.requests import HTTPConnection, Request
 
-    return {"scope": exchange.scope, "request": Request(exchange.scope)}
+    scope = opening.scope
+    return {"scope": scope, "request": Request(scope) if scope["type"] == "http" else HTTPConnection(scope)}
 
 
 async def _answer(call: Call, exchange: Exchange, answers: AnswerOptions, send: Send) -> None:
@@ -269,16 +319,27 @@ class _Checked:
         self._row, self._depth = row, depth
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answered = False
+        asked = answered = False
+
+        async def ask() -> None:
+            nonlocal asked, answered
+            asked = True
+            answered = not self._is_right(scope) and await self._refuses(send)
 
         async def send_(message: Message) -> None:
-            nonlocal answered
-            if message["type"] == "http.response.start" and not self._is_right(scope):
-                answered = await self._refuses(send)
+            if not asked and message["type"] == "http.response.start":
+                await ask()
             if not answered:
                 await send(message)
 
-        await self._app(scope, receive, send_)
+        try:
+            await self._app(scope, receive, send_)
+        except Exception:
+            # Answered further out, for all that is known here; whoever is refused hears that instead.
+            if not asked:
+                await ask()
+            if not answered:
+                raise
 
     def _is_right(self, scope: Scope) -> bool:
         call = self._exchange.call

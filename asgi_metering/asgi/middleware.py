@@ -14,10 +14,11 @@ from typing import Any, ClassVar, Literal
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.audit import MAX_DEPTH
 from asgi_metering.asgi.exchange import Exchange, ExchangeOptions, run
-from asgi_metering.asgi.flat import FlatLimits, counted
+from asgi_metering.asgi.flat import FlatLimits, counted, counted_session
 from asgi_metering.asgi.lifespan import LAYERS_KEY, Lifespan
 from asgi_metering.asgi.startup import check_stack, examined
 from asgi_metering.asgi.types import ASGIApp, Receive, Scope, Send
+from asgi_metering.asgi.websocket import Session, attend, deny_mistaken
 from asgi_metering.asgi.workers import check_workers
 from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.guards import Part
@@ -53,8 +54,8 @@ class MeteringMiddleware:
         answers: How refusals and limits look on the wire. Of a stack of layers the outermost says it for all of them,
             and an inner one that says something else fails at startup; so for:
         stop_on_disconnect: Raise `OSError` from ``send`` once the client has left, for apps that would run on.
-        application_limits: Limits that count every HTTP request, whatever its route: ``[rate_limited("1000/minute",
-            key="address")]``.
+        application_limits: Limits that count every HTTP request, whatever its route, and the handshakes of WebSockets:
+            ``[rate_limited("1000/minute", key="address")]``.
         default_limits: Limits that count the requests of each route that has none of its own, route by route, but for
             those that are `unlimited`; a route whose own ones say ``override_defaults=False`` has both. Requests whose
             route cannot be told beforehand (unknown paths, frameworks without a route table that can be read) are
@@ -119,7 +120,7 @@ class MeteringMiddleware:
         self._proving = threading.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Meter HTTP requests; look after the lifespan; pass everything else on."""
+        """Meter HTTP requests and WebSockets; look after the lifespan; pass everything else on."""
         kind = scope["type"]
         if kind == "http":
             opening = scope.get(SCOPE_KEY)
@@ -129,6 +130,8 @@ class MeteringMiddleware:
                 await self._meter(scope, receive, send)
             else:
                 await _answer_mistaken(send)
+        elif kind == "websocket":
+            await self._websocket(scope, receive, send)
         elif kind == "lifespan":
             await self._lifespan(scope, receive, send)
         else:
@@ -169,6 +172,22 @@ class MeteringMiddleware:
             log.error("The application cannot serve: %s", self.fault)
         return self.fault is None
 
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        opening = scope.get(SCOPE_KEY)
+        if opening is not None:
+            await self._join(opening, scope, receive, send)
+        elif self.proven or self._prove(scope):
+            session = scope[SCOPE_KEY] = Session(
+                self.metering, self.features, scope, receive, send, self.options.answers, unenforced=self.unenforced
+            )
+            if self.limits is None:
+                await attend(self.app, session)
+                return
+            channel = (scope, receive, send)
+            await counted_session(self.limits, session, lambda *_: attend(self.app, session), channel)
+        else:
+            await deny_mistaken(scope, receive, send, MISTAKEN)
+
     async def _join(self, opening: Opening, scope: Scope, receive: Receive, send: Send) -> None:
         """An outer layer opened the call; this one adds what it enables (X.1)."""
         if opening.metering is not self.metering:
@@ -177,10 +196,13 @@ class MeteringMiddleware:
             )
         opening.features |= self.features
         opening.unenforced &= self.unenforced
-        if self.limits is None or opening.free or not isinstance(opening, Exchange):
-            await self.app(scope, receive, send)
-            return
         channel = (scope, receive, send)
+        if self.limits is not None and isinstance(opening, Session):
+            await counted_session(self.limits, opening, self.app, channel)
+            return
+        if self.limits is None or opening.free or not isinstance(opening, Exchange):
+            await self.app(*channel)
+            return
         answers = opening.options.answers
         await counted(self.limits, opening, answers, self.app, lambda app: app(*channel), channel)
 

@@ -48,7 +48,8 @@ class HTTPOrigin:
         """Method, path and query, as the client sent them."""
         scope = self._scope
         path = scope.get("raw_path") or scope["path"].encode("utf-8", "surrogatepass")
-        return scope["method"].encode("latin-1"), path, scope.get("query_string", b"")
+        # A WebSocket begins as a GET, and its scope does not say so (RFC 6455, section 4.1).
+        return scope.get("method", "GET").encode("latin-1"), path, scope.get("query_string", b"")
 
     def fields(self, name: str) -> list[str]:
         """The lines of the header field *name*, in lower case."""

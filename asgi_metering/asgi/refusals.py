@@ -12,11 +12,12 @@ from asgi_metering.asgi.problems import Customise, Rendered, ndjson_error, rende
 from asgi_metering.asgi.replay import replay_response
 from asgi_metering.asgi.types import Message
 from asgi_metering.call import Call
+from asgi_metering.decisions import Decision, Refusal
 from asgi_metering.errors import MeteringError
 from asgi_metering.policies import EndpointPolicy, ErrorShape
 from asgi_metering.sources import Allowance
 
-__all__ = ["in_band_error", "refusal_answer", "refusal_response"]
+__all__ = ["in_band_error", "message_error", "refusal_answer", "refusal_response"]
 
 LINES = frozenset({b"application/jsonl", b"application/jsonlines", b"application/ndjson", b"application/x-ndjson"})
 """Media types of a JSON value per line; none is registered, so all of these are met."""
@@ -25,15 +26,26 @@ EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 """What a server-sent event ends with: a blank line, by any of the three line ends."""
 
 
-def refusal_answer(call: Call, options: AnswerOptions) -> Answer:
-    """What is answered to a call that was refused, or cut. Raises `MeteringError` for one that was neither."""
-    refusal = call.lack
+def refusal_answer(
+    call: Call, options: AnswerOptions, refusal: Refusal | None = None, decision: Decision | None = None
+) -> Answer:
+    """
+    What is answered to a call that was refused, or cut. Raises `MeteringError` for one that was neither.
+
+    Args:
+        call: Whose.
+        options: The application's choices.
+        refusal: Of a message in it instead, with the *decision* on that.
+        decision: By which the limits are told; the call's own by default.
+    """
+    refusal = refusal or call.lack
     if refusal is None:
         raise MeteringError(f"Call {call.id!r} was not refused, so there is no refusal to answer.")
     charge = call.charge
     sources = charge.sources if charge is not None else ()
     by_name = {source.name: source.status for source in sources if isinstance(source, Allowance)}
-    decision, before = call.decision, call.opening.before
+    decision = call.decision if decision is None else decision
+    before = call.opening.before
     return answer(
         refusal,
         decision if decision is None or before is None else with_windows(decision, before),
@@ -83,6 +95,11 @@ def in_band_error(call: Call, options: AnswerOptions, start: Message | None, lat
         mid_line = sent is not None and not sent.endswith(b"\n")
         return ndjson_error(refusal_answer(call, options), *_spelling(call), mid_line=mid_line)
     return None
+
+
+def message_error(call: Call, options: AnswerOptions, refusal: Refusal, decision: Decision | None) -> str:
+    """The refusal of one message of a session as a text frame, in the shape that the route chose."""
+    return render(refusal_answer(call, options, refusal, decision), *_spelling(call)).body.decode("ascii")
 
 
 def _spelling(call: Call) -> tuple[ErrorShape, Customise | None]:

@@ -19,6 +19,9 @@ __all__ = ["RouteTable", "runs"]
 MAX_PATHS = 4_096
 """Paths whose route is remembered: those that clients make up come and go."""
 
+MAX_PATH = 256
+"""Characters of such a path: with longer ones a client could fill our memory."""
+
 
 class _Entry(NamedTuple):
     row: Row
@@ -45,6 +48,8 @@ class RouteTable:
         place = (scope["method"], _path_below(scope["path"], self._root_path or scope.get("root_path", "")))
         if place in self._known:
             return self._known[place]
+        if len(place[1]) > MAX_PATH:
+            return self._find(*place)
         if len(self._known) >= MAX_PATHS:
             self._known = {}
         found = self._known[place] = self._find(*place)
@@ -64,6 +69,9 @@ def _entries(row: Row) -> list[_Entry]:
     # Only applications with routes of Starlette's have rows.
     from starlette.routing import compile_path
 
+    if not (row.path or row.methods or row.policy):
+        # A host, or a mount that takes whatever no route does: no more than that is known of what it takes.
+        return []
     path = row.path if row.path.startswith("/") else f"/{row.path}"
     try:
         exact, _, _ = compile_path(path)
@@ -83,7 +91,8 @@ def _path_below(path: str, root: str) -> str:
 
 def runs(row: Row, scope: Scope) -> bool:
     """Whether the framework that handled the request of *scope* says that it took *row*."""
-    endpoint: Any = scope.get("endpoint")
+    # Starlette and FastAPI name the endpoint, Litestar its handler.
+    endpoint: Any = scope.get("endpoint") or getattr(scope.get("route_handler"), "fn", None)
     if isinstance(endpoint, type) and endpoint is not row.endpoint:
         handler = next((name for name, method in HTTP_HANDLERS.items() if method == scope["method"]), "")
         endpoint = getattr(endpoint, handler, None)

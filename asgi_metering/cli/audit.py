@@ -101,7 +101,7 @@ def _route(row: Any) -> dict[str, Any]:
         "path": row.path,
         "methods": ",".join(row.methods),
         "line": charge.line if charge is not None else "",
-        "price": f"{_price(charge.price)}{_shadow(charge)}" if charge is not None else "",
+        "price": f"{_price(charge)}{_shadow(charge)}" if charge is not None else "",
         # Which one the metering counts is not seen from here.
         "unit": _unit(charge.unit) if charge is not None else "",
         "concurrency": ", ".join(slots),
@@ -116,7 +116,8 @@ def _route(row: Any) -> dict[str, Any]:
         shown["payer"] = "the caller's" if charge.payer is None else _function(charge.payer)
         shown["idempotency"] = _idempotency(charge.idempotency)
         shown["charge_key"] = _charge_key(charge.key)
-        shown["end"] = {situation.value: charge.end.basis(situation).value for situation in END_OF_CALL}
+        basis = charge.end.session_basis if row.is_websocket else charge.end.basis
+        shown["end"] = {situation.value: basis(situation).value for situation in END_OF_CALL}
     return shown
 
 
@@ -166,6 +167,9 @@ def _hold(charge: Any) -> str:
     from asgi_metering.policies import From
 
     estimate, least = charge.hold.estimate, charge.hold.at_least
+    if charge.per != "call":
+        first = "a slice" if estimate is None else estimate
+        return f"{first} at first, the price at least, and more while it is open"
     if not charge.measured:
         return "the price"
     text = "estimated from the request" if estimate is None else str(estimate)
@@ -222,13 +226,19 @@ def _details(rows: Iterable[dict[str, Any]]) -> None:
             print(f"  {limit['limit']} ({limit['source']}): {told}")
 
 
-def _price(price: Any) -> str:
+def _price(charge: Any) -> str:
     from asgi_metering.policies import From
     from asgi_metering.prices import FixedPrice
 
+    price = charge.price
     if isinstance(price, From):
-        return _function(price)
-    return format(price.amount, "f") if isinstance(price, FixedPrice) else type(price).__name__
+        return f"{_function(price)}{_per(charge)}"
+    return f"{price.amount:f}{_per(charge)}" if isinstance(price, FixedPrice) else type(price).__name__
+
+
+def _per(policy: Any) -> str:
+    """Of what it is charged or counted for each, where that is not the call."""
+    return "" if policy.per == "call" else f" per {policy.per}"
 
 
 def _load(target: str, *, verbose: bool) -> Any:

@@ -15,7 +15,16 @@ from typing import NamedTuple
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.receipts import Basis
 
-__all__ = ["DEFAULT_END_POLICY", "END_OF_CALL", "Cause", "EndPolicy", "Sighting", "Situation", "situation"]
+__all__ = [
+    "DEFAULT_END_POLICY",
+    "END_OF_CALL",
+    "SESSION_DEFAULTS",
+    "Cause",
+    "EndPolicy",
+    "Sighting",
+    "Situation",
+    "situation",
+]
 
 
 class Cause(StrEnum):
@@ -59,6 +68,13 @@ END_OF_CALL: Mapping[Situation, tuple[Basis, ...]] = MappingProxyType(
 """For each situation the bases that a route may choose; the first is the default."""
 
 
+SESSION_DEFAULTS: Mapping[Situation, Basis] = MappingProxyType({Situation.FAILED_LATE: Basis.OBSERVED})
+"""
+What differs for a session, such as a WebSocket: its client can make most handlers fail, by a message that they cannot
+read, and would have everything that was done for it before for nothing.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class EndPolicy:
     """
@@ -81,6 +97,10 @@ class EndPolicy:
     def basis(self, row: Situation) -> Basis:
         """The basis for *row*: the chosen one, else the row's default."""
         return self.chosen.get(row, END_OF_CALL[row][0])
+
+    def session_basis(self, row: Situation) -> Basis:
+        """The same for a session, whose defaults differ."""
+        return self.chosen.get(row) or SESSION_DEFAULTS.get(row) or self.basis(row)
 
 
 DEFAULT_END_POLICY = EndPolicy(MappingProxyType({}))

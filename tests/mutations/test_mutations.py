@@ -7,7 +7,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.mutations import capture, completion, denial, fast_path, gate, growing, keys, outage, telling
+from tests.mutations import (
+    capture,
+    completion,
+    denial,
+    fast_path,
+    gate,
+    growing,
+    keys,
+    limiting,
+    outage,
+    telling,
+    websockets,
+)
 from tests.mutations.entries import Mutation
 from tests.mutations.running import Runs
 
@@ -16,11 +28,13 @@ MUTATIONS: tuple[Mutation, ...] = (
     *denial.MUTATIONS,
     *completion.MUTATIONS,
     *keys.MUTATIONS,
+    *limiting.MUTATIONS,
     *capture.MUTATIONS,
     *telling.MUTATIONS,
     *outage.MUTATIONS,
     *growing.MUTATIONS,
     *fast_path.MUTATIONS,
+    *websockets.MUTATIONS,
 )
 
 CALLS = "tests/pitfalls/test_calls.py::"

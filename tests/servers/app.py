@@ -22,6 +22,11 @@ path                answer
 ``/raw/burst/``     2 credits: no framework, ``n`` chunks of 64 KiB in a loop that never looks for the client
 ``/raw/ticks/``     2 credits: no framework, 16 KiB every 5 ms, without end and without looking
 ``/raw/trailers/``  2 credits: no framework, a body, and trailers behind it where the server has them
+``/ws``             2 credits: a WebSocket that says everything back, and does what it is told
+``/ws/messages``    1 credit a message, held in slices of 3, and two connections of a caller at once: the same
+``/ws/brief``       the same on a hold that lives for 1 s without a heartbeat
+``/ws/limited``     the same for nothing, and three messages an hour
+``/ws/free``        not metered: the same
 ``/desk``           free: what ``payer`` has, after a grant of ``credits`` if there are any
 ==================  ======================================================================================
 
@@ -43,8 +48,9 @@ from urllib.parse import parse_qs
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import FileResponse, JSONResponse, StreamingResponse
-from starlette.routing import Mount, Route
+from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from asgi_metering import (
     Caller,
@@ -278,6 +284,46 @@ async def desk(request: Request) -> JSONResponse:
     return JSONResponse({"held": balance.held, "charges": charges, "wrong": await metering.check()})
 
 
+async def _talk(websocket: WebSocket) -> None:
+    note("ran", path=websocket.url.path, key=websocket.headers.get("x-api-key"))
+    protocols = websocket.scope["subprotocols"]
+    await websocket.accept(protocols[0] if protocols else None)
+    while (message := await websocket.receive())["type"] == "websocket.receive":
+        text = message.get("text") or ""
+        if text == "close":
+            await websocket.close(4000, "told to")
+            return
+        if text == "raise":
+            raise ValueError("told to")
+        await websocket.send_text(f"{text}!")
+    note("disconnected", key=websocket.headers.get("x-api-key"), code=message.get("code"))
+
+
+@billable(2, line="talk")
+async def talk(websocket: WebSocket) -> None:
+    """A fixed price."""
+    await _talk(websocket)
+
+
+@rate_limited(concurrency=2)
+@billable(1, per="message", hold=slices(3), line="talk")
+async def messages(websocket: WebSocket) -> None:
+    """A price per message."""
+    await _talk(websocket)
+
+
+@billable(1, per="message", line="talk", **_BRIEF)
+async def messages_brief(websocket: WebSocket) -> None:
+    """The same on a short hold."""
+    await _talk(websocket)
+
+
+@rate_limited("3/hour", per="message")
+async def messages_limited(websocket: WebSocket) -> None:
+    """A limit of messages."""
+    await _talk(websocket)
+
+
 _ROUTES = [
     Route("/json", plain, methods=["GET", "POST", "OPTIONS"]),
     Route("/limited", twice),
@@ -294,6 +340,11 @@ _ROUTES = [
     Mount("/raw/burst", metered_app(_raw_burst, billable(2, line="raw"))),
     Mount("/raw/ticks", metered_app(_raw_ticks, billable(2, line="raw"))),
     Mount("/raw/trailers", metered_app(_raw_trailers, billable(2, line="raw"))),
+    WebSocketRoute("/ws", talk),
+    WebSocketRoute("/ws/messages", messages),
+    WebSocketRoute("/ws/brief", messages_brief),
+    WebSocketRoute("/ws/limited", messages_limited),
+    WebSocketRoute("/ws/free", _talk),
     Route("/desk", desk),
 ]
 

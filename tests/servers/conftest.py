@@ -15,5 +15,8 @@ def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Every kind of server in turn."""
     # hypercorn waits for what hangs in its own `send`, as some of these tests let it.
     grace_s = 1 if request.param == "hypercorn" else None
-    with house(request.param, tmp_path_factory.mktemp(request.param), graceful_timeout_s=grace_s) as running:
+    # uvicorn chooses the library `websockets` by itself, where that is installed.
+    extra = ("--ws", "wsproto") if request.param == "uvicorn-httptools" else ()
+    folder = tmp_path_factory.mktemp(request.param)
+    with house(request.param, folder, graceful_timeout_s=grace_s, extra_args=extra) as running:
         yield running

@@ -1,0 +1,738 @@
+"""WebSockets: who is let in, what passes, what each message or second costs, and how a session ends (DESIGN 7, X.4)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fastapi import Depends, FastAPI
+from starlette.applications import Starlette
+from starlette.endpoints import WebSocketEndpoint
+from starlette.routing import Mount, WebSocketRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from asgi_metering import (
+    billable,
+    metered_app,
+    rate_limited,
+    slices,
+)
+from asgi_metering.rules.operations import Grow
+from tests.asgi.sessions import CREDIT, Hours, Slow, echo, play, served
+from tests.harness.drive import assert_same_log
+from tests.harness.sockets import DENIAL, Socket
+from tests.pitfalls.scene import Books
+
+ANN = [("x-api-key", "ann")]
+
+
+# -- what passes -------------------------------------------------------------------------------------------
+
+
+SUBPROTOCOLS = {"subprotocols": ["v2", "v1"], "headers": [("origin", "https://example.com"), *ANN], "query": "room=1"}
+
+
+async def raw(scope: Scope, receive: Receive, send: Send) -> None:
+    """An application of everything that a WebSocket may be sent."""
+    assert (await receive())["type"] == "websocket.connect"
+    chosen = scope["subprotocols"][0]
+    await send({"type": "websocket.accept", "subprotocol": chosen, "headers": [(b"x-own", b"1")]})
+    while (message := await receive())["type"] == "websocket.receive":
+        await send({"type": "websocket.send", "bytes": b"\x00" + (message.get("text") or "").encode()})
+    await send({"type": "websocket.send", "text": repr(message["code"])})
+
+
+@pytest.mark.parametrize(
+    "metered", [(), (billable(2),), (billable(1, per="message"), rate_limited("9/minute", per="message"))]
+)
+def test_pass_every_message_unchanged(metered: tuple[Any, ...]) -> None:
+    """S2.27: with and without a price the server hears what it hears of the bare application, and so does that."""
+
+    async def talk(app: ASGIApp) -> Socket:
+        async with Socket(app, **SUBPROTOCOLS) as socket:
+            socket.say("a", "", "c")
+            await socket.until(lambda: len(socket.log) == 4)
+            socket._inbox.put_nowait({"type": "websocket.disconnect", "code": 1000, "reason": None})
+        assert socket.failure is None
+        return socket
+
+    async def story() -> None:
+        app = metered_app(raw, *metered) if metered else raw
+        bare = await talk(raw)
+        async with served(Starlette(routes=[Mount("/", app=app)])) as scene:
+            behind = await talk(scene.app)
+            assert_same_log(behind.log, bare.log)
+            assert behind.read == bare.read
+            assert await scene.books() == ({(): 0, 1: 2, 2: 3}[len(metered) or ()], 0)  # type: ignore[index]
+
+    play(story)
+
+
+def test_open_nothing_for_an_undecorated_websocket() -> None:
+    """X.4: what is not decorated makes no call, and asks the store for nothing."""
+
+    async def story() -> None:
+        books = Books()
+        async with served(echo(), store=books) as scene:
+            asked = len(books.asked)
+            async with scene.socket(key=None) as socket:
+                socket.say("a")
+                assert await socket.heard(1) == ["a!"]
+                socket.leave()
+            assert len(books.asked) == asked
+            assert scene.events == []
+
+    play(story)
+
+
+# -- who is let in -----------------------------------------------------------------------------------------
+
+
+def in_fastapi(*decorators: Any, ran: list[str] | None = None) -> FastAPI:
+    """The same endpoint on FastAPI."""
+    app = FastAPI()
+    app.websocket("/ws")(echo(*decorators, ran=ran))
+    return app
+
+
+def in_class(*decorators: Any, ran: list[str] | None = None) -> Starlette:
+    """A class of Starlette's, whose `on_connect` is decorated."""
+
+    class Talk(WebSocketEndpoint):
+        encoding = "text"
+
+        async def on_connect(self, websocket: WebSocket) -> None:
+            if ran is not None:
+                ran.append("ran")
+            await websocket.accept()
+
+        async def on_receive(self, websocket: WebSocket, data: str) -> None:
+            await websocket.send_text(f"{data}!")
+
+    for decorate in reversed(decorators):
+        Talk.on_connect = decorate(Talk.on_connect)  # type: ignore[method-assign]
+    return Starlette(routes=[WebSocketRoute("/ws", Talk)])
+
+
+def in_dispatch(*decorators: Any, ran: list[str] | None = None) -> Starlette:
+    """The same, with its `dispatch` decorated."""
+    app = in_class(ran=ran)
+    (route,) = app.routes
+    assert isinstance(route, WebSocketRoute)
+    talk: Any = route.endpoint
+    talk.dispatch = WebSocketEndpoint.dispatch
+    for decorate in reversed(decorators):
+
+        async def dispatch(self: Any) -> None:
+            await WebSocketEndpoint.dispatch(self)
+
+        talk.dispatch = decorate(dispatch if talk.dispatch is WebSocketEndpoint.dispatch else talk.dispatch)
+    return app
+
+
+def in_metered_app(*decorators: Any, ran: list[str] | None = None) -> Starlette:
+    """A whole application, mounted."""
+    inner = Starlette(routes=[WebSocketRoute("/ws", echo(ran=ran))])
+    return Starlette(routes=[Mount("/", app=metered_app(inner, *decorators))])
+
+
+def in_dependency(*decorators: Any, ran: list[str] | None = None) -> FastAPI:
+    """A dependency of FastAPI's that is decorated."""
+
+    async def paid(websocket: WebSocket) -> None: ...
+
+    for decorate in reversed(decorators):
+        paid = decorate(paid)
+    app = FastAPI()
+    app.websocket("/ws", dependencies=[Depends(paid)])(echo(ran=ran))
+    return app
+
+
+def in_starlette(*decorators: Any, ran: list[str] | None = None) -> Starlette:
+    """A route of Starlette's."""
+    return Starlette(routes=[WebSocketRoute("/ws", echo(*decorators, ran=ran))])
+
+
+FORMS: dict[str, Callable[..., Any]] = {
+    "starlette": in_starlette,
+    "fastapi": in_fastapi,
+    "on_connect": in_class,
+    "dispatch": in_dispatch,
+    "metered_app": in_metered_app,
+    "dependency": in_dependency,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_charge_a_connection_once(form: str) -> None:
+    """A plain price is charged once for the connection, whatever passes over it, by every way to decorate it."""
+
+    async def story() -> None:
+        async with served(FORMS[form](billable(2))) as scene:
+            async with scene.socket() as socket:
+                socket.say("a", "b")
+                assert await socket.heard(2) == ["a!", "b!"]
+                assert await scene.account() == (0, 2)
+                socket.leave()
+            assert await scene.books() == (2, 0)
+            assert await scene.charges() == [("usage", 2)]
+
+    play(story)
+
+
+@pytest.mark.parametrize("extensions", [DENIAL, None], ids=["denial", "close"])
+@pytest.mark.parametrize("form", FORMS)
+def test_refuse_before_the_accept(form: str, extensions: Any) -> None:
+    """Pitfall 19: a refusal is a whole response where the server has the extension, else a close; no line has run."""
+    ran: list[str] = []
+
+    async def story() -> None:
+        async with served(FORMS[form](billable(2), ran=ran), granted=1) as scene:
+            async with scene.socket(extensions=extensions) as socket:
+                pass
+            assert socket.failure is None
+            assert [message["type"] for message in socket.read] == ["websocket.connect"]
+            if extensions:
+                assert socket.kinds == ["http.response.start", "http.response.body"]
+                start, body = socket.log
+                fields = dict(start["headers"])
+                assert (start["status"], fields[b"content-type"]) == (402, b"application/problem+json")
+                told = json.loads(body["body"])
+                assert (told["code"], told["required"], told["available"]) == ("insufficient_credits", "2", "1")
+                assert fields[b"content-length"] == str(len(body["body"])).encode()
+            else:
+                assert socket.log == [
+                    {"type": "websocket.close", "code": 4402, "reason": "insufficient_credits: Insufficient credits"}
+                ]
+            assert await scene.books() == (0, 0)
+
+    play(story)
+    assert ran == []
+
+
+def refusals() -> dict[str, tuple[Any, dict[str, Any], int]]:
+    """A route for each reason, how it is visited, and the status."""
+    return {
+        "nobody": (billable(2), {"key": None}, 401),
+        "rate": (rate_limited("0/minute"), {}, 429),
+        "slots": (rate_limited("9/minute", global_concurrency=0), {}, 503),
+        "shape": (billable(2, errors="openai"), {"key": "poor"}, 402),
+        "unpayable-message": (billable(101, per="message"), {}, 402),
+        "unpayable-second": (billable(101, per="second"), {}, 402),
+    }
+
+
+@pytest.mark.parametrize("reason", refusals())
+def test_refuse_for_every_reason(reason: str) -> None:
+    """The status, body and fields are those of HTTP: 401 with its challenge, 429, 503, and the shapes of SDKs."""
+    decorate, visit, status = refusals()[reason]
+
+    async def story() -> None:
+        async with served(echo(decorate)) as scene:
+            async with scene.socket(extensions=DENIAL, **visit) as socket:
+                pass
+            start, body = socket.log
+            fields = dict(start["headers"])
+            assert start["status"] == status
+            assert (b"www-authenticate" in fields) is (status == 401)
+            assert ("error" in json.loads(body["body"])) is (reason == "shape")
+            async with scene.socket(**visit) as socket:
+                pass
+            assert socket.closed is not None
+            assert socket.closed[0] == 4000 + status
+            assert len(socket.closed[1].encode()) <= 123
+
+    play(story)
+
+
+def test_identify_by_the_query_of_a_websocket() -> None:
+    """`identify` gets the connection: its header fields, its query and its path, as of HTTP."""
+
+    async def story() -> None:
+        async with served(echo(billable(2))) as scene:
+            async with Socket(scene.app, query="key=ann") as socket:
+                await socket.opened()
+                socket.leave()
+            assert await scene.books() == (2, 0)
+
+    play(story)
+
+
+# -- charges per message -----------------------------------------------------------------------------------
+
+
+def test_charge_each_message_that_is_let_in() -> None:
+    """One call for the session: held for ten messages at first, settled once with what came in, and told so."""
+
+    async def story() -> None:
+        async with served(echo(billable(2, per="message"))) as scene:
+            async with scene.socket() as socket:
+                await socket.opened()
+                assert await scene.account() == (0, 20)
+                socket.say("a", "b", "c")
+                await socket.heard(3)
+                assert await scene.account() == (0, 20)
+                socket.leave()
+            assert await scene.books() == (6, 0)
+            assert await scene.charges() == [("usage", 6)]
+        (event,) = scene.events
+        assert (event.amount, event.attributes["messages"], event.outcome) == (6 * CREDIT, 3, "completed")
+
+    play(story)
+
+
+def test_grow_the_hold_of_a_session_ahead_of_its_messages() -> None:
+    """A long session outgrows its first slice; the store is asked seldom, beside the messages, and all is settled."""
+
+    async def story() -> None:
+        books = Books()
+        async with served(echo(billable(1, per="message")), granted=1_000, store=books) as scene:
+            async with scene.socket() as socket:
+                for number in range(100):
+                    socket.say(str(number))
+                    await socket.heard(number + 1)
+                    _, held = await scene.account()
+                    assert number < held <= number + 22
+                socket.leave()
+            assert await scene.books() == (100, 0)
+        assert len([each for each in books.asked if isinstance(each, Grow)]) <= 11
+        assert len(books.admissions) == 1
+
+    play(story)
+
+
+@pytest.mark.parametrize("hold", [None, slices(3), slices(2, step=1, low_water="0.5"), slices("0.1")])
+def test_let_in_no_message_that_cannot_be_paid(hold: Any) -> None:
+    """With seven credits seven messages come in, held by whatever slices; before the eighth the client hears 4402."""
+    given: list[str] = []
+    ends: list[tuple[int, str | None]] = []
+
+    @billable(1, per="message", hold=hold)
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        try:
+            while True:
+                given.append(await websocket.receive_text())
+        except WebSocketDisconnect as gone:
+            ends.append((gone.code, gone.reason))
+            with pytest.raises(WebSocketDisconnect):
+                await websocket.send_text("too late")
+
+    async def story() -> None:
+        async with served(talk, granted=7) as scene:
+            async with scene.socket() as socket:
+                socket.say(*"abcdefghij")
+                await socket.until(lambda: socket.closed or len(given) > 7)
+                if not socket.closed:
+                    socket.leave()
+            assert socket.failure is None
+            assert socket.closed == (4402, "insufficient_credits: Insufficient credits")
+            assert await scene.books() == (7, 0)
+            assert await scene.charges() == [("observed", 7)]
+        assert [event.outcome for event in scene.events] == ["cut"]
+
+    play(story)
+    assert "".join(given) == "abcdefg"
+    assert ends == [(4402, "insufficient_credits: Insufficient credits")]
+
+
+def test_let_messages_in_again_after_a_payment() -> None:
+    """A payer who ran dry and pays in time goes on: the store is asked again for the next message."""
+
+    async def story() -> None:
+        async with served(echo(billable(1, per="message")), granted=2) as scene:
+            async with scene.socket() as socket:
+                socket.say("a", "b")
+                await socket.heard(2)
+                await scene.metering.grant("ann", 2, id="more")
+                socket.say("c", "d", "e")
+                await socket.heard(4)
+            assert socket.closed is not None
+            assert socket.closed[0] == 4402
+            assert await scene.books() == (4, 0)
+
+    play(story)
+
+
+def test_owe_for_a_session_as_far_as_its_slices_say() -> None:
+    """`slices(debt=)` lets a session that runs go on for so much: five messages of three credits."""
+
+    async def story() -> None:
+        async with served(echo(billable(1, per="message", hold=slices(1, debt=2))), granted=3) as scene:
+            async with scene.socket() as socket:
+                socket.say(*"abcdefg")
+            assert len(socket.texts) == 5
+            assert await scene.books() == (5, 0)
+
+    play(story)
+
+
+def test_charge_messages_by_a_price_that_is_computed() -> None:
+    """A price of the endpoint's own arguments is computed once, when the session begins."""
+    asked: list[str] = []
+
+    def price(tier: str) -> int:
+        asked.append(tier)
+        return 3
+
+    app = FastAPI()
+
+    @app.websocket("/ws")
+    @billable(price, per="message")
+    async def talk(websocket: WebSocket, tier: str = "gold") -> None:
+        await echo()(websocket)
+
+    async def story() -> None:
+        async with served(app) as scene:
+            async with scene.socket() as socket:
+                socket.say("a", "b")
+                await socket.heard(2)
+                socket.leave()
+            assert await scene.books() == (6, 0)
+
+    play(story)
+    assert asked == ["gold"]
+
+
+@pytest.mark.parametrize("price", [0, lambda websocket: 0])
+def test_charge_nothing_for_messages_that_are_free(price: Any) -> None:
+    """Free work is let in without a balance, and audited with an amount of 0."""
+
+    async def story() -> None:
+        async with served(echo(billable(price, per="message")), granted=0) as scene, scene.socket() as socket:
+            socket.say("a")
+            await socket.heard(1)
+            socket.leave()
+        assert [event.amount for event in scene.events] == [0]
+
+    play(story)
+
+
+def test_let_the_operators_own_callers_in_for_nothing() -> None:
+    """An exempt caller pays for no message, and is counted by no limit of its own (S0.18)."""
+
+    async def story() -> None:
+        both = (billable(1, per="message"), rate_limited("1/minute", per="message"))
+        async with served(echo(*both), granted=0) as scene, scene.socket(key="probe") as socket:
+            socket.say("a", "b", "c")
+            await socket.heard(3)
+            socket.leave()
+        assert [event.amount for event in scene.events] == [0]
+
+    play(story)
+
+
+# -- charges per second ------------------------------------------------------------------------------------
+
+
+async def silent(websocket: WebSocket) -> None:
+    """Accept, and listen."""
+    await websocket.accept()
+    async for _ in websocket.iter_text():
+        pass
+
+
+def test_charge_each_second_that_begins() -> None:
+    """The clock runs from the accept to the disconnect; a minute is held at once, and more before it is over."""
+
+    async def story() -> None:
+        hours = Hours()
+        async with served(billable(1, per="second")(silent), granted=1_000) as scene:
+            async with scene.socket() as socket:
+                await socket.opened()
+                assert await scene.account() == (0, 60)
+                for _ in range(5):
+                    await hours.pass_by(25)
+                    await asyncio.sleep(0)
+                socket.leave()
+            settled, held = await scene.books()
+            assert (settled, held) == (126, 0)
+        assert scene.events[0].attributes["seconds"] == 126
+
+    play(story)
+
+
+def test_close_when_the_last_second_is_over() -> None:
+    """A handler that listens hears of the disconnect at once, and no second is charged that was not paid for."""
+    ends: list[int] = []
+
+    @billable(1, per="second", hold=slices(4))
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        ends.append((await websocket.receive())["code"])
+
+    async def story() -> None:
+        hours = Hours()
+        async with served(talk, granted=10) as scene:
+            async with scene.socket() as socket:
+                await socket.opened()
+                for elapsed in range(1, 11):
+                    assert socket.closed is None, elapsed
+                    await hours.pass_by(1)
+                await socket.until(lambda: socket.closed)
+            assert socket.closed == (4402, "insufficient_credits: Insufficient credits")
+            assert await scene.books() == (10, 0)
+            assert await scene.charges() == [("observed", 10)]
+
+    play(story)
+    assert ends == [4402]
+
+
+def test_count_no_second_after_the_client_left() -> None:
+    """A disconnect counts from when it comes, also where the handler does not look for it."""
+    leave = asyncio.Event()
+
+    @billable(1, per="second")
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await leave.wait()
+
+    async def story() -> None:
+        hours = Hours()
+        async with served(talk) as scene:
+            async with scene.socket() as socket:
+                await socket.opened()
+                await hours.pass_by(2.5)
+                socket.leave(1006)
+                await hours.pass_by(0)
+                await hours.pass_by(20)
+                leave.set()
+            assert await scene.books() == (3, 0)
+        assert [event.outcome for event in scene.events] == ["client_gone"]
+
+    play(story)
+
+
+def test_charge_nothing_for_seconds_before_the_accept() -> None:
+    """What was never accepted costs nothing, however long it took."""
+    waits, go = asyncio.Event(), asyncio.Event()
+
+    @billable(1, per="second")
+    async def talk(websocket: WebSocket) -> None:
+        waits.set()
+        await go.wait()
+        await websocket.close()
+
+    async def story() -> None:
+        hours = Hours()
+        async with served(talk) as scene:
+            async with scene.socket() as socket:
+                await waits.wait()
+                await hours.pass_by(30)
+                go.set()
+            assert socket.kinds == ["close"]
+            assert await scene.books() == (0, 0)
+
+    play(story)
+
+
+# -- limits of messages ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_excess", [None, "close", "drop", "answer"])
+def test_limit_messages(on_excess: Any) -> None:
+    """A message over its limit closes with 4429, is dropped, or is answered, as the route says; it costs nothing."""
+    route = (billable(1, per="message"), rate_limited("3/minute", per="message", on_excess=on_excess))
+
+    async def story() -> None:
+        async with served(echo(*route)) as scene:
+            async with scene.socket() as socket:
+                socket.say(*"abcde")
+                if on_excess == "answer":
+                    texts = await socket.heard(5)
+                    assert texts[:3] == ["a!", "b!", "c!"]
+                    told = json.loads(texts[4])
+                    assert (told["code"], told["status"], told["limit"]) == ("rate_limit", 429, 3)
+                    assert 0 < told["retry_after"] <= 60
+                elif on_excess == "drop":
+                    await socket.until(lambda: len(socket.read) == 6)
+                    assert socket.texts == ["a!", "b!", "c!"]
+                if on_excess in ("drop", "answer"):
+                    assert socket.closed is None
+                    socket.leave()
+            if on_excess in (None, "close"):
+                assert socket.texts == ["a!", "b!", "c!"]
+                assert socket.closed == (4429, "rate_limit: Quota exceeded")
+            assert await scene.books() == (3, 0)
+        outcome = "completed" if on_excess in ("drop", "answer") else "cut"
+        assert [event.outcome for event in scene.events] == [outcome]
+
+    play(story)
+
+
+def test_count_messages_of_one_caller_together() -> None:
+    """Two sessions of a caller share its count; connections are counted apart, and both limits hold."""
+    route = (rate_limited("2/minute"), rate_limited("2/minute", per="message"))
+
+    async def story() -> None:
+        async with served(echo(*route)) as scene:
+            async with scene.socket() as first, scene.socket() as second:
+                first.say("a")
+                await first.heard(1)
+                second.say("b")
+                await second.heard(1)
+                second.say("c")
+                await second.until(lambda: second.closed)
+                first.leave()
+            assert second.closed == (4429, "rate_limit: Quota exceeded")
+            async with scene.socket() as third:
+                pass
+            assert third.closed == (4429, "rate_limit: Quota exceeded")
+            assert third.texts == []
+
+    play(story)
+
+
+def test_ask_the_store_once_for_each_message() -> None:
+    """All limits of a message are one operation, whatever their number; a message that is let in holds nothing."""
+
+    async def story() -> None:
+        books = Books()
+        days = rate_limited("90/day", "900/month", per="message", strategy="calendar")
+        others = rate_limited("9/minute", "99/hour", per="message", key="address")
+        async with served(echo(days, others), store=books) as scene:
+            async with scene.socket() as socket:
+                socket.say("a", "b")
+                await socket.heard(2)
+                socket.leave()
+            assert [len(ask.limits) for ask in books.admissions] == [4, 4]
+            assert len({ask.id for ask in books.admissions}) == 2
+            assert await scene.account() == (0, 0)
+
+    play(story)
+
+
+def test_read_no_further_while_a_message_waits() -> None:
+    """Back-pressure: while the store is asked for one message the next is left with the server, and so with TCP."""
+
+    async def story() -> None:
+        books = Slow()
+        route = rate_limited("9/minute", per="message")
+        async with served(echo(route), store=books) as scene, scene.socket() as socket:
+            await socket.opened()
+            books.door.clear()
+            socket.say("a", "b", "c")
+            await socket.until(lambda: len(socket.read) == 2)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert (len(socket.read), socket.texts) == (2, [])
+            books.door.set()
+            assert await socket.heard(3) == ["a!", "b!", "c!"]
+            socket.leave()
+
+    play(story)
+
+
+def test_keep_a_message_whose_reader_gave_up() -> None:
+    """A handler that waits with a timeout loses nothing: who asks again gets the message, counted and charged once."""
+    given: list[str] = []
+
+    @rate_limited("2/minute", per="message")
+    @billable(1, per="message", hold=slices(1))
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        while len(given) < 2:
+            try:
+                async with asyncio.timeout(0.001):
+                    given.append(await websocket.receive_text())
+            except TimeoutError:
+                tries.append(1)
+                if len(tries) == 3:
+                    books.door.set()
+        await websocket.close()
+
+    tries: list[int] = []
+
+    async def story() -> None:
+        global books
+        books = Slow()
+        async with served(talk, store=books) as scene:
+            async with scene.socket() as socket:
+                await socket.opened()
+                books.door.clear()
+                socket.say("a", "b")
+            assert await scene.books() == (2, 0)
+
+    play(story)
+    assert given == ["a", "b"]
+    assert len(tries) >= 3
+
+
+books: Slow
+
+
+@pytest.mark.parametrize(("choice", "heard"), [("deny", 0), ("allow", 3), ("local", 2)], ids=["deny", "allow", "local"])
+def test_limit_messages_without_the_store(choice: Any, heard: int) -> None:
+    """X.6: without an answer a message is let in, counted by this process alone, or closes the session with 4503."""
+    route = rate_limited("2/minute", per="message", on_store_down=choice)
+
+    async def story() -> None:
+        books = Slow()
+        async with served(echo(route), store=books) as scene:
+            async with scene.socket() as socket:
+                await socket.opened()
+                books.down = True
+                socket.say("a", "b", "c")
+                if choice == "allow":
+                    await socket.heard(3)
+                    socket.leave()
+            assert len(socket.texts) == heard
+            codes = {"deny": (4503, "store_unavailable: Metering unavailable"), "allow": None}
+            assert socket.closed == codes.get(choice, (4429, "rate_limit: Quota exceeded"))
+
+    play(story)
+
+
+@pytest.mark.parametrize("choice", ["deny", "allow"])
+@pytest.mark.parametrize("per", ["message", "second"])
+def test_lose_the_store_in_a_session(per: Any, choice: Any) -> None:
+    """What was held goes on without the store; beyond it the session is closed with 4503, or charged at its end."""
+
+    async def story() -> None:
+        hours = Hours()
+        books = Slow()
+        route = billable(1, per=per, hold=slices(3), on_store_down=choice)
+        async with served(echo(route), store=books, on_store_down={"rates": "allow"}) as scene:
+            async with scene.socket() as socket:
+                await socket.opened()
+                books.down = True
+                if per == "message":
+                    socket.say(*"abcdef")
+                else:
+                    for _ in range(5):
+                        await hours.pass_by(1)
+                if choice == "allow":
+                    await (socket.heard(6) if per == "message" else hours.pass_by(0.5))
+                    assert socket.closed is None
+                    socket.leave()
+            books.down = False
+            assert await scene.books() == ({"deny": 3, "allow": 6}[choice], 0)
+            if choice == "deny":
+                assert socket.closed == (4503, "store_unavailable: Metering unavailable")
+
+    play(story)
+
+
+# -- slots -------------------------------------------------------------------------------------------------
+
+
+def test_free_the_slot_of_a_connection_when_it_closes() -> None:
+    """S0.46: open connections count; one that closes, however, makes room at once. The refusal says when to retry."""
+
+    async def story() -> None:
+        async with served(echo(rate_limited(concurrency=1))) as scene:
+            for code in (1000, 1006, 3000):
+                async with scene.socket() as first:
+                    await first.opened()
+                    async with scene.socket(extensions=DENIAL) as second:
+                        pass
+                    assert second.log[0]["status"] == 429
+                    assert 1 <= int(dict(second.log[0]["headers"])[b"retry-after"]) <= 5
+                    first.leave(code)
+                await scene.books()
+
+    play(story)

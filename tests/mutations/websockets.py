@@ -1,0 +1,97 @@
+"""How each handling of WebSockets is switched off, and which test of it must turn red."""
+
+from __future__ import annotations
+
+from tests.mutations.entries import Mutation
+
+__all__ = ["MUTATIONS"]
+
+ENDING = "asgi_metering.rules.ending"
+GUARDS = "asgi_metering.guards"
+HEARTBEATS = "asgi_metering.heartbeats"
+METERING = "asgi_metering.metering"
+WEBSOCKET = "asgi_metering.asgi.websocket"
+
+
+def _session(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/asgi/test_websocket.py::{name}" for name in names)
+
+
+def _end(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/asgi/test_websocket_ends.py::{name}" for name in names)
+
+
+MUTATIONS = (
+    Mutation(
+        19,
+        "messages are let in unpaid",
+        WEBSOCKET,
+        "not growth.counts_time and not growth.has_next:\n",
+        "False:\n",
+        _session("test_let_in_no_message_that_cannot_be_paid[None]"),
+    ),
+    Mutation(
+        19,
+        "messages are not counted",
+        WEBSOCKET,
+        "            call.growth.spend()\n",
+        "            pass\n",
+        _session("test_charge_each_message_that_is_let_in"),
+    ),
+    Mutation(
+        19,
+        "a message is lost with its reader",
+        WEBSOCKET,
+        "message = self._kept if self._kept is not None else await self._next(call)\n",
+        "message = await self._next(call)\n",
+        _session("test_keep_a_message_whose_reader_gave_up"),
+    ),
+    Mutation(
+        19,
+        "a refusal is never a response",
+        WEBSOCKET,
+        "            if self.accepted or DENIAL not in",
+        "            if True or DENIAL not in",
+        _session("test_refuse_before_the_accept[starlette-denial]"),
+    ),
+    Mutation(
+        19,
+        "a disconnect counts when it is asked for",
+        WEBSOCKET,
+        "            self._reader.add_done_callback(self._saw)\n",
+        "",
+        _session("test_count_no_second_after_the_client_left"),
+    ),
+    Mutation(
+        19,
+        "whoever makes a handler fail has its session for nothing",
+        ENDING,
+        "        return self.chosen.get(row) or SESSION_DEFAULTS.get(row) or self.basis(row)\n",
+        "        return self.basis(row)\n",
+        _end("test_end_a_session[handler_raises-call]", "test_end_a_session[handler_raises-message]"),
+    ),
+    Mutation(
+        27,
+        "sessions are ended by their age",
+        HEARTBEATS,
+        " and not call.opening.is_session:\n",
+        ":\n",
+        _end("test_keep_a_session_alive_for_hours"),
+    ),
+    Mutation(
+        0,
+        "requests are charged per message",
+        METERING,
+        "        if policy.needs and ",
+        "        if False and ",
+        ("tests/pitfalls/test_websockets.py::test_refuse_a_price_per_message_at_the_gate_of_a_request",),
+    ),
+    Mutation(
+        3,
+        "a WebSocket takes the call that the context shows",
+        GUARDS,
+        '                if scope.get("type") == "websocket" and not _is_free(CURRENT.get()):\n',
+        "                if False:\n",
+        ("tests/pitfalls/test_websockets.py::test_let_nobody_in_without_a_middleware[starlette-request]",),
+    ),
+)
