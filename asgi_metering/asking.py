@@ -35,6 +35,7 @@ __all__ = [
     "by_identity",
     "computed_key",
     "counted_as",
+    "distinct",
     "hashed",
     "key_of",
     "lease_asks",
@@ -108,6 +109,22 @@ def limit_ask(rate: RatePolicy, limit: RateLimit, key: str, cost: int, now: floa
     kind = _KINDS[limit.strategy]
     counted = f"{rate.scope}|{counted_as(rate, limit)}|{key}"
     return build(LimitAsk, (limit.name, counted, kind, limit.amount, window_s, cost, limit.meter, edges))
+
+
+def distinct(limits: list[LimitAsk]) -> list[LimitAsk]:
+    """
+    *limits*, of which no two take from one count: of those the smallest, at the highest cost.
+
+    What is chosen for a call may be what is written beside it, and limits of a middleware may share a scope.
+    """
+    if len({limit.key for limit in limits}) == len(limits):
+        return limits
+    found: dict[str, LimitAsk] = {}
+    for limit in limits:
+        other = found.setdefault(limit.key, limit)
+        smallest = min(other, limit, key=attrgetter("limit"))
+        found[limit.key] = smallest._replace(cost=max(other.cost, limit.cost))
+    return list(found.values())
 
 
 def limits_of(call: Call, rate: RatePolicy) -> tuple[RateLimit, ...]:

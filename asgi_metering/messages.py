@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from asgi_metering.asking import REQUESTS, limit_ask
+from asgi_metering.asking import limit_ask
 from asgi_metering.decisions import Decision, Reason, Refusal
-from asgi_metering.errors import ConfigurationError, StoreError
+from asgi_metering.errors import StoreError
 from asgi_metering.policies import RatePolicy
 from asgi_metering.rates import RateLimit
 from asgi_metering.rules.operations import Admit, LimitAsk
@@ -42,19 +42,11 @@ class MessageLimits:
     Args:
         call: Whose.
         counted: The limits, in the order written.
-
-    Raises:
-        ConfigurationError: A limit that was configured or computed counts what calls use.
     """
 
     __slots__ = ("_asks", "_call", "_counted", "_until")
 
     def __init__(self, call: Call, counted: Sequence[Counted]) -> None:
-        weighed = next((each.limit.text for each in counted if each.limit.meter != REQUESTS), None)
-        if weighed is not None:
-            raise ConfigurationError(
-                f"The limit {weighed!r} counts what calls use, and messages are counted here. Use one of requests."
-            )
         self._call = call
         self._counted = tuple(counted)
         self._asks: tuple[LimitAsk, ...] = ()

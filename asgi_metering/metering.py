@@ -87,7 +87,7 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
             `Journal` is taken as well, such as one of the fault kit.
         ttl_s: Seconds that a hold lives without a heartbeat, where a route does not say.
         grace_s: Seconds in doubt before the policy ends a hold, where a route does not say.
-        max_call_s: A call older than this is ended as it is (pitfall 27).
+        max_call_s: A call older than this is ended as it is (pitfall 27), unless it is a WebSocket's.
         drain_s: What a shutdown waits for calls in flight.
         run_sync: Runs sync endpoints off the loop: an async function of a callable without arguments; anyio's
             threads by default (pitfall 9).

@@ -17,6 +17,7 @@ from asgi_metering.asking import (
     REQUESTS,
     attribute_of,
     by_identity,
+    distinct,
     key_of,
     lease_asks,
     limit_ask,
@@ -169,7 +170,7 @@ class Plan:
         calendars += [each.boundaries for each in sources if isinstance(each, AllowanceSource) and each.boundaries]
         # When the window that is the current one by our clock is over, others are to be sent along with it.
         until = min((edges[2] for edges in calendars), default=NEVER)
-        return _Asks(sources, tuple(limits), tuple(leases), until)
+        return _Asks(sources, tuple(distinct(limits)), tuple(leases), until)
 
 
 def _is_plain_charge(charge: ChargePolicy | None) -> bool:

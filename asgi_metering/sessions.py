@@ -8,13 +8,13 @@ anything: who serves the session does, and is told.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from asgi_metering.decisions import Reason, Refusal
 from asgi_metering.growing import Growth, Spawn
 from asgi_metering.prices import FixedPrice
-from asgi_metering.rules.ending import Cause
 from asgi_metering.tally import SLICE, Tally, parts_of_one
 
 if TYPE_CHECKING:
@@ -104,8 +104,6 @@ class SessionGrowth(Growth):
     def give_up(self) -> None:
         """Nothing more can be held, and what was held is used up: have the session closed."""
         call = self._call
-        if self._over and self.is_cut:
-            return
         self.is_cut = self._over = True
         # What the timer came late is not the payer's.
         self.tally.stop(call.held // self.tally.price)
@@ -160,12 +158,14 @@ class SessionGrowth(Growth):
 
     def _wait(self, least_s: float = 0.0) -> None:
         paid_until = self.tally.ends_at(self._call.held // self.tally.price)
-        self._timer = self._loop.call_at(max(paid_until, self._loop.time() + least_s), self._time_is_up)
+        when = max(paid_until, self._loop.time() + least_s)
+        # In an empty context: the loop keeps a cancelled timer until its time, and would keep the session with it.
+        self._timer = self._loop.call_at(when, self._time_is_up, context=contextvars.Context())
 
     def _time_is_up(self) -> None:
         """Another second begins that is not held for, unless the hold has grown meanwhile."""
         call = self._call
-        if self._over or call.closed or call.cause not in (None, Cause.CUT):
+        if self._over or call.closed or call.cause is not None:
             return
         if self.tally.due <= call.held:
             self._wait()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pkgutil
+import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -38,9 +41,34 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
             importlib.import_module(module.name)
     coverage.pause()
     try:
-        return (yield)
+        with _untraced():
+            return (yield)
     finally:
         coverage.resume()
+
+
+@contextlib.contextmanager
+def _untraced() -> Iterator[None]:
+    """
+    Trace nothing, in this thread and in those that it starts.
+
+    In a worker of pytest-xdist pytest-cov begins twice (7.1): what it pauses is the second, and the first goes on.
+    """
+    here, further = sys.gettrace(), threading.gettrace()
+    sys.settrace(None)
+    threading.settrace(None)
+    try:
+        yield
+    finally:
+        threading.settrace(further)
+        sys.settrace(here)
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Have coverage see nothing of the tests that are marked so, in the workers too."""
+    with _untraced() if item.get_closest_marker("no_cover") else contextlib.nullcontext():
+        return (yield)
 
 
 @pytest.hookimpl(trylast=True)

@@ -369,6 +369,21 @@ def test_limit_by_a_function(answered: Any) -> None:
     play(answers([200, 200, 429, 200, 429], ANN, ANN, ANN, BOB, BOB), rate_limited(limit))
 
 
+@pytest.mark.parametrize("key", ["caller", "address"])
+def test_count_once_what_two_limits_count_alike(key: Any) -> None:
+    """S4.17: where the limit of a plan is that of the window beside it, a call is counted once, by the smaller one."""
+
+    async def scene(hall: Hall) -> None:
+        store, asked = hall.metering.store, []
+        run_now = store.run_now
+        store.run_now = lambda ask: asked.append(ask) or run_now(ask)  # type: ignore[method-assign]
+        assert await hall.each(ANN, ANN, ANN) == [200, 200, 429]
+        assert [len(ask.limits) for ask in asked] == [1] * 3
+
+    limits = rate_limited("9/minute", configured="c", key=key, scope="s")
+    play(scene, limits, metering={"limits": {"c": "2/minute"}})
+
+
 @pytest.mark.parametrize("answered", [None, "", 60, [], ["1/minute", None], "5/minute of tokens", "a/minute"])
 def test_refuse_a_function_that_answers_no_limit(answered: Any) -> None:
     """DESIGN 2: no limit at all must be said by exempt_when; what is forgotten lets nobody in."""

@@ -71,8 +71,8 @@ class MeteringMiddleware:
     ``scope``, ``request`` (without a body) and ``call``. HEAD and OPTIONS are free.
 
     The application is audited once: when its lifespan starts, or, where none comes (a mounted application, daphne, a
-    function behind a gateway), before its first HTTP request is served. One that must not serve answers every request
-    with 500 then, says why in the log, and charges nothing.
+    function behind a gateway), before its first request or WebSocket is served. One that must not serve answers every
+    request with 500 then, says why in the log, and charges nothing.
 
     With no policy on any endpoint not one byte of any response changes (S2.27). Installed twice, the inner one adds
     nothing (pitfall 37).

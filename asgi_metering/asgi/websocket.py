@@ -187,7 +187,7 @@ class Session(Opening):
             while True:
                 self._catch_up(call)
                 if self.gone is not None:
-                    return self.gone
+                    return self._heard_of_it(self.gone)
                 if has_ended(call):
                     # The process stops, and its calls have ended.
                     return self._goodbye(GOING_AWAY, "")
@@ -228,10 +228,16 @@ class Session(Opening):
             return await self.server_receive()
         reader, woken = self._read_ahead(), self._waits()
         await asyncio.wait((reader, woken), return_when=asyncio.FIRST_COMPLETED)
-        if self.gone is not None and self.swapped:
-            return self.gone
+        if self.gone is not None:
+            return self._heard_of_it(self.gone)
         self._reader = None
         return reader.result()
+
+    def _heard_of_it(self, gone: Message) -> Message:
+        """The application knows that we closed: it may clean up for as long as after any other disconnect."""
+        if self.cutting is not None:
+            self.cutting.pending = False
+        return gone
 
     def _may_be_cut(self, call: Call) -> bool:
         growth = call.growth
@@ -354,9 +360,15 @@ class Session(Opening):
             call.status = message["status"]
 
     def _gives_way(self, message: Message, kind: str) -> bool:
-        """Whether a framework says *message* of the refusal: as of HTTP, its 500 does, and a handler's own 402 not."""
+        """
+        Whether a framework says *message* of the refusal: as of HTTP its 500 does, and a handler's own 402 not.
+
+        Before the accept no client sees the code of a close, so that any gives way; after it what frameworks say of an
+        error, 1011 or 4000 plus its status.
+        """
         if kind == "websocket.close":
-            return not self.ended
+            code = message.get("code", 1000)
+            return not self.accepted or code == INTERNAL_ERROR or 4500 <= code < 4600
         return kind == "websocket.http.response.start" and int(message["status"]) >= 500
 
     def passed(self, kind: str) -> None:
@@ -389,6 +401,8 @@ class Session(Opening):
             raise
 
     def _stopped(self, call: Call) -> OSError | CallRefused:
+        if self.cutting is not None:
+            self.cutting.pending = False
         if call.refusal is not None:
             return CallRefused(call, call.refusal, call.decision)
         return CallCut(call) if self._verdict is None else ClientGone("The connection was closed: a limit was reached.")
@@ -479,7 +493,8 @@ class Session(Opening):
                 await self._refuse(call)
             return is_refusal(failure)
         self._end(call, cause_of(failure, finishing=False))
-        return False
+        # Raised by us to stop a handler whose client has left meanwhile: news of nothing.
+        return isinstance(failure, CallCut)
 
     async def over(self, call: Call) -> None:
         """The connection is over, however."""

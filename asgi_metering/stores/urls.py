@@ -25,7 +25,8 @@ def store_from_url(url: str) -> Store:
 
     ``memory://`` keeps everything in this process. ``sqlite:///relative.db`` and ``sqlite:////absolute.db`` name a
     file; ``?synchronous=NORMAL`` trades the last milliseconds before a power cut for speed.
-    ``postgresql://user:password@host:5432/database`` takes all parameters of libpq, and ``namespace=`` for the schema.
+    ``postgresql://user:password@host:5432/database`` takes all parameters of libpq, ``namespace=`` for the schema, and
+    ``prepare=no`` behind a pooler that loses prepared statements.
     ``redis://``, ``rediss://``, ``redis+sentinel://`` and ``redis+cluster://``: see `redis.urls.store_from_redis_url`.
 
     Raises:
@@ -76,15 +77,21 @@ def _sqlite(url: str, host: str, path: str, options: dict[str, str]) -> Store:
 
 
 def _postgres(url: str) -> Store:
-    """Whatever the URL says beside the namespace is libpq's."""
+    """Whatever the URL says beside the namespace and `prepare` is libpq's."""
     address, _, query = url.partition("?")
-    options = parse_qsl(query, keep_blank_values=True)
-    named = [value for name, value in options if name == "namespace"]
-    rest = "&".join(each for each in query.split("&") if each and not each.startswith("namespace="))
+    ours = {name: value for name, value in parse_qsl(query, keep_blank_values=True) if name in ("namespace", "prepare")}
+    prepare = ours.get("prepare", "yes")
+    if prepare not in ("yes", "no"):
+        raise ConfigurationError(
+            f"The store URL {_shown(url)!r} says prepare={prepare}. Write prepare=no where a pooler loses prepared "
+            f"statements, and nothing elsewhere."
+        )
+    rest = "&".join(each for each in query.split("&") if each and not each.startswith(("namespace=", "prepare=")))
     from asgi_metering.stores.postgres import PostgresStore
+    from asgi_metering.stores.postgres.database import DEFAULT_NAMESPACE
 
     url = f"{address}?{rest}" if rest else address
-    return PostgresStore(url, namespace=named[-1]) if named else PostgresStore(url)
+    return PostgresStore(url, namespace=ours.get("namespace", DEFAULT_NAMESPACE), prepare=prepare == "yes")
 
 
 def _shown(url: str) -> str:

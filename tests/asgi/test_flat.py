@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,7 @@ from asgi_metering import (
     unlimited,
 )
 from asgi_metering.asgi import table
+from asgi_metering.asgi.effective import effective_limits
 from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.testing import FakeClock
@@ -309,6 +311,10 @@ def starlette_app() -> Starlette:
         async def post(self, request: Request) -> JSONResponse:
             return await answer(request)
 
+        @unlimited
+        async def put(self, request: Request) -> JSONResponse:
+            return await answer(request)
+
     inner = Starlette(routes=[Route("/plain", search), Route("/own", rate_limited("4/minute", key="address")(answer))])
     return Starlette(
         routes=[
@@ -434,6 +440,28 @@ def test_count_each_route_by_default(case: str, inside: bool) -> None:
     asyncio.run(run())
 
 
+def test_leave_methods_of_a_class_alone() -> None:
+    """S2.30: of a class each method is a route: one may be unlimited, and another have limits of its own."""
+
+    async def scene(hall: Hall) -> None:
+        for method, expected in (("PUT", [200] * 5), ("POST", [200] * 4 + [429]), ("GET", [200, 200, 429])):
+            assert [status((await hall.ask("/items", method)).log) for _ in expected] == expected
+
+    play(scene, starlette_app(), default_limits=[PER_ADDRESS])
+
+
+def test_give_slots_back_where_no_lifespan_comes(tmp_path: Path) -> None:
+    """Pitfall 32: where nobody would hold a shutdown, a request waits until its slot is free again."""
+
+    async def run() -> None:
+        metering = Metering(f"sqlite:///{tmp_path}/m.db", sinks=())
+        app = MeteringMiddleware(inner_app, metering, application_limits=[rate_limited(concurrency=1, key="address")])
+        assert [status((await drive(app, http_scope("/"))).log) for _ in range(3)] == [200, 200, 200]
+        await metering.stop()
+
+    asyncio.run(run())
+
+
 def test_count_wrong_methods_together() -> None:
     """S2.30: 405 floods are counted, by whatever methods clients invent, in one bucket for each key."""
 
@@ -479,10 +507,15 @@ class Handled:
     def __init__(self) -> None:
         read = SimpleNamespace(fn=answer_of("read"), http_methods={"GET"})
         write = SimpleNamespace(fn=rate_limited("3/minute", key="address")(answer_of("write")), http_methods={"POST"})
-        self.routes = [SimpleNamespace(path="/things/{thing:int}", route_handlers=[read, write])]
+        asked = SimpleNamespace(fn=answer_of("asked"), http_methods={"OPTIONS"})
+        self.routes = [
+            SimpleNamespace(path="/things/{thing:int}", route_handlers=[read, write, asked]),
+            # Of a type that Starlette does not know.
+            SimpleNamespace(path="/days/{day:date}", route_handlers=[read]),
+        ]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        (route,) = self.routes
+        route = self.routes[0]
         scope["route_handler"] = next(each for each in route.route_handlers if scope["method"] in each.http_methods)
         response = await scope["route_handler"].fn(Request(scope))
         await response(scope, receive, send)
@@ -495,6 +528,14 @@ def test_count_the_handlers_of_one_path() -> None:
         asked = [("/things/1", "GET"), ("/things/2", "GET"), ("/things/3", "GET"), *[("/things/1", "POST")] * 4]
         answered = [status((await hall.ask(path, method)).log) for path, method in asked]
         assert answered == [200, 200, 429, 200, 200, 200, 429]
+        assert await hall.statuses("/days/2026-11-22", "/days/2026-11-23", "/days/2026-11-24") == [200, 200, 429]
+        listed = [(limit.path, limit.methods, limit.source) for limit in effective_limits(hall.app)]
+        assert listed == [
+            ("/things/{thing:int}", ("GET",), "default"),
+            ("/things/{thing:int}", ("POST",), "decorator"),
+            ("/days/{day:date}", ("GET",), "default"),
+            ("*", (), "default"),
+        ]
 
     play(scene, Handled(), default_limits=[PER_ADDRESS])
 

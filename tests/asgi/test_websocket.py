@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +17,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from asgi_metering import (
+    Allowance,
+    Wallet,
     billable,
     metered_app,
     rate_limited,
     slices,
 )
+from asgi_metering.errors import ConfigurationError
 from asgi_metering.rules.operations import Grow
+from asgi_metering.stores.memory import MemoryStore
+from asgi_metering.testing import FakeClock
 from tests.asgi.sessions import CREDIT, Hours, Slow, echo, play, served
 from tests.harness.drive import assert_same_log
 from tests.harness.sockets import DENIAL, Socket
@@ -734,5 +740,107 @@ def test_free_the_slot_of_a_connection_when_it_closes() -> None:
                     assert 1 <= int(dict(second.log[0]["headers"])[b"retry-after"]) <= 5
                     first.leave(code)
                 await scene.books()
+
+    play(story)
+
+
+# -- who pays ----------------------------------------------------------------------------------------------
+
+
+def test_pay_a_session_out_of_several_sources() -> None:
+    """A session that split sources pay takes the allowance first and then the wallet, to the last message of both."""
+    sources = [Allowance(3, per="day", split=True), Wallet()]
+
+    async def story() -> None:
+        async with served(echo(billable(1, per="message", sources=sources)), granted=4) as scene:
+            async with scene.socket() as socket:
+                socket.say(*"abcdefghij")
+            assert len(socket.texts) == 7
+            assert await scene.books() == (4, 0)
+            (status,) = await scene.metering.allowances("ann", sources=sources)
+            assert (status.used, status.held) == (3 * CREDIT, 0)
+
+    play(story)
+
+
+def test_charge_connections_of_a_key_once() -> None:
+    """`charge_key` on a plain price: a client that reconnects in the same window has paid."""
+
+    async def story() -> None:
+        async with served(echo(billable(2, charge_key="x-session"))) as scene:
+            for _ in range(3):
+                async with scene.socket(headers=[("x-session", "s1")]) as socket:
+                    await socket.opened()
+                    socket.leave()
+                await scene.books()
+            assert await scene.books() == (2, 0)
+
+    play(story)
+
+
+def test_charge_a_session_that_began_without_the_store(tmp_path: Path) -> None:
+    """A queued session is let in without the store, grows there, and is charged once when the store is back."""
+
+    async def story() -> None:
+        books = Slow()
+        route = billable(1, per="message", hold=slices(2), on_store_down="queue")
+        async with served(echo(route), store=books, journal=tmp_path / "journal") as scene:
+            await scene.account()
+            books.down = True
+            async with scene.socket() as socket:
+                socket.say(*"abcde")
+                await socket.heard(5)
+                books.down = False
+                socket.leave()
+            async with asyncio.timeout(10):
+                while not await scene.charges():
+                    await asyncio.sleep(0.01)
+            assert await scene.account() == (5, 0)
+            assert await scene.charges() == [("usage", 5)]
+
+    play(story)
+
+
+def test_limit_messages_by_a_store_with_another_day() -> None:
+    """A calendar window is the store's: where its clock is far from ours it is asked once more around its own time."""
+
+    async def story() -> None:
+        books = MemoryStore(FakeClock(1_000_000_000.0))
+        async with served(echo(rate_limited("2/day", per="message", strategy="calendar")), store=books) as scene:
+            async with scene.socket() as socket:
+                socket.say("a", "b", "c")
+            assert socket.texts == ["a!", "b!"]
+            assert socket.closed is not None
+            assert socket.closed[0] == 4429
+
+    play(story)
+
+
+def test_refuse_computed_limits_of_tokens_for_messages() -> None:
+    """A limit that is computed is known when the session begins: one of tokens counts no messages, and says so."""
+
+    async def story() -> None:
+        route = rate_limited(lambda websocket: "9/minute of tokens", per="message")
+        async with served(echo(route)) as scene:
+            async with scene.socket() as socket:
+                pass
+            assert isinstance(socket.failure, ConfigurationError)
+            assert "of tokens" in str(socket.failure)
+            assert socket.log == []
+
+    play(story)
+
+
+def test_drop_messages_on_a_store_with_round_trips() -> None:
+    """What memory decides at once other stores decide in a moment, and the same way."""
+
+    async def story() -> None:
+        route = rate_limited("2/minute", per="message", on_excess="drop")
+        async with served(echo(route), store=Slow()) as scene, scene.socket() as socket:
+            socket.say("a", "b", "c", "d")
+            await socket.until(lambda: len(socket.read) == 5)
+            await socket.heard(2)
+            socket.leave()
+        assert socket.texts == ["a!", "b!"]
 
     play(story)

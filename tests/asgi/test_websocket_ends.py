@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,10 +29,11 @@ from asgi_metering import (
 )
 from asgi_metering.asgi import cutting, websocket
 from asgi_metering.errors import CallClosedError
+from asgi_metering.opening import SCOPE_KEY
 from asgi_metering.prices import per_token
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.operations import Renew
-from tests.asgi.sessions import Hours, Served, echo, play, served
+from tests.asgi.sessions import Hours, Served, Slow, echo, play, served
 from tests.harness.sockets import DENIAL, Socket
 from tests.pitfalls.scene import Books
 
@@ -334,6 +337,63 @@ def test_cut_a_session_whose_tokens_run_out(waits: str, monkeypatch: pytest.Monk
     assert ends == [4402 if waits == "receive" else asyncio.CancelledError]
 
 
+def test_cut_a_session_before_its_accept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler that uses up what is held before it accepts is answered by a whole response."""
+    monkeypatch.setattr(cutting, "SILENT_S", 0.01)
+
+    @billable(per_token(output=1), hold=slices(5))
+    async def talk(websocket: WebSocket) -> None:
+        call = current_call()
+        call.reports.append(_reported(20))
+        assert call.growth is not None
+        call.growth.nudge()
+        await asyncio.Event().wait()
+
+    async def story() -> None:
+        async with served(talk, granted=10) as scene:
+            async with scene.socket(extensions=DENIAL) as socket:
+                pass
+            assert socket.failure is None
+            assert [message.get("status") for message in socket.log] == [402, None]
+            assert await scene.charges() == [("observed", 20)]
+
+    play(story)
+
+
+@pytest.mark.parametrize("hears", ["receive", "send"])
+def test_let_a_handler_clean_up_that_has_heard(hears: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was told of the disconnect is not cancelled, however long it takes to leave: no more than by a client."""
+    monkeypatch.setattr(cutting, "SILENT_S", 0.01)
+    ends: list[str] = []
+
+    @billable(1, per="second", hold=slices(1))
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        try:
+            if hears == "receive":
+                await websocket.receive_text()
+            else:
+                while True:
+                    await websocket.send_text("more")
+                    await asyncio.sleep(0)
+        except WebSocketDisconnect:
+            await asyncio.sleep(0.03)
+            ends.append("clean")
+
+    async def story() -> None:
+        hours = Hours()
+        async with served(talk, granted=1) as scene:
+            async with scene.socket() as socket:
+                await socket.opened()
+                await hours.pass_by(1)
+            assert socket.closed is not None
+            assert socket.closed[0] == 4402
+            assert await scene.books() == (1, 0)
+
+    play(story)
+    assert ends == ["clean"]
+
+
 def _reported(tokens: int) -> Any:
     from asgi_metering.call_state import Reported
 
@@ -432,6 +492,28 @@ def test_keep_a_handlers_own_answer_to_a_refusal(own: str) -> None:
     play(story)
 
 
+@pytest.mark.parametrize(("code", "heard"), [(3000, 3000), (1000, 1000), (1011, 4402), (4500, 4402)])
+def test_keep_a_handlers_own_close_after_a_refusal(code: int, heard: int) -> None:
+    """After the accept a handler's own close stays; what frameworks say of an error gives way to our code."""
+
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        try:
+            await current_call().admit(billable(2))
+        except CallRefused:
+            await websocket.close(code)
+
+    async def story() -> None:
+        async with served(talk, granted=1) as scene:
+            async with scene.socket() as socket:
+                pass
+            assert socket.failure is None
+            assert socket.closed is not None
+            assert socket.closed[0] == heard
+
+    play(story)
+
+
 def test_say_nothing_to_a_client_that_left_before_it_was_refused() -> None:
     """A client that is gone before its handshake was read hears nothing, and nobody breaks."""
 
@@ -442,6 +524,104 @@ def test_say_nothing_to_a_client_that_left_before_it_was_refused() -> None:
             async with socket:
                 pass
             assert (socket.log, socket.failure) == ([], None)
+
+    play(story)
+
+
+def test_break_nothing_where_a_refusal_cannot_be_told() -> None:
+    """A client that vanishes while it is refused is no error of the application."""
+
+    async def story() -> None:
+        async with served(echo(billable(2)), granted=1) as scene:
+            socket = scene.socket()
+            socket.is_gone = True
+            async with socket:
+                pass
+            assert (socket.log, socket.failure) == ([], None)
+
+    play(story)
+
+
+def test_let_a_cancellation_through_a_refusal() -> None:
+    """Whoever wants the task to end is not kept by an answer."""
+    waits = asyncio.Event()
+
+    async def talk(websocket: WebSocket) -> None:
+        try:
+            await current_call().admit(billable(2))
+        except CallRefused:
+            waits.set()
+            await asyncio.Event().wait()
+
+    async def story() -> None:
+        async with served(talk, granted=1) as scene:
+            async with scene.socket() as socket:
+                await waits.wait()
+                socket.task.cancel()
+            assert isinstance(socket.failure, asyncio.CancelledError)
+            assert socket.log == []
+
+    play(story)
+
+
+def test_serve_less_to_whom_was_refused() -> None:
+    """A handler that catches the refusal may go on without the call: that is its own, and costs nothing."""
+
+    async def talk(websocket: WebSocket) -> None:
+        try:
+            await current_call().admit(billable(2))
+        except CallRefused:
+            await websocket.accept()
+            await websocket.send_text((await websocket.receive_text()).upper())
+            await websocket.close(3000)
+
+    async def story() -> None:
+        async with served(talk, granted=1) as scene:
+            async with scene.socket() as socket:
+                socket.say("a")
+            assert socket.texts == ["A"]
+            assert socket.closed == (3000, "")
+            assert await scene.books() == (0, 0)
+
+    play(story)
+
+
+def test_hear_of_a_disconnect_that_was_waited_for_before_the_gate() -> None:
+    """A read that began before there was a call ends the session as any other."""
+
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        reader = asyncio.create_task(websocket.receive())
+        await asyncio.sleep(0)
+        await current_call().admit(billable(1, per="second"))
+        await reader
+
+    async def story() -> None:
+        async with served(talk) as scene:
+            async with scene.socket() as socket:
+                await socket.until(lambda: scene.metering.runtime().in_flight)
+                socket.leave(1006)
+            assert await scene.charges() == [("observed", 1)]
+
+    play(story)
+
+
+def test_leave_the_servers_own_failure_to_the_handler() -> None:
+    """What the server's `receive` raises while it is read ahead reaches the handler that asks."""
+
+    @billable(1, per="second")
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.receive()
+
+    async def story() -> None:
+        async with served(talk) as scene:
+            socket = scene.socket()
+            socket.breaks = RuntimeError("the server broke")
+            async with socket:
+                pass
+            assert socket.failure is socket.breaks
+            assert await scene.charges() == [("observed", 1)]
 
     play(story)
 
@@ -476,6 +656,30 @@ def test_keep_a_session_alive_for_hours() -> None:
                 await socket.heard(2)
                 socket.leave()
             assert await scene.books() == (2, 0)
+
+    play(story)
+
+
+def test_leave_nothing_of_a_session_behind() -> None:
+    """A session that is over is forgotten, and no timer of the loop keeps it until some slice would have been used."""
+    seen: list[weakref.ref[Any]] = []
+
+    @billable(1, per="second")
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        seen.append(weakref.ref(websocket.scope[SCOPE_KEY]))
+        await websocket.receive()
+
+    async def story() -> None:
+        async with served(talk) as scene:
+            async with scene.socket() as socket:
+                await socket.opened()
+                socket.leave()
+            await scene.books()
+            del socket
+            await asyncio.sleep(0)
+            gc.collect()
+            assert seen[0]() is None
 
     play(story)
 
@@ -555,7 +759,8 @@ def test_book_the_end_inline_where_no_lifespan_comes() -> None:
     async def story() -> None:
         from asgi_metering import Caller, Metering
 
-        metering = Metering(identify=lambda connection: Caller("ann"), sinks=())
+        # An end takes a turn of the loop there, as on every store but memory.
+        metering = Metering(Slow(), identify=lambda connection: Caller("ann"), sinks=())
         app = MeteringMiddleware(Starlette(routes=[WebSocketRoute("/ws", echo(billable(2)))]), metering)
         await metering.grant("ann", 5, id="g")
         async with Socket(app) as socket:
@@ -581,6 +786,11 @@ def test_let_nobody_in_to_an_application_that_must_not_serve(caplog: pytest.LogC
                 pass
             assert socket.kinds == (["http.response.start", "http.response.body"] if extensions else ["close"])
             assert (socket.log[0].get("status"), socket.log[0].get("code")) in ((500, None), (None, 1011))
+        gone = Socket(app)
+        gone.leave(1006)
+        async with gone:
+            pass
+        assert gone.log == []
 
     with caplog.at_level(logging.ERROR):
         play(story)

@@ -107,6 +107,39 @@ def test_routes_mark_what_only_tells(run: Run, tmp_path: Path, monkeypatch: pyte
     ]
 
 
+SOCKETS = """
+from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
+from asgi_metering import billable, rate_limited, slices
+
+def tariff(websocket): ...
+
+@rate_limited("9/minute", per="message")
+@rate_limited(concurrency=2)
+@billable("0.5", per="message", hold=slices(3))
+async def talk(websocket): ...
+
+@billable(tariff, per="second")
+async def voice(websocket): ...
+
+app = Starlette(routes=[WebSocketRoute("/talk", talk), WebSocketRoute("/voice", voice)])
+"""
+
+
+def test_routes_of_websockets(run: Run, audited: str, tmp_path: Path) -> None:
+    """A WebSocket is shown with what it is charged and limited for, and with the defaults of sessions."""
+    (tmp_path / f"{audited}_sockets.py").write_text(SOCKETS)
+    code, output, errors = run("routes", f"{audited}_sockets:app", "--verbose")
+    assert (code, errors) == (0, "")
+    assert [re.split(r" {2,}", line) for line in output.splitlines()[1:3]] == [
+        ["/talk", "WEBSOCKET", "talk", "0.5 per message", "9/minute per message", "2"],
+        ["/voice", "WEBSOCKET", "voice", "tariff() per second"],
+    ]
+    assert "  hold: 3 at first, the price at least, and more while it is open\n" in output
+    assert "  hold: a slice at first, the price at least, and more while it is open\n" in output
+    assert output.count("  error after the first byte, or call.fail(): observed\n") == 2
+
+
 def test_routes_with_all_of_each_policy(run: Run, audited: str) -> None:
     """With --verbose each charge shows its hold, sources, payer and what it charges however a call ends (DESIGN 4)."""
     code, output, errors = run("routes", f"{audited}:app", "--verbose")

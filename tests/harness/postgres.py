@@ -100,6 +100,8 @@ class PostgresServer:
             f"--username={USER}",
             f"--pwfile={secret}",
             "--auth=scram-sha-256",
+            # Nobody guesses at the password of a test, and each connection would pay for making that slow.
+            "--set=scram_iterations=1",
             "--encoding=UTF8",
             "--locale=C",
             # The disk has it long before a power cut that nobody plays.

@@ -35,6 +35,7 @@ class Socket:
         task: Runs the application.
         failure: What it raised, once the block is over.
         is_gone: The client has vanished: `send` raises.
+        breaks: What the server's `receive` raises once the application has said something.
         stuck: The client does not read: `send` waits for this, while it is not set.
     """
 
@@ -46,6 +47,7 @@ class Socket:
         self.read: list[Message] = []
         self.failure: BaseException | None = None
         self.is_gone = False
+        self.breaks: Exception | None = None
         self.stuck = asyncio.Event()
         self.stuck.set()
         self._changed = asyncio.Event()
@@ -75,7 +77,10 @@ class Socket:
             self._changed.set()
 
     async def _receive(self) -> Message:
-        message = await self._inbox.get()
+        message = await self._inbox.get() if self.breaks is None or not self.log else None
+        if message is None:
+            assert self.breaks is not None
+            raise self.breaks
         self.read.append(message)
         return message
 

@@ -106,6 +106,17 @@ KEYS = (
     ),
     Mutation(
         0,
+        "two limits of one count take twice",
+        ASKING,
+        "    if len({limit.key for limit in limits}) == len(limits):\n",
+        "    if True:\n",
+        _keys(
+            "test_count_once_what_two_limits_count_alike[caller]",
+            "test_count_once_what_two_limits_count_alike[address]",
+        ),
+    ),
+    Mutation(
+        0,
         "an unknown plan gets the largest",
         CHOSEN,
         "        return min(self._all(), key=_speed).text\n",

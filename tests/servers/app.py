@@ -285,7 +285,7 @@ async def desk(request: Request) -> JSONResponse:
 
 
 async def _talk(websocket: WebSocket) -> None:
-    note("ran", path=websocket.url.path, key=websocket.headers.get("x-api-key"))
+    note("talks", path=websocket.url.path, key=websocket.headers.get("x-api-key"))
     protocols = websocket.scope["subprotocols"]
     await websocket.accept(protocols[0] if protocols else None)
     while (message := await websocket.receive())["type"] == "websocket.receive":

@@ -86,7 +86,7 @@ def test_refuse_a_websocket(each: House) -> None:
         assert response.status_code == 402
         assert response.headers["content-type"] == "application/problem+json"
         assert json.loads(response.body)["code"] == "insufficient_credits"
-    assert each.notes("ran", key=payer) == []
+    assert each.notes("talks", key=payer) == []
     assert each.books.account(payer).available == CREDIT
 
 

@@ -17,7 +17,7 @@ from asgi_metering.stores.postgres import PostgresStore
 from asgi_metering.stores.redis import RedisStore, ServerPlace
 from asgi_metering.stores.sqlite import SQLiteStore
 
-__all__ = ["Clock", "store_at"]
+__all__ = ["PATIENT_S", "Clock", "store_at"]
 
 Clock: TypeAlias = Callable[[], float]
 

@@ -122,6 +122,7 @@ def test_read_sample_without_its_last_line_end(name: str) -> None:
     assert reader.text() == vectors.TEXTS.get(name, "")
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", [name for name in CHUNKED if name.endswith(".sse")])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 def test_read_sample_with_other_line_ends(name: str, end: bytes) -> None:

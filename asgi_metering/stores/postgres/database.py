@@ -6,6 +6,7 @@ The only place that knows PostgreSQL's error codes and settings. Does not know w
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Final
@@ -20,8 +21,11 @@ from asgi_metering.errors import (
 )
 from asgi_metering.stores.postgres.link import CutError, Link, Statement, connect, driver
 from asgi_metering.stores.postgres.migrations import SCHEMA_VERSION, applied, migrate
+from asgi_metering.stores.postgres.prepared import FORGOTTEN
 
 __all__ = ["DEFAULT_NAMESPACE", "MAY_BEGIN_AGAIN", "Database", "check_namespace"]
+
+_log = logging.getLogger("asgi_metering.stores")
 
 DEFAULT_NAMESPACE: Final = "asgi_metering"
 
@@ -67,13 +71,20 @@ class Database:
         namespace: The schema.
         busy_timeout_s: How long a statement may wait for others.
         answer_within_s: How long a trip may take.
+        prepares: Whether the server may keep statements prepared.
+
+    Attributes:
+        prepares: The same; no more once something in between has forgotten them.
     """
 
-    def __init__(self, url: str, namespace: str, busy_timeout_s: float, answer_within_s: float) -> None:
+    def __init__(
+        self, url: str, namespace: str, busy_timeout_s: float, answer_within_s: float, *, prepares: bool
+    ) -> None:
         self.namespace = check_namespace(namespace)
         self._url = url
         self.busy_timeout_s = busy_timeout_s
         self.answer_within_s = answer_within_s
+        self.prepares = prepares
         self.name = shown(url)
         psycopg = driver()
         defaults = {"application_name": "asgi_metering", "client_encoding": "UTF8"}
@@ -91,6 +102,8 @@ class Database:
             "enable_bitmapscan": "off",
             "enable_hashjoin": "off",
             "enable_mergejoin": "off",
+            # No plan hangs on the values of keys; by itself the server plans five times before it believes that.
+            "plan_cache_mode": "force_generic_plan",
             "lock_timeout": str(int(busy_timeout_s * 1000)),
             "statement_timeout": str(int(answer_within_s * 1000)),
             "idle_in_transaction_session_timeout": str(int(IDLE_TIMEOUT_S * 1000)),
@@ -114,7 +127,7 @@ class Database:
             StoreUnavailableError: It cannot be reached, or lets us not in.
         """
         try:
-            return await connect(self._conninfo, CONNECT_TIMEOUT_S)
+            return await connect(self._conninfo, CONNECT_TIMEOUT_S, prepares=self.prepares)
         except TimeoutError as error:
             raise StoreUnavailableError(
                 f"{self.name} did not answer within {CONNECT_TIMEOUT_S} s. Check its address, and that it runs."
@@ -211,6 +224,19 @@ class Database:
         if code == "53100":
             return StoreUnavailableError(f"{self.name} has no room to grow: {said}. Free disk space.")
         return StoreUnavailableError(f"{self.name} could not be used: {said}. Look at its log first.")
+
+    def must_not_prepare(self, link: Link, error: BaseException) -> bool:
+        """Whether *error* says that prepared statements do not last here; then none is used any more."""
+        if not link.prepares or getattr(error, "sqlstate", None) not in FORGOTTEN:
+            return False
+        if self.prepares:
+            _log.warning(
+                "%s forgets prepared statements, as poolers do. They are not used any more; with ?prepare=no in the "
+                "store URL they never are.",
+                self.name,
+            )
+        self.prepares = link.prepares = False
+        return True
 
     @staticmethod
     def is_about_a_value(error: BaseException) -> bool:

@@ -1,9 +1,9 @@
 """
 One connection, and the way to send it several statements in one round trip.
 
-The only place that knows how the driver talks. Statements go out in pipeline mode, unnamed and with their parameters
-as text, so that nothing stays on the server's side of the connection when a transaction ends: a pooler may give the
-next one to another server connection. Knows no table and no metering.
+The only place that knows how the driver talks. Statements go out in pipeline mode, with their parameters as text.
+Where the server may keep them prepared, it does; otherwise nothing stays on its side of the connection when a
+transaction ends: a pooler may give the next one to another server connection. Knows no table and no metering.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from asgi_metering.errors import MissingExtraError
+from asgi_metering.stores.postgres.prepared import Prepared
 
 if TYPE_CHECKING:
     from psycopg import AsyncConnection
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["CutError", "Link", "Statement", "connect", "driver"]
 
 Rows = list[tuple[Any, ...]]
+
+_Encoded = tuple[str, list[bytes | None], bytes | None]
+"""A text, its values, and the name that it is run by, if it has one."""
 
 _BINARY: Final = 1
 
@@ -39,6 +43,9 @@ class Statement(NamedTuple):
 
     text: str
     values: tuple[str | None, ...] = ()
+
+
+_REPLAN: Final = Statement("DISCARD PLANS")
 
 
 class CutError(Exception):
@@ -59,20 +66,25 @@ def driver() -> Any:
     return psycopg
 
 
-async def connect(conninfo: str, connect_timeout_s: float) -> Link:
+async def connect(conninfo: str, connect_timeout_s: float, *, prepares: bool = False) -> Link:
     """
     Connect.
 
     Args:
         conninfo: As libpq takes it.
         connect_timeout_s: For all addresses together; also for a server that accepts and says nothing.
+        prepares: Whether the server may keep statements prepared.
 
     Raises:
         TimeoutError, psycopg.Error: It cannot be done.
     """
     async with asyncio.timeout(connect_timeout_s):
         connection = await driver().AsyncConnection.connect(conninfo, autocommit=True, prepare_threshold=None)
-    return Link(connection)
+    return Link(connection, prepares=prepares)
+
+
+def _unnamed(text: str) -> None:
+    """What runs as it is."""
 
 
 class Link:
@@ -80,11 +92,12 @@ class Link:
     A connection that is open, used by one trip at a time.
 
     Attributes:
+        prepares: Whether the server may keep what is sent with ``prepare``.
         is_open: Whether it can be used. After any failure but a statement's own it cannot: what the server has done
             is not known, and answers and questions would go out of step.
     """
 
-    def __init__(self, connection: AsyncConnection[Any]) -> None:
+    def __init__(self, connection: AsyncConnection[Any], *, prepares: bool) -> None:
         from psycopg.adapt import Transformer
 
         self._connection = connection
@@ -94,17 +107,31 @@ class Link:
         self._wake: asyncio.Future[None] | None = None
         self._failure: BaseException | None = None
         self._is_in_step = True
+        self._prepared = Prepared()
+        self.prepares = prepares
         self.is_open = True
         self._pgconn.nonblocking = 1
         self._pgconn.enter_pipeline_mode()
         self._file = self._pgconn.socket
         self._loop.add_reader(self._file, self._read)
 
-    async def trip(self, statements: Sequence[Statement], answer_within_s: float) -> list[Rows]:
+    def replanning(self) -> Sequence[Statement]:
+        """What goes into a transaction that has begun, so that no plan becomes older than it may; mostly nothing."""
+        return (_REPLAN,) if self.prepares and self._prepared.is_due() else ()
+
+    async def trip(
+        self, statements: Sequence[Statement], answer_within_s: float, *, prepare: bool = False
+    ) -> list[Rows]:
         """
         Send *statements*, and return the rows of each. One round trip.
 
         A statement that fails keeps those behind it from running; what it means for the transaction is the caller's.
+
+        Args:
+            statements: In order.
+            answer_within_s: For all of them.
+            prepare: Whether they come again and again, so that the server may keep them: the caller begins its
+                transaction again at the codes of `prepared.FORGOTTEN`.
 
         Raises:
             CutError: No answer came in time.
@@ -112,17 +139,17 @@ class Link:
             psycopg.Error: What the server says about a statement, or that the connection is lost.
         """
         # Before the first of them goes out: a text that cannot be sent shall not cost the connection.
+        named = self._prepared.name if prepare and self.prepares else _unnamed
         encoded = [
-            (text.encode(), [None if value is None else value.encode() for value in values])
+            (text, [None if value is None else value.encode() for value in values], named(text))
             for text, values in statements
         ]
         timer = self._loop.call_later(answer_within_s, self._cut)
         self._is_in_step = False
         try:
-            for text, values in encoded:
-                self._pgconn.send_query_params(text, values, result_format=_BINARY)
+            sent = self._send(encoded)
             self._pgconn.pipeline_sync()
-            return self._loaded(await self._answered())
+            return self._loaded(sent, await self._answered())
         except BaseException as failure:
             if not self._is_in_step:
                 self.close()
@@ -131,6 +158,20 @@ class Link:
             raise
         finally:
             timer.cancel()
+
+    def _send(self, encoded: Iterable[_Encoded]) -> list[str | None]:
+        """Hand it to the driver; returned is, for each result to come, the text that it only prepares, or None."""
+        pgconn, prepared, sent = self._pgconn, self._prepared, list[str | None]()
+        for text, values, name in encoded:
+            if name is None:
+                pgconn.send_query_params(text.encode(), values, result_format=_BINARY)
+            else:
+                if text not in prepared and text not in sent:
+                    pgconn.send_prepare(name, text.encode())
+                    sent.append(text)
+                pgconn.send_query_prepared(name, values, result_format=_BINARY)
+            sent.append(None)
+        return sent
 
     async def _answered(self) -> list[PGresult]:
         """The result of each statement; the first ones are read before the last are sent, if they are many."""
@@ -196,18 +237,21 @@ class Link:
         if self._failure is not None:
             raise self._failure
 
-    def _loaded(self, results: Sequence[PGresult]) -> list[Rows]:
+    def _loaded(self, sent: Sequence[str | None], results: Sequence[PGresult]) -> list[Rows]:
         from psycopg import errors
         from psycopg.pq import ExecStatus
 
-        loaded = []
+        loaded: list[Rows] = []
         transformer = self._transformer
-        for result in results:
+        for prepared, result in zip(sent, results, strict=True):
             if result.status == ExecStatus.TUPLES_OK:
                 transformer.set_pgresult(result)
                 loaded.append(transformer.load_rows(0, result.ntuples, tuple))
             elif result.status == ExecStatus.COMMAND_OK:
-                loaded.append([])
+                if prepared is None:
+                    loaded.append([])
+                else:
+                    self._prepared.is_kept(prepared)
             else:
                 raise errors.error_from_result(result)
         return loaded

@@ -110,14 +110,17 @@ class PostgresStore(Store):
         busy_timeout_s: Seconds to wait while others keep accounts locked, before `StoreContendedError`.
         answer_within_s: Seconds for one round trip, before the connection is given up.
         migrate: Make the schema, or bring it up to date, at `open`: for tests and development.
+        prepare: Let the server keep statements prepared, so that it plans each of them once: most of its time.
 
     Raises:
         ConfigurationError: The URL or the namespace cannot be one.
         MissingExtraError: The driver is not installed.
 
-    Each event loop that uses the store has two connections of its own. Nothing outlives a transaction on the server's
-    side, prepared statements included, so a pooler such as PgBouncer may stand between in transaction mode. A store
-    belongs to the process that opened it: after a fork, open it in the child.
+    Each event loop that uses the store has two connections of its own. Nothing but prepared statements outlives a
+    transaction on the server's side, so a pooler such as PgBouncer may stand between in transaction mode. Where it
+    loses prepared statements (PgBouncer before 1.21, or with ``max_prepared_statements=0``), the first batch that meets
+    that is begun again, before anything was committed, and none are used from then on; ``prepare=False`` uses none from
+    the beginning. A store belongs to the process that opened it: after a fork, open it in the child.
     """
 
     name = "postgresql"
@@ -131,11 +134,12 @@ class PostgresStore(Store):
         busy_timeout_s: float = 5.0,
         answer_within_s: float = 10.0,
         migrate: bool = False,
+        prepare: bool = True,
     ) -> None:
         for name, value in (("busy_timeout_s", busy_timeout_s), ("answer_within_s", answer_within_s)):
             if not 0.001 <= value <= 86_400:
                 raise ConfigurationError(f"{name}={value!r} is no time to wait. Use seconds, from 0.001 to 86,400.")
-        self._database = Database(url, namespace, busy_timeout_s, answer_within_s)
+        self._database = Database(url, namespace, busy_timeout_s, answer_within_s, prepares=prepare)
         self.namespace = namespace
         self._loads = Loads(namespace)
         self._reading = Reading(self._loads)
@@ -259,7 +263,7 @@ class PostgresStore(Store):
             except MovedError as moved:
                 lost: Exception = moved
             except driver().Error as error:
-                if getattr(error, "sqlstate", None) not in MAY_BEGIN_AGAIN or not link.is_open:
+                if not link.is_open or not self._may_begin_again(link, error):
                     raise self._told(error) from error
                 lost = error
             except CutError as error:
@@ -272,16 +276,19 @@ class PostgresStore(Store):
             f"write the same calls, or for other programs that write to its schema."
         ) from lost
 
+    def _may_begin_again(self, link: Link, error: Exception) -> bool:
+        return getattr(error, "sqlstate", None) in MAY_BEGIN_AGAIN or self._database.must_not_prepare(link, error)
+
     def _told(self, error: Exception) -> Exception:
         """A value that cannot be kept is one operation's mistake: as it is, so that the guilty one is found."""
         return error if self._database.is_about_a_value(error) else self._database.meaning(error)
 
     async def _batch(self, link: Link, operations: Sequence[Operation]) -> list[Answer | Exception]:
         within_s = self._database.answer_within_s
-        copy = WorkingCopy(lambda statements: link.trip(statements, within_s), self._loads, self._clock)
+        copy = WorkingCopy(lambda statements: link.trip(statements, within_s, prepare=True), self._loads, self._clock)
         try:
-            answers = await copy.run(operations, self._database.begin)
-            await link.trip([*copy.changes(), _COMMIT], within_s)
+            answers = await copy.run(operations, (*self._database.begin, *link.replanning()))
+            await link.trip([*copy.changes(), _COMMIT], within_s, prepare=True)
         except BaseException:
             await self._roll_back(link)
             raise
@@ -297,11 +304,14 @@ class PostgresStore(Store):
 
     async def _snapshot(self, link: Link, query: Query) -> Snapshot:
         statements = self._reading.statements(query)
-        trip = [*self._database.begin_reading, *statements, self._loads.time(), _COMMIT]
+        begin = (*self._database.begin_reading, *link.replanning())
+        trip = [*begin, *statements, self._loads.time(), _COMMIT]
         try:
-            found = await link.trip(trip, self._database.answer_within_s)
+            found = await link.trip(trip, self._database.answer_within_s, prepare=True)
         except (CutError, driver().Error) as error:
             await self._roll_back(link)
+            if link.is_open and self._database.must_not_prepare(link, error):
+                return await self._snapshot(link, query)
             raise self._database.meaning(error) from error
-        *rows, ((now,),), _ = found[len(self._database.begin_reading) :]
+        *rows, ((now,),), _ = found[len(begin) :]
         return Snapshot(now if self._clock is None else self._clock(), self._reading.state(query, rows))

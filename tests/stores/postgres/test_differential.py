@@ -2,14 +2,14 @@
 The PostgreSQL store beside the memory store: the same operations, the same answers, the same whole state.
 
 PostgreSQL decides on the rows that it loaded. A row that it did not load, or wrote wrongly, makes it differ from the
-store that decides on everything. Two stores on one schema work in turn.
+store that decides on everything. Two stores on one schema work in turn, one with prepared statements, one without.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from itertools import count
+from itertools import count, cycle
 
 import pytest
 
@@ -25,8 +25,9 @@ _numbers = count(1)
 def beside(server: PostgresServer) -> Pair:
     """Both stores, on a schema that goes with them."""
     schema = f"pair_{next(_numbers)}"
+    prepares = cycle((True, False))
     return Pair(
-        lambda clock: PostgresStore(server.url(), namespace=schema, clock=clock, migrate=True),
+        lambda clock: PostgresStore(server.url(), namespace=schema, clock=clock, migrate=True, prepare=next(prepares)),
         after=lambda: server.execute(f'DROP SCHEMA "{schema}" CASCADE'),
     )
 

@@ -23,6 +23,7 @@ from tests.harness.servers import HOST, free_port
 from tests.harness.valkey import ValkeyServer, sentinel, valkey
 from tests.harness.waiting import wait_until
 from tests.stores.beside import Pair, run_as_a_service
+from tests.stores.places import PATIENT_S
 from tests.stores.proofs import assert_conserved
 
 _numbers = count()
@@ -69,7 +70,9 @@ def test_serve_beside_memory(nodes: list[ValkeyServer]) -> None:
         # Of one event loop, as its connections are.
         place = ClusterPlace([(HOST, node.port) for node in nodes], {}, 5.0)
         namespace = f"serve{next(_numbers)}"
-        return Pair(lambda clock: ClusterStore(place, namespace=namespace, partitions=1, clock=clock))
+        return Pair(
+            lambda clock: ClusterStore(place, namespace=namespace, partitions=1, timeout_s=PATIENT_S, clock=clock)
+        )
 
     run_as_a_service(pair)
 

@@ -19,6 +19,7 @@ from asgi_metering.stores.redis import RedisStore
 from tests.harness.valkey import ValkeyServer
 from tests.stores import test_differential
 from tests.stores.beside import Pair, run_any_sequences, run_as_a_service
+from tests.stores.places import PATIENT_S
 
 _numbers = count()
 
@@ -28,7 +29,10 @@ Maker = Callable[..., RedisStore]
 def beside(make_store: Maker, server: ValkeyServer) -> Pair:
     """Both stores, on a namespace of their own; whole states are read by looking at all keys, so they go at the end."""
     namespace = f"pair{next(_numbers)}"
-    return Pair(lambda clock: make_store(namespace=namespace, clock=clock), after=lambda: server.ask("FLUSHALL"))
+    return Pair(
+        lambda clock: make_store(namespace=namespace, clock=clock, timeout_s=PATIENT_S),
+        after=lambda: server.ask("FLUSHALL"),
+    )
 
 
 @pytest.mark.no_cover
