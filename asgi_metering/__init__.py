@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from asgi_metering.policies import Idempotency as Idempotency
     from asgi_metering.policies import slices as slices
     from asgi_metering.policies import up_to as up_to
+    from asgi_metering.requiring import requires_upstream as requires_upstream
     from asgi_metering.sources import Allowance as Allowance
     from asgi_metering.sources import Payer as Payer
     from asgi_metering.sources import Wallet as Wallet
@@ -62,6 +63,7 @@ _HOMES = {
     "current_call": "opening",
     "metered_app": "asgi.app",
     "rate_limited": "decorators",
+    "requires_upstream": "requiring",
     "slices": "policies",
     "unlimited": "decorators",
     "up_to": "policies",

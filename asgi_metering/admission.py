@@ -28,6 +28,7 @@ from asgi_metering.asking import (
     root_of_rate,
     source_asks,
 )
+from asgi_metering.beside import Beside
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import ConfigurationError, IdentityError, PayerError, StoreError
 from asgi_metering.estimates import estimate_arguments
@@ -35,9 +36,20 @@ from asgi_metering.keying import key_ask, once, shared_key
 from asgi_metering.messages import Counted, MessageLimits
 from asgi_metering.names import check_key
 from asgi_metering.outage import in_doubt_of, without_store
-from asgi_metering.policies import ChargePolicy, ComputedLimit, From, RatePolicy, Slices
+from asgi_metering.policies import (
+    ESTIMATE,
+    ChargePolicy,
+    ComputedLimit,
+    EndpointPolicy,
+    From,
+    RatePolicy,
+    Slices,
+    UpstreamPolicy,
+)
 from asgi_metering.prices import FixedPrice
+from asgi_metering.quotas.headroom import Lack, Need
 from asgi_metering.rates import RateLimit
+from asgi_metering.receipts import Basis
 from asgi_metering.rules.operations import (
     Admit,
     Grow,
@@ -55,7 +67,17 @@ if TYPE_CHECKING:
     from asgi_metering.call import Call
     from asgi_metering.plans import Plan
 
-__all__ = ["admit", "admit_now", "asked_of", "check_amounts", "foresee", "hold_more", "leaves_hold", "usage_of"]
+__all__ = [
+    "admit",
+    "admit_now",
+    "asked_of",
+    "check_amounts",
+    "foresee",
+    "hold_more",
+    "leaves_hold",
+    "usage_of",
+    "would_ask",
+]
 
 log = logging.getLogger("asgi_metering")
 
@@ -82,7 +104,12 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
     call.exempt = "credits" not in features
     rates = policy.gated if "rates" in features else ()
     messages = policy.messages if "rates" in features else ()
-    if not call.opening.is_flat or any(map(_needs_caller, rates)):
+    if policy.has_beside or call.metering.shadow:
+        call.beside = Beside(policy, charge, rates, everything=call.metering.shadow)
+        charge, rates = call.beside.live_charge, call.beside.live_rates
+        messages = () if call.metering.shadow else messages
+    counted = rates if call.beside is None else (*rates, *call.beside.rates)
+    if not call.opening.is_flat or any(map(_needs_caller, counted)):
         asking = (*rates, *messages) if messages else rates
         await _identify(call, asking, charged=charge is not None and not call.exempt)
     asked = _planned(call, call.metering.plans.of(policy, features))
@@ -97,19 +124,39 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
             call.message_limits = await _message_limits(call, messages, arguments)
         if charge is not None:
             await _charge(call, charge, arguments)
+        elif call.beside is not None and call.beside.charge is not None:
+            _free(call, call.beside.charge)
         asked = await _operation(call, charge, rates, arguments, time.time())
     # Whoever asks may outlive its request: a task of the endpoint, a thread.
     call.opening.check()
+    try:
+        if policy.upstreams and "quotas" in features:
+            await _reserve(call, policy, asked, arguments)
+        await _ask(call, charge, rates, asked, arguments)
+    except BaseException:
+        if call.beside is not None:
+            call.beside.release(call.metering.headroom)
+        raise
+    call.metering.admitted(call)
+
+
+async def _ask(
+    call: Call,
+    charge: ChargePolicy | None,
+    rates: tuple[RatePolicy, ...],
+    asked: Admit | None,
+    arguments: Mapping[str, Any],
+) -> None:
+    """Have the store decide on *asked*, if it is asked anything; raises as `admit`."""
     if asked is None:
         call.decision = Decision(call.id, time.time())
-    else:
-        decided = await _decide(call, charge, rates, asked, arguments)
-        if call.opening.closed:
-            call.decision, call.has_hold = None, False
-            if decided is not None:
-                call.metering.runtime().give_back(asked, decided.now)
-            call.opening.check()
-    call.metering.admitted(call)
+        return
+    decided = await _decide(call, charge, rates, asked, arguments)
+    if call.opening.closed:
+        call.decision, call.has_hold = None, False
+        if decided is not None:
+            call.metering.runtime().give_back(asked, decided.now)
+        call.opening.check()
 
 
 def admit_now(call: Call) -> bool:
@@ -151,6 +198,125 @@ def _planned(call: Call, plan: Plan) -> Admit | None:
         call.trace = call.metering.trace()
         call.facts = _facts(call)
     return plan.asked(call, call.started_at)
+
+
+def _free(call: Call, charge: ChargePolicy) -> None:
+    """A call whose charge is in the shadow: it costs nothing, and is told of."""
+    call.exempt = True
+    try:
+        _pin(call, charge)
+    except ConfigurationError as failure:
+        # Of a unit that is known with another scale; its shadow meets the same.
+        log.error("The shadow of %s cannot be told. %s", charge.line, failure)
+        call.charge = None
+        return
+    call.trace = call.metering.trace()
+    call.facts = _facts(call)
+
+
+async def would_ask(call: Call, beside: Beside, arguments: Mapping[str, Any], now: float) -> Admit | None:
+    """
+    What the twin *call* would ask of the store, around *now*, for the shadow parts of *beside*; None for nothing.
+
+    Raises:
+        CallRefused: It would have been refused without the store.
+
+    And whatever the application's own functions raise.
+    """
+    charge, rates = beside.charge, beside.rates
+    if beside.identity_down and (charge is not None or any(map(by_identity, rates))):
+        raise call.refused(Refusal(Reason.IDENTITY_DOWN, "identify"))
+    if charge is not None and call.caller is None:
+        raise call.refused(Refusal(Reason.UNAUTHENTICATED, "identify"))
+    if call.caller is not None and call.caller.exempt:
+        call.exempt, charge = True, None
+        rates = tuple([rate for rate in map(_of_everybody, rates) if rate is not None])
+    if any(rate.is_selective for rate in rates):
+        rates = tuple([rate for rate in rates if await _counts(call, rate, arguments)])
+    if charge is not None and call.price is None:
+        # Keys are not claimed: each call is told by itself.
+        charge = replace(charge, idempotency=None, key=None, once=None)
+        _pin(call, charge)
+        try:
+            await _payer(call, charge, arguments)
+        except PayerError as failure:
+            raise call.refused(Refusal(Reason.PAYER, charge.line)) from failure
+        await _price(call, charge, arguments)
+    asked = await _operation(call, None if charge is None else call.charge, rates, arguments, now)
+    # A row without facts tells no usage event, and without a line is in no statement.
+    return None if asked is None else asked._replace(line="", facts={}, in_doubt=Basis.NONE)
+
+
+async def _reserve(call: Call, policy: EndpointPolicy, asked: Admit | None, arguments: Mapping[str, Any]) -> None:
+    """
+    Count *call* as used of the providers that its policy requires.
+
+    Raises:
+        CallRefused: One has no room for it; or its idempotency key, which is looked for first, says something else.
+    """
+    metering, beside = call.metering, call.beside
+    assert beside is not None  # noqa: S101 -- made for every policy with upstreams
+    for upstream in policy.upstreams:
+        is_shadow = upstream.shadow or metering.shadow
+        try:
+            need, label = await _need(call, upstream, arguments)
+        except Exception:
+            if not is_shadow:
+                raise
+            metering.meters.count("shadow_lost", line=beside.line, cause="computing")
+            beside.tells_upstream = False
+            continue
+        lack, reservation = metering.headroom.reserve(upstream.provider, need, label=label, is_certain=is_shadow)
+        if reservation is not None:
+            beside.reserved.append(reservation)
+        if lack is not None:
+            refusal = _no_headroom(upstream, lack)
+            if not is_shadow:
+                await _known_key(call, asked)
+                raise call.refused(refusal)
+            metering.told_shadow(call, refusal)
+
+
+async def _need(call: Call, upstream: UpstreamPolicy, arguments: Mapping[str, Any]) -> tuple[Need, str | None]:
+    """What *call* takes of a provider, and under which label."""
+    tokens, label = upstream.tokens, upstream.label
+    if isinstance(tokens, From):
+        tokens = await tokens.compute(call, arguments)
+    if isinstance(label, From):
+        label = await label.compute(call, arguments)
+    if tokens == ESTIMATE:
+        if call.asked is None:
+            call.asked = await _expected(call, arguments)
+        tokens = call.asked
+    if isinstance(tokens, TokenUsage):
+        return Need(upstream.requests, tokens.input or 0, tokens.output or 0, tokens.total or 0), label
+    return Need(upstream.requests, tokens=tokens or 0), label
+
+
+def _no_headroom(upstream: UpstreamPolicy, lack: Lack) -> Refusal:
+    return Refusal(
+        Reason.UPSTREAM,
+        upstream.provider,
+        lack.required,
+        lack.available,
+        limit=lack.limit,
+        retry_after_s=lack.retry_after_s,
+        detail=f"The provider {upstream.provider!r} has nothing left of {lack.resource!r}.",
+    )
+
+
+async def _known_key(call: Call, asked: Admit | None) -> None:
+    """What is known of the idempotency key comes before a provider's headroom: a repeat needs none."""
+    if asked is None or asked.idempotency is None:
+        return
+    try:
+        decision = await call.metering.foresee(asked)
+    except StoreError:
+        return
+    if decision.replay:
+        raise call.refused(Refusal(Reason.REPLAYED, "idempotency"), decision)
+    if decision.refusal is not None and decision.refusal.reason in (Reason.IN_FLIGHT, Reason.FINGERPRINT):
+        raise call.refused(decision.refusal, decision)
 
 
 async def _charge(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
@@ -320,6 +486,8 @@ async def _identify(call: Call, rates: tuple[RatePolicy, ...], *, charged: bool)
     except IdentityError as failure:
         call.metering.alarms.raised("identify", str(failure), failure)
         if not charged and not any(map(by_identity, rates)):
+            if call.beside is not None:
+                call.beside.identity_down = True
             return
         raise call.refused(Refusal(Reason.IDENTITY_DOWN, "identify")) from failure
     if caller is None and charged:
@@ -586,7 +754,7 @@ async def _weight(call: Call, limit: RateLimit, arguments: Mapping[str, Any]) ->
 async def _expected(call: Call, arguments: Mapping[str, Any]) -> TokenUsage:
     """What a call is expected to use that no layer charges: as its route would hold for it, or as its request says."""
     charge = call.policy.charge if call.policy is not None else None
-    if charge is not None:
+    if charge is not None and (call.beside is None or call.beside.charge is None):
         estimate = charge.hold.estimate
         if isinstance(estimate, From):
             estimate = await estimate.compute(call, arguments)

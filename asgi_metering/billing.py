@@ -285,6 +285,9 @@ def _event(call: Call, used: Metered, seen: Sighting, row: Situation) -> dict[st
         told["attributes"] = dict(call.attributes)
     if call.tally is not None:
         told["attributes"].setdefault(f"{call.tally.per}s", call.tally.count)
+    shadow = None if call.beside is None else call.beside.told()
+    if shadow:
+        told["attributes"] = {**(call.attributes or call.facts.get("attributes", {})), **shadow}
     return told
 
 

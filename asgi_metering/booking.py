@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from asgi_metering.call import Call
 from asgi_metering.opening import CURRENT
 from asgi_metering.prices import FixedPrice
+from asgi_metering.upstream.headroom import Reservation
 from asgi_metering.usage import UsageReader
 
 if TYPE_CHECKING:
@@ -28,22 +29,47 @@ class UpstreamBooking:
     Takes what the upstream client tells: quotas to the readings, usage to the call that was current at its start.
 
     Args:
-        metering: Whose readings and tallies.
+        metering: Whose readings, reservations and tallies.
+        label: Which of several keys of the provider its exchanges go by.
     """
 
-    def __init__(self, metering: UpstreamClients) -> None:
+    def __init__(self, metering: UpstreamClients, label: str | None = None) -> None:
         self._metering = metering
+        self._label = label
 
     def started(self, provider: str) -> Call | None:
         """The call in whose context the exchange was begun; concurrent and nested calls never mix."""
         opening = CURRENT.get()
-        return opening.call if opening is not None and not opening.closed else None
+        call = opening.call if opening is not None and not opening.closed else None
+        reservation = self._reservation(call, provider)
+        if reservation is not None:
+            self._metering.headroom.sent(reservation)
+        return call
+
+    def _reservation(self, call: Call | None, provider: str) -> Reservation | None:
+        """What *call*, or the one that it runs inside of, has reserved of the provider."""
+        while call is not None:
+            found = None if call.beside is None else call.beside.reservation(provider, self._label)
+            if found is not None:
+                return found
+            around = call.opening.around
+            call = None if around is None else around.call
+        return None
 
     def answered(
         self, token: object, provider: str, status: int, headers: Iterable[tuple[bytes, bytes]], started_at: float
     ) -> None:
         """Capture the quotas of every answer, 429s included (S1.44)."""
-        self._metering.quotas.record(provider, headers, status=status, started_at=started_at)
+        quotas = self._metering.quotas
+        quotas.record(provider, headers, status=status, started_at=started_at, label=self._label)
+        reservation = self._reservation(token, provider) if isinstance(token, Call) else None
+        if reservation is None:
+            return
+        latest = quotas.latest(provider, label=self._label)
+        seen = None if latest is None else latest.limits_observed_at
+        if seen is not None and seen >= started_at:
+            # Its own answer, or a later one, told the limits with this request in them.
+            self._metering.headroom.shown(reservation)
 
     def body_started(self, token: object, provider: str, reader: UsageReader, status: int) -> None:
         """

@@ -112,6 +112,16 @@ class Call(CallState):
         return self.decision is not None and self.refusal is None
 
     @property
+    def would_deny(self) -> Refusal | None:
+        """
+        Why the shadow parts of the route would have refused this call; None where they would not (S4.16).
+
+        Also None as long as the store has not said, which nobody waits for: where it is reached over a network, this
+        is known some milliseconds after the call has begun. What became of a call at last is on its usage event.
+        """
+        return None if self.beside is None else self.beside.would_deny
+
+    @property
     def joined(self) -> bool:
         """
         Whether another call of its charge key pays for this one, or has paid; False for the one that pays.

@@ -26,6 +26,7 @@ from asgi_metering.rules.operations import Admit, IdempotencyAsk
 from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
 
 if TYPE_CHECKING:
+    from asgi_metering.beside import Beside
     from asgi_metering.caller import Caller
     from asgi_metering.growing import Growth
     from asgi_metering.messages import MessageLimits
@@ -113,6 +114,7 @@ class CallState:
     observed_parts = 0
     receipt: Receipt | None = None
     last_beat = 0.0
+    is_beating = False
     trace: Mapping[str, str] = MappingProxyType({})
     facts: Mapping[str, Any] = MappingProxyType({})
     has_hold = False
@@ -125,6 +127,8 @@ class CallState:
     # What a session has used that is charged per message or second; what each of its messages is counted by.
     tally: Tally | None = None
     message_limits: MessageLimits | None = None
+    # What goes on beside it: shadow parts, and what it takes of providers; None for most.
+    beside: Beside | None = None
     # What makes it run once, and its answer for repeats; the hashed key of the calls that it is charged with.
     once: IdempotencyAsk | None = None
     reply: Reply | None = None
@@ -143,13 +147,18 @@ class CallState:
 
     @property
     def needs_end(self) -> bool:
-        """Whether its end has to be told to the ledger, or to the audit of free work."""
-        return self.has_hold or self.charge is not None or bool(self.local)
+        """Whether its end has to be told to the ledger, to the audit of free work, or to what goes on beside it."""
+        return self.has_hold or self.charge is not None or bool(self.local) or self.beside is not None
 
     @property
     def beats(self) -> bool:
         """Whether somebody has to hear what it uses while it runs: the store, or the journal that it waits in."""
         return self.has_hold or self.queued is not None
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for the end."""
+        return bool(self._endings)
 
     @property
     def counts_usage(self) -> bool:

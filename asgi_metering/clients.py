@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from asgi_metering.booking import UpstreamBooking
 from asgi_metering.events.metrics import Meters
+from asgi_metering.names import check_name
+from asgi_metering.upstream.headroom import Headroom
 from asgi_metering.upstream.readings import QuotaReadings
 
 if TYPE_CHECKING:
@@ -26,10 +28,12 @@ class UpstreamClients:
 
     Attributes:
         quotas: Gets the readings of every answer.
+        headroom: What was let in for providers and is in no reading yet.
         meters: Counts what comes too late.
     """
 
     quotas: QuotaReadings
+    headroom: Headroom
     meters: Meters
 
     def upstream_client(
@@ -39,6 +43,7 @@ class UpstreamClients:
         *,
         library: str | None = None,
         usage_dialect: str | None = None,
+        label: str | None = None,
         **client_options: Any,
     ) -> AsyncClient:
         """
@@ -53,6 +58,7 @@ class UpstreamClients:
             wrap: A transport to use instead of the default one; then proxies of the environment do not count.
             library: ``"httpx2"`` or ``"httpx"``, where *wrap* does not tell and the first one installed is wrong.
             usage_dialect: In which dialect of `usage.dialects` bodies report, where detection would be wrong.
+            label: Names this key, or model, of the provider where several have quotas of their own; no secret.
             client_options: As for ``AsyncClient``, without ``transport``; timeouts, limits and redirects are the SDKs'
                 own by default.
 
@@ -63,7 +69,7 @@ class UpstreamClients:
         from asgi_metering.upstream.client import upstream_client
 
         return upstream_client(
-            provider, self._listener(), wrap, library=library, usage_dialect=usage_dialect, **client_options
+            provider, self._listener(label), wrap, library=library, usage_dialect=usage_dialect, **client_options
         )
 
     def upstream_client_sync(
@@ -73,6 +79,7 @@ class UpstreamClients:
         *,
         library: str | None = None,
         usage_dialect: str | None = None,
+        label: str | None = None,
         **client_options: Any,
     ) -> Client:
         """
@@ -85,7 +92,7 @@ class UpstreamClients:
         from asgi_metering.upstream.client import upstream_client_sync
 
         return upstream_client_sync(
-            provider, self._listener(), wrap, library=library, usage_dialect=usage_dialect, **client_options
+            provider, self._listener(label), wrap, library=library, usage_dialect=usage_dialect, **client_options
         )
 
     def upstream_transport(
@@ -95,11 +102,12 @@ class UpstreamClients:
         *,
         library: str | None = None,
         usage_dialect: str | None = None,
+        label: str | None = None,
     ) -> MeteredTransport:
         """The transport of `upstream_client` alone, around *wrap*, for clients that you build yourself."""
         from asgi_metering.upstream.client import upstream_transport
 
-        return upstream_transport(provider, self._listener(), wrap, library=library, usage_dialect=usage_dialect)
+        return upstream_transport(provider, self._listener(label), wrap, library=library, usage_dialect=usage_dialect)
 
     def upstream_transport_sync(
         self,
@@ -108,11 +116,16 @@ class UpstreamClients:
         *,
         library: str | None = None,
         usage_dialect: str | None = None,
+        label: str | None = None,
     ) -> SyncMeteredTransport:
         """The transport of `upstream_client_sync` alone, around *wrap*, for clients that you build yourself."""
         from asgi_metering.upstream.client import upstream_transport_sync
 
-        return upstream_transport_sync(provider, self._listener(), wrap, library=library, usage_dialect=usage_dialect)
+        return upstream_transport_sync(
+            provider, self._listener(label), wrap, library=library, usage_dialect=usage_dialect
+        )
 
-    def _listener(self) -> UpstreamBooking:
-        return UpstreamBooking(self)
+    def _listener(self, label: str | None) -> UpstreamBooking:
+        if label is not None:
+            check_name(label, "quota label")
+        return UpstreamBooking(self, label)

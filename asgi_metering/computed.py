@@ -16,11 +16,21 @@ from typing import Any
 
 from asgi_metering.chosen import LimitReading
 from asgi_metering.errors import ConfigurationError, MeteringError
-from asgi_metering.policies import ChargePolicy, ComputedLimit, From, NamedKey, RatePolicy
+from asgi_metering.names import check_name
+from asgi_metering.policies import ChargePolicy, ComputedLimit, From, NamedKey, RatePolicy, UpstreamPolicy
 from asgi_metering.rates import is_item
 from asgi_metering.usage import TokenUsage
 
-__all__ = ["Computed", "bound_charge", "bound_rates", "check_answers", "check_sync", "is_async", "name_of"]
+__all__ = [
+    "Computed",
+    "bound_charge",
+    "bound_rates",
+    "bound_upstream",
+    "check_answers",
+    "check_sync",
+    "is_async",
+    "name_of",
+]
 
 log = logging.getLogger("asgi_metering")
 
@@ -118,6 +128,14 @@ def bound_rates(rates: RatePolicy, endpoint: str) -> RatePolicy:
         exempt_when=_bound(rates.exempt_when, endpoint),
         chosen=tuple(chosen),
     )
+
+
+def bound_upstream(upstream: UpstreamPolicy, endpoint: str) -> UpstreamPolicy:
+    """*upstream* with its computed tokens and label bound to *endpoint*; raises as `bound_charge`."""
+    if not upstream.callables():
+        return upstream
+    check_answers(upstream.callables(), endpoint)
+    return replace(upstream, tokens=_bound(upstream.tokens, endpoint), label=_bound(upstream.label, endpoint))
 
 
 def _bound(value: Any, endpoint: str) -> Any:
@@ -224,6 +242,18 @@ def _check_skip(_: Any, skips: Any) -> None:
         raise ConfigurationError(f"What skip_if answers is a {type(skips).__name__}. It has to be True or False.")
 
 
+def _check_tokens(_: Any, tokens: Any) -> None:
+    if tokens is not None and not isinstance(tokens, TokenUsage) and (type(tokens) is not int or tokens < 0):
+        raise ConfigurationError(
+            f"The tokens {tokens!r:.{MAX_SHOWN}} are no int from 0 up, no TokenUsage and not None. Round them up first."
+        )
+
+
+def _check_label(_: Any, label: Any) -> None:
+    if label is not None:
+        check_name(label, "quota label")
+
+
 def _check_exemption(_: Any, exempt: Any) -> None:
     if type(exempt) is not bool:
         raise ConfigurationError(f"What exempt_when answers is a {type(exempt).__name__}. It has to be True or False.")
@@ -250,6 +280,8 @@ _CHECKS: Mapping[str, Callable[[Any, Any], None]] = {
     "charge key": _check_charge_key,
     "fingerprint": _check_fingerprint,
     "skip_if": _check_skip,
+    "upstream tokens": _check_tokens,
+    "upstream label": _check_label,
     "exempt_when": _check_exemption,
     "limit": _check_limit,
 }

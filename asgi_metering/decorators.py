@@ -59,7 +59,7 @@ from asgi_metering.sources import PERIODS, Allowance, PaymentSource, Wallet, che
 from asgi_metering.usage import TokenUsage
 from asgi_metering.usage.dialects import named
 
-__all__ = ["billable", "gather", "is_unlimited", "rate_limited", "unlimited"]
+__all__ = ["billable", "check_flag", "gather", "is_unlimited", "rate_limited", "unlimited"]
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
@@ -92,6 +92,7 @@ def billable(
     skip_if: Callable[..., Any] | None = None,
     on_store_down: CreditsDown | None = None,
     per: Per = "call",
+    shadow: bool = False,
 ) -> Part:
     """
     Charge for an endpoint; without the money it answers 402 before its first line runs.
@@ -136,6 +137,8 @@ def billable(
             that it is open; ``"call"``, the default, once. Held in slices ahead of what is used: of ten messages, or a
             minute, unless ``hold=slices(...)`` says amounts. A session begins with one of them, and is closed with 4402
             before the first that cannot be paid.
+        shadow: Charge and refuse nothing, and tell what it would have: see `asgi_metering.shadow` (S4.16). Not with
+            keys: nothing is claimed, so that nobody could tell which of several calls pays.
 
     Raises:
         AmountError: A price or hold that is a float, negative, NaN or too large, or too fine for *unit*. Without a
@@ -202,10 +205,39 @@ def billable(
         skip_if=None if skip_if is None else From(skip_if, "skip_if"),
         on_store_down=on_store_down,
         per=per,
+        shadow=shadow,
     )
+    _check_shadow(charge)
     if unit is not None:
         check_amounts(charge, unit)
     return Part(charge=charge)
+
+
+def _check_shadow(charge: ChargePolicy) -> None:
+    check_flag(shadow=charge.shadow)
+    if not charge.shadow:
+        return
+    _check_shadow_per(charge.per)
+    for name, given in {"idempotency": charge.idempotency, "charge_key": charge.key}.items():
+        if given is not None:
+            raise ConfigurationError(
+                f"shadow=True claims no keys, so that {name}= would mean nothing: a repeat would run, and be told, "
+                f"again. Leave {name}= out until the charge is live."
+            )
+
+
+def _check_shadow_per(per: str) -> None:
+    if per != "call":
+        raise ConfigurationError(
+            f"shadow=True tells of calls as a whole, and not per={per!r}. Leave one of the two out."
+        )
+
+
+def check_flag(**flags: object) -> None:
+    """Refuse what is no bool: the text 'false', say, would be a shadow."""
+    for name, flag in flags.items():
+        if type(flag) is not bool:
+            raise ConfigurationError(f"{name}={flag!r} is no bool. Use True or False.")
 
 
 def _check_per(what: str, per: str, known: Sequence[str]) -> None:
@@ -375,6 +407,7 @@ def rate_limited(
     on_store_down: RatesDown | None = None,
     per: Per = "call",
     on_excess: OnExcess | None = None,
+    shadow: bool = False,
 ) -> Part:
     """
     Limit how often and how many at once.
@@ -408,6 +441,8 @@ def rate_limited(
         errors: Shape of refusals where no `billable` says.
         on_store_down: The store gives no answer: ``deny`` with 503, ``local`` (each process counts by itself, by the
             same rules) or ``allow``; what the `Metering` says by default (X.6).
+        shadow: Refuse nothing, and tell what it would have: see `asgi_metering.shadow` (S4.16). Its counts are those
+            that it has when it is live.
 
         per: ``"message"`` counts the messages that come in over a WebSocket; ``"call"``, the default, requests, and
             WebSockets as they are opened. *concurrency* is always of calls: of open WebSockets.
@@ -425,6 +460,9 @@ def rate_limited(
     if not (limits or levels or configured) and concurrency is None and global_concurrency is None:
         raise ConfigurationError("rate_limited() limits nothing. Give it '60/minute', say, or concurrency=4.")
     _check_errors(errors)
+    check_flag(shadow=shadow)
+    if shadow:
+        _check_shadow_per(per)
     _check_store_down("rates", on_store_down)
     # Unknown zones are refused here; windows are made when a call comes.
     find_zone(check_zone(zone))
@@ -452,7 +490,9 @@ def rate_limited(
         methods=read_methods(methods),
         per_method=per_method,
         exempt_when=None if exempt_when is None else From(exempt_when, "exempt_when"),
-        overrides=override_defaults,
+        # What only tells stands for nothing that counts.
+        overrides=override_defaults and not shadow,
+        shadow=shadow,
         per=per,
         on_excess=on_excess or "close",
     )

@@ -18,21 +18,23 @@ from typing import Any, TypeVar
 
 from asgi_metering.asking import counted_as
 from asgi_metering.chosen import LimitByPlan
-from asgi_metering.computed import bound_charge, bound_rates
+from asgi_metering.computed import bound_charge, bound_rates, bound_upstream
 from asgi_metering.errors import ConfigurationError, NoCallError
 from asgi_metering.opening import CURRENT, SCOPE_KEY, Opening
 from asgi_metering.policies import (
+    ESTIMATE,
     ChargePolicy,
     ConcurrencyLimit,
     EndpointPolicy,
     From,
     NamedKey,
     RatePolicy,
+    UpstreamPolicy,
     check_line,
 )
 from asgi_metering.wrappers import wrap
 
-__all__ = ["BARE_MEND", "Guard", "Part", "decorated", "guard_of", "merged"]
+__all__ = ["BARE_MEND", "Guard", "Part", "counters_of", "decorated", "guard_of", "merged"]
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
@@ -50,6 +52,7 @@ class Part:
     charge: ChargePolicy | None = None
     rates: RatePolicy | None = None
     more: tuple[RatePolicy, ...] = ()
+    upstream: UpstreamPolicy | None = None
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -100,6 +103,7 @@ class Guard:
         charge = self.policy.charge
         # Also where the hold is an amount: what a hang-up pays for its input is estimated from the request.
         estimated = charge is not None and charge.measured and charge.hold.reads_request
+        estimated = estimated or any(each.tokens == ESTIMATE for each in self.policy.upstreams)
         asked = any(rate.asker is not None for rate in self.policy.rates)
         self._needs_arguments = bool(self.policy.callables()) or estimated or self.policy.weighs or asked
 
@@ -217,6 +221,14 @@ def merged(
         _check_twice(replace(policy, rates=(*added, *policy.rates)), rates)
         added = (*added, rates)
     policy = replace(policy, rates=(*added, *policy.rates)) if added else policy
+    if part.upstream is not None:
+        upstream = bound_upstream(part.upstream, policy.name)
+        if any((each.provider, each.label) == (upstream.provider, upstream.label) for each in policy.upstreams):
+            raise ConfigurationError(
+                f"{policy.name} requires the upstream {upstream.provider!r} twice. Put both into one "
+                f"requires_upstream(), or give them labels."
+            )
+        policy = replace(policy, upstreams=(upstream, *policy.upstreams))
     for function in policy.callables():
         function.check(policy.name, parameters)
     return policy
@@ -224,9 +236,9 @@ def merged(
 
 def _check_twice(policy: EndpointPolicy, rates: RatePolicy) -> None:
     known = {
-        (other.scope, str(other.key), counter): name for other in policy.rates for counter, name in _counters(other)
+        (other.scope, str(other.key), counter): name for other in policy.rates for counter, name in counters_of(other)
     }
-    for counter, name in _counters(rates):
+    for counter, name in counters_of(rates):
         place = (rates.scope, str(rates.key), counter)
         first = known.get(place)
         if first == name:
@@ -252,7 +264,7 @@ def _check_twice(policy: EndpointPolicy, rates: RatePolicy) -> None:
             )
 
 
-def _counters(rates: RatePolicy) -> Iterator[tuple[str, str]]:
+def counters_of(rates: RatePolicy) -> Iterator[tuple[str, str]]:
     """What each limit of *rates* is counted as, as far as that is known, and its name."""
     for limit in rates.limits:
         yield counted_as(rates, limit), limit.name
@@ -271,7 +283,7 @@ def _is_confused(policy: EndpointPolicy, rates: RatePolicy, counter: str) -> boo
         counter == each
         for other in others
         if (other.scope, other.level) == (rates.scope, rates.level)
-        for each, _ in _counters(other)
+        for each, _ in counters_of(other)
     )
 
 

@@ -21,6 +21,7 @@ from asgi_metering.rules.ending import Cause
 from asgi_metering.rules.operations import Operation, Renew, Sweep
 
 if TYPE_CHECKING:
+    from asgi_metering.beside import Beside
     from asgi_metering.call import Call
     from asgi_metering.metering import Metering
 
@@ -101,7 +102,14 @@ class Heartbeats:
             self._finish(call)
         elif call.beats and not call.hold_lost and now - call.last_beat >= call.ttl_s / BEATS_PER_LIFE:
             call.last_beat = now
-            self._spawn(self._beat(call), f"heartbeat of {call.id}")
+            if not call.is_beating:
+                # One at a time: a store that comes back after long shall hear of each call once.
+                call.is_beating = True
+                self._spawn(self._beat(call), f"heartbeat of {call.id}")
+        beside = call.beside
+        if beside is not None and beside.is_due(now, BEATS_PER_LIFE):
+            beside.last_beat = now
+            self._spawn(self._beat_beside(beside), f"heartbeat of {call.id}, beside it")
         if call.growth is not None:
             call.growth.nudge()
         if call.observer is not None:
@@ -109,6 +117,12 @@ class Heartbeats:
             call.observer.digest()
 
     async def _beat(self, call: Call) -> None:
+        try:
+            await self._renew(call)
+        finally:
+            call.is_beating = False
+
+    async def _renew(self, call: Call) -> None:
         told = call.observed_parts
         try:
             call.observed_parts = max(call.observed_parts, await observed_parts(call))
@@ -123,6 +137,11 @@ class Heartbeats:
         # Its own end may have come between.
         if renewed is False and not call.closed:
             await self._lost(call)
+
+    async def _beat_beside(self, beside: Beside) -> None:
+        """Of what a call's shadow has taken: nobody hears if it is lost."""
+        if beside.asked is not None:
+            await self._quietly(Renew(beside.asked.id))
 
     async def _lost(self, call: Call) -> None:
         """Say once that *call* runs on without its hold and its slots, which its policy has ended (S0.57)."""

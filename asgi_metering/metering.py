@@ -25,7 +25,8 @@ from asgi_metering.caller import Caller
 from asgi_metering.clients import UpstreamClients
 from asgi_metering.computed import check_sync, is_async
 from asgi_metering.decisions import Decision, Refusal
-from asgi_metering.errors import ConfigurationError, IdentityError, StoreError
+from asgi_metering.decorators import check_flag
+from asgi_metering.errors import ConfigurationError, IdentityError, StoreAvoidedError, StoreError
 from asgi_metering.events.metrics import Meters
 from asgi_metering.events.records import whole_units
 from asgi_metering.events.sinks import Sink
@@ -40,11 +41,13 @@ from asgi_metering.portal import Portal
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, Declare, Grow, Operation, Preview
 from asgi_metering.runtime import Runtime
+from asgi_metering.shadow import ask_shadow, would_deny
 from asgi_metering.standing import Standing
 from asgi_metering.stores.breaker import Breaker, BreakerState
 from asgi_metering.stores.contract import Store
 from asgi_metering.stores.urls import store_from_url
 from asgi_metering.stores.use import StoreUse
+from asgi_metering.upstream.headroom import Headroom
 from asgi_metering.upstream.readings import QuotaReadings
 from asgi_metering.work import Work
 
@@ -96,6 +99,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
             replaced while the application runs: ``metering.keys["tenant"] = other`` (S2.32).
         limits: Limits of requests by name, for ``rate_limited(configured="search")``, replaced in the same way: a text,
             a mapping of plans to texts, or a list of these. One that no endpoint uses is an error at startup (S2.30).
+        shadow: Refuse and charge nothing anywhere, and tell what would have been (S4.16; `asgi_metering.shadow`):
+            metering that is new to an application, before it is let loose. Routes can say it for their parts.
 
     Raises:
         ConfigurationError: An argument or URL that cannot work; the sentence says what can.
@@ -126,6 +131,7 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         on_hold_lost: Callable[[Call], Any] | None = None,
         keys: Mapping[str, Callable[..., Any]] | None = None,
         limits: Mapping[str, Any] | None = None,
+        shadow: bool = False,
     ) -> None:
         if identify is not None and not callable(identify):
             raise ConfigurationError(f"identify={identify!r} cannot be called. Pass a function of the connection.")
@@ -151,6 +157,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
                 raise ConfigurationError(f"{name}={seconds!r} is not a number of seconds from 0 up.")
         self.keys = NamedKeys(keys)
         self.limits = NamedLimits(limits)
+        check_flag(shadow=shadow)
+        self.shadow = shadow
         self.plans = Plans(self)
         self.store: Store = store if isinstance(store, Store) else store_from_url(store)
         self.unit = unit
@@ -202,6 +210,7 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
     def _join_process(self) -> None:
         """Make what belongs to one process: who uses the store, and what there is for the time without it."""
         self.local = LocalLimits()
+        self.headroom = Headroom(self.quotas)
         self.store_use = StoreUse(self.store)
         self.breaker = Breaker(told=self._told_of_store)
         self.journal = _journal(self._journal_given)
@@ -334,6 +343,26 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
     async def admit(self, call: Call, arguments: Mapping[str, Any]) -> None:
         """Admit *call* with the *arguments* of its endpoint; raises as `admission.admit`."""
         await admit(call, arguments)
+        if call.beside is not None:
+            await ask_shadow(call, arguments)
+            call.opening.check()
+
+    async def decide_beside(self, ask: Admit | Preview) -> Decision:
+        """
+        As `decide`, for what no call waits for: only of a store that is well, and whatever comes of it tells nothing of
+        how that is.
+        """
+        if self.breaker.state is not BreakerState.CLOSED:
+            raise StoreAvoidedError(f"The {self.store.name} store has not answered of late.")
+        answer = await self.runtime().submit_known(ask, self.store_timeout_s)
+        if not isinstance(answer, Decision):
+            raise AssertionError(f"an admission was answered with {answer!r}")
+        return answer
+
+    def told_shadow(self, call: Call, refusal: Refusal) -> None:
+        """Count what would have been a refusal of *call*."""
+        if call.beside is not None:
+            would_deny(call, call.beside, refusal)
 
     def admit_now(self, call: Call) -> bool:
         """Admit *call*, where nothing about it has to wait, and the store neither; see `admission.admit_now`."""
@@ -418,6 +447,11 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         if "rates" not in opening.unenforced and policy.rates and "rates" not in opening.features:
             raise ConfigurationError(
                 f"{policy.name} is @rate_limited, but no layer enforces rates here. Add RateLimitMiddleware or "
+                f'MeteringMiddleware, or say unenforced="allow".'
+            )
+        if "quotas" not in opening.unenforced and policy.upstreams and "quotas" not in opening.features:
+            raise ConfigurationError(
+                f"{policy.name} requires_upstream, but no layer captures quotas here. Add QuotaCaptureMiddleware or "
                 f'MeteringMiddleware, or say unenforced="allow".'
             )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from asgi_metering.call import Call
 from asgi_metering.caller import Caller
 from asgi_metering.errors import ConfigurationError, PayerError
+from asgi_metering.guards import Part
 from asgi_metering.keying import check_shared
 from asgi_metering.names import check_key
 from asgi_metering.opening import ALL_FEATURES, CURRENT, Opening
@@ -41,16 +42,31 @@ def prepared(
     if price is None:
         price, hold = _price_of_hold(hold, line), None
     asked: dict[str, Any] = {**options}
-    once = asked.pop("idempotency_key", None)
-    policy = gather((billable(price, hold=hold, line=line, **_with_charge_key(asked)),), line, {})
+    once, requires = asked.pop("idempotency_key", None), _requires(asked.pop("requires", None))
+    policy = gather((billable(price, hold=hold, line=line, **_with_charge_key(asked)), *requires), line, {})
     if policy.charge is not None:
         check_amounts(policy.charge, metering.counted(policy.charge.unit))
         if once is not None:
+            if policy.charge.shadow:
+                raise ConfigurationError(
+                    f"charge(line={line!r}, idempotency_key=...) claims no key with shadow=True: the work would be "
+                    f"done again. Leave the key out until the charge is live."
+                )
             keyed = replace(policy.charge, idempotency=Idempotency(), once=check_key(once, "idempotency key"))
             policy = replace(policy, charge=keyed)
         check_journal(policy, has_journal=metering.journal is not None)
         check_shared(policy, metering.store)
     return policy, _call_for(metering, payer, caller, line)
+
+
+def _requires(given: object) -> tuple[Part, ...]:
+    """What providers must have left."""
+    parts = () if given is None else (given,) if isinstance(given, Part) else given
+    if not isinstance(parts, list | tuple) or any(not isinstance(each, Part) or not each.upstream for each in parts):
+        raise ConfigurationError(
+            f"requires={given!r} is nothing to require. Write requires=requires_upstream('openai')."
+        )
+    return tuple(parts)
 
 
 def _with_charge_key(options: dict[str, Any]) -> dict[str, Any]:

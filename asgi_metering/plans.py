@@ -123,7 +123,8 @@ class Plan:
         asks_anything = bool(self.amount or any(rate.limits or rate.chosen or rate.concurrency for rate in self.rates))
         # What counts everybody together has nobody to ask for.
         asks_who = charge is not None or any(map(by_identity, self.rates))
-        self.is_plain = is_enforced and asks_anything and asks_who and _is_plain_charge(charge)
+        is_alone = not policy.has_beside and not metering.shadow
+        self.is_plain = is_alone and is_enforced and asks_anything and asks_who and _is_plain_charge(charge)
         # What each message of a session is let in by is worked out before the session is.
         self.is_plain = self.is_plain and _are_plain_rates(self.rates) and not policy.messages
         if not self.is_plain:

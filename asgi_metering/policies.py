@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, TypeAlias, TypedDict
 
 from asgi_metering.amounts import Amount, Unit, exact_amount
 from asgi_metering.chosen import ConfiguredLimits, LimitByPlan, LimitReading
@@ -25,10 +25,12 @@ from asgi_metering.usage import TokenUsage
 if TYPE_CHECKING:
     from asgi_metering.call import Call, CallRefused
     from asgi_metering.decisions import Decision, Refusal
+    from asgi_metering.guards import Part
     from asgi_metering.rules.operations import LimitAsk
 
 __all__ = [
     "ATTRIBUTE",
+    "ESTIMATE",
     "KEYS",
     "NAMED",
     "ChargeKey",
@@ -51,6 +53,7 @@ __all__ = [
     "RatePolicy",
     "RatesDown",
     "Slices",
+    "UpstreamPolicy",
     "read_price",
     "slices",
     "up_to",
@@ -390,7 +393,7 @@ class ChargeOptions(TypedDict, total=False):
 
     Keys are the keys themselves here, 1 to 255 printable characters: ``charge_key`` counts the calls of payer and line
     that bring it once per window, requests included; work with an ``idempotency_key`` is done once in 24 hours per
-    payer and line, as `Idempotency` says.
+    payer and line, as `Idempotency` says. ``requires`` is what `requires_upstream` answers, one or several.
     """
 
     unit: Unit | None
@@ -408,6 +411,8 @@ class ChargeOptions(TypedDict, total=False):
     charge_zone: str
     idempotency_key: str | None
     on_store_down: CreditsDown | None
+    shadow: bool
+    requires: Part | Sequence[Part] | None
 
 
 def _computed(value: Any, what: str) -> Any:
@@ -463,6 +468,7 @@ class ChargePolicy:
         skip_if: Tells the calls that are not charged.
         on_store_down: What happens without an answer of the store; None is what the metering says.
         per: What the price is for; other than ``"call"`` a WebSocket alone can be charged by.
+        shadow: Whether it only tells what it would have charged, or refused.
     """
 
     price: FixedPrice | MeasuredPrice | From
@@ -484,6 +490,7 @@ class ChargePolicy:
     skip_if: From | None = None
     on_store_down: CreditsDown | None = None
     per: Per = "call"
+    shadow: bool = False
 
     @property
     def measured(self) -> bool:
@@ -564,6 +571,7 @@ class RatePolicy:
         per: What is counted: ``"call"``, or each ``"message"`` of a WebSocket.
         on_excess: What becomes of a message too many.
         asker: Says the limits of each call, instead of all of these; None where they say all.
+        shadow: Whether it only tells what it would have refused.
     """
 
     limits: tuple[RateLimit, ...]
@@ -581,6 +589,7 @@ class RatePolicy:
     exempt_when: From | None = None
     overrides: bool = True
     asker: LimitAsker | None = None
+    shadow: bool = False
 
     @property
     def is_selective(self) -> bool:
@@ -596,6 +605,37 @@ class RatePolicy:
         return tuple(value for value in (self.key, self.cost, self.exempt_when, *limits) if isinstance(value, From))
 
 
+ESTIMATE: Final = "estimate"
+"""The tokens that the request itself asks for."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamPolicy:
+    """
+    What a provider must have left for us before a call of the endpoint is let in.
+
+    Attributes:
+        provider: As `Metering.upstream_client` names it.
+        tokens: What the call takes: of both kinds together, or apart in a `TokenUsage`; `ESTIMATE`, or computed. None
+            is unknown.
+        requests: How many requests it makes there.
+        label: Which of several keys of the provider, by name, or computed.
+        errors: The shape of refusals where neither a charge nor a limit says.
+        shadow: Whether it only tells what it would have refused.
+    """
+
+    provider: str
+    tokens: int | TokenUsage | From | Literal["estimate"] | None = None
+    requests: int = 1
+    label: str | From | None = None
+    errors: ErrorShape = "problem"
+    shadow: bool = False
+
+    def callables(self) -> tuple[From, ...]:
+        """Everything that is computed from the endpoint's arguments."""
+        return tuple(value for value in (self.tokens, self.label) if isinstance(value, From))
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class EndpointPolicy:
     """
@@ -605,21 +645,25 @@ class EndpointPolicy:
         name: How the endpoint is called in answers, metrics and audits; never a path (pitfall 39).
         charge: None if it is not billable.
         rates: In the order of the decorators, outermost first.
+        upstreams: What providers must have left, likewise.
         weighs: Whether a limit takes what the call uses, such as tokens.
         is_selective: Whether there are calls that some of its limits do not count.
         gated: Those of the rates that the call is let in by.
         messages: Those that each message of a WebSocket is let in by.
         needs: ``"websocket"`` or ``"http"``, where it means nothing to the other one; else empty.
+        has_beside: Whether anything goes on beside its calls: shadow parts, or a provider's headroom.
     """
 
     name: str
     charge: ChargePolicy | None = None
     rates: tuple[RatePolicy, ...] = ()
+    upstreams: tuple[UpstreamPolicy, ...] = ()
     weighs: bool = field(init=False, repr=False, compare=False)
     is_selective: bool = field(init=False, repr=False, compare=False)
     gated: tuple[RatePolicy, ...] = field(init=False, repr=False, compare=False)
     messages: tuple[RatePolicy, ...] = field(init=False, repr=False, compare=False)
     needs: str = field(init=False, repr=False, compare=False)
+    has_beside: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         fixed = [limit.meter for rates in self.rates for limit in rates.limits]
@@ -636,18 +680,22 @@ class EndpointPolicy:
         elif charge is not None and charge.idempotency is not None and charge.once is None:
             needs = "http"
         object.__setattr__(self, "needs", needs)
+        shadows = (self.charge is not None and self.charge.shadow) or any(rates.shadow for rates in self.rates)
+        object.__setattr__(self, "has_beside", shadows or bool(self.upstreams))
 
     @property
     def errors(self) -> ErrorShape:
-        """The shape of refusals: the charge's, else the first rates'."""
+        """The shape of refusals: the charge's, else that of the first limits, or of what a provider must have left."""
         if self.charge is not None:
             return self.charge.errors
-        return self.rates[0].errors if self.rates else "problem"
+        parts: tuple[RatePolicy | UpstreamPolicy, ...] = (*self.rates, *self.upstreams)
+        return parts[0].errors if parts else "problem"
 
     def callables(self) -> tuple[From, ...]:
         """Everything that is computed from the endpoint's arguments."""
         charge = self.charge.callables() if self.charge is not None else ()
-        return (*charge, *(value for rates in self.rates for value in rates.callables()))
+        rates = (value for rates in self.rates for value in rates.callables())
+        return (*charge, *rates, *(value for upstream in self.upstreams for value in upstream.callables()))
 
 
 def misplaced(policy: EndpointPolicy) -> str:

@@ -30,6 +30,7 @@ from asgi_metering.receipts import Receipt
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.ending import Cause
 from asgi_metering.rules.operations import Admit, Emit, End, Operation, Undo
+from asgi_metering.shadow import end_shadow, settle_shadow
 from asgi_metering.stores.pump import Pump
 
 if TYPE_CHECKING:
@@ -174,6 +175,10 @@ class Runtime:
         self.keep(task)
         task.add_done_callback(self._report)
         return task
+
+    def spawn(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
+        """Run *work* in the background, as long as this runs; what it raises is logged."""
+        return self._spawn(work, what)
 
     def keep(self, task: asyncio.Task[Any]) -> None:
         """Hold a strong reference to *task* until it is done (pitfall 30)."""
@@ -345,7 +350,9 @@ class Runtime:
             return
         call.closed = True
         self.in_flight.pop(call.id, None)
-        if self._ends_now(call):
+        if call.beside is not None:
+            call.beside.release(self._metering.headroom)
+        elif self._ends_now(call):
             return
         self._ended.append(call)
         self.busy += 1
@@ -395,6 +402,8 @@ class Runtime:
     async def _end(self, call: Call) -> None:
         receipt: Receipt | None = None
         try:
+            if call.beside is not None:
+                await settle_shadow(call, is_awaited=call.is_awaited)
             self._make_plain(call)
             end, _ = await bill(call)
             self._metering.local.end(call, end.actual)
@@ -412,6 +421,8 @@ class Runtime:
                 log.error("%s", told, exc_info=failure)
         finally:
             call.ended(receipt)
+            if call.beside is not None:
+                await end_shadow(call)
             self.busy -= 1
             if not self.busy:
                 self._quiet.set()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from asgi_metering.admission import check_amounts
 from asgi_metering.amounts import Unit
 from asgi_metering.errors import AmountError, ConfigurationError
-from asgi_metering.guards import BARE_MEND, Guard, Part, decorated, guard_of
+from asgi_metering.guards import BARE_MEND, Guard, Part, counters_of, decorated, guard_of
 from asgi_metering.keying import check_shared
 from asgi_metering.metering import ALL_FEATURES, Metering
 from asgi_metering.outage import check_journal
@@ -123,8 +123,11 @@ def audit(app: Any, features: frozenset[str], unenforced: frozenset[str], meteri
             _check_row(row, report, features | unenforced, metering)
     report.errors.extend(_other_scales(report.rows, metering))
     report.errors.extend(_torn_allowances(report.rows, metering))
+    report.errors.extend(_torn_limits(report.rows))
+    if metering is not None and metering.shadow:
+        report.warnings.extend(_unclaimed(report.rows))
     _check_reach(report)
-    if metering is not None and not metering.identifies:
+    if metering is not None and not metering.identifies and not metering.shadow:
         report.warnings.extend(_nobody(report.rows, features))
     return report
 
@@ -198,6 +201,37 @@ def _torn_allowances(rows: list[Row], metering: Any) -> Iterator[str]:
                 )
 
 
+def _torn_limits(rows: list[Row]) -> Iterator[str]:
+    """One count, or one pool, of a live limit and of one in the shadow: the latter would take what the former gives."""
+    known: dict[tuple[object, ...], tuple[bool, str]] = {}
+    for row in rows:
+        for policy in row.policies:
+            for rates in policy.rates:
+                places = [(name, str(rates.key), counter) for counter, name in counters_of(rates)]
+                for each in rates.concurrency:
+                    places.append((each.level, "" if each.level == "global" else str(rates.key), "at once"))
+                for name, *place in places:
+                    here = f"{row.path} ({policy.name})"
+                    is_shadow, there = known.setdefault((rates.scope, *place), (rates.shadow, here))
+                    if is_shadow != rates.shadow:
+                        yield (
+                            f"{here} and {there} count {name!r} together in the scope "
+                            f"{rates.scope!r}, and only one of them has shadow=True: its calls would take what the "
+                            f"other's may use. Put both in the shadow, or give one another scope."
+                        )
+
+
+def _unclaimed(rows: list[Row]) -> Iterator[str]:
+    """A warning of each route whose keys mean nothing while all is in the shadow."""
+    for row in rows:
+        for policy in row.policies:
+            if policy.charge is not None and (policy.charge.idempotency or policy.charge.key):
+                yield (
+                    f"{row.path} ({policy.name}) has keys, which Metering(shadow=True) does not claim: repeats run "
+                    f"again, and each call is told by itself."
+                )
+
+
 def _whose(source: Allowance, charge: ChargePolicy) -> object:
     """Whose account the bucket is in, as far as that can be told before anybody calls."""
     account = source.payer.account if source.payer is not None else None
@@ -262,6 +296,11 @@ def _missing_layers(row: Row, policy: EndpointPolicy, covered: frozenset[str]) -
         yield (
             f"{row.path} ({policy.name}) is @rate_limited, but no layer enforces rates. Add RateLimitMiddleware or "
             f'MeteringMiddleware, or say unenforced="allow".'
+        )
+    if policy.upstreams and "quotas" not in covered:
+        yield (
+            f"{row.path} ({policy.name}) requires_upstream, but no layer captures quotas. Add QuotaCaptureMiddleware "
+            f'or MeteringMiddleware, or say unenforced="allow".'
         )
 
 

@@ -38,7 +38,8 @@ class EffectiveLimit:
         path: Of the route, as far as prefixes can be told; ``"*"`` for requests whose route cannot be told.
         methods: Of the route; empty for an app.
         endpoint: What it runs, by name.
-        limit: As it was written: ``"60/minute"``, ``"free: 20/minute, pro: 200/minute"``, ``"4 at once"``.
+        limit: As it was written: ``"60/minute"``, ``"free: 20/minute, pro: 200/minute"``, ``"4 at once"``; and
+            ``"60/minute (shadow)"`` where it only tells.
         source: Where it was said.
         key: What is counted together, as it was written; a function by its name.
         level: What the key is called in refusals; empty where it has no name.
@@ -104,7 +105,7 @@ def _told(row: Row, source: Origin, policies: Sequence[RatePolicy]) -> Iterator[
                 path=row.path,
                 methods=row.methods,
                 endpoint="" if row.endpoint is None else name_of(row.endpoint),
-                limit=limit if rate.per == "call" else f"{limit} per {rate.per}",
+                limit=f"{limit}{_unusual(rate)}",
                 source=source,
                 key=_key(rate),
                 level=rate.level,
@@ -113,6 +114,12 @@ def _told(row: Row, source: Origin, policies: Sequence[RatePolicy]) -> Iterator[
                 scope=rate.scope,
                 applies=_applies(rate),
             )
+
+
+def _unusual(rate: RatePolicy) -> str:
+    """What is not said by the limit's text."""
+    told = "" if rate.per == "call" else f" per {rate.per}"
+    return f"{told} (shadow)" if rate.shadow else told
 
 
 def _limits(rate: RatePolicy) -> Iterator[tuple[str, str, bool]]:

@@ -57,12 +57,17 @@ def run_routes(given: argparse.Namespace) -> int:
     if given.json:
         print(json.dumps({"routes": rows, "errors": report.errors, "warnings": report.warnings}, indent=2))
     else:
-        print_table(COLUMNS, rows)
+        print_table(_columns(rows), rows)
         if given.verbose:
             _details(rows)
         for sentence in (*report.errors, *report.warnings):
             print(f"! {sentence}")
     return 1 if report.errors else 0
+
+
+def _columns(rows: Iterable[dict[str, Any]]) -> tuple[str, ...]:
+    """What the table shows: of providers only where something is required."""
+    return (*COLUMNS, "upstream") if any(row.get("upstream") for row in rows) else COLUMNS
 
 
 def _kind(found: Any) -> str:
@@ -88,7 +93,7 @@ def _route(row: Any) -> dict[str, Any]:
     charge = policy.charge if policy is not None else None
     rates = policy.rates if policy is not None else ()
     slots = [
-        f"{each.limit}{' of everybody' if each.level == 'global' else ''}"
+        f"{each.limit}{' of everybody' if each.level == 'global' else ''}{_shadow(rate)}"
         for rate in rates
         for each in rate.concurrency
     ]
@@ -96,11 +101,12 @@ def _route(row: Any) -> dict[str, Any]:
         "path": row.path,
         "methods": ",".join(row.methods),
         "line": charge.line if charge is not None else "",
-        "price": _price(charge) if charge is not None else "",
+        "price": f"{_price(charge)}{_shadow(charge)}" if charge is not None else "",
         # Which one the metering counts is not seen from here.
         "unit": _unit(charge.unit) if charge is not None else "",
         "concurrency": ", ".join(slots),
         **_limits(list(limits_of_row(row))),
+        "upstream": ", ".join(map(_upstream, policy.upstreams if policy is not None else ())),
     }
     if charge is not None:
         from asgi_metering.rules.ending import END_OF_CALL
@@ -113,6 +119,18 @@ def _route(row: Any) -> dict[str, Any]:
         basis = charge.end.session_basis if row.is_websocket else charge.end.basis
         shown["end"] = {situation.value: basis(situation).value for situation in END_OF_CALL}
     return shown
+
+
+def _shadow(part: Any) -> str:
+    """Marks what only tells."""
+    return " (shadow)" if part.shadow else ""
+
+
+def _upstream(required: Any) -> str:
+    """What a provider must have left."""
+    label = required.label if isinstance(required.label, str) else None
+    name = required.provider if required.label is None else f"{required.provider}/{label or _function(required.label)}"
+    return f"{name}{_shadow(required)}"
 
 
 def _misnamed(rows: Any) -> list[str]:
@@ -128,7 +146,7 @@ def _others(app: Any) -> list[dict[str, Any]]:
     from asgi_metering.asgi.effective import ANY_OTHER, effective_limits
 
     found = [limit for limit in effective_limits(app) if limit.path == ANY_OTHER]
-    return [{**dict.fromkeys(COLUMNS, ""), "path": ANY_OTHER, **_limits(found)}] if found else []
+    return [{**dict.fromkeys((*COLUMNS, "upstream"), ""), "path": ANY_OTHER, **_limits(found)}] if found else []
 
 
 def _limits(found: Any) -> dict[str, Any]:

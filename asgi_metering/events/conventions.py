@@ -250,6 +250,9 @@ def _counter(name: str, unit: str, description: str) -> Instrument:
 TALLIES: Final[Mapping[str, Instrument]] = MappingProxyType(
     {
         "refusals": _counter("refusals", "{refusal}", "Calls that were not admitted."),
+        "shadow_admitted": _counter("shadow.admitted", "{call}", "Calls that shadow parts would have admitted."),
+        "shadow_denied": _counter("shadow.denied", "{call}", "Calls that shadow parts would have refused."),
+        "shadow_lost": _counter("shadow.lost", "{call}", "Calls of which it is not known what shadow parts would do."),
         "cuts": _counter("cuts", "{cut}", "Calls that were cut, since nothing more could be held for them."),
         "store_failures": _counter("store.failures", "{failure}", "Operations that the store did not answer."),
         "ends_queued": _counter("ends.queued", "{end}", "Ends of calls that had to wait for the store."),

@@ -82,6 +82,11 @@ class Pump:
         self._idle = asyncio.Event()
         self._deadlines = Deadlines(self._expire)
 
+    @property
+    def waiting(self) -> int:
+        """Admissions that wait for a lane."""
+        return len(self._admissions)
+
     async def submit(
         self, operation: Operation, deadline_s: float | None = None, *, is_repeated: bool = False
     ) -> Answer:

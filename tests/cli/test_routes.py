@@ -47,6 +47,22 @@ wrong = Starlette(routes=[Route("/plain", plain)])
 """
 
 
+TRYING = """
+from starlette.applications import Starlette
+from starlette.routing import Route
+from asgi_metering import billable, rate_limited, requires_upstream
+
+@requires_upstream("openai", label="eu")
+@requires_upstream("acme", label=lambda request: "x", shadow=True)
+@rate_limited("9/minute", concurrency=2)
+@rate_limited("5/minute", shadow=True, scope="s", global_concurrency=3)
+@billable(2, shadow=True)
+async def tried(request): ...
+
+app = Starlette(routes=[Route("/tried", tried, methods=["POST"])])
+"""
+
+
 @pytest.fixture
 def audited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The module of an application in the current folder, by a name that no other test uses."""
@@ -71,6 +87,24 @@ def test_routes_of_an_application(run: Run, audited: str) -> None:
     reach, told = output.splitlines()[4:]
     assert reach.startswith(f"! /chat ({audited}.chat) is billable, and answers HEAD")
     assert told == f"! {audited}.plain is decorated, but no route reaches it."
+
+
+def test_routes_mark_what_only_tells(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prices, limits, slots and providers in the shadow say so; providers are shown where one is required (S4.16)."""
+    name = f"trying_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(TRYING)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    code, output, _ = run("routes", f"{name}:app")
+    head, tried = (re.split(r" {2,}", line) for line in output.splitlines())
+    assert (code, head[-2:]) == (0, ["concurrency", "upstream"])
+    assert tried[2:] == [
+        "tried",
+        "2 (shadow)",
+        "9/minute, 5/minute (shadow)",
+        "2, 3 of everybody (shadow)",
+        "openai/eu, acme/<lambda>() (shadow)",
+    ]
 
 
 SOCKETS = """

@@ -56,9 +56,9 @@ MUTATIONS = (
         0,
         "refusals of upstreams are not captured",
         BOOKING,
-        "        self._metering.quotas.record(provider, headers, status=status, started_at=started_at)\n",
+        "        quotas.record(provider, headers, status=status, started_at=started_at, label=self._label)\n",
         "        if status < 400:\n"
-        "            self._metering.quotas.record(provider, headers, status=status, started_at=started_at)\n",
+        "            quotas.record(provider, headers, status=status, started_at=started_at, label=self._label)\n",
         _asked(
             "test_capture_the_quota_of_a_refusal_that_the_sdk_raises",
             "openai-async",

@@ -282,8 +282,8 @@ MUTATIONS = (
         1,
         "who was admitted after the request keeps it",
         "asgi_metering.admission",
-        "                call.metering.runtime().give_back(asked, decided.now)\n",
-        "                pass\n",
+        "            call.metering.runtime().give_back(asked, decided.now)\n",
+        "            pass\n",
         ("tests/pitfalls/test_calls.py::test_give_back_what_is_admitted_after_the_request[store]",),
     ),
     Mutation(

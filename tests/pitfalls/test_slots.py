@@ -104,6 +104,40 @@ def test_free_a_slot_however_its_call_ends(ending: str) -> None:
     asyncio.run(play())
 
 
+def test_keep_the_slot_of_a_call_that_waits_for_somebody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S0.48: a call that does nothing, as for an approval, keeps its slot over many lives of a lease, and no longer."""
+    monkeypatch.setattr("asgi_metering.heartbeats.TICK_S", 0.001)
+
+    async def play() -> None:
+        approved = asyncio.Event()
+
+        @rate_limited(concurrency=1)
+        async def endpoint(_request: Request) -> Response:
+            await approved.wait()
+            return Response()
+
+        async with staged(Starlette(routes=[Route("/", endpoint)]), ttl_s=0.2) as stage:
+            lease = stage.metering.store
+            async with Drive(stage.app, http_scope("/", client=("10.0.0.1", 1))) as waiting:
+
+                async def expires_at() -> float:
+                    _, state = await lease.read(EverythingKept())
+                    return max((each.expires_at for rows in state.leases.values() for each in rows.values()), default=0)
+
+                async with asyncio.timeout(10):
+                    while not (first := await expires_at()):
+                        await asyncio.sleep(0)
+                    while await expires_at() < first + 0.6:
+                        await asyncio.sleep(0.001)
+                assert status((await asked(stage)).log) == 429
+                approved.set()
+                await waiting.ended()
+            await stage.booked()
+            assert status((await asked(stage)).log) == 200
+
+    asyncio.run(play())
+
+
 def test_occupy_no_slot_with_what_comes_after_the_answer() -> None:
     """S0.55: whoever takes the usage events may be slow: the slot is free as soon as the call has ended."""
 

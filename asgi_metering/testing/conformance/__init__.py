@@ -23,6 +23,7 @@ from asgi_metering.testing.conformance.growing import Growing, Undoing
 from asgi_metering.testing.conformance.keying import Repeating, Together
 from asgi_metering.testing.conformance.limiting import Limiting
 from asgi_metering.testing.conformance.moving import Moving
+from asgi_metering.testing.conformance.ordering import Ordering
 from asgi_metering.testing.conformance.outbox import Delivering, Reading, Sharing
 from asgi_metering.testing.conformance.scene import tables
 
@@ -33,6 +34,7 @@ class StoreConformance(
     Admitting,
     Paying,
     Sourcing,
+    Ordering,
     Limiting,
     Growing,
     Undoing,
