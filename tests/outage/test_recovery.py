@@ -52,13 +52,17 @@ def test_hear_once_of_each_call_that_ran_on(monkeypatch: pytest.MonkeyPatch) -> 
                     return all(each.is_beating for each in metering.runtime().in_flight.values())
 
                 await until(all_beat)
-                arrived, since = metering.runtime().pump._arrived, asyncio.get_running_loop().time()
+                loop, arrived = asyncio.get_running_loop(), []
+                for _ in range(2):
+                    # The first round is for heartbeats that were begun and had not come to the pump yet.
+                    since = loop.time()
 
-                async def several_are_due() -> bool:
-                    return all(each.last_beat > since + 0.05 for each in metering.runtime().in_flight.values())
+                    async def several_are_due(since: float = since) -> bool:
+                        return all(each.last_beat > since + 0.05 for each in metering.runtime().in_flight.values())
 
-                await until(several_are_due)
-                assert metering.runtime().pump._arrived == arrived
+                    await until(several_are_due)
+                    arrived.append(metering.runtime().pump._arrived)
+                assert arrived[0] == arrived[1]
                 monkeypatch.setattr("asgi_metering.heartbeats.TICK_S", 60.0)
                 store.silent = False
                 store.let.set()
