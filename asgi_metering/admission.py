@@ -1,7 +1,8 @@
 """
 Asking for admission: from a policy and the endpoint's arguments to one operation, and from the answer to a call.
 
-Resolves who calls, who pays, what it costs and which limits apply; decides nothing itself.
+Finds out who calls, and in which order all else is: what it costs (`pricing`), which limits count it (`counting`), what
+providers must have left (`reserving`). Decides nothing itself.
 """
 
 from __future__ import annotations
@@ -10,46 +11,28 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from decimal import Decimal
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from asgi_metering.amounts import Unit, exact_amount
 from asgi_metering.asking import (
     REQUESTS,
     by_identity,
-    computed_key,
     distinct,
-    key_of,
-    lease_asks,
-    limit_ask,
-    limits_of,
-    method_of,
-    root_of_rate,
     source_asks,
 )
 from asgi_metering.beside import Beside
+from asgi_metering.counting import count_by, counts, message_limits, needs_caller, of_everybody
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import ConfigurationError, IdentityError, PayerError, StoreError
-from asgi_metering.estimates import estimate_arguments
 from asgi_metering.keying import key_ask, once, shared_key
-from asgi_metering.messages import Counted, MessageLimits
-from asgi_metering.names import check_key
 from asgi_metering.outage import in_doubt_of, without_store
 from asgi_metering.policies import (
-    ESTIMATE,
     ChargePolicy,
-    ComputedLimit,
-    EndpointPolicy,
-    From,
     RatePolicy,
-    Slices,
-    UpstreamPolicy,
 )
 from asgi_metering.prices import FixedPrice
-from asgi_metering.quotas.headroom import Lack, Need
-from asgi_metering.rates import RateLimit
+from asgi_metering.pricing import amounts_of, find_payer, find_price, pin
 from asgi_metering.receipts import Basis
+from asgi_metering.reserving import reserve
 from asgi_metering.rules.operations import (
     Admit,
     Grow,
@@ -58,10 +41,6 @@ from asgi_metering.rules.operations import (
     SourceAsk,
     WalletSource,
 )
-from asgi_metering.rules.roots import rooted
-from asgi_metering.sources import Wallet, check_payers
-from asgi_metering.tally import first_slice
-from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
@@ -71,17 +50,13 @@ __all__ = [
     "admit",
     "admit_now",
     "asked_of",
-    "check_amounts",
     "foresee",
     "hold_more",
     "leaves_hold",
-    "usage_of",
     "would_ask",
 ]
 
 log = logging.getLogger("asgi_metering")
-
-FREE = FixedPrice(Decimal(0))
 
 _CHARGING = frozenset({"credits", "events"})
 """Layers that care for a price: one enforces it, the other reports it."""
@@ -109,19 +84,19 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
         charge, rates = call.beside.live_charge, call.beside.live_rates
         messages = () if call.metering.shadow else messages
     counted = rates if call.beside is None else (*rates, *call.beside.rates)
-    if not call.opening.is_flat or any(map(_needs_caller, counted)):
+    if not call.opening.is_flat or any(map(needs_caller, counted)):
         asking = (*rates, *messages) if messages else rates
         await _identify(call, asking, charged=charge is not None and not call.exempt)
     asked = _planned(call, call.metering.plans.of(policy, features))
     if asked is None:
         if call.caller is not None and call.caller.exempt:
             call.exempt = True
-            rates = tuple([rate for rate in map(_of_everybody, rates) if rate is not None])
-            messages = tuple([rate for rate in map(_of_everybody, messages) if rate is not None])
+            rates = tuple([rate for rate in map(of_everybody, rates) if rate is not None])
+            messages = tuple([rate for rate in map(of_everybody, messages) if rate is not None])
         if policy.is_selective:
-            rates = tuple([rate for rate in rates if await _counts(call, rate, arguments)])
+            rates = tuple([rate for rate in rates if await counts(call, rate, arguments)])
         if messages:
-            call.message_limits = await _message_limits(call, messages, arguments)
+            call.message_limits = await message_limits(call, messages, arguments)
         if charge is not None:
             await _charge(call, charge, arguments)
         elif call.beside is not None and call.beside.charge is not None:
@@ -131,7 +106,7 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
     call.opening.check()
     try:
         if policy.upstreams and "quotas" in features:
-            await _reserve(call, policy, asked, arguments)
+            await reserve(call, policy, asked, arguments)
         await _ask(call, charge, rates, asked, arguments)
     except BaseException:
         if call.beside is not None:
@@ -204,7 +179,7 @@ def _free(call: Call, charge: ChargePolicy) -> None:
     """A call whose charge is in the shadow: it costs nothing, and is told of."""
     call.exempt = True
     try:
-        _pin(call, charge)
+        pin(call, charge)
     except ConfigurationError as failure:
         # Of a unit that is known with another scale; its shadow meets the same.
         log.error("The shadow of %s cannot be told. %s", charge.line, failure)
@@ -230,103 +205,31 @@ async def would_ask(call: Call, beside: Beside, arguments: Mapping[str, Any], no
         raise call.refused(Refusal(Reason.UNAUTHENTICATED, "identify"))
     if call.caller is not None and call.caller.exempt:
         call.exempt, charge = True, None
-        rates = tuple([rate for rate in map(_of_everybody, rates) if rate is not None])
+        rates = tuple([rate for rate in map(of_everybody, rates) if rate is not None])
     if any(rate.is_selective for rate in rates):
-        rates = tuple([rate for rate in rates if await _counts(call, rate, arguments)])
+        rates = tuple([rate for rate in rates if await counts(call, rate, arguments)])
     if charge is not None and call.price is None:
         # Keys are not claimed: each call is told by itself.
         charge = replace(charge, idempotency=None, key=None, once=None)
-        _pin(call, charge)
+        pin(call, charge)
         try:
-            await _payer(call, charge, arguments)
+            await find_payer(call, charge, arguments)
         except PayerError as failure:
             raise call.refused(Refusal(Reason.PAYER, charge.line)) from failure
-        await _price(call, charge, arguments)
+        await find_price(call, charge, arguments)
     asked = await _operation(call, None if charge is None else call.charge, rates, arguments, now)
     # A row without facts tells no usage event, and without a line is in no statement.
     return None if asked is None else asked._replace(line="", facts={}, in_doubt=Basis.NONE)
 
 
-async def _reserve(call: Call, policy: EndpointPolicy, asked: Admit | None, arguments: Mapping[str, Any]) -> None:
-    """
-    Count *call* as used of the providers that its policy requires.
-
-    Raises:
-        CallRefused: One has no room for it; or its idempotency key, which is looked for first, says something else.
-    """
-    metering, beside = call.metering, call.beside
-    assert beside is not None  # noqa: S101 -- made for every policy with upstreams
-    for upstream in policy.upstreams:
-        is_shadow = upstream.shadow or metering.shadow
-        try:
-            need, label = await _need(call, upstream, arguments)
-        except Exception:
-            if not is_shadow:
-                raise
-            metering.meters.count("shadow_lost", line=beside.line, cause="computing")
-            beside.tells_upstream = False
-            continue
-        lack, reservation = metering.headroom.reserve(upstream.provider, need, label=label, is_certain=is_shadow)
-        if reservation is not None:
-            beside.reserved.append(reservation)
-        if lack is not None:
-            refusal = _no_headroom(upstream, lack)
-            if not is_shadow:
-                await _known_key(call, asked)
-                raise call.refused(refusal)
-            metering.told_shadow(call, refusal)
-
-
-async def _need(call: Call, upstream: UpstreamPolicy, arguments: Mapping[str, Any]) -> tuple[Need, str | None]:
-    """What *call* takes of a provider, and under which label."""
-    tokens, label = upstream.tokens, upstream.label
-    if isinstance(tokens, From):
-        tokens = await tokens.compute(call, arguments)
-    if isinstance(label, From):
-        label = await label.compute(call, arguments)
-    if tokens == ESTIMATE:
-        if call.asked is None:
-            call.asked = await _expected(call, arguments)
-        tokens = call.asked
-    if isinstance(tokens, TokenUsage):
-        return Need(upstream.requests, tokens.input or 0, tokens.output or 0, tokens.total or 0), label
-    return Need(upstream.requests, tokens=tokens or 0), label
-
-
-def _no_headroom(upstream: UpstreamPolicy, lack: Lack) -> Refusal:
-    return Refusal(
-        Reason.UPSTREAM,
-        upstream.provider,
-        lack.required,
-        lack.available,
-        limit=lack.limit,
-        retry_after_s=lack.retry_after_s,
-        detail=f"The provider {upstream.provider!r} has nothing left of {lack.resource!r}.",
-    )
-
-
-async def _known_key(call: Call, asked: Admit | None) -> None:
-    """What is known of the idempotency key comes before a provider's headroom: a repeat needs none."""
-    if asked is None or asked.idempotency is None:
-        return
-    try:
-        decision = await call.metering.foresee(asked)
-    except StoreError:
-        return
-    if decision.replay:
-        raise call.refused(Refusal(Reason.REPLAYED, "idempotency"), decision)
-    if decision.refusal is not None and decision.refusal.reason in (Reason.IN_FLIGHT, Reason.FINGERPRINT):
-        raise call.refused(decision.refusal, decision)
-
-
 async def _charge(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
     """Who pays, what it costs, and what it is charged together with."""
-    _pin(call, charge)
+    pin(call, charge)
     try:
-        await _payer(call, charge, arguments)
+        await find_payer(call, charge, arguments)
     except PayerError as failure:
         raise call.refused(Refusal(Reason.PAYER, charge.line)) from failure
-    await _price(call, charge, arguments)
+    await find_price(call, charge, arguments)
     if "credits" in call.opening.features:
         call.once = await once(call, charge, arguments)
     if not call.exempt:
@@ -403,9 +306,9 @@ async def foresee(call: Call) -> Decision:
     if charge is None:
         raise ConfigurationError("A call without a price has nothing to foresee. Give it one.")
     call.exempt = call.caller is not None and call.caller.exempt
-    _pin(call, charge)
-    await _payer(call, charge, {})
-    await _price(call, charge, {})
+    pin(call, charge)
+    await find_payer(call, charge, {})
+    await find_price(call, charge, {})
     call.once = await once(call, charge, {})
     call.shared = await shared_key(call, charge, {})
     asked = await _operation(call, charge, (), {}, time.time())
@@ -467,8 +370,8 @@ async def asked_of(call: Call, charge: ChargePolicy, now: float) -> tuple[Source
     Raises:
         PayerError: Who pays could not be resolved.
     """
-    _pin(call, charge)
-    await _payer(call, charge, {})
+    pin(call, charge)
+    await find_payer(call, charge, {})
     return source_asks(call, charge, now)
 
 
@@ -496,142 +399,6 @@ async def _identify(call: Call, rates: tuple[RatePolicy, ...], *, charged: bool)
         call.payer = caller.payer
 
 
-def _needs_caller(rate: RatePolicy) -> bool:
-    """Whether anything of *rate* may depend on who calls: what is flat is asked of every request, known or not."""
-    return by_identity(rate) or bool(rate.chosen or rate.callables())
-
-
-def _of_everybody(rate: RatePolicy) -> RatePolicy | None:
-    """What of *rate* an exempt caller is counted by: nothing that is counted by who it is (S0.18)."""
-    if not by_identity(rate):
-        return rate
-    shared = tuple([slots for slots in rate.concurrency if slots.level == "global"])
-    return replace(rate, limits=(), chosen=(), concurrency=shared) if shared else None
-
-
-async def _counts(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> bool:
-    """Whether *call* is one of those that *rate* counts: by its method, and by what the application says of it."""
-    if rate.methods and method_of(call) not in rate.methods and call.opening.origin is not None:
-        return False
-    return rate.exempt_when is None or not await rate.exempt_when.compute(call, arguments)
-
-
-async def _payer(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
-    """Whose balances the sources of *charge* stand for: all of them, before the one decision among them."""
-    try:
-        if charge.payer is not None:
-            call.payer = check_key(await charge.payer.compute(call, arguments), "payer")
-        for source in charge.sources:
-            if source.payer is not None and not call.exempt and source.payer.name not in call.accounts:
-                account = await source.payer.account_of(call, arguments)
-                call.accounts = {**call.accounts, source.payer.name: account}
-    except Exception as failure:
-        # Never somebody else's money, and never for free (S0.25, S3.38).
-        log.error("The payer of %s could not be resolved.", charge.line, exc_info=failure)
-        raise PayerError(f"The payer of {charge.line!r} could not be resolved: {failure!r}.") from failure
-
-
-# -- how much ----------------------------------------------------------------------------------------------
-
-
-def _pin(call: Call, charge: ChargePolicy) -> None:
-    """Say what the call is charged by, before anybody is asked who pays."""
-    call.charge = charge
-    call.line = charge.line
-    call.unit = call.metering.counted(charge.unit)
-
-
-async def _price(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
-    """
-    Pin the price to the call and size its hold.
-
-    A computed price may be finer than the unit and is rounded once, half up (DESIGN 2); a constant one was refused at
-    import. A hold given as an amount says nothing of the tokens: the request itself does (`Call.asked`).
-    """
-    price = charge.price
-    if charge.skip_if is not None and await charge.skip_if.compute(call, arguments):
-        # The continuation of a turn that was charged: free work, and audited as that (S0.16).
-        call.price, call.estimate = FREE, FREE.amount
-        return
-    if isinstance(price, From):
-        answered = call.unit.exact(await price.compute(call, arguments), "price")
-        price = FixedPrice(call.unit.whole(call.unit.round(answered)))
-    call.price = price
-    if isinstance(price, FixedPrice):
-        call.estimate = price.amount
-        return
-    estimate = charge.hold.estimate
-    if isinstance(estimate, From):
-        estimate = await estimate.compute(call, arguments)
-    if estimate is None:
-        estimate = await estimate_arguments(arguments)
-    if isinstance(estimate, TokenUsage):
-        call.estimate = call.asked = estimate
-        if charge.hold.slices is not None and estimate.input is None:
-            # A slice of the output, behind all of the input.
-            call.asked = await estimate_arguments(arguments)
-            call.estimate = replace(estimate, input=call.asked.input)
-    else:
-        call.estimate = exact_amount(estimate, "hold estimate")
-        call.asked = await estimate_arguments(arguments)
-
-
-def _amounts(call: Call) -> tuple[int, int]:
-    """(amount to hold, least that admits), smallest parts."""
-    estimate, price, charge = call.estimate, call.price, call.charge
-    if charge is None or estimate is None or price is None or call.exempt:
-        return 0, 0
-    if charge.per != "call":
-        return first_slice(call, charge, price)
-    if isinstance(estimate, TokenUsage):
-        exact = Decimal(0) if isinstance(price, FixedPrice) else price.cost(estimate)
-    else:
-        exact = estimate
-    amount = _fixed_parts(call.unit, exact) if isinstance(price, FixedPrice) else call.unit.round(exact)
-    if charge.hold.at_least is None:
-        return amount, amount
-    return amount, min(amount, call.unit.parts(charge.hold.at_least, "least hold"))
-
-
-@lru_cache(maxsize=1024)
-def _fixed_parts(unit: Unit, price: Decimal) -> int:
-    """Prices are few, and the same for every call of a route."""
-    return unit.parts(price)
-
-
-def check_amounts(charge: ChargePolicy, unit: Unit) -> None:
-    """
-    Check that *unit* can count every amount that *charge* names: before the first paying request, not on it.
-
-    Raises:
-        AmountError: One is too fine or too large.
-    """
-    if isinstance(charge.price, FixedPrice):
-        unit.parts(charge.price.amount, "price")
-    estimate = charge.hold.estimate
-    if estimate is not None and not isinstance(estimate, From | TokenUsage):
-        unit.parts(estimate, "hold")
-    if charge.hold.at_least is not None:
-        unit.parts(charge.hold.at_least, "least hold")
-    if charge.hold.slices is not None:
-        _check_slices(charge.hold.slices, unit)
-    check_payers(charge.sources)
-    for source in charge.sources:
-        source.warning_level(unit)
-        if isinstance(source, Wallet):
-            unit.parts(source.overdraft, "overdraft")
-        else:
-            limits = source.limit.values() if isinstance(source.limit, Mapping) else (source.limit,)
-            for limit in limits:
-                unit.parts(limit, f"allowance {source.name!r}")
-
-
-def _check_slices(slices: Slices, unit: Unit) -> None:
-    for amount, what in ((slices.step, "step"), (slices.low_water, "low-water mark"), (slices.debt, "debt")):
-        if amount is not None and not isinstance(amount, TokenUsage):
-            unit.parts(amount, what)
-
-
 # -- the operation -----------------------------------------------------------------------------------------
 
 
@@ -643,13 +410,13 @@ async def _operation(
     now: float,
 ) -> Admit | None:
     """What to ask the store; None when there is nothing to decide."""
-    amount, minimum = _amounts(call)
+    amount, minimum = amounts_of(call)
     # A measured call holds even 0: a settlement above the hold posts in full (S3.7), and a debtor is not let in.
     holds = charge is not None and (amount or _is_measured(call))
     limits: list[LimitAsk] = []
     leases: list[LeaseAsk] = []
     for rate in rates:
-        await _limits(call, rate, arguments, now, limits, leases)
+        await count_by(call, rate, arguments, now, limits, leases)
     if not holds and not limits and not leases and call.once is None:
         return None
     return Admit(
@@ -690,80 +457,3 @@ def _facts(call: Call) -> dict[str, Any]:
     request_id = origin.request_id if origin is not None else None
     told["request_id"] = request_id or call.id
     return told
-
-
-async def _limits(
-    call: Call,
-    rate: RatePolicy,
-    arguments: Mapping[str, Any],
-    now: float,
-    limits: list[LimitAsk],
-    leases: list[LeaseAsk],
-) -> None:
-    if rate.asker is not None:
-        limits += await rate.asker.asks(call, arguments, now)
-        return
-    key, root, cost = await _counted_by(call, rate, arguments)
-    for limit in rate.limits if not rate.chosen else await _chosen(call, rate, arguments):
-        taken = cost if limit.meter == REQUESTS else await _weight(call, limit, arguments)
-        limits.append(limit_ask(rate, limit, rooted(key, root), taken, now))
-    leases += lease_asks(rate, key, root)
-
-
-async def _counted_by(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> tuple[str, str, int]:
-    """The key that *rate* counts *call* by, the payer beside whose accounts that is kept, and what is taken."""
-    wanted, cost = rate.key, rate.cost
-    key = await computed_key(call, rate, wanted, arguments) if isinstance(wanted, From) else key_of(call, rate)
-    if rate.per_method:
-        key = f"{method_of(call)} {key}"
-    root = root_of_rate(call, rate)
-    return key, root, await cost.compute(call, arguments) if isinstance(cost, From) else cost
-
-
-async def _message_limits(
-    call: Call, rates: tuple[RatePolicy, ...], arguments: Mapping[str, Any]
-) -> MessageLimits | None:
-    """What the messages of a session are let in by; all that is computed is, once, from what it began with."""
-    counted: list[Counted] = []
-    for rate in rates:
-        if not rate.is_selective or await _counts(call, rate, arguments):
-            key, root, cost = await _counted_by(call, rate, arguments)
-            limits = rate.limits if not rate.chosen else await _chosen(call, rate, arguments)
-            counted += [Counted(rate, limit, rooted(key, root), cost) for limit in limits]
-    return MessageLimits(call, counted) if counted else None
-
-
-async def _chosen(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> list[RateLimit]:
-    """The limits of *rate* for *call*, those that are computed last."""
-    limits = list(limits_of(call, rate))
-    for each in rate.chosen:
-        if isinstance(each, ComputedLimit):
-            answered = await each.function.compute(call, arguments)
-            for text in answered if isinstance(answered, list | tuple) else (answered,):
-                limits += each.reading.read_all(text)
-    return limits
-
-
-async def _weight(call: Call, limit: RateLimit, arguments: Mapping[str, Any]) -> int:
-    """What a weighted limit takes by estimate; the call's end corrects it."""
-    if call.asked is None:
-        call.asked = await _expected(call, arguments)
-    return usage_of(limit.meter, call.asked) or 0
-
-
-async def _expected(call: Call, arguments: Mapping[str, Any]) -> TokenUsage:
-    """What a call is expected to use that no layer charges: as its route would hold for it, or as its request says."""
-    charge = call.policy.charge if call.policy is not None else None
-    if charge is not None and (call.beside is None or call.beside.charge is None):
-        estimate = charge.hold.estimate
-        if isinstance(estimate, From):
-            estimate = await estimate.compute(call, arguments)
-        if isinstance(estimate, TokenUsage) and (charge.hold.slices is None or estimate.input is not None):
-            return estimate
-    return await estimate_arguments(arguments)
-
-
-def usage_of(meter: str, usage: TokenUsage) -> int | None:
-    """What *usage* counts on a meter: ``tokens``, ``input_tokens`` or ``output_tokens``."""
-    counts = {"tokens": usage.total, "input_tokens": usage.input, "output_tokens": usage.output}
-    return counts.get(meter)

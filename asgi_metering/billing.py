@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from asgi_metering.admission import usage_of
+from asgi_metering.counting import usage_of
 from asgi_metering.errors import AmountError, UsageError
 from asgi_metering.measuring import Metered, failed_in_band, metered_usage, observed_usage
 from asgi_metering.prices import FixedPrice, MeasuredPrice

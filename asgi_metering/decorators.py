@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, TypeVar
 
-from asgi_metering.admission import check_amounts
 from asgi_metering.amounts import Amount, Unit, exact_amount
 from asgi_metering.chosen import LimitReading
 from asgi_metering.computed import check_sync
@@ -51,6 +50,7 @@ from asgi_metering.policies import (
     read_price,
 )
 from asgi_metering.prices import MeasuredPrice
+from asgi_metering.pricing import check_amounts
 from asgi_metering.rates import Strategy
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.calendars import zone as find_zone

@@ -36,8 +36,8 @@ def prepared(
     options: ChargeOptions,
 ) -> tuple[EndpointPolicy, Call]:
     """A call outside HTTP, and its policy. Raises as `Metering.charge`."""
-    from asgi_metering.admission import check_amounts
     from asgi_metering.decorators import billable, gather
+    from asgi_metering.pricing import check_amounts
 
     if price is None:
         price, hold = _price_of_hold(hold, line), None

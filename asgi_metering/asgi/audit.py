@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from asgi_metering.admission import check_amounts
 from asgi_metering.amounts import Unit
 from asgi_metering.errors import AmountError, ConfigurationError
 from asgi_metering.guards import BARE_MEND, Guard, Part, counters_of, decorated, guard_of
@@ -20,6 +19,7 @@ from asgi_metering.keying import check_shared
 from asgi_metering.metering import ALL_FEATURES, Metering
 from asgi_metering.outage import check_journal
 from asgi_metering.policies import ChargePolicy, EndpointPolicy, misplaced
+from asgi_metering.pricing import check_amounts
 from asgi_metering.sources import Allowance, what_differs
 
 __all__ = ["Layer", "Report", "Row", "audit", "has_routes", "routes_of"]

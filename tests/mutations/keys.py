@@ -195,7 +195,7 @@ MUTATIONS = (
     Mutation(
         0,
         "continuations are charged",
-        ADMISSION,
+        "asgi_metering.pricing",
         "        call.price, call.estimate = FREE, FREE.amount\n        return\n",
         "        pass\n",
         _shared("test_charge_nothing_for_a_continuation[ann]", "test_charge_nothing_for_a_continuation[poor]"),

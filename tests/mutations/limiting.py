@@ -229,7 +229,7 @@ FLATS = (
         0,
         "everybody is identified for an address",
         ADMISSION,
-        "    if not call.opening.is_flat or any(map(_needs_caller, counted)):\n",
+        "    if not call.opening.is_flat or any(map(needs_caller, counted)):\n",
         "    if True:\n",
         _flat("test_ask_nobody_who_it_is_for_an_address"),
     ),
