@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from asgi_metering.decorators import billable as billable
     from asgi_metering.decorators import rate_limited as rate_limited
     from asgi_metering.decorators import unlimited as unlimited
+    from asgi_metering.holding import slices as slices
+    from asgi_metering.holding import up_to as up_to
     from asgi_metering.metering import Metering as Metering
     from asgi_metering.opening import current_call as current_call
     from asgi_metering.policies import Idempotency as Idempotency
-    from asgi_metering.policies import slices as slices
-    from asgi_metering.policies import up_to as up_to
     from asgi_metering.requiring import requires_upstream as requires_upstream
     from asgi_metering.sources import Allowance as Allowance
     from asgi_metering.sources import Payer as Payer
@@ -64,9 +64,9 @@ _HOMES = {
     "metered_app": "asgi.app",
     "rate_limited": "decorators",
     "requires_upstream": "requiring",
-    "slices": "policies",
+    "slices": "holding",
     "unlimited": "decorators",
-    "up_to": "policies",
+    "up_to": "holding",
 }
 
 __all__ = sorted(_HOMES)

@@ -25,10 +25,7 @@ from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import ConfigurationError, IdentityError, PayerError, StoreError
 from asgi_metering.keying import key_ask, once, shared_key
 from asgi_metering.outage import in_doubt_of, without_store
-from asgi_metering.policies import (
-    ChargePolicy,
-    RatePolicy,
-)
+from asgi_metering.policies import ChargePolicy, RatePolicy
 from asgi_metering.prices import FixedPrice
 from asgi_metering.pricing import amounts_of, find_payer, find_price, pin
 from asgi_metering.receipts import Basis

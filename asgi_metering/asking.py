@@ -14,9 +14,10 @@ from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from asgi_metering.arguments import ATTRIBUTE, From, NamedKey
 from asgi_metering.chosen import ConfiguredLimits, LimitByPlan
 from asgi_metering.errors import MeteringError
-from asgi_metering.policies import ATTRIBUTE, ChargePolicy, From, NamedKey, RatePolicy
+from asgi_metering.policies import ChargePolicy, RatePolicy
 from asgi_metering.rates import RateLimit
 from asgi_metering.rules.calendars import Period, boundaries
 from asgi_metering.rules.operations import AllowanceSource, LeaseAsk, LimitAsk, SourceAsk, WalletSource, WindowKind

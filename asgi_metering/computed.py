@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from asgi_metering.arguments import From, NamedKey
 from asgi_metering.chosen import LimitReading
 from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.names import check_name
-from asgi_metering.policies import ChargePolicy, ComputedLimit, From, NamedKey, RatePolicy, UpstreamPolicy
+from asgi_metering.policies import ChargePolicy, ComputedLimit, RatePolicy, UpstreamPolicy
 from asgi_metering.rates import is_item
 from asgi_metering.usage import TokenUsage
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from asgi_metering.arguments import From
 from asgi_metering.asking import (
     REQUESTS,
     by_identity,
@@ -23,7 +24,7 @@ from asgi_metering.asking import (
 )
 from asgi_metering.estimates import estimate_arguments
 from asgi_metering.messages import Counted, MessageLimits
-from asgi_metering.policies import ComputedLimit, From, RatePolicy
+from asgi_metering.policies import ComputedLimit, RatePolicy
 from asgi_metering.rates import RateLimit
 from asgi_metering.rules.operations import LeaseAsk, LimitAsk
 from asgi_metering.rules.roots import rooted

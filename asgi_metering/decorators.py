@@ -13,10 +13,12 @@ from decimal import Decimal
 from typing import Any, TypeVar
 
 from asgi_metering.amounts import Amount, Unit, exact_amount
+from asgi_metering.arguments import From
 from asgi_metering.chosen import LimitReading
 from asgi_metering.computed import check_sync
 from asgi_metering.errors import ConfigurationError, InvalidKeyError
 from asgi_metering.guards import BARE_MEND, Part, guard_of, merged
+from asgi_metering.holding import HoldPolicy, HoldSize, Slices, read_hold
 from asgi_metering.limiting import Key, Levels, Limit, check_level, read_key, read_levels, read_methods
 from asgi_metering.names import check_key, is_field_name
 from asgi_metering.outage import CHOICES
@@ -28,9 +30,6 @@ from asgi_metering.policies import (
     CreditsDown,
     EndpointPolicy,
     ErrorShape,
-    From,
-    HoldPolicy,
-    HoldSize,
     Idempotency,
     OnAbort,
     OnCut,
@@ -44,9 +43,7 @@ from asgi_metering.policies import (
     Price,
     RatePolicy,
     RatesDown,
-    Slices,
     check_line,
-    read_hold,
     read_price,
 )
 from asgi_metering.prices import MeasuredPrice

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any, TypeVar
 
+from asgi_metering.arguments import From, NamedKey
 from asgi_metering.asking import counted_as
 from asgi_metering.chosen import LimitByPlan
 from asgi_metering.computed import bound_charge, bound_rates, bound_upstream
@@ -26,8 +27,6 @@ from asgi_metering.policies import (
     ChargePolicy,
     ConcurrencyLimit,
     EndpointPolicy,
-    From,
-    NamedKey,
     RatePolicy,
     UpstreamPolicy,
     check_line,

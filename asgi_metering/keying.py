@@ -12,9 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from asgi_metering.arguments import From
 from asgi_metering.decisions import Reason, Refusal
 from asgi_metering.errors import ConfigurationError
-from asgi_metering.policies import ChargeKey, ChargePolicy, From, Idempotency
+from asgi_metering.policies import ChargeKey, ChargePolicy, Idempotency
 from asgi_metering.prices import FixedPrice
 from asgi_metering.rules.calendars import Period, boundaries
 from asgi_metering.rules.operations import IdempotencyAsk, KeyAsk

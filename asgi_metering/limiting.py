@@ -10,19 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from asgi_metering.arguments import ATTRIBUTE, KEYS, NAMED, From, NamedKey
 from asgi_metering.chosen import ConfiguredLimits, LimitByPlan, LimitReading
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.names import check_name, is_field_name
-from asgi_metering.policies import (
-    ATTRIBUTE,
-    KEYS,
-    NAMED,
-    ComputedLimit,
-    ConcurrencyLimit,
-    From,
-    NamedKey,
-    RatePolicy,
-)
+from asgi_metering.policies import ComputedLimit, ConcurrencyLimit, RatePolicy
 from asgi_metering.rates import RateLimit, is_item
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+from asgi_metering.arguments import From
 from asgi_metering.chosen import LimitByPlan, LimitReading
 from asgi_metering.computed import Computed, check_answers
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.limiting import Limit
 from asgi_metering.names import check_name
-from asgi_metering.policies import From
 from asgi_metering.rates import RateLimit, is_item
 
 __all__ = ["NamedKeys", "NamedLimits"]

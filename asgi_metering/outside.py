@@ -13,11 +13,12 @@ from asgi_metering.call import Call
 from asgi_metering.caller import Caller
 from asgi_metering.errors import ConfigurationError, PayerError
 from asgi_metering.guards import Part
+from asgi_metering.holding import HoldPolicy, HoldSize
 from asgi_metering.keying import check_shared
 from asgi_metering.names import check_key
 from asgi_metering.opening import ALL_FEATURES, CURRENT, Opening
 from asgi_metering.outage import check_journal
-from asgi_metering.policies import ChargeOptions, EndpointPolicy, HoldPolicy, HoldSize, Idempotency, Price
+from asgi_metering.policies import ChargeOptions, EndpointPolicy, Idempotency, Price
 from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:

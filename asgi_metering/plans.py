@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+from asgi_metering.arguments import ATTRIBUTE
 from asgi_metering.asking import (
     REQUESTS,
     attribute_of,
@@ -27,7 +28,7 @@ from asgi_metering.asking import (
 )
 from asgi_metering.chosen import ConfiguredLimits, LimitByPlan
 from asgi_metering.outage import in_doubt_of
-from asgi_metering.policies import ATTRIBUTE, ChargePolicy, ComputedLimit, EndpointPolicy, RatePolicy
+from asgi_metering.policies import ChargePolicy, ComputedLimit, EndpointPolicy, RatePolicy
 from asgi_metering.prices import FixedPrice
 from asgi_metering.rules.operations import Admit, AllowanceSource, LeaseAsk, LimitAsk, SourceAsk
 from asgi_metering.rules.roots import rooted

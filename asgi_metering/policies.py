@@ -8,14 +8,15 @@ policy is carried out.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, TypedDict
 
-from asgi_metering.amounts import Amount, Unit, exact_amount
+from asgi_metering.amounts import Amount, Unit
+from asgi_metering.arguments import From
 from asgi_metering.chosen import ConfiguredLimits, LimitByPlan, LimitReading
 from asgi_metering.errors import ConfigurationError
+from asgi_metering.holding import HoldPolicy
 from asgi_metering.names import check_name
 from asgi_metering.prices import FixedPrice, MeasuredPrice
 from asgi_metering.rates import RateLimit
@@ -29,10 +30,7 @@ if TYPE_CHECKING:
     from asgi_metering.rules.operations import LimitAsk
 
 __all__ = [
-    "ATTRIBUTE",
     "ESTIMATE",
-    "KEYS",
-    "NAMED",
     "ChargeKey",
     "ChargeOptions",
     "ChargePolicy",
@@ -41,22 +39,15 @@ __all__ = [
     "CreditsDown",
     "EndpointPolicy",
     "ErrorShape",
-    "From",
-    "HoldPolicy",
-    "HoldSize",
     "Idempotency",
     "LimitAsker",
-    "NamedKey",
     "OnExcess",
     "Per",
     "Price",
     "RatePolicy",
     "RatesDown",
-    "Slices",
     "UpstreamPolicy",
     "read_price",
-    "slices",
-    "up_to",
 ]
 
 ErrorShape: TypeAlias = Literal["problem", "openai", "anthropic"]
@@ -69,235 +60,6 @@ Per: TypeAlias = Literal["call", "message", "second"]
 
 OnExcess: TypeAlias = Literal["close", "drop", "answer"]
 """What becomes of a message over its limit: the WebSocket is closed, or it goes on without it, told or untold."""
-
-CALL = "call"
-"""The parameter name by which a policy's callable asks for the call."""
-
-
-@dataclass(frozen=True, slots=True)
-class From:
-    """
-    A policy argument that is computed from the endpoint's arguments.
-
-    Args:
-        function: Sync or async.
-        what: What it computes, for error sentences.
-
-    Its parameters are matched by name: those of the endpoint, and ``call``. A parameter with a default may be absent.
-    """
-
-    function: Callable[..., Any]
-    what: str
-    wants: tuple[str, ...] = field(init=False)
-    takes_all: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        try:
-            parameters = inspect.signature(self.function).parameters.values()
-        except (TypeError, ValueError):
-            raise ConfigurationError(
-                f"The {self.what} {self.function!r} has no signature to read. "
-                f"Wrap it in a function with named parameters."
-            ) from None
-        wants = []
-        takes_all = False
-        for parameter in parameters:
-            if parameter.kind is parameter.POSITIONAL_ONLY or parameter.kind is parameter.VAR_POSITIONAL:
-                raise ConfigurationError(
-                    f"The {self.what} {self.function!r} takes {parameter.name!r} by position. "
-                    f"Name the endpoint's parameters that it needs instead."
-                )
-            if parameter.kind is parameter.VAR_KEYWORD:
-                takes_all = True
-            else:
-                wants.append(parameter.name)
-        object.__setattr__(self, "wants", tuple(wants))
-        object.__setattr__(self, "takes_all", takes_all)
-
-    def check(self, endpoint: str, offered: Mapping[str, inspect.Parameter]) -> None:
-        """
-        Refuse a parameter that the endpoint cannot give.
-
-        Raises:
-            ConfigurationError: At import, with the names that can be had.
-        """
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in offered.values()):
-            return
-        defaults = inspect.signature(self.function).parameters
-        for name in self.wants:
-            if name != CALL and name not in offered and defaults[name].default is inspect.Parameter.empty:
-                names = ", ".join(repr(known) for known in (*offered, CALL))
-                raise ConfigurationError(
-                    f"The {self.what} of {endpoint} asks for {name!r}, which the endpoint does not have. "
-                    f"It can have {names}."
-                )
-
-    async def compute(self, call: object, arguments: Mapping[str, Any]) -> Any:
-        """Call the function with what it asked for; a result that can be awaited is awaited."""
-        if self.takes_all:
-            given = {**arguments, CALL: call} if CALL in self.wants else dict(arguments)
-        else:
-            given = {name: arguments[name] for name in self.wants if name in arguments}
-            if CALL in self.wants:
-                given[CALL] = call
-        result = self.function(**given)
-        return await result if isinstance(result, Awaitable) else result
-
-
-KEYS = ("caller", "payer", "address", "route", "global")
-"""Keys of limits that mean the same everywhere."""
-
-ATTRIBUTE, NAMED = "attribute:", "named:"
-"""Beginnings of keys that go on with a name: of a caller's attribute, or of what `Metering.keys` registers."""
-
-
-@dataclass(frozen=True, slots=True)
-class NamedKey(From):
-    """
-    A key that is computed by whatever function `Metering.keys` has under its name at that moment (S2.32).
-
-    Args:
-        function: Nothing of its own; see `of`.
-        what: As of `From`.
-        name: Under which it is registered.
-        endpoint: The policy's name, once it is bound to one.
-    """
-
-    name: str = ""
-    endpoint: str = ""
-
-    @classmethod
-    def of(cls, name: str, endpoint: str = "") -> NamedKey:
-        """The key that is registered as *name*."""
-        return cls(_unbound, "key", name, endpoint)
-
-    def __str__(self) -> str:
-        return f"{NAMED}{self.name}"
-
-    def check(self, endpoint: str, offered: Mapping[str, inspect.Parameter]) -> None:
-        """Nothing: its function may be registered later, and is asked about at startup."""
-
-    async def compute(self, call: Any, arguments: Mapping[str, Any]) -> Any:
-        """Call what is registered now; raises as the computed keys of decorators."""
-        return await call.metering.keys.bound(self.name, self.endpoint).compute(call, arguments)
-
-
-def _unbound() -> None:
-    """Stands for the function of a `NamedKey`, which is looked up for each call."""
-
-
-@dataclass(frozen=True, slots=True)
-class Slices:
-    """
-    How a hold grows while its call runs.
-
-    Attributes:
-        step: By how much: whole units or a `TokenUsage`. None: by the first slice.
-        low_water: Once no more than this of the hold is left, in the same words. None: half a step.
-        debt: Whole units that the payer may owe for it.
-        in_use: Whether any were ever made in this process: what prepares for a cut is left out before.
-    """
-
-    in_use: ClassVar[bool] = False
-
-    step: Amount | TokenUsage | None = None
-    low_water: Amount | TokenUsage | None = None
-    debt: Amount = 0
-
-    def __post_init__(self) -> None:
-        Slices.in_use = True
-
-
-@dataclass(frozen=True, slots=True)
-class HoldPolicy:
-    """
-    How much a measured price holds.
-
-    Attributes:
-        estimate: Whole units, a `TokenUsage`, or `From` one; None estimates from the request's own body.
-        at_least: With ``up_to``: admit from here on, holding what there is. None: all or nothing.
-        slices: With ``slices``: how it grows from *estimate* on. None: it never does.
-    """
-
-    estimate: Any = None
-    at_least: Amount | None = None
-    slices: Slices | None = None
-
-    @property
-    def reads_request(self) -> bool:
-        """Whether something of it, or of what a hang-up pays for its input, is estimated from the request itself."""
-        estimate = self.estimate
-        return not isinstance(estimate, TokenUsage) or (self.slices is not None and estimate.input is None)
-
-    def callables(self) -> tuple[From, ...]:
-        """The arguments that are computed."""
-        return (self.estimate,) if isinstance(self.estimate, From) else ()
-
-
-def up_to(estimate: Amount | TokenUsage | Callable[..., Any] | None = None, *, at_least: Amount) -> HoldPolicy:
-    """
-    Hold the smaller of *estimate* and what is available, and refuse only below *at_least*.
-
-    Args:
-        estimate: Whole units, a `TokenUsage`, or a callable of the endpoint's arguments that answers one; None
-            estimates from the request's own body.
-        at_least: Whole units without which the call is refused.
-
-    Raises:
-        AmountError: *at_least* is not a usable amount (a float, say).
-        ConfigurationError: A callable takes parameters by position.
-    """
-    exact_amount(at_least, "least hold")
-    return HoldPolicy(_computed(estimate, "hold estimate"), at_least)
-
-
-def slices(
-    first: Amount | TokenUsage | Callable[..., Any],
-    *,
-    step: Amount | TokenUsage | None = None,
-    low_water: Amount | TokenUsage | None = None,
-    debt: Amount = 0,
-) -> HoldPolicy:
-    """
-    Hold little at first, and more while the call runs: ``hold=slices(TokenUsage(output=500))``.
-
-    Args:
-        first: What the call is admitted by: whole units, a `TokenUsage`, or a callable of the endpoint's arguments that
-            answers one. The input of a `TokenUsage` that names none is estimated from the request's own body.
-        step: By how much the hold grows each time: whole units, or a `TokenUsage`. *first* by default, without an
-            input that was estimated.
-        low_water: It grows once no more than this of it is left, in the same words; half a step by default.
-        debt: Whole units that the payer may owe once nothing is left, so that a call that runs may come to its end.
-            The bound is of the payer's wallet, not of the call: several calls owe no more together. 0, the default,
-            is no debt beyond the ``overdraft`` of the wallet itself.
-
-    What was used so far is counted off the byte path, a few times a second and when usage is recorded; the store is
-    asked for more at the low-water mark, once at a time, and from the payer object that admitted the call. When it has
-    nothing more the call runs on as long as its hold lasts. Then it is cut: the application's next ``send`` raises
-    `CallCut`, and so does `Call.record`; a handler that is silent for a second is cancelled, one in a thread as soon as
-    the thread is done. The client gets the error of its protocol inside the stream, or a 402 if nothing was sent yet; a
-    body that has no place for it, as a compressed one, ends by a broken connection. An answer that is whole by then is
-    sent. What was observed is charged (``on_cut``), also where it is more than was held. Outside HTTP nothing but
-    `Call.record` stops the work.
-
-    A store that gives no answer cuts nobody: the call runs on, and is charged in full at its end. So does a call that
-    was let in without the store (``on_store_down="queue"``): what it would hold grows all the same, and it is not cut.
-
-    Raises:
-        AmountError: An amount that is not usable (a float, say).
-        ConfigurationError: A slice of nothing, a mark that a slice does not reach, or a callable that takes parameters
-            by position.
-
-    Source: DESIGN 4 "A hold's size".
-    """
-    if first is None:
-        raise ConfigurationError("slices(None) says nothing of the first slice. Write slices('0.01'), say.")
-    if not callable(first) and not isinstance(first, TokenUsage):
-        exact_amount(first, "first slice")
-    for size, what in ((step, "step"), (low_water, "low-water mark"), (debt, "debt")):
-        if size is not None and not isinstance(size, TokenUsage):
-            exact_amount(size, what)
-    return HoldPolicy(_computed(first, "hold estimate"), slices=Slices(step, low_water, debt))
 
 
 MAX_REMEMBERED_S = 30 * 86_400
@@ -372,8 +134,6 @@ class ChargeKey:
 Price: TypeAlias = Amount | FixedPrice | MeasuredPrice | Callable[..., Any]
 """What a user may write as a price."""
 
-HoldSize: TypeAlias = Amount | TokenUsage | HoldPolicy | Callable[..., Any]
-"""What a user may write as a hold."""
 
 OnMissingUsage: TypeAlias = Literal["estimate", "observed", "hold", "none"]
 OnError: TypeAlias = Literal["none", "usage", "observed", "estimate", "hold"]
@@ -413,19 +173,6 @@ class ChargeOptions(TypedDict, total=False):
     on_store_down: CreditsDown | None
     shadow: bool
     requires: Part | Sequence[Part] | None
-
-
-def _computed(value: Any, what: str) -> Any:
-    return From(value, what) if callable(value) else value
-
-
-def read_hold(hold: Any) -> HoldPolicy:
-    """Read what a user wrote as ``hold=``; raises as `up_to`."""
-    if isinstance(hold, HoldPolicy):
-        return hold
-    if hold is not None and not callable(hold) and not isinstance(hold, TokenUsage):
-        exact_amount(hold, "hold")
-    return HoldPolicy(_computed(hold, "hold estimate"))
 
 
 def read_price(price: Any) -> FixedPrice | MeasuredPrice | From:

@@ -14,10 +14,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.amounts import Unit, exact_amount
+from asgi_metering.arguments import From
 from asgi_metering.errors import PayerError
 from asgi_metering.estimates import estimate_arguments
+from asgi_metering.holding import Slices
 from asgi_metering.names import check_key
-from asgi_metering.policies import ChargePolicy, From, Slices
+from asgi_metering.policies import ChargePolicy
 from asgi_metering.prices import FixedPrice
 from asgi_metering.sources import Wallet, check_payers
 from asgi_metering.tally import first_slice

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+from asgi_metering.arguments import From
 from asgi_metering.decorators import check_flag
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.guards import BARE_MEND, Part
 from asgi_metering.names import check_name
-from asgi_metering.policies import ERROR_SHAPES, ESTIMATE, ErrorShape, From, UpstreamPolicy
+from asgi_metering.policies import ERROR_SHAPES, ESTIMATE, ErrorShape, UpstreamPolicy
 from asgi_metering.usage import TokenUsage
 
 __all__ = ["requires_upstream"]

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from asgi_metering.arguments import From
 from asgi_metering.counting import expected_usage
 from asgi_metering.decisions import Reason, Refusal
 from asgi_metering.errors import StoreError
-from asgi_metering.policies import ESTIMATE, EndpointPolicy, From, UpstreamPolicy
+from asgi_metering.policies import ESTIMATE, EndpointPolicy, UpstreamPolicy
 from asgi_metering.quotas.headroom import Lack, Need
 from asgi_metering.rules.operations import Admit
 from asgi_metering.usage import TokenUsage

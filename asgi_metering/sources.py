@@ -16,7 +16,7 @@ from asgi_metering.errors import ConfigurationError, PayerError
 from asgi_metering.names import check_key, check_name, is_field_name
 
 if TYPE_CHECKING:
-    from asgi_metering.policies import From
+    from asgi_metering.arguments import From
 
 __all__ = [
     "WALLET",
@@ -82,7 +82,7 @@ class Payer:
 
     def __post_init__(self) -> None:
         # Policies know sources; what computes an argument is theirs.
-        from asgi_metering.policies import From
+        from asgi_metering.arguments import From
 
         check_name(self.name, "payer's name")
         if callable(self.account):

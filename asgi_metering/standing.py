@@ -14,8 +14,9 @@ from asgi_metering.amounts import Unit
 from asgi_metering.caller import Caller
 from asgi_metering.decisions import Reason, Refusal
 from asgi_metering.errors import PayerError
+from asgi_metering.holding import HoldSize
 from asgi_metering.outside import planned, prepared
-from asgi_metering.policies import ChargeOptions, HoldSize, Price
+from asgi_metering.policies import ChargeOptions, Price
 from asgi_metering.receipts import Balance
 from asgi_metering.rules.admission import window_now
 from asgi_metering.rules.decide import clamped

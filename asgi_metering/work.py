@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 from asgi_metering.call import Call
 from asgi_metering.caller import Caller
 from asgi_metering.errors import ConfigurationError, SettlementError
+from asgi_metering.holding import HoldSize
 from asgi_metering.opening import CURRENT
 from asgi_metering.outside import leave, prepared
-from asgi_metering.policies import ChargeOptions, HoldSize, Price
+from asgi_metering.policies import ChargeOptions, Price
 from asgi_metering.portal import Portal
 from asgi_metering.rules.ending import Cause
 from asgi_metering.runtime import Runtime

@@ -8,9 +8,10 @@ import pytest
 from starlette.requests import Request
 
 from asgi_metering import Metering, rate_limited
+from asgi_metering.arguments import NamedKey
 from asgi_metering.chosen import LimitByPlan
 from asgi_metering.errors import ConfigurationError
-from asgi_metering.policies import ConcurrencyLimit, NamedKey, RatePolicy
+from asgi_metering.policies import ConcurrencyLimit, RatePolicy
 
 
 async def endpoint(request: Request) -> None:

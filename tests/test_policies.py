@@ -10,18 +10,10 @@ from typing import Any
 import pytest
 
 from asgi_metering import TokenUsage, up_to
+from asgi_metering.arguments import From
 from asgi_metering.errors import AmountError, ConfigurationError
-from asgi_metering.policies import (
-    ChargePolicy,
-    ConcurrencyLimit,
-    EndpointPolicy,
-    From,
-    HoldPolicy,
-    RatePolicy,
-    check_line,
-    read_hold,
-    read_price,
-)
+from asgi_metering.holding import HoldPolicy, read_hold
+from asgi_metering.policies import ChargePolicy, ConcurrencyLimit, EndpointPolicy, RatePolicy, check_line, read_price
 from asgi_metering.prices import FixedPrice, per_token
 from asgi_metering.rates import parse_limit
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from asgi_metering.arguments import From, NamedKey
 from asgi_metering.asgi.audit import Layer, Row, routes_of
 from asgi_metering.asgi.flat import FlatLimits
 from asgi_metering.chosen import ConfiguredLimits, LimitByPlan
@@ -18,7 +19,7 @@ from asgi_metering.errors import ConfigurationError
 from asgi_metering.guards import decorated
 from asgi_metering.limiting import FREE_METHODS
 from asgi_metering.named import NamedLimits
-from asgi_metering.policies import From, NamedKey, RatePolicy
+from asgi_metering.policies import RatePolicy
 
 __all__ = ["ANY_OTHER", "EffectiveLimit", "Origin", "check_names", "effective_limits", "limits_of_row"]
 

@@ -35,9 +35,9 @@ from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_metering.asgi.watch import ClientGone, Watch
 from asgi_metering.call import Call, CallCut, CallRefused
 from asgi_metering.growing import LEAST_ROOM
+from asgi_metering.holding import Slices
 from asgi_metering.opening import CURRENT, Opening
 from asgi_metering.overdue import Entry
-from asgi_metering.policies import Slices
 from asgi_metering.rules.ending import Cause
 from asgi_metering.runtime import BOOK_S, Runtime
 

@@ -164,7 +164,7 @@ def _unit(unit: Unit | None) -> str:
 
 def _hold(charge: Any) -> str:
     """What a call sets aside."""
-    from asgi_metering.policies import From
+    from asgi_metering.arguments import From
 
     estimate, least = charge.hold.estimate, charge.hold.at_least
     if charge.per != "call":
@@ -227,7 +227,7 @@ def _details(rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _price(charge: Any) -> str:
-    from asgi_metering.policies import From
+    from asgi_metering.arguments import From
     from asgi_metering.prices import FixedPrice
 
     price = charge.price

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from asgi_metering import CallCut, TokenUsage, billable, current_call, metered_app, slices
 from asgi_metering.asgi import cutting
-from asgi_metering.policies import Slices
+from asgi_metering.holding import Slices
 from asgi_metering.prices import per_token
 from asgi_metering.rules.operations import Grow
 from tests.harness.drive import Drive, body, drive, http_scope, status
