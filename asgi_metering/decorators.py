@@ -9,22 +9,36 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from decimal import Decimal
 from typing import Any, TypeVar
 
-from asgi_metering.amounts import Amount, Unit, exact_amount
+from asgi_metering.amounts import Unit, exact_amount
 from asgi_metering.arguments import From
+from asgi_metering.checks import (
+    check_customise,
+    check_errors,
+    check_flag,
+    check_measured,
+    check_messages,
+    check_per,
+    check_scope,
+    check_seconds,
+    check_session,
+    check_shadow,
+    check_shadow_per,
+    check_slices,
+    check_store_down,
+    early_basis,
+    read_basis,
+    read_charge_key,
+    read_idempotency,
+    read_sources,
+)
 from asgi_metering.chosen import LimitReading
-from asgi_metering.computed import check_sync
-from asgi_metering.errors import ConfigurationError, InvalidKeyError
+from asgi_metering.errors import ConfigurationError
 from asgi_metering.guards import BARE_MEND, Part, guard_of, merged
-from asgi_metering.holding import HoldPolicy, HoldSize, Slices, read_hold
+from asgi_metering.holding import HoldSize, read_hold
 from asgi_metering.limiting import Key, Levels, Limit, check_level, read_key, read_levels, read_methods
-from asgi_metering.names import check_key, is_field_name
-from asgi_metering.outage import CHOICES
 from asgi_metering.policies import (
-    ERROR_SHAPES,
-    ChargeKey,
     ChargePer,
     ChargePolicy,
     CreditsDown,
@@ -49,10 +63,9 @@ from asgi_metering.policies import (
 from asgi_metering.prices import MeasuredPrice
 from asgi_metering.pricing import check_amounts
 from asgi_metering.rates import Strategy
-from asgi_metering.receipts import Basis
 from asgi_metering.rules.calendars import zone as find_zone
-from asgi_metering.rules.ending import END_OF_CALL, EndPolicy, Situation
-from asgi_metering.sources import PERIODS, Allowance, PaymentSource, Wallet, check_allowances, check_payers, check_zone
+from asgi_metering.rules.ending import EndPolicy, Situation
+from asgi_metering.sources import PaymentSource, check_zone
 from asgi_metering.usage import TokenUsage
 from asgi_metering.usage.dialects import named
 
@@ -151,7 +164,7 @@ def billable(
         Situation.UNREPORTED: on_missing_usage,
         Situation.FAILED_EARLY: on_error,
         Situation.FAILED_LATE: on_late_error,
-        Situation.GONE_EARLY: _early(on_disconnect) if on_early_disconnect is None else on_early_disconnect,
+        Situation.GONE_EARLY: early_basis(on_disconnect) if on_early_disconnect is None else on_early_disconnect,
         Situation.GONE_LATE: on_disconnect,
         Situation.CUT: on_cut,
         Situation.ABORTED: on_abort,
@@ -159,34 +172,34 @@ def billable(
     if guard_of(price) is not None:
         raise ConfigurationError(f"The price {price!r} is a metered endpoint. {BARE_MEND}")
     read = read_price(price)
-    _check_per("billable", per, ("call", "message", "second"))
+    check_per("billable", per, ("call", "message", "second"))
     if per != "call":
-        _check_session(read, hold, charge_key, idempotency, per)
+        check_session(read, hold, charge_key, idempotency, per)
     elif hold is not None and not isinstance(read, MeasuredPrice):
         what = "price that a function computes" if isinstance(read, From) else "fixed price"
         raise ConfigurationError(f"A {what} holds itself. Leave out hold=, or use a measured price.")
-    _check_errors(errors)
-    _check_store_down("credits", on_store_down)
-    _check_seconds(ttl_s=ttl_s, grace_s=grace_s)
+    check_errors(errors)
+    check_store_down("credits", on_store_down)
+    check_seconds(ttl_s=ttl_s, grace_s=grace_s)
     for name, function in {"payer": payer, "customise": customise, "skip_if": skip_if}.items():
         if function is not None and not callable(function):
             raise ConfigurationError(f"{name}={function!r} cannot be called. Pass a function.")
     if customise is not None:
-        _check_customise(customise)
+        check_customise(customise)
     if isinstance(read, MeasuredPrice):
-        _check_measured(read)
+        check_measured(read)
     if unit is not None and not isinstance(unit, Unit):
         raise ConfigurationError(f"unit={unit!r} is no Unit. Declare one: Unit('credits', scale=6).")
     held = read_hold(hold)
     if held.estimate is not None and not isinstance(held.estimate, From | TokenUsage):
         exact_amount(held.estimate, "hold estimate")
-    paid_from = _sources(sources)
+    paid_from = read_sources(sources)
     if held.slices is not None and (per != "call" or isinstance(read, MeasuredPrice)):
-        _check_slices(held.estimate, held.slices, read, paid_from)
+        check_slices(held.estimate, held.slices, read, paid_from)
     charge = ChargePolicy(
         price=read,
         line="" if line is None else check_line(line),
-        end=EndPolicy({row: _basis(row, basis) for row, basis in chosen.items() if basis is not None}),
+        end=EndPolicy({row: read_basis(row, basis) for row, basis in chosen.items() if basis is not None}),
         unit=unit,
         hold=held,
         sources=paid_from,
@@ -197,191 +210,17 @@ def billable(
         forward_quota_headers=forward_quota_headers,
         ttl_s=float(ttl_s),
         grace_s=float(grace_s),
-        idempotency=_idempotency(idempotency),
-        key=_charge_key(charge_key, charge_per, charge_zone, measured=isinstance(read, MeasuredPrice)),
+        idempotency=read_idempotency(idempotency),
+        key=read_charge_key(charge_key, charge_per, charge_zone, measured=isinstance(read, MeasuredPrice)),
         skip_if=None if skip_if is None else From(skip_if, "skip_if"),
         on_store_down=on_store_down,
         per=per,
         shadow=shadow,
     )
-    _check_shadow(charge)
+    check_shadow(charge)
     if unit is not None:
         check_amounts(charge, unit)
     return Part(charge=charge)
-
-
-def _check_shadow(charge: ChargePolicy) -> None:
-    check_flag(shadow=charge.shadow)
-    if not charge.shadow:
-        return
-    _check_shadow_per(charge.per)
-    for name, given in {"idempotency": charge.idempotency, "charge_key": charge.key}.items():
-        if given is not None:
-            raise ConfigurationError(
-                f"shadow=True claims no keys, so that {name}= would mean nothing: a repeat would run, and be told, "
-                f"again. Leave {name}= out until the charge is live."
-            )
-
-
-def _check_shadow_per(per: str) -> None:
-    if per != "call":
-        raise ConfigurationError(
-            f"shadow=True tells of calls as a whole, and not per={per!r}. Leave one of the two out."
-        )
-
-
-def check_flag(**flags: object) -> None:
-    """Refuse what is no bool: the text 'false', say, would be a shadow."""
-    for name, flag in flags.items():
-        if type(flag) is not bool:
-            raise ConfigurationError(f"{name}={flag!r} is no bool. Use True or False.")
-
-
-def _check_per(what: str, per: str, known: Sequence[str]) -> None:
-    if per not in known:
-        raise ConfigurationError(f"{what}(per={per!r}) is not known. Use one of {', '.join(map(repr, known))}.")
-
-
-def _check_session(price: Any, hold: Any, charge_key: Any, idempotency: Any, per: str) -> None:
-    """Refuse what no session can be charged by that has a price for each message or second."""
-    if isinstance(price, MeasuredPrice):
-        raise ConfigurationError(
-            f"The price {price!r} is measured by what a call uses, and not per={per!r}. Leave per= out, and report "
-            f"usage with call.record(), or write an amount."
-        )
-    if charge_key is not None or idempotency:
-        raise ConfigurationError(
-            f"charge_key= and idempotency= count calls of one price, and what a session costs per={per!r} is known at "
-            f"its end. Leave them out."
-        )
-    if hold is None:
-        return
-    sizes = (hold.estimate, hold.slices.step, hold.slices.low_water) if _is_sliced(hold) else (hold,)
-    if not _is_sliced(hold) or any(isinstance(size, From | TokenUsage) for size in sizes):
-        raise ConfigurationError(
-            f"hold={hold!r} is no hold of a session that is charged per={per!r}: it grows by amounts. Write "
-            f"hold=slices('0.5'), say, or leave it out."
-        )
-
-
-def _is_sliced(hold: Any) -> bool:
-    return isinstance(hold, HoldPolicy) and hold.slices is not None
-
-
-def _check_slices(first: Any, slices: Slices, price: Any, sources: Sequence[PaymentSource]) -> None:
-    """Refuse slices that could never grow, or would have to at once, by this price."""
-    if exact_amount(slices.debt, "debt") and not any(isinstance(source, Wallet) for source in sources):
-        raise ConfigurationError(
-            f"slices(debt={slices.debt!r}) can be owed by no wallet: none is among the sources. Name one, or leave it "
-            f"out."
-        )
-    computed = isinstance(first, From)
-    known = {"first": None if computed else first, "step": slices.step}
-    costs = {name: _cost(size, price) for name, size in known.items() if size is not None}
-    for name, cost in costs.items():
-        if not cost:
-            raise ConfigurationError(
-                f"slices({name}={known[name]!r}) holds nothing by the price {price!r}. Write a slice that costs "
-                f"something."
-            )
-    mark = None if slices.low_water is None else _cost(slices.low_water, price)
-    for name, cost in costs.items():
-        if mark is not None and mark >= cost:
-            raise ConfigurationError(
-                f"slices(low_water={slices.low_water!r}) is no less than {name}={known[name]!r}, so that a hold would "
-                f"have to grow as soon as it is made. Lower the mark, or hold more at once."
-            )
-
-
-def _cost(size: Amount | TokenUsage, price: Any) -> Decimal:
-    """Whole units of a slice; tokens are of measured prices alone."""
-    return price.cost(size) if isinstance(size, TokenUsage) else exact_amount(size, "slice")
-
-
-def _idempotency(given: Idempotency | bool | None) -> Idempotency | None:
-    if given is None or isinstance(given, Idempotency):
-        return given
-    if type(given) is not bool:
-        raise ConfigurationError(
-            f"idempotency={given!r} is not known. Use True, or Idempotency(store_body=65_536), say."
-        )
-    return Idempotency() if given else None
-
-
-MAX_FIELD_NAME = 64
-"""Characters of a header field that carries a key: longer ones are not in use."""
-
-MAX_WINDOW_S = 366 * 86_400
-"""A year: what is counted once for longer is a subscription."""
-
-
-def _charge_key(
-    key: str | Callable[..., Any] | None, per: ChargePer | float, zone: str, *, measured: bool
-) -> ChargeKey | None:
-    if key is None:
-        if (per, zone) != ("day", "UTC"):
-            raise ConfigurationError("charge_per= and charge_zone= say how a charge_key counts. Give one as well.")
-        return None
-    if measured:
-        raise ConfigurationError(
-            "A charge_key counts calls of one price, and what this one costs is measured. Use a fixed price."
-        )
-    if isinstance(per, bool) or not (per in PERIODS or (isinstance(per, int | float) and 0 < per <= MAX_WINDOW_S)):
-        raise ConfigurationError(
-            f"charge_per={per!r} is no window. Use 'day', 'week', 'month', or seconds above 0, up to {MAX_WINDOW_S}."
-        )
-    if not isinstance(per, str) and zone != "UTC":
-        raise ConfigurationError(f"charge_zone={zone!r} means nothing to a window in seconds. Leave it out.")
-    find_zone(check_zone(zone))
-    if callable(key):
-        return ChargeKey(From(key, "charge key"), per, zone)
-    if not isinstance(key, str) or not is_field_name(key, MAX_FIELD_NAME):
-        raise ConfigurationError(
-            f"charge_key={key!r} is neither a function nor the name of a header field. Pass lambda body: "
-            f"body.session_id, or 'X-Session-Id', say."
-        )
-    return ChargeKey(key.lower(), per, zone)
-
-
-def _check_customise(customise: Callable[..., Any]) -> None:
-    check_sync(customise, "customise=")
-    try:
-        inspect.signature(customise).bind({})
-    except TypeError:
-        raise ConfigurationError(
-            f"customise={customise!r} does not take one argument. Pass a function of the refusal's members."
-        ) from None
-    except ValueError:
-        # Without a signature to read, the first refusal tells.
-        return
-
-
-def _check_measured(price: MeasuredPrice) -> None:
-    if inspect.isclass(price):
-        raise ConfigurationError(f"The price {price!r} is a class. Make one: {price.__name__}(...).")
-    check_sync(price.cost, "The price's cost()")
-    check_sync(price.affordable, "The price's affordable()")
-
-
-MAX_TTL_S = 86_400
-"""A day: a hold that lives longer without a sign of life is not a hold."""
-
-
-def _check_errors(errors: str) -> None:
-    if errors not in ERROR_SHAPES:
-        raise ConfigurationError(f"errors={errors!r} is not a shape. Use one of {', '.join(ERROR_SHAPES)}.")
-
-
-def _check_store_down(layer: str, answer: str | None) -> None:
-    if answer is not None and answer not in CHOICES[layer]:
-        offered = ", ".join(map(repr, CHOICES[layer]))
-        raise ConfigurationError(f"on_store_down={answer!r} is not known here. Choose one of {offered}.")
-
-
-def _check_seconds(**spans: float) -> None:
-    for name, seconds in spans.items():
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MAX_TTL_S:
-            raise ConfigurationError(f"{name}={seconds!r} is not a number of seconds above 0, up to {MAX_TTL_S}.")
 
 
 def rate_limited(
@@ -456,17 +295,17 @@ def rate_limited(
     """
     if not (limits or levels or configured) and concurrency is None and global_concurrency is None:
         raise ConfigurationError("rate_limited() limits nothing. Give it '60/minute', say, or concurrency=4.")
-    _check_errors(errors)
+    check_errors(errors)
     check_flag(shadow=shadow)
     if shadow:
-        _check_shadow_per(per)
-    _check_store_down("rates", on_store_down)
+        check_shadow_per(per)
+    check_store_down("rates", on_store_down)
     # Unknown zones are refused here; windows are made when a call comes.
     find_zone(check_zone(zone))
     if not callable(cost) and (type(cost) is not int or cost < 0):
         raise ConfigurationError(f"cost={cost!r} is not an int from 0 up.")
     if scope is not None:
-        _check_scope(scope)
+        check_scope(scope)
     for name, flag in {"per_method": per_method, "override_defaults": override_defaults}.items():
         if type(flag) is not bool:
             raise ConfigurationError(f"{name}={flag!r} is no bool. Use True or False.")
@@ -474,7 +313,7 @@ def rate_limited(
         raise ConfigurationError(f"exempt_when={exempt_when!r} cannot be called. Pass a function.")
     if level == "global" and key != "global":
         raise ConfigurationError("level='global' is that of key='global', everybody together. Choose another name.")
-    _check_per("rate_limited", per, ("call", "message"))
+    check_per("rate_limited", per, ("call", "message"))
     base = RatePolicy(
         limits=(),
         scope=scope or "",
@@ -502,7 +341,7 @@ def rate_limited(
         global_concurrency=global_concurrency,
         reading=LimitReading(strategy, zone),
     )
-    _check_messages((first, *more), per, on_excess)
+    check_messages((first, *more), per, on_excess)
     return Part(rates=first, more=tuple(more))
 
 
@@ -531,68 +370,6 @@ def unlimited(endpoint: Endpoint) -> Endpoint:
 def is_unlimited(endpoint: object) -> bool:
     """Whether *endpoint* is marked as `unlimited`."""
     return getattr(endpoint, UNLIMITED, None) is True
-
-
-EXCESS: tuple[OnExcess, ...] = ("close", "drop", "answer")
-
-
-def _check_messages(policies: Sequence[RatePolicy], per: str, on_excess: str | None) -> None:
-    if on_excess is not None and on_excess not in EXCESS:
-        raise ConfigurationError(f"on_excess={on_excess!r} is not known. Use one of {', '.join(map(repr, EXCESS))}.")
-    if per == "call":
-        if on_excess is not None:
-            raise ConfigurationError('on_excess= says what becomes of messages. Write per="message" as well.')
-        return
-    if any(policy.concurrency for policy in policies):
-        raise ConfigurationError(
-            'A message takes no slot, so that concurrency= means nothing per="message". Write it into a '
-            "rate_limited() of its own, which counts open WebSockets."
-        )
-    if EndpointPolicy("", rates=tuple(policies)).weighs:
-        raise ConfigurationError(
-            'A limit "of tokens" counts what calls use, and messages are counted per="message". Write it into a '
-            "rate_limited() of its own."
-        )
-
-
-def _check_scope(scope: str) -> None:
-    try:
-        check_key(scope, "scope of the limits")
-    except InvalidKeyError as failure:
-        raise ConfigurationError(str(failure)) from None
-
-
-def _early(on_disconnect: OnDisconnect | None) -> str | None:
-    """*on_disconnect* for a client that left before the first byte, where it is a choice there."""
-    offered = [basis.value for basis in END_OF_CALL[Situation.GONE_EARLY]]
-    return on_disconnect if on_disconnect in offered else None
-
-
-def _basis(row: Situation, basis: str) -> Basis:
-    try:
-        return Basis(basis)
-    except (TypeError, ValueError):  # of another type even without a hash
-        offered = ", ".join(repr(choice.value) for choice in END_OF_CALL[row])
-        raise ConfigurationError(
-            f"{basis!r} is no policy for a call that ends as {row.value!r}. Choose one of {offered}."
-        ) from None
-
-
-def _sources(sources: Sequence[PaymentSource] | None) -> tuple[PaymentSource, ...]:
-    if sources is None:
-        return (Wallet(),)
-    if not isinstance(sources, list | tuple):
-        raise ConfigurationError(f"sources={sources!r} is no list of sources. Write [Wallet()], say.")
-    if not sources:
-        raise ConfigurationError("sources=[] leaves nothing to pay with. Leave it out, or name a source.")
-    for source in sources:
-        if not isinstance(source, PaymentSource):
-            raise ConfigurationError(f"{source!r} is no source. Use Wallet() or Allowance(...).")
-        if isinstance(source, Allowance):
-            find_zone(source.zone)
-    check_payers(sources)
-    check_allowances(sources)
-    return tuple(sources)
 
 
 def gather(

@@ -22,10 +22,10 @@ from asgi_metering.alarms import Alarms
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.call import Call
 from asgi_metering.caller import Caller
+from asgi_metering.checks import check_flag
 from asgi_metering.clients import UpstreamClients
 from asgi_metering.computed import check_sync, is_async
 from asgi_metering.decisions import Decision, Refusal
-from asgi_metering.decorators import check_flag
 from asgi_metering.errors import ConfigurationError, IdentityError, StoreAvoidedError, StoreError
 from asgi_metering.events.metrics import Meters
 from asgi_metering.events.records import whole_units

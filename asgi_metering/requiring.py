@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from asgi_metering.arguments import From
-from asgi_metering.decorators import check_flag
+from asgi_metering.checks import check_flag
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.guards import BARE_MEND, Part
 from asgi_metering.names import check_name

@@ -646,7 +646,7 @@ ARGUMENTS = (
     Mutation(
         0,
         "async hooks are let in",
-        "asgi_metering.decorators",
+        "asgi_metering.checks",
         '    check_sync(customise, "customise=")\n',
         "",
         _of_decorators(
