@@ -123,7 +123,7 @@ def test_limit_the_messages_of_a_websocket(each: House) -> None:
 
 def test_close_a_websocket_by_the_handler(each: House) -> None:
     """The handler's own close is what the client hears."""
-    payer = each.books.grant("told", 10)
+    payer = each.books.grant("hears", 10)
     with talking(each, "/ws", payer) as client:
         client.send("close")
         assert closed(client)[0] == 4000

@@ -53,9 +53,9 @@ def _watch(steps: _Steps) -> None:
 
 
 def _stepping(function: Callable[..., Any], steps: _Steps) -> Any:
-    async def counted(*arguments: Any) -> Any:
+    async def counted(*arguments: Any, **named: Any) -> Any:
         steps.step()
-        return await function(*arguments)
+        return await function(*arguments, **named)
 
     return counted
 
