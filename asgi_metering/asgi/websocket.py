@@ -146,7 +146,7 @@ class Session(Opening):
     ended = False
     swapped = False  # ours instead of the application's: what it still sends goes nowhere
     gone: Message | None = None  # how the connection ended, as the application is told
-    _kept: Message | None = None  # came in, and is not let in yet
+    _kept: tuple[Message, ...] = ()  # came in, and are not let in yet
     _judging: asyncio.Task[_Verdict] | None = None
     _reader: asyncio.Task[Message] | None = None  # reads ahead, by one message
     _woken: asyncio.Future[None] | None = None  # whoever waits for a message need not
@@ -191,18 +191,19 @@ class Session(Opening):
                 if has_ended(call):
                     # The process stops, and its calls have ended.
                     return self._goodbye(GOING_AWAY, "")
-                message = self._kept if self._kept is not None else await self._next(call)
+                message = self._kept[0] if self._kept else await self._next(call)
                 if message["type"] != "websocket.receive":
                     self._left(call, message)
                     return message
                 if not call.admitted:
+                    self._kept = self._kept[1:]
                     return message
-                self._kept = message
+                self._kept = self._kept or (message,)
                 if has_ended(call):
                     # While it was waited for.
                     continue
                 verdict = await self._judged(call)
-                self._kept = None
+                self._kept = self._kept[1:]
                 if verdict.refusal is None:
                     self._spend(call)
                     return message
@@ -214,7 +215,8 @@ class Session(Opening):
             self._left(call, message)
             return message
         async with self._turn:
-            self._kept = message
+            # Behind what a reader that gave up has left.
+            self._kept = (*self._kept, message)
         return await self.receive(call)
 
     async def _next(self, call: Call) -> Message:

@@ -463,6 +463,73 @@ def test_let_messages_in_from_the_explicit_gate_on() -> None:
     assert given == ["free", "a", "b"]
 
 
+@pytest.mark.parametrize("asks", [True, False], ids=["asks", "looks"])
+def test_give_each_message_once_that_was_waited_for_before_the_gate(asks: bool) -> None:
+    """What comes in while a call is not let in yet, or never asks to be, is given once, and is not charged later."""
+    given: list[str] = []
+    store = Slow()
+
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        reader = asyncio.create_task(websocket.receive_text())
+        await asyncio.sleep(0)
+        call = current_call()
+        asked = asyncio.create_task(call.admit(billable(1, per="message"))) if asks else None
+        given.append(await reader)
+        store.door.set()
+        if asked is not None:
+            await asked
+        for _ in range(2):
+            given.append(await websocket.receive_text())
+
+    async def story() -> None:
+        async with served(talk, store=store) as scene:
+            store.door.clear()
+            async with scene.socket() as socket:
+                await socket.opened()
+                socket.say("a", "b", "c")
+                await socket.until(lambda: len(given) > 2)
+                socket.leave()
+            assert await scene.books() == (2 if asks else 0, 0)
+
+    play(story)
+    assert given == ["a", "b", "c"]
+
+
+def test_lose_no_message_between_two_readers() -> None:
+    """What a reader that gave up has left is let in before what another waited for since before there was a call."""
+    given: list[str] = []
+    admitted = asyncio.Event()
+    store = Slow()
+
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        early = asyncio.create_task(websocket.receive_text())
+        await asyncio.sleep(0)
+        await current_call().admit(rate_limited("9/minute", per="message"))
+        store.door.clear()
+        admitted.set()
+        hasty = asyncio.create_task(websocket.receive_text())
+        await asyncio.wait([hasty], timeout=0.05)
+        hasty.cancel()
+        await asyncio.wait([hasty])
+        store.door.set()
+        given.append(await early)
+        for _ in range(2):
+            given.append(await websocket.receive_text())
+
+    async def story() -> None:
+        async with served(talk, store=store) as scene:
+            async with scene.socket() as socket:
+                await admitted.wait()
+                socket.say("a", "b", "c")
+                await socket.until(lambda: len(given) == 3)
+                socket.leave()
+
+    play(story)
+    assert sorted(given) == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("own", ["close", "500", "402"])
 def test_keep_a_handlers_own_answer_to_a_refusal(own: str) -> None:
     """Pitfall 15: what a framework makes of a refusal gives way to ours; a handler's own 402 stays."""

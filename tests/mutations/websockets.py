@@ -42,7 +42,7 @@ MUTATIONS = (
         19,
         "a message is lost with its reader",
         WEBSOCKET,
-        "message = self._kept if self._kept is not None else await self._next(call)\n",
+        "message = self._kept[0] if self._kept else await self._next(call)\n",
         "message = await self._next(call)\n",
         _session("test_keep_a_message_whose_reader_gave_up"),
     ),
