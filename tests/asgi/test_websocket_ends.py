@@ -768,6 +768,29 @@ def test_close_a_session_whose_hold_its_policy_has_ended() -> None:
     play(story)
 
 
+@pytest.mark.parametrize("step", [1, 5])
+def test_close_a_session_of_seconds_whose_hold_its_policy_has_ended(step: int) -> None:
+    """The same of one that is charged per second, whenever it hears that its hold is gone: no debt grows."""
+
+    async def story() -> None:
+        hours = Hours()
+        async with served(obedient(billable(1, per="second", hold=slices(5, step=step)))) as scene:
+            async with scene.socket() as socket:
+                await socket.opened()
+                (call,) = scene.metering.runtime().in_flight.values()
+                await scene.metering.store.end([_ended(call)])
+                for _ in range(9):
+                    await hours.pass_by(1)
+                    call.growth.nudge()
+                    await hours.pass_by(0)
+                if not socket.closed:
+                    socket.leave()
+            assert socket.closed == (4409, "call_ended: Call ended")
+            assert await scene.books() == (5, 0)
+
+    play(story)
+
+
 def _ended(call: Call) -> Any:
     from asgi_metering.receipts import EndedBy
     from asgi_metering.rules.operations import End
