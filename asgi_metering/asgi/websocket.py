@@ -327,6 +327,7 @@ class Session(Opening):
     def _spend(self, call: Call) -> None:
         if isinstance(call.growth, SessionGrowth):
             call.growth.spend()
+            self._look_out(call.growth)
 
     async def _not_let_in(self, call: Call, verdict: _Verdict) -> None:
         refusal = verdict.refusal
@@ -386,9 +387,12 @@ class Session(Opening):
             call.first_byte = True
             if isinstance(call.growth, SessionGrowth):
                 call.growth.begin()
-                if call.growth.counts_time and not self.reading:
-                    # A client that left is not to be charged for as long as nobody asks.
-                    self._read_ahead()
+                self._look_out(call.growth)
+
+    def _look_out(self, growth: SessionGrowth) -> None:
+        """A client that left is not to be charged for as long as nobody asks."""
+        if growth.counts_time and not self.reading:
+            self._read_ahead()
 
     def _closed_by_app(self, call: Call, code: int) -> None:
         if not self.accepted:

@@ -488,13 +488,16 @@ def test_close_when_the_last_second_is_over() -> None:
     assert ends == [4402]
 
 
-def test_count_no_second_after_the_client_left() -> None:
-    """A disconnect counts from when it comes, also where the handler does not look for it."""
+@pytest.mark.parametrize("reads", [0, 1, 2])
+def test_count_no_second_after_the_client_left(reads: int) -> None:
+    """A disconnect counts from when it comes, also where the handler does not look for it, or no longer does."""
     leave = asyncio.Event()
 
     @billable(1, per="second")
     async def talk(websocket: WebSocket) -> None:
         await websocket.accept()
+        for _ in range(reads):
+            await websocket.receive_text()
         await leave.wait()
 
     async def story() -> None:
@@ -502,6 +505,7 @@ def test_count_no_second_after_the_client_left() -> None:
         async with served(talk) as scene:
             async with scene.socket() as socket:
                 await socket.opened()
+                socket.say(*"ab"[:reads])
                 await hours.pass_by(2.5)
                 socket.leave(1006)
                 await hours.pass_by(0)

@@ -60,7 +60,7 @@ MUTATIONS = (
         WEBSOCKET,
         "            self._reader.add_done_callback(self._saw)\n",
         "",
-        _session("test_count_no_second_after_the_client_left"),
+        _session("test_count_no_second_after_the_client_left[0]"),
     ),
     Mutation(
         19,
