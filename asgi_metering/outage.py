@@ -274,10 +274,14 @@ async def keep_in_doubt(call: Call, ask: Admit, policy: Basis) -> bool:
 
 
 async def beat_locally(call: Call) -> None:
-    """Have the journal keep what a queued call was seen to use so far, as its heartbeats would tell the store."""
+    """
+    Have the journal keep what a queued call was seen to use so far, as its heartbeats would tell the store.
+
+    Of a session whatever its policy is: it is read off later by that, for no age ends a session.
+    """
     policy = in_doubt_of(call.charge)
     # Once it has ended, the journal keeps how.
-    if call.queued is not None and not call.closed and policy is Basis.OBSERVED:
+    if call.queued is not None and not call.closed and (policy is Basis.OBSERVED or call.opening.is_session):
         await keep_in_doubt(call, call.queued, policy)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
+import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -801,6 +804,46 @@ def test_charge_a_session_that_began_without_the_store(tmp_path: Path) -> None:
                     await asyncio.sleep(0.01)
             assert await scene.account() == (5, 0)
             assert await scene.charges() == [("usage", 5)]
+
+    play(story)
+
+
+@pytest.mark.parametrize("policy", [{}, {"on_abort": "hold"}], ids=["observed", "hold"])
+def test_keep_a_queued_session_for_as_long_as_it_lasts(policy: dict[str, Any], tmp_path: Path) -> None:
+    """What the journal keeps of a session, should its process die, is not read off while it lives, however long."""
+    ahead = 0.0
+
+    def left_s() -> float:
+        with closing(sqlite3.connect(tmp_path / "journal")) as file:
+            ((due_at,),) = file.execute("SELECT due_at FROM entry")
+        return float(due_at) - time.time() - ahead
+
+    async def story() -> None:
+        nonlocal ahead
+        hours, books = Hours(), Slow()
+        route = billable(1, per="message", hold=slices(9), on_store_down="queue", ttl_s=60.0, **policy)
+        async with served(echo(route), store=books, journal=tmp_path / "journal", max_call_s=1_000.0) as scene:
+            journal: Any = scene.metering.journal
+            journal._clock = lambda: time.time() + ahead
+            books.down = True
+            async with scene.socket() as socket:
+                socket.say("a", "b")
+                await socket.heard(2)
+                books.down = False
+                for _ in range(3):
+                    ahead += 600.0
+                    await hours.pass_by(20)
+                    async with asyncio.timeout(10):
+                        while left_s() < 800.0:
+                            await asyncio.sleep(0.001)
+                assert await scene.charges() == []
+                socket.say("c")
+                await socket.heard(3)
+                socket.leave()
+            async with asyncio.timeout(10):
+                while not await scene.charges():
+                    await hours.pass_by(0.5)
+            assert await scene.charges() == [("usage", 3)]
 
     play(story)
 
