@@ -733,6 +733,36 @@ def test_lose_the_store_in_a_session(per: Any, choice: Any) -> None:
 # -- slots -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("limits", ["flat", "local"])
+def test_keep_the_slot_of_a_session_that_is_older_than_a_call_may_be(limits: str) -> None:
+    """S0.46: a slot is the session's until that closes, also one of a middleware's limits, or without the store."""
+
+    async def story() -> None:
+        hours, books = Hours(), Slow()
+        slot = rate_limited(concurrency=1)
+        flat = [slot] if limits == "flat" else []
+        endpoint = echo() if flat else echo(slot)
+        options = {"max_call_s": 0.001, "on_store_down": {"rates": "local"}}
+        async with served(endpoint, store=books, application_limits=flat, **options) as scene:
+            books.down = limits == "local"
+            async with scene.socket() as socket:
+                await socket.opened()
+                for _ in range(3):
+                    await hours.pass_by(1)
+                    await asyncio.sleep(0.001)
+                async with scene.socket() as other:
+                    pass
+                assert other.closed is not None
+                assert other.closed[0] == 4429
+                socket.leave()
+            await scene.books()
+            async with scene.socket() as other:
+                await other.opened()
+                other.leave()
+
+    play(story)
+
+
 def test_free_the_slot_of_a_connection_when_it_closes() -> None:
     """S0.46: open connections count; one that closes, however, makes room at once. The refusal says when to retry."""
 
