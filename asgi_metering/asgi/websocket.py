@@ -76,6 +76,7 @@ async def attend(app: ASGIApp, session: Session) -> None:
             message = await receive()
         finally:
             session.reading -= 1
+        session.departed = message["type"] == "websocket.disconnect"
         # The call may have been asked for while this waited, by another task.
         return message if session.call is None else await session.took(session.call, message)
 
@@ -119,6 +120,7 @@ class Session(Opening):
         server_receive, server_send: The server's.
         heard: The application has asked for a message, so that the server's ``websocket.connect`` is read.
         reading: How many of its reads the server has not answered, that were begun before there was a call.
+        departed: The server has told of the disconnect, though maybe not the application yet.
         accepted: The application has accepted the connection.
         ended: The application, or we, have closed or denied it.
 
@@ -142,6 +144,7 @@ class Session(Opening):
     is_session = True
     _origin: HTTPOrigin | None = None
     heard = False
+    departed = False
     reading = 0
     ended = False
     swapped = False  # ours instead of the application's: what it still sends goes nowhere
@@ -227,7 +230,7 @@ class Session(Opening):
         """
         self.heard = True
         if not self._may_be_cut(call):
-            return await self.server_receive()
+            return await self._read()
         reader, woken = self._read_ahead(), self._waits()
         await asyncio.wait((reader, woken), return_when=asyncio.FIRST_COMPLETED)
         if self.gone is not None:
@@ -252,7 +255,9 @@ class Session(Opening):
         return self._reader
 
     async def _read(self) -> Message:
-        return await self.server_receive()
+        message = await self.server_receive()
+        self.departed = message["type"] == "websocket.disconnect"
+        return message
 
     def _saw(self, reader: asyncio.Task[Message]) -> None:
         """A disconnect counts from when it came, and not from when the application asks for it."""
@@ -400,6 +405,11 @@ class Session(Opening):
         self._end(call, Cause.ERROR if code == INTERNAL_ERROR else Cause.COMPLETED)
 
     async def _deliver(self, call: Call, message: Message) -> None:
+        if self.departed and self._reader is not None:
+            # Only we have heard it. Some servers take what is sent from then on as a mistake of the application.
+            if message["type"] == "websocket.close":
+                return
+            raise ClientGone("The client has left.")
         try:
             await self.server_send(message)
         except OSError:
@@ -460,6 +470,8 @@ class Session(Opening):
 
     async def _tell(self, call: Call, code: int, reason: str) -> None:
         """Tell the client: by a whole response where nothing was accepted and the server can, else by a close."""
+        if self.departed:
+            return
         try:
             if not self.heard and not self.accepted:
                 # As the protocol of servers has it: nothing is said before the client's handshake was read.

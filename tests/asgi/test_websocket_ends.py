@@ -693,6 +693,60 @@ def test_leave_the_servers_own_failure_to_the_handler() -> None:
     play(story)
 
 
+@pytest.mark.parametrize("last", ["send", "close"])
+def test_tell_a_handler_that_only_sends_of_a_client_that_left(last: str) -> None:
+    """What we have read ahead is no mistake of the handler's: it hears of it as on a server that nobody reads."""
+    left = asyncio.Event()
+
+    @billable(1, per="second")
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await left.wait()
+        if last == "close":
+            await websocket.close()
+            return
+        with pytest.raises(WebSocketDisconnect):
+            await websocket.send_text("tick")
+
+    async def story() -> None:
+        async with served(talk) as scene:
+            socket = scene.socket()
+            socket.strict = True
+            async with socket:
+                await socket.opened()
+                socket._inbox.put_nowait({"type": "websocket.disconnect", "code": 1006, "reason": None})
+                await socket.until(lambda: len(socket.read) == 2)
+                left.set()
+            assert (socket.failure, socket.kinds) == (None, ["accept"])
+            assert await scene.charges() == [("observed", 1)]
+
+    play(story)
+
+
+@pytest.mark.parametrize("looks", ["before", "after", "reader"])
+def test_refuse_nobody_who_has_left(looks: str) -> None:
+    """Who is refused after the disconnect hears nothing any more, whether a call read that, nobody's, or both's."""
+
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        reader = asyncio.create_task(websocket.receive()) if looks == "reader" else None
+        await asyncio.sleep(0)
+        call = current_call() if looks != "after" else None
+        await (reader or websocket.receive())
+        await (call or current_call()).admit(billable(2))
+
+    async def story() -> None:
+        async with served(talk, granted=1) as scene:
+            socket = scene.socket()
+            socket.strict = True
+            async with socket:
+                await socket.opened()
+                socket.leave(1006)
+            assert (socket.failure, socket.kinds) == (None, ["accept"])
+
+    play(story)
+
+
 # -- long sessions -----------------------------------------------------------------------------------------
 
 
