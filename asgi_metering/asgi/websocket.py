@@ -343,9 +343,11 @@ class Session(Opening):
             if isinstance(growth, SessionGrowth) and growth.refusal is refusal:
                 growth.give_up()
             self._close(call, verdict)
-        elif verdict.on_excess == "answer":
+        elif verdict.on_excess == "answer" and not self.ended:
             told = message_error(call, self.options, refusal, verdict.decision)
-            await self._deliver(call, {"type": "websocket.send", "text": told})
+            # Who reads hears of a client that left by its disconnect, which comes next.
+            with suppress(OSError):
+                await self._deliver(call, {"type": "websocket.send", "text": told})
 
     # -- what the application sends ------------------------------------------------------------------------
 

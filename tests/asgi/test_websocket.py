@@ -577,6 +577,52 @@ def test_limit_messages(on_excess: Any) -> None:
     play(story)
 
 
+def test_answer_no_message_to_a_client_that_left() -> None:
+    """An excess that cannot be answered is no error of whoever reads: the disconnect comes next, as of any client."""
+    heard: list[int] = []
+
+    @rate_limited("1/minute", per="message", on_excess="answer")
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.receive_text()
+        with pytest.raises(WebSocketDisconnect) as left:
+            await websocket.receive_text()
+        heard.append(left.value.code)
+
+    async def story() -> None:
+        async with served(talk) as scene:
+            async with scene.socket() as socket:
+                await socket.opened()
+                socket.say("a", "b")
+                socket.leave(1006)
+            assert socket.failure is None
+
+    play(story)
+    assert heard == [1006]
+
+
+def test_answer_no_message_after_the_close() -> None:
+    """A handler that reads on after its own close, until the client has heard it, says nothing more by us either."""
+
+    @rate_limited("1/minute", per="message", on_excess="answer")
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.receive_text()
+        await websocket.close()
+        while (await websocket._receive())["type"] == "websocket.receive":
+            pass
+
+    async def story() -> None:
+        async with served(talk) as scene:
+            socket = scene.socket()
+            socket.strict = True
+            async with socket:
+                socket.say("a", "b")
+            assert (socket.failure, socket.kinds) == (None, ["accept", "close"])
+
+    play(story)
+
+
 def test_count_messages_of_one_caller_together() -> None:
     """Two sessions of a caller share its count; connections are counted apart, and both limits hold."""
     route = (rate_limited("2/minute"), rate_limited("2/minute", per="message"))
