@@ -39,6 +39,9 @@ log = logging.getLogger("asgi_metering")
 DENIAL = "websocket.http.response"
 """The extension by which a server answers a WebSocket with an HTTP response, before it is accepted."""
 
+LAST = ("websocket.close", "websocket.http.response.start")
+"""What ends a connection, before it is accepted or after."""
+
 GOING_AWAY = 1001
 """What an application hears whose call has ended before its connection (RFC 6455, section 7.4.1)."""
 
@@ -360,6 +363,9 @@ class Session(Opening):
         if call.is_refused and self._gives_way(message, kind):
             await self._refuse(call)
             return
+        if kind in LAST:
+            # Not when the server has taken it, which may be long after: nobody sends another close meanwhile.
+            self.ended = True
         await self._deliver(call, message)
         self.passed(kind)
         if kind == "websocket.accept":
@@ -385,7 +391,7 @@ class Session(Opening):
         """The server took a message of this *kind*."""
         if kind == "websocket.accept":
             self.accepted = True
-        elif kind in ("websocket.close", "websocket.http.response.start"):
+        elif kind in LAST:
             self.ended = True
 
     def _catch_up(self, call: Call) -> None:
@@ -466,9 +472,14 @@ class Session(Opening):
 
     async def _tell_in_time(self, call: Call, code: int, reason: str) -> None:
         """The same, bounded: a client that does not read what was sent before is left without it."""
-        with suppress(TimeoutError):
+        try:
             async with asyncio.timeout(TELL_S):
                 await self._tell(call, code, reason)
+        except TimeoutError:
+            log.debug("The client of call %s does not read, and is not told why.", call.id)
+        except Exception:
+            # The server's own, or of what customises answers: nobody waits for this task, who would hear of it.
+            log.exception("The client of call %s could not be told why its session was closed.", call.id)
 
     async def _tell(self, call: Call, code: int, reason: str) -> None:
         """Tell the client: by a whole response where nothing was accepted and the server can, else by a close."""

@@ -747,6 +747,56 @@ def test_refuse_nobody_who_has_left(looks: str) -> None:
     play(story)
 
 
+def test_close_once_while_the_server_takes_its_time() -> None:
+    """Money that runs out while the handler's own close waits in the server is no second close."""
+
+    @billable(1, per="second", hold=slices(2, step=1))
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.receive_text()
+        await websocket.close(4000)
+
+    async def story() -> None:
+        hours = Hours()
+        async with served(talk, granted=3) as scene:
+            socket = scene.socket()
+            socket.strict = True
+            async with socket:
+                await socket.opened()
+                socket.stuck.clear()
+                socket.say("a")
+                for _ in range(4):
+                    await hours.pass_by(1)
+                socket.stuck.set()
+            assert (socket.failure, socket.closed) == (None, (4000, ""))
+            assert await scene.books() == (3, 0)
+            assert await scene.charges() == [("usage", 3)]
+
+    play(story)
+
+
+def test_tell_the_operator_why_a_client_was_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    """What the server raises of our close is logged with the call, and breaks nothing else."""
+
+    async def story() -> None:
+        async with served(echo(billable(1, per="message")), granted=1) as scene:
+            socket = scene.socket()
+            async with socket:
+                socket.say("a")
+                await socket.heard(1)
+                socket.log.append({"type": "websocket.close"})
+                socket.strict = True
+                socket.say("b")
+            assert socket.failure is None
+            assert await scene.charges() == [("observed", 1)]
+
+    with caplog.at_level(logging.ERROR):
+        play(story)
+    assert [record.message.endswith("could not be told why its session was closed.") for record in caplog.records] == [
+        True
+    ]
+
+
 # -- long sessions -----------------------------------------------------------------------------------------
 
 
