@@ -351,6 +351,8 @@ class Session(Opening):
             # Who reads hears of a client that left by its disconnect, which comes next.
             with suppress(OSError):
                 await self._deliver(call, {"type": "websocket.send", "text": told})
+        # Where neither the store nor the server waits for anything a flood that is dropped would stop the loop.
+        await asyncio.sleep(0)
 
     # -- what the application sends ------------------------------------------------------------------------
 

@@ -519,12 +519,11 @@ def test_lose_no_message_between_two_readers() -> None:
             given.append(await websocket.receive_text())
 
     async def story() -> None:
-        async with served(talk, store=store) as scene:
-            async with scene.socket() as socket:
-                await admitted.wait()
-                socket.say("a", "b", "c")
-                await socket.until(lambda: len(given) == 3)
-                socket.leave()
+        async with served(talk, store=store) as scene, scene.socket() as socket:
+            await admitted.wait()
+            socket.say("a", "b", "c")
+            await socket.until(lambda: len(given) == 3)
+            socket.leave()
 
     play(story)
     assert sorted(given) == ["a", "b", "c"]
