@@ -574,10 +574,13 @@ async def deny_refused(call: Call, options: AnswerOptions, scope: Scope, receive
         return
     if DENIAL in (scope.get("extensions") or ()):
         rendered = refusal_response(call, options)
-        await deny(send, rendered.status, rendered.headers, rendered.body)
+        with suppress(OSError):
+            await deny(send, rendered.status, rendered.headers, rendered.body)
     else:
         code, reason = close_frame(refusal_answer(call, options))
-        await send({"type": "websocket.close", "code": code, "reason": reason})
+        # A client that left meanwhile is no error of the application.
+        with suppress(OSError):
+            await send({"type": "websocket.close", "code": code, "reason": reason})
 
 
 async def deny_mistaken(scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
@@ -586,6 +589,8 @@ async def deny_mistaken(scope: Scope, receive: Receive, send: Send, body: bytes)
         return
     if DENIAL in (scope.get("extensions") or ()):
         fields = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(body))]
-        await deny(send, 500, fields, body)
+        with suppress(OSError):
+            await deny(send, 500, fields, body)
     else:
-        await send({"type": "websocket.close", "code": INTERNAL_ERROR, "reason": "misconfigured"})
+        with suppress(OSError):
+            await send({"type": "websocket.close", "code": INTERNAL_ERROR, "reason": "misconfigured"})

@@ -608,6 +608,20 @@ def test_break_nothing_where_a_refusal_cannot_be_told() -> None:
     play(story)
 
 
+def test_break_nothing_where_limits_of_a_middleware_refuse_who_has_left() -> None:
+    """The same of a handshake that is refused before anything of the application runs."""
+
+    async def story() -> None:
+        async with served(echo(), application_limits=[rate_limited("0/minute")]) as scene:
+            socket = scene.socket()
+            socket.is_gone = True
+            async with socket:
+                pass
+            assert (socket.log, socket.failure) == ([], None)
+
+    play(story)
+
+
 def test_let_a_cancellation_through_a_refusal() -> None:
     """Whoever wants the task to end is not kept by an answer."""
     waits = asyncio.Event()
