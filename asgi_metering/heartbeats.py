@@ -130,7 +130,8 @@ class Heartbeats:
             untold = f"What call {call.id} has used so far cannot be told; its heartbeat repeats what was told last."
             self._metering.alarms.raised("heartbeat", untold, failure)
         if call.queued is not None:
-            if call.observed_parts > told:
+            # A session may outlive what the journal keeps of it, which would be read off as if its process had died.
+            if call.observed_parts > told or call.opening.is_session:
                 await beat_locally(call)
             return
         renewed = await self._quietly(Renew(call.id, call.observed_parts))

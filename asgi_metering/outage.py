@@ -60,6 +60,13 @@ LOCAL_KEYS_LEFT: Final = 0.9
 """So that looking for those that are over, which looks at all, is worth it: each time finds a tenth at least."""
 
 
+SESSION_S: Final = 7 * 86_400.0
+"""
+The slot of a session that is counted locally is free at its end, or after so long: no age ends a session, and one that
+a process has lost sight of shall not keep its slot until that is restarted.
+"""
+
+
 def read_choices(given: Mapping[str, str] | None) -> Mapping[str, str]:
     """
     Read what a user wrote as ``on_store_down=`` of a `Metering`.
@@ -213,7 +220,7 @@ def _decided_locally(call: Call, rates: list[RatePolicy], asked: Admit) -> Decis
         limits=(*own, *told),
         leases=tuple(lease for lease in asked.leases if lease.pool.startswith(scopes)),
         # Nobody beats for it: it lives as long as a call may.
-        ttl_s=call.metering.max_call_s,
+        ttl_s=SESSION_S if call.opening.is_session else call.metering.max_call_s,
     )
     decision = call.metering.local.decide(ask)
     if decision.refusal is not None:
@@ -274,10 +281,14 @@ async def keep_in_doubt(call: Call, ask: Admit, policy: Basis) -> bool:
 
 
 async def beat_locally(call: Call) -> None:
-    """Have the journal keep what a queued call was seen to use so far, as its heartbeats would tell the store."""
+    """
+    Have the journal keep what a queued call was seen to use so far, as its heartbeats would tell the store.
+
+    Of a session whatever its policy is: it is read off later by that, for no age ends a session.
+    """
     policy = in_doubt_of(call.charge)
     # Once it has ended, the journal keeps how.
-    if call.queued is not None and not call.closed and policy is Basis.OBSERVED:
+    if call.queued is not None and not call.closed and (policy is Basis.OBSERVED or call.opening.is_session):
         await keep_in_doubt(call, call.queued, policy)
 
 

@@ -165,8 +165,9 @@ class SessionGrowth(Growth):
     def _time_is_up(self) -> None:
         """Another second begins that is not held for, unless the hold has grown meanwhile."""
         call = self._call
-        if self._over or call.closed or call.cause is not None:
+        if self.is_cut or call.closed or call.cause is not None:
             return
+        # A hold that its policy has ended still pays for what it held, and then the session is closed like any other.
         if self.tally.due <= call.held:
             self._wait()
         else:

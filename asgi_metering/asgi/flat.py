@@ -188,6 +188,8 @@ class FlatOpening(Opening):
     def __init__(self, around: Opening) -> None:
         super().__init__(around.metering, frozenset({"rates"}))
         self.around, self.before = around, around.before
+        # Its slots are held for as long as what it counts may last.
+        self.is_session = around.is_session
 
     @property
     def origin(self) -> Origin | None:

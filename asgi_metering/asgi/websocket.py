@@ -39,6 +39,9 @@ log = logging.getLogger("asgi_metering")
 DENIAL = "websocket.http.response"
 """The extension by which a server answers a WebSocket with an HTTP response, before it is accepted."""
 
+LAST = ("websocket.close", "websocket.http.response.start")
+"""What ends a connection, before it is accepted or after."""
+
 GOING_AWAY = 1001
 """What an application hears whose call has ended before its connection (RFC 6455, section 7.4.1)."""
 
@@ -76,6 +79,7 @@ async def attend(app: ASGIApp, session: Session) -> None:
             message = await receive()
         finally:
             session.reading -= 1
+        session.departed = message["type"] == "websocket.disconnect"
         # The call may have been asked for while this waited, by another task.
         return message if session.call is None else await session.took(session.call, message)
 
@@ -119,6 +123,7 @@ class Session(Opening):
         server_receive, server_send: The server's.
         heard: The application has asked for a message, so that the server's ``websocket.connect`` is read.
         reading: How many of its reads the server has not answered, that were begun before there was a call.
+        departed: The server has told of the disconnect, though maybe not the application yet.
         accepted: The application has accepted the connection.
         ended: The application, or we, have closed or denied it.
 
@@ -142,11 +147,12 @@ class Session(Opening):
     is_session = True
     _origin: HTTPOrigin | None = None
     heard = False
+    departed = False
     reading = 0
     ended = False
     swapped = False  # ours instead of the application's: what it still sends goes nowhere
     gone: Message | None = None  # how the connection ended, as the application is told
-    _kept: Message | None = None  # came in, and is not let in yet
+    _kept: tuple[Message, ...] = ()  # came in, and are not let in yet
     _judging: asyncio.Task[_Verdict] | None = None
     _reader: asyncio.Task[Message] | None = None  # reads ahead, by one message
     _woken: asyncio.Future[None] | None = None  # whoever waits for a message need not
@@ -191,18 +197,19 @@ class Session(Opening):
                 if has_ended(call):
                     # The process stops, and its calls have ended.
                     return self._goodbye(GOING_AWAY, "")
-                message = self._kept if self._kept is not None else await self._next(call)
+                message = self._kept[0] if self._kept else await self._next(call)
                 if message["type"] != "websocket.receive":
                     self._left(call, message)
                     return message
                 if not call.admitted:
+                    self._kept = self._kept[1:]
                     return message
-                self._kept = message
+                self._kept = self._kept or (message,)
                 if has_ended(call):
                     # While it was waited for.
                     continue
                 verdict = await self._judged(call)
-                self._kept = None
+                self._kept = self._kept[1:]
                 if verdict.refusal is None:
                     self._spend(call)
                     return message
@@ -214,7 +221,8 @@ class Session(Opening):
             self._left(call, message)
             return message
         async with self._turn:
-            self._kept = message
+            # Behind what a reader that gave up has left.
+            self._kept = (*self._kept, message)
         return await self.receive(call)
 
     async def _next(self, call: Call) -> Message:
@@ -225,7 +233,7 @@ class Session(Opening):
         """
         self.heard = True
         if not self._may_be_cut(call):
-            return await self.server_receive()
+            return await self._read()
         reader, woken = self._read_ahead(), self._waits()
         await asyncio.wait((reader, woken), return_when=asyncio.FIRST_COMPLETED)
         if self.gone is not None:
@@ -250,7 +258,9 @@ class Session(Opening):
         return self._reader
 
     async def _read(self) -> Message:
-        return await self.server_receive()
+        message = await self.server_receive()
+        self.departed = message["type"] == "websocket.disconnect"
+        return message
 
     def _saw(self, reader: asyncio.Task[Message]) -> None:
         """A disconnect counts from when it came, and not from when the application asks for it."""
@@ -325,6 +335,7 @@ class Session(Opening):
     def _spend(self, call: Call) -> None:
         if isinstance(call.growth, SessionGrowth):
             call.growth.spend()
+            self._look_out(call.growth)
 
     async def _not_let_in(self, call: Call, verdict: _Verdict) -> None:
         refusal = verdict.refusal
@@ -335,9 +346,13 @@ class Session(Opening):
             if isinstance(growth, SessionGrowth) and growth.refusal is refusal:
                 growth.give_up()
             self._close(call, verdict)
-        elif verdict.on_excess == "answer":
+        elif verdict.on_excess == "answer" and not self.ended:
             told = message_error(call, self.options, refusal, verdict.decision)
-            await self._deliver(call, {"type": "websocket.send", "text": told})
+            # Who reads hears of a client that left by its disconnect, which comes next.
+            with suppress(OSError):
+                await self._deliver(call, {"type": "websocket.send", "text": told})
+        # Where neither the store nor the server waits for anything a flood that is dropped would stop the loop.
+        await asyncio.sleep(0)
 
     # -- what the application sends ------------------------------------------------------------------------
 
@@ -350,6 +365,9 @@ class Session(Opening):
         if call.is_refused and self._gives_way(message, kind):
             await self._refuse(call)
             return
+        if kind in LAST:
+            # Not when the server has taken it, which may be long after: nobody sends another close meanwhile.
+            self.ended = True
         await self._deliver(call, message)
         self.passed(kind)
         if kind == "websocket.accept":
@@ -375,7 +393,7 @@ class Session(Opening):
         """The server took a message of this *kind*."""
         if kind == "websocket.accept":
             self.accepted = True
-        elif kind in ("websocket.close", "websocket.http.response.start"):
+        elif kind in LAST:
             self.ended = True
 
     def _catch_up(self, call: Call) -> None:
@@ -384,9 +402,12 @@ class Session(Opening):
             call.first_byte = True
             if isinstance(call.growth, SessionGrowth):
                 call.growth.begin()
-                if call.growth.counts_time and not self.reading:
-                    # A client that left is not to be charged for as long as nobody asks.
-                    self._read_ahead()
+                self._look_out(call.growth)
+
+    def _look_out(self, growth: SessionGrowth) -> None:
+        """A client that left is not to be charged for as long as nobody asks."""
+        if growth.counts_time and not self.reading:
+            self._read_ahead()
 
     def _closed_by_app(self, call: Call, code: int) -> None:
         if not self.accepted:
@@ -394,6 +415,11 @@ class Session(Opening):
         self._end(call, Cause.ERROR if code == INTERNAL_ERROR else Cause.COMPLETED)
 
     async def _deliver(self, call: Call, message: Message) -> None:
+        if self.departed and self._reader is not None:
+            # Only we have heard it. Some servers take what is sent from then on as a mistake of the application.
+            if message["type"] == "websocket.close":
+                return
+            raise ClientGone("The client has left.")
         try:
             await self.server_send(message)
         except OSError:
@@ -448,12 +474,19 @@ class Session(Opening):
 
     async def _tell_in_time(self, call: Call, code: int, reason: str) -> None:
         """The same, bounded: a client that does not read what was sent before is left without it."""
-        with suppress(TimeoutError):
+        try:
             async with asyncio.timeout(TELL_S):
                 await self._tell(call, code, reason)
+        except TimeoutError:
+            log.debug("The client of call %s does not read, and is not told why.", call.id)
+        except Exception:
+            # The server's own, or of what customises answers: nobody waits for this task, who would hear of it.
+            log.exception("The client of call %s could not be told why its session was closed.", call.id)
 
     async def _tell(self, call: Call, code: int, reason: str) -> None:
         """Tell the client: by a whole response where nothing was accepted and the server can, else by a close."""
+        if self.departed:
+            return
         try:
             if not self.heard and not self.accepted:
                 # As the protocol of servers has it: nothing is said before the client's handshake was read.
@@ -541,10 +574,13 @@ async def deny_refused(call: Call, options: AnswerOptions, scope: Scope, receive
         return
     if DENIAL in (scope.get("extensions") or ()):
         rendered = refusal_response(call, options)
-        await deny(send, rendered.status, rendered.headers, rendered.body)
+        with suppress(OSError):
+            await deny(send, rendered.status, rendered.headers, rendered.body)
     else:
         code, reason = close_frame(refusal_answer(call, options))
-        await send({"type": "websocket.close", "code": code, "reason": reason})
+        # A client that left meanwhile is no error of the application.
+        with suppress(OSError):
+            await send({"type": "websocket.close", "code": code, "reason": reason})
 
 
 async def deny_mistaken(scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
@@ -553,6 +589,8 @@ async def deny_mistaken(scope: Scope, receive: Receive, send: Send, body: bytes)
         return
     if DENIAL in (scope.get("extensions") or ()):
         fields = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(body))]
-        await deny(send, 500, fields, body)
+        with suppress(OSError):
+            await deny(send, 500, fields, body)
     else:
-        await send({"type": "websocket.close", "code": INTERNAL_ERROR, "reason": "misconfigured"})
+        with suppress(OSError):
+            await send({"type": "websocket.close", "code": INTERNAL_ERROR, "reason": "misconfigured"})

@@ -7,7 +7,7 @@ Everything is real but the network, and time where a test moves it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -48,9 +48,9 @@ class Served:
         events: What the sink was told.
     """
 
-    def __init__(self, app: ASGIApp, metering: Metering, events: list[Any]) -> None:
+    def __init__(self, app: ASGIApp, metering: Metering, events: list[Any], limits: Sequence[Any] = ()) -> None:
         self.metering = metering
-        self.app: ASGIApp = MeteringMiddleware(app, metering=metering)  # type: ignore[assignment]
+        self.app: ASGIApp = MeteringMiddleware(app, metering=metering, application_limits=[*limits])  # type: ignore[assignment]
         self.events = events
 
     def socket(self, *, key: str | None = "ann", **options: Any) -> Socket:
@@ -82,19 +82,22 @@ class Served:
 
 
 @asynccontextmanager
-async def served(endpoint: Any, *, granted: int = 100, **options: Any) -> AsyncIterator[Served]:
+async def served(
+    endpoint: Any, *, granted: int = 100, application_limits: Sequence[Any] = (), **options: Any
+) -> AsyncIterator[Served]:
     """
     Serve *endpoint* at ``/ws`` with its lifespan around it.
 
     Args:
         endpoint: Of a `WebSocketRoute`, or a whole application.
         granted: What ann has.
+        application_limits: Of the middleware.
         options: Of the `Metering`.
     """
     events: list[Any] = []
     metering = Metering(**{"store": "memory://", "identify": who, "sinks": [CallbackSink(events.extend)], **options})
     app = endpoint if hasattr(endpoint, "routes") else Starlette(routes=[WebSocketRoute("/ws", endpoint)])
-    scene = Served(app, metering, events)
+    scene = Served(app, metering, events, application_limits)
     async with lifespan(scene.app):
         if granted:
             await metering.grant("ann", granted, id="g")

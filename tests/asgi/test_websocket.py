@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
+import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -488,13 +491,16 @@ def test_close_when_the_last_second_is_over() -> None:
     assert ends == [4402]
 
 
-def test_count_no_second_after_the_client_left() -> None:
-    """A disconnect counts from when it comes, also where the handler does not look for it."""
+@pytest.mark.parametrize("reads", [0, 1, 2])
+def test_count_no_second_after_the_client_left(reads: int) -> None:
+    """A disconnect counts from when it comes, also where the handler does not look for it, or no longer does."""
     leave = asyncio.Event()
 
     @billable(1, per="second")
     async def talk(websocket: WebSocket) -> None:
         await websocket.accept()
+        for _ in range(reads):
+            await websocket.receive_text()
         await leave.wait()
 
     async def story() -> None:
@@ -502,6 +508,7 @@ def test_count_no_second_after_the_client_left() -> None:
         async with served(talk) as scene:
             async with scene.socket() as socket:
                 await socket.opened()
+                socket.say(*"ab"[:reads])
                 await hours.pass_by(2.5)
                 socket.leave(1006)
                 await hours.pass_by(0)
@@ -566,6 +573,70 @@ def test_limit_messages(on_excess: Any) -> None:
             assert await scene.books() == (3, 0)
         outcome = "completed" if on_excess in ("drop", "answer") else "cut"
         assert [event.outcome for event in scene.events] == [outcome]
+
+    play(story)
+
+
+def test_answer_no_message_to_a_client_that_left() -> None:
+    """An excess that cannot be answered is no error of whoever reads: the disconnect comes next, as of any client."""
+    heard: list[int] = []
+
+    @rate_limited("1/minute", per="message", on_excess="answer")
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.receive_text()
+        with pytest.raises(WebSocketDisconnect) as left:
+            await websocket.receive_text()
+        heard.append(left.value.code)
+
+    async def story() -> None:
+        async with served(talk) as scene:
+            async with scene.socket() as socket:
+                await socket.opened()
+                socket.say("a", "b")
+                socket.leave(1006)
+            assert socket.failure is None
+
+    play(story)
+    assert heard == [1006]
+
+
+def test_let_others_run_while_messages_are_dropped() -> None:
+    """A flood that is dropped, where the store answers at once, stops nobody else of the loop."""
+
+    async def story() -> None:
+        route = rate_limited("1/minute", per="message", on_excess="drop")
+        async with served(echo(route)) as scene, scene.socket() as socket:
+            await socket.opened()
+            socket.say(*["x"] * 100)
+            seen = 0
+            while len(socket.read) < 101:
+                seen += 1
+                await asyncio.sleep(0)
+            assert seen > 50
+            socket.leave()
+
+    play(story)
+
+
+def test_answer_no_message_after_the_close() -> None:
+    """A handler that reads on after its own close, until the client has heard it, says nothing more by us either."""
+
+    @rate_limited("1/minute", per="message", on_excess="answer")
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.receive_text()
+        await websocket.close()
+        while (await websocket._receive())["type"] == "websocket.receive":
+            pass
+
+    async def story() -> None:
+        async with served(talk) as scene:
+            socket = scene.socket()
+            socket.strict = True
+            async with socket:
+                socket.say("a", "b")
+            assert (socket.failure, socket.kinds) == (None, ["accept", "close"])
 
     play(story)
 
@@ -726,6 +797,36 @@ def test_lose_the_store_in_a_session(per: Any, choice: Any) -> None:
 # -- slots -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("limits", ["flat", "local"])
+def test_keep_the_slot_of_a_session_that_is_older_than_a_call_may_be(limits: str) -> None:
+    """S0.46: a slot is the session's until that closes, also one of a middleware's limits, or without the store."""
+
+    async def story() -> None:
+        hours, books = Hours(), Slow()
+        slot = rate_limited(concurrency=1)
+        flat = [slot] if limits == "flat" else []
+        endpoint = echo() if flat else echo(slot)
+        options = {"max_call_s": 0.001, "on_store_down": {"rates": "local"}}
+        async with served(endpoint, store=books, application_limits=flat, **options) as scene:
+            books.down = limits == "local"
+            async with scene.socket() as socket:
+                await socket.opened()
+                for _ in range(3):
+                    await hours.pass_by(1)
+                    await asyncio.sleep(0.001)
+                async with scene.socket() as other:
+                    pass
+                assert other.closed is not None
+                assert other.closed[0] == 4429
+                socket.leave()
+            await scene.books()
+            async with scene.socket() as other:
+                await other.opened()
+                other.leave()
+
+    play(story)
+
+
 def test_free_the_slot_of_a_connection_when_it_closes() -> None:
     """S0.46: open connections count; one that closes, however, makes room at once. The refusal says when to retry."""
 
@@ -797,6 +898,49 @@ def test_charge_a_session_that_began_without_the_store(tmp_path: Path) -> None:
                     await asyncio.sleep(0.01)
             assert await scene.account() == (5, 0)
             assert await scene.charges() == [("usage", 5)]
+
+    play(story)
+
+
+@pytest.mark.parametrize("policy", [{}, {"on_abort": "hold"}], ids=["observed", "hold"])
+def test_keep_a_queued_session_for_as_long_as_it_lasts(policy: dict[str, Any], tmp_path: Path) -> None:
+    """What the journal keeps of a session, should its process die, is not read off while it lives, however long."""
+    ahead = 0.0
+
+    def left_s() -> float:
+        with closing(sqlite3.connect(tmp_path / "journal")) as file:
+            ((due_at,),) = file.execute("SELECT max(due_at) FROM entry")
+        return float(due_at or 0.0) - time.time() - ahead
+
+    async def until(hours: Hours, condition: Callable[[], Any]) -> None:
+        for _ in range(300):
+            if condition():
+                return
+            await hours.pass_by(1.0)
+            await asyncio.sleep(0.001)
+        raise AssertionError("It did not come true.")
+
+    async def story() -> None:
+        nonlocal ahead
+        hours, books = Hours(), Slow()
+        route = billable(1, per="message", hold=slices(9), on_store_down="queue", ttl_s=60.0, **policy)
+        async with served(echo(route), store=books, journal=tmp_path / "journal", max_call_s=1_000.0) as scene:
+            journal: Any = scene.metering.journal
+            journal._clock = lambda: time.time() + ahead
+            books.down = True
+            async with scene.socket() as socket:
+                socket.say("a", "b")
+                await socket.heard(2)
+                books.down = False
+                for _ in range(3):
+                    ahead += 600.0
+                    await until(hours, lambda: left_s() > 800.0)
+                assert await scene.charges() == []
+                socket.say("c")
+                await socket.heard(3)
+                socket.leave()
+            await until(hours, lambda: scene.events)
+            assert await scene.charges() == [("usage", 3)]
 
     play(story)
 

@@ -463,6 +463,72 @@ def test_let_messages_in_from_the_explicit_gate_on() -> None:
     assert given == ["free", "a", "b"]
 
 
+@pytest.mark.parametrize("asks", [True, False], ids=["asks", "looks"])
+def test_give_each_message_once_that_was_waited_for_before_the_gate(asks: bool) -> None:
+    """What comes in while a call is not let in yet, or never asks to be, is given once, and is not charged later."""
+    given: list[str] = []
+    store = Slow()
+
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        reader = asyncio.create_task(websocket.receive_text())
+        await asyncio.sleep(0)
+        call = current_call()
+        asked = asyncio.create_task(call.admit(billable(1, per="message"))) if asks else None
+        given.append(await reader)
+        store.door.set()
+        if asked is not None:
+            await asked
+        for _ in range(2):
+            given.append(await websocket.receive_text())
+
+    async def story() -> None:
+        async with served(talk, store=store) as scene:
+            store.door.clear()
+            async with scene.socket() as socket:
+                await socket.opened()
+                socket.say("a", "b", "c")
+                await socket.until(lambda: len(given) > 2)
+                socket.leave()
+            assert await scene.books() == (2 if asks else 0, 0)
+
+    play(story)
+    assert given == ["a", "b", "c"]
+
+
+def test_lose_no_message_between_two_readers() -> None:
+    """What a reader that gave up has left is let in before what another waited for since before there was a call."""
+    given: list[str] = []
+    admitted = asyncio.Event()
+    store = Slow()
+
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        early = asyncio.create_task(websocket.receive_text())
+        await asyncio.sleep(0)
+        await current_call().admit(rate_limited("9/minute", per="message"))
+        store.door.clear()
+        admitted.set()
+        hasty = asyncio.create_task(websocket.receive_text())
+        await asyncio.wait([hasty], timeout=0.05)
+        hasty.cancel()
+        await asyncio.wait([hasty])
+        store.door.set()
+        given.append(await early)
+        for _ in range(2):
+            given.append(await websocket.receive_text())
+
+    async def story() -> None:
+        async with served(talk, store=store) as scene, scene.socket() as socket:
+            await admitted.wait()
+            socket.say("a", "b", "c")
+            await socket.until(lambda: len(given) == 3)
+            socket.leave()
+
+    play(story)
+    assert sorted(given) == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("own", ["close", "500", "402"])
 def test_keep_a_handlers_own_answer_to_a_refusal(own: str) -> None:
     """Pitfall 15: what a framework makes of a refusal gives way to ours; a handler's own 402 stays."""
@@ -533,6 +599,20 @@ def test_break_nothing_where_a_refusal_cannot_be_told() -> None:
 
     async def story() -> None:
         async with served(echo(billable(2)), granted=1) as scene:
+            socket = scene.socket()
+            socket.is_gone = True
+            async with socket:
+                pass
+            assert (socket.log, socket.failure) == ([], None)
+
+    play(story)
+
+
+def test_break_nothing_where_limits_of_a_middleware_refuse_who_has_left() -> None:
+    """The same of a handshake that is refused before anything of the application runs."""
+
+    async def story() -> None:
+        async with served(echo(), application_limits=[rate_limited("0/minute")]) as scene:
             socket = scene.socket()
             socket.is_gone = True
             async with socket:
@@ -626,6 +706,110 @@ def test_leave_the_servers_own_failure_to_the_handler() -> None:
     play(story)
 
 
+@pytest.mark.parametrize("last", ["send", "close"])
+def test_tell_a_handler_that_only_sends_of_a_client_that_left(last: str) -> None:
+    """What we have read ahead is no mistake of the handler's: it hears of it as on a server that nobody reads."""
+    left = asyncio.Event()
+
+    @billable(1, per="second")
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await left.wait()
+        if last == "close":
+            await websocket.close()
+            return
+        with pytest.raises(WebSocketDisconnect):
+            await websocket.send_text("tick")
+
+    async def story() -> None:
+        async with served(talk) as scene:
+            socket = scene.socket()
+            socket.strict = True
+            async with socket:
+                await socket.opened()
+                socket._inbox.put_nowait({"type": "websocket.disconnect", "code": 1006, "reason": None})
+                await socket.until(lambda: len(socket.read) == 2)
+                left.set()
+            assert (socket.failure, socket.kinds) == (None, ["accept"])
+            assert await scene.charges() == [("observed", 1)]
+
+    play(story)
+
+
+@pytest.mark.parametrize("looks", ["before", "after", "reader"])
+def test_refuse_nobody_who_has_left(looks: str) -> None:
+    """Who is refused after the disconnect hears nothing any more, whether a call read that, nobody's, or both's."""
+
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        reader = asyncio.create_task(websocket.receive()) if looks == "reader" else None
+        await asyncio.sleep(0)
+        call = current_call() if looks != "after" else None
+        await (reader or websocket.receive())
+        await (call or current_call()).admit(billable(2))
+
+    async def story() -> None:
+        async with served(talk, granted=1) as scene:
+            socket = scene.socket()
+            socket.strict = True
+            async with socket:
+                await socket.opened()
+                socket.leave(1006)
+            assert (socket.failure, socket.kinds) == (None, ["accept"])
+
+    play(story)
+
+
+def test_close_once_while_the_server_takes_its_time() -> None:
+    """Money that runs out while the handler's own close waits in the server is no second close."""
+
+    @billable(1, per="second", hold=slices(2, step=1))
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.receive_text()
+        await websocket.close(4000)
+
+    async def story() -> None:
+        hours = Hours()
+        async with served(talk, granted=3) as scene:
+            socket = scene.socket()
+            socket.strict = True
+            async with socket:
+                await socket.opened()
+                socket.stuck.clear()
+                socket.say("a")
+                for _ in range(4):
+                    await hours.pass_by(1)
+                socket.stuck.set()
+            assert (socket.failure, socket.closed) == (None, (4000, ""))
+            assert await scene.books() == (3, 0)
+            assert await scene.charges() == [("usage", 3)]
+
+    play(story)
+
+
+def test_tell_the_operator_why_a_client_was_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    """What the server raises of our close is logged with the call, and breaks nothing else."""
+
+    async def story() -> None:
+        async with served(echo(billable(1, per="message")), granted=1) as scene:
+            socket = scene.socket()
+            async with socket:
+                socket.say("a")
+                await socket.heard(1)
+                socket.log.append({"type": "websocket.close"})
+                socket.strict = True
+                socket.say("b")
+            assert socket.failure is None
+            assert await scene.charges() == [("observed", 1)]
+
+    with caplog.at_level(logging.ERROR):
+        play(story)
+    assert [record.message.endswith("could not be told why its session was closed.") for record in caplog.records] == [
+        True
+    ]
+
+
 # -- long sessions -----------------------------------------------------------------------------------------
 
 
@@ -697,6 +881,29 @@ def test_close_a_session_whose_hold_its_policy_has_ended() -> None:
                 socket.say(*"bcd")
             assert socket.texts == ["a!", "b!"]
             assert socket.closed == (4409, "call_ended: Call ended")
+
+    play(story)
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_close_a_session_of_seconds_whose_hold_its_policy_has_ended(step: int) -> None:
+    """The same of one that is charged per second, whenever it hears that its hold is gone: no debt grows."""
+
+    async def story() -> None:
+        hours = Hours()
+        async with served(obedient(billable(1, per="second", hold=slices(5, step=step)))) as scene:
+            async with scene.socket() as socket:
+                await socket.opened()
+                (call,) = scene.metering.runtime().in_flight.values()
+                await scene.metering.store.end([_ended(call)])
+                for _ in range(9):
+                    await hours.pass_by(1)
+                    call.growth.nudge()
+                    await hours.pass_by(0)
+                if not socket.closed:
+                    socket.leave()
+            assert socket.closed == (4409, "call_ended: Call ended")
+            assert await scene.books() == (5, 0)
 
     play(story)
 

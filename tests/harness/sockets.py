@@ -36,6 +36,7 @@ class Socket:
         failure: What it raised, once the block is over.
         is_gone: The client has vanished: `send` raises.
         breaks: What the server's `receive` raises once the application has said something.
+        strict: The server takes nothing after the disconnect or the close, as uvicorn with `websockets`.
         stuck: The client does not read: `send` waits for this, while it is not set.
     """
 
@@ -48,6 +49,7 @@ class Socket:
         self.failure: BaseException | None = None
         self.is_gone = False
         self.breaks: Exception | None = None
+        self.strict = False
         self.stuck = asyncio.Event()
         self.stuck.set()
         self._changed = asyncio.Event()
@@ -86,6 +88,9 @@ class Socket:
 
     async def _send(self, message: Message) -> None:
         await self.stuck.wait()
+        told = [each["type"] for each in (*self.read, *self.log)]
+        if self.strict and ("websocket.disconnect" in told or "websocket.close" in told):
+            raise RuntimeError(f"Unexpected {message['type']}.")
         if self.is_gone:
             raise OSError("The client has gone.")
         self.log.append(dict(message))

@@ -42,7 +42,7 @@ MUTATIONS = (
         19,
         "a message is lost with its reader",
         WEBSOCKET,
-        "message = self._kept if self._kept is not None else await self._next(call)\n",
+        "message = self._kept[0] if self._kept else await self._next(call)\n",
         "message = await self._next(call)\n",
         _session("test_keep_a_message_whose_reader_gave_up"),
     ),
@@ -60,7 +60,7 @@ MUTATIONS = (
         WEBSOCKET,
         "            self._reader.add_done_callback(self._saw)\n",
         "",
-        _session("test_count_no_second_after_the_client_left"),
+        _session("test_count_no_second_after_the_client_left[0]"),
     ),
     Mutation(
         19,
