@@ -269,7 +269,7 @@ def rate_limited(
             is a token bucket beside any of them.
         zone: Where calendar windows begin.
         scope: Endpoints with the same scope share their counts of a window and key, each by its own limit (S4.11); the
-            endpoint's own by default.
+            endpoint's own by default. Windows of another strategy or *zone* are others.
         methods: Count these HTTP methods alone.
         per_method: Count each HTTP method apart.
         exempt_when: Answers True, from the endpoint's arguments, for a call that is not counted.

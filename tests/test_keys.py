@@ -12,9 +12,10 @@ from starlette.responses import JSONResponse
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from asgi_metering import Metering, billable, rate_limited
-from asgi_metering.asking import network_of
+from asgi_metering.asking import counted_as, network_of
 from asgi_metering.errors import ConfigurationError
-from asgi_metering.policies import EndpointPolicy
+from asgi_metering.policies import EndpointPolicy, RatePolicy
+from asgi_metering.rates import parse_limit
 from tests.counting import Hall, answer, caller_of, names_of, problem_of
 from tests.harness.drive import drive, headers, http_scope, status
 
@@ -311,6 +312,58 @@ def test_share_one_count_between_two_routes() -> None:
             "/other": endpoint(rate_limited("1/minute")),
         },
     )
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            rate_limited("2/day", strategy="calendar", zone="UTC", scope="llm"),
+            rate_limited("2/day", strategy="calendar", zone="Asia/Kolkata", scope="llm"),
+        ),
+        (rate_limited("2 per 1000001 seconds", scope="llm"), rate_limited("9 per 1000002 seconds", scope="llm")),
+    ],
+    ids=["zone", "length"],
+)
+def test_share_no_count_between_windows_that_differ(one: Any, other: Any) -> None:
+    """S4.11: windows of another zone or length are other counts, so that none begins at nothing by the other's."""
+
+    async def scene(hall: Hall) -> None:
+        assert await hall.statuses("/one", "/other", "/one", "/other", "/one", key="a") == [200, 200, 200, 200, 429]
+
+    play(scene, routes={"/one": endpoint(one), "/other": endpoint(other)})
+
+
+def test_count_apart_what_moves_otherwise() -> None:
+    """
+    S4.11: own limits of one name are other counts once strategy or zone change, as in a deploy beside old processes.
+
+    The keys of fixed windows and buckets are what they always were.
+    """
+    policy = RatePolicy((), "s")
+    limits = [
+        parse_limit("2/day"),
+        parse_limit("2/day", "sliding"),
+        parse_limit("2/day", "moving"),
+        parse_limit("2/day", "calendar"),
+        parse_limit("2/day", "calendar", "Asia/Kolkata"),
+        parse_limit("2/day burst 3", "sliding"),
+    ]
+    assert [counted_as(policy, limit) for limit in limits] == [
+        "2-per-day",
+        "sliding:2-per-day",
+        "moving:2-per-day",
+        "calendar:2-per-day:UTC",
+        "calendar:2-per-day:Asia/Kolkata",
+        "2-per-day-burst-3",
+    ]
+
+
+def test_count_shared_windows_by_all_of_their_length() -> None:
+    """S4.11: what six digits do not tell of a window's length is told all the same, and nothing else is longer."""
+    policy = RatePolicy((), "s", shares=True)
+    told = [counted_as(policy, parse_limit(f"2 per {length} seconds")) for length in (60, 1000001, 1000002, 3000000)]
+    assert told == [f"fixed:requests/{length}" for length in ("60", "1000001.0", "1000002.0", "3e+06")]
 
 
 def test_share_a_route_key_by_route() -> None:
