@@ -205,7 +205,7 @@ FLATS = (
         0,
         "default limits count decorated routes too",
         FLAT,
-        "    return not any(rate.overrides for policy in policies for rate in policy.rates)\n",
+        "    return not any(map(_overrides, policies))\n",
         "    return True\n",
         _flat("test_count_each_route_by_default[fastapi-router-own-added]"),
     ),
