@@ -140,6 +140,7 @@ def limits_of(call: Call, rate: RatePolicy) -> tuple[RateLimit, ...]:
         if isinstance(each, LimitByPlan):
             limits.append(each.limit_for(plan))
         elif isinstance(each, ConfiguredLimits):
+            call.metering.limits.used_by(each)
             for text in call.metering.limits.texts_for(each.name, plan):
                 limits += each.reading.read_all(text)
     return tuple(limits)

@@ -17,7 +17,7 @@ from asgi_metering.errors import ConfigurationError
 from asgi_metering.policies import EndpointPolicy, RatePolicy
 from asgi_metering.rates import parse_limit
 from tests.counting import Hall, answer, caller_of, names_of, problem_of
-from tests.harness.drive import drive, headers, http_scope, status
+from tests.harness.drive import drive, headers, http_scope, lifespan, status
 
 ANN, BOB, CEM = ({"key": key} for key in ("ann", "bob", "cem"))
 
@@ -412,6 +412,24 @@ def test_change_the_limits_of_plans_while_it_runs() -> None:
     play(scene, rate_limited(plans))
 
 
+@pytest.mark.parametrize("wrong", ["nonsense", "", ["9/minute"], None])
+def test_fail_one_plan_whose_limit_is_none(wrong: Any) -> None:
+    """S4.17: what was changed into no limit fails the calls of its own plan, and of nobody else."""
+    plans: dict[str, Any] = {"pro": "3/minute", "team": "2/minute", "free": "1/minute"}
+
+    async def scene(hall: Hall) -> None:
+        assert await hall.each(ANN) == [200]
+        plans["free"] = wrong
+        assert isinstance((await hall.ask(key="a", plan="free")).exception, ConfigurationError)
+        assert await hall.each({"key": "b", "plan": "pro"}, *[{"key": "c", "plan": "new"}] * 3) == [200, 200, 200, 429]
+        plans.clear()
+        driven = await hall.ask(key="c", plan="new")
+        assert isinstance(driven.exception, ConfigurationError)
+        assert "The limits by plan {} have no limit left. Write" in str(driven.exception)
+
+    play(scene, rate_limited(plans))
+
+
 @pytest.mark.parametrize("answered", ["2/minute", ["5/minute", "2/hour"]], ids=["one", "several"])
 def test_limit_by_a_function(answered: Any) -> None:
     """S4.17: a limit may be a callable of the endpoint's arguments and the call, sync or async, with one or several."""
@@ -464,6 +482,30 @@ def test_change_configured_limits_while_it_runs() -> None:
         assert names_of(await hall.ask(key="b", plan="pro")) == ["9-per-minute", "100-per-day"]
 
     play(scene, rate_limited(configured="search"), metering={"limits": {"search": "1/minute"}})
+
+
+@pytest.mark.parametrize("audited", [True, False])
+@pytest.mark.parametrize(
+    ("strategy", "wrong", "told"),
+    [("moving", "6000/minute", "is above 5000"), ("calendar", {"free": "5/second"}, "cannot follow the calendar")],
+)
+def test_refuse_a_change_that_an_endpoint_cannot_count(strategy: Any, wrong: Any, told: str, audited: bool) -> None:
+    """S2.30: whoever changes limits hears that an endpoint cannot count them, and its calls go on as before."""
+
+    async def scene(hall: Hall) -> None:
+        if audited:
+            async with lifespan(hall.app):
+                pass
+        else:
+            assert await hall.each(BOB) == [200]
+        with pytest.raises(ConfigurationError, match=told):
+            hall.metering.limits["search"] = ["9/hour", wrong]
+        assert hall.metering.limits["search"] == ("1/minute",)
+        hall.metering.limits["search"] = "2/minute"
+        assert await hall.each(ANN, ANN, ANN) == [200, 200, 429]
+
+    limited = rate_limited(configured="search", strategy=strategy)
+    play(scene, limited, metering={"limits": {"search": "1/minute"}})
 
 
 def test_measure_by_a_plan_what_calls_use() -> None:

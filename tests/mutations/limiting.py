@@ -119,8 +119,8 @@ KEYS = (
         0,
         "an unknown plan gets the largest",
         CHOSEN,
-        "        return min(self._all(), key=_speed).text\n",
-        "        return max(self._all(), key=_speed).text\n",
+        "        return min(self._readable(), key=_speed).text\n",
+        "        return max(self._readable(), key=_speed).text\n",
         _keys("test_limit_by_plan"),
     ),
     Mutation(
