@@ -18,7 +18,7 @@ from asgi_metering.arguments import ATTRIBUTE, From, NamedKey
 from asgi_metering.chosen import ConfiguredLimits, LimitByPlan
 from asgi_metering.errors import MeteringError
 from asgi_metering.policies import ChargePolicy, RatePolicy
-from asgi_metering.rates import RateLimit
+from asgi_metering.rates import BUCKET, RateLimit
 from asgi_metering.rules.calendars import Period, boundaries
 from asgi_metering.rules.operations import AllowanceSource, LeaseAsk, LimitAsk, SourceAsk, WalletSource, WindowKind
 from asgi_metering.rules.roots import rooted
@@ -140,6 +140,7 @@ def limits_of(call: Call, rate: RatePolicy) -> tuple[RateLimit, ...]:
         if isinstance(each, LimitByPlan):
             limits.append(each.limit_for(plan))
         elif isinstance(each, ConfiguredLimits):
+            call.metering.limits.used_by(each)
             for text in call.metering.limits.texts_for(each.name, plan):
                 limits += each.reading.read_all(text)
     return tuple(limits)
@@ -150,14 +151,29 @@ def counted_as(rate: RatePolicy, limit: RateLimit) -> str:
     What tells the counts of *limit* from those of others in the scope of *rate*.
 
     In a scope that endpoints share, and for a limit that changes from call to call, that is its window and not its
-    amount: what is counted by one of them counts for all (S4.11).
+    amount: what is counted by one of them counts for all (S4.11). Windows that move otherwise, or begin in another
+    zone, are no window of each other: whoever finds the count of such a one begins at nothing, again and again.
     """
     told = limit.name
     if rate.shares or (rate.chosen and limit not in rate.limits):
         # What flows back at another rate is another bucket.
         rate_of = f"{limit.amount}/" if limit.burst else ""
-        told = f"{limit.strategy}:{limit.meter}/{rate_of}{limit.period or ''}{limit.window_s:g}"
+        told = f"{limit.strategy}:{limit.meter}/{rate_of}{limit.period or ''}{_span_of(limit.window_s)}"
+    elif limit.strategy not in _TOLD_BY_NAME:
+        told = f"{limit.strategy}:{told}"
+    if limit.period:
+        told = f"{told}:{limit.zone}"
     return f"{told} {'+'.join(sorted(rate.methods))}" if rate.methods else told
+
+
+_TOLD_BY_NAME = ("fixed", BUCKET)
+"""Strategies that the names of limits tell apart: those of buckets have their burst."""
+
+
+def _span_of(window_s: float) -> str:
+    """*window_s* as counts have it, which is short where six digits are all of it."""
+    short = f"{window_s:g}"
+    return short if float(short) == window_s else repr(window_s)
 
 
 _KINDS = {str(kind): kind for kind in WindowKind}

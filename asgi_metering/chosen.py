@@ -7,10 +7,12 @@ Values and how their texts are read. Knows nobody's plan, nor who configured wha
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from asgi_metering.errors import ConfigurationError
 from asgi_metering.names import check_name
 from asgi_metering.rates import RateLimit, Strategy, parse_limit, parse_limits
 
@@ -69,20 +71,29 @@ class LimitByPlan:
     @property
     def meter(self) -> str:
         """What all of them count."""
-        return self._all()[0].meter
+        return self._readable()[0].meter
 
     def text_for(self, plan: str | None) -> str:
-        """The limit of *plan*, as it is written."""
+        """The limit of *plan*, as it is written; raises `ConfigurationError` where none is left to choose from."""
         if plan is not None and plan in self.texts:
             return str(self.texts[plan])
-        return min(self._all(), key=_speed).text
+        return min(self._readable(), key=_speed).text
 
     def limit_for(self, plan: str | None) -> RateLimit:
         """The limit of *plan*."""
         return self.reading.read(self.text_for(plan))
 
-    def _all(self) -> list[RateLimit]:
-        return [self.reading.read(text) for text in self.texts.values()]
+    def _readable(self) -> list[RateLimit]:
+        found = []
+        for text in self.texts.values():
+            # What was changed into no limit fails the calls of its own plan, and nobody else's.
+            with suppress(ConfigurationError, TypeError):
+                found.append(self.reading.read(text))
+        if not found:
+            raise ConfigurationError(
+                f"The limits by plan {dict(self.texts)!r} have no limit left. Write {{'free': '20/minute'}}, say."
+            )
+        return found
 
 
 def _speed(limit: RateLimit) -> tuple[float, int]:

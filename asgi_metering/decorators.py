@@ -269,11 +269,14 @@ def rate_limited(
             is a token bucket beside any of them.
         zone: Where calendar windows begin.
         scope: Endpoints with the same scope share their counts of a window and key, each by its own limit (S4.11); the
-            endpoint's own by default.
+            endpoint's own by default. Windows of another strategy or *zone* are others. A request that
+            ``application_limits`` count in a scope of its endpoint is counted there twice, once by each.
         methods: Count these HTTP methods alone.
         per_method: Count each HTTP method apart.
         exempt_when: Answers True, from the endpoint's arguments, for a call that is not counted.
-        override_defaults: False: the ``default_limits`` of a middleware apply as well.
+        override_defaults: False: the ``default_limits`` of a middleware apply as well. True stands for them on all
+            calls of the route, also on those that these limits do not count: of other *methods*, *exempt_when*, or
+            where there is *concurrency* alone.
         errors: Shape of refusals where no `billable` says.
         on_store_down: The store gives no answer: ``deny`` with 503, ``local`` (each process counts by itself, by the
             same rules) or ``allow``; what the `Metering` says by default (X.6).

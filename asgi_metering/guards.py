@@ -31,6 +31,7 @@ from asgi_metering.policies import (
     UpstreamPolicy,
     check_line,
 )
+from asgi_metering.rates import RateLimit
 from asgi_metering.wrappers import wrap
 
 __all__ = ["BARE_MEND", "Guard", "Part", "counters_of", "decorated", "guard_of", "merged"]
@@ -237,6 +238,7 @@ def _check_twice(policy: EndpointPolicy, rates: RatePolicy) -> None:
     known = {
         (other.scope, str(other.key), counter): name for other in policy.rates for counter, name in counters_of(other)
     }
+    _check_names(policy, rates)
     for counter, name in counters_of(rates):
         place = (rates.scope, str(rates.key), counter)
         first = known.get(place)
@@ -261,6 +263,20 @@ def _check_twice(policy: EndpointPolicy, rates: RatePolicy) -> None:
                 f"{policy.name} has two {each.level} concurrency limits, {each.limit} and {slots}, on the same slots. "
                 f"Remove one."
             )
+
+
+def _check_names(policy: EndpointPolicy, rates: RatePolicy) -> None:
+    """Of limits of its own no endpoint has two of one name, which answers could not tell apart, however they move."""
+    known = {_place_of(other, limit) for other in policy.rates for limit in other.limits}
+    for limit in () if rates.shares else rates.limits:
+        place = _place_of(rates, limit)
+        if place in known:
+            raise ConfigurationError(f"{policy.name} has the limit {limit.name!r} twice. Remove one.")
+        known.add(place)
+
+
+def _place_of(rates: RatePolicy, limit: RateLimit) -> tuple[str, str, frozenset[str], str]:
+    return rates.scope, str(rates.key), rates.methods, limit.name
 
 
 def counters_of(rates: RatePolicy) -> Iterator[tuple[str, str]]:

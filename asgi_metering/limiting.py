@@ -127,10 +127,24 @@ def read_levels(
         found.append(_policy(base, base.key, level, limits, configured, own_slots, reading))
     elif base.level:
         raise ConfigurationError(f"level={base.level!r} names limits that are not there. Give it '60/minute', say.")
+    _check_levels(dict.fromkeys((*by_key, *slots)), found)
     for key in dict.fromkeys((*by_key, *slots)):
         read = read_key(key)
         found.append(_policy(base, read, _level_of(key), by_key.get(key, ()), None, slots.get(key, []), reading))
     return tuple(found)
+
+
+def _check_levels(keys: Iterable[str], own: Sequence[RatePolicy]) -> None:
+    """Refusals and the names of limits tell levels by name, so that no two may have one."""
+    known = {rate.level: str(rate.key) for rate in own if rate.level}
+    for key in keys:
+        level = _level_of(key)
+        other = known.setdefault(level, key)
+        if other != key:
+            raise ConfigurationError(
+                f"The keys {other!r} and {key!r} are both the level {level!r}. Write one of them as a rate_limited() "
+                f"of its own, with level='other-{level}', say."
+            )
 
 
 def _limits_by_key(levels: Levels | None) -> dict[str, Sequence[Limit]]:

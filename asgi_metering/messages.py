@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from asgi_metering.asking import limit_ask
+from asgi_metering.asking import distinct, limit_ask
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import StoreError
 from asgi_metering.policies import RatePolicy
@@ -44,12 +44,13 @@ class MessageLimits:
         counted: The limits, in the order written.
     """
 
-    __slots__ = ("_asks", "_call", "_counted", "_until")
+    __slots__ = ("_asks", "_call", "_counted", "_keys", "_until")
 
     def __init__(self, call: Call, counted: Sequence[Counted]) -> None:
         self._call = call
         self._counted = tuple(counted)
         self._asks: tuple[LimitAsk, ...] = ()
+        self._keys: tuple[str, ...] = ()
         self._until = 0.0
 
     def decided_now(self) -> Decision | None:
@@ -85,7 +86,9 @@ class MessageLimits:
     def _ask(self, now: float) -> Admit:
         call = self._call
         if now >= self._until:
-            self._asks = tuple([limit_ask(rate, limit, key, cost, now) for rate, limit, key, cost in self._counted])
+            asks = [limit_ask(rate, limit, key, cost, now) for rate, limit, key, cost in self._counted]
+            self._keys = tuple([ask.key for ask in asks])
+            self._asks = tuple(distinct(asks))
             self._until = min((ask.boundaries[2] for ask in self._asks if ask.boundaries), default=NEVER)
         return Admit(call.metering.new_id(), call.payer or "", call.unit.name, 0, 0, limits=self._asks)
 
@@ -95,7 +98,9 @@ class MessageLimits:
         chosen = [each.rate.on_store_down or metering.on_store_down["rates"] for each in self._counted]
         if "deny" in chosen:
             return Decision(ask.id, time.time(), Refusal(Reason.STORE_DOWN, "rates"))
-        local = tuple([limit for limit, choice in zip(ask.limits, chosen, strict=True) if choice == "local"])
+        # Of several limits on one count, which the store is asked for once, one that counts here is enough.
+        here = {key for key, choice in zip(self._keys, chosen, strict=True) if choice == "local"}
+        local = tuple([limit for limit in ask.limits if limit.key in here])
         return metering.local.decide(ask._replace(limits=local)) if local else Decision(ask.id, time.time())
 
 

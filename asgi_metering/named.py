@@ -6,11 +6,11 @@ Knows functions and texts by their names. Never counts anything, and does not kn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from asgi_metering.arguments import From
-from asgi_metering.chosen import LimitByPlan, LimitReading
+from asgi_metering.chosen import ConfiguredLimits, LimitByPlan, LimitReading
 from asgi_metering.computed import Computed, check_answers
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.limiting import Limit
@@ -93,13 +93,15 @@ class NamedLimits(MutableMapping[str, tuple[str | Mapping[str, Any], ...]]):
     What is replaced counts from the next call on; the windows that run go on, with what was counted in them.
 
     Raises:
-        ConfigurationError: A name that is none, no limit at all, or a text that is not in the grammar.
+        ConfigurationError: A name that is none, no limit at all, a text that is not in the grammar, or one that an
+            endpoint which uses the name cannot count, by its strategy say.
 
     Source: S2.30.
     """
 
     def __init__(self, given: Mapping[str, Any] | None = None) -> None:
         self._known: dict[str, tuple[str | LimitByPlan, ...]] = {}
+        self._readings: dict[str, set[LimitReading]] = {}
         if given is not None and not isinstance(given, Mapping):
             raise ConfigurationError(
                 f"limits={given!r} is no mapping of names to limits. Write limits={{'search': '60/minute'}}."
@@ -114,7 +116,11 @@ class NamedLimits(MutableMapping[str, tuple[str | Mapping[str, Any], ...]]):
         several = list(limits) if isinstance(limits, list | tuple) else [limits]
         if not several:
             raise ConfigurationError(f"The configured limits {name!r} limit nothing. Write '60/minute', say.")
-        self._known[name] = tuple([_checked(name, limit) for limit in several])
+        known = tuple([_checked(name, limit) for limit in several])
+        # Here, where whoever changes them hears of it, and not with the next call.
+        for reading in self._readings.get(name, ()):
+            _read_so(known, reading)
+        self._known[name] = known
 
     def __delitem__(self, name: str) -> None:
         raise ConfigurationError(
@@ -143,14 +149,25 @@ class NamedLimits(MutableMapping[str, tuple[str | Mapping[str, Any], ...]]):
             )
         return tuple([each.text_for(plan) if isinstance(each, LimitByPlan) else each for each in known])
 
-    def texts(self, name: str) -> tuple[str, ...]:
-        """Everything that is allowed under *name* to anybody; raises as `texts_for`."""
-        self.texts_for(name, None)
-        several = [
-            tuple(map(str, each.texts.values())) if isinstance(each, LimitByPlan) else (each,)
-            for each in self._known[name]
-        ]
-        return tuple([text for texts in several for text in texts])
+    def used_by(self, limits: ConfiguredLimits) -> None:
+        """
+        Remember how an endpoint reads what has the name of *limits*, for all that is put there later.
+
+        Raises:
+            ConfigurationError: Nothing has this name, or what has it cannot be read so.
+        """
+        if limits.reading in self._readings.get(limits.name, ()):
+            return
+        self.texts_for(limits.name, None)
+        _read_so(self._known[limits.name], limits.reading)
+        self._readings.setdefault(limits.name, set()).add(limits.reading)
+
+
+def _read_so(known: Iterable[str | LimitByPlan], reading: LimitReading) -> None:
+    """Read all of *known*, for whichever plan; raises as `parse_limits`."""
+    for each in known:
+        for text in each.texts.values() if isinstance(each, LimitByPlan) else (each,):
+            reading.read_all(str(text))
 
 
 def _checked(name: str, limit: Limit) -> str | LimitByPlan:

@@ -18,7 +18,7 @@ from asgi_metering.names import check_name
 if TYPE_CHECKING:
     from limits import RateLimitItem
 
-__all__ = ["MAX_MOVING", "RateLimit", "Strategy", "is_item", "parse_limit", "parse_limits"]
+__all__ = ["BUCKET", "MAX_MOVING", "RateLimit", "Strategy", "is_item", "parse_limit", "parse_limits"]
 
 Strategy: TypeAlias = Literal["fixed", "calendar", "sliding", "moving"]
 STRATEGIES: tuple[Strategy, ...] = ("fixed", "calendar", "sliding", "moving")

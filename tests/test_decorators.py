@@ -254,8 +254,10 @@ def test_refuse_to_charge_twice(between: list[Decorator]) -> None:
         (rate_limited("1/day", key="payer"), rate_limited("1 per day", key="payer")),
         (rate_limited("1/day", scope="s"), rate_limited("2/hour", "1/day", scope="s")),
         (rate_limited("5/day", "5/day"), BILL),
+        (rate_limited("1/day"), rate_limited("1/day", strategy="sliding")),
+        (rate_limited("1/day", strategy="calendar"), rate_limited("1/day", strategy="calendar", zone="Asia/Kolkata")),
     ],
-    ids=["same", "spelled-otherwise", "scope", "one-decorator"],
+    ids=["same", "spelled-otherwise", "scope", "one-decorator", "strategy", "zone"],
 )
 def test_refuse_one_limit_twice(first: Decorator, second: Decorator) -> None:
     """DESIGN 2: the same limit twice is an import error, whichever way it is spelled."""

@@ -12,11 +12,12 @@ from starlette.responses import JSONResponse
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from asgi_metering import Metering, billable, rate_limited
-from asgi_metering.asking import network_of
+from asgi_metering.asking import counted_as, network_of
 from asgi_metering.errors import ConfigurationError
-from asgi_metering.policies import EndpointPolicy
+from asgi_metering.policies import EndpointPolicy, RatePolicy
+from asgi_metering.rates import parse_limit
 from tests.counting import Hall, answer, caller_of, names_of, problem_of
-from tests.harness.drive import drive, headers, http_scope, status
+from tests.harness.drive import drive, headers, http_scope, lifespan, status
 
 ANN, BOB, CEM = ({"key": key} for key in ("ann", "bob", "cem"))
 
@@ -313,6 +314,58 @@ def test_share_one_count_between_two_routes() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            rate_limited("2/day", strategy="calendar", zone="UTC", scope="llm"),
+            rate_limited("2/day", strategy="calendar", zone="Asia/Kolkata", scope="llm"),
+        ),
+        (rate_limited("2 per 1000001 seconds", scope="llm"), rate_limited("9 per 1000002 seconds", scope="llm")),
+    ],
+    ids=["zone", "length"],
+)
+def test_share_no_count_between_windows_that_differ(one: Any, other: Any) -> None:
+    """S4.11: windows of another zone or length are other counts, so that none begins at nothing by the other's."""
+
+    async def scene(hall: Hall) -> None:
+        assert await hall.statuses("/one", "/other", "/one", "/other", "/one", key="a") == [200, 200, 200, 200, 429]
+
+    play(scene, routes={"/one": endpoint(one), "/other": endpoint(other)})
+
+
+def test_count_apart_what_moves_otherwise() -> None:
+    """
+    S4.11: own limits of one name are other counts once strategy or zone change, as in a deploy beside old processes.
+
+    The keys of fixed windows and buckets are what they always were.
+    """
+    policy = RatePolicy((), "s")
+    limits = [
+        parse_limit("2/day"),
+        parse_limit("2/day", "sliding"),
+        parse_limit("2/day", "moving"),
+        parse_limit("2/day", "calendar"),
+        parse_limit("2/day", "calendar", "Asia/Kolkata"),
+        parse_limit("2/day burst 3", "sliding"),
+    ]
+    assert [counted_as(policy, limit) for limit in limits] == [
+        "2-per-day",
+        "sliding:2-per-day",
+        "moving:2-per-day",
+        "calendar:2-per-day:UTC",
+        "calendar:2-per-day:Asia/Kolkata",
+        "2-per-day-burst-3",
+    ]
+
+
+def test_count_shared_windows_by_all_of_their_length() -> None:
+    """S4.11: what six digits do not tell of a window's length is told all the same, and nothing else is longer."""
+    policy = RatePolicy((), "s", shares=True)
+    told = [counted_as(policy, parse_limit(f"2 per {length} seconds")) for length in (60, 1000001, 1000002, 3000000)]
+    assert told == [f"fixed:requests/{length}" for length in ("60", "1000001.0", "1000002.0", "3e+06")]
+
+
 def test_share_a_route_key_by_route() -> None:
     """S4.11: key='route' tells the routes of one scope apart, and key='global' puts them together."""
 
@@ -355,6 +408,24 @@ def test_change_the_limits_of_plans_while_it_runs() -> None:
         assert await hall.each(ANN, ANN) == [200, 429]
         plans["free"] = "2/minute"
         assert await hall.each(ANN, ANN) == [200, 429]
+
+    play(scene, rate_limited(plans))
+
+
+@pytest.mark.parametrize("wrong", ["nonsense", "", ["9/minute"], None])
+def test_fail_one_plan_whose_limit_is_none(wrong: Any) -> None:
+    """S4.17: what was changed into no limit fails the calls of its own plan, and of nobody else."""
+    plans: dict[str, Any] = {"pro": "3/minute", "team": "2/minute", "free": "1/minute"}
+
+    async def scene(hall: Hall) -> None:
+        assert await hall.each(ANN) == [200]
+        plans["free"] = wrong
+        assert isinstance((await hall.ask(key="a", plan="free")).exception, ConfigurationError)
+        assert await hall.each({"key": "b", "plan": "pro"}, *[{"key": "c", "plan": "new"}] * 3) == [200, 200, 200, 429]
+        plans.clear()
+        driven = await hall.ask(key="c", plan="new")
+        assert isinstance(driven.exception, ConfigurationError)
+        assert "The limits by plan {} have no limit left. Write" in str(driven.exception)
 
     play(scene, rate_limited(plans))
 
@@ -411,6 +482,30 @@ def test_change_configured_limits_while_it_runs() -> None:
         assert names_of(await hall.ask(key="b", plan="pro")) == ["9-per-minute", "100-per-day"]
 
     play(scene, rate_limited(configured="search"), metering={"limits": {"search": "1/minute"}})
+
+
+@pytest.mark.parametrize("audited", [True, False])
+@pytest.mark.parametrize(
+    ("strategy", "wrong", "told"),
+    [("moving", "6000/minute", "is above 5000"), ("calendar", {"free": "5/second"}, "cannot follow the calendar")],
+)
+def test_refuse_a_change_that_an_endpoint_cannot_count(strategy: Any, wrong: Any, told: str, audited: bool) -> None:
+    """S2.30: whoever changes limits hears that an endpoint cannot count them, and its calls go on as before."""
+
+    async def scene(hall: Hall) -> None:
+        if audited:
+            async with lifespan(hall.app):
+                pass
+        else:
+            assert await hall.each(BOB) == [200]
+        with pytest.raises(ConfigurationError, match=told):
+            hall.metering.limits["search"] = ["9/hour", wrong]
+        assert hall.metering.limits["search"] == ("1/minute",)
+        hall.metering.limits["search"] = "2/minute"
+        assert await hall.each(ANN, ANN, ANN) == [200, 200, 429]
+
+    limited = rate_limited(configured="search", strategy=strategy)
+    play(scene, limited, metering={"limits": {"search": "1/minute"}})
 
 
 def test_measure_by_a_plan_what_calls_use() -> None:

@@ -78,6 +78,14 @@ WRONG: dict[str, tuple[Any, str]] = {
     "levels-nothing": (lambda: rate_limited(levels={"payer": []}), "levels={'payer': []} limits nothing."),
     "levels-key": (lambda: rate_limited(levels={"org": "1/day"}), "key='org' is not known."),
     "levels-function": (lambda: rate_limited(levels={len: "1/day"}), "which is no name. Use one such as 'payer'"),  # type: ignore[dict-item]
+    "levels-alike": (
+        lambda: rate_limited(levels={"attribute:user": "1/day", "named:user": "2/hour"}),
+        "The keys 'attribute:user' and 'named:user' are both the level 'user'. Write one of them as",
+    ),
+    "levels-alike-own": (
+        lambda: rate_limited("1/day", key="named:user", levels={"attribute:user": "2/hour"}),
+        "The keys 'named:user' and 'attribute:user' are both the level 'user'.",
+    ),
     "levels-twice": (
         lambda: rate_limited("1/day", levels={"caller": "2/day"}),
         "which is the key of the other limits as",

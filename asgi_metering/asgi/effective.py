@@ -209,8 +209,7 @@ def _failures(rate: RatePolicy, metering: Any) -> Iterator[str]:
     for each in rate.chosen:
         if isinstance(each, ConfiguredLimits):
             try:
-                for text in metering.limits.texts(each.name):
-                    each.reading.read_all(text)
+                metering.limits.used_by(each)
             except ConfigurationError as failure:
                 yield str(failure)
 

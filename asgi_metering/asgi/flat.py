@@ -172,7 +172,11 @@ def defaults_apply(row: Row) -> bool:
     if is_unlimited(row.endpoint):
         return False
     policies = row.policies if row.around is None else (*row.policies, row.around)
-    return not any(rate.overrides for policy in policies for rate in policy.rates)
+    return not any(map(_overrides, policies))
+
+
+def _overrides(policy: EndpointPolicy) -> bool:
+    return any(rate.overrides for rate in policy.rates)
 
 
 class FlatOpening(Opening):
@@ -345,7 +349,8 @@ class _Checked:
 
     def _is_right(self, scope: Scope) -> bool:
         call = self._exchange.call
-        if call is not None and call.policy is not None and call.policy.rates:
+        # Limits that stand beside the defaults, or only tell, are no proof: their own route is counted by default.
+        if call is not None and call.policy is not None and _overrides(call.policy):
             return True
         return runs(self._row, scope)
 

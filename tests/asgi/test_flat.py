@@ -574,6 +574,26 @@ def test_count_a_request_that_took_another_route(trusted: str, to: str) -> None:
     play(scene, overridden(app), default_limits=[PER_ADDRESS])
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [
+        rate_limited("9/minute", key="address", override_defaults=False),
+        rate_limited("1/minute", key="address", shadow=True),
+    ],
+    ids=["beside", "shadow"],
+)
+def test_count_a_request_that_took_a_route_with_limits_beside(beside: Any) -> None:
+    """S2.30: limits that do not stand for the default ones are no way around those either."""
+    routes = {"/free": unlimited(answer_of("free")), "/both": beside(answer_of("both"))}
+    app = Starlette(routes=[Route(path, run) for path, run in routes.items()])
+
+    async def scene(hall: Hall) -> None:
+        assert [status((await hall.ask("/free", goto="/both")).log) for _ in range(3)] == [200, 200, 429]
+        assert await hall.statuses("/free") == [200]
+
+    play(scene, overridden(app), default_limits=[PER_ADDRESS])
+
+
 def test_forget_paths_that_clients_invent() -> None:
     """S2.30: neither paths nor their lengths fill the memory, and routes are found all the same."""
 
