@@ -91,6 +91,9 @@ async def ask_shadow(call: Call, arguments: Mapping[str, Any]) -> None:
     except Exception as failure:  # noqa: BLE001 -- the application's own, and its call goes on
         _lost(call, beside, "computing", failure)
         return
+    if _is_over(call):
+        # Its functions outlived the request (pitfall 1): nobody would end what it took now.
+        return
     twin.held = 0 if asked is None else asked.amount
     beside.twin = twin
     if beside.charge is not None:
@@ -104,8 +107,15 @@ async def ask_shadow(call: Call, arguments: Mapping[str, Any]) -> None:
     deciding = _decide(call, beside, asked, arguments)
     if call.metering.store.immediate:
         await deciding
+        if _is_over(call):
+            # The request ended in between, and its end saw nothing to give back.
+            await end_shadow(call)
     else:
         beside.task = call.metering.runtime().spawn(deciding, f"shadow of {call.id}")
+
+
+def _is_over(call: Call) -> bool:
+    return call.closed or call.opening.closed
 
 
 async def _decide(call: Call, beside: Beside, asked: Admit, arguments: Mapping[str, Any]) -> None:

@@ -654,3 +654,33 @@ def test_run_nothing_behind_a_request_that_is_over() -> None:
                 await late[0]
 
     asyncio.run(play())
+
+
+def test_take_no_slot_behind_a_request_that_is_over() -> None:
+    """Pitfall 1: a shadow whose own function outlives its request takes nothing that nobody would give back."""
+
+    async def play() -> None:
+        reached, go_on = asyncio.Event(), asyncio.Event()
+        late: list[asyncio.Task[None]] = []
+
+        async def slow() -> str:
+            reached.set()
+            await go_on.wait()
+            return "key"
+
+        async def app(_scope: Any, _receive: Any, send: Any) -> None:
+            shadow = rate_limited("9/hour", concurrency=2, key=slow, shadow=True)
+            late.append(asyncio.create_task(current_call().admit(shadow)))
+            await reached.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"done"})
+
+        async with house("memory://") as metering:
+            await call(MeteringMiddleware(app, metering))
+            go_on.set()
+            with pytest.raises(CallClosedError):
+                await late[0]
+            await idle(metering)
+            assert not (await metering.store.read(EverythingKept())).state.leases
+
+    asyncio.run(play())
