@@ -88,7 +88,11 @@ async def ask_shadow(call: Call, arguments: Mapping[str, Any]) -> None:
     except CallRefused as refused:
         would_deny(call, beside, refused.refusal)
         return
-    except Exception as failure:  # noqa: BLE001 -- the application's own, and its call goes on
+    except (Exception, asyncio.CancelledError) as failure:
+        # The application's own, and its call goes on; unless somebody cancels that, and not a future of the function's.
+        task = asyncio.current_task()
+        if isinstance(failure, asyncio.CancelledError) and (task is None or task.cancelling()):
+            raise
         _lost(call, beside, "computing", failure)
         return
     if _is_over(call):
@@ -182,7 +186,7 @@ def _admitted(call: Call, beside: Beside) -> None:
         call.metering.meters.count("shadow_admitted", line=beside.line)
 
 
-def _lost(call: Call, beside: Beside, cause: str, failure: Exception) -> None:
+def _lost(call: Call, beside: Beside, cause: str, failure: BaseException) -> None:
     """What the shadow would have done is not known: no alarm, since nobody lost anything."""
     call.metering.meters.count("shadow_lost", line=beside.line, cause=cause)
     log.debug("What the shadow of call %s would have done is not known.", call.id, exc_info=failure)

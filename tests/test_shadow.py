@@ -684,3 +684,26 @@ def test_take_no_slot_behind_a_request_that_is_over() -> None:
             assert not (await metering.store.read(EverythingKept())).state.leases
 
     asyncio.run(play())
+
+
+def test_survive_a_future_that_its_own_function_cancelled() -> None:
+    """S4.16: a cancelled future inside of a shadow's own function is lost, and cancels no call."""
+
+    async def cancelled() -> str:
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        future.cancel()
+        return await future
+
+    async def play() -> None:
+        async with house("memory://") as metering:
+            app = metered(metering, rate_limited("9/minute", key=cancelled, shadow=True))
+            assert status((await call(app)).log) == 200
+            assert tallies(metering) == {"lost": {"computing": 1}}
+
+    asyncio.run(play())
+
+
+def test_keep_the_shadow_of_a_metering_fixed() -> None:
+    """Half of what a metering does is worked out by its first calls, so its flag cannot be changed later."""
+    with pytest.raises(AttributeError):
+        setattr(house("memory://"), "shadow", True)  # noqa: B010 -- a type checker refuses the plain way
