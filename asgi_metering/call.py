@@ -380,7 +380,7 @@ class Call(CallState):
 
         In a free request (HEAD, OPTIONS) everything passes and nothing is asked, the explicit gate included.
         """
-        if self.opening.free:
+        if self.opening.free and self.opening.stays_free():
             self.opening.check()
             return
         self._bind(policy, arguments)

@@ -139,6 +139,17 @@ class Guard:
         opening.check()
         return opening
 
+    def is_free(self, opening: Opening, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """
+        Whether *opening*, which was free when its request came in, is free at this endpoint.
+
+        A middleware for overrides may have made another method of it, perhaps on a copy of the scope that the endpoint
+        alone is given.
+        """
+        scopes = [_scope_of(value) for value in (*args, *kwargs.values())]
+        own = [scope for scope in scopes if isinstance(scope, dict) and scope.get(SCOPE_KEY) is opening]
+        return opening.stays_free(own[0] if own else None)
+
     def _opening_in(self, values: Iterable[Any]) -> Opening | None:
         for value in values:
             scope = _scope_of(value)

@@ -158,7 +158,7 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         self.keys = NamedKeys(keys)
         self.limits = NamedLimits(limits)
         check_flag(shadow=shadow)
-        self.shadow = shadow
+        self._shadow = shadow
         self.plans = Plans(self)
         self.store: Store = store if isinstance(store, Store) else store_from_url(store)
         self.unit = unit
@@ -290,6 +290,11 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
                 f"{known.scale}. Declare the unit once and use that object, or give one of them another name."
             )
         return unit
+
+    @property
+    def shadow(self) -> bool:
+        """Whether everything is in the shadow; fixed, for what endpoints ask is worked out once."""
+        return self._shadow
 
     @property
     def tells(self) -> bool:

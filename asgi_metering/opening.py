@@ -7,6 +7,7 @@ charged is the call's, which is made on first use.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -108,6 +109,15 @@ class Opening:
     def request_body(self) -> RequestBody | None:
         """The request's body; None outside HTTP."""
         return None
+
+    def stays_free(self, scope: Mapping[str, Any] | None = None) -> bool:
+        """
+        Whether what was free when it was opened still is where its request has come to.
+
+        Args:
+            scope: What the code that asks was given of the request, which may be a copy; the request's own by default.
+        """
+        return self.free
 
     def let_go(self) -> None:
         """

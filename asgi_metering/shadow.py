@@ -88,8 +88,15 @@ async def ask_shadow(call: Call, arguments: Mapping[str, Any]) -> None:
     except CallRefused as refused:
         would_deny(call, beside, refused.refusal)
         return
-    except Exception as failure:  # noqa: BLE001 -- the application's own, and its call goes on
+    except (Exception, asyncio.CancelledError) as failure:
+        # The application's own, and its call goes on; unless somebody cancels that, and not a future of the function's.
+        task = asyncio.current_task()
+        if isinstance(failure, asyncio.CancelledError) and (task is None or task.cancelling()):
+            raise
         _lost(call, beside, "computing", failure)
+        return
+    if _is_over(call):
+        # Its functions outlived the request (pitfall 1): nobody would end what it took now.
         return
     twin.held = 0 if asked is None else asked.amount
     beside.twin = twin
@@ -104,8 +111,15 @@ async def ask_shadow(call: Call, arguments: Mapping[str, Any]) -> None:
     deciding = _decide(call, beside, asked, arguments)
     if call.metering.store.immediate:
         await deciding
+        if _is_over(call):
+            # The request ended in between, and its end saw nothing to give back.
+            await end_shadow(call)
     else:
         beside.task = call.metering.runtime().spawn(deciding, f"shadow of {call.id}")
+
+
+def _is_over(call: Call) -> bool:
+    return call.closed or call.opening.closed
 
 
 async def _decide(call: Call, beside: Beside, asked: Admit, arguments: Mapping[str, Any]) -> None:
@@ -172,7 +186,7 @@ def _admitted(call: Call, beside: Beside) -> None:
         call.metering.meters.count("shadow_admitted", line=beside.line)
 
 
-def _lost(call: Call, beside: Beside, cause: str, failure: Exception) -> None:
+def _lost(call: Call, beside: Beside, cause: str, failure: BaseException) -> None:
     """What the shadow would have done is not known: no alarm, since nobody lost anything."""
     call.metering.meters.count("shadow_lost", line=beside.line, cause=cause)
     log.debug("What the shadow of call %s would have done is not known.", call.id, exc_info=failure)

@@ -42,7 +42,7 @@ def wrap(endpoint: Callable[..., Any], guard: Guard) -> Callable[..., Any]:
 def _async_function(endpoint: Callable[..., Any], guard: Guard) -> Callable[..., Any]:
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         opening = guard.opening(args, kwargs)
-        if not opening.free:
+        if not (opening.free and guard.is_free(opening, args, kwargs)):
             await opening.open_call().gate(guard.policy, guard.arguments(args, kwargs))
         if CURRENT.get() is opening:
             return await endpoint(*args, **kwargs)
@@ -57,7 +57,7 @@ def _sync_function(endpoint: Callable[..., Any], guard: Guard) -> Callable[..., 
 
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         opening = guard.opening(args, kwargs)
-        if not opening.free:
+        if not (opening.free and guard.is_free(opening, args, kwargs)):
             await opening.open_call().gate(guard.policy, guard.arguments(args, kwargs))
         with _inside(opening):
             result = await opening.metering.run_sync(functools.partial(endpoint, *args, **kwargs))
@@ -84,7 +84,7 @@ def _inside(opening: Opening) -> Iterator[None]:
 def _async_generator(endpoint: Callable[..., Any], guard: Guard) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         opening = guard.opening(args, kwargs)
-        if opening.free:
+        if opening.free and guard.is_free(opening, args, kwargs):
             return endpoint(*args, **kwargs)  # type: ignore[no-any-return]
         call = opening.open_call()
         call.expect(guard.policy, guard.arguments(args, kwargs))
@@ -154,7 +154,7 @@ async def _gated(
 def _sync_generator(endpoint: Callable[..., Any], guard: Guard) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Iterator[Any]:
         opening = guard.opening(args, kwargs)
-        if opening.free:
+        if opening.free and guard.is_free(opening, args, kwargs):
             return endpoint(*args, **kwargs)  # type: ignore[no-any-return]
         call = opening.open_call()
         call.expect(guard.policy, guard.arguments(args, kwargs))

@@ -23,7 +23,8 @@ from asgi_metering import (
     slices,
     up_to,
 )
-from asgi_metering.asgi.audit import audit
+from asgi_metering.asgi.audit import Layer, Row, audit, routes_of
+from asgi_metering.asgi.effective import check_names
 from asgi_metering.decisions import Reason
 from asgi_metering.errors import CallClosedError, ConfigurationError
 from asgi_metering.events.sinks import CallbackSink
@@ -447,34 +448,47 @@ def test_refuse_a_key_of_work_in_the_shadow() -> None:
     asyncio.run(play())
 
 
-def test_refuse_a_count_that_is_live_elsewhere() -> None:
-    """A live limit and one in the shadow that count together would take from one another: refused at startup."""
+SHADOWED = rate_limited("6/hour", scope="api", shadow=True)
 
-    def app(*routes: tuple[Part, ...]) -> Any:
-        made = []
-        for at, parts in enumerate(routes):
 
-            async def endpoint(request: Any) -> Any: ...
+@pytest.mark.parametrize(
+    "live",
+    [
+        rate_limited("5/minute", scope="api"),
+        rate_limited(global_concurrency=2, scope="api"),
+        rate_limited(configured="api", scope="api"),
+        rate_limited(lambda: "6/hour", scope="api"),
+        rate_limited("6/hour", scope="api", key=lambda: "ann"),
+    ],
+    ids=["other", "slots", "configured", "computed", "keyed"],
+)
+@pytest.mark.parametrize("place", ["endpoint", "same endpoint", "application_limits", "default_limits"])
+def test_refuse_a_scope_that_is_live_elsewhere(place: str, live: Part) -> None:
+    """Limits in the shadow may take from live ones of their scope, by whatever they count: refused at startup."""
 
-            for part in parts:
-                endpoint = part(endpoint)
-            made.append(Route(f"/{at}", endpoint, methods=["POST"]))
-        return Starlette(routes=made)
+    def route(*parts: Part) -> Row:
+        async def endpoint(request: Any) -> None: ...
 
-    def found(*routes: tuple[Part, ...], **options: Any) -> list[str]:
-        with_metering = house("memory://", **options)
-        return audit(app(*routes), ALL_FEATURES, frozenset(), with_metering).errors
+        for part in parts:
+            endpoint = part(endpoint)
+        return next(routes_of(Starlette(routes=[Route("/", endpoint, methods=["POST"])])))
 
-    live = rate_limited("5/minute", global_concurrency=2, scope="api")
-    for part, name in (
-        (rate_limited("5/minute", scope="api", shadow=True), "5-per-minute"),
-        (rate_limited(global_concurrency=9, scope="api", shadow=True), "global"),
-    ):
-        (told,) = found((live,), (part,))
-        assert f"count {name!r} together in the scope 'api'" in told
-    other = (rate_limited("6/hour", concurrency=2, scope="api", shadow=True),)
-    assert found((live,), other, (rate_limited("5/minute", key="address", scope="api", shadow=True),)) == []
-    keyed = app((billable(1, idempotency=True),))
+    metering = house("memory://", limits={"api": "6/hour"})
+    layers = [Layer(ALL_FEATURES, metering, **{place: (SHADOWED,)})] if place.endswith("limits") else []
+    inside = (live, SHADOWED) if place == "same endpoint" else (live,)
+    rows = [route(*inside), *([route(SHADOWED)] if place == "endpoint" else [])]
+    errors, _ = check_names(rows, layers, metering)
+    (told,) = [each for each in errors if "shadow=True" in each]
+    assert "in the scope 'api'" in told
+
+
+def test_warn_of_keys_in_the_shadow() -> None:
+    """Where all is in the shadow keys are not claimed, and the audit says so."""
+
+    @billable(1, idempotency=True)
+    async def endpoint(request: Any) -> None: ...
+
+    keyed = Starlette(routes=[Route("/", endpoint, methods=["POST"])])
     warned = audit(keyed, ALL_FEATURES, frozenset(), house("memory://", shadow=True)).warnings
     assert any("has keys, which Metering(shadow=True) does not claim" in told for told in warned)
 
@@ -640,3 +654,56 @@ def test_run_nothing_behind_a_request_that_is_over() -> None:
                 await late[0]
 
     asyncio.run(play())
+
+
+def test_take_no_slot_behind_a_request_that_is_over() -> None:
+    """Pitfall 1: a shadow whose own function outlives its request takes nothing that nobody would give back."""
+
+    async def play() -> None:
+        reached, go_on = asyncio.Event(), asyncio.Event()
+        late: list[asyncio.Task[None]] = []
+
+        async def slow() -> str:
+            reached.set()
+            await go_on.wait()
+            return "key"
+
+        async def app(_scope: Any, _receive: Any, send: Any) -> None:
+            shadow = rate_limited("9/hour", concurrency=2, key=slow, shadow=True)
+            late.append(asyncio.create_task(current_call().admit(shadow)))
+            await reached.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"done"})
+
+        async with house("memory://") as metering:
+            await call(MeteringMiddleware(app, metering))
+            go_on.set()
+            with pytest.raises(CallClosedError):
+                await late[0]
+            await idle(metering)
+            assert not (await metering.store.read(EverythingKept())).state.leases
+
+    asyncio.run(play())
+
+
+def test_survive_a_future_that_its_own_function_cancelled() -> None:
+    """S4.16: a cancelled future inside of a shadow's own function is lost, and cancels no call."""
+
+    async def cancelled() -> str:
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        future.cancel()
+        return await future
+
+    async def play() -> None:
+        async with house("memory://") as metering:
+            app = metered(metering, rate_limited("9/minute", key=cancelled, shadow=True))
+            assert status((await call(app)).log) == 200
+            assert tallies(metering) == {"lost": {"computing": 1}}
+
+    asyncio.run(play())
+
+
+def test_keep_the_shadow_of_a_metering_fixed() -> None:
+    """Half of what a metering does is worked out by its first calls, so its flag cannot be changed later."""
+    with pytest.raises(AttributeError):
+        setattr(house("memory://"), "shadow", True)  # noqa: B010 -- a type checker refuses the plain way

@@ -41,7 +41,7 @@ class MeteredApp:
                     f"{self.policy.name} is metered, but no middleware opened a call. Put MeteringMiddleware around "
                     f"the application."
                 )
-            if not opening.free:
+            if not (opening.free and opening.stays_free(scope)):
                 await opening.open_call().gate(self.policy, {"scope": scope})
         await self.app(scope, receive, send)
 

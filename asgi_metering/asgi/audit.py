@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from asgi_metering.amounts import Unit
 from asgi_metering.errors import AmountError, ConfigurationError
-from asgi_metering.guards import BARE_MEND, Guard, Part, counters_of, decorated, guard_of
+from asgi_metering.guards import BARE_MEND, Guard, Part, decorated, guard_of
 from asgi_metering.keying import check_shared
 from asgi_metering.metering import ALL_FEATURES, Metering
 from asgi_metering.outage import check_journal
@@ -123,7 +123,6 @@ def audit(app: Any, features: frozenset[str], unenforced: frozenset[str], meteri
             _check_row(row, report, features | unenforced, metering)
     report.errors.extend(_other_scales(report.rows, metering))
     report.errors.extend(_torn_allowances(report.rows, metering))
-    report.errors.extend(_torn_limits(report.rows))
     if metering is not None and metering.shadow:
         report.warnings.extend(_unclaimed(report.rows))
     _check_reach(report)
@@ -199,26 +198,6 @@ def _torn_allowances(rows: list[Row], metering: Any) -> Iterator[str]:
                     f"would count in one bucket. Declare it once and use that object, or name them apart: "
                     f"Allowance(..., name='monthly')."
                 )
-
-
-def _torn_limits(rows: list[Row]) -> Iterator[str]:
-    """One count, or one pool, of a live limit and of one in the shadow: the latter would take what the former gives."""
-    known: dict[tuple[object, ...], tuple[bool, str]] = {}
-    for row in rows:
-        for policy in row.policies:
-            for rates in policy.rates:
-                places = [(name, str(rates.key), counter) for counter, name in counters_of(rates)]
-                for each in rates.concurrency:
-                    places.append((each.level, "" if each.level == "global" else str(rates.key), "at once"))
-                for name, *place in places:
-                    here = f"{row.path} ({policy.name})"
-                    is_shadow, there = known.setdefault((rates.scope, *place), (rates.shadow, here))
-                    if is_shadow != rates.shadow:
-                        yield (
-                            f"{here} and {there} count {name!r} together in the scope "
-                            f"{rates.scope!r}, and only one of them has shadow=True: its calls would take what the "
-                            f"other's may use. Put both in the shadow, or give one another scope."
-                        )
 
 
 def _unclaimed(rows: list[Row]) -> Iterator[str]:

@@ -165,7 +165,7 @@ def _applies(rate: RatePolicy) -> str:
 
 def check_names(rows: Sequence[Row], layers: Iterable[Layer], metering: Any) -> tuple[list[str], list[str]]:
     """
-    Compare the names that limits refer to with those that *metering* knows.
+    Compare the names that limits refer to with those that *metering* knows, and those of their scopes with each other.
 
     Args:
         rows: Of the audit.
@@ -181,7 +181,7 @@ def check_names(rows: Sequence[Row], layers: Iterable[Layer], metering: Any) -> 
         told = "The middleware's limit"
         used += [(told, rate) for rate in (*limits.application, *limits.default(None))]
     others = [(guard.policy.name, rate) for guard in decorated() for rate in guard.policy.rates]
-    errors = [*_unknown(used, metering), *(_unused([*used, *others], metering.limits) if rows else ())]
+    errors = [*_unknown(used, metering), *_torn(used), *(_unused([*used, *others], metering.limits) if rows else ())]
     return errors, [] if rows else list(_unknown(others, metering))
 
 
@@ -198,6 +198,25 @@ def _unknown(used: Iterable[tuple[str, RatePolicy]], metering: Any) -> Iterator[
             if (where, failure) not in told:
                 told.add((where, failure))
                 yield f"{where} cannot be limited. {failure}"
+
+
+def _torn(used: Iterable[tuple[str, RatePolicy]]) -> Iterator[str]:
+    """
+    One scope of live limits and of some in the shadow: the latter would take what the former give.
+
+    Whether two of them are one count is not asked: functions compute keys and limits, and configured ones change.
+    """
+    known: dict[str, dict[bool, str]] = {}
+    for where, rate in used:
+        if rate.shares:
+            known.setdefault(rate.scope, {}).setdefault(rate.shadow, where)
+    for scope, places in known.items():
+        if len(places) > 1:
+            yield (
+                f"{places[False]} has limits in the scope {scope!r}, and {places[True]} has some with shadow=True in "
+                f"it, whose calls would take what the live ones may use. Put all of them in the shadow, or give those "
+                f"another scope."
+            )
 
 
 def _failures(rate: RatePolicy, metering: Any) -> Iterator[str]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.body import RequestBody, has_key
@@ -44,9 +44,12 @@ from asgi_metering.runtime import BOOK_S, Runtime
 if TYPE_CHECKING:
     from asgi_metering.metering import Metering
 
-__all__ = ["Exchange", "ExchangeOptions", "booked", "run"]
+__all__ = ["FREE_METHODS", "Exchange", "ExchangeOptions", "booked", "run"]
 
 log = logging.getLogger("asgi_metering")
+
+FREE_METHODS = frozenset({"HEAD", "OPTIONS"})
+"""Never metered: no body is wanted, and CORS preflights come by OPTIONS (X.4, pitfall 12)."""
 
 GRACE_S = 0.05
 """
@@ -190,6 +193,11 @@ class Exchange(Opening):
         if options.stop_on_disconnect:
             self.watch = Watch(scope, receive, send)
             self._receive = self.watch.receive
+
+    def stays_free(self, scope: Mapping[str, Any] | None = None) -> bool:
+        """As of `Opening`: by its method, which a middleware further in may have changed; what is not free stays so."""
+        self.free = self.free and (scope or self.scope)["method"] in FREE_METHODS
+        return self.free
 
     @property
     def origin(self) -> HTTPOrigin:

@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Literal
 
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.audit import MAX_DEPTH
-from asgi_metering.asgi.exchange import Exchange, ExchangeOptions, run
+from asgi_metering.asgi.exchange import FREE_METHODS, Exchange, ExchangeOptions, run
 from asgi_metering.asgi.flat import FlatLimits, counted, counted_session
 from asgi_metering.asgi.lifespan import LAYERS_KEY, Lifespan
+from asgi_metering.asgi.overridden import Overridden
 from asgi_metering.asgi.startup import check_stack, examined
 from asgi_metering.asgi.types import ASGIApp, Receive, Scope, Send
 from asgi_metering.asgi.websocket import Session, attend, deny_mistaken
@@ -34,10 +35,6 @@ __all__ = [
 ]
 
 log = logging.getLogger("asgi_metering")
-
-FREE_METHODS = frozenset({"HEAD", "OPTIONS"})
-"""Never metered: no body is wanted, and CORS preflights come by OPTIONS (X.4, pitfall 12)."""
-
 
 MISTAKEN = b'{"type":"about:blank","title":"Internal Server Error","status":500,"code":"misconfigured"}'
 """What a client hears of an application that must not serve: what is wrong is the operator's, and in the log."""
@@ -149,8 +146,10 @@ class MeteringMiddleware:
             free=scope["method"] in FREE_METHODS,
             unenforced=self.unenforced,
         )
-        if self.limits is None or exchange.free:
+        if self.limits is None:
             return run(self.app, exchange)
+        if exchange.free:
+            return run(Overridden(self.app, self.limits, exchange, self.options.answers), exchange)
         channel = (scope, receive, send)
         return counted(self.limits, exchange, self.options.answers, self.app, lambda app: run(app, exchange), channel)
 
@@ -200,10 +199,13 @@ class MeteringMiddleware:
         if self.limits is not None and isinstance(opening, Session):
             await counted_session(self.limits, opening, self.app, channel)
             return
-        if self.limits is None or opening.free or not isinstance(opening, Exchange):
+        if self.limits is None or not isinstance(opening, Exchange):
             await self.app(*channel)
             return
         answers = opening.options.answers
+        if opening.free:
+            await Overridden(self.app, self.limits, opening, answers)(*channel)
+            return
         await counted(self.limits, opening, answers, self.app, lambda app: app(*channel), channel)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:

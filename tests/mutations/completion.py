@@ -246,7 +246,7 @@ MUTATIONS = (
     Mutation(
         36,
         "HEAD is metered",
-        "asgi_metering.asgi.middleware",
+        "asgi_metering.asgi.exchange",
         'FREE_METHODS = frozenset({"HEAD", "OPTIONS"})\n',
         "FREE_METHODS = frozenset()\n",
         _test("test_head_is_free_and_counts_no_bytes"),

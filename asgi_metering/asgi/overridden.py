@@ -1,0 +1,71 @@
+"""
+Overridden: a request that no limit counts, because of its method, until something further in gives it another.
+
+Knows that such a middleware may stand between a layer and the routes, and neither what it looks at nor what limits are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from asgi_metering.asgi.exchange import Exchange
+from asgi_metering.asgi.flat import FlatLimits, counted
+from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from asgi_metering.asgi.answers import AnswerOptions
+
+__all__ = ["Overridden"]
+
+
+class Overridden:
+    """
+    An app behind limits that did not count its request, which was free, and does if it is free no more.
+
+    It is counted before its response begins: nobody knows earlier what becomes of it. Without this an OPTIONS with
+    ``X-HTTP-Method-Override: POST`` would be a way around every limit of the layer.
+
+    Args:
+        app: Behind the layer.
+        limits: Of the layer.
+        exchange: Of the request.
+        answers: How refusals look.
+    """
+
+    def __init__(self, app: ASGIApp, limits: FlatLimits, exchange: Exchange, answers: AnswerOptions) -> None:
+        self._app, self._limits, self._exchange, self._answers = app, limits, exchange, answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the app; what it answers gives way to a refusal."""
+        asked = answered = False
+
+        async def ask() -> None:
+            nonlocal asked, answered
+            asked = True
+            answered = not self._exchange.stays_free() and not await self._lets((scope, receive, send))
+
+        async def send_(message: Message) -> None:
+            if not asked and message["type"] == "http.response.start":
+                await ask()
+            if not answered:
+                await send(message)
+
+        try:
+            await self._app(scope, receive, send_)
+        except Exception:
+            # As of a route that was trusted: whoever is refused hears that, and not what became of the app.
+            if not asked:
+                await ask()
+            if not answered:
+                raise
+
+    async def _lets(self, channel: tuple[Scope, Receive, Send]) -> bool:
+        """Count the request, by its route of now; False where it was answered with a refusal."""
+        is_through = False
+
+        async def through(_: ASGIApp) -> None:
+            nonlocal is_through
+            is_through = True
+
+        await counted(self._limits, self._exchange, self._answers, self._app, through, channel)
+        return is_through
