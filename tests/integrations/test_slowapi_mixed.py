@@ -8,10 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from slowapi import Limiter
 from slowapi.errors import RateLimitExceeded
 from slowapi.util import get_remote_address
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.testclient import TestClient, WebSocketDenialResponse
@@ -165,6 +167,51 @@ def test_default_limits_join_the_admission_of_our_decorators(inside: str) -> Non
     guard = guard_of(paid)
     assert guard is not None
     assert len(guard.policy.rates) == 1
+
+
+@pytest.mark.parametrize("is_outermost", [False, True])
+def test_default_limits_count_what_never_reaches_a_gate_of_ours(is_outermost: bool) -> None:
+    """A dependency that fails, arguments that are none, and HEAD: our decorators are no way around default limits."""
+    scene = Scene(inside="asgi", middleware=not is_outermost, default_limits=["1/minute"])
+    if is_outermost:
+        scene.app.user_middleware.append(Middleware(MeteringMiddleware, metering=scene.metering))
+
+    def deny() -> None:
+        raise HTTPException(401)
+
+    def fail() -> None:
+        raise LookupError("nobody answers this one")
+
+    for path, depends in (("/denied", [Depends(deny)]), ("/failing", [Depends(fail)]), ("/typed", [])):
+
+        @scene.app.api_route(path, methods=["GET", "HEAD"], dependencies=depends)
+        @rate_limited("9/minute")
+        async def endpoint(n: int = 0) -> dict[str, int]:
+            return {}
+
+    answers, _ = scene.play(*[("GET", "/denied")] * 2, *[("GET", "/typed?n=x")] * 2)
+    assert codes(answers) == [401, 429, 422, 429]
+    assert answers[1].json() == {"error": "Rate limit exceeded: 1 per 1 minute"}
+    with pytest.raises(LookupError):
+        ask(scene.app, ("GET", "/failing"))
+    assert codes(ask(scene.app, ("GET", "/failing"))) == [429]
+    scene.limiter.reset()
+    assert codes(ask(scene.app, ("HEAD", "/typed"), ("HEAD", "/typed"), ("GET", "/typed"))) == [200, 429, 429]
+
+
+@pytest.mark.parametrize("is_outermost", [False, True])
+def test_generator_of_ours_is_counted_once_by_default_limits(is_outermost: bool) -> None:
+    """Its gate asks at the first byte, and nobody does so a second time."""
+    scene = Scene(inside="asgi", middleware=not is_outermost, default_limits=["2/minute"])
+    if is_outermost:
+        scene.app.user_middleware.append(Middleware(MeteringMiddleware, metering=scene.metering))
+
+    @scene.app.get("/t1")
+    @rate_limited("9/minute")
+    async def endpoint() -> AsyncIterator[dict[str, int]]:
+        yield {"x": 1}
+
+    assert codes(scene.play(*[("GET", "/t1")] * 3)[0]) == [200, 200, 429]
 
 
 def test_billable_without_our_middleware_lets_nobody_in() -> None:

@@ -120,16 +120,18 @@ class Asking:
         opening: In which its call is; None as long as that is not known.
 
     Attributes:
+        asked: Somebody has begun to find out what counts.
         counted: What counts.
         shown: What the client may see; None where nothing counts.
     """
 
-    __slots__ = ("_fallback", "counted", "limited", "opening", "outer", "request", "shown")
+    __slots__ = ("_fallback", "asked", "counted", "limited", "opening", "outer", "request", "shown")
 
     def __init__(
         self, limited: Limited, request: HTTPConnection, outer: Asking | None = None, opening: Opening | None = None
     ) -> None:
         self.limited, self.request, self.outer, self.opening = limited, request, outer, opening
+        self.asked = False
         self.counted: Sequence[Counted] = ()
         self._fallback: Sequence[Counted] = ()
         self.shown: Shown | None = None

@@ -28,7 +28,18 @@ from asgi_metering.rules.operations import LimitAsk
 if TYPE_CHECKING:
     from asgi_metering.integrations.slowapi.limiter import AdoptedLimiter
 
-__all__ = ["LIMITED", "Limited", "limited_on", "named", "opening_of", "plain", "request_of", "wrapped", "write_on"]
+__all__ = [
+    "COUNTED_THOUGH_FREE",
+    "LIMITED",
+    "Limited",
+    "limited_on",
+    "named",
+    "opening_of",
+    "plain",
+    "request_of",
+    "wrapped",
+    "write_on",
+]
 
 REQUEST, RESPONSE = "slowapi_request", "slowapi_response"
 """
@@ -114,6 +125,7 @@ class Limited:
     async def asks(self, call: Call, arguments: Mapping[str, Any], now: float) -> list[LimitAsk]:
         """What *call* is counted by; nothing where it is exempt, or the limiter is not enabled."""
         asking = self._asking(call, arguments)
+        asking.asked = True
         limiter, request = self.limiter, asking.request
         if not (limiter.enabled and limiter._auto_check) or limiter.exempts(self.endpoint):
             return asking.count(call, ())
