@@ -247,6 +247,38 @@ def test_middleware_with_another_metering_than_the_limiters_is_refused() -> None
             assert len(scene.store.admissions) == 2
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_middleware_within_slowapis_counts_everything_or_nothing(is_shared: bool) -> None:
+    """Application limits are one count at decorated and other endpoints, in whatever order the middlewares stand."""
+    metering = Metering("memory://", sinks=())
+    limiter = adopt(
+        Limiter(key_func=get_remote_address, application_limits=["2/minute"]),
+        None if is_shared else Metering("memory://", sinks=()),
+    )
+    app = FastAPI()
+    app.add_middleware(MeteringMiddleware, metering=metering)
+    install(app, limiter)
+
+    @app.get("/t1")
+    @limiter.limit("9/minute")
+    async def endpoint() -> dict[str, int]:
+        return {}
+
+    @app.get("/t2")
+    async def default() -> dict[str, int]:
+        return {}
+
+    requests = [("GET", "/t2"), ("GET", "/t1"), ("GET", "/t2"), ("GET", "/t1")]
+    if is_shared:
+        assert codes(ask(app, *requests)) == [200, 200, 429, 429]
+        assert limiter.metering is metering
+    else:
+        with pytest.raises(ConfigurationError, match="another Metering"):
+            ask(app, ("GET", "/t2"))
+        with pytest.raises(ConfigurationError, match="another Metering"), TestClient(app):
+            raise AssertionError("started")
+
+
 def test_two_limiters_on_one_endpoint_are_one_admission() -> None:
     """Each tells its own handler of its own limit."""
     scene = Scene()

@@ -23,6 +23,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Match
 
+from asgi_metering.asgi.middleware import layers_of
 from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_metering.guards import Guard, Part, guard_of
 from asgi_metering.integrations.slowapi.asking import ASKING, Asking, LimitExceeded
@@ -70,6 +71,9 @@ def _looking(original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitabl
 
 async def limited(limiter: AdoptedLimiter, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     """Run *app* for a request, by the limits that its endpoint has without a decorator of *limiter*."""
+    for layer in layers_of(app):
+        # Further in than here: decorated endpoints count there.
+        limiter.share(layer.metering)
     if scope["type"] == "lifespan":
         try:
             await app(scope, receive, send)
