@@ -279,6 +279,32 @@ def test_middleware_within_slowapis_counts_everything_or_nothing(is_shared: bool
             raise AssertionError("started")
 
 
+def test_helper_that_has_a_price_is_not_passed_by() -> None:
+    """Behind our middleware a helper's limits alone are not asked for again; a price is never left out silently."""
+    scene = Scene()
+
+    @scene.limiter.limit("1/minute")
+    async def limited(request: Request) -> Response:
+        return PlainTextResponse("test")
+
+    @billable(1)
+    @scene.limiter.limit("1/minute")
+    async def paid(request: Request) -> Response:
+        return PlainTextResponse("test")
+
+    for path, helper in (("/limited", limited), ("/paid", paid)):
+
+        async def endpoint(request: Request, *, _helper: Any = helper) -> Any:
+            return await _helper(request)
+
+        scene.app.add_route(path, scene.limiter.limit("2/minute")(endpoint))
+
+    answers, _ = scene.play(*[("GET", "/limited")] * 3)
+    assert codes(answers) == [200, 200, 429]
+    with pytest.raises(ConfigurationError, match="inside a call that is metered"):
+        scene.play(("GET", "/paid"))
+
+
 def test_two_limiters_on_one_endpoint_are_one_admission() -> None:
     """Each tells its own handler of its own limit."""
     scene = Scene()

@@ -146,6 +146,13 @@ class Asking:
             asking = asking.outer
         return None
 
+    def covers(self, limited: Limited, request: HTTPConnection) -> bool:
+        """Whether a decorator of the same limiter, in which *limited* runs, has counted *request* already."""
+        is_same = self.limited.limiter is limited.limiter and self.request.scope is request.scope
+        if self.asked and is_same and self.limited.rules:
+            return True
+        return self.outer is not None and self.outer.covers(limited, request)
+
     def count(self, call: Call, counted: Sequence[Counted], fallback: Sequence[Counted] = ()) -> list[LimitAsk]:
         """Note what counts for *call*, and what does without the store; what to ask is returned."""
         self.counted, self._fallback = counted, fallback
