@@ -32,6 +32,7 @@ __all__ = [
     "QuotaCaptureMiddleware",
     "RateLimitMiddleware",
     "UsageEventsMiddleware",
+    "layers_of",
 ]
 
 log = logging.getLogger("asgi_metering")
@@ -159,7 +160,7 @@ class MeteringMiddleware:
         with self._proving:
             if self.fault is None and not self.proven:
                 try:
-                    layers = list(_layers(self))
+                    layers = list(layers_of(self))
                     check_stack(layers)
                     check_workers(self.metering.store)
                     examined(scope, layers)
@@ -218,7 +219,7 @@ class MeteringMiddleware:
         await Lifespan(self.app, self.metering, layers).run(scope, receive, send)
 
 
-def _layers(app: Any) -> Iterator[MeteringMiddleware]:
+def layers_of(app: Any) -> Iterator[MeteringMiddleware]:
     """The layers from *app* inwards, as far as middleware that keeps its app as ``app`` lets them be seen."""
     for _ in range(MAX_DEPTH):
         if app is None:

@@ -7,6 +7,7 @@ A test that fails on slowapi's side says that slowapi has mended it, and the tab
 from __future__ import annotations
 
 import asyncio
+import inspect
 import re
 import threading
 from collections.abc import AsyncIterator
@@ -556,6 +557,28 @@ def test_head_counts_as_in_slowapi() -> None:
 
     slow, ours = both(build, ("HEAD", "/t1"), GET)
     assert told(slow) == told(ours) == [200, 429]
+
+
+@pytest.mark.parametrize("is_sync", [False, True])
+def test_decorated_helper_of_a_decorated_endpoint_counts_as_in_slowapi(is_sync: bool) -> None:
+    """One that a limited endpoint calls is not counted again, and one that any other endpoint calls is."""
+
+    def build(app: Any, limiter: Any) -> None:
+        help_out = limiter.limit("1/minute")(text if is_sync else fresh())
+
+        async def calling(request: Request) -> Response:
+            helped = help_out(request)
+            return await helped if inspect.isawaitable(helped) else helped
+
+        async def other(request: Request) -> Response:
+            return await calling(request)
+
+        app.add_route("/t1", limiter.limit("2/minute")(calling))
+        app.add_route("/t2", other)
+
+    slow, ours = both(build, *[GET] * 3, *[("GET", "/t2")] * 2, headers_enabled=True)
+    assert told(slow) == told(ours) == [200, 200, 429, 200, 429]
+    assert [each.headers["x-ratelimit-limit"] for each in ours[:3]] == ["2", "2", "2"]
 
 
 def test_table_in_the_package_names_a_test_for_each_difference() -> None:

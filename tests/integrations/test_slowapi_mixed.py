@@ -8,10 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from slowapi import Limiter
 from slowapi.errors import RateLimitExceeded
 from slowapi.util import get_remote_address
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.testclient import TestClient, WebSocketDenialResponse
@@ -167,6 +169,51 @@ def test_default_limits_join_the_admission_of_our_decorators(inside: str) -> Non
     assert len(guard.policy.rates) == 1
 
 
+@pytest.mark.parametrize("is_outermost", [False, True])
+def test_default_limits_count_what_never_reaches_a_gate_of_ours(is_outermost: bool) -> None:
+    """A dependency that fails, arguments that are none, and HEAD: our decorators are no way around default limits."""
+    scene = Scene(inside="asgi", middleware=not is_outermost, default_limits=["1/minute"])
+    if is_outermost:
+        scene.app.user_middleware.append(Middleware(MeteringMiddleware, metering=scene.metering))
+
+    def deny() -> None:
+        raise HTTPException(401)
+
+    def fail() -> None:
+        raise LookupError("nobody answers this one")
+
+    for path, depends in (("/denied", [Depends(deny)]), ("/failing", [Depends(fail)]), ("/typed", [])):
+
+        @scene.app.api_route(path, methods=["GET", "HEAD"], dependencies=depends)
+        @rate_limited("9/minute")
+        async def endpoint(n: int = 0) -> dict[str, int]:
+            return {}
+
+    answers, _ = scene.play(*[("GET", "/denied")] * 2, *[("GET", "/typed?n=x")] * 2)
+    assert codes(answers) == [401, 429, 422, 429]
+    assert answers[1].json() == {"error": "Rate limit exceeded: 1 per 1 minute"}
+    with pytest.raises(LookupError):
+        ask(scene.app, ("GET", "/failing"))
+    assert codes(ask(scene.app, ("GET", "/failing"))) == [429]
+    scene.limiter.reset()
+    assert codes(ask(scene.app, ("HEAD", "/typed"), ("HEAD", "/typed"), ("GET", "/typed"))) == [200, 429, 429]
+
+
+@pytest.mark.parametrize("is_outermost", [False, True])
+def test_generator_of_ours_is_counted_once_by_default_limits(is_outermost: bool) -> None:
+    """Its gate asks at the first byte, and nobody does so a second time."""
+    scene = Scene(inside="asgi", middleware=not is_outermost, default_limits=["2/minute"])
+    if is_outermost:
+        scene.app.user_middleware.append(Middleware(MeteringMiddleware, metering=scene.metering))
+
+    @scene.app.get("/t1")
+    @rate_limited("9/minute")
+    async def endpoint() -> AsyncIterator[dict[str, int]]:
+        yield {"x": 1}
+
+    assert codes(scene.play(*[("GET", "/t1")] * 3)[0]) == [200, 200, 429]
+
+
 def test_billable_without_our_middleware_lets_nobody_in() -> None:
     """A price that nobody could charge is refused, and not run for free under a limit alone."""
     scene = Scene(middleware=False)
@@ -198,6 +245,64 @@ def test_middleware_with_another_metering_than_the_limiters_is_refused() -> None
         else:
             assert codes(scene.play(*[("GET", "/t1")] * 2)[0]) == [200, 429]
             assert len(scene.store.admissions) == 2
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_middleware_within_slowapis_counts_everything_or_nothing(is_shared: bool) -> None:
+    """Application limits are one count at decorated and other endpoints, in whatever order the middlewares stand."""
+    metering = Metering("memory://", sinks=())
+    limiter = adopt(
+        Limiter(key_func=get_remote_address, application_limits=["2/minute"]),
+        None if is_shared else Metering("memory://", sinks=()),
+    )
+    app = FastAPI()
+    app.add_middleware(MeteringMiddleware, metering=metering)
+    install(app, limiter)
+
+    @app.get("/t1")
+    @limiter.limit("9/minute")
+    async def endpoint() -> dict[str, int]:
+        return {}
+
+    @app.get("/t2")
+    async def default() -> dict[str, int]:
+        return {}
+
+    requests = [("GET", "/t2"), ("GET", "/t1"), ("GET", "/t2"), ("GET", "/t1")]
+    if is_shared:
+        assert codes(ask(app, *requests)) == [200, 200, 429, 429]
+        assert limiter.metering is metering
+    else:
+        with pytest.raises(ConfigurationError, match="another Metering"):
+            ask(app, ("GET", "/t2"))
+        with pytest.raises(ConfigurationError, match="another Metering"), TestClient(app):
+            raise AssertionError("started")
+
+
+def test_helper_that_has_a_price_is_not_passed_by() -> None:
+    """Behind our middleware a helper's limits alone are not asked for again; a price is never left out silently."""
+    scene = Scene()
+
+    @scene.limiter.limit("1/minute")
+    async def limited(request: Request) -> Response:
+        return PlainTextResponse("test")
+
+    @billable(1)
+    @scene.limiter.limit("1/minute")
+    async def paid(request: Request) -> Response:
+        return PlainTextResponse("test")
+
+    for path, helper in (("/limited", limited), ("/paid", paid)):
+
+        async def endpoint(request: Request, *, _helper: Any = helper) -> Any:
+            return await _helper(request)
+
+        scene.app.add_route(path, scene.limiter.limit("2/minute")(endpoint))
+
+    answers, _ = scene.play(*[("GET", "/limited")] * 3)
+    assert codes(answers) == [200, 200, 429]
+    with pytest.raises(ConfigurationError, match="inside a call that is metered"):
+        scene.play(("GET", "/paid"))
 
 
 def test_two_limiters_on_one_endpoint_are_one_admission() -> None:

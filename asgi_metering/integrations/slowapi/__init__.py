@@ -95,7 +95,7 @@ def adopt(limiter: Limiter, metering: Metering | None = None, *, app: Any = None
 
     Args:
         limiter: Of slowapi, or of a class of yours below it.
-        metering: Counts; the one of the `MeteringMiddleware` in front, if there is one. By default a metering of
+        metering: Counts; the one of the `MeteringMiddleware`, if there is one. By default a metering of
             rates alone, at the limiter's own ``storage_uri``.
         app: A Starlette or FastAPI application whose endpoints were decorated already. They keep their ``request``
             parameter then.

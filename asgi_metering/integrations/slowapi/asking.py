@@ -120,16 +120,18 @@ class Asking:
         opening: In which its call is; None as long as that is not known.
 
     Attributes:
+        asked: Somebody has begun to find out what counts.
         counted: What counts.
         shown: What the client may see; None where nothing counts.
     """
 
-    __slots__ = ("_fallback", "counted", "limited", "opening", "outer", "request", "shown")
+    __slots__ = ("_fallback", "asked", "counted", "limited", "opening", "outer", "request", "shown")
 
     def __init__(
         self, limited: Limited, request: HTTPConnection, outer: Asking | None = None, opening: Opening | None = None
     ) -> None:
         self.limited, self.request, self.outer, self.opening = limited, request, outer, opening
+        self.asked = False
         self.counted: Sequence[Counted] = ()
         self._fallback: Sequence[Counted] = ()
         self.shown: Shown | None = None
@@ -143,6 +145,13 @@ class Asking:
                 return asking
             asking = asking.outer
         return None
+
+    def covers(self, limited: Limited, request: HTTPConnection) -> bool:
+        """Whether a decorator of the same limiter, in which *limited* runs, has counted *request* already."""
+        is_same = self.limited.limiter is limited.limiter and self.request.scope is request.scope
+        if self.asked and is_same and self.limited.rules:
+            return True
+        return self.outer is not None and self.outer.covers(limited, request)
 
     def count(self, call: Call, counted: Sequence[Counted], fallback: Sequence[Counted] = ()) -> list[LimitAsk]:
         """Note what counts for *call*, and what does without the store; what to ask is returned."""

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
@@ -18,7 +19,7 @@ from starlette.responses import Response
 from asgi_metering.call import Call, CallRefused
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import NoCallError
-from asgi_metering.guards import NO_ARGUMENTS, Part, guard_of
+from asgi_metering.guards import NO_ARGUMENTS, Guard, Part, guard_of
 from asgi_metering.integrations.slowapi.asking import ASKING, Alone, Asking, LimitExceeded
 from asgi_metering.integrations.slowapi.rules import SCOPE, Counted, Rule, counted, driven, method_of, static_texts
 from asgi_metering.opening import CURRENT, SCOPE_KEY, Opening
@@ -28,7 +29,18 @@ from asgi_metering.rules.operations import LimitAsk
 if TYPE_CHECKING:
     from asgi_metering.integrations.slowapi.limiter import AdoptedLimiter
 
-__all__ = ["LIMITED", "Limited", "limited_on", "named", "opening_of", "plain", "request_of", "wrapped", "write_on"]
+__all__ = [
+    "COUNTED_THOUGH_FREE",
+    "LIMITED",
+    "Limited",
+    "limited_on",
+    "named",
+    "opening_of",
+    "plain",
+    "request_of",
+    "wrapped",
+    "write_on",
+]
 
 REQUEST, RESPONSE = "slowapi_request", "slowapi_response"
 """
@@ -114,6 +126,7 @@ class Limited:
     async def asks(self, call: Call, arguments: Mapping[str, Any], now: float) -> list[LimitAsk]:
         """What *call* is counted by; nothing where it is exempt, or the limiter is not enabled."""
         asking = self._asking(call, arguments)
+        asking.asked = True
         limiter, request = self.limiter, asking.request
         if not (limiter.enabled and limiter._auto_check) or limiter.exempts(self.endpoint):
             return asking.count(call, ())
@@ -241,7 +254,11 @@ def wrapped(limited: Limited, endpoint: Callable[..., Any]) -> Callable[..., Any
         if request is None:
             # A WebSocket, or nothing at all: the guard says what is wrong with it.
             return await run(*args, **kwargs)
-        asking = Asking(limited, request, ASKING.get())
+        around = ASKING.get()
+        if around is not None and around.covers(limited, request) and _limits_alone(guard, limited):
+            # Called by an endpoint that was counted: once per request, as slowapi does.
+            return await _as_it_is(endpoint, args, kwargs)
+        asking = Asking(limited, request, around)
         token = ASKING.set(asking)
         try:
             result = await _run(asking, run, args, kwargs)
@@ -254,6 +271,19 @@ def wrapped(limited: Limited, endpoint: Callable[..., Any]) -> Callable[..., Any
     wrapper.__signature__ = _with(signature, added)  # type: ignore[attr-defined]
     write_on(wrapper, limited)
     return wrapper
+
+
+def _limits_alone(guard: Guard, limited: Limited) -> bool:
+    """Whether nothing but *limited* is written on the endpoint of *guard*: prices and other limits are asked for."""
+    policy = guard.policy
+    asked_for = policy.charge is not None or policy.upstreams
+    return not asked_for and all(rate.asker is limited for rate in policy.rates)
+
+
+async def _as_it_is(endpoint: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if inspect.iscoroutinefunction(endpoint):
+        return await endpoint(*args, **kwargs)
+    return await run_in_threadpool(endpoint, *args, **kwargs)
 
 
 async def _run(asking: Asking, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -147,13 +147,18 @@ class AdoptedLimiter(Limiter):
         self.check_shared(opening.metering)
         return opening.metering
 
+    def share(self, metering: Metering) -> None:
+        """Count everything in *metering*, that of a middleware, from now on; raises as `check_shared`."""
+        self.check_shared(metering)
+        self.metering, self._own_metering = metering, False
+
     def check_shared(self, metering: Metering) -> None:
         """
         Refuse counts that were meant to be elsewhere.
 
         Raises:
-            ConfigurationError: The middleware in front has another metering than the limiter was given, or than its
-                storage says.
+            ConfigurationError: The middleware has another metering than the limiter was given, or shares with
+                another application, or than its storage says.
         """
         if metering is not self.metering and not self._own_metering:
             raise ConfigurationError(

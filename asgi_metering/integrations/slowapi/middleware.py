@@ -23,10 +23,11 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Match
 
+from asgi_metering.asgi.middleware import layers_of
 from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_metering.guards import Guard, Part, guard_of
 from asgi_metering.integrations.slowapi.asking import ASKING, Asking, LimitExceeded
-from asgi_metering.integrations.slowapi.endpoints import LIMITED, Limited
+from asgi_metering.integrations.slowapi.endpoints import COUNTED_THOUGH_FREE, LIMITED, Limited, opening_of
 from asgi_metering.integrations.slowapi.headers import write_fields
 from asgi_metering.integrations.slowapi.limiter import AdoptedLimiter
 from asgi_metering.metering import Metering
@@ -70,6 +71,9 @@ def _looking(original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitabl
 
 async def limited(limiter: AdoptedLimiter, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     """Run *app* for a request, by the limits that its endpoint has without a decorator of *limiter*."""
+    for layer in layers_of(app):
+        # Further in than here: decorated endpoints count there.
+        limiter.share(layer.metering)
     if scope["type"] == "lifespan":
         try:
             await app(scope, receive, send)
@@ -93,7 +97,8 @@ async def limited(limiter: AdoptedLimiter, app: ASGIApp, scope: Scope, receive: 
     request = Request(scope, receive)
     asking = Asking(known, request, ASKING.get())
     guard = guard_of(endpoint)
-    if guard is None:
+    if guard is None or request.method in COUNTED_THOUGH_FREE:
+        # Whatever gate there may be asks for nothing then.
         try:
             await known.enforce(asking)
         except HTTPException as failure:
@@ -114,14 +119,69 @@ async def _stop(metering: Metering) -> None:
 
 
 async def _inside(asking: Asking, request: Request, app: ASGIApp, send: Send) -> None:
-    """Run *app*, whose gate asks for the limits as well, and answer a refusal by one of them."""
+    """
+    Run *app*, whose gate asks for the limits as well, and answer a refusal by one of them.
+
+    A request that never reaches the gate, as where a dependency fails before, is counted all the same.
+    """
+
+    def unasked(_: int | None) -> Asking | None:
+        return None if asking.asked or _asks_later(request.scope) else asking
+
     token = ASKING.set(asking)
     try:
-        await app(request.scope, request.receive, _showing(asking, send))
+        await _late(app, request, send, _showing(asking, send), unasked)
     except LimitExceeded as failure:
         await _answer(request, send, failure)
     finally:
         ASKING.reset(token)
+
+
+def _asks_later(scope: Scope) -> bool:
+    """Whether the gate of a generator asks at the first byte, further out than here."""
+    opening = opening_of(scope)
+    return opening is not None and opening.call is not None and opening.call.deferred
+
+
+async def _late(
+    app: ASGIApp, request: Request, send: Send, passing: Send, unasked: Callable[[int | None], Asking | None]
+) -> None:
+    """
+    Run *app*, and count what nobody has counted before it is heard: the response, or what was raised instead of one.
+
+    Args:
+        app: What answers *request*.
+        request: Whose refusal is answered by *send*, in the place of the response.
+        send: The server's.
+        passing: Where the messages of a response that is let through go.
+        unasked: Tells who has still to be asked for, by the response's status, or None for what was raised.
+    """
+    begun = refused = False
+
+    async def count(status: int | None) -> bool:
+        """Whether a limit has refused it, and that was answered."""
+        asking = unasked(status)
+        try:
+            if asking is not None:
+                await asking.limited.enforce(asking)
+        except HTTPException as failure:
+            await _answer(request, send, failure)
+            return True
+        return False
+
+    async def late(message: Message) -> None:
+        nonlocal begun, refused
+        if message["type"] == "http.response.start":
+            begun = True
+            refused = await count(message["status"])
+        if not refused:
+            await passing(message)
+
+    try:
+        await app(request.scope, request.receive, late)
+    except Exception:
+        if begun or not await count(None):
+            raise
 
 
 _writing = threading.Lock()
