@@ -196,7 +196,9 @@ class Exchange(Opening):
 
     def stays_free(self, scope: Mapping[str, Any] | None = None) -> bool:
         """As of `Opening`: by its method, which a middleware further in may have changed; what is not free stays so."""
-        self.free = self.free and (scope or self.scope)["method"] in FREE_METHODS
+        # Of one that is over nothing is left to look at: it stays what it was, and lets nobody in.
+        if not self.closed:
+            self.free = self.free and (scope or self.scope)["method"] in FREE_METHODS
         return self.free
 
     @property
