@@ -215,19 +215,27 @@ class Growth:
             self._lack(decision.refusal)
         return False
 
-    def _lack(self, refusal: Refusal) -> None:
-        """Nothing more can be held now. As long as the hold lasts somebody may still pay, or another call may end."""
+    @property
+    def _held_in_words(self) -> str:
+        return f"{self._call.unit.whole(self._call.held):f} {self._call.unit.name}"
+
+    def _note(self, refusal: Refusal, ended: str) -> None:
+        """Keep why nothing more can be held; *ended* says what came of it."""
         call = self._call
-        held = f"{call.unit.whole(call.held):f} {call.unit.name}"
-        told = f"The answer was cut off: it has used up the {held} that could be held for it."
+        told = f"{ended}: it has used up the {self._held_in_words} that could be held for it."
         # What it holds itself is of no help, whoever else lets go.
         others = max(0, (refusal.held or 0) - call.held)
         helps = refusal.transient and others > 0
         self.refusal = refusal._replace(required=self._step, held=others, transient=helps, detail=told)
-        if self.left > 0 or call.closed:
+
+    def _lack(self, refusal: Refusal) -> None:
+        """Nothing more can be held now. As long as the hold lasts somebody may still pay, or another call may end."""
+        self._note(refusal, "The answer was cut off")
+        if self.left > 0 or self._call.closed:
             return
         self.is_cut = self._over = True
-        log.info("Call %s has used up the %s that could be held for it, and is cut.", call.id, held)
+        call = self._call
+        log.info("Call %s has used up the %s that could be held for it, and is cut.", call.id, self._held_in_words)
         call.opening.cut()
 
     # -- the answer ----------------------------------------------------------------------------------------

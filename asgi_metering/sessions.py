@@ -125,12 +125,7 @@ class SessionGrowth(Growth):
 
     def _lack(self, refusal: Refusal) -> None:
         """Nothing more can be held now. What is held is still the session's, to its last message or second."""
-        call = self._call
-        held = f"{call.unit.whole(call.held):f} {call.unit.name}"
-        told = f"The session was closed: it has used up the {held} that could be held for it."
-        others = max(0, (refusal.held or 0) - call.held)
-        helps = refusal.transient and others > 0
-        self.refusal = refusal._replace(required=self._step, held=others, transient=helps, detail=told)
+        self._note(refusal, "The session was closed")
 
     async def _covered(self, parts: int) -> bool:
         call = self._call

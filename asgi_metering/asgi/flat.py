@@ -8,7 +8,7 @@ a request whose route cannot be told is counted with all others of that kind. Ke
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from asgi_metering.runtime import BOOK_S
 if TYPE_CHECKING:
     from asgi_metering.asgi.answers import AnswerOptions
 
-__all__ = ["FlatLimits", "FlatOpening", "counted", "counted_session", "rates_of"]
+__all__ = ["FlatLimits", "FlatOpening", "counted", "counted_session", "rates_of", "run_unless"]
 
 OFFERED = ("scope", "request")
 """What callables of these limits may ask for, besides ``call``: nothing of a body, which is not read yet."""
@@ -304,6 +304,41 @@ async def _over(opening: Opening, call: Call) -> None:
     opening.let_go()
 
 
+async def run_unless(
+    refuses: Callable[[], Awaitable[bool]], app: ASGIApp, channel: tuple[Scope, Receive, Send]
+) -> None:
+    """
+    Run *app*, whose answer gives way to a refusal.
+
+    Args:
+        refuses: Asked once, before the response begins or where the app raises: whether it has answered the request.
+        app: What it says is passed on until then, and no more where it was answered.
+        channel: Scope, ``receive`` and ``send`` of the app.
+    """
+    scope, receive, send = channel
+    asked = answered = False
+
+    async def ask() -> None:
+        nonlocal asked, answered
+        asked = True
+        answered = await refuses()
+
+    async def send_(message: Message) -> None:
+        if not asked and message["type"] == "http.response.start":
+            await ask()
+        if not answered:
+            await send(message)
+
+    try:
+        await app(scope, receive, send_)
+    except Exception:
+        # Answered further out, for all that is known here; whoever is refused hears that instead.
+        if not asked:
+            await ask()
+        if not answered:
+            raise
+
+
 class _Checked:
     """
     An app whose route was told to need no default limit, and which is held to it.
@@ -325,27 +360,10 @@ class _Checked:
         self._row, self._depth = row, depth
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asked = answered = False
+        async def refuses() -> bool:
+            return not self._is_right(scope) and await self._refuses(send)
 
-        async def ask() -> None:
-            nonlocal asked, answered
-            asked = True
-            answered = not self._is_right(scope) and await self._refuses(send)
-
-        async def send_(message: Message) -> None:
-            if not asked and message["type"] == "http.response.start":
-                await ask()
-            if not answered:
-                await send(message)
-
-        try:
-            await self._app(scope, receive, send_)
-        except Exception:
-            # Answered further out, for all that is known here; whoever is refused hears that instead.
-            if not asked:
-                await ask()
-            if not answered:
-                raise
+        await run_unless(refuses, self._app, (scope, receive, send))
 
     def _is_right(self, scope: Scope) -> bool:
         call = self._exchange.call

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from asgi_metering.asgi.exchange import Exchange
-from asgi_metering.asgi.flat import FlatLimits, counted
-from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
+from asgi_metering.asgi.flat import FlatLimits, counted, run_unless
+from asgi_metering.asgi.types import ASGIApp, Receive, Scope, Send
 
 if TYPE_CHECKING:
     from asgi_metering.asgi.answers import AnswerOptions
@@ -37,27 +37,11 @@ class Overridden:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the app; what it answers gives way to a refusal."""
-        asked = answered = False
 
-        async def ask() -> None:
-            nonlocal asked, answered
-            asked = True
-            answered = not self._exchange.stays_free() and not await self._lets((scope, receive, send))
+        async def refuses() -> bool:
+            return not self._exchange.stays_free() and not await self._lets((scope, receive, send))
 
-        async def send_(message: Message) -> None:
-            if not asked and message["type"] == "http.response.start":
-                await ask()
-            if not answered:
-                await send(message)
-
-        try:
-            await self._app(scope, receive, send_)
-        except Exception:
-            # As of a route that was trusted: whoever is refused hears that, and not what became of the app.
-            if not asked:
-                await ask()
-            if not answered:
-                raise
+        await run_unless(refuses, self._app, (scope, receive, send))
 
     async def _lets(self, channel: tuple[Scope, Receive, Send]) -> bool:
         """Count the request, by its route of now; False where it was answered with a refusal."""

@@ -549,7 +549,7 @@ class Session(Opening):
             await booked(call, runtime)
 
     def let_go(self) -> None:
-        """Forget what refers to this session in turn, such as the scope that it stands in."""
+        """Forget what refers to this connection in turn, such as the scope that it stands in."""
         if not self.closed:
             return
         self.scope, self._origin = _OVER, None

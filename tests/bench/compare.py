@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 from redis import Redis
 
 from tests.bench.drive import Subject, Work, measure, ratios, table
-from tests.bench.peers import BARE, MEMORY, PEERS, Peer, asked, judge, opened, scope
-from tests.bench.subjects import PLENTY, TURN
+from tests.bench.peers import BARE, MEMORY, PEERS, Peer, asked, judge, opened
+from tests.bench.subjects import PLENTY, TURN, scope
 from tests.harness.valkey import valkey
 
 CALLERS = (1, 64)

@@ -38,7 +38,7 @@ from throttled.asyncio import Throttled, per_duration
 
 from asgi_metering import Caller, Metering, MeteringMiddleware, billable, rate_limited
 from asgi_metering.events.sinks import CallbackSink
-from tests.bench.subjects import PLENTY, forget
+from tests.bench.subjects import PLENTY, forget, scope
 
 __all__ = ["BARE", "MEMORY", "PEERS", "Peer", "Verdict", "judge", "opened"]
 
@@ -388,22 +388,3 @@ async def asked(app: Any, path: str, key: str) -> list[dict[str, Any]]:
 
     await app(scope(path, key), receive, send)
     return sent
-
-
-def scope(path: str, key: str) -> dict[str, Any]:
-    """One GET request."""
-    return {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "method": "GET",
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": b"",
-        "root_path": "",
-        "headers": [(b"host", b"bench"), (KEY.encode(), key.encode())],
-        "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 80),
-        "state": {},
-    }

@@ -43,7 +43,7 @@ def requests_to(app: Any, path: str) -> Work:
             return None
 
         for number in range(count):
-            await app(_scope(path), receive, send)
+            await app(scope(path), receive, send)
             if number % TURN == 0:
                 # A server's loop turns too; what runs off the path runs here, inside the time that is taken.
                 await asyncio.sleep(0)
@@ -52,7 +52,8 @@ def requests_to(app: Any, path: str) -> Work:
     return work
 
 
-def _scope(path: str) -> dict[str, Any]:
+def scope(path: str, key: str = "payer-1") -> dict[str, Any]:
+    """One GET request of the caller *key*."""
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -63,7 +64,7 @@ def _scope(path: str) -> dict[str, Any]:
         "raw_path": path.encode(),
         "query_string": b"",
         "root_path": "",
-        "headers": [(b"host", b"bench"), (b"x-key", b"payer-1")],
+        "headers": [(b"host", b"bench"), (b"x-key", key.encode())],
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 80),
         "state": {},
