@@ -13,10 +13,10 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from asgi_metering import Caller, Metering, MeteringMiddleware
+from asgi_metering import Caller, Metering, MeteringMiddleware, current_call
 from asgi_metering.errors import StoreUnavailableError
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.receipts import Entry, EntryKind
@@ -28,7 +28,7 @@ from tests.harness.drive import lifespan
 from tests.harness.sockets import Socket
 from tests.pitfalls.scene import Books
 
-__all__ = ["CREDIT", "Hours", "Served", "Slow", "echo", "play", "served", "who"]
+__all__ = ["CREDIT", "Hours", "Served", "Slow", "denies", "echo", "obedient", "play", "says_nothing", "served", "who"]
 
 CREDIT = 1_000_000
 
@@ -163,3 +163,41 @@ class Slow(Books):
         if self.down and isinstance(operation, Admit | Grow):
             raise StoreUnavailableError("The store is down.")
         return super().run_now(operation)
+
+
+def obedient(*decorators: Any) -> Any:
+    """An endpoint that does what it is told."""
+
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        while True:
+            text = await websocket.receive_text()
+            if text == "return":
+                return
+            if text == "close":
+                await websocket.close(4000)
+                return
+            if text == "1011":
+                await websocket.close(1011)
+                return
+            if text == "raise":
+                raise ValueError("no JSON")
+            if text == "fail":
+                current_call().fail("overloaded")
+                return
+            await websocket.send_text(text)
+
+    for decorate in reversed(decorators):
+        talk = decorate(talk)
+    return talk
+
+
+async def denies(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application's own denial response."""
+    await receive()
+    await send({"type": "websocket.http.response.start", "status": 404, "headers": []})
+    await send({"type": "websocket.http.response.body", "body": b"no such room"})
+
+
+async def says_nothing(scope: Scope, receive: Receive, send: Send) -> None:
+    """Neither."""

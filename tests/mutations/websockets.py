@@ -44,7 +44,7 @@ MUTATIONS = (
         WEBSOCKET,
         "message = self._kept[0] if self._kept else await self._next(call)\n",
         "message = await self._next(call)\n",
-        _session("test_keep_a_message_whose_reader_gave_up"),
+        ("tests/asgi/test_websocket_limits.py::test_keep_a_message_whose_reader_gave_up",),
     ),
     Mutation(
         19,
@@ -76,7 +76,7 @@ MUTATIONS = (
         HEARTBEATS,
         " and not call.opening.is_session:\n",
         ":\n",
-        _end("test_keep_a_session_alive_for_hours"),
+        ("tests/asgi/test_websocket_lasting.py::test_keep_a_session_alive_for_hours",),
     ),
     Mutation(
         0,
