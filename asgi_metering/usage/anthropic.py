@@ -77,7 +77,9 @@ def _merge(notes: Notes, usage: Json) -> None:
         count = notes.count(value)
         if count is not None:
             notes.counts[name] = count
-    notes.usage = _normal(notes) or notes.usage
+    merged = _normal(notes)
+    if merged is not None:
+        notes.usage = merged
 
 
 def _normal(notes: Notes) -> TokenUsage | None:
@@ -120,6 +122,8 @@ def _mark_seed(notes: Notes, usage: Json, *, seed: bool) -> None:
         notes.partial = notes.usage is not None
     elif usage.get("output_tokens") is not None:
         notes.partial = False
+    if notes.usage is not None:
+        notes.take(notes.usage)
 
 
 def _note_usage(notes: Notes, usage: Json) -> bool:

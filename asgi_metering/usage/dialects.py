@@ -1,36 +1,122 @@
 """
 The registry of dialects, and the detection of one by the shape of a payload.
 
-Knows which dialects there are and the order in which they are asked. Never knows their fields.
+Knows which dialects there are, the order in which they are asked, and what they have in common to look for. Never
+knows their fields.
 """
 
 from __future__ import annotations
 
+import re
+import threading
+from re import Pattern
 from typing import Final
 
 from asgi_metering.errors import ConfigurationError
-from asgi_metering.usage import anthropic, gemini, ollama, openai
+from asgi_metering.usage import anthropic, bedrock, cohere, gemini, ollama, openai, vercel
 from asgi_metering.usage.notes import Dialect, Json, as_object
-from asgi_metering.usage.skim import Marks
+from asgi_metering.usage.skim import LEAST, MOST, Marks, sieve
 
-__all__ = ["DIALECTS", "SHOWN", "detect", "detect_usage", "marks", "named"]
+__all__ = [
+    "COMMON",
+    "DIALECTS",
+    "ERROR",
+    "Sieves",
+    "detect",
+    "detect_usage",
+    "marks",
+    "named",
+    "register_dialect",
+    "sieves",
+]
 
 DIALECTS: Final = {
     dialect.name: dialect
-    for dialect in (openai.CHAT, openai.RESPONSES, anthropic.MESSAGES, gemini.GENERATE, ollama.CHAT)
+    for dialect in (
+        openai.CHAT,
+        openai.RESPONSES,
+        bedrock.CONVERSE,
+        anthropic.MESSAGES,
+        gemini.GENERATE,
+        ollama.CHAT,
+        cohere.CHAT,
+        vercel.DATA,
+        vercel.UI,
+    )
 }
 """
 Every dialect by name, in the order of detection.
 
 Responses comes before Anthropic: a bare usage with ``input_tokens`` and a total is inclusive, without one the two
-shapes count the same, unless Anthropic's cache fields are there (exclusive).
+shapes count the same, unless Anthropic's cache fields are there (exclusive). Bedrock does as well: its last chunk may
+be an event of Anthropic's with metrics beside it.
 """
 
 
-SHOWN: Final = Marks(
-    ["object", "type", "usage", "usageMetadata", "modelVersion", "prompt_eval_count", "model"],
-)
-"""A payload without any of these is nobody's: `detect` finds none for it, unless its names are written with escapes."""
+COMMON: Final = ("object", "type", "usage", "usageMetadata", "modelVersion", "prompt_eval_count", "model")
+"""Names by which the payloads of most dialects show themselves."""
+
+ERROR: Final = Marks(["error"])
+"""What shows an error in every dialect."""
+
+
+class Sieves:
+    """
+    What is searched for in the bytes, made once out of all dialects.
+
+    Attributes:
+        introducing: What may show a dialect: a payload without it is nobody's, unless its names are written with
+            escapes.
+        named: By dialect, what may change its notes.
+        any: What may change anybody's.
+        usage_key: The fields that hold usage objects, before one.
+    """
+
+    __slots__ = ("any", "introducing", "named", "usage_key")
+
+    def __init__(self, dialects: dict[str, Dialect]) -> None:
+        every = dialects.values()
+        own = [name for dialect in every for name in dialect.shows]
+        self.introducing: Pattern[bytes] = sieve(Marks({*COMMON, *own}), ERROR)
+        self.named = {dialect.name: sieve(dialect.telling, ERROR) for dialect in every}
+        self.any: Pattern[bytes] = sieve(*(dialect.telling for dialect in every))
+        keys = "|".join(sorted({re.escape(dialect.usage_key) for dialect in every}))
+        self.usage_key: Pattern[str] = re.compile(rf'"(?:{keys})"\s*:\s*(?=\{{)')
+
+
+_SIEVES: list[Sieves] = [Sieves(DIALECTS)]
+_REGISTERING: Final = threading.Lock()
+
+
+def sieves() -> Sieves:
+    """Return what is searched for now."""
+    return _SIEVES[-1]
+
+
+def register_dialect(dialect: Dialect) -> None:
+    """
+    Add a dialect of your own, which is found by its shape from now on, and by its name in ``billable(usage=...)``.
+
+    It is asked before those that come with the package. Call it while modules are imported: a body that is being read
+    may not see it. Again with the same dialect changes nothing.
+
+    Raises:
+        ConfigurationError: There is another one of that name, or a name that it is found by is too short or too long.
+    """
+    for name in (*dialect.telling.names, *dialect.telling.fields, *dialect.shows):
+        if not LEAST <= len(name) <= MOST:
+            raise ConfigurationError(
+                f"The name {name!r} of usage dialect {dialect.name!r} cannot be searched for. Use one of {LEAST} to "
+                f"{MOST} letters."
+            )
+    with _REGISTERING:
+        if DIALECTS.get(dialect.name, dialect) is not dialect:
+            raise ConfigurationError(f"There is a usage dialect {dialect.name!r} already. Choose another name.")
+        others = {name: known for name, known in DIALECTS.items() if name != dialect.name}
+        made = Sieves({dialect.name: dialect, **others})
+        DIALECTS.clear()
+        DIALECTS.update({dialect.name: dialect, **others})
+        _SIEVES[:] = [made]
 
 
 def named(name: str) -> Dialect:

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from functools import lru_cache
+from itertools import repeat
+from operator import attrgetter, call, itemgetter
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
@@ -106,39 +110,9 @@ class UsageEvent:
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self._is_ordinary():
+        if not (_are_ordinary(_OWN_VALUES(self)) and type(self.usage) in _USAGE and _are_plain(self.attributes)):
             self._check_each()
         object.__setattr__(self, "attributes", MappingProxyType(dict(self.attributes)))
-
-    def _is_ordinary(self) -> bool:
-        """Whether every field is exactly of its type: most are, and to ask so costs a tenth of finding out why not."""
-        return (
-            type(self.id) is type(self.line) is type(self.payer) is type(self.unit) is str
-            and type(self.outcome) is type(self.basis) is str
-            and type(self.caller) in _TEXT
-            and type(self.caller_type) in _TEXT
-            and type(self.usage_source) in _TEXT
-            and type(self.model) in _TEXT
-            and type(self.provider) in _TEXT
-            and type(self.reason) in _TEXT
-            and type(self.request_id) in _TEXT
-            and type(self.session_id) in _TEXT
-            and type(self.amount) is type(self.held) is int
-            and -MAX_AMOUNT <= self.amount <= MAX_AMOUNT
-            and -MAX_AMOUNT <= self.held <= MAX_AMOUNT
-            and type(self.started_at) is type(self.ended_at) is float
-            and math.isfinite(self.started_at)
-            and math.isfinite(self.ended_at)
-            and (self.usage is None or type(self.usage) is TokenUsage)
-            and type(self.estimated) is bool
-            and (self.status is None or type(self.status) is int)
-            and (self.trace_id is self.span_id is self.trace_flags is None or self._is_traced())
-            and type(self.attributes) is dict
-            and not self.attributes
-        )
-
-    def _is_traced(self) -> bool:
-        return all(_is_hex(getattr(self, name), digits) for name, digits in _TRACE.items())
 
     def _check_each(self) -> None:
         for name in _REQUIRED_TEXT:
@@ -204,35 +178,82 @@ _FIELDS: Final = tuple(one.name for one in fields(UsageEvent))
 _REQUIRED: Final = frozenset({*_REQUIRED_TEXT, "amount", "started_at", "ended_at"})
 _TEXT: Final = frozenset({str, type(None)})
 
-_NONE_STORED: Final[dict[str, AttributeValue]] = {}
-_NO_ATTRIBUTES: Final[Mapping[str, AttributeValue]] = MappingProxyType(_NONE_STORED)
-_PUT: Final[Mapping[str, Callable[[UsageEvent, Any], None]]] = {
-    name: getattr(UsageEvent, name).__set__ for name in _FIELDS
+_USAGE: Final = frozenset({TokenUsage, type(None)})
+_PLAIN: Final = frozenset({str, int, bool})
+_NAMES: Final = {str}
+_UNTRACED: Final = (None, None, None)
+
+_NO_ATTRIBUTES: Final[Mapping[str, AttributeValue]] = MappingProxyType({})
+_ABSENT: Final[dict[str, Any]] = {
+    one.name: None if one.default is MISSING else one.default for one in fields(UsageEvent)
 }
-_put_usage, _put_attributes = _PUT["usage"], _PUT["attributes"]
-_SLOTS: Final = tuple(
-    (one.name, _PUT[one.name], None if one.default is MISSING else one.default)
-    for one in fields(UsageEvent)
-    if one.name not in ("usage", "attributes")
+"""What each field is where it was not stored: nothing that is needed may be None."""
+_ABSENT["attributes"] = {}
+
+_ORDINARY: Final = tuple(name for name in _FIELDS if name not in ("usage", "attributes"))
+_OWN_VALUES: Final[Callable[[UsageEvent], tuple[Any, ...]]] = attrgetter(*_ORDINARY)
+_STORED_VALUES: Final[Callable[[Mapping[str, Any]], tuple[Any, ...]]] = itemgetter(*_ORDINARY)
+_NUMBERS: Final[Callable[[tuple[Any, ...]], tuple[Any, ...]]] = itemgetter(
+    *map(_ORDINARY.index, ("amount", "held", "started_at", "ended_at"))
 )
-"""Where each field is kept, and what it is where it was not stored: nothing that is needed may be None."""
+_TRACES: Final[Callable[[tuple[Any, ...]], tuple[Any, ...]]] = itemgetter(*map(_ORDINARY.index, _TRACE))
+_PUT: Final = tuple(getattr(UsageEvent, name).__set__ for name in _ORDINARY)
+_put_usage: Final[Callable[[UsageEvent, Any], None]] = getattr(UsageEvent, "usage").__set__  # noqa: B009 -- a slot
+_put_attributes: Final[Callable[[UsageEvent, Any], None]] = getattr(UsageEvent, "attributes").__set__  # noqa: B009
+_TYPES: Final = {
+    **dict.fromkeys(_REQUIRED_TEXT, frozenset({str})),
+    **dict.fromkeys(("amount", "held"), frozenset({int})),
+    **dict.fromkeys(("started_at", "ended_at"), frozenset({float})),
+    "estimated": frozenset({bool}),
+    "status": frozenset({int, type(None)}),
+}
+"""The types of fields that are not text or None."""
+
+
+@lru_cache(maxsize=256)
+def _are_types(types: tuple[type, ...]) -> bool:
+    """Whether each field but usage and attributes is exactly of its type; which of them are None differs by route."""
+    return all(each in _TYPES.get(name, _TEXT) for name, each in zip(_ORDINARY, types, strict=True))
+
+
+def _are_ordinary(values: tuple[Any, ...]) -> bool:
+    """Whether *values* are as they should be: nearly all are, and to ask so costs a tenth of finding out why not."""
+    if not _are_types(tuple(map(type, values))):
+        return False
+    amount, held, started_at, ended_at = _NUMBERS(values)
+    if not (-MAX_AMOUNT <= amount <= MAX_AMOUNT and -MAX_AMOUNT <= held <= MAX_AMOUNT):
+        return False
+    if not (math.isfinite(started_at) and math.isfinite(ended_at)):
+        return False
+    trace = _TRACES(values)
+    return trace == _UNTRACED or all(map(_is_hex, trace, _TRACE.values()))
+
+
+def _are_plain(attributes: Any) -> bool:
+    """Whether *attributes* are a dict of names to what an event may carry, and nothing that takes a closer look."""
+    return type(attributes) is dict and (
+        not attributes or (set(map(type, attributes)) == _NAMES and _PLAIN.issuperset(map(type, attributes.values())))
+    )
 
 
 def _ordinary(stored: Mapping[str, Any]) -> UsageEvent | None:
     """
     The event that was stored, if each of its fields is exactly of its type; every delivery reads one.
 
-    Put together by its slots: a frozen class sets each of its fields by a call that takes five times as long.
+    Put together by its slots, and in few steps: a frozen class sets each of its fields by a call of its own.
     """
-    event = object.__new__(UsageEvent)
-    value = stored.get
-    for name, put, absent in _SLOTS:
-        put(event, value(name, absent))
-    _put_usage(event, _usage(value("usage")))
-    _put_attributes(event, value("attributes", _NONE_STORED))
-    if not event._is_ordinary():
+    known = {**_ABSENT, **stored}
+    values = _STORED_VALUES(known)
+    attributes = known["attributes"]
+    if not _are_ordinary(values) or not _are_plain(attributes):
         return None
-    _put_attributes(event, _NO_ATTRIBUTES)
+    usage = _usage(known["usage"])
+    if type(usage) not in _USAGE:
+        return None
+    event = object.__new__(UsageEvent)
+    deque(map(call, _PUT, repeat(event), values), 0)
+    _put_usage(event, usage)
+    _put_attributes(event, MappingProxyType(dict(attributes)) if attributes else _NO_ATTRIBUTES)
     return event
 
 

@@ -21,7 +21,6 @@ __all__ = [
     "LineFrames",
     "Payload",
     "ProseFrames",
-    "SniffingFrames",
 ]
 
 MAX_PAYLOAD: Final = 1 << 20
@@ -311,62 +310,3 @@ class ProseFrames:
 
     def pending(self) -> None:
         """Nothing: less than a character waits."""
-
-
-_EVENT_STARTS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
-_JSON_STARTS: Final = (b"{", b"[")
-_SNIFFED: Final = 64
-"""Bytes that are kept of a body which has not shown yet what it is."""
-
-
-class SniffingFrames:
-    """
-    Decides by the first bytes, where the response names no content type, or only ``text/plain``.
-
-    Args:
-        prose: Return what shows no format as text; without it that is not read.
-    """
-
-    __slots__ = ("_frames", "_prose", "_start")
-
-    def __init__(self, *, prose: bool = False) -> None:
-        self._start = b""
-        self._prose = prose
-        self._frames: Frames | None = None
-
-    @property
-    def ends(self) -> tuple[bytes, ...]:
-        """Those of the chosen frames."""
-        return self._frames.ends if self._frames is not None else ()
-
-    @property
-    def between(self) -> bool:
-        """Whether the chosen frames are between payloads."""
-        return self._frames is not None and self._frames.between
-
-    def feed(self, chunk: bytes) -> list[Payload]:
-        """Pass the bytes on once it is clear to whom."""
-        if self._frames is None:
-            chunk = self._start + chunk
-            self._frames = self._sniff(chunk.removeprefix(codecs.BOM_UTF8).lstrip())
-            self._start = chunk[:_SNIFFED]
-        return self._frames.feed(chunk) if self._frames is not None else []
-
-    def _sniff(self, start: bytes) -> Frames | None:
-        if start.startswith(_EVENT_STARTS):
-            return EventFrames()
-        if start.startswith(_JSON_STARTS):
-            return BodyFrames()
-        undecided = any(mark.startswith(start) for mark in _EVENT_STARTS)
-        return ProseFrames() if self._prose and not undecided else None
-
-    def gap(self) -> list[Payload]:
-        """Pass the gap on; a body that has not shown itself before one never will."""
-        if self._frames is not None:
-            return self._frames.gap()
-        self._start = b"?"
-        return []
-
-    def pending(self) -> Payload | None:
-        """Return what the chosen frames hold."""
-        return self._frames.pending() if self._frames is not None else None

@@ -48,15 +48,25 @@ def _note_usage(notes: Notes, usage: Json) -> bool:
         if audio:
             notes.counts[name] = notes.count(audio[-1]) or 0
     counts = notes.counts
+    total, prompt = notes.count(usage.get("totalTokenCount")), notes.count(usage.get("promptTokenCount"))
+    # Of the same object alone: a total says nothing of what an earlier one counted.
+    notes.add_up(prompt, notes.count(usage.get("candidatesTokenCount")), total)
+    if total is not None and total == prompt:
+        # Zeros are left out, as where a prompt was blocked.
+        counts.setdefault("answer", 0)
     asked = notes.plus(counts.get("prompt"), counts.get("tools"))
     given = notes.plus(counts.get("answer"), counts.get("thoughts"))
+    voices = notes.plus(counts.get("promptTokensDetails"), counts.get("candidatesTokensDetails"))
     if asked is not None or given is not None:
-        notes.usage = TokenUsage(
-            input=asked,
-            output=given,
-            cached=notes.part(counts.get("cached"), asked),
-            reasoning=counts.get("thoughts"),
-            audio=notes.plus(counts.get("promptTokensDetails"), counts.get("candidatesTokensDetails")),
+        notes.take(
+            TokenUsage(
+                input=asked,
+                output=given,
+                cached=notes.part(counts.get("cached"), asked),
+                reasoning=counts.get("thoughts"),
+                audio=voices,
+                audio_output=counts.get("candidatesTokensDetails", 0) if voices else None,
+            )
         )
     return _claims_usage(usage)
 

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias
 
 from asgi_metering.errors import UsageError
 from asgi_metering.usage.skim import Marks
-from asgi_metering.usage.values import MAX_TOKENS, TokenUsage, UsageReport, read_count
+from asgi_metering.usage.values import MAX_TOKENS, REFUSING, UNREAD, TokenUsage, UsageReport, read_count
 
 __all__ = ["Dialect", "Json", "Notes", "as_object", "compact", "first", "objects"]
 
@@ -65,7 +65,8 @@ class Notes:
     The mutable state behind a `UsageReport`. One per exchange; a snapshot is taken from a `copy`.
 
     `counts` belongs to dialects that merge field by field; the others replace `usage` as a whole. `recognised` tells
-    that a payload was of the dialect, `introduced` counts those parsed before the dialect and the model were known.
+    that a payload was of the dialect, `introduced` counts those parsed before the dialect and the model were known, and
+    `peak` is the largest output that was reported: running totals never end below it.
     """
 
     dialect: Dialect | None = None
@@ -79,6 +80,7 @@ class Notes:
     partial: bool = False
     recognised: bool = False
     introduced: int = 0
+    peak: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     problems: dict[str, None] = field(default_factory=dict)
 
@@ -97,8 +99,16 @@ class Notes:
         An impossible one is not reported and flagged: the call then falls back to its policy, and is never charged
         an absurd amount.
         """
+        for value in values:
+            if value is not None:
+                break
+        else:
+            return None
+        if type(value) is int and 0 <= value <= MAX_TOKENS:
+            # What nearly every count is: some servers send four of them with each word.
+            return value
         try:
-            return read_count(first(*values))
+            return read_count(value)
         except UsageError:
             self.flag("invalid_count")
             return None
@@ -110,6 +120,22 @@ class Notes:
             self.flag("invalid_count")
             return None
         return sum(known) if known else None
+
+    def take(self, usage: TokenUsage) -> None:
+        """Let *usage* replace what was reported before: running totals, of which the last one counts."""
+        self.usage = usage
+        if usage.output is not None and not self.partial:
+            self.peak = max(self.peak, usage.output)
+
+    def add_up(self, asked: int | None, given: int | None, total: int | None) -> None:
+        """Flag a total that is less than its two sides."""
+        if total is not None and total < (asked or 0) + (given or 0):
+            self.flag("total_below_parts")
+
+    def inside(self, whole: int | None, *parts: int | None) -> None:
+        """Flag parts that lie beside each other in *whole* where together they are more."""
+        if whole is not None and sum(part for part in parts if part is not None) > whole:
+            self.flag("part_exceeds_whole")
 
     def part(self, part: int | None, whole: int | None) -> int | None:
         """Lower a part to its whole where a provider reports more, and flag it."""
@@ -144,10 +170,17 @@ class Notes:
     def report(self) -> UsageReport | None:
         """Freeze what is known; `None` when nothing was recognised (a dialect that was asked for is no sign)."""
         named = (self.usage, self.model, self.response_id, self.finish_reason, self.cost)
-        if all(value is None for value in named) and not self.error and not (self.complete and self.recognised):
+        unread = not UNREAD.isdisjoint(self.problems) or not REFUSING.isdisjoint(self.problems)
+        seen = self.error or unread or (self.complete and self.recognised)
+        if all(value is None for value in named) and not seen:
             return None
+        problems = self.problems
+        if self.usage is not None and not self.partial and (self.usage.output or 0) < self.peak:
+            problems = {**problems, "output_fell": None}
+        refused = not REFUSING.isdisjoint(problems)
         return UsageReport(
-            usage=self.usage,
+            usage=None if refused else self.usage,
+            doubted=self.usage if refused else None,
             model=self.model,
             response_id=self.response_id,
             dialect=self.dialect.name if self.dialect is not None else None,
@@ -156,7 +189,7 @@ class Notes:
             complete=self.complete,
             error=self.error,
             partial=self.partial,
-            problems=tuple(self.problems),
+            problems=tuple(problems),
         )
 
 
@@ -172,6 +205,9 @@ class Dialect:
     """
     How one family of APIs speaks. A new provider is one of these in its own module, and one sample.
 
+    `fields.dialect_of_fields` makes one out of names alone. Its functions see untrusted JSON: what they raise is not
+    caught.
+
     Args:
         name: What `UsageReport.dialect` says, and what overrides detection.
         claims: Whether a payload is of this family, by its own type marks (``object``, ``type``).
@@ -182,6 +218,8 @@ class Dialect:
         telling: A payload without any of these marks cannot change the notes, so it is not parsed. Errors need not be
             named.
         texty: A payload that this pattern does not find has no text.
+        shows: Names, at least three letters long, by which its payloads show themselves, beside those of the others
+            (`dialects.COMMON`): a payload without any of them is not looked at before the dialect is known.
         usage_key: The field that holds the usage object.
         trailing_model: A large body names its model behind its content (embeddings do).
     """
@@ -194,5 +232,6 @@ class Dialect:
     text: Callable[[Json], Iterator[str]]
     telling: Marks
     texty: Pattern[bytes]
+    shows: tuple[str, ...] = ()
     usage_key: str = "usage"
     trailing_model: bool = False

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from decimal import Context, Decimal
 from typing import Final
 
 from asgi_metering.usage.notes import Dialect, Json, Notes, as_object, first, objects
 from asgi_metering.usage.skim import Marks
 from asgi_metering.usage.values import TokenUsage
 
-__all__ = ["CHAT", "RESPONSES"]
+__all__ = ["CHAT", "RESPONSES", "reconcile"]
+
+_SUMS: Final = Context(prec=60, traps=[])
+"""Of untrusted numbers: a sum that is none is refused, and raises nothing."""
 
 TICKS_PER_USD: Final = 10**10
 """xAI's ``cost_in_usd_ticks``; the scale reproduces a captured bill exactly."""
@@ -69,7 +73,9 @@ def _counts(notes: Notes, usage: Json, *, total_is_input: bool) -> TokenUsage | 
         asked = total
     if asked is None and given is None:
         return None
-    given = _reconcile(notes, asked, given, reasoning, total)
+    given = reconcile(notes, asked, given, reasoning, total)
+    if given is None and total is None and total_is_input:
+        given = 0
     cached = notes.count(
         into.get("cached_tokens"),
         usage.get("cached_tokens"),
@@ -77,6 +83,9 @@ def _counts(notes: Notes, usage: Json, *, total_is_input: bool) -> TokenUsage | 
         usage.get("cache_read_input_tokens"),
     )
     written = notes.count(into.get("cache_write_tokens"), usage.get("cache_creation_input_tokens"))
+    notes.inside(asked, cached, written)
+    spoken = notes.count(out.get("audio_tokens"))
+    audio = notes.plus(notes.count(into.get("audio_tokens")), spoken)
     return TokenUsage(
         input=asked,
         output=given,
@@ -84,11 +93,12 @@ def _counts(notes: Notes, usage: Json, *, total_is_input: bool) -> TokenUsage | 
         cache_write=notes.part(written, asked),
         reasoning=notes.part(reasoning, given),
         # Modalities are not always subsets of the totals: never lowered to them.
-        audio=notes.plus(notes.count(into.get("audio_tokens")), notes.count(out.get("audio_tokens"))),
+        audio=audio,
+        audio_output=(spoken or 0) if audio else None,
     )
 
 
-def _reconcile(
+def reconcile(
     notes: Notes, asked: int | None, given: int | None, reasoning: int | None, total: int | None
 ) -> int | None:
     """Return the output, reasoning included: the provider's total tells whether it was."""
@@ -96,13 +106,31 @@ def _reconcile(
         return given
     if given is None:
         # Embeddings and rerankers have no output field; a chat without one stays unknown.
+        notes.add_up(asked, None, total)
         return 0 if total == asked else None
     if total == asked + given:
         return given
     if reasoning and total == asked + given + reasoning:
         return given + reasoning
-    notes.flag("total_mismatch")
+    notes.flag("total_below_parts" if total < asked + given else "total_mismatch")
     return given
+
+
+def _cost(usage: Json) -> object:
+    """
+    What a gateway says that an answer costs; None where it does not.
+
+    With a key of one's own (``is_byok``) OpenRouter's ``cost`` is its fee alone; what the key is charged is beside it.
+    """
+    cost = usage.get("cost")
+    if isinstance(cost, dict):
+        # Perplexity has an object here, whose fields nobody has confirmed.
+        return None
+    if usage.get("is_byok") is not True:
+        return cost
+    beside = as_object(usage.get("cost_details")).get("upstream_inference_cost")
+    numbers = [value for value in (cost, beside) if isinstance(value, int | Decimal) and not isinstance(value, bool)]
+    return _SUMS.add(*map(Decimal, numbers)) if len(numbers) == 2 else None
 
 
 def _take(notes: Notes, usage: object, *, total_is_input: bool = False) -> bool:
@@ -110,13 +138,12 @@ def _take(notes: Notes, usage: object, *, total_is_input: bool = False) -> bool:
     found = as_object(usage)
     if not found:
         return False
-    # Perplexity has an object here, whose fields nobody has confirmed.
-    notes.charge(None if isinstance(found.get("cost"), dict) else found.get("cost"))
+    notes.charge(_cost(found))
     notes.charge(found.get("cost_in_usd_ticks"), TICKS_PER_USD)
     counts = _counts(notes, found, total_is_input=total_is_input)
     if counts is None:
         return False
-    notes.usage = counts
+    notes.take(counts)
     return True
 
 

@@ -12,20 +12,12 @@ import re
 from decimal import Decimal
 from typing import Any, Final
 
-from asgi_metering.usage.dialects import DIALECTS, SHOWN, detect, detect_usage, marks, named
-from asgi_metering.usage.frames import (
-    MAX_PAYLOAD,
-    BodyFrames,
-    EventFrames,
-    Frames,
-    LineFrames,
-    Payload,
-    ProseFrames,
-    SniffingFrames,
-)
+from asgi_metering.usage.dialects import DIALECTS, ERROR, detect, detect_usage, marks, named, sieves
+from asgi_metering.usage.frames import MAX_PAYLOAD, Payload
 from asgi_metering.usage.inflate import Inflate
 from asgi_metering.usage.notes import Dialect, Json, Notes, objects
-from asgi_metering.usage.skim import MAX_LEAP, Marks, end_before, end_behind, find_mark, sieve
+from asgi_metering.usage.skim import MAX_LEAP, end_before, end_behind, find_mark
+from asgi_metering.usage.sniffing import SNIFFED, Media, SniffingFrames, media_of
 from asgi_metering.usage.texts import MAX_TEXT, Heard, Text, join, prose, words
 from asgi_metering.usage.values import UsageReport
 
@@ -37,51 +29,52 @@ INTRODUCTION: Final = 32
 MAX_CANDIDATES: Final = 8
 """Usage objects tried in a piece of a payload, from its end."""
 
-_LINES: Final = ("ndjson", "jsonl", "jsonlines", "json-lines", "json-seq", "stream+json")
-_PROSE: Final = ("xml", "yaml", "javascript")
+RUN: Final = 8
+"""Payloads with a mark in a row, after which the next ones are expected to have one: totals in every chunk, say."""
+
+DENSE: Final = 4_096
+"""Bytes that are then read without looking for marks first, which costs more than what it may pass over."""
+
 _DONE: Final = b"[DONE]"
 MAX_DONE: Final = 16
 """Bytes of an end mark with white space around it."""
 
-_ERROR: Final = Marks(["error"])
-_INTRODUCING: Final = sieve(SHOWN, _ERROR)
-_SIEVES: Final = {name: sieve(dialect.telling, _ERROR) for name, dialect in DIALECTS.items()}
-_ANY: Final = sieve(*(dialect.telling for dialect in DIALECTS.values()))
-_USAGE_KEY: Final = re.compile(
-    '"(?:' + "|".join(sorted({re.escape(dialect.usage_key) for dialect in DIALECTS.values()})) + r')"\s*:\s*(?=\{)'
-)
 _MODEL: Final = re.compile(r'"(?:model|modelVersion)"\s*:\s*"([^"\\]+)"')
 _ID: Final = re.compile(r'"(?:id|responseId)"\s*:\s*"([^"\\]+)"')
 _TYPE: Final = re.compile(r'"(?:object|type)"\s*:\s*"([^"\\]+)"')
 
 
-def _constant(_name: str) -> None:
-    """Read NaN and Infinity, which are not JSON, as null: nothing was reported."""
+_DECODER: Final = json.JSONDecoder(parse_float=Decimal, parse_constant=float)
+"""NaN and Infinity are not JSON, and reports hold them: as counts they are refused like any other nonsense."""
 
 
-_DECODER: Final = json.JSONDecoder(parse_float=Decimal, parse_constant=_constant)
+def _number(digits: str) -> Decimal | float:
+    try:
+        return Decimal(digits)
+    except ArithmeticError:
+        return float("nan")
+
+
+_PATIENT: Final = json.JSONDecoder(parse_float=_number, parse_int=_number, parse_constant=float)
+"""For numbers that Python reads no int or Decimal from: as counts they are refused, and not passed over as no JSON."""
 
 
 def _parse(data: bytes) -> Any:
     """Parse JSON from an untrusted source; `None` for what is none, or nested too deep, or has an endless number."""
+    text = data.decode("utf-8", "replace").removeprefix("\ufeff")
     try:
-        return _DECODER.decode(data.decode("utf-8", "replace").removeprefix("\ufeff"))
-    except (ValueError, RecursionError, ArithmeticError):
+        return _DECODER.decode(text)
+    except (json.JSONDecodeError, RecursionError):
         return None
+    except (ValueError, ArithmeticError):
+        return _parse_patiently(text)
 
 
-def _frames_for(content_type: str | None, texts: bool) -> Frames | None:
-    """Choose the framing by media type; `None` for one that holds neither usage nor text that we can read."""
-    media = (content_type or "").partition(";")[0].strip().lower()
-    if media == "text/event-stream":
-        return EventFrames()
-    if media.endswith(_LINES):
-        return LineFrames()
-    if media == "application/json" or media.endswith("+json"):
-        return BodyFrames()
-    if media in ("", "text/plain"):
-        return SniffingFrames(prose=texts)
-    return ProseFrames() if texts and (media.startswith("text/") or media.endswith(_PROSE)) else None
+def _parse_patiently(text: str) -> Any:
+    try:
+        return _PATIENT.decode(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 class UsageReader:
@@ -89,8 +82,9 @@ class UsageReader:
     Reads one response body, chunk by chunk, in whatever pieces it comes. Not safe for several threads at once.
 
     Args:
-        content_type: The response's ``Content-Type``; without one (or with ``text/plain``) the first bytes decide.
-        content_encoding: The response's ``Content-Encoding``; gzip and deflate are followed.
+        content_type: The response's ``Content-Type``; it decides where the first bytes show no format.
+        content_encoding: The response's ``Content-Encoding``; gzip and deflate are followed, Brotli and Zstandard where
+            their decoders are installed.
         dialect: A name out of `dialects.DIALECTS`, which overrides detection: an OpenAI-shaped gateway before another
             provider counts as OpenAI does.
         keep_text: Gather the text as well (`text`, `heard`), for the tokenizer.
@@ -100,12 +94,15 @@ class UsageReader:
 
     Attributes:
         ended: Whoever feeds it saw the body's proper end (`end`).
+        fetched: Whoever feeds it asked for an answer that is there already, such as one that was begun in the
+            background: of several that show the same one, only one has used anything.
 
     Memory: about 1 MiB of an unfinished payload, and twice `MAX_TEXT` characters until the dialect is known. Cost: each
     byte once; a payload is parsed only if it can hold usage, an end, an error, or text that is wanted.
     """
 
     __slots__ = (
+        "_binary",
         "_fixed",
         "_frames",
         "_gapped",
@@ -119,6 +116,7 @@ class UsageReader:
         "_text",
         "_unread",
         "ended",
+        "fetched",
     )
 
     def __init__(
@@ -128,7 +126,9 @@ class UsageReader:
         dialect: str | None = None,
         keep_text: bool = False,
     ) -> None:
-        self._frames = _frames_for(content_type, keep_text)
+        media = media_of(content_type)
+        self._binary = media is Media.BINARY
+        self._frames: SniffingFrames | None = SniffingFrames(media, prose=keep_text)
         self._inflate = Inflate(content_encoding)
         self._fixed = dialect is not None
         self._notes = Notes(dialect=named(dialect) if dialect is not None else None)
@@ -138,7 +138,7 @@ class UsageReader:
         self._read = self._unread = self._lost_chars = 0
         self._gapped = False
         self._peeked: tuple[Notes, Text, Text] | None = None
-        self.ended = False
+        self.ended = self.fetched = False
 
     def keep_text(self) -> None:
         """Gather the text from here on; who made the reader did not know that somebody needs it."""
@@ -158,20 +158,32 @@ class UsageReader:
         if self._inflate.failed:
             self._unread += len(chunk)
             return
-        self._read += len(chunk)
+        decoded = False
         for piece in self._inflate.feed(bytes(chunk)):
+            decoded = True
+            if self._frames.undecided and len(piece) > SNIFFED:
+                # So much shows what all the rest is, most of which is then passed over.
+                self._frame(self._frames, piece[:SNIFFED])
+                piece = piece[SNIFFED:]
             if self._keep_text or not self._frames.ends or len(piece) > MAX_PAYLOAD:
                 self._frame(self._frames, piece)
             else:
                 self._skim(self._frames, piece)
-        if self._guess.parts and self.known:
+        if not decoded and self.undecodable:
+            # Nothing of it was read: it broke here, and its bytes are all that is known.
+            self._unread += len(chunk)
+            return
+        self._read += len(chunk)
+        if self._frames.nothing:
+            self._frames = None
+        elif self._guess.parts and self.known:
             self._guess = Text()
 
-    def _frame(self, frames: Frames, data: bytes) -> None:
+    def _frame(self, frames: SniffingFrames, data: bytes) -> None:
         for payload in frames.feed(data):
             self._take(payload, self._notes, self._text, self._guess)
 
-    def _skim(self, frames: Frames, data: bytes) -> None:
+    def _skim(self, frames: SniffingFrames, data: bytes) -> None:
         """
         Read as `_frame` does, and pass over the whole payloads without a mark, of which nothing would be parsed.
 
@@ -181,8 +193,11 @@ class UsageReader:
         if not frames.between:
             at = end_behind(data, 0, 0, ends)
             self._frame(frames, data[:at])
+        run = 0
         while at < len(data) and (found := self._next(data, at)) >= 0:
-            start, end = end_before(data, at, found, ends), end_behind(data, at, found, ends)
+            start = end_before(data, at, found, ends)
+            run = run + 1 if start == at else 0
+            end = end_behind(data, at, found if run < RUN else found + DENSE, ends)
             self._frame(frames, data[start:end])
             at = end
         at = end_before(data, at, len(data), ends)
@@ -193,7 +208,8 @@ class UsageReader:
         """Return where in ``data[at:]`` a payload is first that `_worthwhile` may want, or -1."""
         dialect = self._notes.dialect
         if _is_introduced(self._notes):
-            return find_mark(data, at, _ANY if dialect is None else _SIEVES[dialect.name])
+            wanted = sieves()
+            return find_mark(data, at, wanted.any if dialect is None else wanted.named[dialect.name])
         return at if dialect is not None else _find_shown(data, at)
 
     def end(self) -> None:
@@ -260,7 +276,7 @@ class UsageReader:
         Zstandard) count as text as dense as what was read before them, or as a character each. Binary media (images,
         voices, archives) and base64 in JSON are no text: nobody can tell tokens from their bytes, so they are none.
         """
-        if self._frames is None:
+        if self._frames is None or (self._binary and not self.known):
             return Heard()
         notes, pending, guess = self._peek()
         known = _known(notes, self._text)
@@ -276,8 +292,8 @@ class UsageReader:
 
     @property
     def streams(self) -> bool:
-        """Whether the body is one of events or lines, by its media type."""
-        return isinstance(self._frames, EventFrames | LineFrames)
+        """Whether the body is one of events or lines."""
+        return self._frames is not None and self._frames.streams
 
     @property
     def text_chars(self) -> int:
@@ -307,7 +323,7 @@ class UsageReader:
             if pending is not None:
                 self._take(pending, notes, text, guess)
             if self._inflate.failed:
-                notes.flag("undecodable")
+                notes.flag("undecodable" if self._inflate.coding is None else "no_decoder")
             self._peeked = notes, text, guess
         return self._peeked
 
@@ -343,7 +359,7 @@ class UsageReader:
             return True
         if dialect is None:
             return self._keep_text or any(known.telling.pattern.search(data) for known in DIALECTS.values())
-        if dialect.telling.pattern.search(data) or _ERROR.pattern.search(data):
+        if dialect.telling.pattern.search(data) or ERROR.pattern.search(data):
             return True
         return self._keep_text and (not notes.recognised or dialect.texty.search(data) is not None)
 
@@ -384,7 +400,7 @@ class UsageReader:
             notes.identify({"id": match_id[1]})
 
     def _scan_usage(self, notes: Notes, text: str) -> bool:
-        for match in reversed([*_USAGE_KEY.finditer(text)][-MAX_CANDIDATES:]):
+        for match in reversed([*sieves().usage_key.finditer(text)][-MAX_CANDIDATES:]):
             try:
                 usage, _ = _DECODER.raw_decode(text, match.end())
             except (ValueError, RecursionError, ArithmeticError):
@@ -403,10 +419,11 @@ def _is_introduced(notes: Notes) -> bool:
 
 def _find_shown(data: bytes, at: int) -> int:
     """Return where in ``data[at:]`` a dialect or an error may first show itself, or -1; escapes may hide a name."""
+    introducing = sieves().introducing
     while at < len(data):
         stop = min(at + MAX_LEAP, len(data))
         escape = data.find(b"\\", at, stop)
-        shown = find_mark(data, at, _INTRODUCING, stop if escape < 0 else escape)
+        shown = find_mark(data, at, introducing, stop if escape < 0 else escape)
         if shown >= 0 and (escape < 0 or shown < escape):
             return shown
         if escape >= 0:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from re import Pattern
 from typing import Final
 
-__all__ = ["MAX_LEAP", "Marks", "end_before", "end_behind", "find_mark", "sieve"]
+__all__ = ["LEAST", "MAX_LEAP", "MOST", "Marks", "end_before", "end_behind", "find_mark", "sieve"]
 
 WINDOW: Final = 128
 """Bytes that are searched behind a leap: the end of one large event and the beginning of the next."""
@@ -38,6 +38,15 @@ DONE_REACH: Final = len(DONE) - 1
 _LETTERS: Final = 3
 """Of a name that are asked as sets first: most quotation marks fail them, in a fraction of what alternatives take."""
 
+LEAST: Final = _LETTERS
+"""Letters of the shortest name that can be searched for."""
+
+MOST: Final = 40
+"""Letters of the longest, which is seen whole within `REACH`, with the beginning of its value."""
+
+MANY: Final = 16
+"""Names from which on the sets let too much through: alternatives are then tried by their first letter."""
+
 _NOTHING: Final = rb'"(?!:\s?(?:null|false))'
 """Behind a name whose value decides: most events of most streams repeat it only to say that there is nothing yet."""
 
@@ -47,7 +56,7 @@ class Marks:
     Names, one of which a payload must show to matter.
 
     Args:
-        names: As keys or values, each at least `_LETTERS` long.
+        names: As keys or values, each of `LEAST` to `MOST` letters.
         fields: Keys that matter with a value that begins like this (a regular expression) only.
     """
 
@@ -70,8 +79,14 @@ def sieve(*marks: Marks) -> Pattern[bytes]:
     names = {name.encode(): b'"' for each in marks for name in each.names}
     names |= {name.encode(): _NOTHING for each in marks for name in each.fields}
     sets = b"".join(b"[" + re.escape(bytes({name[at] for name in names})) + b"]" for at in range(_LETTERS))
-    rests = b"|".join(sorted({re.escape(name[_LETTERS:]) + behind for name, behind in names.items()}))
-    return re.compile(b'"' + sets + b"(?:" + rests + b")")
+    if len(names) < MANY:
+        ends = b"|".join(sorted({re.escape(name[_LETTERS:]) + behind for name, behind in names.items()}))
+        return re.compile(b'"' + sets + b"(?:" + ends + b")")
+    firsts: dict[bytes, set[bytes]] = {}
+    for name, behind in names.items():
+        firsts.setdefault(re.escape(name[:1]), set()).add(re.escape(name[1:]) + behind)
+    groups = b"|".join(first + b"(?:" + b"|".join(sorted(rests)) + b")" for first, rests in sorted(firsts.items()))
+    return re.compile(b'"(?=' + sets + b")(?:" + groups + b")")
 
 
 def find_mark(data: bytes, at: int, marks: Pattern[bytes], end: int | None = None) -> int:

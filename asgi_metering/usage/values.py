@@ -1,7 +1,7 @@
 """
 Token usage as a value: what one call, or the sum of several, consumed.
 
-Knows the six axes, their bounds, and the difference between zero and not reported. Never knows where a count came
+Knows the axes, their bounds, and the difference between zero and not reported. Never knows where a count came
 from, what it costs, or who pays.
 """
 
@@ -14,7 +14,7 @@ from typing import Final
 
 from asgi_metering.errors import UsageError
 
-__all__ = ["AXES", "MAX_TOKENS", "TokenUsage", "UsageReport", "read_count"]
+__all__ = ["AXES", "MAX_TOKENS", "REFUSING", "UNREAD", "TokenUsage", "UsageReport", "read_count"]
 
 MAX_TOKENS: Final = 10**12
 """
@@ -24,8 +24,14 @@ The largest context windows hold about 10**7 tokens, so this leaves five orders 
 token of a whole unit still stays below the largest amount that stores keep.
 """
 
-AXES: Final = ("input", "output", "cached", "cache_write", "reasoning", "audio")
+AXES: Final = ("input", "output", "cached", "cache_write", "reasoning", "audio", "audio_output")
 """The fields of `TokenUsage`, in order."""
+
+REFUSING: Final = frozenset({"invalid_count", "part_exceeds_whole", "total_below_parts", "output_fell"})
+"""Problems for which nothing of a report is believed: whoever contradicts himself may be wrong anywhere (S3.21)."""
+
+UNREAD: Final = frozenset({"undecodable", "no_decoder"})
+"""Problems for which a report may be missing altogether."""
 
 _TRUNCATED: Final = frozenset({"length", "max_tokens", "max_output_tokens", "MAX_TOKENS"})
 """What the families call "stopped by the limit": OpenAI chat, Anthropic, OpenAI Responses, Gemini."""
@@ -54,8 +60,9 @@ class TokenUsage:
         cache_write: Written to a prompt cache; a part of `input`.
         reasoning: Spent on thinking; a part of `output`.
         audio: Audio tokens of both directions; a part of `input` and `output`.
+        audio_output: Those of them that are output, which cost more; `None` where the directions were not told apart.
 
-    The last four are parts and never added to `total` (S2.43). They are kept as they were given, also where a part is
+    The last five are parts and never added to `total` (S2.43). They are kept as they were given, also where a part is
     larger than its whole: extractors reconcile what providers report, and a price must not subtract below zero.
 
     A `TokenUsage` is true when any axis was reported, also as zero.
@@ -70,6 +77,7 @@ class TokenUsage:
     cache_write: int | None = None
     reasoning: int | None = None
     audio: int | None = None
+    audio_output: int | None = None
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -142,7 +150,9 @@ class UsageReport:
     What one HTTP exchange with a model said about itself, so far.
 
     Args:
-        usage: The counts, normalised (cache reads and writes inside `input`); `None` when none were readable.
+        usage: The counts, normalised (cache reads and writes inside `input`); `None` when none were readable, or when
+            what was read cannot be believed: it is not reported then, never zero and never a part of it.
+        doubted: The counts that are not believed, for whoever looks into it; never charged.
         model: The model that answered, as the provider names it.
         response_id: The first id that the exchange showed; gateways may rotate ids within one stream.
         dialect: Name of the dialect that was read, `None` when only an error was recognised.
@@ -151,14 +161,18 @@ class UsageReport:
         complete: The body's end was seen: ``[DONE]``, a terminal event, or the whole JSON body.
         error: The exchange carried an error.
         partial: `usage.output` is only the seed that the stream began with, not a count of what was produced.
-        problems: Codes of what could not be believed, for an alarm, each once: ``invalid_count`` (read as not
-            reported), ``invalid_cost``, ``part_exceeds_whole`` (lowered to its whole), ``total_mismatch`` (the
-            provider's own total is another number), ``other_model_tokens`` (tokens billed under another model are
-            left out), ``clipped`` (counts found in a piece of a payload), ``undecodable`` (the compressed body could
-            not be followed to here).
+        problems: Codes of what was odd, each once. Those of `REFUSING` refuse the counts, with an alarm:
+            ``invalid_count`` (one is no whole number from 0 to `MAX_TOKENS`), ``part_exceeds_whole`` (more cached than
+            read, more reasoning than written), ``total_below_parts``, ``output_fell`` (the last running total is below
+            an earlier one). The others are told beside counts that are believed: ``total_mismatch`` (the provider's own
+            total is a larger number), ``invalid_cost`` (read as not reported), ``other_model_tokens`` (tokens billed
+            under another model are left out), ``clipped`` (counts found in a piece of a payload), ``undecodable`` (the
+            compressed body could not be followed to here), ``no_decoder`` (its coding is unknown, or its decoder is not
+            installed).
     """
 
     usage: TokenUsage | None = None
+    doubted: TokenUsage | None = None
     model: str | None = None
     response_id: str | None = None
     dialect: str | None = None
@@ -168,6 +182,11 @@ class UsageReport:
     error: bool = False
     partial: bool = False
     problems: tuple[str, ...] = ()
+
+    @property
+    def refused(self) -> bool:
+        """Whether it reported counts that are not believed."""
+        return not REFUSING.isdisjoint(self.problems)
 
     @property
     def reported(self) -> TokenUsage | None:

@@ -128,24 +128,25 @@ def test_leave_an_advisors_tokens_out() -> None:
 
 @pytest.mark.parametrize("value", [-1, True, "9", 10**13, 0.5])
 def test_refuse_an_impossible_count(value: object) -> None:
-    """An impossible count leaves what was known before, and is flagged."""
+    """After an impossible count nothing is believed, what was known before neither; it is kept apart."""
     report = read(start(input_tokens=5, output_tokens=1), delta(output_tokens=7), delta(output_tokens=value))
-    assert report.usage == TokenUsage(5, 7)
+    assert report.usage is None
+    assert report.doubted == TokenUsage(5, 7)
     assert report.problems == ("invalid_count",)
 
 
 def test_refuse_an_impossible_sum() -> None:
-    """Counts whose sum nobody can have used leave the input unreported, flagged."""
+    """Counts whose sum nobody can have used are refused, all of them."""
     report = read(start(input_tokens=10**12, cache_read_input_tokens=1), delta(output_tokens=7))
-    assert report.usage == TokenUsage(None, 7, cached=1)
+    assert report.usage is None
     assert report.problems == ("invalid_count",)
 
 
-def test_lower_thinking_to_the_output() -> None:
-    """Thinking is a part of the output, and lowered to it."""
+def test_refuse_thinking_beyond_the_output() -> None:
+    """Thinking is a part of the output: where it is more, neither is believed."""
     usage = {"input_tokens": 1, "output_tokens": 5, "output_tokens_details": {"thinking_tokens": 9}}
     report = read(start(), delta(**usage))
-    assert report.usage == TokenUsage(1, 5, reasoning=5)
+    assert report.usage is None
     assert report.problems == ("part_exceeds_whole",)
 
 

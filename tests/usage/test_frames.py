@@ -19,8 +19,8 @@ from asgi_metering.usage.frames import (
     Frames,
     LineFrames,
     Payload,
-    SniffingFrames,
 )
+from asgi_metering.usage.sniffing import SniffingFrames
 
 
 def feed(frames: Frames, data: bytes, size: int) -> list[Payload]:

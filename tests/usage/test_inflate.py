@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import gzip
 import random
+import sys
 import zlib
+from typing import Any
 
+import brotli
 import pytest
+from backports import zstd
 
 from asgi_metering.usage.inflate import MAX_INFLATED, Inflate
 
@@ -35,6 +39,10 @@ def raw(data: bytes) -> bytes:
         ("deflate", zlib.compress(PLAIN, 9)),
         ("deflate", raw(PLAIN)),
         ("gzip", gzip.compress(PLAIN[:1000]) + gzip.compress(PLAIN[1000:])),
+        ("br", brotli.compress(PLAIN, quality=5)),
+        ("BR", brotli.compress(PLAIN, quality=0)),
+        ("zstd", zstd.compress(PLAIN)),
+        ("zstd", zstd.compress(PLAIN[:1000]) + zstd.compress(PLAIN[1000:])),
     ],
 )
 @pytest.mark.parametrize("size", [1, 2, 1000, 1 << 30])
@@ -48,7 +56,7 @@ def test_inflate_in_any_pieces(header: str | None, packed: bytes, size: int) -> 
     assert found == PLAIN[: len(found)]
     assert len(found) == len(PLAIN) or size < 9
     assert not decoder.failed
-    assert decoder.active is ("gzip" in (header or "").lower() or header == "deflate")
+    assert decoder.active is ((header or "").lower().split(",")[0].strip() not in ("", "identity"))
 
 
 def test_inflate_a_piece_that_fills_exactly() -> None:
@@ -61,38 +69,83 @@ def test_inflate_a_piece_that_fills_exactly() -> None:
     assert found == plain
 
 
-@pytest.mark.parametrize("header", ["br", "zstd", "gzip, br", "gzip, gzip", "compress", "*"])
+@pytest.mark.parametrize(("header", "module"), [("br", ["brotli"]), ("zstd", ["compression.zstd", "backports.zstd"])])
+def test_refuse_a_coding_whose_decoder_is_not_installed(
+    header: str, module: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the decoder a coding fails at once, by its name, and gives nothing."""
+    for name in module:
+        monkeypatch.setitem(sys.modules, name, None)
+    decoder = Inflate(header)
+    assert (decoder.failed, decoder.coding) == (True, header)
+    assert list(decoder.feed(b"data: a\n\n")) == []
+
+
+def test_refuse_a_decoder_without_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Brotli of before 1.2, which gives out a bomb at once, counts as none."""
+    monkeypatch.setattr(brotli, "Decompressor", type("Decompressor", (), {}))
+    assert Inflate("br").coding == "br"
+
+
+@pytest.mark.parametrize("header", ["gzip, br", "gzip, gzip", "compress", "*"])
 def test_refuse_an_unknown_coding(header: str) -> None:
     """A coding that cannot be followed fails at once and gives nothing."""
     decoder = Inflate(header)
     assert decoder.failed
+    assert decoder.coding == header
     assert list(decoder.feed(b"data: a\n\n")) == []
 
 
-@pytest.mark.parametrize("broken", [b"not gzip at all", gzip.compress(PLAIN)[:5000] + NOISE], ids=["no gzip", "noise"])
-def test_stop_at_a_broken_body(broken: bytes) -> None:
-    """A body that breaks off keeps what came before, and stays failed."""
-    decoder = Inflate("gzip")
-    found = b"".join(decoder.feed(broken))
-    assert PLAIN.startswith(found[:20_000])
-    assert decoder.failed
-    assert list(decoder.feed(gzip.compress(b"again"))) == []
+PACKERS = {"gzip": gzip.compress, "deflate": zlib.compress, "br": brotli.compress, "zstd": zstd.compress}
 
 
-def test_stop_at_a_bomb() -> None:
+@pytest.mark.parametrize("header", PACKERS)
+@pytest.mark.parametrize("cut", [0, 5000], ids=["from the start", "later"])
+def test_stop_at_a_broken_body(header: str, cut: int) -> None:
+    """A body that breaks off keeps what came before, and stays failed; its coding is known all the same."""
+    decoder = Inflate(header)
+    found = b"".join(decoder.feed(PACKERS[header](NOISE)[:cut] + b"\xff not packed at all" * 20_000))
+    assert NOISE.startswith(found[:4_000])
+    assert (decoder.failed, decoder.coding) == (True, None)
+    assert list(decoder.feed(PACKERS[header](b"again"))) == []
+
+
+def bomb(header: str) -> bytes:
+    """80 MiB of nothing."""
+    nothing = b"\0" * (1 << 20)
+    if header == "br":
+        tight: Any = brotli.Compressor(quality=1)
+        return b"".join(tight.process(nothing) for _ in range(80)) + bytes(tight.finish())
+    packer: Any = zlib.compressobj(9, wbits=31) if header == "gzip" else zstd.ZstdCompressor()
+    return b"".join(packer.compress(nothing) for _ in range(80)) + bytes(packer.flush())
+
+
+@pytest.mark.parametrize("header", ["gzip", "br", "zstd"])
+def test_stop_at_a_bomb(header: str) -> None:
     """A body that inflates without end is stopped at the bound, in pieces that are never all kept."""
-    packer = zlib.compressobj(9, wbits=31)
-    bomb = b"".join(packer.compress(b"\0" * (1 << 20)) for _ in range(80)) + packer.flush()
-    assert len(bomb) < 200_000
-    decoder = Inflate("gzip")
-    sizes = [len(piece) for piece in decoder.feed(bomb)]
+    packed = bomb(header)
+    assert len(packed) < 200_000
+    decoder = Inflate(header)
+    sizes = [len(piece) for piece in decoder.feed(packed)]
     assert decoder.failed
     assert sum(sizes) <= MAX_INFLATED
-    assert max(sizes) <= 1 << 16
+    assert max(sizes) <= 1 << 20
 
 
-def test_stop_at_garbage_behind_the_end() -> None:
+def test_stop_at_a_window_that_nobody_may_ask_for() -> None:
+    """A frame of Zstandard whose window is larger than HTTP allows takes no memory for it (RFC 9659)."""
+    options = {zstd.CompressionParameter.window_log: 27, zstd.CompressionParameter.enable_long_distance_matching: 1}
+    packer = zstd.ZstdCompressor(options=options)
+    packed = packer.compress(NOISE) + packer.flush()
+    decoder = Inflate("zstd")
+    assert list(decoder.feed(packed)) == []
+    assert decoder.failed
+
+
+@pytest.mark.parametrize("header", ["gzip", "deflate", "br", "zstd"])
+def test_stop_at_garbage_behind_the_end(header: str) -> None:
     """What follows the last member without being one is refused, but not what came before it."""
-    decoder = Inflate("gzip")
-    assert b"".join(decoder.feed(gzip.compress(b"all") + b"garbage")) == b"all"
+    decoder = Inflate(header)
+    assert b"".join(decoder.feed(PACKERS[header](b"all"))) == b"all"
+    assert list(decoder.feed(b"garbage")) == []
     assert decoder.failed

@@ -65,10 +65,12 @@ def delta(**fields: Any) -> dict[str, Any]:
         ([], None, ()),
         ("12", None, ()),
         ({"type": "duration", "seconds": 27}, None, ()),
-        ({"prompt_tokens": True, "completion_tokens": 2}, TokenUsage(None, 2), ("invalid_count",)),
-        ({"prompt_tokens": -1, "completion_tokens": 2}, TokenUsage(None, 2), ("invalid_count",)),
-        ({"prompt_tokens": 1.5, "completion_tokens": 2}, TokenUsage(None, 2), ("invalid_count",)),
-        ({"prompt_tokens": "9", "completion_tokens": 2}, TokenUsage(None, 2), ("invalid_count",)),
+        ({"prompt_tokens": True, "completion_tokens": 2}, None, ("invalid_count",)),
+        ({"prompt_tokens": -1, "completion_tokens": 2}, None, ("invalid_count",)),
+        ({"prompt_tokens": 1.5, "completion_tokens": 2}, None, ("invalid_count",)),
+        ({"prompt_tokens": "9", "completion_tokens": 2}, None, ("invalid_count",)),
+        ({"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 10}, None, ("total_below_parts",)),
+        ({"prompt_tokens": 9, "total_tokens": 8}, None, ("total_below_parts",)),
         ({"prompt_tokens": 10**13, "completion_tokens": -2}, None, ("invalid_count",)),
         (
             {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 12},
@@ -118,7 +120,24 @@ def delta(**fields: Any) -> dict[str, Any]:
             (),
         ),
         ({"prompt_tokens": 9, "prompt_tokens_details": {"cache_write_tokens": 3}}, TokenUsage(9, cache_write=3), ()),
-        # Cached, written and reasoning tokens are lowered to their whole; modalities never are.
+        # Cached, written and reasoning tokens are parts of a whole, or nothing is believed; modalities need not be.
+        ({"prompt_tokens": 9, "completion_tokens": 2, "cached_tokens": 10}, None, ("part_exceeds_whole",)),
+        ({"prompt_tokens": 9, "completion_tokens": 2, "reasoning_tokens": 3}, None, ("part_exceeds_whole",)),
+        (
+            {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 5, "cache_write_tokens": 5}},
+            None,
+            ("part_exceeds_whole",),
+        ),
+        (
+            {
+                "prompt_tokens": 9,
+                "completion_tokens": 2,
+                "prompt_tokens_details": {"audio_tokens": 20},
+                "completion_tokens_details": {"audio_tokens": 30},
+            },
+            TokenUsage(9, 2, audio=50, audio_output=30),
+            (),
+        ),
         (
             {
                 "prompt_tokens": 9,
@@ -126,7 +145,7 @@ def delta(**fields: Any) -> dict[str, Any]:
                 "prompt_tokens_details": {"cached_tokens": 12, "cache_write_tokens": 10, "audio_tokens": 20},
                 "completion_tokens_details": {"reasoning_tokens": 3, "audio_tokens": 30},
             },
-            TokenUsage(9, 2, cached=9, cache_write=9, reasoning=2, audio=50),
+            None,
             ("part_exceeds_whole",),
         ),
         ({"completion_tokens": 2, "cached_tokens": 5}, TokenUsage(None, 2, cached=5), ()),
@@ -137,31 +156,33 @@ def delta(**fields: Any) -> dict[str, Any]:
                 "prompt_tokens_details": {"audio_tokens": 10**12},
                 "completion_tokens_details": {"audio_tokens": 1},
             },
-            TokenUsage(1),
+            None,
             ("invalid_count",),
         ),
     ],
 )
 def test_read_a_usage_object(usage: Any, expected: TokenUsage | None, problems: tuple[str, ...]) -> None:
-    """Counts are normalised, reconciled with the total, and never believed blindly; nothing reported is None."""
+    """Counts are normalised, reconciled with the total, and refused where they cannot be; None is no report (S2.43)."""
     report = chat(usage)
     assert report.usage == expected
     assert report.problems == problems
 
 
 def test_read_a_usage_object_that_is_not_json() -> None:
-    """NaN, Infinity, numbers of ten thousand digits and endless exponents count as not reported."""
-    for value in (b"NaN", b"-Infinity", b"1e999999999", b"1e-999999999"):
+    """NaN, Infinity, numbers of ten thousand digits and endless exponents are refused, with all that stands beside."""
+    values = (b"NaN", b"Infinity", b"-Infinity", b"1e999999999", b"1e-999999999", b"9" * 10_000, b"1e" + b"9" * 23)
+    for value in values:
         reader = read(
             [b'{"object":"chat.completion","usage":{"prompt_tokens":' + value + b',"completion_tokens":2}}'],
             "application/json",
         )
         report = reader.report()
         assert report is not None
-        assert report.usage == TokenUsage(None, 2)
-    for value in (b"9" * 10_000, b"1e99999999999999999999999"):
-        reader = read([b'{"object":"chat.completion","usage":{"prompt_tokens":' + value + b"}}"], "application/json")
-        assert reader.report() is None
+        assert (report.usage, report.problems) == (None, ("invalid_count",))
+        assert report.refused
+        assert report.doubted == TokenUsage(None, 2)
+    broken = b'{"object":"chat.completion","usage":{"prompt_tokens":' + b"9" * 10_000
+    assert read([broken + b"}, no JSON"], "application/json").report() is None
 
 
 @pytest.mark.parametrize(
@@ -177,6 +198,15 @@ def test_read_a_usage_object_that_is_not_json() -> None:
         (b'{"cost_in_usd_ticks":37756000}', "0.0037756", ()),
         (b'{"cost_in_usd_ticks":10115500}', "0.00101155", ()),
         (b'{"cost_in_usd_ticks":1}', "0.0000000001", ()),
+        (b'{"cost":0.05,"is_byok":true,"cost_details":{"upstream_inference_cost":0.95}}', "1", ()),
+        (b'{"cost":0.05,"is_byok":false,"cost_details":{"upstream_inference_cost":0.05}}', "0.05", ()),
+        (b'{"cost":0.05,"is_byok":true,"cost_details":{"upstream_inference_cost":null}}', None, ()),
+        (b'{"cost":0.05,"is_byok":true}', None, ()),
+        (
+            b'{"cost":0.05,"is_byok":true,"cost_details":{"upstream_inference_cost":9e999999}}',
+            None,
+            ("invalid_cost",),
+        ),
         (b'{"cost":true}', None, ("invalid_cost",)),
         (b'{"cost":"0.1"}', None, ("invalid_cost",)),
         (b'{"cost":-0.1}', None, ("invalid_cost",)),
@@ -197,12 +227,23 @@ def test_read_the_providers_own_cost(usage: bytes, cost: str | None, problems: t
 
 
 def test_take_the_last_usage_of_a_stream() -> None:
-    """Running totals replace one another, also downwards; null, {} and an empty one replace nothing."""
-    totals = [{"prompt_tokens": 5, "completion_tokens": count} for count in (1, 9, 4)]
+    """Running totals replace one another; null, {} and an empty one replace nothing."""
+    totals = [{"prompt_tokens": 5, "completion_tokens": count} for count in (1, 4, 9)]
     chunks = [chunk(choices=[], usage=usage) for usage in (*totals, None, {}, {"prompt_tokens": None})]
     report = stream(*chunks, b"[DONE]").report()
     assert report is not None
-    assert report.usage == TokenUsage(5, 4)
+    assert report.usage == TokenUsage(5, 9)
+    assert report.complete
+
+
+@pytest.mark.parametrize(("counts", "believed"), [((1, 9, 4), None), ((1, 3, 2, 9), 9), ((0, 0), 0), ((4, 4), 4)])
+def test_refuse_an_output_that_fell(counts: tuple[int, ...], believed: int | None) -> None:
+    """An output whose last running total is below an earlier one is not believed (S3.21); one that recovered is."""
+    totals = [{"prompt_tokens": 5, "completion_tokens": count} for count in counts]
+    report = stream(*(chunk(choices=[], usage=usage) for usage in totals), b"[DONE]").report()
+    assert report is not None
+    assert report.usage == (None if believed is None else TokenUsage(5, believed))
+    assert report.problems == (("output_fell",) if believed is None else ())
     assert report.complete
 
 
@@ -226,6 +267,7 @@ def test_prefer_the_top_level_usage() -> None:
     [
         ({"prompt_tokens": 8, "total_tokens": 8}, TokenUsage(8, 0)),
         ({"total_tokens": 8}, TokenUsage(8, 0)),
+        ({"prompt_tokens": 8}, TokenUsage(8, 0)),
     ],
 )
 def test_read_embeddings(usage: dict[str, int], expected: TokenUsage) -> None:
@@ -378,7 +420,7 @@ def test_read_typed_events_with_a_usage_of_their_own(event: str) -> None:
     usage = {"input_tokens": 3, "output_tokens": 4, "total_tokens": 7, "input_token_details": {"audio_tokens": 2}}
     report = stream({"type": event, "b64_json": "AA==", "usage": usage}).report()
     assert report is not None
-    assert (report.usage, report.complete) == (TokenUsage(3, 4, audio=2), True)
+    assert (report.usage, report.complete) == (TokenUsage(3, 4, audio=2, audio_output=0), True)
 
 
 def test_finish_for_a_reason() -> None:

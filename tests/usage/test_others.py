@@ -37,16 +37,26 @@ def test_keep_a_field_that_vanishes() -> None:
 
 
 def test_read_geminis_audio() -> None:
-    """Audio details of both sides add up, are never lowered, and count zero where they are impossible."""
+    """Audio details of both sides add up and may be more than the totals; an impossible one refuses the report."""
     usage = {
         "promptTokenCount": 5,
         "responseTokenCount": 2,
         "promptTokensDetails": [{"modality": "TEXT", "tokenCount": 5}, {"modality": "AUDIO", "tokenCount": 9}],
-        "candidatesTokensDetails": [{"modality": "AUDIO", "tokenCount": -1}],
+        "candidatesTokensDetails": [{"modality": "AUDIO", "tokenCount": 1}],
     }
+    assert gemini(usage).usage == TokenUsage(5, 2, audio=10, audio_output=1)
+    usage["candidatesTokensDetails"] = [{"modality": "AUDIO", "tokenCount": -1}]
     report = gemini(usage)
-    assert report.usage == TokenUsage(5, 2, audio=9)
+    assert report.usage is None
     assert report.problems == ("invalid_count",)
+
+
+def test_take_a_total_that_is_the_prompt_for_no_output() -> None:
+    """Gemini leaves zeros out: where the total is the prompt nothing was written, which is a zero (S2.41)."""
+    assert gemini({"promptTokenCount": 9, "totalTokenCount": 9}).usage == TokenUsage(9, 0)
+    assert gemini({"promptTokenCount": 9, "totalTokenCount": 12}).usage == TokenUsage(9)
+    report = gemini({"promptTokenCount": 9, "candidatesTokenCount": 3, "totalTokenCount": 11})
+    assert (report.usage, report.problems) == (None, ("total_below_parts",))
 
 
 def test_end_geminis_stream() -> None:

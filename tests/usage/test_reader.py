@@ -296,33 +296,116 @@ def test_let_no_text_forge_usage(content: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("media", "read_as"),
+    ("media", "lines"),
     [
-        ("text/event-stream", "events"),
-        ("Text/Event-Stream; charset=utf-8", "events"),
-        ("application/x-ndjson", "lines"),
-        ("application/ndjson", "lines"),
-        ("application/jsonl", "lines"),
-        ("application/stream+json", "lines"),
-        ("application/json-seq", "lines"),
-        ("application/json", "body"),
-        ("application/problem+json", "body"),
-        ("application/vnd.amazon.eventstream", None),
-        ("application/octet-stream", None),
-        ("audio/mpeg", None),
-        ("text/html", None),
+        ("text/event-stream", False),
+        ("Text/Event-Stream; charset=utf-8", False),
+        ("application/x-ndjson", True),
+        ("application/ndjson", True),
+        ("application/jsonl", True),
+        ("application/stream+json", True),
+        ("application/json-seq", True),
+        ("application/json", False),
+        ("application/problem+json", False),
+        ("application/vnd.amazon.eventstream", False),
+        ("application/octet-stream", False),
+        ("audio/mpeg", False),
+        ("text/html", False),
+        (None, False),
     ],
 )
-def test_choose_the_framing_by_media_type(media: str, read_as: str | None) -> None:
-    """Events, lines and bodies are told by their media type; others are not read at all."""
+def test_choose_the_framing_by_the_shape(media: str | None, lines: bool) -> None:
+    """Events, lines and bodies show themselves under any media type; it says only whether a lone line is a body."""
     plain = json.dumps({"object": "chat.completion", "usage": CHAT_USAGE}).encode()
-    as_type = {"events": b"data: " + plain + b"\n\n", "lines": plain + b"\n" + plain + b"\n", "body": plain}
-    for name, data in as_type.items():
-        found = read([data], media, keep_text=True)
-        if read_as is None:
-            found.gap()
-        assert (found.report() is not None) is (name == read_as or (name == "body" and read_as == "lines"))
-        assert found.text() == ""
+    ends_with = {"events": b"data: " + plain + b"\n\n", "lines": plain + b"\n" + plain + b"\n", "body": plain}
+    for name, data in ends_with.items():
+        report = read([data], media).report()
+        assert report is not None
+        assert report.usage == TokenUsage(9, 500)
+        assert report.complete is (name == "body" and not lines)
+
+
+@pytest.mark.parametrize("media", ["text/event-stream", "application/json", "application/x-ndjson", None, "image/png"])
+@pytest.mark.parametrize(
+    "data", [b"", b" ", b"\n" * 500, b"nothing", b"7", b"\xef\xbb\xbf", b"\0" * 300, b"a: b\n\n" * 50, b"<html>" * 50]
+)
+def test_read_no_usage_where_no_format_shows(media: str | None, data: bytes) -> None:
+    """What begins as nothing that can hold usage reports none, in any pieces, also behind a gap."""
+    for size in (1, 5, len(data) or 1):
+        found = read([data[at : at + size] for at in range(0, len(data), size)], media)
+        assert found.report() is None
+        found.gap()
+        found.feed(b"x")
+        assert found.report() is None
+
+
+@pytest.mark.parametrize("blank", [b"\n", b" ", b"\r\n"])
+def test_pass_over_blank_beginnings(blank: bytes) -> None:
+    """However much white space stands before it, a format shows itself."""
+    plain = json.dumps({"object": "chat.completion", "usage": CHAT_USAGE}).encode()
+    for data in (plain, plain + b"\n" + plain + b"\n", *([b"data: " + plain + b"\n\n"] if blank != b" " else [])):
+        for size in (1, 300):
+            whole = blank * 200 + data
+            report = read([whole[at : at + size] for at in range(0, len(whole), size)], None).report()
+            assert report is not None
+            assert report.usage == TokenUsage(9, 500)
+
+
+def test_read_an_object_on_several_lines_as_one_body() -> None:
+    """No JSON text has a line that closes before one that opens: whatever its layout, one body stays one."""
+    document = {"model": "m", "choices": [{"a": {}}, {"b": {}}], "object": "chat.completion", "usage": CHAT_USAGE}
+    for text in (
+        json.dumps(document, indent=1),
+        json.dumps(document).replace("}, {", "}\n,\n {"),
+        json.dumps(document) + "\n\n",
+        json.dumps(document, indent=0).replace("\n", "\r"),
+    ):
+        for media in ("application/x-ndjson", None):
+            report = read([bytes([byte]) for byte in text.encode()], media).report()
+            assert report is not None
+            assert report.usage == TokenUsage(9, 500)
+
+
+def test_read_lines_around_a_gap_before_they_showed_themselves() -> None:
+    """A gap in the first line leaves it to the media type what follows: lines, or the end of one body."""
+    line = json.dumps({"object": "chat.completion", "usage": CHAT_USAGE}).encode()
+    for media, usage in (("application/x-ndjson", TokenUsage(9, 500)), ("application/json", TokenUsage(9, 500))):
+        found = read([line[:30]], media)
+        found.gap()
+        found.feed(b'x"}\n' + line + b"\n")
+        report = found.report()
+        assert report is not None
+        assert report.usage == usage
+
+
+@pytest.mark.parametrize(
+    ("data", "media", "streams"),
+    [
+        (b"", None, False),
+        (b"", "text/event-stream", True),
+        (b"", "application/x-ndjson", True),
+        (b"data: a", "application/json", True),
+        (b'{"a":1}', "application/json", False),
+        (b'{"a":1}', "application/x-ndjson", True),
+        (b'{"a":1}\n{"a":2}', None, True),
+        (b'{\n"a":1}', "application/x-ndjson", False),
+        (b"0:[]", None, True),
+        (b"[1", None, False),
+        (b"nothing that shows itself", "image/png", False),
+    ],
+)
+def test_tell_a_stream_from_a_body(data: bytes, media: str | None, streams: bool) -> None:
+    """Events and lines are a stream by their shape; before anything showed itself the media type says so."""
+    assert read([data], media).streams is streams
+
+
+def test_take_a_first_line_beyond_the_bound_for_a_body() -> None:
+    """A first line that is too large to wait for is read as a body, whose end gives its usage."""
+    found = read([b'{"object":"list","data":"' + b"x" * MAX_PAYLOAD], None)
+    found.feed(b'","usage":{"prompt_tokens":9,"total_tokens":9}}')
+    report = found.report()
+    assert report is not None
+    assert report.usage == TokenUsage(9, 0)
 
 
 def test_parse_only_what_may_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,11 +484,11 @@ def test_refuse_a_label_that_is_no_name(label: Any) -> None:
     assert (report.model, report.response_id, report.finish_reason) == (None, None, None)
 
 
-@pytest.mark.parametrize("coding", ["br", "zstd", "gzip, br"])
+@pytest.mark.parametrize("coding", ["compress", "*", "gzip, br"])
 def test_read_nothing_from_an_unknown_coding(coding: str) -> None:
     """A body that cannot be decoded gives no report, and says why."""
     found = read([sse(chunk(usage=CHAT_USAGE))], "text/event-stream", content_encoding=coding)
-    assert found.report() is None
+    assert found.report() == UsageReport(problems=("no_decoder",))
     assert found.undecodable
 
 
@@ -427,7 +510,7 @@ def test_stop_reading_a_bomb() -> None:
     """A body that inflates without end is dropped within bounds."""
     bomb = gzip.compress(b'{"usage":' + b" " * (80 << 20))
     found = read([bomb], "application/json", content_encoding="gzip")
-    assert found.report() is None
+    assert found.report() == UsageReport(problems=("undecodable",))
     assert found.undecodable
 
 

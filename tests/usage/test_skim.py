@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asgi_metering.usage import UsageReader, UsageReport, reader
-from asgi_metering.usage.dialects import DIALECTS, SHOWN, detect
+from asgi_metering.usage.dialects import DIALECTS, detect, sieves
 from asgi_metering.usage.frames import MAX_PAYLOAD, EventFrames, Frames, LineFrames, Payload
 from asgi_metering.usage.notes import Notes
 from asgi_metering.usage.skim import DONE, FAR, MAX_WINDOW, WINDOW, end_before, end_behind, find_mark, sieve
@@ -370,7 +370,7 @@ def test_look_at_hostile_bytes_a_bounded_number_of_times(piece: bytes) -> None:
 def test_show_each_way_of_claiming_a_payload(claimed: Any) -> None:
     """Each name by which alone a dialect claims a payload is one of those that are looked for before parsing."""
     assert detect(claimed) is not None
-    assert SHOWN.pattern.search(json.dumps(claimed).encode())
+    assert sieves().introducing.search(json.dumps(claimed).encode())
 
 
 @given(DOCUMENTS)
@@ -378,7 +378,7 @@ def test_show_each_way_of_claiming_a_payload(claimed: Any) -> None:
 def test_show_every_payload_that_detection_claims(document: Any) -> None:
     """What a dialect claims shows one of the names that are looked for before parsing."""
     if isinstance(document, dict) and detect(document) is not None:
-        assert SHOWN.pattern.search(json.dumps(document).encode())
+        assert sieves().introducing.search(json.dumps(document).encode())
 
 
 @pytest.mark.parametrize(

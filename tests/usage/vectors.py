@@ -20,6 +20,8 @@ CONTENT_TYPES = {
     "json": "application/json",
     "json-array-stream": "application/json",
     "ndjson": "application/x-ndjson",
+    "decoded-eventstream": "application/x-ndjson",
+    "vercel-data-stream": "text/plain; charset=utf-8",
 }
 
 # The text that each sample's model produced; those that are not named produced none.
@@ -28,6 +30,10 @@ TEXTS = {
     "anthropic-messages-server-tool.sse": "Hello",
     "anthropic-messages.json": "Hi",
     "anthropic-messages.sse": "Hello",
+    "bedrock-converse-stream.ndjson": "ok",
+    "bedrock-converse.json": "ok",
+    "cohere-v2.json": "ok",
+    "cohere-v2.sse": "ok",
     "deepseek-chat.sse": "think42",
     "gemini-stream-array.json": "Hello",
     "gemini-stream.sse": "Hello world",
@@ -47,17 +53,23 @@ TEXTS = {
     "openai-transcription-duration.json": "",
     "openai-transcription-tokens.json": "hi",
     "openrouter-chat.sse": "Hi",
+    "vercel-data-stream-v1.txt": "Hello",
+    "vercel-ui-message-stream.sse": "Hello",
     "xai-chat.json": "ok",
 }
 
 # The dialect that detection must find.
 DIALECTS = {
     "anthropic": "anthropic",
+    "bedrock": "bedrock",
+    "cohere": "cohere",
     "gemini": "gemini",
     "ollama": "ollama",
     "openai-responses": "openai-responses",
     "openai-image": "openai-responses",
     "openai-transcription-tokens": "openai-responses",
+    "vercel-data": "vercel-data",
+    "vercel-ui": "vercel-ui",
 }
 
 AXES = {"input": "input", "output": "output", "cached_input": "cached", "cache_write": "cache_write"}
@@ -71,9 +83,11 @@ REPORTED_AS = {
         b'"cache_read_input_tokens"',
         b'"cachedContentTokenCount"',
         b'"prompt_cache_hit_tokens"',
+        b'"cacheReadInputTokens"',
+        b'"cachedInputTokens"',
     ),
-    "cache_write": (b'"cache_creation_input_tokens"', b'"cache_write_tokens"'),
-    "reasoning": (b'"reasoning_tokens"', b'"thoughtsTokenCount"', b'"thinking_tokens"'),
+    "cache_write": (b'"cache_creation_input_tokens"', b'"cache_write_tokens"', b'"cacheWriteInputTokens"'),
+    "reasoning": (b'"reasoning_tokens"', b'"thoughtsTokenCount"', b'"thinking_tokens"', b'"reasoningTokens"'),
 }
 
 

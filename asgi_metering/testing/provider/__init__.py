@@ -1,17 +1,20 @@
 r"""
-A model provider for tests and demos: OpenAI's and Anthropic's wire formats, without a network or a bill.
+A model provider for tests and demos: the wire formats of OpenAI, Anthropic, Gemini, Groq and Mistral, without a
+network or a bill.
 
-Knows how both answer, count and fail. Never knows that somebody meters it.
+Knows how they answer, count and fail. Never knows that somebody meters it.
 
     uvicorn --factory asgi_metering.testing.provider:Provider --port 9000
     curl -N localhost:9000/v1/chat/completions -H "authorization: Bearer any" \
          -d '{"model": "echo:slow:cut-after-5", "stream": true, "messages": [{"role": "user", "content": "Hi"}]}'
 
-Paths: ``POST /v1/chat/completions``, ``/v1/responses``, ``/v1/messages``, ``/v1/messages/count_tokens``. Any key is
-taken unless `Provider` was given some. The base name of the model is free ("echo", "gpt-5.5"), and the answer carries
-it. The text is always the same, and each word of it is one token, so a maximum of 7 tokens gives 7 words; token
-counts are counted over the very texts of the prompt and the answer. Limits count down and refill continuously, and
-beyond them there is a real 429.
+Paths: ``POST /v1/chat/completions``, ``/v1/responses``, ``/v1/messages``, ``/v1/messages/count_tokens``; Groq's
+``/openai/v1/chat/completions``, Gemini's ``/v1/models/MODEL:generateContent`` and ``:streamGenerateContent``, and
+``/mistral/v1/chat/completions``, for Mistral's own path is OpenAI's. So the base address of each SDK is the server's,
+with ``/v1`` for OpenAI's and ``/mistral`` for Mistral's. Any key is taken unless `Provider` was given some. The base
+name of the model is free ("echo", "gpt-5.5"), and the answer carries it. The text is always the same, and each word of
+it is one token, so a maximum of 7 tokens gives 7 words; token counts are counted over the very texts of the prompt and
+the answer. Limits count down and refill continuously, and beyond them there is a real 429.
 
 What follows the base name, each part after a colon, in any order, makes the provider behave:
 
@@ -25,6 +28,7 @@ What follows the base name, each part after a colon, in any order, makes the pro
 ``overloaded``         OpenAI 503, Anthropic 529
 ``out-of-credit``      OpenAI 429 ``insufficient_quota``, Anthropic 400
 ``fail-first-N``       the first N requests for this very model name get 500, later ones an answer
+``limited-first-N``    the first N get 429 with ``retry-after: 0``, and later ones an answer
 ``cut-after-N``        the connection is cut after N deltas; a JSON answer is cut in its middle
 ``error-after-N``      the error event after N deltas; instead of a JSON answer, 500
 ``failed-after-N``     the same, and in the Responses API ``response.failed``, as JSON with status 200

@@ -21,6 +21,8 @@ from starlette.requests import ClientDisconnect, Request
 from asgi_metering.testing.provider.answers import TokenCounts, plan
 from asgi_metering.testing.provider.anthropic_wire import Anthropic, CountTokens, Messages
 from asgi_metering.testing.provider.behaviour import Behaviour, Stop, UnknownBehaviourError, read_model
+from asgi_metering.testing.provider.compatible_wire import Groq, GroqChat, Mistral, MistralChat
+from asgi_metering.testing.provider.gemini_wire import Gemini, GenerateContent
 from asgi_metering.testing.provider.openai_wire import Chat, OpenAI, Responses
 from asgi_metering.testing.provider.quota import Account
 from asgi_metering.testing.provider.wire import (
@@ -88,22 +90,27 @@ class SeenRequest:
 
 
 class _House(NamedTuple):
-    """A vendor, its account here, and its paths."""
+    """A vendor, its account here, its paths, and what finds those that carry the model's name."""
 
     vendor: Vendor
     account: Account
     endpoints: dict[str, Endpoint]
+    at: Callable[[str], Endpoint | None] | None = None
+
+    def endpoint(self, path: str) -> Endpoint | None:
+        """What answers at *path*."""
+        return self.endpoints.get(path) if self.at is None else self.at(path)
 
 
 class Provider:
     """
-    A model provider that runs anywhere: OpenAI's and Anthropic's wire formats, real token counts, faults on demand.
+    A model provider that runs anywhere: the wire formats of five vendors, real token counts, faults on demand.
 
-    See the package's docstring for what a request can ask for. One account for each of the two, shared by all keys.
+    See the package's docstring for what a request can ask for. One account for each vendor, shared by all keys.
 
     Args:
         requests_per_minute: Limit of each account.
-        tokens_per_minute: OpenAI: input and output together.
+        tokens_per_minute: All but Anthropic: input and output together.
         input_tokens_per_minute, output_tokens_per_minute: Anthropic.
         api_keys: The keys that are known; `None` takes any.
         count: Counts the tokens of a text; by default with `asgi_metering.tokens`, which estimates where the
@@ -135,18 +142,21 @@ class Provider:
         self._seen = 0
         self._asked: Counter[str] = Counter()
         now = clock()
-        self._openai = _house(
-            OpenAI(),
-            Account({"requests": requests_per_minute, "tokens": tokens_per_minute}, now),
-            Chat(),
-            Responses(),
-        )
+        shared = {"requests": requests_per_minute, "tokens": tokens_per_minute}
+        self._openai = _house(OpenAI(), Account(shared, now), Chat(), Responses())
         limits = {
             "requests": requests_per_minute,
             "input-tokens": input_tokens_per_minute,
             "output-tokens": output_tokens_per_minute,
         }
-        self._anthropic = _house(Anthropic(), Account(limits, now), Messages(), CountTokens())
+        # By the beginning of their paths; what begins otherwise is OpenAI's.
+        self._others = {
+            "/v1/messages": _house(Anthropic(), Account(limits, now), Messages(), CountTokens()),
+            "/openai/": _house(Groq(), Account(shared, now), GroqChat()),
+            "/mistral/": _house(Mistral(), Account(shared, now), MistralChat()),
+            "/v1/models/": (gemini := _House(Gemini(), Account(shared, now), {}, GenerateContent.at)),
+            "/v1beta/models/": gemini,
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request; a lifespan is answered, a WebSocket closed."""
@@ -162,7 +172,7 @@ class Provider:
         path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
         seen = SeenRequest(self._seen, path, dict(request.headers))
         self.requests.append(seen)
-        house = self._anthropic if path.startswith("/v1/messages") else self._openai
+        house = next((found for start, found in self._others.items() if path.startswith(start)), self._openai)
         exchange = _Exchange(seen, house, self._clock, self._sleep, request.receive, send)
         try:
             await self._answer(request, exchange)
@@ -177,7 +187,7 @@ class Provider:
     async def _answer(self, request: Request, exchange: _Exchange) -> None:
         """Check and answer. Raises `Refusal`, and `ClientDisconnect` while the body is read."""
         seen, house = exchange.seen, exchange.house
-        endpoint = house.endpoints.get(seen.path)
+        endpoint = house.endpoint(seen.path)
         if endpoint is None:
             raise Refusal("unknown_path", f"{request.method} {seen.path}")
         if request.method != "POST":
@@ -211,11 +221,11 @@ class Provider:
     def _admit(self, call: Call, endpoint: Endpoint, house: _House) -> None:
         """Take from the limits, or raise the `Refusal` that the behaviour or a limit asks for."""
         behaviour = call.behaviour
+        failure = behaviour.failure
         if behaviour.fail_first:
             self._asked[call.asked.model] += 1
             if self._asked[call.asked.model] <= behaviour.fail_first:
-                raise Refusal("status", status=500)
-        failure = behaviour.failure
+                failure = behaviour.first_failure
         if failure is not None:
             limit = house.account.buckets["requests"].limit
             detail = f"Limit {limit}, Used {limit}, Requested 1."

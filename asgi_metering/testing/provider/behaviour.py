@@ -74,7 +74,8 @@ class Behaviour:
         pause_s: Before each delta of a stream; before a JSON answer once for each word.
         endless: The stream goes on until the client leaves.
         failure: Refused before the first byte.
-        fail_first: Refused with 500 until the model's name was asked for so often.
+        fail_first: Refused until the model's name was asked for so often.
+        first_failure: As what.
         stop: Ended early.
         usage: What is reported instead of the counts; `fixed_usage` if ``fixed``.
         fixed_usage: Input and output tokens.
@@ -93,6 +94,7 @@ class Behaviour:
     endless: bool = False
     failure: Failure | None = None
     fail_first: int = 0
+    first_failure: Failure = Failure("status", 500)
     stop: Stop | None = None
     usage: Literal["counted", "missing", "null", "zero", "negative", "fixed"] = "counted"
     fixed_usage: tuple[int, int] = (0, 0)
@@ -135,6 +137,9 @@ _RULES: Mapping[str, _Rule] = {
     "overloaded": _Rule((), lambda: _failure("overloaded")),
     "out-of-credit": _Rule((), lambda: _failure("out_of_credit")),
     "fail-first": _Rule((_Number(1, 100),), lambda n: {"fail_first": n}),
+    "limited-first": _Rule(
+        (_Number(1, 100),), lambda n: {"fail_first": n, "first_failure": Failure("rate_limited", 429, 0)}
+    ),
     "cut-after": _Rule((_COUNT,), lambda n: {"stop": Stop("cut", n)}),
     "error-after": _Rule((_COUNT,), lambda n: {"stop": Stop("error", n)}),
     "failed-after": _Rule((_COUNT,), lambda n: {"stop": Stop("failed", n)}),
