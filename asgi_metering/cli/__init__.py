@@ -1,9 +1,9 @@
 """
 The command line: thin over `Metering`. Tables for people, ``--json`` for programs.
 
-Every command but ``demo``, ``routes`` and ``journal`` opens the store that ``--store`` or ``ASGI_METERING_STORE``
-names, and so does ``journal --replay``; only ``grant`` and ``import`` make a new one. Every command but ``demo`` has
-``--json``, whose output is one JSON document.
+Every command but ``demo``, ``routes``, ``journal``, ``init``, ``quotas`` and ``poll`` opens the store that ``--store``
+or ``ASGI_METERING_STORE`` names, and so does ``journal --replay``; only ``grant`` and ``import`` make a new one. Every
+command but ``demo`` and ``init`` has ``--json``, whose output is one JSON document.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
 from asgi_metering.amounts import CREDITS
@@ -30,6 +30,7 @@ from asgi_metering.cli.accounts import (
 from asgi_metering.cli.audit import run_routes
 from asgi_metering.cli.journal import run_journal
 from asgi_metering.cli.moving import run_export, run_import
+from asgi_metering.cli.quotas import run_init, run_poll, run_quotas
 from asgi_metering.errors import MeteringError, MissingExtraError
 
 __all__ = ["main"]
@@ -37,7 +38,7 @@ __all__ = ["main"]
 EXIT_CODES = """\
 exit codes:
   0    it did what was asked
-  1    what it checked is not so: errors of routes, books that do not balance, a step of the demo
+  1    what it checked is not so: errors of routes, books that do not balance, a step of the demo, a poll that failed
   2    it could not be done: a mistake in the arguments or set-up, or no answer from the store
   130  Ctrl-C
   141  whoever read the output left
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     routes.add_argument(
         "-v", "--verbose", action="store_true", help="show all of each policy, and the traceback of a failing import"
     )
+    routes.add_argument("--store", help="URL of the application's store: tell what its calls used of their holds")
     routes.set_defaults(run=run_routes)
     migrate = commands.add_parser("migrate", help="make the tables of a PostgreSQL store, or bring them up to date")
     migrate.add_argument("--store", default=os.environ.get("ASGI_METERING_STORE"), help="store URL")
@@ -121,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--resume", action="store_true", help="go on with an import of this file that was cut")
             command.add_argument("--unbalanced", action="store_true", help="also import books that do not balance")
         command.set_defaults(run=run)
+    _quota_commands(command_of)
     journal = command_of("journal", "what waits in a journal for a store that was down")
     journal.add_argument("file", metavar="FILE", help="the application's journal=")
     _store_options(journal)
@@ -165,6 +168,28 @@ def _parser() -> argparse.ArgumentParser:
             decision.add_argument("--charge", metavar="AMOUNT", help="charge so many whole units")
             decision.add_argument("--release", action="store_true", help="charge nothing, and give all of it back")
     return parser
+
+
+def _quota_commands(command_of: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    for name, run, help_text, file_text in (
+        ("init", run_init, "write a catalogue of upstream packages to begin with", "where to; quotas.json by default"),
+        ("quotas", run_quotas, "what upstreams still allow, package by package", "the catalogue"),
+        ("poll", run_poll, "ask providers for their balances once, and write them down", "the catalogue, as JSON"),
+    ):
+        command = command_of(name, help_text)
+        command.set_defaults(run=run)
+        if name == "init":
+            command.add_argument("file", metavar="FILE", nargs="?", default="quotas.json", help=file_text)
+            command.add_argument(
+                "--force", action="store_true", help="also where something stands already; better choose another name"
+            )
+            continue
+        command.add_argument("file", metavar="FILE", help=file_text)
+        command.add_argument("--json", action="store_true", help="print JSON")
+        if name == "quotas":
+            command.add_argument(
+                "--log", metavar="FILE", help="the file of the application's UsageLog, for burn and counts"
+            )
 
 
 def _store_options(command: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ Imports the application, and asks the audit that its startup asks.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import importlib
 import inspect
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from asgi_metering.amounts import Unit
+from asgi_metering.calibrating import HoldUse, read_hold_use
 from asgi_metering.cli.showing import print_table
+from asgi_metering.cli.stores import check_usable
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.metering import ALL_FEATURES, Metering
 
@@ -54,15 +57,40 @@ def run_routes(given: argparse.Namespace) -> int:
     report.errors += _misnamed(report.rows)
     rows = [_route(row) for row in report.rows]
     rows += _others(app)
+    if given.store:
+        _calibrate(rows, given)
     if given.json:
         print(json.dumps({"routes": rows, "errors": report.errors, "warnings": report.warnings}, indent=2))
     else:
         print_table(_columns(rows), rows)
         if given.verbose:
             _details(rows)
+        for row in rows:
+            if "hold_use" in row:
+                print(f"{row['path']}  {row['methods']}: {row['hold_use']['told']}")
         for sentence in (*report.errors, *report.warnings):
             print(f"! {sentence}")
     return 1 if report.errors else 0
+
+
+def _calibrate(rows: Iterable[dict[str, Any]], given: argparse.Namespace) -> None:
+    """Tell what the latest calls of each measured route used of their holds, out of the store: here nobody calls."""
+    metering = Metering(given.store, sinks=())
+    check_usable(metering.store, given.store, makes=False)
+
+    async def run() -> list[HoldUse]:
+        async with metering:
+            return await read_hold_use(metering.store)
+
+    uses = {(use.line, use.unit): use for use in asyncio.run(run())}
+    for row in rows:
+        if not row.get("measured"):
+            continue
+        unit = row["unit"].partition(":")[0]
+        found = [use for (line, counted), use in uses.items() if line == row["line"] and unit in ("", counted)]
+        if found:
+            use = found[0]
+            row["hold_use"] = {**use._asdict(), "suggestion": str(use.suggestion or ""), "told": use.sentence}
 
 
 def _columns(rows: Iterable[dict[str, Any]]) -> tuple[str, ...]:
@@ -109,15 +137,17 @@ def _route(row: Any) -> dict[str, Any]:
         "upstream": ", ".join(map(_upstream, policy.upstreams if policy is not None else ())),
     }
     if charge is not None:
-        from asgi_metering.rules.ending import END_OF_CALL
+        from asgi_metering.rules.ending import DRAIN, END_OF_CALL
 
         shown["hold"] = _hold(charge)
+        shown["measured"] = charge.measured
         shown["sources"] = ", ".join(_source(source) for source in charge.sources)
         shown["payer"] = "the caller's" if charge.payer is None else _function(charge.payer)
         shown["idempotency"] = _idempotency(charge.idempotency)
         shown["charge_key"] = _charge_key(charge.key)
         basis = charge.end.session_basis if row.is_websocket else charge.end.basis
-        shown["end"] = {situation.value: basis(situation).value for situation in END_OF_CALL}
+        drains = charge.end.drains
+        shown["end"] = {row.value: DRAIN if row in drains else basis(row).value for row in END_OF_CALL}
     return shown
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
-from asgi_metering.quotas.reading import LimitTable, QuotaLimit
+from asgi_metering.quotas.reading import MAX_NAMES, LimitTable, QuotaLimit
 
 __all__ = ["MARKS", "PRIVATE", "read_limits"]
 
@@ -20,6 +21,8 @@ MARKS = (b"anthropic-ratelimit-", b"anthropic-priority-", b"anthropic-fast-")
 
 PRIVATE = (*MARKS, b"anthropic-organization-id")
 """Beginnings of the names that tell a stranger about our account: limits, and whose account it is."""
+
+_MAX_NAME = 120  # Bytes: more than the longest that is understood, and what is longer is known by nobody.
 
 _NAME = re.compile(
     rb"anthropic-(?:ratelimit-|(?=priority-|fast-))([a-z0-9_\-]{1,64})-(limit|remaining|reset|utilization|status)"
@@ -35,6 +38,14 @@ def read_limits(headers: Iterable[tuple[bytes, bytes]], now: float) -> tuple[Quo
     """
     table = LimitTable(now)
     for name, value in headers:
-        if match := _NAME.fullmatch(name):
-            table.put(match[1].decode().replace("-", "_"), match[2].decode(), value)
+        named = _named(name[:_MAX_NAME])
+        if named is not None:
+            table.put(*named, value)
     return table.limits()
+
+
+@lru_cache(maxsize=MAX_NAMES)
+def _named(name: bytes) -> tuple[str, str] | None:
+    """The resource and the field that a name says."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else (match[1].decode().replace("-", "_"), match[2].decode())

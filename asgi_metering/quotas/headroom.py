@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from asgi_metering.quotas.reading import QuotaLimit, Reading
+from asgi_metering.quotas.verdicts import Verdict
 
 __all__ = ["STALE_S", "Lack", "Need", "lack_of"]
 
@@ -51,7 +52,8 @@ class Lack(NamedTuple):
     Why there is no room.
 
     Attributes:
-        resource: The limit, as the reading names it; ``"retry_after"`` where the provider asked us not to come back.
+        resource: The limit, as the reading names it; ``"retry_after"`` where the provider asked us not to come back,
+            ``"credit"`` where it said that somebody has to pay first.
         required: What the call takes of it, as far as it is counted.
         available: What is left of it, without what runs already.
         limit: Its size, if it was told.
@@ -88,6 +90,9 @@ def lack_of(reading: Reading | None, need: Need, running: Need, now: float) -> L
     retry_at = reading.retry_at
     if retry_at is not None and retry_at > now and (reading.status is None or reading.status >= 400):
         lacks.append(Lack("retry_after", retry_after_s=retry_at - now))
+    if reading.verdict is Verdict.OUT_OF_CREDIT and reading.observed_at + STALE_S > now:
+        # Nobody knows when that ends, so one call finds out now and then.
+        lacks.append(Lack("credit", retry_after_s=reading.observed_at + STALE_S - now))
     seen_at = reading.observed_at if reading.limits_observed_at is None else reading.limits_observed_at
     judges_itself = any(limit.resource == _UNIFIED and limit.state is not None for limit in reading.limits)
     for limit in reading.limits:

@@ -7,10 +7,10 @@ id, a cookie or a credential (S1.50, X.9).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 
 from asgi_metering.quotas.values import (
     decode_value,
@@ -19,11 +19,16 @@ from asgi_metering.quotas.values import (
     parse_reset_at,
     parse_state,
 )
+from asgi_metering.quotas.verdicts import Verdict
 
-__all__ = ["MAX_LIMITS", "LimitTable", "QuotaLimit", "Reading"]
+__all__ = ["MAX_LIMITS", "MAX_NAMES", "LimitTable", "QuotaLimit", "Reading"]
 
 MAX_LIMITS = 32
 """Limits in one reading: the richest known response names twelve; a response cannot make a reading grow past this."""
+
+
+MAX_NAMES = 512
+"""Header names of a family that are remembered as they were read: all families together have fewer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +69,19 @@ class QuotaLimit:
             "state": self.state,
         }
 
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> QuotaLimit:
+        """Rebuild a limit from `to_dict`. Raises `ValueError`, `TypeError` or `KeyError` on what it never returned."""
+        share = stored["utilization"]
+        return cls(
+            resource=str(stored["resource"]),
+            limit=_known(int, stored["limit"]),
+            remaining=_known(int, stored["remaining"]),
+            reset_at=_known(float, stored["reset_at"]),
+            utilization=None if share is None else Decimal(share),
+            state=_known(str, stored["state"]),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
@@ -83,6 +101,7 @@ class Reading:
             means *observed_at*.
         limits_observed_at: *observed_at* of the answer that *limits* came with. It is older than *observed_at*
             when a later answer told no limits (see `QuotaReadings`); `None` when there are no limits.
+        verdict: Why that answer refused the call; `None` where it did not, or for reasons of another kind.
     """
 
     provider: str
@@ -93,6 +112,7 @@ class Reading:
     retry_after_s: float | None = None
     received_at: float | None = None
     limits_observed_at: float | None = None
+    verdict: Verdict | None = None
 
     @property
     def useful(self) -> bool:
@@ -119,11 +139,34 @@ class Reading:
             "received_at": self.received_at,
             "limits_observed_at": self.limits_observed_at,
             "status": self.status,
+            "verdict": self.verdict,
             "useful": self.useful,
             "retry_after_s": self.retry_after_s,
             "retry_at": self.retry_at,
             "limits": [limit.to_dict() for limit in self.limits],
         }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Reading:
+        """Rebuild a reading from `to_dict`; `ValueError`, `TypeError` or `KeyError` on what that never returned."""
+        return cls(
+            provider=str(stored["provider"]),
+            dialect=str(stored["dialect"]),
+            observed_at=float(stored["observed_at"]),
+            status=_known(int, stored["status"]),
+            limits=tuple(QuotaLimit.from_dict(each) for each in stored["limits"][:MAX_LIMITS]),
+            retry_after_s=_known(float, stored["retry_after_s"]),
+            received_at=_known(float, stored["received_at"]),
+            limits_observed_at=_known(float, stored["limits_observed_at"]),
+            verdict=_known(Verdict, stored["verdict"]),
+        )
+
+
+_Value = TypeVar("_Value")
+
+
+def _known(kind: Callable[[Any], _Value], value: Any) -> _Value | None:
+    return None if value is None else kind(value)
 
 
 class LimitTable:

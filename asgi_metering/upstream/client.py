@@ -95,7 +95,7 @@ class _Metered:
 
     def _begin(self, request: Request) -> Exchange:
         _ask_for_readable(request)
-        return Exchange(self._source, self._clock())
+        return Exchange(self._source, self._clock(), fetches=request.method == "GET")
 
 
 class MeteredTransport(_Metered, AsyncBaseTransport):

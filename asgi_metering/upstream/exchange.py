@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from asgi_metering.upstream.libraries import library_of
 from asgi_metering.upstream.listener import LiveUpstreamListener, UpstreamListener
+from asgi_metering.upstream.refused import REFUSED_FROM, RefusalReader
 from asgi_metering.usage.reader import UsageReader
 
 if TYPE_CHECKING:
@@ -47,11 +48,13 @@ class Source:
         # Asked once, because asking a protocol costs more than the rest of an exchange.
         self.live = isinstance(listener, LiveUpstreamListener)
 
-    def reader(self, response: Response) -> UsageReader:
-        """Return a reader for the body of *response*."""
+    def reader(self, response: Response, started_at: float) -> UsageReader:
+        """Return a reader for the body of *response*, whose request was sent at *started_at*."""
         headers = response.headers
         # A response made in memory (a mock, a cache) has been decoded already.
         encoding = None if response.is_stream_consumed else headers.get("content-encoding")
+        if response.status_code >= REFUSED_FROM:
+            return RefusalReader(response, encoding, self.usage_dialect, started_at)
         return UsageReader(headers.get("content-type"), encoding, self.usage_dialect)
 
 
@@ -62,20 +65,23 @@ class Exchange:
     Args:
         source: The transport's part.
         started_at: Epoch seconds.
+        fetches: The request asks for what is there already (``GET``), and has no model answer anew.
     """
 
-    __slots__ = ("_ended", "_reader", "_reads", "_source", "_started_at", "_status", "_token")
+    __slots__ = ("_ended", "_fetches", "_reader", "_reads", "_source", "_started_at", "_status", "_token")
 
-    def __init__(self, source: Source, started_at: float) -> None:
+    def __init__(self, source: Source, started_at: float, *, fetches: bool = False) -> None:
         self._source = source
         self._started_at = started_at
+        self._fetches = fetches
         self._token = self._tell("started")
 
     def watch(self, response: Response, *, asynchronous: bool) -> None:
         """Tell the headers, and replace the response's stream by one that is read; nothing else of it changes."""
         self._status = response.status_code
         self._tell("answered", self._status, response.headers.raw, self._started_at)
-        self._reader = self._source.reader(response)
+        self._reader = self._source.reader(response, self._started_at)
+        self._reader.fetched = self._fetches
         self._reads = True
         self._ended = threading.Lock()
         if self._source.live:

@@ -24,6 +24,18 @@ def library_of(value: object) -> ModuleType | None:
         root = cls.__module__.partition(".")[0]
         if root in LIBRARIES:
             return sys.modules[root]
+    return _library_by_bases(value)
+
+
+_BASES = ("BaseTransport", "AsyncBaseTransport", "SyncByteStream", "AsyncByteStream")
+
+
+def _library_by_bases(value: object) -> ModuleType | None:
+    """The same by the classes themselves: SDKs put their own names on those that they export, such as BaseTransport."""
+    for name in LIBRARIES:
+        library = sys.modules.get(name)
+        if library is not None and isinstance(value, tuple(getattr(library, base) for base in _BASES)):
+            return library
     return None
 
 

@@ -16,7 +16,9 @@ from dataclasses import replace
 from asgi_metering.names import check_name
 from asgi_metering.quotas import DIALECTS, DialectRegistry, Reading
 
-__all__ = ["MAX_SERIES", "QuotaReadings"]
+__all__ = ["MAX_SERIES", "QuotaReadings", "newer_of"]
+
+_REFUSED_FROM = 400
 
 MAX_SERIES = 256
 """Pairs of provider and label that are kept: names come from code, so more of them means a name made from input."""
@@ -65,6 +67,7 @@ class QuotaReadings:
         started_at: float | None = None,
         *,
         label: str | None = None,
+        body: bytes | None = None,
     ) -> Reading | None:
         """
         Read the headers of a response that just came, and keep what they say if it is new.
@@ -75,6 +78,7 @@ class QuotaReadings:
             status: HTTP status.
             started_at: Epoch seconds at which the request was started; `None` means now.
             label: Tells apart keys of one provider with quotas of their own. A name, never the key itself.
+            body: Of a refusal, once it is known: its verdict, and limits that no header told (`quotas.bodies`).
 
         Returns:
             What is now the latest reading if this response told something new, else `None`.
@@ -83,13 +87,45 @@ class QuotaReadings:
             ConfigurationError: The provider or the label is no name. Headers never raise.
         """
         series = _series(provider, label)
-        now = self._clock()
-        reading = self._dialects.read(headers, provider=provider, status=status, now=now, started_at=started_at)
+        now = self._clock() if body is None else self._received_at(series, started_at)
+        reading = self._dialects.read(
+            headers, provider=provider, status=status, now=now, started_at=started_at, body=body
+        )
         if reading is None:
+            if series in self._latest and status is not None and status < _REFUSED_FROM:
+                self._let_in(series, status, now if started_at is None else started_at)
             return None
+        return self._keep(series, reading, now)
+
+    def take(self, reading: Reading, *, label: str | None = None) -> Reading | None:
+        """
+        Keep a reading that somebody else made, such as another worker, if it is newer than what is known.
+
+        Returns what is now the latest reading if it told something new, else `None`.
+        """
+        return self._keep(_series(reading.provider, label), reading, self._clock())
+
+    def _received_at(self, series: str, started_at: float | None) -> float:
+        """When the headers of the answer came whose body is here now: its waits count from there."""
+        known = self._latest.get(series)
+        if known is None or known.received_at is None or known.observed_at != started_at:
+            return self._clock()
+        return known.received_at
+
+    def _let_in(self, series: str, status: int, started_at: float) -> None:
+        """A provider that tells nothing but answers is not out of credit any more."""
         with self._lock:
             known = self._latest.get(series)
-            latest = reading if known is None else _merge(known, reading, now)
+            if known is None or known.verdict is None or started_at < known.observed_at:
+                return
+            latest = replace(known, status=status, verdict=None, retry_after_s=None, observed_at=started_at)
+            self._latest[series] = latest
+        self._tell(latest)
+
+    def _keep(self, series: str, reading: Reading, now: float) -> Reading | None:
+        with self._lock:
+            known = self._latest.get(series)
+            latest = reading if known is None else newer_of(known, reading, now)
             if latest == known:
                 return None
             if known is None and len(self._latest) >= MAX_SERIES:
@@ -132,8 +168,15 @@ def _series(provider: str, label: str | None) -> str:
     return provider if label is None else f"{provider}/{check_name(label, 'quota label')}"
 
 
-def _merge(known: Reading, new: Reading, now: float) -> Reading:
-    """Return the newer part of each; see `QuotaReadings`."""
+def newer_of(known: Reading, new: Reading, now: float) -> Reading:
+    """
+    Return the newer part of each of two readings of one series; see `QuotaReadings`.
+
+    Args:
+        known: What was kept.
+        new: What came.
+        now: Epoch seconds: what lies ahead of it was told by a clock that has stepped back since, and yields.
+    """
     newest = new if _replaces(new.observed_at, known.observed_at, now) else known
     if new.limits_observed_at is None:
         limits_of = known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from asgi_metering import Metering, TokenUsage
+from asgi_metering.prices import per_token
 from tests.cli.commands import Run, rows
 
 MAIN = """
@@ -104,6 +107,28 @@ def test_routes_mark_what_only_tells(run: Run, tmp_path: Path, monkeypatch: pyte
         "9/minute, 5/minute (shadow)",
         "2, 3 of everybody (shadow)",
         "openai/eu, acme/<lambda>() (shadow)",
+    ]
+
+
+def test_routes_tell_what_calls_used_of_their_holds(run: Run, audited: str, store: str) -> None:
+    """With the store named, each measured route says by how much it holds too much, out of its latest calls."""
+    assert run("routes", f"{audited}:app", "--store", "sqlite:///nowhere.db")[0] == 2
+
+    async def calls() -> None:
+        async with Metering(store, sinks=()) as metering:
+            await metering.grant("ann", 100, id="g")
+            for used in range(20):
+                async with metering.charge(payer="ann", line="chat", price=per_token(output=1), hold=4) as call:
+                    call.record(TokenUsage(output=1 + used // 19))
+
+    asyncio.run(calls())
+    code, output, _ = run("routes", f"{audited}:app", "--store", store)
+    told = "holds are 3.81 x what is used, by 20 calls: p50 uses 0.25 of its hold, p95 0.25; suggestion: hold 0.28 x"
+    assert code == 0
+    assert [line for line in output.splitlines() if "holds are" in line] == [f"/chat  GET,HEAD: {told} as much"]
+    found = json.loads(run("routes", f"{audited}:app", "--json", "--store", store)[1])["routes"]
+    assert [(row["hold_use"]["calls"], row["hold_use"]["suggestion"]) for row in found if "hold_use" in row] == [
+        (20, "0.28")
     ]
 
 

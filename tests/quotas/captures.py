@@ -141,6 +141,31 @@ CEREBRAS = """
     x-ratelimit-reset-tokens-minute: 11.382867097854614
 """
 
+XAI = """
+    x-ratelimit-limit-requests: 8
+    x-ratelimit-remaining-requests: 7
+    x-ratelimit-limit-tokens: 16000
+    x-ratelimit-remaining-tokens: 15000
+    x-ratelimit-reset-tokens: 1755780060
+"""
+
+SAMBANOVA = """
+    x-ratelimit-limit-requests: 60
+    x-ratelimit-remaining-requests: 59
+    x-ratelimit-reset-requests: 1755780060
+    x-ratelimit-limit-requests-day: 12000
+    x-ratelimit-remaining-requests-day: 11999
+    x-ratelimit-reset-requests-day: 1755820800
+"""
+
+DIGITALOCEAN = """
+    x-ratelimit-limit-requests: 300
+    x-ratelimit-limit-tokens-per-day: 1000000
+    x-ratelimit-remaining-tokens-per-day: 990000
+    x-ratelimit-remaining-tokens-per-minute: 90000
+    x-ratelimit-reset-tokens-per-minute: 1755780030
+"""
+
 GITHUB = """
     x-ratelimit-limit: 5000
     x-ratelimit-remaining: 0

@@ -119,6 +119,31 @@ def limit(resource: str, **fields: object) -> QuotaLimit:
                 limit("tokens_minute", limit=1000000000, remaining=999998298, reset_at=NOW + 11.382867097854614),
             ],
         ),
+        (
+            captures.XAI,
+            "openai",
+            [
+                limit("requests", limit=8, remaining=7),
+                limit("tokens", limit=16000, remaining=15000, reset_at=NOW + 60),
+            ],
+        ),
+        (
+            captures.SAMBANOVA,
+            "openai",
+            [
+                limit("requests", limit=60, remaining=59, reset_at=NOW + 60),
+                limit("requests_day", limit=12000, remaining=11999, reset_at=1755820800.0),
+            ],
+        ),
+        (
+            captures.DIGITALOCEAN,
+            "openai",
+            [
+                limit("requests", limit=300),
+                limit("tokens_per_day", limit=1000000, remaining=990000),
+                limit("tokens_per_minute", remaining=90000, reset_at=NOW + 30),
+            ],
+        ),
         (captures.GITHUB, "openai", [limit("requests", limit=5000, remaining=0, reset_at=1755783600.0)]),
         (captures.HUGGING_FACE, "ietf", [limit("api", remaining=0, reset_at=NOW + 55, limit=500)]),
     ],

@@ -8,6 +8,7 @@ import pytest
 
 from asgi_metering.quotas import QuotaLimit, Reading
 from asgi_metering.quotas.headroom import STALE_S, Lack, Need, lack_of
+from asgi_metering.quotas.verdicts import Verdict
 
 NOW = 1_000.0
 NOBODY = Need(0, 0, 0, 0)
@@ -69,6 +70,14 @@ def test_have_room_once_the_reset_has_passed() -> None:
     state = reading(left("requests", 0))
     assert lack_of(state, Need(), NOBODY, NOW + 29.5) == Lack("requests", 1, 0, None, 0.5)
     assert lack_of(state, Need(), NOBODY, NOW + 30) is None
+
+
+def test_refuse_for_a_minute_where_somebody_has_to_pay() -> None:
+    """Out of credit, nobody is sent there for a minute; then one call finds out."""
+    state = reading(status=402, verdict=Verdict.OUT_OF_CREDIT)
+    assert lack_of(state, Need(), NOBODY, NOW + 20) == Lack("credit", retry_after_s=STALE_S - 20)
+    assert lack_of(state, Need(), NOBODY, NOW + STALE_S) is None
+    assert lack_of(reading(status=503, verdict=Verdict.CAPACITY), Need(), NOBODY, NOW) is None
 
 
 def test_forget_a_limit_without_reset_after_a_minute() -> None:

@@ -33,6 +33,7 @@ def test_to_dict_is_plain_json_and_exact() -> None:
         "received_at": 101.0,
         "limits_observed_at": 100.0,
         "status": 429,
+        "verdict": None,
         "useful": True,
         "retry_after_s": 2.0,
         "retry_at": 103.0,

@@ -14,6 +14,7 @@ import pytest
 from asgi_metering import Metering
 from asgi_metering.prices import per_token
 from asgi_metering.quotas import Reading
+from asgi_metering.quotas.verdicts import Verdict
 from asgi_metering.receipts import EntryKind
 from asgi_metering.testing import FakeClock
 from asgi_metering.testing.provider import Provider, SeenRequest
@@ -147,6 +148,26 @@ def test_capture_the_quota_of_a_refusal_that_the_sdk_raises(asker: Asker) -> Non
     with upstream() as served:
         asyncio.run(play(served))
         assert [seen.status for seen in served.seen] == [429]
+
+
+def test_capture_what_only_the_body_of_a_refusal_says(asker: Asker) -> None:
+    """S1.44: that nothing is paid for any more stands in the body alone, and is a reading once that has passed."""
+
+    async def play(served: Upstream) -> None:
+        async with Metering(sinks=[]) as metering:
+            with pytest.raises(asker.module.APIStatusError):
+                await asker.ask(metering, served.url, "echo:out-of-credit", max_retries=0)
+            reading = metering.quotas.latest(asker.vendor)
+            assert reading is not None
+            assert reading.verdict is Verdict.OUT_OF_CREDIT
+            assert metering.headroom.look(asker.vendor) is not None
+            await asker.ask(metering, served.url, "echo:words-1")
+            answered = metering.quotas.latest(asker.vendor)
+            assert answered is not None
+            assert (answered.status, answered.verdict) == (200, None)
+
+    with upstream() as served:
+        asyncio.run(play(served))
 
 
 def test_charge_once_for_an_answer_behind_a_refusal(asker: Asker) -> None:

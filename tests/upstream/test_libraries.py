@@ -37,6 +37,18 @@ def test_library_of_a_subclass_is_that_of_its_base() -> None:
     assert library_of(object()) is None
 
 
+def test_library_of_a_class_that_an_sdk_has_renamed_is_still_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The openai and groq SDKs say of what they export that it is theirs, the base of all transports included."""
+    for library in (httpx, httpx2):
+        monkeypatch.setattr(library.BaseTransport, "__module__", "groq")
+
+        class Mine(library.BaseTransport):  # type: ignore[name-defined, misc]
+            pass
+
+        assert library_of(Mine()) is library
+        assert library_of(object()) is None
+
+
 def test_choose_unknown_name_is_refused() -> None:
     """A library that is neither of the two is a configuration error."""
     with pytest.raises(ConfigurationError, match="'requests'"):

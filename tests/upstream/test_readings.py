@@ -48,6 +48,67 @@ def remaining(reading: Reading | None) -> int | None:
     return None if limit is None else limit.remaining
 
 
+CREDIT = b'{"error": {"code": "insufficient_quota", "message": "pay"}}'
+
+
+def test_record_of_a_body_belongs_to_the_headers_of_its_answer() -> None:
+    """A body adds to its own answer, whose waits count from the headers, and is told of only if it says more."""
+    told: list[Reading] = []
+    clock = Clock()
+    readings = QuotaReadings(clock=clock, on_reading=[told.append])
+    headers = [*left(0), *WAIT]
+    readings.record("openai", headers, 429, 990.0)
+    clock.now += 5
+    assert readings.record("openai", headers, 429, 990.0, body=b"{}") is None
+    readings.record("openai", headers, 429, 990.0, body=CREDIT)
+    assert [(each.verdict, each.retry_at, remaining(each)) for each in told] == [
+        ("rate_limited", NOW + 30, 0),
+        ("out_of_credit", NOW + 30, 0),
+    ]
+
+
+def test_record_of_an_older_body_replaces_nothing() -> None:
+    """A refusal whose body arrives after a newer answer changes nothing of it (S1.45)."""
+    readings = make()
+    readings.record("openai", left(5), 200, 995.0)
+    readings.record("openai", WAIT, 429, 990.0, body=CREDIT)
+    latest = readings.latest("openai")
+    assert latest is not None
+    assert (latest.status, latest.verdict, latest.retry_after_s) == (200, None, None)
+
+
+def test_record_of_an_answer_without_headers_ends_a_verdict() -> None:
+    """A provider without quota headers that lets us in again is not out of credit, unless that call is older."""
+    told: list[Reading] = []
+    readings = QuotaReadings(clock=Clock(), on_reading=[told.append])
+    assert readings.record("deepseek", [], 200, 980.0) is None
+    readings.record("deepseek", [], 402, 990.0, body=b"")
+    readings.record("deepseek", [], 200, 989.0)
+    readings.record("deepseek", [], 500, 991.0)
+    latest = readings.latest("deepseek")
+    assert latest is not None
+    assert latest.verdict == "out_of_credit"
+    readings.record("deepseek", [], 200, 992.0)
+    readings.record("deepseek", [], 200, 993.0)
+    latest = readings.latest("deepseek")
+    assert latest is not None
+    assert (latest.verdict, latest.status, latest.observed_at) == (None, 200, 992.0)
+    assert len(told) == 2
+
+
+def test_take_keeps_what_another_worker_read_if_it_is_newer() -> None:
+    """A reading of somebody else is kept by the same rule as one's own (S1.41, S1.45)."""
+    there, here = make(), make()
+    old = there.record("openai", left(9), 200, 990.0, label="eu")
+    new = there.record("openai", left(8), 200, 991.0, label="eu")
+    assert old is not None
+    assert new is not None
+    assert here.take(new, label="eu") == new
+    assert here.take(old, label="eu") is None
+    assert here.latest("openai", label="eu") == new
+    assert here.latest("openai") is None
+
+
 def test_record_keeps_the_latest_per_provider() -> None:
     """Each provider has its own reading, and the newer response replaces the older (S1.41)."""
     readings = make()

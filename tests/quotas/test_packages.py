@@ -1,0 +1,151 @@
+"""Catalogues: which entries are read, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import date
+from typing import Any
+
+import pytest
+
+from asgi_metering.errors import ConfigurationError
+from asgi_metering.quotas.packages import Package, midnight, read_catalogue, read_package
+from tests.quotas.captures import NOW
+
+DAY_S = 86_400
+
+
+def test_read_package_fills_in_what_is_not_told() -> None:
+    """Types, sources, confidences and ids have their defaults, always the same (S1.2, S1.3, S1.5)."""
+    bare = read_package({})
+    assert (bare.package_id, bare.provider_id, bare.package_type) == ("unknown-credits", "unknown", "credits")
+    assert (bare.source, bare.confidence, bare.total, bare.used) == ("manual", "medium", 0, 0)
+    window = read_package({"provider_id": "acme", "package_type": "rolling_window"})
+    assert (window.package_id, window.window_hours) == ("acme-rolling_window", 5)
+    assert read_package({"provider_id": "acme"}, "mine").package_id == "mine"
+    assert read_package({"package_id": "own"}, "key").package_id == "own"
+
+
+@pytest.mark.parametrize(
+    ("entry", "total", "used"),
+    [
+        ({"total_credits": 25, "used_credits": "12.40"}, 25, 12.4),
+        ({"package_type": "rolling_window", "limit_per_window": 40}, 40, 0),
+        ({"package_type": "daily", "limit_per_day": 1500, "used_credits": 3}, 1500, 3),
+        ({"total": 7, "used": 2}, 7, 2),
+        ({"total_credits": None, "expiry_date": ""}, 0, 0),
+    ],
+)
+def test_read_package_takes_the_names_of_older_files(entry: dict[str, object], total: float, used: float) -> None:
+    """Totals have a name for each type, and numbers may be text (S1.18)."""
+    package = read_package(entry)
+    assert (package.total, package.used) == (total, used)
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ({"package_type": "weekly"}, "package_type is 'weekly'. Use one of credits, rolling_window, daily."),
+        ({"source": "guess"}, "source is 'guess'. Use one of api_poll, header_capture, local_count, manual."),
+        ({"confidence": 1}, "confidence is 1. Use one of high, medium, low, estimated."),
+        ({"total_credits": "many"}, "total_credits is 'many', and no number from 0 up. Write one such as 25."),
+        ({"used_credits": -1}, "used_credits is -1, and no number from 0 up. Write one such as 25."),
+        ({"total_credits": True}, "total_credits is True, and no number from 0 up. Write one such as 25."),
+        ({"total_credits": "nan"}, "total_credits is 'nan', and no number from 0 up. Write one such as 25."),
+        ({"total_credits": [1]}, "total_credits is [1], and no number from 0 up. Write one such as 25."),
+        ({"window_hours": 0}, "window_hours is 0, and no window is that short. Write 5, say."),
+        ({"provider_id": 3}, "provider_id is 3, and no text of at most 2000 characters. Write one."),
+        ({"extra_provider_ids": "b"}, "extra_provider_ids is 'b', and no list. Write one of names."),
+        ({"model_weights": [1]}, "model_weights is [1], and no object of models and numbers. Write one."),
+        (
+            {"model_weights": {"m": "x"}},
+            "model_weights.m is 'x', and no number from 0 up. Write one such as 25.",
+        ),
+        ({"zone": "Mars/Olympus"}, "zone is 'Mars/Olympus', and no zone. Write 'UTC' or 'Europe/Berlin', say."),
+        ([], " is [], and no object. Write its fields by name."),
+    ],
+)
+def test_read_package_says_which_field_is_wrong(entry: object, sentence: str) -> None:
+    """Each mistake is one sentence with the field and its value, and one that mends it (S1.3, S1.18)."""
+    with pytest.raises(ConfigurationError) as wrong:
+        read_package(entry)
+    assert str(wrong.value) == sentence
+
+
+def test_read_catalogue_leaves_out_what_is_broken() -> None:
+    """A broken entry is told of with file and key, and the others are read (S1.17, S1.18)."""
+    catalogue = read_catalogue(
+        {"packages": {"good": {"provider_id": "a"}, "bad": {"total_credits": "x"}, "worse": 3}}, "quotas.json"
+    )
+    assert list(catalogue.packages) == ["good"]
+    assert catalogue.problems == (
+        "quotas.json: packages.bad.total_credits is 'x', and no number from 0 up. Write one such as 25.",
+        "quotas.json: packages.worse is 3, and no object. Write its fields by name.",
+    )
+
+
+def test_read_catalogue_keeps_what_it_does_not_know() -> None:
+    """Files of any 1.x load, whatever else they hold; unknown fields of an entry are its extras (S1.18)."""
+    entry = {"provider_id": "a", "provider_group": "g", "colour": {"red": 1}}
+    for version in ({}, {"schema_version": "1.0"}, {"schema_version": 1.9, "_notes": ["x"]}):
+        (package,) = read_catalogue({**version, "packages": {"p": entry}}, "f").packages.values()
+        assert package.extras == {"provider_group": "g", "colour": {"red": 1}}
+    assert read_catalogue({}, "f").packages == {}
+
+
+def test_read_package_shows_no_credential_however_deep_it_stands() -> None:
+    """What is named like one is no extra, wherever in the entry it is; the rest is what JSON can say."""
+    hidden = {"api_key": "s", "headers": {"Authorization": "s", "accept": "a"}, "hosts": [{"token": "s", "name": "h"}]}
+    odd = {"bought": date(2026, 1, 2), "most": math.inf, "none": None, "auth": "s", "author": "me", "pwd": "s"}
+    extras = read_package({**hidden, **odd}).extras
+    assert extras == {
+        "headers": {"accept": "a"},
+        "hosts": [{"name": "h"}],
+        "bought": "2026-01-02",
+        "most": "inf",
+        "none": None,
+        "author": "me",
+    }
+    assert json.loads(json.dumps(extras, allow_nan=False)) == extras
+
+
+def test_read_package_ends_where_no_person_would_have_written_on() -> None:
+    """Extras of a depth that nothing could show are cut off."""
+    deep: list[Any] = []
+    for _ in range(900):
+        deep = [deep]
+    assert len(json.dumps(read_package({"deep": deep}).extras)) < 100
+
+
+def test_read_package_repeats_no_key_that_stands_where_its_name_should() -> None:
+    """Who writes the key itself for the name of its variable is told so, without the key: the log would have it."""
+    with pytest.raises(ConfigurationError, match=r"^api_key_env is no name of a variable") as refused:
+        read_package({"api_key_env": "sk-live-1"})
+    assert "sk-live" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("payload", "sentence"),
+    [
+        ([], "f holds no object"),
+        ({"schema_version": "2.0"}, "f: schema_version '2.0' is not 1.x"),
+        ({"packages": []}, "f: packages is no mapping"),
+        ({"packages": {str(number): {} for number in range(1_001)}}, "f: packages is no mapping of at most 1000"),
+    ],
+)
+def test_read_catalogue_refuses_what_is_none(payload: object, sentence: str) -> None:
+    """What is no catalogue, or one of a later format, is refused as a whole."""
+    with pytest.raises(ConfigurationError, match=sentence):
+        read_catalogue(payload, "f")
+
+
+def test_window_start_by_type_and_zone() -> None:
+    """A day begins at midnight of its zone, UTC by default, and a rolling window so many hours ago (S1.11, S1.13)."""
+    assert Package(package_id="r", package_type="rolling_window", window_hours=3).window_start(NOW) == NOW - 3 * 3600
+    day = Package(package_id="d", package_type="daily")
+    assert day.window_start(NOW) == NOW - NOW % DAY_S
+    assert midnight(NOW, "UTC", 1) == NOW - NOW % DAY_S + DAY_S
+    berlin = read_package({"package_type": "daily", "zone": "Europe/Berlin"})
+    assert berlin.window_start(NOW) == NOW - NOW % DAY_S - 2 * 3600
+    assert read_package({"provider_id": "a", "extra_provider_ids": ["b"]}).providers == ("a", "b")
