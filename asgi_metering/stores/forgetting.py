@@ -124,7 +124,7 @@ class Forgetting:
         windows: OrderedDict[Any, AllowanceWindow] = OrderedDict()
         accounts: OrderedDict[AccountKey, Account] = OrderedDict()
         state.counters, state.allowances, state.accounts = counters, windows, accounts
-        self._adding: tuple[_Ring[Any, Any], ...] = (
+        self._adding: tuple[_Ring[Any, Any], _Ring[Any, Any]] = (
             _Ring(counters, bounds.counters, _is_past, counters.__delitem__),
             _Ring(windows, bounds.windows, _is_settled, self._drop_window),
         )
@@ -152,10 +152,11 @@ class Forgetting:
 
     def after_admission(self, now: float) -> None:
         """As `after` an admission by the fast path, which adds nothing but counters and windows."""
-        for ring in self._adding:
-            new = len(ring.rows) - ring.known
-            if new > 0:
-                ring.turn(now, LOOKS_PER_ROW * new)
+        counters, windows = self._adding
+        if len(counters.rows) > counters.known:
+            counters.turn(now, LOOKS_PER_ROW * (len(counters.rows) - counters.known))
+        if len(windows.rows) > windows.known:
+            windows.turn(now, LOOKS_PER_ROW * (len(windows.rows) - windows.known))
 
     def after_end(self, receipt: Receipt) -> None:
         """As `after` an end by the fast path, which adds an ended call and a ledger line."""

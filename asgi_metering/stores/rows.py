@@ -32,7 +32,7 @@ from asgi_metering.rules.state import (
     Table,
 )
 
-__all__ = ["MAPS", "RowMap", "without_none"]
+__all__ = ["CODED_TUPLES", "MAPS", "RowMap", "text", "without_none"]
 
 Row = TypeVar("Row", bound="tuple[Any, ...]")
 
@@ -167,9 +167,9 @@ def _is_nested(hint: Any) -> bool:
 def _column_encoder(hint: Any) -> _Codec | None:
     kind = without_none(hint)
     if get_origin(kind) is tuple:
-        return _remembering(_text)
+        return _remembering(text)
     if _is_nested(kind):
-        return _text if kind is hint else _text_or_none
+        return text if kind is hint else _text_or_none
     if isinstance(kind, type) and issubclass(kind, StrEnum):
         # A driver would look for an adapter of each enum it does not know; its text it takes as it is.
         return str if kind is hint else _str_or_none
@@ -220,7 +220,7 @@ def _str_or_none(value: Any) -> str | None:
 
 
 def _text_or_none(value: Any) -> str | None:
-    return None if value is None else _text(value)
+    return None if value is None else text(value)
 
 
 def _remembering(codec: _Codec) -> _Codec:
@@ -253,7 +253,7 @@ def _chunks_of(encoder: json.JSONEncoder) -> Callable[[Any, bool], Iterable[str]
 _chunks = _chunks_of(_encoder)
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
     """JSON text; a named tuple is the array of its fields."""
     return "".join(_chunks(value, False)) if value else "{}" if isinstance(value, Mapping) else "[]"
 

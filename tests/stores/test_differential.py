@@ -21,11 +21,13 @@ from asgi_metering.rules.operations import (
     End,
     Grow,
     LeaseAsk,
+    LimitAsk,
     Operation,
     PostGrant,
     Renew,
     Sweep,
     WalletSource,
+    WindowKind,
 )
 from asgi_metering.stores.sqlite import SQLiteStore
 from tests.stores.beside import Pair, run_any_sequences, run_as_a_service
@@ -195,6 +197,27 @@ def test_look_again_at_a_window_that_the_batch_has_begun(pair: Pair) -> None:
     pair.run(asks[0])
     pair.run(asks[1], asks[1], End("b", 4, Basis.USAGE))
     pair.run(End("a", 4, Basis.USAGE), asks[0])
+
+
+@pytest.mark.parametrize("kind", [WindowKind.FIXED, WindowKind.SLIDING, WindowKind.BUCKET])
+@pytest.mark.parametrize("is_over", [False, True], ids=["runs", "is over"])
+def test_correct_what_is_counted_as_far_as_it_can_be(pair: Pair, kind: WindowKind, is_over: bool) -> None:
+    """Up to 2^53 - 1 a window is corrected to the unit by what was used, also the one before of a sliding window."""
+    most = 2**53 - 1
+    refill = 1 if kind is WindowKind.BUCKET else 0
+    cases = [(most - 1, 1, 3), (most - 2, 2, 1), (most - 4, 3, 1), (2**52 + 1, 2**52 - 2, 2**52 - 1), (5, 1, most - 3)]
+    for number, (others, estimate, used) in enumerate(cases):
+        key = f"{kind.value}{number}"
+        limit = LimitAsk("l", key, kind, most - refill, 60.0, 0, "tokens", refill=refill)
+        calls = [
+            Admit(f"{key}{name}", "p", "credits", 0, 0, limits=(limit._replace(cost=min(cost, most - refill)),))
+            for name, cost in (("others", others - refill), ("own", estimate))
+        ]
+        pair.run(*calls)
+        if is_over:
+            pair.clock.advance(60.5)
+            pair.run(calls[1]._replace(id=f"{key}next"))
+        pair.run(End(f"{key}own", None, actual={"tokens": used}), End(f"{key}others", None, actual={"tokens": others}))
 
 
 def test_fold_a_line_that_the_sweep_has_written(pair: Pair) -> None:

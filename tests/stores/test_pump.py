@@ -166,6 +166,11 @@ def test_submit_on_sqlite_in_batches_as_large_as_the_crowd(tmp_path: Path) -> No
             sizes.append(len(operations))
             return await super().run(operations)
 
+        def start(self, operation: Operation, told: Callable[[Answer | Exception | None], None]) -> bool:
+            """Count what goes alone."""
+            sizes.append(1)
+            return super().start(operation, told)
+
     async def scene() -> None:
         store = Counting(tmp_path / "m.db", synchronous="OFF")
         await store.open()

@@ -166,7 +166,7 @@ def test_read_a_row_as_it_was_written(connection: sqlite3.Connection, table: str
     row = data.draw(ROWS[table])
     connection.execute(f'DELETE FROM "{table}"')
     connection.execute(UPSERT.get(table) or INSERT[table], KEPT[table].encode(row))
-    (found,) = map(MAPS[table].decode, connection.execute(select(table, "")))
+    (found,) = map(KEPT[table].decode, connection.execute(select(table, "")))
     assert found == row
     assert _types(found) == _types(row)
 

@@ -21,7 +21,7 @@ from asgi_metering.errors import (
 )
 from asgi_metering.stores.postgres.link import CutError, Link, Statement, connect, driver
 from asgi_metering.stores.postgres.migrations import SCHEMA_VERSION, applied, migrate
-from asgi_metering.stores.postgres.prepared import FORGOTTEN
+from asgi_metering.stores.postgres.prepared import CHANGED, FORGOTTEN
 
 __all__ = ["DEFAULT_NAMESPACE", "MAY_BEGIN_AGAIN", "Database", "check_namespace"]
 
@@ -225,14 +225,27 @@ class Database:
             return StoreUnavailableError(f"{self.name} has no room to grow: {said}. Free disk space.")
         return StoreUnavailableError(f"{self.name} could not be used: {said}. Look at its log first.")
 
-    def must_not_prepare(self, link: Link, error: BaseException) -> bool:
-        """Whether *error* says that prepared statements do not last here; then none is used any more."""
-        if not link.prepares or getattr(error, "sqlstate", None) not in FORGOTTEN:
+    async def is_of_prepared(self, link: Link, error: BaseException) -> bool:
+        """
+        Whether *error* is of prepared statements alone, so that the same may be begun again: its transaction is over.
+
+        What the server keeps for a table that was altered is prepared anew. Where statements do not last, none are used
+        any more.
+        """
+        code = getattr(error, "sqlstate", None)
+        if not link.prepares or (code != CHANGED and code not in FORGOTTEN):
+            return False
+        try:
+            if code == CHANGED and await link.prepare_anew(self.answer_within_s):
+                return True
+        except (CutError, driver().Error):
+            # The first failure is told, of a connection that is of no more use.
+            link.close()
             return False
         if self.prepares:
             _log.warning(
-                "%s forgets prepared statements, as poolers do. They are not used any more; with ?prepare=no in the "
-                "store URL they never are.",
+                "%s forgets prepared statements, or keeps old ones, as poolers do. They are not used any more; with "
+                "?prepare=no in the store URL they never are.",
                 self.name,
             )
         self.prepares = link.prepares = False

@@ -46,6 +46,7 @@ class Statement(NamedTuple):
 
 
 _REPLAN: Final = Statement("DISCARD PLANS")
+_FORGET: Final = Statement("DEALLOCATE ALL")
 
 
 class CutError(Exception):
@@ -119,6 +120,17 @@ class Link:
         """What goes into a transaction that has begun, so that no plan becomes older than it may; mostly nothing."""
         return (_REPLAN,) if self.prepares and self._prepared.is_due() else ()
 
+    async def prepare_anew(self, answer_within_s: float) -> bool:
+        """
+        Have the server forget what is prepared, outside of a transaction; False where that was of no use of late.
+
+        Raises as `trip`.
+        """
+        if not self._prepared.renew():
+            return False
+        await self.trip([_FORGET], answer_within_s)
+        return True
+
     async def trip(
         self, statements: Sequence[Statement], answer_within_s: float, *, prepare: bool = False
     ) -> list[Rows]:
@@ -131,7 +143,7 @@ class Link:
             statements: In order.
             answer_within_s: For all of them.
             prepare: Whether they come again and again, so that the server may keep them: the caller begins its
-                transaction again at the codes of `prepared.FORGOTTEN`.
+                transaction again at the codes of `prepared.FORGOTTEN`, and at `prepared.CHANGED`.
 
         Raises:
             CutError: No answer came in time.

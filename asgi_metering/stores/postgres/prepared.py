@@ -10,13 +10,16 @@ from __future__ import annotations
 from hashlib import sha256
 from typing import Final
 
-__all__ = ["FORGOTTEN", "Prepared"]
+__all__ = ["CHANGED", "FORGOTTEN", "Prepared"]
+
+CHANGED: Final = "0A000"
+"""feature_not_supported: a column has another type since, as after a migration: "cached plan must not change result
+type". Prepared anew, the statement is as good as ever."""
 
 FORGOTTEN: Final = frozenset(
     (
         "26000",  # invalid_sql_statement_name: the next transaction met another server connection
         "42P05",  # duplicate_prepared_statement: or one where somebody else has prepared it
-        "0A000",  # feature_not_supported: a column has another type since, "cached plan must not change result type"
     )
 )
 """Codes that say that prepared statements do not stay as they were made: that of poolers which know nothing of them."""
@@ -31,13 +34,33 @@ of what the connection has written to its tables, and planning costs a thousandt
 """
 
 
+_RENEWALS: Final = 3
+"""
+How often all statements are prepared anew with few transactions in between: fewer than a batch is begun again for. What
+is stale more often than that is kept by somebody in between, a pooler that knows the text already.
+"""
+
+_FEW: Final = 64
+"""Transactions within which a migration may alter several tables, one by one."""
+
+
 class Prepared:
     """The prepared statements of one connection, from the second time on that each is sent."""
 
     def __init__(self) -> None:
         self._names: dict[str, bytes] = {}
         self._kept: set[str] = set()
-        self._transactions = 0
+        self._transactions = self._renewed_at = self._renewals = 0
+
+    def renew(self) -> bool:
+        """Forget all of them, which the server is to forget as well; False where that was of no use of late."""
+        if self._transactions - self._renewed_at > _FEW:
+            self._renewals = 0
+        self._renewed_at = self._transactions
+        self._renewals += 1
+        # Their names stay, for they come again.
+        self._kept.clear()
+        return self._renewals <= _RENEWALS
 
     def name(self, text: str) -> bytes | None:
         """

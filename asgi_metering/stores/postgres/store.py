@@ -263,7 +263,7 @@ class PostgresStore(Store):
             except MovedError as moved:
                 lost: Exception = moved
             except driver().Error as error:
-                if not link.is_open or not self._may_begin_again(link, error):
+                if not link.is_open or not await self._may_begin_again(link, error):
                     raise self._told(error) from error
                 lost = error
             except CutError as error:
@@ -276,8 +276,10 @@ class PostgresStore(Store):
             f"write the same calls, or for other programs that write to its schema."
         ) from lost
 
-    def _may_begin_again(self, link: Link, error: Exception) -> bool:
-        return getattr(error, "sqlstate", None) in MAY_BEGIN_AGAIN or self._database.must_not_prepare(link, error)
+    async def _may_begin_again(self, link: Link, error: Exception) -> bool:
+        if getattr(error, "sqlstate", None) in MAY_BEGIN_AGAIN:
+            return True
+        return await self._database.is_of_prepared(link, error)
 
     def _told(self, error: Exception) -> Exception:
         """A value that cannot be kept is one operation's mistake: as it is, so that the guilty one is found."""
@@ -310,7 +312,7 @@ class PostgresStore(Store):
             found = await link.trip(trip, self._database.answer_within_s, prepare=True)
         except (CutError, driver().Error) as error:
             await self._roll_back(link)
-            if link.is_open and self._database.must_not_prepare(link, error):
+            if link.is_open and await self._database.is_of_prepared(link, error):
                 return await self._snapshot(link, query)
             raise self._database.meaning(error) from error
         *rows, ((now,),), _ = found[len(begin) :]

@@ -1,4 +1,5 @@
 -- The rows of asgi_metering/rules/state.py, one table each, one column per field. What a column means is said there.
+-- Holds and ledger lines, which every call writes, have several fields in one column (packing.py).
 --
 -- Amounts are INTEGER smallest parts. Times are REAL epoch seconds; 9e999 (infinity) is a time that does not come.
 -- Nested values are JSON text: a named tuple is the array of its fields. Flags are 0 and 1.
@@ -49,29 +50,25 @@ CREATE TABLE hold (
     unit TEXT NOT NULL,
     amount INTEGER NOT NULL,
     parts TEXT NOT NULL,
-    state TEXT NOT NULL,
+    state TEXT NOT NULL DEFAULT 'held',
     created_at REAL NOT NULL,
     expires_at REAL NOT NULL,
     due_at REAL NOT NULL,
-    ttl_s REAL NOT NULL,
-    grace_s REAL NOT NULL,
-    in_doubt TEXT NOT NULL,
-    line TEXT NOT NULL,
-    observed INTEGER NOT NULL,
-    windows TEXT NOT NULL,
-    pools TEXT NOT NULL,
-    facts TEXT NOT NULL,
+    observed INTEGER NOT NULL DEFAULT 0,
+    -- [ttl_s, grace_s, in_doubt, line, pools, group]
+    terms TEXT NOT NULL,
+    -- [windows, facts, charge_key, idempotency_key]; empty where there is none of them.
+    rest TEXT NOT NULL,
+    -- [amount, available, entry, basis, estimated, ended_by, parts, applied, late, known]; whole where the hold does
+    -- not say the same.
     receipt TEXT,
-    "group" TEXT NOT NULL,
-    charge_key TEXT NOT NULL,
-    idempotency_key TEXT NOT NULL,
-    -- Derived from the receipt: until when an ended hold is kept depends on it.
+    -- The receipt's own time; until when an ended hold is kept depends on it.
     ended_at REAL
 );
 
 -- Live holds by account, in the order in which the policy ends them. There are as many as calls in flight, so that a
 -- sweep looks through all of them here.
-CREATE INDEX hold_live ON hold (payer, unit, due_at, id, expires_at) WHERE receipt IS NULL;
+CREATE INDEX hold_live ON hold (payer, unit, due_at, expires_at) WHERE receipt IS NULL;
 
 CREATE INDEX hold_ended ON hold (ended_at) WHERE ended_at IS NOT NULL;
 
@@ -114,21 +111,17 @@ CREATE TABLE entry (
     unit TEXT NOT NULL,
     number INTEGER NOT NULL,
     at REAL NOT NULL,
-    kind TEXT NOT NULL,
     amount INTEGER NOT NULL,
     ref TEXT NOT NULL,
-    line TEXT NOT NULL,
-    basis TEXT,
-    estimated INTEGER NOT NULL,
     available INTEGER NOT NULL,
-    actor TEXT NOT NULL,
-    parts TEXT NOT NULL,
-    id TEXT NOT NULL,
+    -- [kind, line, basis, estimated, actor, parts, id]
+    what TEXT NOT NULL,
     PRIMARY KEY (payer, unit, number)
 ) WITHOUT ROWID;
 
--- What refunds and corrections look up: the lines of one call, or of one posting.
-CREATE INDEX entry_ref ON entry (payer, unit, ref);
+-- What refunds and corrections look up: the lines of one call, or of one posting. By their ref first: those of new
+-- calls are neighbours then, whoever pays.
+CREATE INDEX entry_ref ON entry (ref, payer, unit);
 
 -- What a sweep folds into checkpoints.
 CREATE INDEX entry_at ON entry (at);
@@ -138,7 +131,7 @@ CREATE TABLE event (
     id TEXT NOT NULL UNIQUE,
     at REAL NOT NULL,
     payload TEXT NOT NULL,
-    claimed_until REAL NOT NULL,
+    claimed_until REAL NOT NULL DEFAULT 0,
     -- NULL while it waits.
     acknowledged_at REAL
 );

@@ -17,8 +17,7 @@ from asgi_metering.stores.contract import (
     PendingEvents,
     Query,
 )
-from asgi_metering.stores.rows import MAPS
-from asgi_metering.stores.sqlite.statements import LINES_OF, SELECT, select
+from asgi_metering.stores.sqlite.statements import LINES_OF, ROWS, SELECT, select
 
 __all__ = ["read"]
 
@@ -39,7 +38,7 @@ def read(connection: sqlite3.Connection, query: Query) -> State:
     found = State()
 
     def rows(table: str, statement: str, *values: Any) -> Iterator[Any]:
-        return map(MAPS[table].decode, connection.execute(statement, values))
+        return map(ROWS[table].decode, connection.execute(statement, values))
 
     match query:
         case AccountRows(payer, unit):
@@ -58,7 +57,7 @@ def read(connection: sqlite3.Connection, query: Query) -> State:
         case PendingEvents(limit):
             found.events = {event.id: event for event in rows(Table.EVENT, _PENDING_EVENTS, limit)}
         case _:
-            for table in MAPS:
+            for table in ROWS:
                 _read_table(found, table, rows)
     return found
 
@@ -75,5 +74,5 @@ def _read_account(found: State, key: AccountKey, rows: Any) -> None:
 
 
 def _read_table(found: State, table: str, rows: Any) -> None:
-    place = MAPS[table].place
+    place = ROWS[table].place
     found.apply([(table, place(row), row) for row in rows(table, select(table, _IN_ORDER.get(table, "")))])

@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from asgi_metering.rules.hold import HoldState
 from asgi_metering.rules.operations import (
     Admit,
     End,
@@ -24,21 +25,28 @@ from asgi_metering.rules.state import (
     AllowanceKey,
     BucketKey,
     Change,
+    Event,
     Grant,
     Hold,
     Lease,
     State,
     Table,
 )
+from asgi_metering.stores.rows import text
+from asgi_metering.stores.sqlite.packing import HoldRows
 from asgi_metering.stores.sqlite.statements import (
     DELETE,
+    END_HOLD,
     EVENT_TIMES,
+    GRANT_SUMS,
     INSERT,
+    NEW_EVENT,
+    NEW_HOLD,
     ROWS,
     SELECT,
-    UPDATE_GRANT,
     UPDATE_HOLD,
     UPSERT,
+    put,
     select,
 )
 
@@ -51,9 +59,12 @@ FEW_HOLDS = 4
 """Up to so many holds are read one by one: to ask for many at once costs as much as two of them, then less for each."""
 
 _encode_entry = ROWS[Table.ENTRY].encode
+_HOLD_ROWS = HoldRows()
 
 # Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
 _ENTRY, _EVENT_ROW, _GRANT_ROW = Table.ENTRY, Table.EVENT, Table.GRANT
+_HELD = HoldState.HELD
+_NAMING = (Admit, End, Renew)
 
 _HOLDS = select(Table.HOLD, "WHERE id IN (SELECT value FROM json_each(?))")
 _OPEN_GRANTS = select(
@@ -84,11 +95,14 @@ class Resident:
         "_ended",
         "_entries",
         "_known",
+        "_looked_for",
         "_now",
+        "_open",
         "_put",
         "_state",
         "_stored",
         "_version",
+        "_written",
         "connection",
     )
 
@@ -100,12 +114,17 @@ class Resident:
     def _forget(self) -> None:
         self._state = State()
         self._known: set[tuple[Any, ...]] = set()
-        self._stored: set[str] = set()
+        # Ids of holds: there are more of them than of all others.
+        self._looked_for: set[str] = set()
+        # As they are stored: what a change leaves as it was need not be written again.
+        self._stored: dict[str, Hold] = {}
+        self._open: dict[tuple[str, str, str], Grant] = {}
         self._ended: list[str] = []
         self._put: dict[str, dict[Any, Any]] = {table: {} for table in UPSERT}
         self._deleted: dict[str, set[Any]] = {table: set() for table in UPSERT}
-        self._entries: list[list[Any]] = []
+        self._entries: list[Sequence[Any]] = []
         self._acknowledged: list[tuple[float, str]] = []
+        self._written: list[Change] = []
         self._now = -NEVER
 
     def begin(self, now: float) -> None:
@@ -117,7 +136,8 @@ class Resident:
         """
         (version,) = self.connection.execute("PRAGMA data_version").fetchone()
         # A clock that stepped back sees leases alive that were dead, and not looked at, before.
-        if version != self._version or now < self._now or len(self._known) > MAX_KNOWN:
+        known = len(self._known) + len(self._looked_for)
+        if version != self._version or now < self._now or known > MAX_KNOWN:
             self._forget()
             self._version = version
         self._drop_ended()
@@ -129,53 +149,58 @@ class Resident:
 
     def _drop_ended(self) -> None:
         """A call that has ended is hardly asked for again: it makes room for others."""
+        holds, stored, looked_for = self._state.holds, self._stored, self._looked_for
         for call_id in self._ended:
-            self._known.discard((Table.HOLD, call_id))
-            self._stored.discard(call_id)
-            self._state.apply([(Table.HOLD, call_id, None)])
+            looked_for.discard(call_id)
+            stored.pop(call_id, None)
+            holds.pop(call_id, None)
         self._ended.clear()
 
     def expect(self, operations: Sequence[Operation]) -> None:
         """Read at once what `run` would read one by one of *operations*: the holds that they name."""
-        known = self._known
-        ids = [o.id for o in operations if isinstance(o, Admit | End | Renew) and (Table.HOLD, o.id) not in known]
-        text = json.dumps(ids)
+        known = self._looked_for
+        ids = [o.id for o in operations if isinstance(o, _NAMING) and o.id not in known]
+        told = json.dumps(ids)
         # JSON in SQLite ends a text at its NUL.
-        if len(ids) <= FEW_HOLDS or "\\u0000" in text:
+        if len(ids) <= FEW_HOLDS or "\\u0000" in told:
             return
-        for row in self.connection.execute(_HOLDS, (text,)):
+        for row in self.connection.execute(_HOLDS, (told,)):
             self._keep_hold(ROWS[Table.HOLD].decode(row))
-        known.update([(Table.HOLD, call_id) for call_id in ids])
+        known.update(ids)
 
     # -- what changed --------------------------------------------------------------------------------------
 
-    def _remember(self, written: list[Change]) -> None:
-        put, deleted = self._put, self._deleted
-        for table, key, row in written:
-            if table == _ENTRY:
-                self._entries.append(_encode_entry(row))
+    def _sort(self) -> None:
+        """Find out what of all that the rules have written is to be written here: of many changes to a row the last."""
+        put, deleted, entries = self._put, self._deleted, self._entries
+        for table, key, row in self._written:
+            if table == _GRANT_ROW:
+                put[table][*key, row[2]] = row
+            elif table == _ENTRY:
+                entries.append(_encode_entry(row))
             elif row is None:
                 put[table].pop(key, None)
                 deleted[table].add(key)
             elif table == _EVENT_ROW and row.acknowledged_at is not None:
                 self._acknowledged.append((row.acknowledged_at, key))
-            elif table == _GRANT_ROW:
-                put[table][*key, row.id] = row
             else:
                 put[table][key] = row
+        self._written.clear()
 
     def write(self) -> None:
-        """Write what has changed since the last call: of many changes to a row only the last."""
+        """Write what has changed since the last call."""
+        self._sort()
         connection = self.connection
         for table, keys in self._deleted.items():
             if keys:
                 connection.executemany(DELETE[table], [key if type(key) is tuple else (key,) for key in keys])
                 if table == Table.HOLD:
-                    self._stored -= keys
+                    for key in keys:
+                        self._stored.pop(key, None)
                 keys.clear()
         # Before checkpoints, which take away the lines that they fold.
         if self._entries:
-            connection.executemany(INSERT[Table.ENTRY], self._entries)
+            put(connection, INSERT[Table.ENTRY], self._entries)
             self._entries.clear()
         # Before events, of which one may be told again behind its acknowledgement.
         if self._acknowledged:
@@ -187,23 +212,64 @@ class Resident:
                     connection.executemany(_DELETE_FOLDED, [row[:3] for row in rows.values()])
                 if table == Table.HOLD:
                     self._write_holds(rows)
-                elif table != Table.GRANT or not self._update_grants(rows):
-                    connection.executemany(UPSERT[table], map(ROWS[table].encode, rows.values()))
+                elif table == Table.EVENT:
+                    self._write_events(rows)
+                elif table == Table.GRANT:
+                    self._write_grants(rows)
+                else:
+                    put(connection, UPSERT[table], list(map(ROWS[table].encode, rows.values())))
                 rows.clear()
 
     def _write_holds(self, rows: dict[str, Hold]) -> None:
-        stored, holds = self._stored, ROWS[Table.HOLD]
-        changed = [holds.encode_change(row) for key, row in rows.items() if key in stored]
-        new = [holds.encode(row) for key, row in rows.items() if key not in stored]
-        self.connection.executemany(UPDATE_HOLD, changed)
-        self.connection.executemany(INSERT[Table.HOLD], new)
+        stored, connection = self._stored, self.connection
+        new, other, ended, changed = [], [], [], []
+        for key, row in rows.items():
+            was, receipt = stored.get(key), row.receipt
+            if was is not None:
+                if receipt is not None and _only_ended(row, was):
+                    ended.append(_HOLD_ROWS.encode_end(row, receipt))
+                else:
+                    changed.append(_HOLD_ROWS.encode_change(row))
+            elif receipt is None and row.state is _HELD and not row.observed:
+                new.append(_HOLD_ROWS.encode_new(row))
+            else:
+                other.append(_HOLD_ROWS.encode(row))
+            if receipt is not None:
+                self._ended.append(key)
+        for statement, values in ((END_HOLD, ended), (UPDATE_HOLD, changed)):
+            if values:
+                connection.executemany(statement, values)
+        put(connection, NEW_HOLD, new)
+        put(connection, INSERT[Table.HOLD], other)
         stored.update(rows)
-        self._ended += [key for key, row in rows.items() if row.receipt is not None]
 
-    def _update_grants(self, rows: dict[Any, Grant]) -> bool:
-        """Whether it was enough to write the sums: a grant is hardly ever new, and opens or closes but once."""
-        changes = map(ROWS[Table.GRANT].encode_change, rows.values())
-        return self.connection.executemany(UPDATE_GRANT, changes).rowcount == len(rows)
+    def _write_events(self, rows: dict[str, Event]) -> None:
+        new, other = [], []
+        for row in rows.values():
+            key, at, payload, claimed_until, _ = row
+            if claimed_until:
+                other.append(ROWS[Table.EVENT].encode(row))
+            else:
+                new.append((key, at, text(payload)))
+        put(self.connection, NEW_EVENT, new)
+        put(self.connection, UPSERT[Table.EVENT], other)
+
+    def _write_grants(self, rows: dict[tuple[str, str, str], Grant]) -> None:
+        """A grant is hardly ever new, and opens or closes but once: nearly always its sums are enough."""
+        stored, sums, whole = self._open, [], []
+        for key, row in rows.items():
+            was = stored.pop(key, None)
+            if not row.is_open:
+                whole.append(row)
+                continue
+            if was is not None and _only_sums(row, was):
+                sums.append((row.settled, row.held, row.expired, *key))
+            else:
+                whole.append(row)
+            stored[key] = row
+        if sums:
+            self.connection.executemany(GRANT_SUMS, sums)
+        put(self.connection, UPSERT[Table.GRANT], list(map(ROWS[Table.GRANT].encode, whole)))
 
     # -- rows by key, each read once -----------------------------------------------------------------------
 
@@ -240,10 +306,13 @@ class Resident:
         if known is not None:
             return known
         self._state.apply([(Table.GRANT, key, grant)])
+        if grant.is_open:
+            self._open[*key, grant.id] = grant
         return grant
 
     def _load_hold(self, hold_id: str) -> Hold | None:
-        if self._is_new(Table.HOLD, hold_id):
+        if hold_id not in self._looked_for:
+            self._looked_for.add(hold_id)
             hold = self._row(Table.HOLD, (hold_id,))
             if hold is not None:
                 self._take(hold)
@@ -251,12 +320,13 @@ class Resident:
 
     def _keep_hold(self, hold: Hold) -> None:
         """Take in a hold as it is stored, unless the batch knows it already."""
-        if self._is_new(Table.HOLD, hold.id):
+        if hold.id not in self._looked_for:
+            self._looked_for.add(hold.id)
             self._take(hold)
 
     def _take(self, hold: Hold) -> None:
         self._state.apply([(Table.HOLD, hold.id, hold)])
-        self._stored.add(hold.id)
+        self._stored[hold.id] = hold
 
     def _load_allowances(self, bucket: BucketKey, boundaries: tuple[float, ...]) -> None:
         """The windows that may count now: those of the calendar, or the last one of an allowance that rolls."""
@@ -287,6 +357,7 @@ class Resident:
         """The pool's live leases. What the batch has done to it already is newer than what is stored."""
         if not self._is_new(Table.LEASE, pool):
             return
+        self._sort()
         put, deleted = self._put[Table.LEASE], self._deleted[Table.LEASE]
         for call_id, expires_at in self.connection.execute(_LIVE_LEASES, (pool, self._now)):
             key = (pool, call_id)
@@ -306,3 +377,19 @@ class Resident:
         for event_id in ids:
             for row in self.connection.execute(_EVENT, (event_id,)):
                 self._state.apply([(Table.EVENT, event_id, ROWS[Table.EVENT].decode(row))])
+
+
+def _only_ended(row: Hold, was: Hold) -> bool:
+    """Whether *row* differs from what is stored only in how it ended. What was not touched is the very same object."""
+    return (
+        row.amount is was.amount
+        and row.parts is was.parts
+        and row.expires_at is was.expires_at
+        and row.due_at is was.due_at
+        and row.observed is was.observed
+    )
+
+
+def _only_sums(row: Grant, was: Grant) -> bool:
+    """Whether *row* differs from what is stored only in its sums."""
+    return row.expires_at is was.expires_at and row.begun is was.begun and row.reversed is was.reversed

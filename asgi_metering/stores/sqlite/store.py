@@ -134,6 +134,24 @@ class SQLiteStore(Store):
         writer, _ = self._opened()
         return await writer.call(batch)
 
+    def start(self, operation: Operation, told: Callable[[Answer | Exception | None], None]) -> bool:
+        """See `Store.start`. As `run`, without a task of the loop between the caller and the thread."""
+
+        def batch(turn: Turn[list[Answer | Exception]]) -> list[Answer | Exception]:
+            return self._batch(turn, (operation,))
+
+        def answered(answers: list[Answer | Exception] | None, failure: BaseException | None) -> None:
+            # What is no mistake of the operation, and no failure, ends whoever runs it again.
+            told(answers[0] if answers else failure if isinstance(failure, Exception) else None)
+
+        try:
+            writer, _ = self._opened()
+            writer.start(batch, answered)
+        except StoreUnavailableError:
+            # `run` says so.
+            return False
+        return True
+
     async def read(self, query: Query) -> Snapshot:
         """See `Store.read`. Never waits for writers."""
 

@@ -13,14 +13,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from queue import SimpleQueue
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from asgi_metering.errors import StoreUnavailableError
 
 __all__ = ["ConnectionThread", "Turn"]
 
 Result = TypeVar("Result")
+
+Told: TypeAlias = Callable[[Result | None, BaseException | None], None]
+"""What a job returned, or what it raised."""
 
 STEP_ASIDE_AFTER_S: Final = 0.0005
 """A job that takes longer than this may be waiting for the interpreter rather than for the disk."""
@@ -39,6 +43,7 @@ class Turn(Generic[Result]):
     Args:
         job: What to do; None ends the thread.
         loop: Where the answer is awaited.
+        told: Gets what the job returned, or what it raised; called once, from the loop. It never raises.
 
     Attributes:
         connection: The thread's own.
@@ -46,14 +51,18 @@ class Turn(Generic[Result]):
         waits: Set by the job while it waits for a lock or for the disk, and needs no interpreter.
     """
 
-    __slots__ = ("_busy", "_future", "_loop", "_timer", "connection", "is_on", "job", "waits")
+    __slots__ = ("_busy", "_loop", "_outcome", "_timer", "_told", "connection", "is_on", "job", "waits")
 
     connection: sqlite3.Connection
 
-    def __init__(self, job: Callable[[Turn[Result]], Result] | None, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, job: Callable[[Turn[Result]], Result] | None, loop: asyncio.AbstractEventLoop, told: Told[Result]
+    ) -> None:
         self.job = job
         self._loop = loop
-        self._future: asyncio.Future[Any] = loop.create_future()
+        self._told: Told[Result] | None = told
+        self._outcome: tuple[Any, BaseException | None] = (None, None)
+        self._timer: asyncio.TimerHandle | None = None
         self._busy = threading.Lock()
         self._busy.acquire()
         self.is_on = False
@@ -65,43 +74,45 @@ class Turn(Generic[Result]):
         time.sleep(seconds)
         self.waits = waited
 
-    async def answer(self) -> Result:
+    def begin(self) -> None:
         """
-        In the loop: wait for the answer.
+        In the loop: be there for the thread until it is told.
 
         The thread gives the interpreter up at each of SQLite's steps, and a loop that never sleeps would keep it from
         then on: the job would take without bound. So while a job takes long, the loop steps aside for moments.
         """
         self._timer = self._loop.call_later(STEP_ASIDE_AFTER_S, self._step_aside)
-        try:
-            answer: Result = await self._future
-            return answer
-        finally:
-            self._timer.cancel()
 
     def _step_aside(self) -> None:
         if self.waits:
             time.sleep(GLIMPSE_S)
-        elif self.is_on and self._busy.acquire(timeout=STEP_ASIDE_S):
+        if self.is_on and self._busy.acquire(timeout=0.0 if self.waits else STEP_ASIDE_S):
+            # It is done. A turn of the loop earlier than the thread can say so.
             self._busy.release()
-        self._timer = self._loop.call_later(STEP_ASIDE_AFTER_S, self._step_aside)
+            self._deliver()
+        else:
+            self.begin()
 
     def finish(self, answer: Result | None, failure: BaseException | None) -> None:
         """In the thread: send the answer to the loop."""
-        self._busy.release()
+        self._outcome = (answer, failure)
         try:
-            self._loop.call_soon_threadsafe(self._deliver, answer, failure)
+            # Before the loop is let go: who steps aside would take the interpreter, and this would wait for it.
+            self._loop.call_soon_threadsafe(self._deliver)
         except RuntimeError:
             # The loop has been closed: nobody waits any more. What was committed stays.
             return
+        finally:
+            self._busy.release()
 
-    def _deliver(self, answer: Result | None, failure: BaseException | None) -> None:
-        if self._future.done():
+    def _deliver(self) -> None:
+        told, self._told = self._told, None
+        if told is None:
             return
-        if failure is None:
-            self._future.set_result(answer)
-        else:
-            self._future.set_exception(failure)
+        if self._timer is not None:
+            self._timer.cancel()
+        outcome, self._outcome = self._outcome, (None, None)
+        told(*outcome)
 
 
 class ConnectionThread:
@@ -132,22 +143,36 @@ class ConnectionThread:
         Raises:
             StoreUnavailableError: The thread has been stopped.
         """
-        turn = Turn(job, asyncio.get_running_loop())
+        answered: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self.start(job, partial(_answer, answered))
+        return await answered
+
+    def start(self, job: Callable[[Turn[Result]], Result], told: Told[Result]) -> None:
+        """
+        The same for who does not wait: *told* gets what *job* returns, or what it raises, from the loop.
+
+        Raises:
+            StoreUnavailableError: The thread has been stopped.
+        """
+        turn = Turn(job, asyncio.get_running_loop(), told)
         with self._handing_over:
             if self._ended:
                 raise StoreUnavailableError(f"The thread {self._thread.name!r} has ended. Await open() first.")
             self._put(turn)
-        return await turn.answer()
+        turn.begin()
 
     async def stop(self) -> None:
         """Finish what was handed over, close the connection and end the thread. Again changes nothing."""
-        turn: Turn[None] = Turn(None, asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+        turn: Turn[None] = Turn(None, loop, partial(_answer, ended))
         with self._handing_over:
             if self._ended:
                 return
             self._ended = True
             self._put(turn)
-        await turn.answer()
+        turn.begin()
+        await ended
         self._thread.join()
 
     def _put(self, turn: Turn[Any]) -> None:
@@ -193,3 +218,12 @@ class ConnectionThread:
         # An error keeps the frames that it came through, and this one would keep the error.
         failure = None
         return connection
+
+
+def _answer(answered: asyncio.Future[Any], answer: Any, failure: BaseException | None) -> None:
+    if answered.done():
+        return
+    if failure is None:
+        answered.set_result(answer)
+    else:
+        answered.set_exception(failure)

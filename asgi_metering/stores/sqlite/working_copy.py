@@ -37,7 +37,6 @@ from asgi_metering.rules.operations import (
 )
 from asgi_metering.rules.state import (
     AccountKey,
-    Change,
     Hold,
     Lease,
     Table,
@@ -117,20 +116,21 @@ class WorkingCopy(Resident):
             MeteringError: It is a mistake; it has changed nothing.
         """
         self._load(operation)
-        written: list[Change] = []
-        try:
-            return run(self._state, operation, self._now, written)
-        finally:
-            self._remember(written)
+        return run(self._state, operation, self._now, self._written)
 
     # -- what each operation looks at ----------------------------------------------------------------------
 
     def _load(self, operation: Operation) -> None:
+        # Nearly all are one of these two.
+        if type(operation) is Admit:
+            self._load_admit(operation)
+        elif type(operation) is End:
+            self._load_end(operation)
+        else:
+            self._load_other(operation)
+
+    def _load_other(self, operation: Operation) -> None:
         match operation:
-            case Admit():
-                self._load_admit(operation)
-            case End():
-                self._load_end(operation)
             case Renew():
                 self._load_hold(operation.id)
             case Preview():
@@ -173,7 +173,12 @@ class WorkingCopy(Resident):
         if known is not None:
             # A repeat: its answer tells what its source has left.
             self._load_account_of(known)
-        self._load_due(paying(ask))
+        for source in ask.sources:
+            if source.payer:
+                self._load_due(paying(ask))
+                break
+        else:
+            self._load_due(((ask.payer, ask.unit),))
         for limit in ask.limits:
             self._load_counter(limit.key)
         for lease in ask.leases:
@@ -186,7 +191,7 @@ class WorkingCopy(Resident):
             for row_key in key_rows(ask.charge_key):
                 self._load_charge_key(row_key)
 
-    def _load_due(self, keys: set[AccountKey]) -> None:
+    def _load_due(self, keys: Iterable[AccountKey]) -> None:
         """Accounts that are taken from, and their calls that are overdue at the latest time that they have seen."""
         now = self._now
         accounts = []
@@ -194,11 +199,12 @@ class WorkingCopy(Resident):
             self._load_book(key)
             account = self._state.accounts.get(key)
             if account is not None:
-                accounts.append((key, account.next_due_at))
-                now = max(now, account.seen_at)
-        for key, next_due_at in accounts:
-            if next_due_at <= now:
-                self._load_overdue(key, now, OVERDUE_PER_ADMISSION)
+                accounts.append(account)
+                if account.seen_at > now:
+                    now = account.seen_at
+        for account in accounts:
+            if account.next_due_at <= now:
+                self._load_overdue(account[:2], now, OVERDUE_PER_ADMISSION)
 
     def _load_charge_key(self, row_key: str) -> None:
         """A charge key with the hold that it owns, and what an end of that moves."""

@@ -249,14 +249,18 @@ def test_cancel_a_caller_in_the_middle_of_its_batch(postgres: PostgresServer, sc
     """A caller that leaves does not tear its batch: the operation is done, and the connection goes on."""
 
     async def run() -> None:
+        cancelled = 0
         async with opened(postgres, schema) as store:
             for turn in range(20):
                 task = asyncio.create_task(store.run([call(f"a{turn}", 1)]))
                 for _ in range(turn):
                     await asyncio.sleep(0)
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
+                # Where the server is the faster one, it is through after so many turns.
+                if task.cancel():
+                    cancelled += 1
+                    with pytest.raises(asyncio.CancelledError):
+                        await task
+            assert cancelled > 5
             (decision,) = await store.admit([call("b")])
             assert decision.held == 10
             state = (await store.read(EverythingKept())).state

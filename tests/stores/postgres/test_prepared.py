@@ -153,18 +153,62 @@ def test_begin_again_where_prepared_statements_are_lost(
     assert "?prepare=no" in told
 
 
-def test_begin_again_where_a_column_has_another_type(postgres: PostgresServer, schema: str) -> None:
-    """A table that was altered under what is prepared costs no batch and no read an error."""
+def test_prepare_anew_where_a_column_has_another_type(
+    postgres: PostgresServer, schema: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A table that was altered under what is prepared, as by a migration, costs no error, and nothing for good."""
 
     async def run() -> None:
         store = PostgresStore(postgres.url(), namespace=schema, migrate=True)
         async with used(store) as (writer, reader):
-            postgres.execute(f'ALTER TABLE "{schema}".account ALTER COLUMN settled TYPE integer')
-            assert (await store.run(one_call(10)))[0].admitted
-            assert (await store.read(EverythingKept())).state.accounts["p", "credits"].settled == 4 * 4
-            assert (writer.prepares, reader.prepares) == (False, False)
+            for number, kind in enumerate(("integer", "bigint"), 10):
+                postgres.execute(f'ALTER TABLE "{schema}".account ALTER COLUMN settled TYPE {kind}')
+                for repeat in range(3):
+                    assert (await store.run(one_call(10 * number + repeat)))[0].admitted
+                    found = (await store.read(EverythingKept())).state.accounts["p", "credits"].settled
+                    assert found == 4 * (3 * (number - 9) + repeat + 1)
+                for link in (writer, reader):
+                    assert (link.is_open, link.prepares) == (True, True)
+                    assert await kept(link) > 5
 
     asyncio.run(run())
+    assert not [record for record in caplog.records if record.name == "asgi_metering.stores"]
+
+
+def test_prepare_no_more_where_old_statements_are_kept(
+    postgres: PostgresServer, schema: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pooler that answers by what it has prepared for the same text before is given up after a few attempts."""
+    trip, answered = Link.trip, list[bool]()
+
+    async def keeping(link: Link, statements: Sequence[Statement], within_s: float, *, prepare: bool = False) -> Any:
+        if prepare and link.prepares:
+            answered.append(False)
+            await trip(link, [*statements, Statement("DO 'BEGIN RAISE SQLSTATE ''0A000''; END'")], within_s)
+        return await trip(link, statements, within_s, prepare=prepare)
+
+    async def run() -> None:
+        store = PostgresStore(postgres.url(), namespace=schema, migrate=True)
+        async with used(store) as (writer, reader):
+            monkeypatch.setattr(Link, "trip", keeping)
+            assert (await store.run(one_call(10)))[0].admitted
+            assert (await store.read(HoldRow("c10"))).state.holds
+            assert (writer.prepares, reader.prepares) == (False, False)
+            assert_conserved((await store.read(EverythingKept())).state)
+
+    asyncio.run(run())
+    assert 2 <= len(answered) <= 8
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "asgi_metering.stores"]
+    assert "keeps old ones" in told
+
+
+def test_begin_again_where_few_transactions_are_between() -> None:
+    """Statements are prepared anew for every migration, and not again and again for one."""
+    prepared = Prepared()
+    for _ in range(3):
+        assert [prepared.renew() for _ in range(4)] == [True, True, True, False]
+        for _ in range(65):
+            prepared.is_due()
 
 
 def test_connect_without_preparing_once_they_were_lost(postgres: PostgresServer, schema: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import pytest
 
 from asgi_metering.errors import (
+    MeteringError,
     StoreContendedError,
     StoreError,
     StoreUnavailableError,
@@ -395,6 +396,46 @@ def test_run_reads_the_clock_once_inside_the_transaction(path: Path) -> None:
         assert inside == [True]
 
     play(path, scene, clock=reading)
+
+
+def test_start_as_run_in_one_turn_of_the_loop(path: Path) -> None:
+    """One operation is handed over in its caller's turn; what it answers, or raises, is told once, from the loop."""
+    unwritable = Emit((("e", {"told": object()}),))
+
+    async def scene(store: SQLiteStore) -> None:
+        told: asyncio.Queue[Any] = asyncio.Queue()
+        mistake = grant("negative", -1)
+        for operation in (grant(), mistake, unwritable, grant()):
+            assert store.start(operation, told.put_nowait)
+        given, refused, failure, again = [await told.get() for _ in range(4)]
+        assert (given.applied, again.applied, again.available) == (True, False, 100)
+        assert isinstance(refused, MeteringError)
+        assert isinstance(failure, TypeError)
+        await store.close()
+        assert not store.start(grant(), told.put_nowait)
+        assert told.empty()
+
+    play(path, scene)
+
+
+def test_tell_once_when_the_loop_stepped_aside(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that stepped aside until the job was done tells what came of it at once, and not again."""
+    monkeypatch.setattr(thread, "STEP_ASIDE_AFTER_S", 0.0)
+    monkeypatch.setattr(thread, "STEP_ASIDE_S", 60.0)
+    told: list[Any] = []
+
+    async def scene(store: SQLiteStore) -> None:
+        assert store._threads is not None
+        store._threads[0].start(lambda turn: threading.Event().wait(0.02), lambda *outcome: told.append(outcome))
+        # In the first turn it steps aside; what the thread said itself comes behind this task in the second.
+        for _ in range(2):
+            await asyncio.sleep(0)
+        assert told == [(False, None)]
+        for _ in range(2):
+            await asyncio.sleep(0)
+        assert len(told) == 1
+
+    play(path, scene)
 
 
 def test_step_aside_for_a_job_that_computes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,6 +219,11 @@ function M.leave_log(key, text, time, some)
   append(rare_of('past'), 'counters', finish + (finish - newest), key)
 end
 
+-- Both below 2^53, so that their sum is exact, or beyond what is counted: not so in another order.
+local function corrected(count, delta)
+  return min(CODE.MAX_AMOUNT, max(0, count + delta))
+end
+
 -- The windows of weighted limits, as pinned at admission: what was used instead of what was taken.
 function M.correct(windows, actual, now)
   local at = 1
@@ -235,9 +240,9 @@ function M.correct(windows, actual, now)
       elseif kind == CODE.LOG then
         M.leave_log(key, text, start, taken - used)
       elseif c_start == start then
-        put(key, pack(AS.WINDOW, c_start, c_end, min(CODE.MAX_AMOUNT, max(0, c_used + used - taken)), c_previous))
+        put(key, pack(AS.WINDOW, c_start, c_end, corrected(c_used, used - taken), c_previous))
       elseif c_start - (c_end - c_start) == start then
-        put(key, pack(AS.WINDOW, c_start, c_end, c_used, min(CODE.MAX_AMOUNT, max(0, c_previous + used - taken))))
+        put(key, pack(AS.WINDOW, c_start, c_end, c_used, corrected(c_previous, used - taken)))
       end
     end
   end
