@@ -36,6 +36,18 @@ The most that a moving log may allow. It keeps the time of every call, and is re
 touches it: 8 bytes a call on Redis, 16 elsewhere, so 40 to 80 kB for each key that is counted.
 """
 
+MAX_TEXT: Final = 200
+"""Characters of one limit: those of the longest that says anything are fewer, and more are read for ever, or not."""
+
+MAX_WINDOW_S: Final = 100 * 366 * 86_400.0
+"""
+The longest window, a century: nobody waits for the end of a longer one, whose count no store would ever forget. Times
+that far ahead are exact to a fraction of a millisecond, and dates for every store.
+"""
+
+_SHOWN = 40
+"""Characters of a limit that is too long, or of a number in it, that an error repeats."""
+
 _TAIL = re.compile(
     r"^(?P<limit>.+?)\s+(?:of\s+(?P<meter>[A-Za-z_][A-Za-z0-9_]*)|burst\s+(?P<burst>[0-9]+))\s*$", re.IGNORECASE
 )
@@ -108,12 +120,18 @@ def parse_limit(text: str | RateLimitItem, strategy: Strategy = "fixed", zone: s
         zone: Where the calendar's windows begin.
 
     Raises:
-        ConfigurationError: The text is not in the grammar, is several limits, or its strategy cannot be had.
+        ConfigurationError: The text is not in the grammar, is several limits, or its strategy cannot be had; it allows
+            more than stores count, or in a window longer than `MAX_WINDOW_S`.
     """
     if strategy not in STRATEGIES:
         raise ConfigurationError(f"The strategy {strategy!r} is not known. Use one of {', '.join(STRATEGIES)}.")
     meter, burst = "requests", 0
     if isinstance(text, str):
+        if len(text) > MAX_TEXT:
+            raise ConfigurationError(
+                f"The limit '{text[:_SHOWN]}...' has {len(text)} characters, more than any limit needs. Write "
+                f"'60/minute', say."
+            )
         limit, meter, burst = _tails(text)
         window = _parse(limit, text)
     else:
@@ -122,7 +140,12 @@ def parse_limit(text: str | RateLimitItem, strategy: Strategy = "fixed", zone: s
         raise ConfigurationError(f"The limit {text!r} counts {meter!r}. Use one of {', '.join(METERS)}.")
     if window.amount + burst > MAX_AMOUNT:
         raise ConfigurationError(
-            f"The limit {text!r} allows more than {MAX_AMOUNT}, up to which stores count exactly. Lower it."
+            f"The limit {_shown(text)} allows more than {MAX_AMOUNT}, up to which stores count exactly. Lower it."
+        )
+    if window.window_s > MAX_WINDOW_S:
+        raise ConfigurationError(
+            f"The limit {_shown(text)} has a window of more than a hundred years, which no store keeps a count for. "
+            f"Write '60/year' at most, or forbid it in another way."
         )
     if burst:
         _check_bucket(text, window)
@@ -138,6 +161,10 @@ def parse_limit(text: str | RateLimitItem, strategy: Strategy = "fixed", zone: s
     return RateLimit(
         text, _name(window, meter, burst), window.amount, window.window_s, meter, kind, period, zone, burst
     )
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
 
 def _name(window: _Window, meter: str, burst: int) -> str:
@@ -192,7 +219,18 @@ def _of_item(item: Any) -> tuple[str, _Window]:
         raise ConfigurationError(
             f"The limit {item!r} is neither a str nor an item of the limits package. Write it as '60/minute'."
         )
-    text, window_s = str(item), float(item.get_expiry())
+    if type(item.amount) is int and item.amount > MAX_AMOUNT:
+        # Not shown: it may have more digits than Python turns into text.
+        raise ConfigurationError(
+            f"The limit of a {type(item).__name__} allows more than {MAX_AMOUNT}, up to which stores count exactly. "
+            f"Lower it."
+        )
+    try:
+        text, window_s = str(item), float(item.get_expiry())
+    except (ValueError, OverflowError):
+        raise ConfigurationError(
+            f"The window of a {type(item).__name__} is longer than can be counted. Write '60/year' at most, say."
+        ) from None
     if type(item.amount) is not int or item.amount < 0 or not 0 < window_s < float("inf"):
         raise ConfigurationError(f"The limit {text!r} allows no number in a time. Write '60/minute', say.")
     return text, _Window(item.amount, item.multiples, item.GRANULARITY.name, window_s)

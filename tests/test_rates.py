@@ -66,6 +66,12 @@ def test_items_of_limits_are_limits() -> None:
     assert parse_limit(RateLimitItemPerMonth(5), "calendar", "Asia/Tokyo").period == "month"
 
 
+@pytest.mark.parametrize("text", ["5 per 100 years", "9007199254740991/36600 days", "1/second burst 9007199254740990"])
+def test_reads_what_is_as_large_as_can_be(text: str) -> None:
+    """A century is a window, and the most that stores count is a limit."""
+    assert parse_limit(text).text == text
+
+
 @pytest.mark.parametrize("between", [";", ",", " | ", "; "])
 def test_several_limits_are_read_from_one_text(between: str) -> None:
     """What `limits.parse_many` divides is several limits, each with its own "of" and "burst"."""
@@ -109,7 +115,21 @@ def test_refuses_a_list_with_holes(text: str) -> None:
         ("5001/day", "moving", "Use the strategy 'sliding'"),
         (RateLimitItemPerSecond(5001), "moving", "Use the strategy 'sliding'"),
         (RateLimitItemPerSecond(-1), "fixed", "allows no number"),
+        ("9" * 150 + "/minute", "fixed", r"'9{40}\.\.\.' allows more than"),
+        ("5/minute burst " + "9" * 150, "fixed", "allows more than"),
+        ("9" * 400 + "/minute", "fixed", r"'9{40}\.\.\.' has 407 characters"),
+        ("9" * 5000 + "/minute", "fixed", "has 5007 characters"),
+        ("5/minute burst " + "9" * 5000, "fixed", "has 5015 characters"),
+        ("5 per " + "9" * 400 + " years", "fixed", "has 412 characters"),
+        ("5 per 102 years", "fixed", "'5 per 102 years' has a window of more than a hundred years"),
+        ("5 per 1000000 weeks of tokens", "sliding", "has a window of more than a hundred years"),
+        ("5 per " + "9" * 150 + " seconds burst 9", "fixed", "has a window of more than a hundred years"),
+        (RateLimitItemPerHour(10**5000), "fixed", "allows more than 9007199254740991"),
+        (RateLimitItemPerHour(5, 10**400), "fixed", "longer than can be counted"),
+        (RateLimitItemPerHour(5, 10**5000), "fixed", "longer than can be counted"),
+        (RateLimitItemPerHour(5, 10**100), "fixed", "has a window of more than a hundred years"),
     ],
+    ids=lambda value: str(value)[:40] if isinstance(value, str) else None,
 )
 def test_refuses_the_rest_with_the_mend(text: object, strategy: str, mend: str) -> None:
     """An unknown limit is an error at import and never an unlimited route (S2.30)."""

@@ -1,0 +1,301 @@
+"""
+Prices of tokens: by kind, and in tiers by the length of the context.
+
+Exact arithmetic in whole units. Knows no model by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from itertools import pairwise
+from typing import Any, NamedTuple, TypedDict, Unpack
+
+from asgi_metering.amounts import Amount, exact_amount
+from asgi_metering.errors import ConfigurationError
+from asgi_metering.prices.costing import Costing, ModelCall, plain_costing
+from asgi_metering.prices.values import EXACT, MAX_AFFORDABLE, capped
+from asgi_metering.usage import TokenUsage
+from asgi_metering.usage.values import MAX_TOKENS
+
+__all__ = ["KINDS", "TokenPrice", "TokenTier", "above", "per_million_tokens", "per_token"]
+
+KINDS = ("input", "output", "cached", "cache_write", "reasoning", "audio_input", "audio_output")
+"""Kinds of tokens that have prices of their own."""
+
+NO_SLACK = Decimal(0)
+
+# What a kind costs that has no price of its own.
+_WHOLE = {"cached": "input", "cache_write": "input", "audio_input": "input"}
+
+AFFORDABLE = {
+    "input": ("input", "cached", "cache_write", "audio_input"),
+    "output": ("output", "reasoning", "audio_output"),
+    "reasoning": ("output", "reasoning"),
+}
+"""What can be afforded token by token, and what such a token may become."""
+
+
+class _Rates(NamedTuple):
+    """Whole units for each kind, none of them missing."""
+
+    input: Decimal
+    output: Decimal
+    cached: Decimal
+    cache_write: Decimal
+    reasoning: Decimal
+    audio_input: Decimal
+    audio_output: Decimal
+
+    def dearest(self, kind: str) -> Decimal:
+        rates: dict[str, Decimal] = self._asdict()
+        return max(rates[each] for each in AFFORDABLE[kind])
+
+
+class _Band(NamedTuple):
+    """The rates of requests with so many input tokens, both included."""
+
+    least: int
+    most: int
+    rates: _Rates
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTier:
+    """
+    Other prices for requests whose context is long: for all of their tokens, not only those beyond.
+
+    Args:
+        above: Input tokens of one request, cached ones included, of which it has more.
+        input, output, cached, cache_write, reasoning, audio_input, audio_output: As of `TokenPrice`; what is not given
+            is as without the tier.
+    """
+
+    above: int
+    input: Decimal | None = None
+    output: Decimal | None = None
+    cached: Decimal | None = None
+    cache_write: Decimal | None = None
+    reasoning: Decimal | None = None
+    audio_input: Decimal | None = None
+    audio_output: Decimal | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrice:
+    """
+    A price per token, by kind.
+
+    Args:
+        input, output: Whole units for *per* tokens.
+        cached, cache_write: For the parts of the input read from or written to a cache; the input's price by default.
+        reasoning: For the part of the output spent on reasoning; the output's price by default.
+        per: How many tokens a price is for.
+        audio_input, audio_output: For spoken tokens of either direction; the price of its direction by default.
+        tiers: Other prices for long contexts, the shortest first.
+
+    Parts are inside their whole (S2.43): a cached token is priced as cached and not also as input. What was not
+    reported counts as none; whether a report is complete enough to charge on is for the caller to say. Audio tokens
+    whose direction was not told are taken for input as far as there is any that is neither read from a cache nor
+    written to one, and for output beyond; where only one direction has a price, for that one.
+
+    Raises:
+        ConfigurationError: Tiers that do not rise.
+    """
+
+    input: Decimal
+    output: Decimal
+    cached: Decimal | None = None
+    cache_write: Decimal | None = None
+    reasoning: Decimal | None = None
+    per: int = 1
+    audio_input: Decimal | None = None
+    audio_output: Decimal | None = None
+    tiers: tuple[TokenTier, ...] = ()
+    _bands: tuple[_Band, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        starts = [0, *(tier.above for tier in self.tiers)]
+        if any(type(start) is not int or start < 0 for start in starts) or any(a >= b for a, b in pairwise(starts)):
+            raise ConfigurationError(
+                f"Tiers above {', '.join(map(repr, starts[1:]))} input tokens do not rise from above 0. Sort them."
+            )
+        rates = [_rates(self, None), *(_rates(self, tier) for tier in self.tiers)]
+        least = [0, *(start + 1 for start in starts[1:])]
+        most = [*starts[1:], MAX_TOKENS]
+        object.__setattr__(self, "_bands", tuple(map(_Band, least, most, rates)))
+
+    def cost(self, usage: TokenUsage) -> Decimal:
+        """Whole units that *usage*, of one request, costs, exactly."""
+        return self._priced(usage, self._at(usage.input or 0))
+
+    def bill(self, calls: tuple[ModelCall, ...], context: object = None) -> Costing:
+        """What all *calls* cost, each in the tier of its own input: see `BilledPrice`."""
+        return plain_costing(calls, lambda call: self.cost(call.usage))
+
+    def cost_at_most(self, usage: TokenUsage, slack: Decimal = NO_SLACK) -> Decimal:
+        """
+        The most that an expected *usage* may come to, exactly: for holds.
+
+        Its output may all be spent on reasoning.
+
+        Args:
+            usage: As expected.
+            slack: By what part the real input may be longer, so that a tier is reached; it stays as many tokens.
+        """
+        reach = int(EXACT.multiply(usage.input or 0, 1 + slack))
+        thinking = replace(usage, reasoning=usage.output)
+        rates = [band.rates for band in self._bands if band.least <= reach]
+        return max(self._priced(each, rate) for each in (usage, thinking) for rate in rates)
+
+    def affordable(self, kind: str, units: Decimal, used: TokenUsage) -> int:
+        """
+        How many more ``"input"``, ``"output"`` or ``"reasoning"`` tokens fit in *units* after *used*; never negative.
+
+        Each counts at the dearest that it may become: an output token as reasoning, an input token as a cache write.
+        More input may reach a tier, in which everything costs what it costs there.
+        """
+        if kind not in AFFORDABLE:
+            known = ", ".join(map(repr, sorted(AFFORDABLE.keys() - {"input", "output"})))
+            raise ConfigurationError(
+                f"Tokens of kind {kind!r} cannot be afforded one by one. Use 'input' or 'output', or {known}."
+            )
+        before = used.input or 0
+        if kind != "input":
+            rates = self._at(before)
+            return _fitting(EXACT.subtract(units, self._priced(used, rates)), rates.dearest(kind), self.per)
+        fits = 0
+        for band in self._bands:
+            if band.most < before:
+                continue
+            left = EXACT.subtract(units, self._priced(used, band.rates))
+            least = max(0, band.least - before)
+            most = min(band.most - before, _fitting(left, band.rates.dearest("input"), self.per))
+            if most < least or left <= 0:
+                break
+            fits = most
+        return min(fits, MAX_AFFORDABLE)
+
+    def _at(self, context: int) -> _Rates:
+        bands = self._bands
+        if len(bands) == 1:
+            return bands[0].rates
+        return next(band.rates for band in reversed(bands) if band.least <= context)
+
+    def _priced(self, usage: TokenUsage, rates: _Rates) -> Decimal:
+        read, saved = usage.cached or 0, usage.cache_write or 0
+        thought = usage.reasoning or 0
+        plain_input = max(0, (usage.input or 0) - read - saved)
+        plain_output = max(0, (usage.output or 0) - thought)
+        heard, spoken = self._audio(usage, plain_input, plain_output)
+        total = Decimal(0)
+        for price, tokens in (
+            (rates.input, plain_input - heard),
+            (rates.output, plain_output - spoken),
+            (rates.cached, read),
+            (rates.cache_write, saved),
+            (rates.reasoning, thought),
+            (rates.audio_input, heard),
+            (rates.audio_output, spoken),
+        ):
+            if tokens:
+                total = EXACT.fma(price, tokens, total)
+        return EXACT.divide(total, self.per)
+
+    def _audio(self, usage: TokenUsage, given: int, written: int) -> tuple[int, int]:
+        """How many audio tokens came in and went out, as far as that matters to the price."""
+        audio = usage.audio or 0
+        if not audio:
+            return 0, 0
+        if usage.audio_output is not None:
+            return min(max(0, audio - usage.audio_output), given), min(usage.audio_output, written)
+        heard = min(audio, given) if self.audio_input is not None else 0
+        spoken = min(audio - heard, written) if self.audio_output is not None else 0
+        return heard, spoken
+
+
+def _fitting(left: Decimal, price: Decimal, per: int) -> int:
+    return capped(left, price, per) if left > 0 else 0
+
+
+def _rates(price: TokenPrice, tier: TokenTier | None) -> _Rates:
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        own = None if tier is None else getattr(tier, kind)
+        found[kind] = getattr(price, kind) if own is None else own
+    return _Rates(*(found[_WHOLE.get(kind, "output")] if rate is None else rate for kind, rate in found.items()))
+
+
+class TokenPrices(TypedDict, total=False):
+    """Whole units by kind of token, as `TokenPrice` says."""
+
+    input: Amount
+    output: Amount
+    cached: Amount | None
+    cache_write: Amount | None
+    reasoning: Amount | None
+    audio_input: Amount | None
+    audio_output: Amount | None
+
+
+_TOLD = {
+    "input": "input price",
+    "output": "output price",
+    "cached": "price of cached input",
+    "cache_write": "price of cache writes",
+    "reasoning": "reasoning price",
+    "audio_input": "price of audio input",
+    "audio_output": "price of audio output",
+}
+
+
+def _read(prices: TokenPrices) -> dict[str, Decimal | None]:
+    unknown = [name for name in prices if name not in _TOLD]
+    if unknown:
+        raise ConfigurationError(f"There is no kind of token {unknown[0]!r}. Use {', '.join(map(repr, _TOLD))}.")
+    whole = {"input": 0, "output": 0}
+    return {
+        kind: None if amount is None and kind not in whole else exact_amount(amount, _TOLD[kind])  # type: ignore[arg-type]
+        for kind, amount in prices.items()
+    }
+
+
+def above(tokens: int, **prices: Unpack[TokenPrices]) -> TokenTier:
+    """
+    Other prices for requests with more than *tokens* of input: ``above(200_000, input=6, output="22.5")``.
+
+    Kinds that are not given cost what they cost without it. Floats are refused.
+
+    Raises:
+        AmountError: A price that is no amount.
+        ConfigurationError: No such kind.
+    """
+    return TokenTier(tokens, **_read(prices))
+
+
+def _token_price(per: int, tiers: Sequence[TokenTier], prices: TokenPrices) -> TokenPrice:
+    read = {"input": Decimal(0), "output": Decimal(0), **_read(prices)}
+    for tier in tiers:
+        if not isinstance(tier, TokenTier):
+            raise ConfigurationError(f"The tier {tier!r} is none. Write above(200_000, input=6, output='22.5'), say.")
+    return TokenPrice(**read, per=per, tiers=tuple(tiers))  # type: ignore[arg-type]
+
+
+def per_million_tokens(*, tiers: Sequence[TokenTier] = (), **prices: Unpack[TokenPrices]) -> TokenPrice:
+    """
+    Price tokens by the million, in whole units: the way providers print their lists. Floats are refused.
+
+    ``per_million_tokens(input=3, output=15, cached="0.3", tiers=[above(200_000, input=6, output="22.5")])``. Kinds
+    are those of `TokenPrice`; each call of a model has the tier of its own input.
+
+    Raises:
+        AmountError: A price that is no amount.
+        ConfigurationError: No such kind, or tiers that do not rise.
+    """
+    return _token_price(1_000_000, tiers, prices)
+
+
+def per_token(*, tiers: Sequence[TokenTier] = (), **prices: Unpack[TokenPrices]) -> TokenPrice:
+    """Price single tokens, in whole units; else as `per_million_tokens`."""
+    return _token_price(1, tiers, prices)

@@ -1,0 +1,1 @@
+"""Estimates: what a request may use, read from the request."""

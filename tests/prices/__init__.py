@@ -1,0 +1,1 @@
+"""Prices: exact, by whatever they go."""
