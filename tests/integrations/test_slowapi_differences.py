@@ -16,11 +16,11 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends, FastAPI
 from limits import RateLimitItemPerMinute
 from slowapi import Limiter
 from slowapi.errors import RateLimitExceeded
-from slowapi.util import get_ipaddr
+from slowapi.util import get_ipaddr, get_remote_address
 from starlette.applications import Starlette
 from starlette.endpoints import HTTPEndpoint
 from starlette.exceptions import HTTPException
@@ -33,7 +33,7 @@ import asgi_metering.integrations.slowapi as package
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.integrations.slowapi import adopt
 from tests.harness.servers import serve_in_thread
-from tests.integrations.scenes import adopted, both, codes, install, text
+from tests.integrations.scenes import adopted, ask, both, codes, install, text
 
 GET = ("GET", "/t1")
 
@@ -217,6 +217,45 @@ def test_endpoint_that_is_found_late_is_counted_late(installed: str, caplog: pyt
     assert (told(slow), told(ours)) == ([200, 200, 200, 404], [200, 200, 429, 404])
     assert ours[2].text == '{"error":"Rate limit exceeded: 2 per 1 minute"}'
     assert "asked for late" in caplog.text
+
+
+@pytest.mark.parametrize("installed", ["middleware", "asgi"])
+def test_endpoint_that_is_found_late_is_counted_whatever_it_answers(installed: str) -> None:
+    """Behind a path that is rewritten one that answers 404 or 405, or raises, counts; where none ran nothing does."""
+
+    class Rewriting:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            scope["path"] = scope["path"].replace("/hidden", "")
+            await self.app(scope, receive, send)
+
+    async def missing(request: Request) -> Response:
+        raise HTTPException(404, "no such user")
+
+    async def wrong(request: Request) -> Response:
+        raise HTTPException(405, "not like this")
+
+    async def broken(request: Request) -> Response:
+        raise LookupError("lost")
+
+    async def own(request: Request) -> Response:
+        raise HTTPException(404)
+
+    def build(app: Any, limiter: Any) -> None:
+        app.user_middleware.append(Middleware(Rewriting))
+        for name, endpoint in {"missing": missing, "wrong": wrong, "broken": broken}.items():
+            app.add_route(f"/{name}", endpoint)
+        app.add_route("/own", limiter.limit("9/minute")(own))
+
+    expected = {"missing": [404, 404, 429], "wrong": [405, 405, 429], "broken": ["LookupError"] * 2 + [429]}
+    for name, answered in expected.items():
+        _, ours = both(build, *[("GET", f"/hidden/{name}")] * 3, default_limits=["2/minute"], installed=installed)
+        assert told(ours) == answered
+    uncounted = [*[("POST", "/hidden/missing")] * 3, *[("GET", "/hidden/none")] * 3, *[("GET", "/hidden/own")] * 3]
+    _, ours = both(build, *uncounted, default_limits=["2/minute"], installed=installed)
+    assert told(ours) == [405] * 3 + [404] * 6
 
 
 # -- endpoints -----------------------------------------------------------------------------------------------
@@ -579,6 +618,39 @@ def test_decorated_helper_of_a_decorated_endpoint_counts_as_in_slowapi(is_sync: 
     slow, ours = both(build, *[GET] * 3, *[("GET", "/t2")] * 2, headers_enabled=True)
     assert told(slow) == told(ours) == [200, 200, 429, 200, 429]
     assert [each.headers["x-ratelimit-limit"] for each in ours[:3]] == ["2", "2", "2"]
+
+
+def test_decorated_dependency_and_its_endpoint_count_both() -> None:
+    """Slowapi checks the limits of whichever runs first, so that those of the endpoint never refuse."""
+
+    def build(app: Any, limiter: Any) -> None:
+        async def needed(request: Request) -> int:
+            return 1
+
+        @app.get("/t1")
+        @limiter.limit("1/minute")
+        async def endpoint(request: Request, got: int = Depends(limiter.limit("2/minute")(needed))) -> int:
+            return got
+
+    slow, ours = both(build, *[GET] * 3, kind=FastAPI)
+    assert (told(slow), told(ours)) == ([200, 200, 429], [200, 429, 429])
+
+
+def test_decorated_sync_helper_is_awaited() -> None:
+    """Adopted, a decorated sync function answers a coroutine, which an async endpoint awaits, and counts."""
+    limiter = adopt(Limiter(key_func=get_remote_address))
+    app = FastAPI()
+    install(app, limiter, "decorators")
+    helper = limiter.limit("1/minute")(text)
+
+    @app.get("/async")
+    async def calling(request: Request) -> Response:
+        answer = helper(request)
+        assert inspect.iscoroutine(answer)
+        return await answer  # type: ignore[no-any-return]
+
+    assert inspect.iscoroutinefunction(helper)
+    assert codes(ask(app, *[("GET", "/async")] * 2)) == [200, 429]
 
 
 def test_table_in_the_package_names_a_test_for_each_difference() -> None:

@@ -451,3 +451,79 @@ def test_audit_sees_adopted_limits() -> None:
     assert [text for text, _ in asker.texts()] == ["9 per 1 day", "1 per 1 minute", "5 per 1 hour"]
     assert [error for error in report.errors if "/t2" in error and "above the route's own" in error]
     assert len(report.errors) == 1
+
+
+def overriding(app: Any, *, copies: bool) -> Any:
+    """A middleware that makes POST of every request, in the scope that it was given or on a copy."""
+
+    async def overridden(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and copies:
+            scope = {**scope, "method": "POST"}
+        elif scope["type"] == "http":
+            scope["method"] = "POST"
+        await app(scope, receive, send)
+
+    return overridden
+
+
+@pytest.mark.parametrize("copies", [False, True], ids=["mutating", "copying"])
+@pytest.mark.parametrize("method", ["OPTIONS", "HEAD"])
+@pytest.mark.parametrize("inside", ["decorators", "asgi"])
+def test_a_method_that_is_overridden_is_counted_and_charged(inside: str, method: str, copies: bool) -> None:
+    """X.4: OPTIONS and HEAD that reach an endpoint as POST are counted as POST by slowapi's limits, and pay."""
+    scene = Scene(inside=inside, middleware=False)
+
+    @scene.app.post("/paid")
+    @billable(1)
+    @scene.limiter.limit("2/minute")
+    async def paid(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("paid work")
+
+    @scene.app.post("/free")
+    @scene.limiter.limit("2/minute")
+    async def free(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("work")
+
+    scene.app.add_middleware(overriding, copies=copies)
+    scene.app.add_middleware(MeteringMiddleware, metering=scene.metering)
+    answers, left = scene.play(*[(method, "/free")] * 3, *[(method, "/paid")] * 3)
+    assert [answer.status_code for answer in answers] == [200, 200, 429] * 2
+    assert left == 1
+
+
+@pytest.mark.parametrize("copies", [False, True], ids=["mutating", "copying"])
+@pytest.mark.parametrize("inside", ["middleware", "asgi"])
+def test_a_method_that_is_overridden_is_counted_by_default_limits(inside: str, copies: bool) -> None:
+    """X.4: slowapi's default limits count OPTIONS that reach its middleware as POST, behind ours or not."""
+    for middleware in (False, True):
+        scene = Scene(inside=inside, middleware=False, default_limits=["2/minute"])
+
+        @scene.app.post("/x")
+        async def endpoint() -> str:
+            return "work"
+
+        scene.app.add_middleware(overriding, copies=copies)
+        if middleware:
+            scene.app.add_middleware(MeteringMiddleware, metering=scene.metering)
+        answers, _ = scene.play(*[("OPTIONS", "/x")] * 3)
+        assert [answer.status_code for answer in answers] == [200, 200, 429]
+
+
+def test_a_limited_endpoint_that_is_asked_inside_of_a_free_request_is_counted_by_itself() -> None:
+    """What an application asks of another one in its process is no part of a HEAD in which it does so."""
+    inner = Scene(middleware=False)
+
+    @inner.app.get("/x")
+    @inner.limiter.limit("1/minute")
+    async def limited(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("work")
+
+    outer = Scene()
+
+    @outer.app.head("/ask")
+    async def asking() -> PlainTextResponse:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(inner.app), base_url="http://test") as client:
+            return PlainTextResponse("", (await client.get("/x")).status_code)
+
+    answers, _ = outer.play(*[("HEAD", "/ask")] * 2)
+    assert [answer.status_code for answer in answers] == [200, 429]

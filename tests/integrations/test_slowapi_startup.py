@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from fastapi import APIRouter, FastAPI
+from limits import RateLimitItemPerHour
 from slowapi import Limiter
 from slowapi.util import get_remote_address
 from starlette.applications import Starlette
@@ -202,3 +203,15 @@ def test_audit_finds_what_was_decorated_before() -> None:
     report = audit(before.app, ALL_FEATURES, frozenset(), limiter.metering)
     assert not report.errors
     assert next(row for row in report.rows if row.path == "/async").policy is not None
+
+
+@pytest.mark.parametrize(
+    "limit",
+    ["9" * 400 + "/minute", "5/" + "9" * 400 + " years", RateLimitItemPerHour(10**5000)],
+    ids=["amount", "window", "item"],
+)
+def test_limits_that_no_store_can_count_fail_at_import(limit: Any) -> None:
+    """A number of hundreds of digits is refused as every other limit that cannot be read, with a sentence."""
+    limiter = adopt(Limiter(key_func=get_remote_address))
+    with pytest.raises(ConfigurationError):
+        limiter.limit(limit)(lambda request: None)

@@ -13,6 +13,7 @@ Where slowapi 0.1.10 is wrong, an adopted limiter is right. What slowapi does, w
   `test_included_and_mounted_routes_are_limited`
 - What they cannot find they let pass. Here: it is counted before its answer, and logged.
   `test_endpoint_that_is_found_late_is_counted_late`
+  So it is where it answers 404, 405 or raises. `test_endpoint_that_is_found_late_is_counted_whatever_it_answers`
 - Of several routes that match they take the last one. Here: the one that runs.
   `test_first_route_that_matches_is_the_one_that_counts`
 - They skip decorated endpoints: no application limits. Here: those count everywhere.
@@ -35,6 +36,8 @@ Where slowapi 0.1.10 is wrong, an adopted limiter is right. What slowapi does, w
 - One that is limited and exempt answers 500. Here: it is exempt. `test_endpoint_may_be_limited_and_exempt`
 - Coroutines of async functions are taken for their answers. Here: they are awaited.
   `test_async_functions_are_awaited`
+- Of a decorated dependency and its decorated endpoint it counts the one that runs first. Here: both count.
+  `test_decorated_dependency_and_its_endpoint_count_both`
 - With ``auto_check=False`` a decorated endpoint answers 500. Here: it is not limited.
   `test_request_filters_and_auto_check_are_heard`
 - What one limit refuses, the ones before it have counted. Here: nothing has. `test_refused_request_has_spent_nothing`
@@ -68,6 +71,10 @@ Where slowapi 0.1.10 is wrong, an adopted limiter is right. What slowapi does, w
 
 What it keeps: ``Retry-After`` and the fields also on responses that were let in, HEAD that counts, an empty key that is
 logged and not counted, the bodies, the statuses and the names. A generator endpoint is refused at its first byte.
+
+What it does not keep: a decorated sync function is an async one afterwards, for nobody may wait for a store on the
+event loop. Frameworks do not mind; who calls it as a helper awaits it, and sync code cannot: it gets a coroutine.
+`test_decorated_sync_helper_is_awaited`
 """
 
 from __future__ import annotations

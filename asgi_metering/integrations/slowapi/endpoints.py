@@ -195,7 +195,7 @@ class Limited:
         """
         scope = asking.request.scope
         around = opening_of(scope)
-        if around is not None and around.free and method_of(asking.request) not in COUNTED_THOUGH_FREE:
+        if _is_free(around, scope) and method_of(asking.request) not in COUNTED_THOUGH_FREE:
             # A test that has opted out.
             return
         opening = asking.opening = Alone(self.limiter.metering_of(scope), scope)
@@ -293,7 +293,7 @@ async def _run(asking: Asking, run: Callable[..., Any], args: tuple[Any, ...], k
     alone: Alone | None = None
     if opening is None:
         opening = alone = Alone(limiter.metering, request.scope)
-    elif not opening.free:
+    elif not _is_free(opening, request.scope):
         limiter.check_shared(opening.metering)
     else:
         if method_of(request) in COUNTED_THOUGH_FREE:
@@ -319,6 +319,11 @@ COUNTED_THOUGH_FREE = frozenset({"HEAD", "OPTIONS"})
 """Methods that are never charged (X.4)."""
 
 
+def _is_free(opening: Opening | None, scope: Any) -> bool:
+    """Whether nothing is charged at the endpoint whose request has *scope*: it may be free no more by then."""
+    return opening is not None and opening.free and opening.stays_free(scope)
+
+
 def opening_of(scope: Any) -> Opening | None:
     """
     What is open for the request of *scope*, by a middleware of ours or alone; None where nothing is.
@@ -329,8 +334,10 @@ def opening_of(scope: Any) -> Opening | None:
     told, current = scope.get(SCOPE_KEY), CURRENT.get()
     if isinstance(told, Opening):
         return told
-    is_ours = isinstance(current, Alone) and current.scope is scope
-    return current if current is not None and (current.free or is_ours) else None
+    own = getattr(current, "scope", None)
+    is_ours = isinstance(current, Alone) and own is scope
+    opted_out = current is not None and current.free and own is None
+    return current if opted_out or is_ours else None
 
 
 def request_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request:

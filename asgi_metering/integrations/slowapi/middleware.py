@@ -87,7 +87,8 @@ async def limited(limiter: AdoptedLimiter, app: ASGIApp, scope: Scope, receive: 
     scope.setdefault("state", {})
     endpoint = endpoint_of(scope)
     if endpoint is None:
-        await app(scope, receive, _held(limiter, scope, receive, send))
+        request = Request(scope, receive)
+        await _late(app, request, send, send, _found_late(limiter, request))
         return
     known = limiter.known(endpoint)
     if known.rules:
@@ -207,32 +208,28 @@ def _showing(asking: Asking, send: Send) -> Send:
     return showing
 
 
-def _held(limiter: AdoptedLimiter, scope: Scope, receive: Receive, send: Send) -> Send:
+def _found_late(limiter: AdoptedLimiter, request: Request) -> Callable[[int | None], Asking | None]:
     """
-    *send* of a request that seemed to have no endpoint, and is held to it.
+    What a request is counted by that seemed to have no endpoint, and is held to it: `_late` asks.
 
-    One that has run all the same, by a router or a rewritten path that cannot be told from here, is counted before its
-    response begins: it must not be a way around the limits.
+    One that has run all the same, by a router or a rewritten path that cannot be told from here, is counted before it
+    is heard, whatever it answers or raises: it must not be a way around the limits.
     """
-    answered = False
 
-    async def held(message: Message) -> None:
-        nonlocal answered
-        ran = scope.get("endpoint")
-        if message["type"] == "http.response.start" and (inspect.isroutine(ran) or inspect.isclass(ran)):
-            known = limiter.known(ran)
-            if not known.rules and message["status"] not in (404, 405):
-                log.error("%r was not among the routes before it ran; its limits are asked for late.", ran)
-                request = Request(scope, receive)
-                try:
-                    await known.enforce(Asking(known, request, ASKING.get()))
-                except HTTPException as failure:
-                    answered = True
-                    await _answer(request, send, failure)
-        if not answered:
-            await send(message)
+    def unasked(status: int | None) -> Asking | None:
+        ran = request.scope.get("endpoint")
+        if not (inspect.isroutine(ran) or inspect.isclass(ran)):
+            return None
+        if status == 405 and endpoint_of(request.scope) is None:
+            # The router's own: it names the endpoint of the path, which it has not run for this method.
+            return None
+        known = limiter.known(ran)
+        if known.rules:
+            return None
+        log.error("%r was not among the routes before it ran; its limits are asked for late.", ran)
+        return Asking(known, request, ASKING.get())
 
-    return held
+    return unasked
 
 
 async def _answer(request: Request, send: Send, failure: HTTPException) -> None:

@@ -249,7 +249,7 @@ def _parsed(text: str) -> tuple[RateLimitItem, ...]:
 @functools.lru_cache(maxsize=1024)
 def rate_of(item: RateLimitItem, strategy: Strategy) -> RatePolicy:
     """*item* as we count it; raises `ConfigurationError`."""
-    return RatePolicy((parse_limit(str(item), strategy),), SCOPE)
+    return RatePolicy((parse_limit(item, strategy),), SCOPE)
 
 
 def read_cost(cost: Any, strategy: Strategy = "fixed") -> int:
