@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from asgi_metering.opening import current_call as current_call
     from asgi_metering.policies import Idempotency as Idempotency
     from asgi_metering.requiring import requires_upstream as requires_upstream
+    from asgi_metering.rules.ending import Drain as Drain
     from asgi_metering.sources import Allowance as Allowance
     from asgi_metering.sources import Payer as Payer
     from asgi_metering.sources import Wallet as Wallet
@@ -47,6 +48,7 @@ _HOMES = {
     "CallRefused": "call",
     "Caller": "caller",
     "CreditGateMiddleware": "asgi.middleware",
+    "Drain": "rules.ending",
     "Idempotency": "policies",
     "Metering": "metering",
     "MeteringMiddleware": "asgi.middleware",

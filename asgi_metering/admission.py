@@ -149,9 +149,9 @@ def admit_now(call: Call) -> bool:
         decision = metering.store.run_now(asked)
     except Exception:  # noqa: BLE001 -- what is wrong is found and told on the way for everything else
         return False
-    if not isinstance(decision, Decision) or decision.stale_calendar:
+    if type(decision) is not Decision or decision.stale_calendar:
         return False
-    _mark(call, asked, decision)
+    _mark(call, asked, decision, is_plain=True)
     return True
 
 
@@ -252,17 +252,20 @@ async def _decide(
     return decision
 
 
-def _mark(call: Call, asked: Admit, decision: Decision) -> None:
-    """Tell *call* what was decided; raises `CallRefused`."""
+def _mark(call: Call, asked: Admit, decision: Decision, *, is_plain: bool = False) -> None:
+    """Tell *call*, whose plan may be a plain one, what was decided; raises `CallRefused`."""
     if decision.refusal is not None:
         raise call.refused(_leveled(call, decision.refusal), decision)
     if decision.replay is not None:
         raise call.refused(Refusal(Reason.REPLAYED, "idempotency"), decision)
     call.decision = decision
     call.held = decision.held
-    call.has_hold = leaves_hold(asked)
     call.ttl_s = asked.ttl_s
-    call.payer = decision.payer or call.payer
+    # What no plan weighs needs no look at each of its limits.
+    if asked.sources or asked.leases or (not is_plain and leaves_hold(asked)):
+        call.has_hold = True
+    if decision.payer:
+        call.payer = decision.payer
 
 
 def _leveled(call: Call, refusal: Refusal) -> Refusal:

@@ -18,10 +18,20 @@ if TYPE_CHECKING:
     from asgi_metering.shadow import Twin
     from asgi_metering.upstream.headroom import Headroom, Reservation
 
-__all__ = ["Beside"]
+__all__ = ["Beside", "is_cancellation"]
 
 PREFIX = "metering.shadow."
 """Before the names of what a usage event tells of the shadow."""
+
+
+def is_cancellation(failure: BaseException) -> bool:
+    """
+    Whether *failure*, which a function of the application's own raised, cancels the task that runs.
+
+    A future which that function cancelled, or that its library did, raises the same, and cancels nobody else.
+    """
+    task = asyncio.current_task()
+    return isinstance(failure, asyncio.CancelledError) and (task is None or task.cancelling() > 0)
 
 
 class Beside:
@@ -109,12 +119,14 @@ class Beside:
         self.reserved.clear()
 
     def told(self) -> dict[str, Scalar]:
-        """What the usage event says, as ``metering.shadow.``: outcome, reason, name, amount_parts and basis."""
+        """What the usage event says, as ``metering.shadow.``: outcome, reason, name, payer, amount_parts and basis."""
         denied = self.would_deny
         facts: dict[str, Scalar | None] = {
             "outcome": "denied" if denied is not None else "admitted" if self.is_known else "unknown",
             "reason": None if denied is None else denied.reason.value,
             "name": None if denied is None else denied.name,
+            # Who would have paid: the event itself names who pays what is live.
+            "payer": None if self.charge is None or self.twin is None else self.twin.payer,
         }
         # What a session costs by its messages or seconds is known by its tally alone, which nobody keeps here.
         if self.charge is not None and self.end is not None and self.charge.per == "call":

@@ -8,30 +8,44 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from asgi_metering.breakdown import upstream_attributes
 from asgi_metering.counting import usage_of
 from asgi_metering.errors import AmountError, UsageError
-from asgi_metering.measuring import Metered, failed_in_band, metered_usage, observed_usage
-from asgi_metering.prices import FixedPrice, MeasuredPrice
+from asgi_metering.itemised import DOUBTS, costed, costing_attributes
+from asgi_metering.measuring import Metered, failed_in_band, metered_usage, observed_usage, problems_of
+from asgi_metering.prices import Costing, FixedPrice, MeasuredPrice
 from asgi_metering.receipts import Basis, EndedBy
 from asgi_metering.rules.ending import DEFAULT_END_POLICY, Cause, EndPolicy, Sighting, Situation, situation
 from asgi_metering.rules.operations import End
 from asgi_metering.rules.state import build
+from asgi_metering.tokens import DEFAULT_ENCODING
 from asgi_metering.usage import TokenUsage
+from asgi_metering.usage.values import REFUSING, UNREAD
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
+    from asgi_metering.call_state import Reply
 
 __all__ = ["beyond_count", "bill", "bill_now", "observed_parts"]
 
 log = logging.getLogger("asgi_metering")
 
+PROBLEMS = "metering.usage.problems"
+"""What a usage event says of reports that were odd: the codes of `UsageReport.problems`, with commas between them."""
+
 
 def sighting(call: Call, reported: bool) -> Sighting:
     """What was seen of the call's end; an error inside of the answer is a failure of the call."""
     failed = call.failure is not None or failed_in_band(call)
-    return Sighting(call.cause or Cause.COMPLETED, call.status, call.first_byte, failed, reported)
+    return Sighting(_cause(call), call.status, call.first_byte, failed, reported)
+
+
+def _cause(call: Call) -> Cause:
+    """Why the call has ended, as far as its charge goes: what was done for a client that left was done."""
+    return _COMPLETED if call.drained else call.cause or _COMPLETED
 
 
 async def bill(call: Call) -> tuple[End, Metered]:
@@ -44,6 +58,7 @@ async def bill(call: Call) -> tuple[End, Metered]:
     price = call.price
     fixed = isinstance(price, FixedPrice)
     known = _safe_usage(call)
+    _tell_doubts(call)
     seen = sighting(call, reported=fixed or known.complete)
     row = situation(seen)
     policy = _policy(call)
@@ -53,27 +68,37 @@ async def bill(call: Call) -> tuple[End, Metered]:
     if price is None or isinstance(price, FixedPrice) or call.exempt:
         return _unmeasured(call, basis, await _counted(call, known), seen, row)
     amount, used, estimated, basis = await _measured_amount(call, basis, known, policy)
+    if used.costing is not None and used.costing.flags:
+        _doubt(call, used.costing)
     return _end(call, amount, basis, used, seen, row, estimated=estimated), used
 
 
 def bill_now(call: Call) -> End | None:
     """The same, where nothing that passed has to be read for it: the price is fixed, and nobody watched. Else None."""
+    if call.observer is not None or call.exchanges or call.reports or call.witnesses is not None:
+        return None
     price = call.price
-    if call.observer is not None or call.exchanges or call.reports:
-        return None
-    if not (price is None or isinstance(price, FixedPrice) or call.exempt):
-        return None
     fixed = isinstance(price, FixedPrice)
-    seen = Sighting(call.cause or Cause.COMPLETED, call.status, call.first_byte, call.failure is not None, fixed)
+    if not (fixed or price is None or call.exempt):
+        return None
+    # fmt: off
+    seen = build(Sighting, (
+        _cause(call), call.status, call.first_byte, call.failure is not None, fixed,
+    ))
+    # fmt: on
     row = situation(seen)
     policy = _policy(call)
     # Asked of the one row that differs: most calls are none of a session.
-    is_apart = row is Situation.FAILED_LATE and call.opening.is_session
+    is_apart = row is _FAILED_LATE and call.opening.is_session
     basis = policy.session_basis(row) if is_apart else policy.basis(row)
     return _unmeasured(call, basis, _NOTHING, seen, row)[0]
 
 
 _NOTHING = Metered()
+
+# Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
+_COMPLETED, _FAILED_LATE = Cause.COMPLETED, Situation.FAILED_LATE
+_NONE, _OBSERVED, _HOLD, _BY_CALL = Basis.NONE, Basis.OBSERVED, Basis.HOLD, EndedBy.CALL
 
 
 def _unmeasured(call: Call, basis: Basis, used: Metered, seen: Sighting, row: Situation) -> tuple[End, Metered]:
@@ -97,10 +122,11 @@ def _end(
     *,
     estimated: bool = False,
 ) -> End:
-    told, reply = _event(call, used, seen, row), _reply(call, seen)
+    reply = None if call.reply is None else _reply(call.reply, seen)
     # fmt: off
     return build(End, (
-        call.id, amount, basis, estimated, EndedBy.CALL, _actual(used, row), told, row not in DONE, reply,
+        call.id, amount, basis, estimated, _BY_CALL, _actual(used, row), _event(call, used, seen, row),
+        row not in DONE, reply,
     ))
     # fmt: on
 
@@ -147,9 +173,9 @@ DONE = frozenset({Situation.REPORTED, Situation.UNREPORTED})
 """Ends of calls that did their work. After another one that charges nothing either, the request may be made again."""
 
 
-def _reply(call: Call, seen: Sighting) -> Mapping[str, Any] | None:
+def _reply(reply: Reply, seen: Sighting) -> Mapping[str, Any] | None:
     """The answer for repeats of the request: a whole one, and no other."""
-    return call.reply.told() if call.reply is not None and seen.cause is Cause.COMPLETED else None
+    return reply.told() if seen.cause is _COMPLETED else None
 
 
 def _safe_usage(call: Call) -> Metered:
@@ -173,9 +199,9 @@ async def _counted(call: Call, known: Metered) -> Metered:
 
 def _fixed_amount(call: Call, basis: Basis) -> int | None:
     """A fixed price is observed in full once a byte went out, zero before."""
-    if basis is Basis.NONE or (basis is Basis.OBSERVED and not call.first_byte):
+    if basis is _NONE or (basis is _OBSERVED and not call.first_byte):
         return None
-    return call.held if basis is Basis.HOLD and call.tally is not None else _due(call)
+    return call.held if basis is _HOLD and call.tally is not None else _due(call)
 
 
 def _due(call: Call) -> int:
@@ -186,8 +212,9 @@ def _due(call: Call) -> int:
     """
     if call.tally is not None:
         return call.tally.due
-    if call.joined and isinstance(call.price, FixedPrice):
-        return call.unit.parts(call.price.amount)
+    decision, price = call.decision, call.price
+    if decision is not None and decision.joined and isinstance(price, FixedPrice):
+        return call.unit.parts(price.amount)
     return call.held
 
 
@@ -202,6 +229,35 @@ async def _measured_amount(
         basis = _unbelieved(policy)
         amount, used, estimated = await _priced(call, basis, Metered())
     return amount, used, estimated, basis
+
+
+def _tell_doubts(call: Call) -> None:
+    """
+    Raise the alarm over reports that are refused, and over bodies that nobody here can read.
+
+    Each is counted; the log hears of each kind now and then, since every call of such a provider may bring one.
+    """
+    problems = problems_of(call)
+    refused = [problem for problem in problems if problem in REFUSING]
+    if refused:
+        failure = UsageError(f"What was reported of call {call.id!r} is not believed: {', '.join(refused)}.")
+        call.metering.alarms.raised(f"usage {refused}", f"{failure} It counts as not reported.", failure)
+        _alarm(call)
+    unread = [problem for problem in problems if problem in UNREAD]
+    if unread:
+        failure = UsageError(f"The body of call {call.id!r} cannot be decoded: {', '.join(unread)}.")
+        mend = "Install asgi-metering[compression] for Brotli and Zstandard." if "no_decoder" in unread else ""
+        call.metering.alarms.raised(f"usage {unread}", f"{failure} Its usage is not known. {mend}", failure)
+        _alarm(call)
+
+
+def _doubt(call: Call, costing: Costing) -> None:
+    """Tell that a cost is not what it should be: money may be lost, or asked for in vain (S3.20, S3.21)."""
+    for flag in costing.flags:
+        call.metering.meters.count("costs_doubtful", line=call.line, problem=flag)
+        models = sorted({str(each.call.model) for each in costing.calls if flag in each.flags})
+        told = f"{DOUBTS.get(flag, flag)}: call {call.id} of line {call.line}, {', '.join(models)}."
+        call.metering.alarms.raised(f"cost {flag}", told, UsageError(flag))
 
 
 def _alarm(call: Call) -> None:
@@ -220,7 +276,8 @@ async def _priced(call: Call, basis: Basis, known: Metered) -> tuple[int | None,
     used = known if basis is Basis.USAGE else await observed_usage(call, known)
     if used.usage is None:
         return None, used, False
-    return call.unit.round(price.cost(used.usage)), used, used.estimated
+    costing = await costed(call, price, used)
+    return call.unit.round(costing.amount), replace(used, costing=costing), used.estimated
 
 
 async def _estimated(call: Call, price: MeasuredPrice, known: Metered) -> int:
@@ -232,13 +289,15 @@ async def _estimated(call: Call, price: MeasuredPrice, known: Metered) -> int:
     estimate = call.estimate
     if call.charge is not None and call.charge.hold.slices is not None:
         # A first slice estimates nothing of the whole.
-        used = (await observed_usage(call, known)).usage
-        return 0 if used is None else call.unit.round(price.cost(used))
+        used = await observed_usage(call, known)
+        return 0 if used.usage is None else call.unit.round((await costed(call, price, used)).amount)
     amount = call.unit.round(price.cost(estimate)) if isinstance(estimate, TokenUsage) else call.held
     if known.complete or known.usage is None:
         return amount
     seen = await observed_usage(call, known)
-    return amount if seen.usage is None else max(amount, call.unit.round(price.cost(seen.usage)))
+    if seen.usage is None:
+        return amount
+    return max(amount, call.unit.round((await costed(call, price, seen)).amount))
 
 
 async def observed_parts(call: Call) -> int:
@@ -272,8 +331,8 @@ def _event(call: Call, used: Metered, seen: Sighting, row: Situation) -> dict[st
     if call.charge is None or "events" not in call.opening.features or not call.metering.sinks:
         return None
     told: dict[str, Any] = {
-        "outcome": _outcome(seen),
-        "reason": call.failure or row.value,
+        "outcome": Cause.CLIENT_GONE.value if call.drained else _outcome(seen),
+        "reason": call.failure or row._value_,
         "status": call.status,
         "usage_source": used.source,
         "model": used.model,
@@ -285,18 +344,47 @@ def _event(call: Call, used: Metered, seen: Sighting, row: Situation) -> dict[st
         told["attributes"] = dict(call.attributes)
     if call.tally is not None:
         told["attributes"].setdefault(f"{call.tally.per}s", call.tally.count)
+    # Of most calls there is nothing to say: their price is fixed, and nobody counted.
+    may_be = used.usage is not None or type(call.price) is not FixedPrice
+    priced = _price_attributes(call, used) if may_be else None
+    if priced:
+        told["attributes"] = {
+            **(call.attributes or call.facts.get("attributes", {})),
+            **told.get("attributes", {}),
+            **priced,
+        }
     shadow = None if call.beside is None else call.beside.told()
     if shadow:
-        told["attributes"] = {**(call.attributes or call.facts.get("attributes", {})), **shadow}
+        known = call.attributes or call.facts.get("attributes", {})
+        told["attributes"] = {**known, **told.get("attributes", {}), **shadow}
+    problems = problems_of(call) if call.observer is not None or call.exchanges else None
+    if problems:
+        told["attributes"] = {**told.get("attributes", call.facts.get("attributes", {})), PROBLEMS: ",".join(problems)}
+    several = bool(call.exchanges) or call.witnesses is not None or len(call.reports) > 1
+    upstream = upstream_attributes(call, used) if several else None
+    if upstream:
+        told["attributes"] = {**told.get("attributes", call.facts.get("attributes", {})), **upstream}
+    return told
+
+
+def _price_attributes(call: Call, used: Metered) -> dict[str, Any]:
+    """By what prices it is charged, and by what encoding it was counted, where it was (S2.34, S3.27)."""
+    told = {} if used.costing is None else costing_attributes(used.costing)
+    version = getattr(call.price, "version", None)
+    if version is not None:
+        told.setdefault("metering.price.version", version)
+    if used.source == "tokenizer" and used.usage is not None:
+        told["metering.usage.encoding"] = DEFAULT_ENCODING
     return told
 
 
 def usage_dict(usage: TokenUsage) -> dict[str, int]:
     """The reported counts of *usage*, by name; what was not reported is absent."""
-    names = ("input", "output", "cached", "cache_write", "reasoning", "audio")
+    names = ("input", "output", "cached", "cache_write", "reasoning", "audio", "audio_output")
     return {name: count for name in names if (count := getattr(usage, name)) is not None}
 
 
 def _outcome(seen: Sighting) -> str:
-    failed = seen.failed or (seen.status is not None and seen.status >= 400)
-    return Cause.ERROR.value if seen.cause is Cause.COMPLETED and failed else seen.cause.value
+    cause, status, _, failed, _ = seen
+    failed = failed or (status is not None and status >= 400)
+    return Cause.ERROR.value if failed and cause is _COMPLETED else cause._value_

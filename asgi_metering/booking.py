@@ -6,14 +6,17 @@ The listener of the upstream client: knows calls and readings, and nothing of HT
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from asgi_metering.call import Call
+from asgi_metering.itemised import ERRORS
 from asgi_metering.opening import CURRENT
 from asgi_metering.prices import FixedPrice
 from asgi_metering.upstream.headroom import Reservation
-from asgi_metering.usage import UsageReader
+from asgi_metering.upstream.refused import RefusalReader
+from asgi_metering.usage import UsageReader, UsageReport
 
 if TYPE_CHECKING:
     from asgi_metering.clients import UpstreamClients
@@ -22,6 +25,12 @@ __all__ = ["UpstreamBooking"]
 
 MAX_EXCHANGES = 1_000
 """Upstream exchanges of one call whose bodies are read: beyond it an agent loop would keep every body's reader."""
+
+
+_OVER: Final = object()
+"""Stands for a call that is over: what outlives its request is charged to nobody (pitfall 1)."""
+
+log = logging.getLogger("asgi_metering.upstream")
 
 
 class UpstreamBooking:
@@ -37,10 +46,12 @@ class UpstreamBooking:
         self._metering = metering
         self._label = label
 
-    def started(self, provider: str) -> Call | None:
+    def started(self, provider: str) -> object:
         """The call in whose context the exchange was begun; concurrent and nested calls never mix."""
         opening = CURRENT.get()
-        call = opening.call if opening is not None and not opening.closed else None
+        if opening is not None and opening.closed:
+            return _OVER
+        call = None if opening is None else opening.call
         reservation = self._reservation(call, provider)
         if reservation is not None:
             self._metering.headroom.sent(reservation)
@@ -88,9 +99,29 @@ class UpstreamBooking:
             token.exchanges.append((provider, reader, status))
 
     def finished(self, token: object, provider: str, reader: UsageReader, status: int) -> None:
-        """The call has the reader; the text of an answer that was reported to its end is given up."""
+        """The call has the reader; text that a report made needless is given up, and a refusal read for its reasons."""
+        if isinstance(reader, RefusalReader):
+            self._metering.quotas.record(
+                provider, reader.headers, status, reader.started_at, label=self._label, body=reader.body
+            )
         report = reader.report()
-        if report is not None and report.complete and report.usage is not None and not report.partial:
+        known = report.usage if report is not None and report.complete and not report.partial else None
+        if known is not None and known.output is not None:
             reader.forget_text()
-        if isinstance(token, Call) and token.growth is not None:
-            token.growth.nudge()
+        if isinstance(token, Call) and not token.closed:
+            if token.growth is not None:
+                token.growth.nudge()
+        elif report is not None and report.usage is not None and status < ERRORS:
+            self._refused(token, reader, report)
+
+    def _refused(self, token: object, reader: UsageReader, report: UsageReport) -> None:
+        """Count usage that no call takes (S3.26): it began in none, or its call has ended before."""
+        meters = self._metering.meters
+        if token is _OVER:
+            meters.count("usage_late")
+        elif not isinstance(token, Call):
+            meters.count("usage_unscoped")
+            log.debug("The usage of an answer of %s belongs to no call; it is not charged.", report.model)
+        elif report.complete and any(known is reader for _, known, _ in token.exchanges):
+            # It went on behind the end of its call, which was charged by what had passed until then.
+            meters.count("usage_late", line=token.line)

@@ -10,15 +10,18 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Coroutine, Mapping
+from decimal import Decimal
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from asgi_metering.amounts import exact_amount
 from asgi_metering.call_state import CallState, Reported
 from asgi_metering.caller import Caller
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import CallClosedError, ConfigurationError, IdentityError, PayerError, UsageError
-from asgi_metering.policies import EndpointPolicy
-from asgi_metering.prices import MAX_AFFORDABLE, FixedPrice
+from asgi_metering.policies import ALL_FEATURES, EndpointPolicy
+from asgi_metering.prices import MAX_AFFORDABLE, FixedPrice, UsagePrice
+from asgi_metering.prices.costing import read_units
 from asgi_metering.rules.ending import Cause
 from asgi_metering.sources import Wallet
 from asgi_metering.usage import TokenUsage
@@ -32,6 +35,12 @@ __all__ = ["BalanceStatus", "Call", "CallCut", "CallRefused"]
 
 BalanceStatus: TypeAlias = Literal["ok", "warning", "blocked"]
 """How what is left of a balance is to be taken."""
+
+
+NO_TOKENS = TokenUsage()
+
+Affordable: TypeAlias = Literal["input", "output", "reasoning", "seconds", "images", "characters"]
+"""What a call can be asked about: tokens by their kind, and units by names that prices usually have."""
 
 
 class CallRefused(Exception):  # noqa: N818 -- a refusal is an answer on its way to the edge, not an error
@@ -78,6 +87,10 @@ class _Gate(Enum):
     OPEN = 0
     ASKING = 1
     DECIDED = 2
+
+
+# Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
+_OPEN, _DECIDED = _Gate.OPEN, _Gate.DECIDED
 
 
 class Call(CallState):
@@ -130,13 +143,29 @@ class Call(CallState):
         """
         return self.admitted and self.decision is not None and self.decision.joined
 
-    def record(self, usage: TokenUsage, *, model: str | None = None, provider: str | None = None) -> None:
+    def record(
+        self,
+        usage: TokenUsage = NO_TOKENS,
+        *,
+        model: str | None = None,
+        provider: str | None = None,
+        cost: Amount | None = None,
+        units: Mapping[str, Amount] | None = None,
+    ) -> None:
         """
         Report usage; several reports of one call add up. It outranks everything that was seen by itself.
 
         A report of zero is a report (S2.41); do not call this when nothing is known.
 
+        Args:
+            usage: Tokens of one call of a model, or of several.
+            model: Which, for prices by name.
+            provider: Whose.
+            cost: What the provider says that it charges, in USD, for `model_prices`: LiteLLM's, ``cost=str(cost)``.
+            units: What was used besides tokens, for prices such as `per_minute`: ``units={"seconds": "93.5"}``.
+
         Raises:
+            AmountError: A cost or a number of units that is a float, negative, NaN, or no number.
             UsageError: *usage* is not a `TokenUsage`; the class itself refuses negative or absurd numbers.
             CallClosedError: The call has ended; the report is counted as late and not charged.
             CallCut: Nothing more can be held for it, by ``hold=slices(...)``. The report counts. Outside HTTP this is
@@ -148,8 +177,9 @@ class Call(CallState):
             self.metering.meters.count("usage_late", line=self.line)
             raise CallClosedError(f"Call {self.id!r} has ended, so its usage can no longer be reported.")
         # Names of an enum, say: no store could write them, nor tell them from their text.
-        named = [None if name is None else str(name) for name in (model, provider)]
-        self.reports.append(Reported(usage, *named))
+        answered, whose = [None if name is None else str(name) for name in (model, provider)]
+        told = None if cost is None else exact_amount(cost, "cost in USD")
+        self.reports.append(Reported(usage, answered, whose, told, read_units(units) if units else {}))
         if self.growth is not None:
             self.growth.nudge()
             if self.growth.is_cut:
@@ -170,9 +200,12 @@ class Call(CallState):
         if self.failure is None:
             self.failure = str(reason)[:200]
 
-    def affordable(self, kind: Literal["input", "output"] = "output") -> int:
+    def affordable(self, kind: Affordable = "output") -> int:
         """
-        How many tokens of *kind* this call's own hold still pays for: clamp ``max_tokens`` to it.
+        How many tokens of *kind* this call's own hold still pays for: clamp ``max_tokens`` to it (`estimates.clamp`).
+
+        ``"output"``, ``"input"`` or ``"reasoning"``; of a price for other units one of their names, such as
+        ``"seconds"``.
 
         No round trip. What was used already counts: what the handler reported, else what upstream exchanges told, or
         showed while they run. For output the input of the request counts as used before it is: as the hold was
@@ -186,14 +219,32 @@ class Call(CallState):
         """
         from asgi_metering.measuring import committed_usage
 
-        if self.price is None or isinstance(self.price, FixedPrice) or self.exempt or not self.admitted:
+        price = self.price
+        if price is None or isinstance(price, FixedPrice | UsagePrice) or self.exempt or not self.admitted:
             return MAX_AFFORDABLE
         try:
-            used = committed_usage(self, self.price, expected=kind == "output")
+            used = committed_usage(self, price, expected=kind != "input")
         except UsageError:
             # More than can be counted is more than any hold pays.
             return 0
-        return self.price.affordable(kind, self.unit.whole(self.held), used)
+        return price.affordable(kind, self.unit.whole(self.held), used)
+
+    @property
+    def remaining(self) -> Decimal:
+        """
+        Whole units of this call's own hold that what it used so far leaves, never below 0; all of a fixed price's.
+
+        No round trip; what counts as used is as of `affordable`, without the input that is still to come.
+        """
+        from asgi_metering.measuring import committed_usage
+
+        held, price = self.unit.whole(self.held), self.price
+        if price is None or isinstance(price, FixedPrice | UsagePrice) or self.exempt or not self.admitted:
+            return held
+        try:
+            return max(Decimal(0), held - price.cost(committed_usage(self, price, expected=False)))
+        except UsageError:
+            return Decimal(0)
 
     def admit(self, *policies: Part | Amount, **arguments: Any) -> Coroutine[Any, Any, None]:
         """
@@ -245,6 +296,11 @@ class Call(CallState):
             f"Call {self.id!r} is paid by the payer {decision.group!r}, which is none of its own route's. Name the "
             f"same payers wherever a charge key is shared."
         )
+
+    @property
+    def bequeathed(self) -> Payer | None:
+        """The `Payer` of live charges inside of it: a price that is in the shadow says of none of them who pays it."""
+        return self._inherited if self.is_shadow else self.paid_by
 
     @property
     def payer_switched(self) -> bool:
@@ -350,9 +406,9 @@ class Call(CallState):
             return False
         if answer is None or isinstance(answer, Caller):
             self.caller, self._identified = answer, True
-        else:
-            self._asked_who = answer
-        return self._identified
+            return True
+        self._asked_who = answer
+        return False
 
     async def identify(self) -> Caller | None:
         """Who calls, asked once per call (DESIGN 2). Raises `IdentityError`."""
@@ -384,16 +440,15 @@ class Call(CallState):
             self.opening.check()
             return
         self._bind(policy, arguments)
-        if self._gate is not _Gate.OPEN or not self._admitted_now():
-            await self.ensure()
-
-    def _admitted_now(self) -> bool:
-        """Ask where nothing has to wait; False where something has. Raises `CallRefused`."""
-        try:
-            return self.metering.admit_now(self)
-        finally:
-            if self.decision is not None or self.refusal is not None:
-                self._gate = _Gate.DECIDED
+        if self._gate is _OPEN:
+            # Where nothing has to wait.
+            try:
+                if self.metering.admit_now(self):
+                    return
+            finally:
+                if self.decision is not None or self.refusal is not None:
+                    self._gate = _DECIDED
+        await self.ensure()
 
     def expect(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> None:
         """
@@ -414,7 +469,8 @@ class Call(CallState):
                     f"already. Use metering.charge() for work inside a call that has a price of its own."
                 )
             return
-        self.metering.check_features(policy, self.opening)
+        if policy.needs or self.opening.features is not ALL_FEATURES:
+            self.metering.check_features(policy, self.opening)
         self.policy = policy
         self.pending = arguments
 

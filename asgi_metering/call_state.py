@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from asgi_metering.opening import Opening
     from asgi_metering.runtime import Runtime
     from asgi_metering.tally import Tally
+    from asgi_metering.witnesses import Witnesses
 
 __all__ = ["CallState", "Observer", "Reply", "Reported"]
 
@@ -70,6 +71,8 @@ class Reported:
     usage: TokenUsage
     model: str | None = None
     provider: str | None = None
+    cost: Decimal | None = None
+    units: Mapping[str, Decimal] = field(default_factory=dict)
 
 
 class CallState:
@@ -108,9 +111,13 @@ class CallState:
     status: int | None = None
     first_byte = False
     failure: str | None = None
+    # Its client left, and its handler finished all the same.
+    drained = False
     closed = False
     exempt = False
     observer: Observer | None = None
+    # What libraries that watch its upstream calls tell of them; None until one does.
+    witnesses: Witnesses | None = None
     observed_parts = 0
     receipt: Receipt | None = None
     last_beat = 0.0
@@ -166,6 +173,11 @@ class CallState:
         if self.charge is not None and self.charge.measured:
             return True
         return self.policy is not None and "rates" in self.opening.features and self.policy.weighs
+
+    @property
+    def is_shadow(self) -> bool:
+        """Whether its price is in the shadow: nothing of it is charged."""
+        return self.beside is not None and self.beside.charge is not None
 
     @property
     def is_refused(self) -> bool:

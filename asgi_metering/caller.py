@@ -46,16 +46,24 @@ class Caller:
             check_key(self.payer, "payer")
         else:
             object.__setattr__(self, "payer", self.id)
-        for what, name in (("type", self.type), ("plan", self.plan)):
-            if name is not None and not isinstance(name, str):
-                raise ConfigurationError(f"The {what} {name!r} of caller {self.id!r} is no str. Pass its name.")
+        # One is made for every request: what nearly all leave out is asked in one step.
+        if self.plan is not None or self.type is not None:
+            self._check_names()
         if type(self.exempt) is not bool:
             # What looks like yes, a header's "false" for instance, must exempt nobody.
             raise ConfigurationError(f"exempt={self.exempt!r} of caller {self.id!r} is no bool. Pass True or False.")
+        if self.attributes or type(self.attributes) is not dict:
+            self._check_attributes()
+
+    def _check_names(self) -> None:
+        for what, name in (("type", self.type), ("plan", self.plan)):
+            if name is not None and not isinstance(name, str):
+                raise ConfigurationError(f"The {what} {name!r} of caller {self.id!r} is no str. Pass its name.")
+
+    def _check_attributes(self) -> None:
         if not isinstance(self.attributes, Mapping):
             raise ConfigurationError(
                 f"The attributes {self.attributes!r} of caller {self.id!r} are no mapping. Pass a dict of names to "
                 f"values."
             )
-        if self.attributes:
-            object.__setattr__(self, "attributes", check_attributes(self.attributes, f"caller {self.id!r}"))
+        object.__setattr__(self, "attributes", check_attributes(self.attributes, f"caller {self.id!r}"))

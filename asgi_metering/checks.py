@@ -7,7 +7,7 @@ Knows single arguments and pairs of them that contradict each other. Never puts 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -25,21 +25,22 @@ from asgi_metering.policies import (
     ChargePolicy,
     EndpointPolicy,
     Idempotency,
-    OnDisconnect,
     OnExcess,
     RatePolicy,
 )
 from asgi_metering.prices import MeasuredPrice
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.calendars import zone as find_zone
-from asgi_metering.rules.ending import END_OF_CALL, Situation
+from asgi_metering.rules.ending import DRAIN, DRAINABLE, END_OF_CALL, Drain, EndPolicy, Situation
 from asgi_metering.sources import PERIODS, Allowance, PaymentSource, Wallet, check_allowances, check_payers, check_zone
 from asgi_metering.usage import TokenUsage
 
 __all__ = [
     "check_customise",
+    "check_drain",
     "check_errors",
     "check_flag",
+    "check_known",
     "check_measured",
     "check_messages",
     "check_per",
@@ -50,9 +51,8 @@ __all__ = [
     "check_shadow_per",
     "check_slices",
     "check_store_down",
-    "early_basis",
-    "read_basis",
     "read_charge_key",
+    "read_end",
     "read_idempotency",
     "read_sources",
 ]
@@ -221,6 +221,18 @@ def check_measured(price: MeasuredPrice) -> None:
     check_sync(price.affordable, "The price's affordable()")
 
 
+def check_known(price: MeasuredPrice, hold: HoldPolicy) -> None:
+    """Refuse a hold in tokens where the price says nothing of them before the call has ended."""
+    sizes = [hold.estimate] if hold.slices is None else [hold.estimate, hold.slices.step, hold.slices.low_water]
+    in_tokens = hold.estimate is None or any(isinstance(size, TokenUsage) for size in sizes)
+    if getattr(price, "is_known_before", True) or not in_tokens:
+        return
+    raise ConfigurationError(
+        f"The price {price!r} is known at the end of a call alone, since it is async or needs the call, so that no "
+        f"hold can be estimated by it. Hold an amount: hold='0.2', say."
+    )
+
+
 MAX_TTL_S = 86_400
 """A day: a hold that lives longer without a sign of life is not a hold."""
 
@@ -273,21 +285,43 @@ def check_scope(scope: str) -> None:
         raise ConfigurationError(str(failure)) from None
 
 
-def early_basis(on_disconnect: OnDisconnect | None) -> str | None:
-    """*on_disconnect* for a client that left before the first byte, where it is a choice there."""
-    offered = [basis.value for basis in END_OF_CALL[Situation.GONE_EARLY]]
-    return on_disconnect if on_disconnect in offered else None
+def read_end(chosen: Mapping[Situation, str | Drain | None]) -> EndPolicy:
+    """What is charged however a call ends, as it was written; None is a row's default."""
+    written = {row: choice for row, choice in chosen.items() if choice is not None}
+    late = written.get(Situation.GONE_LATE)
+    if late in _choices(Situation.GONE_EARLY) or isinstance(late, Drain):
+        # Also for a client that left before the first byte, where it is a choice there.
+        written.setdefault(Situation.GONE_EARLY, late)
+    drains = {
+        row: choice if isinstance(choice, Drain) else Drain()
+        for row, choice in written.items()
+        if row in DRAINABLE and (isinstance(choice, Drain) or choice == DRAIN)
+    }
+    return EndPolicy({row: _basis(row, choice) for row, choice in written.items() if row not in drains}, drains)
 
 
-def read_basis(row: Situation, basis: str) -> Basis:
-    """The basis by which a call that ends as *row* is charged."""
+def _choices(row: Situation) -> list[str]:
+    """What may be written for *row*."""
+    return [*(basis.value for basis in END_OF_CALL[row]), *([DRAIN] if row in DRAINABLE else [])]
+
+
+def _basis(row: Situation, choice: Any) -> Basis:
     try:
-        return Basis(basis)
+        return Basis(choice)
     except (TypeError, ValueError):  # of another type even without a hash
-        offered = ", ".join(repr(choice.value) for choice in END_OF_CALL[row])
+        offered = ", ".join(map(repr, _choices(row)))
         raise ConfigurationError(
-            f"{basis!r} is no policy for a call that ends as {row.value!r}. Choose one of {offered}."
+            f"{choice!r} is no policy for a call that ends as {row.value!r}. Choose one of {offered}."
         ) from None
+
+
+def check_drain(charge: ChargePolicy) -> None:
+    """Refuse to let a handler go on whose hold grows: nobody is left whom a cut could be told to."""
+    if charge.drains and charge.hold.slices is not None:
+        raise ConfigurationError(
+            'on_disconnect="drain" lets a handler finish on what it holds, and slices() hold a part of that. Hold an '
+            'estimate, such as up_to(...), or leave the disconnect to "observed".'
+        )
 
 
 def read_sources(sources: Sequence[PaymentSource] | None) -> tuple[PaymentSource, ...]:

@@ -63,15 +63,12 @@ class LimitByPlan:
         texts: By plan; whoever declared them may change them while we run. A plan that is not there, and who has none,
             gets the smallest.
         reading: How they are read.
+        meter: What all of them count, then and later: how calls are counted is worked out once.
     """
 
     texts: Mapping[str, str | RateLimitItem]
     reading: LimitReading = LimitReading()
-
-    @property
-    def meter(self) -> str:
-        """What all of them count."""
-        return self._readable()[0].meter
+    meter: str = "requests"
 
     def text_for(self, plan: str | None) -> str:
         """The limit of *plan*, as it is written; raises `ConfigurationError` where none is left to choose from."""
@@ -80,15 +77,25 @@ class LimitByPlan:
         return min(self._readable(), key=_speed).text
 
     def limit_for(self, plan: str | None) -> RateLimit:
-        """The limit of *plan*."""
-        return self.reading.read(self.text_for(plan))
+        """The limit of *plan*; raises as `parse_limit`, and `ConfigurationError` where it has come to count another."""
+        return self._read(self.text_for(plan))
+
+    def _read(self, text: str | RateLimitItem) -> RateLimit:
+        limit = self.reading.read(text)
+        if limit.meter != self.meter:
+            raise ConfigurationError(
+                f"The limits by plan {dict(self.texts)!r} have {str(text)!r}, which counts {limit.meter}, where they "
+                f"counted {self.meter} when the endpoint was written. Count these again, or write limits of "
+                f"{limit.meter} as a mapping of their own."
+            )
+        return limit
 
     def _readable(self) -> list[RateLimit]:
         found = []
         for text in self.texts.values():
             # What was changed into no limit fails the calls of its own plan, and nobody else's.
             with suppress(ConfigurationError, TypeError):
-                found.append(self.reading.read(text))
+                found.append(self._read(text))
         if not found:
             raise ConfigurationError(
                 f"The limits by plan {dict(self.texts)!r} have no limit left. Write {{'free': '20/minute'}}, say."

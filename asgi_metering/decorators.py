@@ -15,8 +15,10 @@ from asgi_metering.amounts import Unit, exact_amount
 from asgi_metering.arguments import From
 from asgi_metering.checks import (
     check_customise,
+    check_drain,
     check_errors,
     check_flag,
+    check_known,
     check_measured,
     check_messages,
     check_per,
@@ -27,9 +29,8 @@ from asgi_metering.checks import (
     check_shadow_per,
     check_slices,
     check_store_down,
-    early_basis,
-    read_basis,
     read_charge_key,
+    read_end,
     read_idempotency,
     read_sources,
 )
@@ -64,7 +65,7 @@ from asgi_metering.prices import MeasuredPrice
 from asgi_metering.pricing import check_amounts
 from asgi_metering.rates import Strategy
 from asgi_metering.rules.calendars import zone as find_zone
-from asgi_metering.rules.ending import EndPolicy, Situation
+from asgi_metering.rules.ending import Drain, Situation
 from asgi_metering.sources import PaymentSource, check_zone
 from asgi_metering.usage import TokenUsage
 from asgi_metering.usage.dialects import named
@@ -85,8 +86,8 @@ def billable(
     on_missing_usage: OnMissingUsage | None = None,
     on_error: OnError | None = None,
     on_late_error: OnLateError | None = None,
-    on_disconnect: OnDisconnect | None = None,
-    on_early_disconnect: OnEarlyDisconnect | None = None,
+    on_disconnect: OnDisconnect | Drain | None = None,
+    on_early_disconnect: OnEarlyDisconnect | Drain | None = None,
     on_cut: OnCut | None = None,
     on_abort: OnAbort | None = None,
     errors: ErrorShape = "problem",
@@ -120,7 +121,9 @@ def billable(
         on_missing_usage: Completed, but no usage was reported: ``estimate``, ``observed``, ``hold`` or ``none``.
         on_error: Answered with 400 or above, or failed before the first byte: ``none``, or any basis.
         on_late_error: Failed after the first byte, or ``call.fail()``: ``none``, ``observed`` or ``hold``.
-        on_disconnect: The client left: ``observed``, ``none``, ``usage``, ``estimate`` or ``hold``.
+        on_disconnect: The client left: ``observed``, ``none``, ``usage``, ``estimate``, ``hold`` or ``drain``, which
+            lets the handler finish for nobody and charges it as if somebody had been there; `Drain` gives it other
+            bounds than a minute and 16 MiB.
         on_early_disconnect: The same before the first byte; as *on_disconnect* where that is a choice there.
         on_cut: We cut the stream: ``observed`` or ``hold``.
         on_abort: The process stopped or died: ``observed``, ``none`` or ``hold``.
@@ -164,7 +167,7 @@ def billable(
         Situation.UNREPORTED: on_missing_usage,
         Situation.FAILED_EARLY: on_error,
         Situation.FAILED_LATE: on_late_error,
-        Situation.GONE_EARLY: early_basis(on_disconnect) if on_early_disconnect is None else on_early_disconnect,
+        Situation.GONE_EARLY: on_early_disconnect,
         Situation.GONE_LATE: on_disconnect,
         Situation.CUT: on_cut,
         Situation.ABORTED: on_abort,
@@ -193,13 +196,15 @@ def billable(
     held = read_hold(hold)
     if held.estimate is not None and not isinstance(held.estimate, From | TokenUsage):
         exact_amount(held.estimate, "hold estimate")
+    if isinstance(read, MeasuredPrice):
+        check_known(read, held)
     paid_from = read_sources(sources)
     if held.slices is not None and (per != "call" or isinstance(read, MeasuredPrice)):
         check_slices(held.estimate, held.slices, read, paid_from)
     charge = ChargePolicy(
         price=read,
         line="" if line is None else check_line(line),
-        end=EndPolicy({row: read_basis(row, basis) for row, basis in chosen.items() if basis is not None}),
+        end=read_end(chosen),
         unit=unit,
         hold=held,
         sources=paid_from,
@@ -218,6 +223,7 @@ def billable(
         shadow=shadow,
     )
     check_shadow(charge)
+    check_drain(charge)
     if unit is not None:
         check_amounts(charge, unit)
     return Part(charge=charge)

@@ -109,7 +109,8 @@ class Delivery:
     @property
     def takes_now(self) -> bool:
         """Whether what the store is asked goes to it at once, and not to the journal first."""
-        return self._journal is None or self._metering.breaker.state is BreakerState.CLOSED
+        metering = self._metering
+        return metering.journal is None or metering.breaker.state is BreakerState.CLOSED
 
     async def book(self, call: str, steps: Steps, *, begun: bool = False, durable: bool = True) -> Answer | None:
         """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 __all__ = [
     "AmountError",
+    "BalanceError",
     "CallClosedError",
     "ConfigurationError",
     "IdempotencyConflictError",
@@ -59,6 +60,10 @@ class MissingExtraError(ConfigurationError, ImportError):
 
 class AmountError(MeteringError, ValueError):
     """An amount, price or scale is not usable: a float, NaN, negative, too fine or too large."""
+
+
+class BalanceError(MeteringError, ValueError):
+    """A provider's balance could not be asked for, or its answer not be understood (S1.25 to S1.28)."""
 
 
 class InvalidKeyError(MeteringError, ValueError):

@@ -16,6 +16,7 @@ from asgi_metering.admission import hold_more
 from asgi_metering.amounts import MAX_AMOUNT, Amount
 from asgi_metering.decisions import Reason, Refusal
 from asgi_metering.errors import StoreError
+from asgi_metering.itemised import costed
 from asgi_metering.measuring import TextCounts, metered_usage, observed_usage
 from asgi_metering.outage import hold_more_locally
 from asgi_metering.prices import FixedPrice, MeasuredPrice
@@ -175,7 +176,7 @@ class Growth:
         try:
             async with self._counting:
                 seen = await observed_usage(call, metered_usage(call), self._counts)
-                self.used = call.unit.round(self._price.cost(seen.usage or TokenUsage()))
+                self.used = call.unit.round((await costed(call, self._price, seen)).amount)
         except Exception as failure:  # noqa: BLE001 -- usage that adds up to nonsense, a price of the application's own
             told = f"What call {call.id} has used so far cannot be told, so that its hold does not grow."
             call.metering.alarms.raised("growth", told, failure)

@@ -130,13 +130,18 @@ class Guard:
             NoCallError: There is none; the gate fails closed (pitfall 3).
             CallClosedError: The request is over (pitfall 1).
         """
-        opening = self._opening_in(args) or self._opening_in(kwargs.values()) or CURRENT.get()
-        while opening is not None and opening.around is not None:
-            # An endpoint belongs to its request, whatever a dependency charges around it.
-            opening = opening.around
+        opening = (
+            (self._opening_in(args) if args else None)
+            or (self._opening_in(kwargs.values()) if kwargs else None)
+            or CURRENT.get()
+        )
         if opening is None:
             raise NoCallError(self._no_call())
-        opening.check()
+        while opening.around is not None:
+            # An endpoint belongs to its request, whatever a dependency charges around it.
+            opening = opening.around
+        if opening.closed:
+            opening.check()
         return opening
 
     def is_free(self, opening: Opening, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -377,8 +382,9 @@ def _is_free(opening: Opening | None) -> bool:
 
 def _scope_of(value: Any) -> Any:
     """The scope of a request or WebSocket, or of the request behind the context that MCP hands to its tools."""
-    if not hasattr(type(value), "request_context"):
-        return getattr(value, "scope", None)
+    scope = getattr(value, "scope", None)
+    if scope is not None or not hasattr(type(value), "request_context"):
+        return scope
     try:
         return value.request_context.request.scope
     except (AttributeError, LookupError, ValueError):

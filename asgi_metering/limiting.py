@@ -238,7 +238,6 @@ def _by_plan(texts: Mapping[str, str | RateLimitItem], reading: LimitReading, co
             f"The limits by plan {dict(texts)!r} are no mapping of plans to limits. Write {{'free': '20/minute', "
             f"'pro': '200/minute'}}, say."
         )
-    found = LimitByPlan(texts, reading)
     read = [reading.read(_text(text)) for text in texts.values()]
     if len({limit.meter for limit in read}) > 1:
         raise ConfigurationError(
@@ -246,7 +245,7 @@ def _by_plan(texts: Mapping[str, str | RateLimitItem], reading: LimitReading, co
             f"one mapping for each."
         )
     _check_cost(read, cost)
-    return found
+    return LimitByPlan(texts, reading, read[0].meter)
 
 
 def _text(text: Any) -> str | RateLimitItem:

@@ -7,23 +7,32 @@ reported, what broke counts as it was observed. Asks no store, and never decides
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import TYPE_CHECKING, NamedTuple
 
-from asgi_metering.prices import MeasuredPrice
+from asgi_metering.itemised import ERRORS, answers_of, counted_call, model_call
+from asgi_metering.prices import Costing, MeasuredPrice, ModelCall
 from asgi_metering.rules.ending import Cause
 from asgi_metering.tokens import DEFAULT_ENCODING, TokenCount, count_tokens_async, estimate_tokens, tokens_of
 from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
+from asgi_metering.witnesses import WITNESSES, Told
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
 
-__all__ = ["Metered", "TextCounts", "committed_usage", "failed_in_band", "metered_usage", "observed_usage"]
+__all__ = [
+    "Metered",
+    "TextCounts",
+    "committed_usage",
+    "failed_in_band",
+    "metered_usage",
+    "observed_usage",
+    "problems_of",
+    "upstream_calls",
+]
 
-
-ERRORS = 400
-"""From here on a status says that an answer is an error."""
 
 NO_TOKENS = TokenCount(0, estimated=False, encoding=DEFAULT_ENCODING)
 
@@ -35,10 +44,13 @@ class Metered:
 
     Attributes:
         usage: The sum over the call's upstream calls, by that source; None if nobody reported.
-        source: ``handler``, ``upstream``, ``body`` or ``tokenizer``.
+        source: ``handler``, ``upstream``, ``litellm``, ``telemetry``, ``body`` or ``tokenizer``, in their order.
         model, provider: As the source named them.
         complete: All of it is reported, and nothing is only what had been seen until a stream broke.
         estimated: Something in it was estimated rather than counted.
+        cost: What the providers say that it costs, in USD, as far as they say it; never what the call is charged.
+        calls: Each call of a model by itself, where some of it was observed rather than reported.
+        costing: What it costs, once that was asked.
     """
 
     usage: TokenUsage | None = None
@@ -47,6 +59,9 @@ class Metered:
     provider: str | None = None
     complete: bool = False
     estimated: bool = False
+    cost: Decimal | None = None
+    calls: tuple[ModelCall, ...] = ()
+    costing: Costing | None = None
 
 
 class Part(NamedTuple):
@@ -63,17 +78,34 @@ class Part(NamedTuple):
         return self.report.usage if self.report is not None else None
 
     @property
+    def told_output(self) -> int:
+        """How many output tokens it reported so far; 0 for a seed, which is no count."""
+        report = self.report
+        return 0 if report is None or report.usage is None or report.partial else report.usage.output or 0
+
+    @property
     def final(self) -> bool:
         """
         Whether what it reported is all that it used.
 
         A reported zero is zero (S2.41), but only behind an end: before it, an output of zero is the placeholder that
-        some gateways put into every chunk.
+        some gateways put into every chunk, and any other one the sum so far, as Gemini tells it, unless the model had
+        finished. A side that was not reported is missing, and never zero.
         """
         report = self.report
         if report is None or report.usage is None or report.partial:
             return False
-        return report.complete or self.ended or bool(report.usage.output)
+        if report.usage.input is None or report.usage.output is None:
+            return False
+        return report.complete or self.ended or (bool(report.usage.output) and report.finish_reason is not None)
+
+    @property
+    def written(self) -> int | None:
+        """The output that it reported to its end; None where its text has to be counted."""
+        report = self.report
+        if report is None or report.usage is None or report.partial or not (report.complete or self.ended):
+            return None
+        return report.usage.output
 
     @property
     def wrote(self) -> bool:
@@ -85,6 +117,8 @@ class Part(NamedTuple):
         """
         if self.reader is None:
             return False
+        if self.report is not None and self.report.refused:
+            return True
         heard = self.reader.heard()
         ended = self.ended or (self.report is not None and self.report.complete)
         written = bool(heard.text or heard.more_chars)
@@ -96,7 +130,7 @@ def metered_usage(call: Call) -> Metered:
     if call.reports:
         last = call.reports[-1]
         return Metered(_recorded(call), "handler", last.model, last.provider, complete=True)
-    return _from_upstream(call) or _from_body(call) or Metered()
+    return _from_upstream(call) or _from_witnesses(call) or _from_body(call) or Metered()
 
 
 def _recorded(call: Call) -> TokenUsage:
@@ -104,19 +138,18 @@ def _recorded(call: Call) -> TokenUsage:
 
 
 def _exchanges(call: Call) -> list[Part]:
-    return [
-        Part(name, reader.report(), reader, reader.ended) for name, reader, status in call.exchanges if status < ERRORS
-    ]
+    return [Part(name, report, reader, reader.ended) for name, reader, report in answers_of(call)]
 
 
 def _body(call: Call) -> Part | None:
     if call.observer is None:
         return None
-    return Part(None, call.observer.report(), None, ended=call.cause is Cause.COMPLETED)
+    return Part(None, call.observer.report(), None, ended=call.drained or call.cause is Cause.COMPLETED)
 
 
 def _from_upstream(call: Call) -> Metered | None:
     usage: TokenUsage | None = None
+    cost: Decimal | None = None
     model = provider = None
     complete = True
     for part in _exchanges(call):
@@ -124,9 +157,44 @@ def _from_upstream(call: Call) -> Metered | None:
             complete = complete and not part.wrote
             continue
         usage = part.usage + usage
+        cost = _plus(cost, part.report.cost)
         model, provider = part.report.model or model, part.provider
         complete = complete and part.final
-    return None if usage is None else Metered(usage, "upstream", model, provider, complete)
+    return None if usage is None else Metered(usage, "upstream", model, provider, complete, cost=cost)
+
+
+def _from_witnesses(call: Call) -> Metered | None:
+    """The highest of the libraries that watch the call's upstream calls and told of any."""
+    if call.witnesses is None:
+        return None
+    for source in WITNESSES:
+        told = call.witnesses.told(source)
+        if told:
+            usage = TokenUsage.sum(each.usage for each in told)
+            estimated = any(each.estimated for each in told)
+            complete = call.witnesses.is_whole(source)
+            cost: Decimal | None = None
+            for each in told:
+                cost = _plus(cost, each.cost)
+            return Metered(usage, source, told[-1].model, told[-1].provider, complete, estimated, cost)
+    return None
+
+
+def _plus(total: Decimal | None, cost: Decimal | None) -> Decimal | None:
+    return total if cost is None else cost + (total or 0)
+
+
+def upstream_calls(call: Call, source: str | None) -> Iterator[Told]:
+    """What *source* says of each of the call's upstream calls, as far as it tells them apart."""
+    if source == "handler":
+        yield from (Told(each.usage, each.model, each.provider, each.cost) for each in call.reports)
+    elif source in WITNESSES and call.witnesses is not None:
+        yield from call.witnesses.told(source)
+    else:
+        for part in _exchanges(call):
+            if part.report is not None and part.usage is not None:
+                report = part.report
+                yield Told(part.usage, report.model, part.provider, report.cost, truncated=report.truncated())
 
 
 def _from_body(call: Call) -> Metered | None:
@@ -136,23 +204,46 @@ def _from_body(call: Call) -> Metered | None:
     return Metered(part.usage, "body", part.report.model, part.report.dialect, complete=part.final)
 
 
+def problems_of(call: Call) -> tuple[str, ...]:
+    """What was odd in the reports that *call* is charged by (`UsageReport.problems`), each once, in order."""
+    if call.reports:
+        return ()
+    parts = _exchanges(call)
+    body = _body(call)
+    if body is not None and not any(part.usage is not None for part in parts):
+        parts.append(body)
+    return tuple(dict.fromkeys(problem for part in parts if part.report for problem in part.report.problems))
+
+
 def failed_in_band(call: Call) -> bool:
     """
     Whether an error came inside of an answer that began as a success, as providers send them behind a 200.
 
     Such a call has failed as if the handler had said so (DESIGN "End of call"), also where its stream counted tokens
     before or after the error: those are told on the event, and charged by choice. A handler that reports usage itself
-    also says itself when it failed. The error of an upstream exchange counts unless another one answered; one in the
-    body does where the call is charged by usage, whose reading it is.
+    also says itself when it failed. The error of an upstream exchange counts unless another one answered. One in the
+    body does where the call is charged by usage, whose reading it is, and no source above it told of an answer: what
+    the application made of that may be the model's own words, and so its client's, who would be free by asking for
+    ``{"error": true}``.
     """
     if call.reports:
         return False
-    body = _body(call) if call.charge is not None and call.charge.measured else None
-    if body is not None and body.report is not None and body.report.error:
-        return True
     parts = [part for part in _exchanges(call) if part.report is not None]
+    body = _body(call) if call.charge is not None and call.charge.measured else None
+    if body is not None and body.report is not None and body.report.error and not _answered(call, parts):
+        return True
     last = parts[-1].report if parts else None
     return last is not None and last.error and not any(part.final for part in parts)
+
+
+def _answered(call: Call, parts: Sequence[Part]) -> bool:
+    """Whether a source above the body told of a whole answer without an error: of several exchanges the last one."""
+    if parts:
+        last = parts[-1]
+        failed = call.exchanges[-1][2] >= ERRORS or (last.report is not None and last.report.error)
+        return last.final and not failed
+    witnesses = call.witnesses
+    return witnesses is not None and any(witnesses.told(source) and witnesses.is_whole(source) for source in WITNESSES)
 
 
 # -- what was observed -------------------------------------------------------------------------------------
@@ -180,7 +271,13 @@ def _parts(call: Call, known: Metered) -> list[Part]:
 
 
 def _input_side(usage: TokenUsage) -> TokenUsage:
-    return TokenUsage(input=usage.input, cached=usage.cached, cache_write=usage.cache_write, audio=usage.audio)
+    spoken = None if usage.audio_output is None else 0
+    return TokenUsage(usage.input, None, usage.cached, usage.cache_write, None, _heard(usage), spoken)
+
+
+def _heard(usage: TokenUsage) -> int | None:
+    """Audio tokens of the input, as far as they are told apart."""
+    return None if usage.audio is None else max(0, usage.audio - (usage.audio_output or 0))
 
 
 def _given(call: Call, part: Part) -> tuple[TokenUsage, bool]:
@@ -194,12 +291,14 @@ def _given(call: Call, part: Part) -> tuple[TokenUsage, bool]:
     if seen is not None and seen.input:
         return _input_side(seen), False
     if call.asked is not None and _begun(call):
-        return _input_side(call.asked), True
+        asked = _input_side(call.asked)
+        # Whether a cache was written nobody told, unless the route's own estimate did.
+        return (asked if call.asked is call.estimate else replace(asked, cache_write=None)), True
     return TokenUsage(input=0), True
 
 
 def _observation(given: TokenUsage, output: int) -> TokenUsage:
-    return TokenUsage(given.input, output, given.cached, given.cache_write, None, given.audio)
+    return TokenUsage(given.input, output, given.cached, given.cache_write, None, given.audio, given.audio_output)
 
 
 def _begun(call: Call) -> bool:
@@ -243,24 +342,36 @@ async def observed_usage(call: Call, known: Metered, counts: TextCounts | None =
     """
     if known.complete:
         return known
+    if known.source in WITNESSES:
+        # What it still watches has told nothing, and the text that passes may be of those that told.
+        return replace(known, estimated=True)
     usage: TokenUsage | None = None
     model, estimated = known.model, False
+    calls: list[ModelCall] = []
     for part in _parts(call, known):
         model = (part.report.model if part.report is not None else None) or model
         if part.usage is not None and (part.final or part.reader is None):
             usage = part.usage + usage
+            if part.report is not None:
+                calls.append(model_call(part.report, part.provider or known.provider))
             continue
         given, guessed = _given(call, part)
-        output = 0
-        if part.reader is not None:
+        # What it had counted itself: thoughts are in there, and not in the text.
+        output = part.told_output
+        if part.written is None and part.reader is not None:
             heard = part.reader.heard()
             text = heard.text
             counted = await (count_tokens_async(text) if counts is None else counts.count(part.reader, text))
-            output = counted.tokens + tokens_of(heard.more_chars)
+            output = max(output, counted.tokens + tokens_of(heard.more_chars))
             guessed = guessed or heard.estimated or counted.estimated
-        usage = _observation(given, output) + usage
+        seen = _observation(given, output)
+        named = None if part.report is None else part.report.model
+        calls.append(counted_call(seen, named, part.provider or known.provider))
+        usage = seen + usage
         estimated = estimated or guessed
-    return Metered(usage or TokenUsage(input=0, output=0), "tokenizer", model, known.provider, estimated=estimated)
+    usage = usage or TokenUsage(input=0, output=0)
+    parts = tuple(calls)
+    return Metered(usage, "tokenizer", model, known.provider, estimated=estimated, cost=known.cost, calls=parts)
 
 
 # -- what a handler may still spend ------------------------------------------------------------------------
@@ -275,12 +386,20 @@ def committed_usage(call: Call, price: MeasuredPrice, *, expected: bool) -> Toke
     Raises:
         UsageError: It adds up to more than can be counted.
     """
-    spent = _recorded(call) if call.reports else _spent(_parts(call, metered_usage(call)))
+    spent = _told(call)
     asked = call.asked
     if not expected or asked is None or price.cost(_input_side(asked)) <= price.cost(_input_side(spent)):
         return spent
-    audio = max(asked.audio or 0, spent.audio or 0) or None
-    return TokenUsage(asked.input, spent.output, asked.cached, asked.cache_write, spent.reasoning, audio)
+    spoken = spent.audio_output
+    audio = max(_heard(asked) or 0, _heard(spent) or 0) + (spoken or 0) or None
+    return TokenUsage(asked.input, spent.output, asked.cached, asked.cache_write, spent.reasoning, audio, spoken)
+
+
+def _told(call: Call) -> TokenUsage:
+    known = metered_usage(call)
+    if known.usage is not None and (call.reports or known.source in WITNESSES):
+        return known.usage
+    return _spent(_parts(call, known))
 
 
 def _spent(parts: Iterable[Part]) -> TokenUsage:

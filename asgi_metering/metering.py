@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
@@ -47,6 +47,7 @@ from asgi_metering.stores.breaker import Breaker, BreakerState
 from asgi_metering.stores.contract import Store
 from asgi_metering.stores.urls import store_from_url
 from asgi_metering.stores.use import StoreUse
+from asgi_metering.tracking import tracked, with_log
 from asgi_metering.upstream.headroom import Headroom
 from asgi_metering.upstream.readings import QuotaReadings
 from asgi_metering.work import Work
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
     from starlette.requests import HTTPConnection
 
     from asgi_metering.journal import Journal
+    from asgi_metering.quotas.packages import Package
+    from asgi_metering.upstream.tracker import QuotaTracker
 
 __all__ = ["ALL_FEATURES", "Metering"]
 
@@ -89,6 +92,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         grace_s: Seconds in doubt before the policy ends a hold, where a route does not say.
         max_call_s: A call older than this is ended as it is (pitfall 27), unless it is a WebSocket's.
         drain_s: What a shutdown waits for calls in flight.
+        max_draining: Handlers of an event loop that may go on for clients that left, by ``on_disconnect="drain"``; the
+            calls of others are charged what was observed.
         run_sync: Runs sync endpoints off the loop: an async function of a callable without arguments; anyio's
             threads by default (pitfall 9).
         new_id: Makes call ids; random ones by default (X.8).
@@ -101,6 +106,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
             a mapping of plans to texts, or a list of these. One that no endpoint uses is an error at startup (S2.30).
         shadow: Refuse and charge nothing anywhere, and tell what would have been (S4.16; `asgi_metering.shadow`):
             metering that is new to an application, before it is let loose. Routes can say it for their parts.
+        packages: What providers sold or allow us, for `tracker`: the name of a catalogue file, packages, or a
+            `QuotaTracker`, whose readings are those of `quotas` then, and whose log is one more sink.
 
     Raises:
         ConfigurationError: An argument or URL that cannot work; the sentence says what can.
@@ -126,12 +133,14 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         grace_s: float = 30.0,
         max_call_s: float = 3_600.0,
         drain_s: float = 10.0,
+        max_draining: int = 100,
         run_sync: Callable[[Callable[[], Any]], Coroutine[Any, Any, Any]] | None = None,
         new_id: Callable[[], str] | None = None,
         on_hold_lost: Callable[[Call], Any] | None = None,
         keys: Mapping[str, Callable[..., Any]] | None = None,
         limits: Mapping[str, Any] | None = None,
         shadow: bool = False,
+        packages: str | os.PathLike[str] | Iterable[Package] | QuotaTracker | None = None,
     ) -> None:
         if identify is not None and not callable(identify):
             raise ConfigurationError(f"identify={identify!r} cannot be called. Pass a function of the connection.")
@@ -155,6 +164,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         }.items():
             if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not seconds >= 0:
                 raise ConfigurationError(f"{name}={seconds!r} is not a number of seconds from 0 up.")
+        if type(max_draining) is not int or max_draining < 0:
+            raise ConfigurationError(f"max_draining={max_draining!r} is no int from 0 up. 0 lets no handler go on.")
         self.keys = NamedKeys(keys)
         self.limits = NamedLimits(limits)
         check_flag(shadow=shadow)
@@ -167,11 +178,14 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         self.on_store_down = read_choices(on_store_down)
         check_choices(self.on_store_down, has_journal=journal is not None)
         self.ttl_s, self.grace_s, self.max_call_s, self.drain_s = ttl_s, grace_s, max_call_s, drain_s
+        self.max_draining = max_draining
         self.run_sync = run_sync or _run_in_thread
         self.new_id = new_id or _new_id
-        self.quotas = QuotaReadings()
+        self.tracker = None if packages is None else tracked(packages, unit)
+        self.quotas = QuotaReadings() if self.tracker is None else self.tracker.readings
         self.meters = Meters()
-        self.sinks: tuple[Sink, ...] = _default_sinks(unit) if sinks is None else _checked_sinks(sinks)
+        given: tuple[Sink, ...] = _default_sinks(unit) if sinks is None else _checked_sinks(sinks)
+        self.sinks: tuple[Sink, ...] = with_log(given, self.tracker)
         self._identify = identify
         self._on_hold_lost = on_hold_lost
         self._units = {unit.name: unit}
@@ -265,6 +279,12 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
             await self.stop()
 
     # -- what calls and layers use -------------------------------------------------------------------------
+
+    def calls_in_flight(self) -> list[Call]:
+        """The admitted calls that have not ended, of every event loop of this process; any thread may ask."""
+        with self._lock:
+            runtimes = list(self._runtimes.values())
+        return [call for runtime in runtimes for call in list(runtime.in_flight.values())]
 
     @property
     def identifies(self) -> bool:

@@ -7,6 +7,7 @@ Knows functions and texts by their names. Never counts anything, and does not kn
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from types import MappingProxyType
 from typing import Any
 
 from asgi_metering.arguments import From
@@ -109,7 +110,9 @@ class NamedLimits(MutableMapping[str, tuple[str | Mapping[str, Any], ...]]):
         self.update(given or {})
 
     def __getitem__(self, name: str) -> tuple[str | Mapping[str, Any], ...]:
-        return tuple([each.texts if isinstance(each, LimitByPlan) else each for each in self._known[name]])
+        # To be replaced as a whole, which is checked then.
+        known = self._known[name]
+        return tuple([MappingProxyType(each.texts) if isinstance(each, LimitByPlan) else each for each in known])
 
     def __setitem__(self, name: str, limits: Limit | list[Limit] | tuple[Limit, ...]) -> None:
         check_name(name, "name of configured limits")

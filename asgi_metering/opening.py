@@ -15,6 +15,7 @@ from asgi_metering.call import Call
 from asgi_metering.caller import Caller
 from asgi_metering.decisions import WindowState
 from asgi_metering.errors import CallClosedError, NoCallError
+from asgi_metering.policies import ALL_FEATURES
 
 if TYPE_CHECKING:
     from asgi_metering.metering import Metering
@@ -146,16 +147,15 @@ class Opening:
 
     def open_call(self) -> Call:
         """The call of this request, made on first use; raises as `check`."""
-        self.check()
-        if self.call is None:
-            self.call = Call(self)
+        if self.closed:
+            self.check()
+        call = self.call
+        if call is None:
+            call = self.call = Call(self)
             if self.before is not None:
-                self.call.known(self.before.caller)
-        return self.call
+                call.known(self.before.caller)
+        return call
 
-
-ALL_FEATURES = frozenset({"events", "quotas", "rates", "credits"})
-"""What layers may enable; the whole stack enables all."""
 
 SCOPE_KEY = "asgi_metering.opening"
 """Where the edge puts the opening into a connection's scope."""

@@ -57,7 +57,8 @@ def prepared(
             policy = replace(policy, charge=keyed)
         check_journal(policy, has_journal=metering.journal is not None)
         check_shared(policy, metering.store)
-    return policy, _call_for(metering, payer, caller, line)
+    is_shadow = metering.shadow or (policy.charge is not None and policy.charge.shadow)
+    return policy, _call_for(metering, payer, caller, line, is_shadow=is_shadow)
 
 
 def _requires(given: object) -> tuple[Part, ...]:
@@ -79,15 +80,15 @@ def _with_charge_key(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "charge_key": lambda: key}
 
 
-def _call_for(metering: Metering, payer: str | None, caller: Caller | None, line: str) -> Call:
+def _call_for(metering: Metering, payer: str | None, caller: Caller | None, line: str, *, is_shadow: bool) -> Call:
     """A call of *payer*, or of whoever pays the call around this code."""
     if caller is not None and not isinstance(caller, Caller):
         raise ConfigurationError(f"caller={caller!r} is no Caller. Make one: Caller('bob', payer='org_7').")
     inherited = None
     if payer is None:
-        outer = _paid_call(metering, line)
-        payer, inherited = _account_of(outer), outer.paid_by
+        outer = _paid_call(metering, line, is_shadow=is_shadow)
         caller = caller or outer.caller
+        payer, inherited = _account_of(outer, line, is_free=caller is not None and caller.exempt), outer.bequeathed
     check_key(payer, "payer")
     # Whose balance pays is said here, whatever the caller's own would be.
     caller = Caller(payer) if caller is None else replace(caller, payer=payer)
@@ -98,23 +99,54 @@ def _call_for(metering: Metering, payer: str | None, caller: Caller | None, line
     return call
 
 
-def _paid_call(metering: Metering, line: str) -> Call:
-    """The admitted call around this code; raises `PayerError` where there is none of this metering."""
-    outer = CURRENT.get()
-    call = outer.call if outer is not None and not outer.closed and outer.metering is metering else None
-    if call is None or not call.admitted or not call.payer:
+def _paid_call(metering: Metering, line: str, *, is_shadow: bool) -> Call:
+    """
+    The admitted call around this code whose payer pays; raises `PayerError` where there is none of this metering.
+
+    What is in the shadow changes nothing for what is live (S4.16): a live charge looks past one of work. To one that is
+    in the shadow itself, the call is what it would have been.
+    """
+    opening = CURRENT.get()
+    call = _payer_call(metering, opening)
+    while not is_shadow and call is not None and call.opening.origin is None and call.is_shadow:
+        around = _payer_call(metering, call.opening.around)
+        if around is None:
+            # Whom the work itself names.
+            return call
+        call = around
+    if call is None:
         raise PayerError(
             f"charge(line={line!r}) names no payer, and runs inside no admitted call that has one. Say who pays: "
             f"payer='org_7'."
         )
-    return call
+    twin = call.beside.twin if is_shadow and call.is_shadow and call.beside is not None else None
+    return call if twin is None or not twin.admitted else twin
 
 
-def _account_of(outer: Call) -> str:
-    """Whose balance goes with `Call.paid_by`: of a call that nothing is held for, that of the first choice (S0.26)."""
-    payer, decision = outer.paid_by, outer.decision
-    is_held = decision is not None and bool(decision.payer)
-    account = "" if payer is None or is_held else outer.accounts.get(payer.name, "")
+def _payer_call(metering: Metering, opening: Opening | None) -> Call | None:
+    """The admitted call of *opening* that has a payer, if it is one of this metering and runs."""
+    call = opening.call if opening is not None and not opening.closed and opening.metering is metering else None
+    return call if call is not None and call.admitted and call.payer else None
+
+
+def _account_of(outer: Call, line: str, *, is_free: bool) -> str:
+    """
+    Whose balance goes with `Call.paid_by`: of a call that nothing is held for, that of the first choice (S0.26).
+
+    Nobody has asked for the accounts of an exempt caller's payers. Where somebody else acts inside of its call, that is
+    found out here, or told: never another's balance than that of the credential (S0.25).
+    """
+    payer, decision = outer.bequeathed, outer.decision
+    if payer is None or (decision is not None and decision.payer):
+        return outer.payer or ""
+    account = outer.accounts.get(payer.name)
+    if account is None and callable(payer.account) and not is_free:
+        raise PayerError(
+            f"charge(line={line!r}) is inside a call of an exempt caller, for which nobody has asked whose account "
+            f"{payer.name!r} is. Say who pays: payer='org_7'."
+        )
+    if account is None and isinstance(payer.account, str):
+        account = payer.account
     return account or outer.payer or ""
 
 

@@ -138,8 +138,8 @@ Price: TypeAlias = Amount | FixedPrice | MeasuredPrice | Callable[..., Any]
 OnMissingUsage: TypeAlias = Literal["estimate", "observed", "hold", "none"]
 OnError: TypeAlias = Literal["none", "usage", "observed", "estimate", "hold"]
 OnLateError: TypeAlias = Literal["none", "observed", "hold"]
-OnDisconnect: TypeAlias = Literal["observed", "none", "usage", "estimate", "hold"]
-OnEarlyDisconnect: TypeAlias = Literal["observed", "none", "estimate", "hold"]
+OnDisconnect: TypeAlias = Literal["observed", "none", "usage", "estimate", "hold", "drain"]
+OnEarlyDisconnect: TypeAlias = Literal["observed", "none", "estimate", "hold", "drain"]
 OnCut: TypeAlias = Literal["observed", "hold"]
 OnAbort: TypeAlias = Literal["observed", "none", "hold"]
 CreditsDown: TypeAlias = Literal["deny", "queue", "allow"]
@@ -216,6 +216,7 @@ class ChargePolicy:
         on_store_down: What happens without an answer of the store; None is what the metering says.
         per: What the price is for; other than ``"call"`` a WebSocket alone can be charged by.
         shadow: Whether it only tells what it would have charged, or refused.
+        has_levels: Whether any source warns of its end, or lets its payer go beyond it.
     """
 
     price: FixedPrice | MeasuredPrice | From
@@ -238,6 +239,15 @@ class ChargePolicy:
     on_store_down: CreditsDown | None = None
     per: Per = "call"
     shadow: bool = False
+    has_levels: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "has_levels", any(source.has_level for source in self.sources))
+
+    @property
+    def drains(self) -> bool:
+        """Whether its handler may go on for a client that left."""
+        return bool(getattr(self.end, "drains", ()))
 
     @property
     def measured(self) -> bool:
@@ -352,6 +362,9 @@ class RatePolicy:
         return tuple(value for value in (self.key, self.cost, self.exempt_when, *limits) if isinstance(value, From))
 
 
+ALL_FEATURES: Final = frozenset({"events", "quotas", "rates", "credits"})
+"""What layers may enable; the whole stack enables all."""
+
 ESTIMATE: Final = "estimate"
 """The tokens that the request itself asks for."""
 
@@ -424,7 +437,7 @@ class EndpointPolicy:
         charge, needs = self.charge, ""
         if messages or (charge is not None and charge.per != "call"):
             needs = "websocket"
-        elif charge is not None and charge.idempotency is not None and charge.once is None:
+        elif charge is not None and (charge.drains or (charge.idempotency is not None and charge.once is None)):
             needs = "http"
         object.__setattr__(self, "needs", needs)
         shadows = (self.charge is not None and self.charge.shadow) or any(rates.shadow for rates in self.rates)
@@ -451,6 +464,11 @@ def misplaced(policy: EndpointPolicy) -> str:
         return (
             'is charged or limited per="message" or per="second", which only WebSockets are. Leave per= out: an HTTP '
             "request is one call."
+        )
+    if policy.charge is not None and policy.charge.drains:
+        return (
+            'has on_disconnect="drain", and nothing goes on over a WebSocket that is closed. Leave it out; what was '
+            "used until then is observed."
         )
     return (
         "has idempotency=, and a WebSocket has neither a body nor an answer that could be repeated. Leave it out; "

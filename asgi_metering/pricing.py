@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from asgi_metering.amounts import Unit, exact_amount
 from asgi_metering.arguments import From
 from asgi_metering.errors import PayerError
-from asgi_metering.estimates import estimate_arguments
+from asgi_metering.estimates import asked_model, estimate_arguments
 from asgi_metering.holding import Slices
 from asgi_metering.names import check_key
 from asgi_metering.policies import ChargePolicy
@@ -63,7 +63,8 @@ async def find_price(call: Call, charge: ChargePolicy, arguments: Mapping[str, A
     Pin the price to the call and size its hold.
 
     A computed price may be finer than the unit and is rounded once, half up (DESIGN 2); a constant one was refused at
-    import. A hold given as an amount says nothing of the tokens: the request itself does (`Call.asked`).
+    import. A hold given as an amount says nothing of the tokens: the request itself does (`Call.asked`), with all of
+    its input as written to a cache where it asks for that: what a handler may still spend must be in the hold.
     """
     price = charge.price
     if charge.skip_if is not None and await charge.skip_if.compute(call, arguments):
@@ -77,20 +78,24 @@ async def find_price(call: Call, charge: ChargePolicy, arguments: Mapping[str, A
     if isinstance(price, FixedPrice):
         call.estimate = price.amount
         return
+    pinned = getattr(price, "pin", None)
+    if pinned is not None:
+        call.price = pinned(call.started_at, await asked_model(arguments))
     estimate = charge.hold.estimate
     if isinstance(estimate, From):
         estimate = await estimate.compute(call, arguments)
     if estimate is None:
-        estimate = await estimate_arguments(arguments)
-    if isinstance(estimate, TokenUsage):
+        call.asked = await estimate_arguments(arguments, at_most=True)
+        call.estimate = replace(call.asked, cache_write=None, audio=None, audio_output=None)
+    elif isinstance(estimate, TokenUsage):
         call.estimate = call.asked = estimate
         if charge.hold.slices is not None and estimate.input is None:
             # A slice of the output, behind all of the input.
-            call.asked = await estimate_arguments(arguments)
+            call.asked = await estimate_arguments(arguments, at_most=True)
             call.estimate = replace(estimate, input=call.asked.input)
     else:
         call.estimate = exact_amount(estimate, "hold estimate")
-        call.asked = await estimate_arguments(arguments)
+        call.asked = await estimate_arguments(arguments, at_most=True)
 
 
 def amounts_of(call: Call) -> tuple[int, int]:

@@ -15,6 +15,9 @@ __all__ = ["Balance", "Basis", "EndedBy", "Entry", "EntryKind", "GrantReceipt", 
 class Basis(StrEnum):
     """What an end of a call was charged on; printed on receipt, statement line and event."""
 
+    # That of its text, as its equality is: an enum's own is a function of Python, and stores look up what they know.
+    __hash__ = str.__hash__
+
     USAGE = "usage"
     OBSERVED = "observed"
     ESTIMATE = "estimate"
@@ -25,6 +28,8 @@ class Basis(StrEnum):
 class EndedBy(StrEnum):
     """Who ended a hold: the call itself, the policy for calls in doubt, or a person."""
 
+    __hash__ = str.__hash__
+
     CALL = "call"
     POLICY = "policy"
     PERSON = "person"
@@ -33,7 +38,6 @@ class EndedBy(StrEnum):
 class Source(StrEnum):
     """One kind of place that units come from."""
 
-    # That of its text, as its equality is: an enum's own is a function of Python, and stores look up parts they know.
     __hash__ = str.__hash__
 
     GRANT = "grant"
@@ -99,6 +103,8 @@ class Receipt(NamedTuple):
 
 class EntryKind(StrEnum):
     """What a line of the ledger is."""
+
+    __hash__ = str.__hash__
 
     GRANT = "grant"
     SETTLE = "settle"

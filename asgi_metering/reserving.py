@@ -7,10 +7,12 @@ the wire.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.arguments import From
+from asgi_metering.beside import is_cancellation
 from asgi_metering.counting import expected_usage
 from asgi_metering.decisions import Reason, Refusal
 from asgi_metering.errors import StoreError
@@ -38,8 +40,8 @@ async def reserve(call: Call, policy: EndpointPolicy, asked: Admit | None, argum
         is_shadow = upstream.shadow or metering.shadow
         try:
             need, label = await _need(call, upstream, arguments)
-        except Exception:
-            if not is_shadow:
+        except (Exception, asyncio.CancelledError) as failure:
+            if not is_shadow or is_cancellation(failure):
                 raise
             metering.meters.count("shadow_lost", line=beside.line, cause="computing")
             beside.tells_upstream = False

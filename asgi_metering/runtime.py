@@ -74,6 +74,8 @@ class Runtime:
         in_flight: Admitted calls that have not ended, by id.
         last_sends, graces: Where the edge waits for servers to take last messages, and for apps to end behind them.
         busy: How many ends are not booked yet.
+        is_open: The store was opened.
+        draining: How many handlers go on for a client that left.
         managed: A lifespan holds the shutdown until calls are drained.
         lifespans: How many applications have begun theirs and use this; the last of them stops it.
         blocks: How many blocks of ``async with metering`` run; the last of them stops it, where no lifespan does.
@@ -86,6 +88,7 @@ class Runtime:
         self.in_flight: dict[str, Call] = {}
         self.last_sends, self.graces = Overdue(loop), Overdue(loop)
         self.managed = False
+        self.draining = 0
         self.lifespans = self.blocks = 0
         self._ended: deque[Call] = deque()
         self.busy = 0
@@ -99,6 +102,7 @@ class Runtime:
         self._exporting: asyncio.Task[None] | None = None
         self._stop_exporting = asyncio.Event()
         self._opened: asyncio.Future[None] | None = None
+        self.is_open = False
         self._opening: asyncio.Task[None] | None = None
         self._delivery = Delivery(metering, self._submit_again, self._tell_exporter)
         self._replaying: asyncio.Task[None] | None = None
@@ -144,6 +148,7 @@ class Runtime:
                     log.error("The store could not be opened: %s", failure)
                 raise
             self._opened.set_result(None)
+            self.is_open = True
             self._begin()
             if self._metering.sinks and self._exporter is None:
                 self._start_exporter()
@@ -232,6 +237,7 @@ class Runtime:
         if self._metering.journal_use is not None:
             await self._closed(self._metering.journal_use.close(), "journal")
         self._opened = self._worker = self._ticker = self._exporter = self._exporting = None
+        self.is_open = False
         self._replaying = self._opening = None
 
     async def _stop_asking(self) -> None:
@@ -295,11 +301,6 @@ class Runtime:
                     f"The {self._metering.store.name} store cannot be opened: {failure}"
                 ) from failure
         return await self.pump.submit(operation, deadline_s, is_repeated=True)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the store was opened."""
-        return self._opened is not None and self._opened.done()
 
     async def opened(self) -> None:
         """Open the store if nobody did; raises as `Store.open`, also where there is a journal."""
@@ -366,19 +367,22 @@ class Runtime:
         metering = self._metering
         if not metering.store.immediate or not self.is_open or call.queued is not None or call.attributes:
             return False
+        answer: Answer | None = None
         try:
             end = bill_now(call)
-            steps = () if end is None else self._steps(call, end)
             if end is None or not self._delivery.takes_now:
                 return False
-            answer = self._delivery.looked_at(steps[0], metering.store.run_now(steps[0])) if steps else None
+            for step in (end,) if call.has_hold else self._steps(call, end):
+                answer = metering.store.run_now(step)
+                if type(answer) is not Receipt or not answer.known:
+                    answer = self._delivery.looked_at(step, answer)
+                if self._exporter is not None:
+                    self._exporter.notify()
         except Exception:  # noqa: BLE001 -- what is wrong is found and told on the way for everything else
             return False
         if call.local:
             metering.local.end(call, end.actual)
-        if steps:
-            self._tell_exporter()
-        call.ended(answer if isinstance(answer, Receipt) else None)
+        call.ended(answer if type(answer) is Receipt else None)
         return True
 
     async def _work(self) -> None:
@@ -397,11 +401,13 @@ class Runtime:
                 self._spawn(self._end(call), f"end of {call.id}")
 
     def _can_end_now(self, call: Call) -> bool:
-        return self._metering.store.immediate and call.observer is None
+        return self._metering.store.immediate and call.observer is None and call.witnesses is None
 
     async def _end(self, call: Call) -> None:
         receipt: Receipt | None = None
         try:
+            if call.witnesses is not None:
+                await call.witnesses.settled()
             if call.beside is not None:
                 await settle_shadow(call, is_awaited=call.is_awaited)
             self._make_plain(call)

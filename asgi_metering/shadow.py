@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.admission import leaves_hold, would_ask
+from asgi_metering.beside import is_cancellation
 from asgi_metering.billing import bill
 from asgi_metering.call import Call, CallRefused
 from asgi_metering.decisions import Decision, Refusal
@@ -70,7 +71,7 @@ class Twin(Call):
     def follow(self, call: Call) -> None:
         """See what was seen of *call* until its end."""
         self.cause, self.status, self.first_byte, self.failure = call.cause, call.status, call.first_byte, call.failure
-        self.observer = call.observer
+        self.drained, self.observer, self.witnesses = call.drained, call.observer, call.witnesses
         self.closed = True
 
 
@@ -89,9 +90,8 @@ async def ask_shadow(call: Call, arguments: Mapping[str, Any]) -> None:
         would_deny(call, beside, refused.refusal)
         return
     except (Exception, asyncio.CancelledError) as failure:
-        # The application's own, and its call goes on; unless somebody cancels that, and not a future of the function's.
-        task = asyncio.current_task()
-        if isinstance(failure, asyncio.CancelledError) and (task is None or task.cancelling()):
+        # The application's own, and its call goes on; unless somebody cancels that.
+        if is_cancellation(failure):
             raise
         _lost(call, beside, "computing", failure)
         return
@@ -100,9 +100,8 @@ async def ask_shadow(call: Call, arguments: Mapping[str, Any]) -> None:
         return
     twin.held = 0 if asked is None else asked.amount
     beside.twin = twin
-    if beside.charge is not None:
-        # Who pays is told as it would have been, also to what is charged inside of it.
-        call.payer, call.accounts = twin.payer, twin.accounts
+    # As of a call that nothing is held for, until the store has said who would pay.
+    twin.decision = Decision(twin.id, call.started_at)
     if beside.would_deny is not None:
         return
     if asked is None:
@@ -144,7 +143,8 @@ async def _refusal(call: Call, beside: Beside, asked: Admit, arguments: Mapping[
         if decision.refusal is not None:
             return decision.refusal
         if beside.twin is not None:
-            beside.twin.held = decision.held
+            beside.twin.held, beside.twin.decision = decision.held, decision
+            beside.twin.payer = decision.payer or beside.twin.payer
     if not asked.limits and not asked.leases:
         return None
     counted = asked._replace(amount=0, minimum=0, sources=())

@@ -177,6 +177,11 @@ class Wallet:
         exact_amount(self.overdraft, "overdraft")
         _check_payer(self.payer)
 
+    @property
+    def has_level(self) -> bool:
+        """Whether what is left of it is told as more than a number: by a warning, or a debt that it may be in."""
+        return self.warn_below is not None or bool(self.overdraft)
+
     def warning_level(self, unit: Unit, plan: str | None = None) -> int | None:
         """Smallest parts below which what is left is worth a warning; None: never. The same for every *plan*."""
         return None if self.warn_below is None else unit.parts(self.warn_below, "warning level")
@@ -271,6 +276,11 @@ class Allowance:
         if plan is not None and plan in self.limit:
             return self.limit[plan]
         return min(self.limit.values(), key=exact_amount)
+
+    @property
+    def has_level(self) -> bool:
+        """As of `Wallet`."""
+        return self.warn_at != 100
 
     def warning_level(self, unit: Unit, plan: str | None = None) -> int | None:
         """

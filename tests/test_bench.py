@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.bench import tokens, upstream
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,6 +40,7 @@ PER_CHUNK = (
     "asgi_metering, unmetered",
     "asgi_metering, fixed price",
     "asgi_metering, usage extracted, off the path included",
+    "asgi_metering, usage in every chunk, off the path included",
 )
 
 TABLES = {
@@ -130,11 +134,51 @@ def test_print_a_row_of_each_store() -> None:
     assert all(re.fullmatch(NUMBER, figure) for row in rows for figure in row[3:])
 
 
+def test_print_what_quotas_take() -> None:
+    """Answers with and without quotas, refusals, and questions to the tracker each have a row."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench.quotas", "--rounds", "2", "--answers", "20"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(rows(done.stdout, "Per answer of a provider")) == 7
+    assert all(re.fullmatch(NUMBER, row[0]) for row in rows(done.stdout, "Per question to the tracker").values())
+
+
 def test_print_what_an_end_takes_on_a_busy_loop() -> None:
-    """Every store that waits is measured with the loop idle, and with turns of each length."""
+    """Every store that waits, and a bare client, is measured with the loop idle, and with turns of each length."""
     tiny = ("--rounds", "1", "--ends", "4", "--turns", "0.05", "0.2")
     rows = _rows_of("tests.bench.busy", *tiny)
     assert [row[:2] for row in rows] == [
-        (store, turn) for store in ("sqlite", "postgresql", "redis") for turn in ("0.05", "0.2")
+        (store, turn) for store in ("sqlite", "postgresql", "redis", "bare") for turn in ("0.05", "0.2")
     ]
     assert all(re.fullmatch(NUMBER, figure) for row in rows for figure in row[2:])
+
+
+def test_print_the_steps_of_each_subject() -> None:
+    """The interpreter's steps are counted for every subject; those of a bare application are none of ours."""
+    counted = {row[0]: row[1:] for row in _rows_of("tests.bench.steps", "--requests", "8")}
+    assert len(counted) == 7
+    assert counted["bare Starlette"][1:] == ("0", "0.00", "0")
+    assert counted["limits, 3 limits"][2:] == ("1.00", "0")
+    assert all(int(ours) > 0 for name, (*_, ours) in counted.items() if name.startswith("asgi_metering"))
+
+
+def test_upstream_benchmark_prints_each_subject() -> None:
+    """What the upstream client costs for an answer is shown in a call and outside of one, beside the bare transport."""
+    printed = asyncio.run(upstream.tables(rounds=2, requests=2, chunks=3))
+    for subject in (upstream.BARE, "upstream client, in no call", "upstream client, in a metered call"):
+        assert len(re.findall(rf"^\| {subject} \| {NUMBER} \|", printed, re.MULTILINE)) == 2
+
+
+def test_counts_tokens_of_each_kind_of_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each encoding and kind of text has a row with a figure for each length, estimates marked (S2.38)."""
+    tokens.main(["--rounds", "1", "--chars", "10", "200001"])
+    printed = capsys.readouterr().out
+    found = re.findall(rf"^\| (\w+) \| ([\w ]+) \| {NUMBER} \| ~{NUMBER} \|$", printed, re.MULTILINE)
+    assert len(found) == len(set(found)) == 2 * len(tokens.texts(1))
+    assert len(re.findall(r"^loading \w+: \d+ ms$", printed, re.MULTILINE)) == 2

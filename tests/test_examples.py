@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import json
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,72 @@ def test_llm_gateway_charges_what_the_provider_reported(
     assert [line.basis for line in lines] == [None, "usage"]
     assert lines[1].amount >= 20 * 15
     assert quota["provider"] == "openai"
+
+
+def test_use_or_lose_moves_calls_to_credits_that_would_expire(
+    example: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fuller provider is asked first; once the other's credits have a burn and would outlive it, those are used."""
+    soon = (datetime.now(UTC) + timedelta(days=10)).date().isoformat()
+    packages = {
+        "prepaid": {"provider_id": "deepseek", "total_credits": 25},
+        "bonus": {"provider_id": "kilo", "total_credits": 25, "used_credits": 12, "expiry_date": soon},
+    }
+    Path("quotas.json").write_text(json.dumps({"packages": packages}))
+    deepseek, kilo = Provider(requests_per_minute=1), Provider()
+    with serve_in_thread(deepseek) as first, serve_in_thread(kilo) as second:
+        monkeypatch.setenv("DEEPSEEK_URL", f"{first.url}/v1")
+        monkeypatch.setenv("KILO_URL", f"{second.url}/v1")
+        monkeypatch.setenv("METERING_STORE", "memory://")
+        monkeypatch.setenv("STAFF_KEY", "staff")
+        module = example("use_or_lose")
+        body = {"model": "echo:words-2:no-quota", "messages": [{"role": "user", "content": "Hi"}]}
+        user = {"x-user": "ada"}
+        with running(module.app) as server, httpx2.Client(base_url=server.url, timeout=20) as client:
+            server.run(lambda: module.metering.grant("ada", 1, id="g"))
+            asked = [client.post("/chat", json=body, headers=user).json()["provider"] for _ in range(2)]
+            server.run(lambda: _burning(module.tracker, "bonus"))
+            asked.append(client.post("/chat", json=body, headers=user).json()["provider"])
+            shown = client.get("/quotas/", headers={"x-staff": "staff"}).json()
+            hidden = client.get("/quotas/").status_code
+        module.tracker.log.close()
+    assert asked == ["deepseek", "kilo", "kilo"]
+    assert [seen.status for seen in deepseek.requests] == [200, 429]
+    assert [seen.status for seen in kilo.requests] == [200, 200]
+    assert {each["package_id"]: each["alert"] for each in shown["packages"]} == {
+        "prepaid": "ok",
+        "bonus": "use_or_lose",
+    }
+    assert hidden == 403
+
+
+async def _burning(tracker: Any, package_id: str) -> None:
+    """Wait until the usage of a call has been counted for a package."""
+    for _ in range(400):
+        if tracker.status(package_id).burn_per_day is not None:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("no usage event was counted")
+
+
+def test_two_providers_are_charged_as_one_call(example: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three answers of two providers are one charge, and its event says what each model used (S3.22, S3.27)."""
+    provider = Provider()
+    with serve_in_thread(provider) as upstream:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{upstream.url}/v1")
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", upstream.url)
+        monkeypatch.setenv("METERING_STORE", "memory://")
+        module = example("two_providers")
+        with running(module.app) as server, httpx2.Client(base_url=server.url, timeout=20) as client:
+            server.run(lambda: module.metering.grant("ada", 1, id="g"))
+            answer = client.post("/essays", json={"text": "rivers"}, headers={"x-user": "ada"})
+            server.run(lambda: settled(module.metering))
+    assert answer.status_code == 200
+    counts = [seen.counts for seen in provider.requests if seen.counts is not None]
+    assert len(counts) == 3
+    (event,) = module.events
+    assert (event.usage.input, event.usage.output) == (sum(each.input for each in counts), 60)
+    assert event.attributes["metering.models"].count('"calls"') == 2
 
 
 def test_growing_hold_streams_until_nothing_is_left(
@@ -253,3 +321,29 @@ def test_faults_in_tests_are_tests_that_pass(example: Callable[[str], Any], tmp_
     module.test_killed_worker_costs_nobody_anything(tmp_path)
     module.test_client_that_hangs_up_pays_for_what_it_got()
     module.test_store_that_is_down_lets_nobody_in_for_free()
+
+
+def test_priced_by_model_charges_each_model_its_own_price(
+    example: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model is charged its own price with the markup, clamped to what is held, and images by what is asked for."""
+    provider = Provider()
+    with serve_in_thread(provider) as upstream:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{upstream.url}/v1")
+        monkeypatch.setenv("METERING_STORE", "memory://")
+        module = example("priced_by_model")
+        with running(module.app) as server, httpx2.Client(base_url=server.url, timeout=20) as client:
+            server.run(lambda: module.metering.grant("ada", "0.3", id="g"))
+            body = {"model": "echo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 15}
+            answer = client.post("/v1/chat/completions", json=body, headers={"x-user": "ada"})
+            server.run(lambda: settled(module.metering))
+            image = {"prompt": "a cat", "size": "1024x1024", "n": 2}
+            drawn = [client.post("/v1/images/generations", json=image, headers={"x-user": "ada"}) for _ in range(2)]
+            server.run(lambda: settled(module.metering))
+            lines = server.run(lambda: _statement(module.metering, "ada"))
+    usage = answer.json()["usage"]
+    cost = (usage["prompt_tokens"] * 100 + usage["completion_tokens"] * 400) * 120
+    # Six tokens of the prompt were expected at 0.012 each; what is left of 0.3 pays four at 0.048.
+    assert usage["completion_tokens"] == 4
+    assert [(line.line, line.amount) for line in lines[1:]] == [("chat", cost)]
+    assert [each.status_code for each in drawn] == [402, 402]

@@ -412,6 +412,39 @@ def test_change_the_limits_of_plans_while_it_runs() -> None:
     play(scene, rate_limited(plans))
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "counts"),
+    [("9/minute", "5/minute of tokens", "tokens"), ("90000/minute of tokens", "1/minute", "requests")],
+    ids=["to tokens", "to requests"],
+)
+def test_fail_one_plan_whose_limit_has_come_to_count_another(before: str, after: str, counts: str) -> None:
+    """S4.17: a plan whose limit counts another thing than it did fails loudly, alone, and is not the smallest."""
+    plans = {"free": before, "pro": before}
+
+    async def scene(hall: Hall) -> None:
+        pro, other = {"key": "a", "plan": "pro"}, {"key": "b", "plan": "other"}
+        assert await hall.each(pro) == [200]
+        plans["pro"] = after
+        driven = await hall.ask(**pro)
+        assert isinstance(driven.exception, ConfigurationError)
+        assert f"which counts {counts}, where they counted" in str(driven.exception)
+        assert await hall.each(other, other) == [200, 200]
+        plans["pro"] = before
+        assert await hall.each(pro) == [200]
+
+    play(scene, rate_limited(plans))
+
+
+def test_change_configured_plans_as_a_whole() -> None:
+    """S2.30: what is configured cannot be changed inside, where nobody would look at it."""
+    metering = Metering(limits={"search": ["9/minute", {"free": "5/minute"}]}, sinks=())
+    plans: Any = metering.limits["search"][1]
+    with pytest.raises(TypeError):
+        plans["free"] = "5/minute of tokens"
+    metering.limits["search"] = [{**plans, "pro": "6/minute"}]
+    assert metering.limits["search"] == ({"free": "5/minute", "pro": "6/minute"},)
+
+
 @pytest.mark.parametrize("wrong", ["nonsense", "", ["9/minute"], None])
 def test_fail_one_plan_whose_limit_is_none(wrong: Any) -> None:
     """S4.17: what was changed into no limit fails the calls of its own plan, and of nobody else."""

@@ -25,7 +25,8 @@ from asgi_metering import Metering, TokenUsage, billable, current_call, metered_
 from asgi_metering.amounts import CREDITS, MAX_AMOUNT
 from asgi_metering.billing import observed_parts
 from asgi_metering.call import Call
-from asgi_metering.prices import MAX_AFFORDABLE, MeasuredPrice, TokenPrice, per_token
+from asgi_metering.estimates import anthropic_messages
+from asgi_metering.prices import MAX_AFFORDABLE, MeasuredPrice, TokenPrice, model_prices, per_token
 from asgi_metering.receipts import Entry
 from asgi_metering.rules.ending import Cause
 from asgi_metering.tokens import count_tokens
@@ -162,8 +163,8 @@ def test_observe_no_tokens_in_binary_media(media: str) -> None:
 
 
 def test_observe_a_body_that_cannot_be_decoded_by_its_wire_bytes() -> None:
-    """DESIGN 4: of a body in Brotli only the bytes are known; they count as characters of text, four to a token."""
-    assert observed("text/event-stream", [b"\x8b" * 400] * 10, encoding="br") == (7 + 1_000 * 1_000, True)
+    """DESIGN 4: of a body that nobody decodes only the bytes are known: characters of text, four to a token."""
+    assert observed("text/event-stream", [b"\x8b" * 400] * 10, encoding="compress") == (7 + 1_000 * 1_000, True)
 
 
 def test_observe_cache_writes_of_a_stream_that_broke() -> None:
@@ -318,6 +319,45 @@ def test_charge_a_completed_call_by_the_reports_of_all_its_exchanges() -> None:
     assert [(entry.amount, str(entry.basis)) for entry in entries] == [(2_020 * MILLI, "usage")]
 
 
+def polled(*answers: tuple[str, str | None, dict[str, Any] | None], price: Any = PRICE) -> Any:
+    """What a charge comes to that sends these: a method, the id of the response, and what it says of its usage."""
+    told = iter(answers)
+
+    def answer(_request: httpx2.Request) -> httpx2.Response:
+        _, name, usage = next(told)
+        return httpx2.Response(200, json={"id": name, "object": "response", "model": "m", "usage": usage})
+
+    async def play() -> int:
+        async with Metering() as metering:
+            await metering.grant("ann", 1_000, id="g")
+            client = metering.upstream_client("openai", wrap=httpx2.MockTransport(answer))
+            async with client, metering.charge(payer="ann", line="agent", price=price, hold=100):
+                for method, _, _ in answers:
+                    await client.request(method, "http://models/v1/responses")
+            return (await metering.balance("ann")).settled
+
+    return asyncio.run(play())
+
+
+DONE = {"input_tokens": 10, "output_tokens": 1, "total_tokens": 11}
+
+
+@pytest.mark.parametrize(
+    ("answers", "times"),
+    [
+        pytest.param([("POST", "r", None), ("GET", "r", None), *[("GET", "r", DONE)] * 3], 1, id="in the background"),
+        pytest.param([("POST", "r", DONE), ("GET", "r", DONE)], 1, id="read again"),
+        pytest.param([("GET", "r", DONE), ("GET", "s", DONE), ("GET", "r", None)], 2, id="several"),
+        pytest.param([("GET", None, DONE)] * 2, 2, id="without an id"),
+        pytest.param([("POST", "r", DONE)] * 2, 2, id="an id that is used again"),
+    ],
+)
+@pytest.mark.parametrize("price", [PRICE, model_prices({"m": PRICE}, units_per_usd=1, published=False)])
+def test_charge_an_answer_once_however_often_it_is_fetched(answers: Any, times: int, price: Any) -> None:
+    """DESIGN 6: a poll shows the answer of another exchange, and has used nothing itself."""
+    assert polled(*answers, price=price) == times * (10 + 1_000) * MILLI
+
+
 # -- errors inside of an answer -----------------------------------------------------------------------------
 
 ERRORS = {
@@ -369,6 +409,14 @@ def test_error_of_an_upstream_exchange_counts_unless_another_answered(
     """An error that only the upstream client saw fails the call; one that another answer made good does not."""
     entries = asyncio.run(charged(agent(*paths)))
     assert [entry.amount for entry in entries] == [amount * MILLI for amount in amounts]
+
+
+@pytest.mark.parametrize("seen", [b'{"error": true}', b'{"object": "chat.completion", "error": "no"}'])
+def test_error_that_a_model_was_asked_to_write_is_none(seen: bytes) -> None:
+    """DESIGN 6: the upstream client ranks above the body, whose words may be its client's: nobody is free by them."""
+    entries = asyncio.run(charged(agent("/small", "/small", seen=seen)))
+    assert [(entry.amount, str(entry.basis)) for entry in entries] == [(2_020 * MILLI, "usage")]
+    assert asyncio.run(charged(agent("/small", "/error", seen=seen))) == []
 
 
 def test_handler_that_reports_says_itself_whether_it_failed() -> None:
@@ -568,6 +616,26 @@ def test_afford_what_the_request_leaves_of_a_hold_given_as_an_amount() -> None:
     body = json.dumps({"model": "m", "input": list(range(40))}).encode()
     asyncio.run(charged(Starlette(routes=[Route("/", endpoint, methods=["POST"])]), method="POST", body=body))
     assert told == [30]
+
+
+@pytest.mark.parametrize("hold", [100, None, up_to(anthropic_messages(), at_least=1)])
+def test_afford_what_cache_writes_leave(hold: Any) -> None:
+    """Input that the request has written to a cache is taken off at what that costs, if it is dearer (DESIGN 4)."""
+    told: list[tuple[int, int]] = []
+
+    @billable(per_token(input=1, output=1, cache_write=2), hold=hold)
+    async def endpoint(request: Request) -> JSONResponse:
+        call = current_call()
+        told.append((call.affordable(), call.held // 10**6))
+        return JSONResponse(chat(1, 1))
+
+    block = {"type": "text", "text": "one two three four", "cache_control": {"type": "ephemeral"}}
+    body = {"model": "m", "max_tokens": 60, "messages": [{"role": "user", "content": [block]}]}
+    app = Starlette(routes=[Route("/", endpoint, methods=["POST"])])
+    asyncio.run(charged(app, method="POST", body=json.dumps(body).encode()))
+    ((cap, held),) = told
+    # Four words, the role, and the three tokens around a message; and what separates texts.
+    assert cap + 2 * 9 == held
 
 
 def test_afford_what_upstream_exchanges_leave() -> None:

@@ -26,7 +26,7 @@ from asgi_metering.asgi.answers import AnswerOptions
 from asgi_metering.errors import AmountError, ConfigurationError, MeteringError
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.prices import per_million_tokens
-from asgi_metering.rules.ending import END_OF_CALL, Situation
+from asgi_metering.rules.ending import DRAIN, DRAINABLE, END_OF_CALL, Situation
 
 PRICE = per_million_tokens(input=3)
 
@@ -220,4 +220,5 @@ CHOICES = {
 @pytest.mark.parametrize("row", CHOICES, ids=lambda row: row.name)
 def test_offer_types_of_the_choices_that_there_are(row: Situation) -> None:
     """DESIGN "End of call": what a type checker offers for a situation is what its row of the table offers."""
-    assert get_args(CHOICES[row]) == tuple(basis.value for basis in END_OF_CALL[row])
+    drains = (DRAIN,) if row in DRAINABLE else ()
+    assert get_args(CHOICES[row]) == (*[basis.value for basis in END_OF_CALL[row]], *drains)

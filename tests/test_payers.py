@@ -305,6 +305,28 @@ def test_inherit_the_account_of_the_first_choice(first: Payer) -> None:
     play(scene)
 
 
+@pytest.mark.parametrize("account", ["acme", None, lambda: "acme"], ids=["named", "own", "computed"])
+def test_charge_who_acts_inside_of_an_exempt_call_by_its_payer(account: Any) -> None:
+    """What somebody else does in an exempt caller's call is paid from the account of its credential, or by nobody."""
+
+    async def scene(metering: Metering) -> None:
+        sources = [Wallet(payer=Payer("platform", account=account, credential=lambda: "key"))]
+        async with charging(metering, caller=Caller("dev", exempt=True), sources=sources):
+            async with charging(metering, 3, payer=None, line="free"):
+                pass
+            inside = charging(metering, 3, payer=None, line="sub", caller=Caller("eve"))
+            if callable(account):
+                with pytest.raises(PayerError, match="Say who pays"):
+                    async with inside:
+                        pass
+            else:
+                async with inside as inner:
+                    assert (inner.payer, await inner.credential()) == (account or "ann", "key")
+        assert await spent(metering) == {"acme": (0, 3), None: (3, 0)}.get(account, (0, 0))
+
+    play(scene)
+
+
 def test_change_the_payer_explicitly() -> None:
     """A call inside names its payer, or sources of a payer, and then nothing of the outer one's is mixed in (S0.24)."""
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from starlette.applications import Starlette
-from starlette.responses import Response
-from starlette.routing import Route
 
 from asgi_metering import (
     Caller,
@@ -23,13 +19,10 @@ from asgi_metering import (
     slices,
     up_to,
 )
-from asgi_metering.asgi.audit import Layer, Row, audit, routes_of
-from asgi_metering.asgi.effective import check_names
 from asgi_metering.decisions import Reason
-from asgi_metering.errors import CallClosedError, ConfigurationError
+from asgi_metering.errors import CallClosedError
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.guards import Part
-from asgi_metering.opening import ALL_FEATURES
 from asgi_metering.prices import per_token
 from asgi_metering.rules.operations import Admit, End, Preview, Renew
 from asgi_metering.stores.contract import EverythingKept
@@ -142,8 +135,8 @@ def test_charge_nothing_and_tell_what_it_would_have_cost() -> None:
             await within(10, lambda: len(told.events) == 3)
             assert await settled(metering) == (0, 0)
             shown = [(event.payer, event.amount, event.basis, dict(event.attributes)) for event in told.events]
-            rich = {"outcome": "admitted", "amount_parts": 2 * CREDIT, "basis": "usage"}
-            poor = {**rich, "outcome": "denied", "reason": "insufficient_credits", "name": "credits"}
+            rich = {"outcome": "admitted", "payer": "ann", "amount_parts": 2 * CREDIT, "basis": "usage"}
+            poor = {**rich, "outcome": "denied", "payer": "bob", "reason": "insufficient_credits", "name": "credits"}
             assert shown == [
                 (who, 0, "none", {f"metering.shadow.{name}": fact for name, fact in facts.items()})
                 for who, facts in (("ann", rich), ("ann", rich), ("bob", poor))
@@ -417,104 +410,6 @@ def test_say_nothing_of_who_is_exempt() -> None:
     asyncio.run(play())
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: billable(2, shadow="yes"),  # type: ignore[arg-type]
-        lambda: rate_limited("1/minute", shadow=1),  # type: ignore[arg-type]
-        lambda: requires_upstream("acme", shadow=None),  # type: ignore[arg-type]
-        lambda: Metering(shadow="no"),  # type: ignore[arg-type]
-        lambda: billable(2, idempotency=True, shadow=True),
-        lambda: billable(2, charge_key="X-Session", shadow=True),
-        lambda: billable(2, per="message", shadow=True),
-        lambda: rate_limited("9/minute", per="message", shadow=True),
-    ],
-)
-def test_refuse_a_shadow_that_makes_no_sense(make: Callable[[], object]) -> None:
-    """What is no bool is refused at import, and so is a shadow of keys, which claims none."""
-    with pytest.raises(ConfigurationError):
-        make()
-
-
-def test_refuse_a_key_of_work_in_the_shadow() -> None:
-    """Work outside HTTP with an idempotency key is refused in the shadow: it would be done again."""
-
-    async def play() -> None:
-        async with house("memory://") as metering:
-            with pytest.raises(ConfigurationError, match="claims no key"):
-                async with metering.charge(payer="a", line="l", price=1, idempotency_key="k", shadow=True):
-                    pass
-
-    asyncio.run(play())
-
-
-SHADOWED = rate_limited("6/hour", scope="api", shadow=True)
-
-
-@pytest.mark.parametrize(
-    "live",
-    [
-        rate_limited("5/minute", scope="api"),
-        rate_limited(global_concurrency=2, scope="api"),
-        rate_limited(configured="api", scope="api"),
-        rate_limited(lambda: "6/hour", scope="api"),
-        rate_limited("6/hour", scope="api", key=lambda: "ann"),
-    ],
-    ids=["other", "slots", "configured", "computed", "keyed"],
-)
-@pytest.mark.parametrize("place", ["endpoint", "same endpoint", "application_limits", "default_limits"])
-def test_refuse_a_scope_that_is_live_elsewhere(place: str, live: Part) -> None:
-    """Limits in the shadow may take from live ones of their scope, by whatever they count: refused at startup."""
-
-    def route(*parts: Part) -> Row:
-        async def endpoint(request: Any) -> None: ...
-
-        for part in parts:
-            endpoint = part(endpoint)
-        return next(routes_of(Starlette(routes=[Route("/", endpoint, methods=["POST"])])))
-
-    metering = house("memory://", limits={"api": "6/hour"})
-    layers = [Layer(ALL_FEATURES, metering, **{place: (SHADOWED,)})] if place.endswith("limits") else []
-    inside = (live, SHADOWED) if place == "same endpoint" else (live,)
-    rows = [route(*inside), *([route(SHADOWED)] if place == "endpoint" else [])]
-    errors, _ = check_names(rows, layers, metering)
-    (told,) = [each for each in errors if "shadow=True" in each]
-    assert "in the scope 'api'" in told
-
-
-def test_warn_of_keys_in_the_shadow() -> None:
-    """Where all is in the shadow keys are not claimed, and the audit says so."""
-
-    @billable(1, idempotency=True)
-    async def endpoint(request: Any) -> None: ...
-
-    keyed = Starlette(routes=[Route("/", endpoint, methods=["POST"])])
-    warned = audit(keyed, ALL_FEATURES, frozenset(), house("memory://", shadow=True)).warnings
-    assert any("has keys, which Metering(shadow=True) does not claim" in told for told in warned)
-
-
-def test_leave_default_limits_to_live_ones() -> None:
-    """Limits of a middleware may be in the shadow as well; one of an endpoint that only tells stands for no default."""
-
-    async def endpoint(request: Any) -> Response:
-        return Response(b"done")
-
-    async def play() -> None:
-        async with house("memory://") as metering:
-            route = Route("/", rate_limited("9/minute", shadow=True)(endpoint), methods=["POST"])
-            app: Any = MeteringMiddleware(
-                Starlette(routes=[route]),
-                metering,
-                application_limits=[rate_limited("0/minute", key="global", concurrency=1, shadow=True)],
-                default_limits=[rate_limited("1/minute")],
-            )
-            assert [status((await call(app)).log) for _ in range(2)] == [200, 429]
-            await idle(metering)
-            assert tallies(metering) == {"denied": {"exceeds_limit": 1}, "admitted": {"": 1}}
-
-    asyncio.run(play())
-
-
 def test_hold_no_money_beside_limits() -> None:
     """With a price and slots in the shadow only the slots are taken at the store; the price is looked at."""
 
@@ -582,29 +477,6 @@ def test_stand_back_when_live_calls_wait(monkeypatch: pytest.MonkeyPatch) -> Non
             assert status((await call(metered(metering, rate_limited("9/minute", shadow=True)))).log) == 200
             assert books.admissions == []
             assert tallies(metering) == {"lost": {"store": 1}}
-
-    asyncio.run(play())
-
-
-def test_tell_who_would_have_paid() -> None:
-    """The event names the payer that was computed, and so do charges inside of the call, which are live."""
-
-    async def play() -> None:
-        told = Told()
-        async with house("memory://", (told.sink,)) as metering:
-            await metering.grant("org", 5, id="g")
-
-            async def work() -> None:
-                async with metering.charge(line="inner", price=1):
-                    pass
-
-            app = metered(metering, billable(2, payer=lambda: "org", line="outer", shadow=True), work=work)
-            assert status((await call(app)).log) == 200
-            await within(10, lambda: len(told.events) == 2)
-            assert {(each.line, each.payer, each.amount) for each in told.events} == {
-                ("outer", "org", 0),
-                ("inner", "org", CREDIT),
-            }
 
     asyncio.run(play())
 
@@ -686,19 +558,58 @@ def test_take_no_slot_behind_a_request_that_is_over() -> None:
     asyncio.run(play())
 
 
-def test_survive_a_future_that_its_own_function_cancelled() -> None:
-    """S4.16: a cancelled future inside of a shadow's own function is lost, and cancels no call."""
+async def cancelled() -> Any:
+    """Wait for a future that somebody has cancelled."""
+    future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    future.cancel()
+    return await future
 
-    async def cancelled() -> str:
-        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        future.cancel()
-        return await future
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        rate_limited("9/minute", key=cancelled, shadow=True),
+        requires_upstream("acme", tokens=cancelled, shadow=True),
+        requires_upstream("acme", label=cancelled, shadow=True),
+    ],
+    ids=["key", "tokens", "label"],
+)
+def test_survive_a_future_that_its_own_function_cancelled(part: Part) -> None:
+    """S4.16: a cancelled future inside of a shadow's own function is lost, and cancels no call."""
 
     async def play() -> None:
         async with house("memory://") as metering:
-            app = metered(metering, rate_limited("9/minute", key=cancelled, shadow=True))
-            assert status((await call(app)).log) == 200
+            await metering.grant("ann", 5, id="g")
+            assert status((await call(metered(metering, part, billable(2)))).log) == 200
             assert tallies(metering) == {"lost": {"computing": 1}}
+            await idle(metering)
+            assert await settled(metering) == (2 * CREDIT, 0)
+
+    asyncio.run(play())
+
+
+def test_cancel_a_call_whose_shadow_waits_for_its_own_function() -> None:
+    """A real cancellation goes through what a shadow waits for: the call is over, and nothing of it is lost or held."""
+
+    async def play() -> None:
+        reached = asyncio.Event()
+
+        async def slow() -> int:
+            reached.set()
+            await asyncio.Event().wait()
+            return 1
+
+        async with house("memory://") as metering:
+            await metering.grant("ann", 5, id="g")
+            app = metered(metering, requires_upstream("acme", tokens=slow, shadow=True), billable(2))
+            running = asyncio.create_task(call(app))
+            await reached.wait()
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+            await idle(metering)
+            assert tallies(metering) == {}
+            assert await settled(metering) == (0, 0)
 
     asyncio.run(play())
 

@@ -55,6 +55,9 @@ VECTORS = [
     ("", 0, 0),
     (" ", 1, 1),
     ("\ud800", 1, 1),
+    ("\0", 1, 1),
+    ("a\0b\ud800c", 5, 5),
+    ("\0" * MAX_EXACT_CHARS, 200_000, 100_000),
     (" " * MAX_EXACT_CHARS, 1563, 1563),
     ("\n" * MAX_EXACT_CHARS, 6250, 12500),
     ("a" * MAX_EXACT_CHARS, 25000, 25000),
@@ -103,6 +106,14 @@ def test_load_the_published_vocabulary(encoding: str, size: int, ids: list[int])
     preload([encoding])
     assert tokens._loaded[encoding].n_vocab == size
     assert tokens._loaded[encoding].encode_ordinary("hello world") == ids
+
+
+def test_count_what_was_used_alike_whenever_it_is_counted() -> None:
+    """The same text counts the same again, in a thread, and after it was put together anew (S2.37)."""
+    fetched = ["One, two; ", "drei\u00df \u4e00\n", "\ud83d ", "four" * 3_000]
+    kept, again = "".join(fetched), "".join(list(fetched))
+    assert len(kept) > INLINE_CHARS
+    assert count_tokens(kept) == count_tokens(again) == asyncio.run(count_tokens_async(kept))
 
 
 @pytest.mark.parametrize(

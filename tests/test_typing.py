@@ -77,7 +77,7 @@ async def main() -> int:
 WRONG = (
     "billable(1.5)",
     "billable(None)",
-    'billable(1, on_disconnect="drain")',
+    'billable(1, on_disconnect="drown")',
     'billable(1, on_missing_usage="usage")',
     'billable(1, on_error="free")',
     'billable(1, on_late_error="usage")',

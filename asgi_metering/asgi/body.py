@@ -14,13 +14,16 @@ from collections import deque
 from asgi_metering.asgi.types import Message, Receive, Scope
 from asgi_metering.keying import KEY_FIELD, BodyError
 
-__all__ = ["MAX_AHEAD", "RequestBody", "has_key"]
+__all__ = ["MAX_AHEAD", "RequestBody", "has_key", "may_have_body"]
 
 MAX_AHEAD = 1_048_576
 """
 Bytes of a body that are read before the app asks for them. What the framework has read already is hashed whatever its
 size: it is in memory anyway, or in a file.
 """
+
+BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
+"""Methods whose requests have no body by custom (RFC 9110, section 9.3)."""
 
 _FIELD = KEY_FIELD.encode("ascii")
 
@@ -32,6 +35,16 @@ def has_key(scope: Scope) -> bool:
         if field[0] == _FIELD:
             return True
     return False
+
+
+def may_have_body(scope: Scope) -> bool:
+    """Whether a body may follow: where the fields say so, and over HTTP/2 and later also where they say nothing."""
+    for name, value in scope.get("headers", ()):
+        if name == b"transfer-encoding":
+            return True
+        if name == b"content-length":
+            return bool(value.strip(b" 0"))
+    return scope.get("http_version", "1.1") not in ("1.0", "1.1") and scope["method"] not in BODILESS
 
 
 class RequestBody:

@@ -10,7 +10,7 @@ import time
 
 from asgi_metering.amounts import CREDITS
 from asgi_metering.asgi.answers import AnswerOptions
-from asgi_metering.asgi.fields import limit_fields
+from asgi_metering.asgi.fields import HeaderNames, limit_fields
 from asgi_metering.asgi.tap import Tap
 from asgi_metering.asgi.types import Headers, Message, Scope
 from asgi_metering.call import Call
@@ -18,7 +18,7 @@ from asgi_metering.decisions import Decision
 from asgi_metering.opening import Before
 from asgi_metering.policies import ChargePolicy
 from asgi_metering.quotas import is_quota_header, read_quota
-from asgi_metering.quotas.dialects import UNKNOWN
+from asgi_metering.quotas.dialects import DIALECTS, UNKNOWN
 
 __all__ = ["dressed", "tap_of", "told", "with_windows"]
 
@@ -28,6 +28,8 @@ What applications say of limits of their own, by custom. Providers that use thes
 one that does not, a route says that it passes the answers on by naming their dialect.
 """
 
+QUOTA_INITIALS = DIALECTS.private_initials
+
 
 def dressed(call: Call, message: Message, scope: Scope, options: AnswerOptions) -> tuple[Message, Tap | None]:
     """
@@ -35,34 +37,46 @@ def dressed(call: Call, message: Message, scope: Scope, options: AnswerOptions) 
 
     Always a new list: frameworks may reuse a response object, whose own list must not grow.
     """
-    policy, decision = call.policy, call.decision
-    given: Headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
-    if policy is not None and "quotas" in call.opening.features:
-        given = _capture(call, policy.charge, given, message["status"])
-    tap = tap_of(call, given, scope)
+    policy, decision, names = call.policy, call.decision, options.names
+    given: Headers = list(message.get("headers", ()))
+    concerns_us = _concerns_us(given, names)
+    if concerns_us:
+        given = [(bytes(name), bytes(value)) for name, value in given]
+        if policy is not None and "quotas" in call.opening.features:
+            given = _capture(call, policy.charge, given, message["status"])
+    tap = tap_of(call, given, scope) if call.counts_usage else None
     if decision is not None:
         if call.opening.before is not None:
             decision = with_windows(decision, call.opening.before)
-        fields = limit_fields(
-            decision,
-            call.unit,
-            options.names,
-            warn_below=call.warning_level,
-            overdraft=call.overdraft,
-        )
-        given = _added(given, fields, options)
+        charge = call.charge
+        if charge is None or not charge.has_levels:
+            fields = limit_fields(decision, call.unit, names)
+        else:
+            fields = limit_fields(decision, call.unit, names, warn_below=call.warning_level, overdraft=call.overdraft)
+        if concerns_us:
+            given = _without(given, fields)
+        given += fields
     return {**message, "headers": given}, tap
 
 
-def _added(given: Headers, fields: Headers, options: AnswerOptions) -> Headers:
-    """*given* with *fields*, of which there is one set (S2.33)."""
+def _concerns_us(given: Headers, names: HeaderNames) -> bool:
+    """Whether any field of *given* may be a provider's quota, or have a name of ours: nearly always none does."""
+    initials = names.initials
+    try:
+        for name, _ in given:
+            initial = name[:1]
+            if initial in initials or initial in QUOTA_INITIALS:
+                return True
+    except (TypeError, ValueError):
+        # Bytes of another kind, which some applications send, and which cannot be looked up.
+        return True
+    return False
+
+
+def _without(given: Headers, fields: Headers) -> Headers:
+    """*given* without what *fields* say: there is one set of them (S2.33)."""
     ours = [name for name, _ in fields]
-    for name, _ in given:
-        if name[:1] in options.names.initials and name.lower() in ours:
-            given = [field for field in given if field[0].lower() not in ours]
-            break
-    given += fields
-    return given
+    return [field for field in given if field[0].lower() not in ours]
 
 
 def told(before: Before, message: Message, options: AnswerOptions) -> Message:
@@ -71,7 +85,7 @@ def told(before: Before, message: Message, options: AnswerOptions) -> Message:
         return message
     given: Headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
     fields = limit_fields(Decision("", time.time(), windows=before.windows), CREDITS, options.names)
-    return {**message, "headers": _added(given, fields, options)}
+    return {**message, "headers": [*_without(given, fields), *fields]}
 
 
 def with_windows(decision: Decision, before: Before) -> Decision:
@@ -80,12 +94,6 @@ def with_windows(decision: Decision, before: Before) -> Decision:
 
 
 def _capture(call: Call, charge: ChargePolicy | None, given: Headers, status: int) -> Headers:
-    for name, _ in given:
-        if is_quota_header(name):
-            break
-    else:
-        # Nearly every answer that is not a provider's.
-        return given
     quotas = [field for field in given if is_quota_header(field[0])]
     if not quotas:
         return given
@@ -109,7 +117,8 @@ def tap_of(call: Call, given: Headers, scope: Scope) -> Tap | None:
     charge = call.charge
     if not call.counts_usage or scope["method"] == "HEAD":
         return None
-    found = {name.lower(): value for name, value in given if name.lower() in (b"content-type", b"content-encoding")}
+    fields = [(bytes(name).lower(), bytes(value)) for name, value in given]
+    found = {name: value for name, value in fields if name in (b"content-type", b"content-encoding")}
     content_type, encoding = found.get(b"content-type"), found.get(b"content-encoding")
     return Tap(
         None if content_type is None else content_type.decode("latin-1"),

@@ -204,14 +204,18 @@ def _torn(used: Iterable[tuple[str, RatePolicy]]) -> Iterator[str]:
     """
     One scope of live limits and of some in the shadow: the latter would take what the former give.
 
-    Whether two of them are one count is not asked: functions compute keys and limits, and configured ones change.
+    Whether two of them are one count is not asked: functions compute keys and limits, and configured ones change. A
+    scope may also be that which others have by themselves: the name of an endpoint, or ``"application"``. Where nobody
+    says a scope, an endpoint has live limits beside those that it tries out.
     """
     known: dict[str, dict[bool, str]] = {}
+    shared = set()
     for where, rate in used:
+        known.setdefault(rate.scope, {}).setdefault(rate.shadow, where)
         if rate.shares:
-            known.setdefault(rate.scope, {}).setdefault(rate.shadow, where)
+            shared.add(rate.scope)
     for scope, places in known.items():
-        if len(places) > 1:
+        if scope in shared and len(places) > 1:
             yield (
                 f"{places[False]} has limits in the scope {scope!r}, and {places[True]} has some with shadow=True in "
                 f"it, whose calls would take what the live ones may use. Put all of them in the shadow, or give those "

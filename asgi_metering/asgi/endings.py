@@ -29,8 +29,10 @@ __all__ = [
 def announced(start: Message) -> int | None:
     """How many bytes a response says it has; None where it does not."""
     for name, value in start["headers"]:
-        if name.lower() == b"content-length":
-            return int(value) if value.isdigit() else None
+        # Text is no field, and the server's to refuse.
+        if not isinstance(name, str) and bytes(name).lower() == b"content-length":
+            length = bytes(value)
+            return int(length) if length.isdigit() else None
     return None
 
 

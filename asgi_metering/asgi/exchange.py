@@ -1,5 +1,5 @@
 """
-One HTTP exchange behind the middleware: what passes `send` and `receive`, and how the call ends.
+One HTTP exchange behind the middleware: what passes `send`, and how the call ends.
 
 All state of a request lives in its exchange; the middleware keeps none. Nothing is awaited for the ledger on the path:
 the last message only marks, and the runtime ends the call (pitfalls 22 to 25).
@@ -8,14 +8,9 @@ the last message only marks, and the runtime ends the call (pitfalls 22 to 25).
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable
 
-from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
-from asgi_metering.asgi.body import RequestBody, has_key
 from asgi_metering.asgi.cutting import Cutting, let_go, task_within
 from asgi_metering.asgi.dressing import dressed, tap_of, told
 from asgi_metering.asgi.endings import (
@@ -28,28 +23,21 @@ from asgi_metering.asgi.endings import (
     is_whole,
     stops,
 )
-from asgi_metering.asgi.origin import HTTPOrigin
+from asgi_metering.asgi.hearing import Hearing
 from asgi_metering.asgi.refusals import in_band_error, refusal_response
 from asgi_metering.asgi.replay import keeper
-from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
-from asgi_metering.asgi.watch import ClientGone, Watch
+from asgi_metering.asgi.types import ASGIApp, Message, Scope, Send
+from asgi_metering.asgi.watch import ClientGone
 from asgi_metering.call import Call, CallCut, CallRefused
 from asgi_metering.growing import LEAST_ROOM
-from asgi_metering.holding import Slices
-from asgi_metering.opening import CURRENT, Opening
+from asgi_metering.opening import CURRENT
 from asgi_metering.overdue import Entry
 from asgi_metering.rules.ending import Cause
 from asgi_metering.runtime import BOOK_S, Runtime
 
-if TYPE_CHECKING:
-    from asgi_metering.metering import Metering
-
-__all__ = ["FREE_METHODS", "Exchange", "ExchangeOptions", "booked", "run"]
+__all__ = ["Exchange", "booked", "run"]
 
 log = logging.getLogger("asgi_metering")
-
-FREE_METHODS = frozenset({"HEAD", "OPTIONS"})
-"""Never metered: no body is wanted, and CORS preflights come by OPTIONS (X.4, pitfall 12)."""
 
 GRACE_S = 0.05
 """
@@ -73,23 +61,6 @@ After so many bytes the loop gets a turn, so that a burst that never waits still
 (pitfall 26: 125 MiB were "sent" to nobody without it, 4 to 10 with it).
 """
 
-
-@dataclass(frozen=True, slots=True)
-class ExchangeOptions:
-    """
-    What a layer lets its exchanges do.
-
-    Attributes:
-        answers: How refusals look.
-        stop_on_disconnect: Watch for a client that left and raise `OSError` from ``send`` (pitfalls 27, 28). The
-            server does not hear of it.
-    """
-
-    answers: AnswerOptions = DEFAULT_OPTIONS
-    stop_on_disconnect: bool = False
-
-
-_DEFAULTS = ExchangeOptions()
 
 _OVER: Scope = {"method": "", "headers": ()}
 """The scope of a request that is over."""
@@ -117,8 +88,9 @@ async def run(app: ASGIApp, exchange: Exchange) -> None:
     token = CURRENT.set(exchange)
     try:
         await app(exchange.scope, exchange.receive, send_)
-        if exchange.call is not None:
-            await exchange.returned(exchange.call)
+        call = exchange.call
+        if call is not None and (call.refusal is not None or exchange.cutting is not None):
+            await exchange.returned(call)
     except BaseException as failure:
         call = exchange.call
         if call is None or not await exchange.answers(call, failure):
@@ -128,128 +100,53 @@ async def run(app: ASGIApp, exchange: Exchange) -> None:
         exchange.closed = True
         try:
             if exchange.call is not None or exchange.watch is not None:
-                await exchange.over()
+                waiting = exchange.over()
+                if waiting is not None:
+                    await waiting
         finally:
-            exchange.let_go()
+            if exchange.scope is not _OVER:
+                exchange.let_go()
 
 
-class Exchange(Opening):
-    """
-    One request and its response.
-
-    Args:
-        metering: Of the layer that opens it.
-        features, free, unenforced: As of `Opening`.
-        scope: The connection's.
-        receive, send: The server's. To be made in the task of the request.
-        options: What the layer lets it do.
-
-    Attributes:
-        server_send: The server's.
-        passing: What chunks of the body pass to, once it is under way; None before, and where each is looked at.
-    """
+class Exchange(Hearing):
+    """One request and its response; arguments and attributes as of `Hearing`."""
 
     # Defaults stand here and not in `__init__`: most requests need none of them, and none pays for what it has not.
-    _origin: HTTPOrigin | None = None
-    passing: Send | None = None
     started = False  # the app's response, or ours instead of it, has begun
     swapped = False  # ours instead of the app's: what the app still sends goes nowhere
-    finishing = False  # the last message was handed over
     trailers = False
     sent = unchecked = 0  # bytes of the body that the server took: before the loop last had a turn, and since
-    whole = False  # the server took the whole body in one message
+    whole = False  # the server took the whole body in one message of another kind
+    last = 0  # bytes of the last message, once the server took it
+    sending: tuple[bytes, bool] | None = None  # the last body, and whether it reaches anybody, until then
+    stuck: Entry | None = None  # in which the server should have taken it
+    waited = False  # for an app that goes on behind it
     dressed: Message | None = None  # the start of an admitted response, as it went out
     begun: Message | None = None  # the start of the app's response, if it passed before an admission
     latest: Message | None = None  # what passed after it, the last of them, before an admission
     spoke = False  # the app has sent something since its call was refused
     keep: Callable[[bytes], None] | None = None  # sees every chunk that the server took
-    incoming: RequestBody | None = None  # of a request with an idempotency key
-    looked = False  # for that key
     grace: Entry | None = None  # in which the app may still turn out to have failed
     cutting: Cutting | None = None  # of a call whose hold grows
     room = CHECKPOINT_BYTES  # after so many bytes the loop gets a turn
-    task: asyncio.Task[object] | None = None
-    watch: Watch | None = None
-
-    def __init__(
-        self,
-        metering: Metering,
-        features: frozenset[str],
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        options: ExchangeOptions = _DEFAULTS,
-        *,
-        free: bool = False,
-        unenforced: frozenset[str] = frozenset(),
-    ) -> None:
-        super().__init__(metering, features, free=free, unenforced=unenforced)
-        self.scope = scope
-        self.options = options
-        self._receive, self.server_send = receive, send
-        if Slices.in_use:
-            # To ask for it costs as much as all else here, so only where some hold of this process may grow.
-            self.task = asyncio.current_task()
-        if options.stop_on_disconnect:
-            self.watch = Watch(scope, receive, send)
-            self._receive = self.watch.receive
-
-    def stays_free(self, scope: Mapping[str, Any] | None = None) -> bool:
-        """As of `Opening`: by its method, which a middleware further in may have changed; what is not free stays so."""
-        # Of one that is over nothing is left to look at: it stays what it was, and lets nobody in.
-        if not self.closed:
-            self.free = self.free and (scope or self.scope)["method"] in FREE_METHODS
-        return self.free
-
-    @property
-    def origin(self) -> HTTPOrigin:
-        """Where the request came from."""
-        if self._origin is None:
-            self._origin = HTTPOrigin(self.scope)
-        return self._origin
-
-    # -- what the app reads --------------------------------------------------------------------------------
-
-    def request_body(self) -> RequestBody:
-        """The body of the request, of which nothing has been read but through this."""
-        if self.incoming is None:
-            self.incoming = RequestBody(self.scope, self._receive)
-        return self.incoming
-
-    async def receive(self) -> Message:
-        """What the app calls."""
-        if not self.looked:
-            # Not before something of the body is read: most requests have none, and most routes no keys.
-            self.looked = True
-            if has_key(self.scope):
-                self.request_body()
-        message = await (self._receive() if self.incoming is None else self.incoming.receive())
-        if message["type"] == "http.disconnect":
-            self._gone()
-        return message
-
-    def _gone(self) -> None:
-        if not self.finishing and self.call is not None:
-            self.call.see(Cause.CLIENT_GONE)
 
     # -- what the app sends --------------------------------------------------------------------------------
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         """What the app calls once there is a call."""
-        call = self.open_call() if self.call is None else self.call
+        call = self.call or self.open_call()
         if self.swapped:
             self._let_through(call, message)
         if self.begun is not None and call.admitted:
             self._catch_up(call, self.begun)
         kind = message["type"]
         if kind == "http.response.body":
-            await self._send_body(call, message)
-        elif kind == "http.response.start" and not self.started:
-            await self._send_start(call, message)
-        elif kind in ("http.response.pathsend", "http.response.trailers", "http.response.zerocopysend"):
-            await self._send_other(call, message, kind)
-        else:
-            await self.server_send(message)
+            return self._send_body(call, message)
+        if kind == "http.response.start" and not self.started:
+            return self._send_start(call, message)
+        if kind in ("http.response.pathsend", "http.response.trailers", "http.response.zerocopysend"):
+            return self._send_other(call, message, kind)
+        return self.server_send(message)
 
     def _let_through(self, call: Call, message: Message) -> None:
         """Stop what the app sends beside our answer, unless the call of a cut is over by it."""
@@ -265,25 +162,36 @@ class Exchange(Opening):
             # its first step met it earlier, for this start says nothing of it (pitfall 15). It is answered when the
             # app has unwound: the framework may cancel the task that sends, and would tear the answer in two.
             await call.ensure()
-        if call.is_refused:
+        if call.refusal is not None:
             if (message["status"] >= 500 and not call.told_by_app) or call.is_repeat:
                 # The framework made a 500 of it; a handler's own 402, or its degraded 200, stays (pitfall 15). A repeat
                 # is no refusal: what was answered before stands, and nothing that takes it for one.
                 await self._refuse(call)
                 return
-        elif call.admitted:
+        elif call.decision is not None:
             message, tap = dressed(call, message, self.scope, self.options.answers)
-            self.dressed, call.observer = message, tap
-            self.keep = keeper(call, message, tap)
+            self.dressed = message
+            if tap is not None or call.once is not None:
+                call.observer, self.keep = tap, keeper(call, message, tap)
             call.status = message["status"]
-            self.trailers = bool(message.get("trailers"))
-            self._follow(call, message)
+            if "trailers" in message:
+                self.trailers = bool(message["trailers"])
+            if call.growth is not None or self.watch is not None:
+                self._follow(call, message)
         else:
             if self.before is not None:
                 message = told(self.before, message, self.options.answers)
             self.begun = message
         self.started = True
-        await self._deliver(call, message)
+        if self.watch is not None:
+            await self._deliver(call, message)
+            return
+        # As `_deliver` does: a step more would cost as much as all that it does.
+        try:
+            await self.server_send(message)
+        except OSError:
+            if not self._lost(call):
+                raise
 
     def _follow(self, call: Call, start: Message) -> None:
         """Look after the body that comes."""
@@ -305,13 +213,13 @@ class Exchange(Opening):
         self._follow(call, start)
 
     async def _send_body(self, call: Call, message: Message) -> None:
-        if not call.admitted:
+        if call.decision is None or call.refusal is not None:
             await self._send_unadmitted(call, message)
             return
         body = message.get("body", b"")
         # What is sent to a client that was seen to leave reaches nobody: a framework's own 500, say.
         reaches = call.cause is None
-        if not message.get("more_body", False) and not self.trailers:
+        if not self.trailers and not message.get("more_body", False):
             await self._send_last(call, message, body, reaches and bool(body))
             return
         handed_over = True
@@ -323,7 +231,7 @@ class Exchange(Opening):
         finally:
             # Also when cancelled while the server's `send` waited for its buffer: the bytes are the server's then.
             if body and handed_over:
-                call.first_byte = call.first_byte or reaches
+                call.first_byte = call.first_byte or (reaches and not self.lost)
                 if self.keep is not None:
                     self.keep(body)
         self.unchecked += len(body)
@@ -352,8 +260,8 @@ class Exchange(Opening):
             try:
                 await send(message)
             except OSError:
-                call.see(Cause.CLIENT_GONE)
-                raise
+                if not self._lost(call):
+                    raise
             except BaseException:
                 # Cancelled while the server's `send` waited for its buffer: the bytes are the server's then.
                 if keep is not None:
@@ -403,35 +311,57 @@ class Exchange(Opening):
             await self._deliver(call, message)
             return
         self.finishing = True
-        taken = True
-        stuck: Entry | None = None
+        self.sending = (body, reaches)
         runtime = call.runtime
         if runtime is not None:
-            stuck = runtime.last_sends.expect(LAST_SEND_S, functools.partial(self._give_up, call, body, reaches))
+            self.grace = runtime.graces.expect(GRACE_S, self._look)
         try:
-            await self._deliver(call, message)
+            if self.watch is None:
+                await self.server_send(message)
+            else:
+                await self._deliver(call, message)
         except OSError:
-            taken = False
-            raise
+            if not self._lost(call):
+                self.sending = None
+                raise
         finally:
-            if taken:
+            if self.sending is not None:
                 self._took_last(call, body, reaches)
-            if stuck is not None and runtime is not None:
-                runtime.last_sends.over(stuck)
-                self.grace = runtime.graces.expect(GRACE_S, functools.partial(self._close, call))
+            if self.stuck is not None and runtime is not None:
+                runtime.last_sends.over(self.stuck)
+                self.waited, self.grace = True, runtime.graces.expect(GRACE_S, self._look)
+
+    def _look(self) -> None:
+        """A grace is over: of an app that goes on behind its last message, unless that is still on its way."""
+        call = self.call
+        if call is None or call.runtime is None:
+            return
+        if self.sending is not None:
+            self.stuck = call.runtime.last_sends.expect(LAST_SEND_S, self._give_up)
+        elif not self.waited:
+            # The server may have taken the message only now.
+            self.waited, self.grace = True, call.runtime.graces.expect(GRACE_S, self._look)
+        else:
+            self._close(call)
 
     def _took_last(self, call: Call, body: bytes, reaches: bool) -> None:
-        self.whole = bool(body) and not self.sent and not self.unchecked
-        self.unchecked += len(body)
+        self.sending = None
+        self.last = size = len(body)
+        self.unchecked += size
+        if self.draining is not None:
+            self.draining.finished()
         if not call.closed:
-            call.first_byte = call.first_byte or reaches
+            if reaches and not self.lost:
+                call.first_byte = True
             if self.keep is not None and body:
                 self.keep(body)
 
-    def _give_up(self, call: Call, body: bytes, reaches: bool) -> None:
+    def _give_up(self) -> None:
         """The last `send` does not return: end the call as it is, by what the server was given."""
-        self._took_last(call, body, reaches)
-        self._close(call)
+        call = self.call
+        if call is not None and self.sending is not None:
+            self._took_last(call, *self.sending)
+            self._close(call)
 
     async def _send_other(self, call: Call, message: Message, kind: str) -> None:
         """A file by path is one message and the end; trailers end a response that announced them (pitfall 36)."""
@@ -463,8 +393,8 @@ class Exchange(Opening):
             else:
                 await watch.send(message)
         except OSError:
-            call.see(Cause.CLIENT_GONE)
-            raise
+            if not self._lost(call):
+                raise
 
     # -- refusals and cuts ---------------------------------------------------------------------------------
 
@@ -544,20 +474,25 @@ class Exchange(Opening):
             # wrapped ones raise the refusal again after they answered it (pitfall 14).
             return not stops(failure) and await self._answer_refusal(call) and is_refusal(failure)
         length = None if self.dressed is None else announced(self.dressed)
-        is_complete = self.whole or (self.finishing and length == self.sent + self.unchecked)
+        passed = self.sent + self.unchecked
+        # In one message, or as long as was announced.
+        is_complete = self.whole or (self.finishing and (length == passed or 0 < self.last == passed))
+        if self.draining is not None and not is_complete:
+            self.draining.failed()
         call.see(Cause.COMPLETED if is_complete else cause_of(failure, self.finishing))
         # We raised it to stop the app. To the server it is news of nothing, and would fill its log with errors.
-        return self.watch is not None and self.watch.is_gone and is_departure(failure)
+        is_ours = self.draining is not None or (self.watch is not None and self.watch.is_gone)
+        return is_ours and is_departure(failure)
 
-    async def over(self) -> None:
-        """The request is over, however."""
+    def over(self) -> Awaitable[None] | None:
+        """The request is over, however; answers what it has to wait for, if anything."""
         if self.watch is not None:
             self.watch.stop()
         if self.cutting is not None:
             self.cutting.close()
         call = self.call
         if call is None:
-            return
+            return None
         if self.begun is not None and call.admitted:
             # Admitted for work after the response, or at its very end.
             self._catch_up(call, self.begun)
@@ -571,7 +506,8 @@ class Exchange(Opening):
         if runtime is not None:
             self._close(call)
             if not (runtime.managed or call.receipt is not None or not call.has_hold):
-                await booked(call, runtime)
+                return booked(call, runtime)
+        return None
 
     def let_go(self) -> None:
         """Forget what refers to this exchange in turn, such as the scope that it stands in."""
@@ -580,12 +516,15 @@ class Exchange(Opening):
         self.scope, self._origin, self.passing = _OVER, None, None
         # What the app of a refused call still sends goes nowhere, however late.
         if not self.swapped and self.call is not None and self.call.has_ended:
-            super().let_go()
+            self.call = None
 
     def _close(self, call: Call) -> None:
         """Hand the call to the runtime; the first cause seen wins."""
         if self.finishing:
             call.see(Cause.COMPLETED)
+        if self.draining is not None:
+            call.drained = call.drained if call.closed else self.finishing and self.draining.is_within
+            self.draining.stop()
         if call.runtime is not None:
             call.runtime.finish(call)
 

@@ -228,12 +228,14 @@ def _spelled(written: tuple[tuple[Any, ...], ...]) -> _Spelled:
 
 def _states(windows: Sequence[WindowState], spelled: _Spelled) -> bytes:
     numbers: list[int] = []
-    for _, _, left, seconds, _, _ in windows:
-        if not (0 <= left <= MAX_SF_INTEGER and 0.0 <= seconds < MAX_SF_INTEGER):
-            return _odd_states(windows, spelled.quoted)
-        numbers.append(left)
-        numbers.append(ceil(seconds - _CLOCK_NOISE_S))
-    return spelled.states % tuple(numbers)
+    try:
+        for _, _, left, seconds, _, _ in windows:
+            numbers += left, ceil(seconds - _CLOCK_NOISE_S)
+    except (OverflowError, ValueError):
+        return _odd_states(windows, spelled.quoted)
+    if min(numbers) < 0 or max(numbers) > MAX_SF_INTEGER:
+        return _odd_states(windows, spelled.quoted)
+    return spelled.states % (*numbers,)
 
 
 def _odd_states(windows: Sequence[WindowState], quoted: Sequence[str]) -> bytes:

@@ -30,7 +30,7 @@ from asgi_metering.runtime import BOOK_S
 if TYPE_CHECKING:
     from asgi_metering.asgi.answers import AnswerOptions
 
-__all__ = ["FlatLimits", "FlatOpening", "counted", "counted_session", "rates_of", "run_unless"]
+__all__ = ["Checked", "FlatLimits", "FlatOpening", "counted", "counted_session", "rates_of", "run_unless"]
 
 OFFERED = ("scope", "request")
 """What callables of these limits may ask for, besides ``call``: nothing of a body, which is not read yet."""
@@ -162,9 +162,15 @@ def _deeper(rates: tuple[RatePolicy, ...], depth: int) -> tuple[RatePolicy, ...]
 
 
 def bucket_of(row: Row) -> str:
-    """What the default limits of *row* are counted as: one bucket for each route, whatever its parameters are."""
-    plain = getattr(row.endpoint, "__qualname__", type(row.endpoint).__qualname__)
-    return f"default {row.path} {plain.replace('<locals>.', '')}"
+    """
+    What the default limits of *row* are counted as: one bucket for each route, whatever its parameters are.
+
+    With the module, as limits of its own are: routes of another application on the same store are others.
+    """
+    kind = type(row.endpoint)
+    module = getattr(row.endpoint, "__module__", kind.__module__)
+    plain = getattr(row.endpoint, "__qualname__", kind.__qualname__)
+    return f"default {row.path} {module}.{plain.replace('<locals>.', '')}"
 
 
 def defaults_apply(row: Row) -> bool:
@@ -225,7 +231,7 @@ async def counted(
     depth = 0 if exchange.before is None else exchange.before.layers
     policy, trusted = limits.of(app, scope, depth)
     if trusted is not None:
-        app = _Checked(app, limits, exchange, answers, trusted, depth)
+        app = Checked(app, limits, exchange, answers, trusted, depth)
     if policy is None:
         await run(app)
         return
@@ -339,7 +345,7 @@ async def run_unless(
             raise
 
 
-class _Checked:
+class Checked:
     """
     An app whose route was told to need no default limit, and which is held to it.
 
@@ -360,10 +366,16 @@ class _Checked:
         self._row, self._depth = row, depth
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the app; what it answers gives way to a refusal."""
+
         async def refuses() -> bool:
-            return not self._is_right(scope) and await self._refuses(send)
+            return await self.refuses(scope, receive, send)
 
         await run_unless(refuses, self._app, (scope, receive, send))
+
+    async def refuses(self, scope: Scope, _: Receive, send: Send) -> bool:
+        """Count a request after all that took another route; whether it was answered with a refusal."""
+        return not self._is_right(scope) and await self._refuses(send)
 
     def _is_right(self, scope: Scope) -> bool:
         call = self._exchange.call

@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Literal
 
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.audit import MAX_DEPTH
-from asgi_metering.asgi.exchange import FREE_METHODS, Exchange, ExchangeOptions, run
+from asgi_metering.asgi.exchange import Exchange, run
 from asgi_metering.asgi.flat import FlatLimits, counted, counted_session
+from asgi_metering.asgi.hearing import FREE_METHODS, ExchangeOptions
 from asgi_metering.asgi.lifespan import LAYERS_KEY, Lifespan
 from asgi_metering.asgi.overridden import Overridden
 from asgi_metering.asgi.startup import check_stack, examined

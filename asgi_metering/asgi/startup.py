@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from asgi_metering.asgi.audit import Layer, Report, audit, has_routes
 from asgi_metering.asgi.effective import check_names
-from asgi_metering.asgi.exchange import ExchangeOptions
+from asgi_metering.asgi.hearing import ExchangeOptions
 from asgi_metering.asgi.types import Scope
 from asgi_metering.errors import ConfigurationError
 

@@ -122,6 +122,6 @@ class Watch:
             self._limit.reschedule(asyncio.get_running_loop().time() + STUCK_S)
 
     def stop(self) -> None:
-        """The request is over."""
-        if self._ahead is not None:
+        """The request is over, or needs no watch any more: who has seen the client leave ends by itself."""
+        if self._ahead is not None and not self.is_gone:
             self._ahead.cancel()

@@ -194,6 +194,12 @@ CHARGED_PARTS: Final = Instrument(
 CALL_DURATION: Final = Instrument(
     "metering.call.duration", Kind.HISTOGRAM, "s", "From admission to end of a call.", DURATION_BUCKETS
 )
+HOLD_BUCKETS: Final = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 5.0)
+"""Shares of a hold, closest where estimates are good."""
+
+HOLD_USED: Final = Instrument(
+    "metering.hold.used", Kind.HISTOGRAM, "1", "What a measured call was charged, of what it held.", HOLD_BUCKETS
+)
 TOKEN_USAGE: Final = Instrument(
     "gen_ai.client.token.usage",
     Kind.HISTOGRAM,
@@ -261,6 +267,11 @@ TALLIES: Final[Mapping[str, Instrument]] = MappingProxyType(
         "holds_lost": _counter("holds.lost", "{hold}", "Holds that their policy ended while their call went on."),
         "ends_late": _counter("ends.late", "{end}", "Ends that came after the policy had ended the call."),
         "usage_late": _counter("usage.late", "{report}", "Reports of usage after the call had ended."),
+        "costs_doubtful": _counter("costs.doubtful", "{call}", "Calls whose cost could not be told, or not believed."),
+        "usage_unscoped": _counter("usage.unscoped", "{report}", "Reports of usage that no call was running for."),
+        "drains_refused": _counter(
+            "drains.refused", "{call}", "Handlers that were stopped with their client, since too many others go on."
+        ),
         "usage_rejected": _counter("usage.rejected", "{report}", "Reports of usage that could not be believed."),
         "events_delivered": _counter("events.delivered", "{event}", "Usage events that a sink took."),
         "events_dropped": _counter("events.dropped", "{event}", "Usage events that were given up."),

@@ -209,6 +209,9 @@ class _Metrics:
             if event.status is not None:
                 place[names.STATUS] = event.status
             self._get(names.CALL_DURATION).record(event.duration_s, dict(self._bounds.attributes(place)))
+            if event.usage is not None and event.held > 0:
+                line = self._bounds.attributes({names.LINE: event.line})
+                self._get(names.HOLD_USED).record(event.amount / event.held, dict(line))
         usage = self._tokens(event)
         if usage is None:
             return

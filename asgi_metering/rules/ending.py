@@ -7,7 +7,7 @@ The whole table of DESIGN "End of call" as one table. Does not know how an end w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple
@@ -17,9 +17,12 @@ from asgi_metering.receipts import Basis
 
 __all__ = [
     "DEFAULT_END_POLICY",
+    "DRAIN",
+    "DRAINABLE",
     "END_OF_CALL",
     "SESSION_DEFAULTS",
     "Cause",
+    "Drain",
     "EndPolicy",
     "Sighting",
     "Situation",
@@ -75,18 +78,63 @@ read, and would have everything that was done for it before for nothing.
 """
 
 
+DRAINABLE = frozenset({Situation.GONE_EARLY, Situation.GONE_LATE})
+"""Where the application may go on although its client has left."""
+
+MAX_DRAIN_S = 3_600.0
+"""An hour: whatever goes on for longer is no answer any more, and belongs into a `charge()` of its own."""
+
+DRAIN = "drain"
+"""How the choice is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """
+    Let the handler finish although its client has left, and charge what it used, as if it had been there.
+
+    Beyond the bounds, or where the server cancels the handler, the call is charged what was observed of it by then.
+
+    Args:
+        within_s: Seconds from the disconnect on, up to an hour.
+        most_bytes: Of the body that nobody gets.
+
+    Raises:
+        ConfigurationError: A bound that is no positive number, or no bound.
+    """
+
+    within_s: float = 60.0
+    most_bytes: int = 16_777_216
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.within_s, int | float) or isinstance(self.within_s, bool):
+            raise ConfigurationError(f"within_s={self.within_s!r} is no number. Write seconds, up to {MAX_DRAIN_S}.")
+        if not 0 < self.within_s <= MAX_DRAIN_S:
+            raise ConfigurationError(f"within_s={self.within_s!r} is not above 0 and up to {MAX_DRAIN_S} seconds.")
+        if type(self.most_bytes) is not int or self.most_bytes < 1:
+            raise ConfigurationError(f"most_bytes={self.most_bytes!r} is no int from 1 up. Write bytes.")
+
+
 @dataclass(frozen=True, slots=True)
 class EndPolicy:
     """
     What one route charges in each situation: a basis per row of `END_OF_CALL`.
 
+    Attributes:
+        chosen: By row; the row's default elsewhere.
+        drains: Where the handler may finish, and how far it may go for that; its end is a row of its own then.
+
     Raises:
-        ConfigurationError: A basis that its row does not offer.
+        ConfigurationError: A basis that its row does not offer, or a row that nothing can be drained in.
     """
 
     chosen: Mapping[Situation, Basis]
+    drains: Mapping[Situation, Drain] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for row in self.drains:
+            if row not in DRAINABLE:
+                raise ConfigurationError(f"Nothing can be drained of a call that ends as {row.value!r}.")
         for row, basis in self.chosen.items():
             if basis not in END_OF_CALL[row]:
                 offered = ", ".join(repr(str(choice)) for choice in END_OF_CALL[row])
@@ -105,6 +153,10 @@ class EndPolicy:
 
 DEFAULT_END_POLICY = EndPolicy(MappingProxyType({}))
 """Every row at its default."""
+
+
+# Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
+_COMPLETED, _REPORTED = Cause.COMPLETED, Situation.REPORTED
 
 
 class Sighting(NamedTuple):
@@ -128,16 +180,15 @@ class Sighting(NamedTuple):
 
 def situation(seen: Sighting) -> Situation:
     """The row of the table that *seen* falls into."""
-    if seen.cause is Cause.CUT:
-        return Situation.CUT
-    if seen.cause is Cause.ABORTED:
-        return Situation.ABORTED
-    if seen.cause is Cause.CLIENT_GONE:
-        return Situation.GONE_LATE if seen.first_byte else Situation.GONE_EARLY
-    if seen.status is not None and seen.status >= 400:
+    cause, status, first_byte, failed, reported = seen
+    if cause is not _COMPLETED and cause is not Cause.ERROR:
+        if cause is Cause.CLIENT_GONE:
+            return Situation.GONE_LATE if first_byte else Situation.GONE_EARLY
+        return Situation.CUT if cause is Cause.CUT else Situation.ABORTED
+    if status is not None and status >= 400:
         return Situation.FAILED_EARLY
-    if seen.failed:
+    if failed:
         return Situation.FAILED_LATE
-    if seen.cause is Cause.ERROR:
-        return Situation.FAILED_LATE if seen.first_byte else Situation.FAILED_EARLY
-    return Situation.REPORTED if seen.reported else Situation.UNREPORTED
+    if cause is not _COMPLETED:
+        return Situation.FAILED_LATE if first_byte else Situation.FAILED_EARLY
+    return _REPORTED if reported else Situation.UNREPORTED

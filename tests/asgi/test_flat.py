@@ -719,3 +719,36 @@ def test_say_that_there_is_nobody_to_count() -> None:
         assert driven.log == []
 
     play(scene, routes={"/": search}, application_limits=[PER_ADDRESS])
+
+
+def shop(store: MemoryStore, module: str, **limits: Any) -> Any:
+    """One of several applications on a store, whose endpoint has a name that others have as well."""
+
+    async def index(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("work")
+
+    index.__module__ = module
+    return MeteringMiddleware(Starlette(routes=[Route("/", index)]), Metering(store, sinks=()), **limits)
+
+
+@pytest.mark.parametrize(
+    ("limits", "apart"),
+    [
+        (lambda _: {"default_limits": [PER_ADDRESS]}, True),
+        (lambda _: {"application_limits": [PER_ADDRESS]}, False),
+        (lambda name: {"application_limits": [rate_limited("2/minute", key="address", scope=name)]}, True),
+    ],
+    ids=["routes", "application", "scope"],
+)
+def test_count_applications_of_one_store_apart(limits: Callable[[str], dict[str, Any]], apart: bool) -> None:
+    """Routes of two applications are two, if they have one path and name; all requests of both are, by ``scope=``."""
+
+    async def play() -> None:
+        store, answered = MemoryStore(FakeClock()), []
+        for name in ("shop", "desk"):
+            app = shop(store, name, **limits(name))
+            async with app.metering:
+                answered += [status((await drive(app, http_scope("/", "GET"))).log) for _ in range(2)]
+        assert answered == [200, 200, *((200, 200) if apart else (429, 429))]
+
+    asyncio.run(play())

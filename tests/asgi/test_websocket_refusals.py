@@ -7,12 +7,14 @@ import logging
 
 import pytest
 from starlette.applications import Starlette
-from starlette.routing import Mount
+from starlette.routing import Mount, WebSocketRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from asgi_metering import (
     CallRefused,
+    Metering,
+    RateLimitMiddleware,
     billable,
     current_call,
     metered_app,
@@ -20,7 +22,7 @@ from asgi_metering import (
     slices,
 )
 from tests.asgi.sessions import Hours, Slow, echo, play, says_nothing, served
-from tests.harness.sockets import DENIAL
+from tests.harness.sockets import DENIAL, Socket
 
 
 @pytest.mark.parametrize("catches", [False, True])
@@ -238,6 +240,30 @@ def test_break_nothing_where_limits_of_a_middleware_refuse_who_has_left() -> Non
             async with socket:
                 pass
             assert (socket.log, socket.failure) == ([], None)
+
+    play(story)
+
+
+@pytest.mark.parametrize("tells", [True, False], ids=["response", "close"])
+@pytest.mark.parametrize("leaves", ["vanished", "said so", "stays"])
+def test_break_nothing_where_an_application_must_not_serve(tells: bool, leaves: str) -> None:
+    """Who asks an application that must not serve hears of it, as 500 or 1011; who has left by then breaks nothing."""
+    paid = Starlette(routes=[WebSocketRoute("/ws", echo(billable(2)))])
+
+    async def story() -> None:
+        socket = Socket(RateLimitMiddleware(paid, Metering(sinks=())), extensions=DENIAL if tells else None)
+        socket.is_gone = leaves == "vanished"
+        if leaves == "said so":
+            socket.leave(1006)
+        async with socket:
+            pass
+        assert socket.failure is None
+        if leaves != "stays":
+            assert socket.log == []
+        elif tells:
+            assert (socket.log[0]["type"], socket.log[0]["status"]) == ("websocket.http.response.start", 500)
+        else:
+            assert [(each["type"], each["code"]) for each in socket.log] == [("websocket.close", 1011)]
 
     play(story)
 

@@ -88,6 +88,7 @@ async def chunks_table(rounds: int, requests: int, chunks: int) -> str:
     for size, chunk in (("50 bytes", s.SMALL_CHUNK), ("4 KiB", s.BIG_CHUNK)):
         app = s.streaming(chunk, chunks)
         watched = metered_app(app, billable(s.TOKENS), rate_limited("1000000/minute"))
+        totals = metered_app(s.streaming(s.reporting(chunk), chunks), billable(s.TOKENS))
         subjects = [
             Subject("bare app", s.requests_to(app, "/hit")),
             Subject(NO_OP, s.requests_to(s.NoOp(app), "/hit"), "bare app"),
@@ -95,6 +96,10 @@ async def chunks_table(rounds: int, requests: int, chunks: int) -> str:
             _chunked("asgi_metering, fixed price", s.MeteringMiddleware(metered_app(app, billable(1)), metering=made)),
             _chunked(
                 "asgi_metering, usage extracted, off the path included", s.MeteringMiddleware(watched, metering=made)
+            ),
+            _chunked(
+                "asgi_metering, usage in every chunk, off the path included",
+                s.MeteringMiddleware(totals, metering=made),
             ),
         ]
         rows = await measure(subjects, rounds=rounds, requests=streams, parts=chunks)

@@ -2,7 +2,8 @@
 Operations per second of each store, against the row-at-a-time way of the same: ``tox run -e bench-stores``.
 
 The row-at-a-time way is the store without its pump: a pool of them, each operation its own transaction, or a command of
-its own. Both work on the same rows, interleaved, round by round; SQLite with ``synchronous=FULL``, PostgreSQL with
+its own. Calls have the ids that the package makes, which follow time: neighbours in a database are calls of one moment.
+Both work on the same rows, interleaved, round by round; SQLite with ``synchronous=FULL``, PostgreSQL with
 fsync on, Valkey with ``appendonly yes``, which it writes to disk once a second. Options:
 ``--stores NAME ...``, ``--callers N ...``, ``--accounts N ...``, ``--rounds N``, ``--seconds S``.
 """
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from asgi_metering import Metering
 from asgi_metering.decisions import Decision
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.operations import Admit, End, Operation, PostGrant, WalletSource
@@ -45,10 +47,11 @@ Submit = Callable[[Operation], Awaitable[Any]]
 
 
 class Sample(NamedTuple):
-    """What one run measured: operations per second, and the median time of an admission."""
+    """What one run measured: operations per second, the median time of an admission, and CPU time an operation."""
 
     per_s: float
     p50_ms: float
+    cpu_us: float
 
 
 class RowAtATime:
@@ -103,16 +106,17 @@ def _redis() -> Iterator[tuple[Make, int]]:
 STORES = {"memory": _memory, "sqlite": _sqlite, "postgres": _postgres, "redis": _redis}
 
 
-async def drive(submit: Submit, name: str, callers: int, accounts: int, seconds: float) -> Sample:
+async def drive(submit: Submit, callers: int, accounts: int, seconds: float) -> Sample:
     """Admit and settle calls, *callers* at once, over *accounts* accounts."""
     until = time.perf_counter() + seconds
     waits: list[float] = []
+    new_id = Metering("memory://").new_id
 
     async def caller(number: int) -> None:
         turn = 0
         while time.perf_counter() < until:
             turn += 1
-            call_id, payer = f"{name}.{number}.{turn}", f"p{(number * 7919 + turn * 104_729) % accounts}"
+            call_id, payer = new_id(), f"p{(number * 7919 + turn * 104_729) % accounts}"
             asked = time.perf_counter()
             decision = await submit(Admit(call_id, payer, "credits", 3, 3, (WalletSource(),), line="bench"))
             waits.append(time.perf_counter() - asked)
@@ -120,9 +124,10 @@ async def drive(submit: Submit, name: str, callers: int, accounts: int, seconds:
             assert decision.admitted
             await submit(End(call_id, 2, Basis.USAGE, event={"outcome": "completed"}))
 
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     await asyncio.gather(*(caller(number) for number in range(callers)))
-    return Sample(2 * len(waits) / (time.perf_counter() - began), 1_000 * statistics.median(waits))
+    took, worked, done = time.perf_counter() - began, time.process_time() - worked, 2 * len(waits)
+    return Sample(done / took, 1_000 * statistics.median(waits), 1e6 * worked / done)
 
 
 async def measure(make: Make, pool: int, given: argparse.Namespace) -> None:
@@ -138,10 +143,9 @@ async def measure(make: Make, pool: int, given: argparse.Namespace) -> None:
     for accounts in given.accounts:
         for callers in given.callers:
             samples: dict[str, list[Sample]] = {"row": [], "pump": []}
-            for turn in range(given.rounds):
+            for _ in range(given.rounds):
                 for way, submit in (("row", rows.submit), ("pump", pump.submit)):
-                    name = f"{way}.{accounts}.{callers}.{turn}"
-                    samples[way].append(await drive(submit, name, callers, accounts, given.seconds))
+                    samples[way].append(await drive(submit, callers, accounts, given.seconds))
             _print(store.name, accounts, callers, samples)
     await pump.close()
     for each in (store, *others):
@@ -153,7 +157,7 @@ def _print(name: str, accounts: int, callers: int, samples: dict[str, list[Sampl
     ratio = statistics.median(b.per_s / a.per_s for a, b in zip(samples["row"], samples["pump"], strict=True))
     print(
         f"| {name} | {accounts} | {callers} | {row.per_s:.0f} | {pumped.per_s:.0f} | {ratio:.1f} | "
-        f"{row.p50_ms:.2f} | {pumped.p50_ms:.2f} |",
+        f"{row.p50_ms:.2f} | {pumped.p50_ms:.2f} | {row.cpu_us:.0f} | {pumped.cpu_us:.0f} |",
         flush=True,
     )
 
@@ -167,9 +171,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each way in each round")
     given = parser.parse_args()
-    print("An admission and an end are two operations; p50 is that of an admission; ratios are medians of rounds.\n")
-    print("| store | accounts | callers | row at a time, ops/s | pump, ops/s | ratio | row p50, ms | pump p50, ms |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    print(
+        "An admission and an end are two operations; p50 is that of an admission; ratios are medians of rounds; CPU "
+        "is that of this process.\n"
+    )
+    print(
+        "| store | accounts | callers | row at a time, ops/s | pump, ops/s | ratio | row p50, ms | pump p50, ms | "
+        "row CPU, us/op | pump CPU, us/op |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name in given.stores:
         with STORES[name]() as (make, pool):
             asyncio.run(measure(make, pool, given))

@@ -121,6 +121,22 @@ def test_record_the_duration_by_line_outcome_and_status() -> None:
         assert without.data.sum == 0.0
 
 
+def test_record_what_measured_calls_used_of_their_holds() -> None:
+    """metering.hold.used has one share for each call with usage that held something, and none for corrections."""
+    events = [
+        make_event(1, amount=150, held=300),
+        make_event(2, amount=600, held=300),
+        make_event(3, amount=5, held=0),
+        make_event(4, amount=5, held=5, usage=None),
+    ]
+    correction = make_event(5, amount=1, held=4, attributes={"metering.corrects": "1"})
+    with telemetry() as seen:
+        deliver(seen, *events, correction)
+        (point,) = seen.points("metering.hold.used")
+        assert point.attributes == {"metering.line": "chat"}
+        assert (point.data.count, point.data.sum) == (2, 2.5)
+
+
 def test_report_zero_tokens_and_leave_out_unreported_ones() -> None:
     """A reported zero is a value; what was not reported is none (S2.41)."""
     with telemetry() as seen:

@@ -11,6 +11,7 @@ __all__ = ["MUTATIONS"]
 
 PITFALLS = Path(__file__).parents[1] / "pitfalls"
 EXCHANGE = "asgi_metering.asgi.exchange"
+HEARING = "asgi_metering.asgi.hearing"
 DRESSING = "asgi_metering.asgi.dressing"
 RUNTIME = "asgi_metering.runtime"
 HEARTBEATS = "asgi_metering.heartbeats"
@@ -33,8 +34,8 @@ MUTATIONS = (
         22,
         "await the end in send",
         EXCHANGE,
-        "        self.finishing = True\n        taken = True\n",
-        "        self.finishing = taken = True\n        self._close(call)\n        await call.expects_ending()\n",
+        "        self.sending = (body, reaches)\n",
+        "        self.sending = (body, reaches)\n        self._close(call)\n        await call.expects_ending()\n",
         _test("test_never_awaits_the_ledger_in_send"),
     ),
     Mutation(
@@ -48,33 +49,33 @@ MUTATIONS = (
     Mutation(
         23,
         "a disconnect after the end counts",
-        EXCHANGE,
-        "        if not self.finishing and self.call is not None:\n            self.call.see(Cause.CLIENT_GONE)\n",
-        "        if self.call is not None:\n            self.call.cause = Cause.CLIENT_GONE\n",
+        HEARING,
+        "        if call is None or self.finishing:\n            return\n",
+        "        if call is None:\n            return\n        call.cause = None\n",
         _test("test_settles_a_stream_that_starlette_cancels_behind_its_last_message"),
     ),
     Mutation(
         24,
         "no grace after the last message",
         EXCHANGE,
-        "                self.grace = runtime.graces.expect(GRACE_S, functools.partial(self._close, call))\n",
-        "                self._close(call)\n",
+        "            self.grace = runtime.graces.expect(GRACE_S, self._look)\n        try:\n",
+        "            self._close(call)\n        try:\n",
         _test("test_error_that_base_http_middleware_hides_behind_a_clean_end_is_an_error"),
     ),
     Mutation(
         24,
         "wait for the background task",
         EXCHANGE,
-        "                self.grace = runtime.graces.expect(GRACE_S, functools.partial(self._close, call))\n",
-        "                pass\n",
+        "            self.grace = runtime.graces.expect(GRACE_S, self._look)\n        try:\n",
+        "            pass\n        try:\n",
         _test("test_background_task_does_not_delay_the_end"),
     ),
     Mutation(
         24,
         "the grace begins before the last message is taken",
         EXCHANGE,
-        "last_sends.expect(LAST_SEND_S, functools.partial(self._give_up, call, body, reaches))\n",
-        "graces.expect(GRACE_S, functools.partial(self._close, call))\n",
+        "            self.stuck = call.runtime.last_sends.expect(LAST_SEND_S, self._give_up)\n",
+        "            self._close(call)\n",
         _test("test_grace_begins_when_the_server_has_the_last_message[False]")
         + _test("test_grace_begins_when_the_server_has_the_last_message[True]"),
     ),
@@ -126,8 +127,8 @@ MUTATIONS = (
         27,
         "a last send that hangs is never read",
         EXCHANGE,
-        "        self._took_last(call, body, reaches)\n        self._close(call)\n",
-        "        self._close(call)\n",
+        "            self._took_last(call, *self.sending)\n            self._close(call)\n",
+        "            self._close(call)\n",
         _test("test_last_send_that_never_returns_is_ended_by_what_was_sent"),
     ),
     Mutation(
@@ -239,14 +240,14 @@ MUTATIONS = (
         36,
         "the last body ends a response with trailers",
         EXCHANGE,
-        '        if not message.get("more_body", False) and not self.trailers:\n',
+        '        if not self.trailers and not message.get("more_body", False):\n',
         '        if not message.get("more_body", False):\n',
         _test("test_trailers_end_the_response_that_announced_them"),
     ),
     Mutation(
         36,
         "HEAD is metered",
-        "asgi_metering.asgi.exchange",
+        HEARING,
         'FREE_METHODS = frozenset({"HEAD", "OPTIONS"})\n',
         "FREE_METHODS = frozenset()\n",
         _test("test_head_is_free_and_counts_no_bytes"),
@@ -263,8 +264,8 @@ MUTATIONS = (
         0,
         "a hold of nothing is no hold",
         "asgi_metering.admission",
-        "        asked.sources\n        or asked.leases\n",
-        "        decision.held\n        or asked.leases\n",
+        "    if asked.sources or asked.leases or (not is_plain and leaves_hold(asked)):\n",
+        "    if decision.held or asked.leases:\n",
         _test("test_usage_of_a_call_that_held_nothing_posts_in_full[zero]")
         + _test("test_usage_of_a_call_that_held_nothing_posts_in_full[up-to]")
         + _test("test_usage_of_a_call_that_held_nothing_posts_in_full[rounds-to-zero]"),

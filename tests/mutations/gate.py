@@ -9,6 +9,7 @@ __all__ = ["MUTATIONS"]
 AUDIT = "asgi_metering.asgi.audit"
 CALL = "asgi_metering.call"
 EXCHANGE = "asgi_metering.asgi.exchange"
+HEARING = "asgi_metering.asgi.hearing"
 DRESSING = "asgi_metering.asgi.dressing"
 GUARDS = "asgi_metering.guards"
 LIFESPAN = "asgi_metering.asgi.lifespan"
@@ -59,15 +60,15 @@ CALLS = (
         2,
         "the context comes before the arguments",
         GUARDS,
-        "        opening = self._opening_in(args) or self._opening_in(kwargs.values()) or CURRENT.get()\n",
-        "        opening = CURRENT.get() or self._opening_in(args) or self._opening_in(kwargs.values())\n",
+        "            (self._opening_in(args) if args else None)\n",
+        "            CURRENT.get()\n            or (self._opening_in(args) if args else None)\n",
         _in("calls", "test_charge_the_request_in_the_arguments[request]"),
     ),
     Mutation(
         2,
         "the request behind a context of MCP is not found",
         GUARDS,
-        '    if not hasattr(type(value), "request_context"):\n',
+        '    if scope is not None or not hasattr(type(value), "request_context"):\n',
         "    if True:\n",
         _in("calls", "test_charge_the_request_in_the_arguments[mcp-context]"),
     ),
@@ -472,7 +473,7 @@ ENDPOINTS = (
     Mutation(
         12,
         "OPTIONS is metered",
-        "asgi_metering.asgi.exchange",
+        HEARING,
         'FREE_METHODS = frozenset({"HEAD", "OPTIONS"})\n',
         'FREE_METHODS = frozenset({"HEAD"})\n',
         _in("gate", "test_charge_nothing_for_what_is_no_call[options-added]"),

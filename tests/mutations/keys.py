@@ -10,6 +10,7 @@ ADMISSION = "asgi_metering.admission"
 BILLING = "asgi_metering.billing"
 BODY = "asgi_metering.asgi.body"
 EXCHANGE = "asgi_metering.asgi.exchange"
+HEARING = "asgi_metering.asgi.hearing"
 KEYING = "asgi_metering.keying"
 REPLAY = "asgi_metering.asgi.replay"
 SETTLEMENT = "asgi_metering.rules.settlement"
@@ -60,16 +61,16 @@ MUTATIONS = (
         0,
         "failures keep their key",
         BILLING,
-        "told, row not in DONE, reply",
-        "told, False, reply",
+        "        row not in DONE, reply,\n",
+        "        False, reply,\n",
         _once("test_run_again_what_failed_free[/broken-memory]", "test_run_again_what_failed_free[/failing-memory]"),
     ),
     Mutation(
         0,
         "half an answer is kept",
         BILLING,
-        " and seen.cause is Cause.COMPLETED else None\n",
-        " else None\n",
+        "    return reply.told() if seen.cause is _COMPLETED else None\n",
+        "    return reply.told()\n",
         _once("test_keep_no_half_answer[3]"),
     ),
     Mutation(
@@ -83,7 +84,7 @@ MUTATIONS = (
     Mutation(
         0,
         "what the app reads is not seen",
-        EXCHANGE,
+        HEARING,
         "            if has_key(self.scope):\n                self.request_body()\n",
         "            pass\n",
         _once("test_refuse_a_key_that_came_with_another_request[body]"),

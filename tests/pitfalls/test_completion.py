@@ -407,3 +407,24 @@ def test_return_without_a_start_is_no_success() -> None:
             assert await stage.charges() == []
 
     asyncio.run(play())
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, lambda text: memoryview(bytearray(text))])
+def test_charge_an_answer_whose_fields_are_bytes_of_another_kind(kind: Any) -> None:
+    """Names and values may be any bytes-like object: the answer goes out, its length is read, and it is charged."""
+
+    @plain
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        fields = [(kind(b"content-length"), kind(b"2")), (kind(b"content-type"), kind(b"text/plain"))]
+        await send({"type": "http.response.start", "status": 200, "headers": fields})
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        await send({"type": "http.response.body", "body": b"b"})
+        raise RuntimeError("behind it")
+
+    async def run() -> None:
+        async with staged(metered_app(app, billable(2))) as stage:
+            ended = await stage.drive()
+            assert str(ended.exception) == "behind it"
+            assert await stage.basis() == ("usage",)
+
+    asyncio.run(run())

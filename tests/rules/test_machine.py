@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from asgi_metering.decisions import Decision, Reason
 from asgi_metering.errors import AmountError, ConfigurationError, IdempotencyConflictError
 from asgi_metering.receipts import Basis, EndedBy, Part, Posting, Receipt
+from asgi_metering.rules.calendars import Period, boundaries
 from asgi_metering.rules.corrections import charged
 from asgi_metering.rules.hold import is_live
 from asgi_metering.rules.operations import (
@@ -45,16 +46,37 @@ from asgi_metering.rules.operations import (
 )
 from asgi_metering.rules.settlement import end_overdue
 from asgi_metering.rules.state import NEVER, Account, Hold, State
-from tests.rules.world import DAY_S, WALLET, World, calendar, days, fixed, imbalances, sliding, slots, snapshot
+from tests.rules.world import (
+    DAY_S,
+    WALLET,
+    World,
+    bucket,
+    calendar,
+    days,
+    fixed,
+    imbalances,
+    moving,
+    sliding,
+    slots,
+    snapshot,
+)
 
 PAYERS = ("ada", "bob")
 CALLS = tuple(f"c{number}" for number in range(12))
+COUNTED = ("q0", "q1", "q2")
+"""Calls that limits count, and that may take tokens."""
 GRANTS = tuple(f"g{number}" for number in range(8))
-LIMITS = {"k": 5, "s": 6, "d": 7}
+PERIODS = {"n": Period.MINUTE, "h": Period.HOUR, "d": Period.DAY, "w": Period.WEEK, "o": Period.MONTH, "y": Period.YEAR}
+"""Of calendar limits, by their keys: in a zone whose clock changes."""
+LIMITS = {"k": 5, "s": 6, "m": 4, **{key: 4 + number for number, key in enumerate(PERIODS)}}
 """The limit of each counter that counts requests: it is never exceeded."""
+WINDOW_S, REFILL, BURST = 60.0, 3, 4
+"""Of the log, "m", and of the bucket, "b"."""
+KINDS = ("k", "s", "m", "b", "t", "u", *PERIODS)
 
 payers = st.sampled_from(PAYERS)
 calls = st.sampled_from(CALLS)
+anybody = st.sampled_from((*CALLS, *COUNTED))
 amounts = st.integers(0, 30)
 charges = st.one_of(st.none(), st.integers(0, 40))
 postings = st.sampled_from(["r0", "r1", "c0", "g0"])
@@ -82,10 +104,12 @@ class Books(RuleBasedStateMachine):
         self.world = World()
         self.receipts: dict[str, Receipt] = {}
         self.admitted: dict[str, tuple[Admit, float]] = {}
+        # When the log and the bucket let calls in that count, by the store's time.
+        self.passed: dict[str, list[tuple[float, str, float]]] = {"m": [], "b": []}
 
     # -- time ------------------------------------------------------------------------------------------------
 
-    @rule(seconds=st.sampled_from([0.25, 1.0, 10.0, 31.0, 65.0, 400.0, DAY_S]))
+    @rule(seconds=st.sampled_from([0.25, 1.0, 10.0, 31.0, 65.0, 400.0, DAY_S, 33 * DAY_S]))
     def wait(self, seconds: float) -> None:
         """Time passes."""
         self.world.wait(seconds)
@@ -141,7 +165,7 @@ class Books(RuleBasedStateMachine):
         amount=amounts,
         least=amounts,
         sources=wanted,
-        limits=st.lists(st.sampled_from("ksdt"), max_size=3, unique=True),
+        limits=st.lists(st.sampled_from(KINDS), max_size=4, unique=True),
         pools=st.lists(st.sampled_from(["one", "two"]), max_size=2, unique=True),
         grace_s=st.sampled_from([0.0, 20.0]),
         in_doubt=st.sampled_from([Basis.OBSERVED, Basis.HOLD, Basis.NONE]),
@@ -175,11 +199,7 @@ class Books(RuleBasedStateMachine):
             facts={"n": 1},
         )
         known = call in world.state.holds
-        # What an admission ends on its way is done before, so that the rest is its own.
-        accounts = {payer, *(source.payer for source in ask.sources if source.payer)}
-        now = max(world.now, *(self._account(each).seen_at for each in accounts))
-        for each in sorted(accounts):
-            end_overdue(world.state, (each, "credits"), now, 100)
+        now = self._prepared({payer, *(source.payer for source in ask.sources if source.payer)})
         before = snapshot(world.state)
         foreseen = world.run(Preview(ask))
         assert snapshot(world.state) == before
@@ -192,12 +212,53 @@ class Books(RuleBasedStateMachine):
             return
         assert decision.now == now
         self.admitted[call] = ask, now
+        self._note(ask, now)
         assert not amount or ask.minimum <= decision.held <= amount
         if decision.source == "wallet" and decision.held:
             assert decision.available == self._account(decision.payer).available >= (-9 if "over" in sources else 0)
         for lease in ask.leases:
             live = [row for row in world.state.leases[lease.pool].values() if row.expires_at > now]
             assert len(live) <= lease.limit
+
+    @rule(
+        call=st.sampled_from(COUNTED),
+        limits=st.lists(st.sampled_from(KINDS), min_size=1, max_size=3, unique=True),
+        times=st.integers(1, 6),
+        apart_s=st.sampled_from([0.0, 0.25, 5.0, 15.0]),
+    )
+    def count(self, call: str, limits: list[str], times: int, apart_s: float) -> None:
+        """Calls that cost nothing come one after the other, and each limit counts all of them, or none does."""
+        world = self.world
+        for _ in range(times):
+            ask = Admit(call, "ada", "credits", 0, 0, limits=tuple(self._limits(limits)), ttl_s=30.0, grace_s=10.0)
+            self._prepared({"ada"})
+            known, before = call in world.state.holds, snapshot(world.state)
+            decision = world.run(ask)
+            assert isinstance(decision, Decision)
+            if not decision.admitted or known:
+                assert snapshot(world.state) == before
+            else:
+                self.admitted[call] = ask, decision.now
+                self._note(ask, decision.now)
+            world.wait(apart_s)
+
+    def _prepared(self, accounts: set[str]) -> float:
+        """Do before what an admission into *accounts* ends on its way; answers its time."""
+        now = max(self.world.now, *(self._account(each).seen_at for each in accounts))
+        for each in sorted(accounts):
+            end_overdue(self.world.state, (each, "credits"), now, 100)
+        for key, passed in self.passed.items():
+            if key not in self.world.state.counters:
+                # What is forgotten counts no more, also where the clock steps back behind it.
+                passed.clear()
+        return now
+
+    def _note(self, ask: Admit, now: float) -> None:
+        """Note what was let in at *now*; to the log and the bucket no time is before what they have seen."""
+        for limit in ask.limits:
+            passed = self.passed.get(limit.key)
+            if passed is not None:
+                passed.append((max([now, *(at for at, _, _ in passed[-1:])]), ask.id, now))
 
     def _explains(self, ask: Admit, decision: Decision) -> None:
         refusal = decision.refusal
@@ -233,9 +294,15 @@ class Books(RuleBasedStateMachine):
         offered = {
             "k": fixed(LIMITS["k"], 60.0, key="k"),
             "s": sliding(LIMITS["s"], 60.0, key="s", cost=2),
-            "d": calendar(LIMITS["d"], self.world.now, key="d"),
+            "m": moving(LIMITS["m"], WINDOW_S, key="m"),
+            "b": bucket(REFILL, BURST, WINDOW_S, key="b"),
             "t": sliding(100, 50.0, key="t", meter="tokens", cost=20),
+            "u": bucket(40, 100, 50.0, key="u", meter="tokens", cost=20),
         }
+        for key in keys:
+            if key in PERIODS:
+                edges = boundaries(PERIODS[key], "Europe/Berlin", self.world.now)
+                offered[key] = calendar(LIMITS[key], self.world.now, key=key, boundaries=edges)
         return (offered[key] for key in keys)
 
     def _pools(self, pools: list[str]) -> Iterator[LeaseAsk]:
@@ -261,7 +328,7 @@ class Books(RuleBasedStateMachine):
         else:
             assert (hold.amount, hold.parts) == (was.amount, was.parts)
 
-    @rule(call=calls)
+    @rule(call=anybody)
     def undo(self, call: str) -> None:
         """An admission is taken back whole, unless its call has ended."""
         if call not in self.admitted:
@@ -272,6 +339,8 @@ class Books(RuleBasedStateMachine):
         before = snapshot(world.state)
         done = world.run(Undo(ask, at))
         assert done is (was is None or was.receipt is None)
+        for key, passed in self.passed.items():
+            self.passed[key] = [each for each in passed if not done or each[1:] != (call, at)]
         if not done:
             assert snapshot(world.state) == before
         for key, counter in world.state.counters.items():
@@ -347,14 +416,14 @@ class Books(RuleBasedStateMachine):
 
     # -- ends ------------------------------------------------------------------------------------------------
 
-    @rule(call=calls, observed=st.integers(0, 40))
+    @rule(call=anybody, observed=st.integers(0, 40))
     def beat(self, call: str, observed: int) -> None:
         """A heartbeat keeps a live hold alive, and nothing else."""
         hold = self.world.state.holds.get(call)
         lives = self.world.run(Renew(call, observed))
         assert lives is (hold is not None and is_live(hold.state))
 
-    @rule(call=calls, amount=charges, by=st.sampled_from(EndedBy), tokens=st.one_of(st.none(), st.integers(0, 90)))
+    @rule(call=anybody, amount=charges, by=st.sampled_from(EndedBy), tokens=st.one_of(st.none(), st.integers(0, 90)))
     def end(self, call: str, amount: int | None, by: EndedBy, tokens: int | None) -> None:
         """Whoever ends a hold first wins; who comes later gets that receipt, and charges at most the difference."""
         world = self.world
@@ -454,8 +523,8 @@ class Books(RuleBasedStateMachine):
     def last_windows_are_known(self) -> None:
         """Where an allowance rolls, its last window is found."""
         state = self.world.state
-        for bucket, start in state.latest.items():
-            assert (*bucket, start) in state.allowances
+        for series, start in state.latest.items():
+            assert (*series, start) in state.allowances
 
     @invariant()
     def limits_are_never_exceeded(self) -> None:
@@ -463,6 +532,17 @@ class Books(RuleBasedStateMachine):
         for key, limit in LIMITS.items():
             counter = self.world.state.counters.get(key)
             assert counter is None or counter.used <= limit
+
+    @invariant()
+    def no_window_sees_more_than_its_limit(self) -> None:
+        """A log lets so many in within any window, and a bucket what it holds and what has flowed in meanwhile."""
+        times = [at for at, _, _ in self.passed["m"]]
+        for first, beyond in zip(times, times[LIMITS["m"] :], strict=False):
+            assert beyond - first > WINDOW_S
+        times = [at for at, _, _ in self.passed["b"]]
+        for number, first in enumerate(times):
+            for count, last in enumerate(times[number:], 1):
+                assert count <= BURST + (last - first) * REFILL / WINDOW_S
 
     @invariant()
     def slots_belong_to_live_holds(self) -> None:

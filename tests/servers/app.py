@@ -11,6 +11,7 @@ path                answer
 ``/file``           2 credits: a file
 ``/words``          1 credit a token: a chat stream of ``n`` words, ``pause_ms`` apart, with its usage at the end
 ``/brief``          the same on a hold that lives for 1 s without a heartbeat
+``/drained``        the same as ``/words``, which goes on for a client that left
 ``/torn``           1 credit a token: two words and half an event, and nothing more until the client leaves
 ``/burst``          1 credit a token: ``n`` words as fast as the server takes them; the generator never waits
 ``/slow``           2 credits: JSON, once ``until`` is a file in the folder of gates
@@ -151,6 +152,12 @@ async def words(request: Request) -> StreamingResponse:
 @billable(per_token(output=1), **_PER_TOKEN, **_BRIEF)
 async def brief(request: Request) -> StreamingResponse:
     """A stream on a short hold."""
+    return _words(request)
+
+
+@billable(per_token(output=1), **_PER_TOKEN, on_disconnect="drain")
+async def drained(request: Request) -> StreamingResponse:
+    """A stream that is finished for nobody, if need be."""
     return _words(request)
 
 
@@ -329,6 +336,7 @@ _ROUTES = [
     Route("/limited", twice),
     Route("/file", file),
     Route("/words", words),
+    Route("/drained", drained),
     Route("/brief", brief),
     Route("/torn", torn),
     Route("/burst", burst),

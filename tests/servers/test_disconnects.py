@@ -43,6 +43,16 @@ def test_leave_a_stream_between_two_events(each: House, leave: Leave) -> None:
 
 
 @each_way
+def test_leave_a_stream_that_is_finished_for_nobody(each: House, leave: Leave) -> None:
+    """Of a route that drains, the handler runs to its usage on every server, and all of that is charged."""
+    payer = each.books.grant(f"drained-{leave.__name__}", HOLD)
+    client = each.open("/drained?n=200&pause_ms=2", payer)
+    assert len(client.read_events(3)) == 3
+    leave(client)
+    assert each.books.ended(payer) == [Ended("client_gone", "completed, usage reported", "usage", 200 * CREDIT)]
+
+
+@each_way
 def test_leave_a_stream_inside_an_event(each: House, leave: Leave) -> None:
     """Two words and half an event have passed when the client leaves: two tokens."""
     payer = each.books.grant(f"inside-{leave.__name__}", HOLD)
