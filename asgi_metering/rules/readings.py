@@ -24,7 +24,7 @@ MAX_SHARED = 64
 MAX_KEPT = 512
 """Parts that are kept. Names of providers come from code, so more of them means a name made from input."""
 
-MAX_TOLD = 8_192
+MAX_TOLD = 16_384
 """Characters of a part: with as many limits as a reading can have, of names that are as long as they can be."""
 
 
