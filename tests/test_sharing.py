@@ -33,11 +33,11 @@ WITHIN_S = 5.0
 
 
 class Worker:
-    """One process: what it read, and what shares that by a store; both by the clock of the store."""
+    """One process: what it read, by a clock that may be ahead of the store's, and what shares that by the store."""
 
-    def __init__(self, store: MemoryStore, clock: FakeClock, *, is_used: bool = True) -> None:
+    def __init__(self, store: MemoryStore, clock: FakeClock, *, is_used: bool = True, ahead_s: float = 0.0) -> None:
         self.store = store
-        self.readings = QuotaReadings(clock=clock)
+        self.readings = QuotaReadings(clock=lambda: clock() + ahead_s)
         self.sharing = Sharing(self.readings, lambda: is_used, clock)
         self.told: list[Share] = []
         self.looks = 0
@@ -168,8 +168,9 @@ def test_clock_that_is_ahead_silences_nobody() -> None:
     """A worker whose clock is ahead tells its reading once, and not again over what others were told behind it."""
 
     async def play() -> None:
-        _, (ahead, right) = workers(2)
-        ahead.record(9, ago=-30.0)
+        clock, (right,) = workers(1)
+        ahead = Worker(right.store, clock, ahead_s=30.0)
+        ahead.record(9)
         await ahead.tell()
         right.record(5)
         await right.tell()

@@ -32,6 +32,21 @@ def test_share_in_any_order(told: list[SharedReading], data: st.DataObject) -> N
     assert together.state.readings == apart.state.readings
 
 
+def test_what_lies_ahead_is_of_now() -> None:
+    """What a clock that is ahead told is not older than what was told before it, nor newer than what comes (S1.45)."""
+    world = World()
+    ahead = READING._replace(observed_at=world.now + 30.0, told="[]")
+    (kept,) = world.run(Share((ahead,)))
+    assert kept == ahead._replace(observed_at=world.now)
+    assert world.run(Share((READING._replace(observed_at=world.now - 1.0),))) == (kept,)
+    world.wait(1.0)
+    new = READING._replace(observed_at=world.now)
+    assert world.run(Share((new,))) == (new,)
+    world.wait(-30.0)
+    older = READING._replace(observed_at=world.now - 5.0)
+    assert world.run(Share((older,))) == (older,)
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
