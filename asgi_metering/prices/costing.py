@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from types import MappingProxyType
 from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
@@ -45,6 +45,8 @@ class ModelCall:
         units: What it used besides tokens, by names such as ``"images"``, ``"seconds"``, ``"searches"``.
         is_media: It answered with images or other media, which counted tokens never price (S3.20).
         estimated: We counted, rather than the provider.
+        count: Of how many calls it is the sum, where a metered call makes very many (`ModelCall.plus`).
+        longest: Input of the longest of these, whose tier counts; None for a single one.
     """
 
     usage: TokenUsage = TokenUsage()
@@ -55,6 +57,35 @@ class ModelCall:
     units: Mapping[str, Decimal] = field(default_factory=lambda: NO_UNITS)
     is_media: bool = False
     estimated: bool = False
+    count: int = 1
+    longest: int | None = None
+
+    @property
+    def context(self) -> int:
+        """Tokens of input by which a tier is chosen."""
+        return (self.usage.input or 0) if self.longest is None else self.longest
+
+    def plus(self, other: ModelCall) -> ModelCall:
+        """
+        Add another call of the same model, which the same prices count for.
+
+        Raises:
+            UsageError: It adds up to more than can be counted.
+        """
+        units = dict(self.units)
+        for name, count in other.units.items():
+            units[name] = EXACT.add(units.get(name, Decimal(0)), count)
+        costs = [cost for cost in (self.cost, other.cost) if cost is not None]
+        hidden = [cost for cost in (self.hidden_cost, other.hidden_cost) if cost is not None]
+        return replace(
+            self,
+            usage=self.usage + other.usage,
+            cost=sum(costs[1:], costs[0]) if costs else None,
+            hidden_cost=sum(hidden[1:], hidden[0]) if hidden else None,
+            units=MappingProxyType(units) if units else NO_UNITS,
+            count=self.count + other.count,
+            longest=max(self.context, other.context),
+        )
 
     @property
     def used_anything(self) -> bool:
@@ -168,7 +199,7 @@ def breakdown(calls: Sequence[CostedCall]) -> str:
 def _share(each: CostedCall) -> dict[str, Any]:
     usage = each.call.usage
     counts = {axis: count for axis in _AXES if (count := getattr(usage, axis)) is not None}
-    return {"calls": 1, "cost": each.cost, **counts}
+    return {"calls": each.call.count, "cost": each.cost, **counts}
 
 
 def _add(shares: dict[str, dict[str, Any]], model: str, more: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ Works in USD, and converts once. Knows where a name is looked for; never asks a 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from types import MappingProxyType
@@ -57,20 +57,20 @@ def _response(call: ModelCall, rate: Rate | None) -> Decimal:
     if rate is None or call.estimated or not call.used_anything:
         return _NOTHING
     units = _NOTHING if rate.units is None else rate.units.cost_of(call.units)
-    return EXACT.add(EXACT.add(units, _token_cost(call, rate)), rate.call)
+    return EXACT.add(EXACT.add(units, _token_cost(call, rate)), EXACT.multiply(rate.call, call.count))
 
 
 def _counted(call: ModelCall, rate: Rate | None) -> Decimal:
     """By tokens alone, whoever counted them; never of images, whose tokens are none of a text's (S3.20)."""
     tokens = _NOTHING if rate is None or call.is_media else _token_cost(call, rate)
-    return EXACT.add(tokens, rate.call) if rate is not None and tokens else _NOTHING
+    return EXACT.fma(rate.call, call.count, tokens) if rate is not None and tokens else _NOTHING
 
 
 def _token_cost(call: ModelCall, rate: Rate) -> Decimal:
     if rate.tokens is None or rate.is_media:
         # Tokens of its images have a price of their own, and nobody tells them apart.
         return _NOTHING
-    return rate.tokens.cost(call.usage)
+    return rate.tokens.cost_of(call)
 
 
 _NOTHING: Final = Decimal(0)
@@ -233,6 +233,13 @@ class PinnedPrices:
         flags = tuple(dict.fromkeys(flag for each in costed for flag in each.flags))
         return Costing(amount, costed, prices.version, flags)
 
+    def kind_of(self, call: ModelCall) -> Hashable:
+        """As of `TokenPrice`; and a cost that nobody believes makes no other one doubtful, nor larger."""
+        rate = self.prices.lookup(call.model or self.model, call.provider, self.at).rate
+        tier = None if rate is None or rate.tokens is None else rate.tokens.kind_of(call)
+        costs = tuple([_sort_of(cost, self.prices.believed) for cost in (call.cost, call.hidden_cost)])
+        return tier, call.used_anything, *costs
+
     def _costed(self, call: ModelCall) -> CostedCall:
         prices, flags = self.prices, list[Flag]()
         found: _Lookup | None = None
@@ -242,7 +249,7 @@ class PinnedPrices:
                 if found.is_default and call.used_anything:
                     flags.append("unknown_model")
             cost = RESOLVERS[name](call, None if found is None else found.rate)
-            if not cost.is_finite() or not 0 <= cost <= prices.believed:
+            if not cost.is_finite() or not 0 <= cost <= prices.believed * call.count:
                 flags.append("cost_refused")
                 continue
             if cost:
@@ -263,6 +270,13 @@ class PinnedPrices:
         if call.units and (rate.units is None or not rate.units.prices.keys() >= call.units.keys()):
             return True
         return rate.tokens is None and not call.units
+
+
+def _sort_of(cost: Decimal | None, believed: Decimal) -> int:
+    """0 for no cost, 1 for one that is believed, 2 for another one."""
+    if not cost:
+        return 0
+    return 1 if cost.is_finite() and 0 < cost <= believed else 2
 
 
 def model_prices(

@@ -132,7 +132,17 @@ class TokenPrice:
 
     def bill(self, calls: tuple[ModelCall, ...], context: object = None) -> Costing:
         """What all *calls* cost, each in the tier of its own input: see `BilledPrice`."""
-        return plain_costing(calls, lambda call: self.cost(call.usage))
+        return plain_costing(calls, self.cost_of)
+
+    def cost_of(self, call: ModelCall) -> Decimal:
+        """Whole units that one call of a model costs, or the sum of several of one kind, exactly."""
+        return self._priced(call.usage, self._at(call.context))
+
+    def kind_of(self, call: ModelCall) -> tuple[int, bool]:
+        """Tell calls apart whose sum costs something else than they do: by tier, and by whether voices are told apart."""
+        usage = call.usage
+        tier = sum(1 for band in self._bands if band.least <= call.context)
+        return tier, usage.audio is not None and usage.audio_output is None
 
     def cost_at_most(self, usage: TokenUsage, slack: Decimal = NO_SLACK) -> Decimal:
         """
