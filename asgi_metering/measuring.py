@@ -341,7 +341,9 @@ class TextCounts:
         return total
 
 
-async def observed_usage(call: Call, known: Metered, counts: TextCounts | None = None) -> Metered:
+async def observed_usage(
+    call: Call, known: Metered, counts: TextCounts | None = None, *, guesses: bool = True
+) -> Metered:
     """
     What was delivered (DESIGN 4 "Observed"), each upstream exchange judged by itself and all of them added.
 
@@ -349,6 +351,7 @@ async def observed_usage(call: Call, known: Metered, counts: TextCounts | None =
         call: Whose.
         known: What was reported.
         counts: Remembers what was counted, for a call that runs; without it all is counted anew.
+        guesses: Text counts also where nothing shows that a model wrote it.
 
     An answer that reported to its end counts as it reported; of one that broke the input counts as far as it is
     known, and the output is counted from the text that passed. Whatever is not counted makes it an estimate.
@@ -362,6 +365,8 @@ async def observed_usage(call: Call, known: Metered, counts: TextCounts | None =
     model, estimated = known.model, False
     calls: list[ModelCall] = []
     for part in _parts(call, known):
+        if not guesses and part.reader is not None and not part.reader.known:
+            continue
         model = (part.report.model if part.report is not None else None) or model
         if part.usage is not None and (part.final or part.reader is None or isinstance(part.reader, Sum)):
             usage = part.usage + usage
