@@ -23,7 +23,7 @@ from asgi_metering.rules.operations import End
 from asgi_metering.rules.state import build
 from asgi_metering.tokens import DEFAULT_ENCODING
 from asgi_metering.usage import TokenUsage
-from asgi_metering.usage.values import REFUSING, UNREAD
+from asgi_metering.usage.values import AXES, REFUSING, UNREAD
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
@@ -385,8 +385,7 @@ def _price_attributes(call: Call, used: Metered) -> dict[str, Any]:
 
 def usage_dict(usage: TokenUsage) -> dict[str, int]:
     """The reported counts of *usage*, by name; what was not reported is absent."""
-    names = ("input", "output", "cached", "cache_write", "reasoning", "audio", "audio_output")
-    return {name: count for name in names if (count := getattr(usage, name)) is not None}
+    return {name: count for name in AXES if (count := getattr(usage, name)) is not None}
 
 
 def _outcome(seen: Sighting) -> str:

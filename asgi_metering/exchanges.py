@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Iterable
 from dataclasses import replace
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from asgi_metering.errors import UsageError
@@ -100,9 +99,7 @@ class Sum:
     def unnamed(self) -> Sum:
         """The same, of a model that nobody named."""
         call = replace(self.call, model=None)
-        return Sum(
-            call, self.problems, truncated=self.truncated, counted=self.counted, unreported=self.unreported
-        )
+        return Sum(call, self.problems, truncated=self.truncated, counted=self.counted, unreported=self.unreported)
 
     def report(self) -> UsageReport:
         """What they reported, as if one had."""

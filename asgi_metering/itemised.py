@@ -42,6 +42,7 @@ MEDIA = re.compile(r"(?:^|[/.-])(?:gpt-image|dall-e|imagen|flux|stable-diffusion
 DOUBTS = {
     "unknown_model": "No price is known by the name of a model that it used",
     "default_price": "A model that it used is charged by the default price",
+    "dearest_kind": "Nobody says what of its output is an image, so that all of it is charged as what costs most",
     "cost_refused": "A cost that was reported cannot be believed, and was passed over",
     "cost_unresolved": "Nothing tells the cost of a model that it used, so that nothing is charged for that",
 }

@@ -285,7 +285,7 @@ def _parts(call: Call, known: Metered) -> list[Part]:
 
 def _input_side(usage: TokenUsage) -> TokenUsage:
     spoken = None if usage.audio_output is None else 0
-    return TokenUsage(usage.input, None, usage.cached, usage.cache_write, None, _heard(usage), spoken)
+    return replace(usage, output=None, reasoning=None, audio=_heard(usage), audio_output=spoken, image_output=None)
 
 
 def _heard(usage: TokenUsage) -> int | None:
@@ -306,12 +306,13 @@ def given_input(call: Call, part: Part, *, begun: bool) -> tuple[TokenUsage, boo
     if call.asked is not None and begun:
         asked = _input_side(call.asked)
         # Whether a cache was written nobody told, unless the route's own estimate did.
-        return (asked if call.asked is call.estimate else replace(asked, cache_write=None)), True
+        return (asked if call.asked is call.estimate else replace(asked, cache_write=None, cache_write_1h=None)), True
     return TokenUsage(input=0), True
 
 
 def observation(given: TokenUsage, output: int) -> TokenUsage:
-    return TokenUsage(given.input, output, given.cached, given.cache_write, None, given.audio, given.audio_output)
+    """An answer whose output was counted: text, as far as that can be told."""
+    return replace(given, output=output)
 
 
 def _begun(call: Call) -> bool:
@@ -411,7 +412,8 @@ def committed_usage(call: Call, price: MeasuredPrice, *, expected: bool) -> Toke
         return spent
     spoken = spent.audio_output
     audio = max(_heard(asked) or 0, _heard(spent) or 0) + (spoken or 0) or None
-    return TokenUsage(asked.input, spent.output, asked.cached, asked.cache_write, spent.reasoning, audio, spoken)
+    given = replace(_input_side(asked), audio=audio, audio_output=spoken)
+    return replace(given, output=spent.output, reasoning=spent.reasoning, image_output=spent.image_output)
 
 
 def _told(call: Call) -> TokenUsage:

@@ -79,8 +79,8 @@ async def estimate_body(
             Gemini's ``generationConfig``, the largest where there are several, times ``n``. Images count by their
             provider's formula.
         default_output: Output tokens where the body names no bound.
-        at_most: Count all of the input as written to a cache too, and all of the output as spoken, where the body asks
-            for that.
+        at_most: Count all of the input as written to a cache too (for an hour, where the body asks for that), and all
+            of the output as spoken, where the body asks for that.
 
     Input is counted by the tokenizer, or estimated where it is missing; long texts off the event loop. Where ``input``
     or ``prompt`` gives token ids instead of text, as embeddings take them, each id is a token.
@@ -97,9 +97,10 @@ async def estimate_body(
     bound, answers = _bound(body)
     output = (default_output if bound is None else bound) * answers
     output = min(output, MAX_OUTPUT_TOKENS)
-    written = given if at_most and _marks_cache(body) else None
+    marks = set(_cache_marks(body)) if at_most else set()
+    written, long = given if marks else None, given if HOUR in marks else None
     spoken = output if at_most and _asks_for_audio(body) else None
-    return TokenUsage(given, output, None, written, None, spoken, spoken)
+    return TokenUsage(given, output, None, written, None, spoken, spoken, long)
 
 
 def _asks_for_audio(body: Mapping[str, Any]) -> bool:
@@ -132,17 +133,23 @@ def _bound(body: Mapping[str, Any]) -> tuple[int | None, int]:
     return bound, max(1, *(whole(value) or 1 for value in counts))
 
 
-def _marks_cache(value: Any, depth: int = 0) -> bool:
-    """Whether a request asks its provider to write what it brings to a cache, which may cost more (Anthropic)."""
+HOUR = "1h"
+"""How Anthropic's ``ttl`` of a cache is written that costs more than the usual one."""
+
+
+def _cache_marks(value: Any, depth: int = 0) -> Iterator[str]:
+    """How long a request asks its provider to keep in a cache what it brings, which may cost more (Anthropic)."""
     value = _plain(value)
     if isinstance(value, Mapping):
-        if value.get("cache_control"):
-            return True
-        inner = [value.get(key) for key in ("system", "tools", "messages", "content")]
-        return depth < MAX_DEPTH and any(_marks_cache(part, depth + 1) for part in inner if part is not None)
-    if isinstance(value, list | tuple):
-        return depth < MAX_DEPTH and any(_marks_cache(part, depth + 1) for part in value)
-    return False
+        mark = _plain(value.get("cache_control"))
+        if mark:
+            yield str(mark.get("ttl")) if isinstance(mark, Mapping) else ""
+        inner: list[Any] = [value.get(key) for key in ("system", "tools", "messages", "content")]
+    else:
+        inner = list(value) if isinstance(value, list | tuple) else []
+    if depth < MAX_DEPTH:
+        for part in inner:
+            yield from _cache_marks(part, depth + 1)
 
 
 def _ids(value: Any) -> int:

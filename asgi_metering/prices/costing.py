@@ -17,6 +17,7 @@ from asgi_metering.amounts import exact_amount
 from asgi_metering.errors import UsageError
 from asgi_metering.prices.values import EXACT
 from asgi_metering.usage import TokenUsage
+from asgi_metering.usage.values import AXES
 
 __all__ = ["BilledPrice", "CostedCall", "Costing", "Flag", "ModelCall", "breakdown", "plain_costing", "read_units"]
 
@@ -29,7 +30,7 @@ OTHER: Final = "_OTHER"
 """Stands for the models that have no room in it."""
 
 Flag: TypeAlias = str
-"""``unknown_model``, ``default_price``, ``cost_refused``, ``cost_unresolved``; see `Costing`."""
+"""``unknown_model``, ``default_price``, ``dearest_kind``, ``cost_refused``, ``cost_unresolved``; see `Costing`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ class CostedCall:
         """JSON-safe, every count by its name; what was not reported is absent (S3.27)."""
         call = self.call
         told = {"model": call.model, "provider": call.provider, "cost": f"{self.cost:f}", "how": self.how}
-        tokens = {axis: count for axis in _AXES if (count := getattr(call.usage, axis)) is not None}
+        tokens = {axis: count for axis in AXES if (count := getattr(call.usage, axis)) is not None}
         units = {name: f"{count:f}" for name, count in call.units.items()}
         return {**told, **tokens, **({"units": units} if units else {}), "flags": list(self.flags)}
 
@@ -129,7 +130,8 @@ class Costing:
         calls: Each with its cost, in their order.
         version: Of the prices that were used, where they have one.
         flags: What is wrong with it, each once: ``unknown_model`` (no price by its name), ``default_price`` (charged by
-            the default instead), ``cost_refused`` (a reported cost that nobody can believe), ``cost_unresolved``
+            the default instead), ``dearest_kind`` (nobody said what of the output is an image, so that all of it is
+            charged as what costs most), ``cost_refused`` (a reported cost that nobody can believe), ``cost_unresolved``
             (nothing told the cost, so nothing is charged for it).
     """
 
@@ -173,9 +175,6 @@ def summed(calls: Iterable[CostedCall]) -> Decimal:
     return total
 
 
-_AXES: Final = ("input", "output", "cached", "cache_write", "reasoning", "audio", "audio_output")
-
-
 def breakdown(calls: Sequence[CostedCall]) -> str:
     """
     Tokens and cost summed by model, as JSON of at most `MAX_BREAKDOWN` characters, the dearest first (S3.27).
@@ -198,7 +197,7 @@ def breakdown(calls: Sequence[CostedCall]) -> str:
 
 def _share(each: CostedCall) -> dict[str, Any]:
     usage = each.call.usage
-    counts = {axis: count for axis in _AXES if (count := getattr(usage, axis)) is not None}
+    counts = {axis: count for axis in AXES if (count := getattr(usage, axis)) is not None}
     return {"calls": each.call.count, "cost": each.cost, **counts}
 
 

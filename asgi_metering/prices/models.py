@@ -62,15 +62,12 @@ def _response(call: ModelCall, rate: Rate | None) -> Decimal:
 
 def _counted(call: ModelCall, rate: Rate | None) -> Decimal:
     """By tokens alone, whoever counted them; never of images, whose tokens are none of a text's (S3.20)."""
-    tokens = _NOTHING if rate is None or call.is_media else _token_cost(call, rate)
+    tokens = _NOTHING if rate is None or rate.is_media or call.is_media else _token_cost(call, rate)
     return EXACT.fma(rate.call, call.count, tokens) if rate is not None and tokens else _NOTHING
 
 
 def _token_cost(call: ModelCall, rate: Rate) -> Decimal:
-    if rate.tokens is None or rate.is_media:
-        # Tokens of its images have a price of their own, and nobody tells them apart.
-        return _NOTHING
-    return rate.tokens.cost_of(call)
+    return _NOTHING if rate.tokens is None else rate.tokens.cost_of(call)
 
 
 _NOTHING: Final = Decimal(0)
@@ -255,6 +252,8 @@ class PinnedPrices:
             if cost:
                 if found is not None and found.is_default:
                     flags.append("default_price")
+                if name in ("response", "tokens") and found is not None and _is_guess(found.rate, call.usage):
+                    flags.append("dearest_kind")
                 return CostedCall(call, cost, name, tuple(flags))
         if self._is_unresolved(call, found, flags):
             flags.append("cost_unresolved")
@@ -270,6 +269,10 @@ class PinnedPrices:
         if call.units and (rate.units is None or not rate.units.prices.keys() >= call.units.keys()):
             return True
         return rate.tokens is None and not call.units
+
+
+def _is_guess(rate: Rate | None, usage: TokenUsage) -> bool:
+    return rate is not None and rate.tokens is not None and rate.tokens.is_guess(usage)
 
 
 def _sort_of(cost: Decimal | None, believed: Decimal) -> int:

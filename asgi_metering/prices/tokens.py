@@ -21,17 +21,34 @@ from asgi_metering.usage.values import MAX_TOKENS
 
 __all__ = ["KINDS", "TokenPrice", "TokenTier", "above", "per_million_tokens", "per_token"]
 
-KINDS = ("input", "output", "cached", "cache_write", "reasoning", "audio_input", "audio_output")
+KINDS = (
+    "input",
+    "output",
+    "cached",
+    "cache_write",
+    "reasoning",
+    "audio_input",
+    "audio_output",
+    "image_input",
+    "image_output",
+    "cache_write_1h",
+)
 """Kinds of tokens that have prices of their own."""
+
+FOR_AN_HOUR = Decimal("1.6")
+"""
+What is written to a cache for an hour costs so many times what is written for minutes, where nobody says: Anthropic's
+2 times the input against 1.25 times.
+"""
 
 NO_SLACK = Decimal(0)
 
 # What a kind costs that has no price of its own.
-_WHOLE = {"cached": "input", "cache_write": "input", "audio_input": "input"}
+_WHOLE = dict.fromkeys(("cached", "cache_write", "audio_input", "image_input"), "input")
 
 AFFORDABLE = {
-    "input": ("input", "cached", "cache_write", "audio_input"),
-    "output": ("output", "reasoning", "audio_output"),
+    "input": ("input", "cached", "cache_write", "audio_input", "image_input"),
+    "output": ("output", "reasoning", "audio_output", "image_output"),
     "reasoning": ("output", "reasoning"),
 }
 """What can be afforded token by token, and what such a token may become."""
@@ -47,10 +64,17 @@ class _Rates(NamedTuple):
     reasoning: Decimal
     audio_input: Decimal
     audio_output: Decimal
+    image_input: Decimal
+    image_output: Decimal
+    cache_write_1h: Decimal
 
     def dearest(self, kind: str) -> Decimal:
         rates: dict[str, Decimal] = self._asdict()
         return max(rates[each] for each in AFFORDABLE[kind])
+
+    def dearest_input(self, *, hour: bool) -> Decimal:
+        dearest = self.dearest("input")
+        return max(dearest, self.cache_write_1h) if hour else dearest
 
 
 class _Band(NamedTuple):
@@ -68,8 +92,8 @@ class TokenTier:
 
     Args:
         above: Input tokens of one request, cached ones included, of which it has more.
-        input, output, cached, cache_write, reasoning, audio_input, audio_output: As of `TokenPrice`; what is not given
-            is as without the tier.
+        input, output, cached, cache_write, reasoning, audio_input, audio_output, image_input, image_output,
+            cache_write_1h: As of `TokenPrice`; what is not given is as without the tier.
     """
 
     above: int
@@ -80,6 +104,9 @@ class TokenTier:
     reasoning: Decimal | None = None
     audio_input: Decimal | None = None
     audio_output: Decimal | None = None
+    image_input: Decimal | None = None
+    image_output: Decimal | None = None
+    cache_write_1h: Decimal | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +121,15 @@ class TokenPrice:
         per: How many tokens a price is for.
         audio_input, audio_output: For spoken tokens of either direction; the price of its direction by default.
         tiers: Other prices for long contexts, the shortest first.
+        image_input, image_output: For tokens of images and films; the price of its direction by default.
+        cache_write_1h: For what is written to a cache for an hour; by default `FOR_AN_HOUR` times *cache_write*, and
+            the input's price where that has none.
 
     Parts are inside their whole (S2.43): a cached token is priced as cached and not also as input. What was not
     reported counts as none; whether a report is complete enough to charge on is for the caller to say. Audio tokens
     whose direction was not told are taken for input as far as there is any that is neither read from a cache nor
-    written to one, and for output beyond; where only one direction has a price, for that one.
+    written to one, and for output beyond; where only one direction has a price, for that one. Where images have a
+    price, output of which nobody says what is an image costs the dearer of both, so that none is too cheap.
 
     Raises:
         ConfigurationError: Tiers that do not rise.
@@ -113,6 +144,9 @@ class TokenPrice:
     audio_input: Decimal | None = None
     audio_output: Decimal | None = None
     tiers: tuple[TokenTier, ...] = ()
+    image_input: Decimal | None = None
+    image_output: Decimal | None = None
+    cache_write_1h: Decimal | None = None
     _bands: tuple[_Band, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -138,11 +172,15 @@ class TokenPrice:
         """Whole units that one call of a model costs, or the sum of several of one kind, exactly."""
         return self._priced(call.usage, self._at(call.context))
 
-    def kind_of(self, call: ModelCall) -> tuple[int, bool]:
-        """Tell calls apart whose sum costs something else than they do: by tier, and by whether voices are told apart."""
+    def kind_of(self, call: ModelCall) -> tuple[int, bool, bool]:
+        """Tell calls apart whose sum costs something else than they do: by tier, and by what is told of their parts."""
         usage = call.usage
         tier = sum(1 for band in self._bands if band.least <= call.context)
-        return tier, usage.audio is not None and usage.audio_output is None
+        return tier, usage.audio is not None and usage.audio_output is None, self.is_guess(usage)
+
+    def is_guess(self, usage: TokenUsage) -> bool:
+        """Whether images of the output have a price, and nobody said what of it is one, so that the dearer counts."""
+        return self.image_output is not None and usage.image_output is None and bool(usage.output)
 
     def cost_at_most(self, usage: TokenUsage, slack: Decimal = NO_SLACK) -> Decimal:
         """
@@ -163,8 +201,9 @@ class TokenPrice:
         """
         How many more ``"input"``, ``"output"`` or ``"reasoning"`` tokens fit in *units* after *used*; never negative.
 
-        Each counts at the dearest that it may become: an output token as reasoning, an input token as a cache write.
-        More input may reach a tier, in which everything costs what it costs there.
+        Each counts at the dearest that it may become: an output token as reasoning, an input token as a cache write,
+        for an hour where that has a price of its own. More input may reach a tier, in which everything costs what it
+        costs there.
         """
         if kind not in AFFORDABLE:
             known = ", ".join(map(repr, sorted(AFFORDABLE.keys() - {"input", "output"})))
@@ -175,13 +214,13 @@ class TokenPrice:
         if kind != "input":
             rates = self._at(before)
             return _fitting(EXACT.subtract(units, self._priced(used, rates)), rates.dearest(kind), self.per)
-        fits = 0
+        fits, hour = 0, self.cache_write_1h is not None
         for band in self._bands:
             if band.most < before:
                 continue
             left = EXACT.subtract(units, self._priced(used, band.rates))
             least = max(0, band.least - before)
-            most = min(band.most - before, _fitting(left, band.rates.dearest("input"), self.per))
+            most = min(band.most - before, _fitting(left, band.rates.dearest_input(hour=hour), self.per))
             if most < least or left <= 0:
                 break
             fits = most
@@ -199,12 +238,22 @@ class TokenPrice:
         plain_input = max(0, (usage.input or 0) - read - saved)
         plain_output = max(0, (usage.output or 0) - thought)
         heard, spoken = self._audio(usage, plain_input, plain_output)
+        long = min(usage.cache_write_1h or 0, saved)
+        seen = min(usage.image_input or 0, plain_input - heard)
+        drawn = plain_output - spoken
+        if usage.image_output is not None:
+            drawn = min(usage.image_output, drawn)
+        elif rates.image_output <= rates.output:
+            drawn = 0
         total = Decimal(0)
         for price, tokens in (
-            (rates.input, plain_input - heard),
-            (rates.output, plain_output - spoken),
+            (rates.input, plain_input - heard - seen),
+            (rates.output, plain_output - spoken - drawn),
+            (rates.image_input, seen),
+            (rates.image_output, drawn),
             (rates.cached, read),
-            (rates.cache_write, saved),
+            (rates.cache_write, saved - long),
+            (rates.cache_write_1h, long),
             (rates.reasoning, thought),
             (rates.audio_input, heard),
             (rates.audio_output, spoken),
@@ -234,6 +283,9 @@ def _rates(price: TokenPrice, tier: TokenTier | None) -> _Rates:
     for kind in KINDS:
         own = None if tier is None else getattr(tier, kind)
         found[kind] = getattr(price, kind) if own is None else own
+    if found["cache_write_1h"] is None:
+        own = found["cache_write"]
+        found["cache_write_1h"] = found["input"] if own is None else EXACT.multiply(own, FOR_AN_HOUR)
     return _Rates(*(found[_WHOLE.get(kind, "output")] if rate is None else rate for kind, rate in found.items()))
 
 
@@ -247,6 +299,9 @@ class TokenPrices(TypedDict, total=False):
     reasoning: Amount | None
     audio_input: Amount | None
     audio_output: Amount | None
+    image_input: Amount | None
+    image_output: Amount | None
+    cache_write_1h: Amount | None
 
 
 _TOLD = {
@@ -257,6 +312,9 @@ _TOLD = {
     "reasoning": "reasoning price",
     "audio_input": "price of audio input",
     "audio_output": "price of audio output",
+    "image_input": "price of image input",
+    "image_output": "price of image output",
+    "cache_write_1h": "price of cache writes for an hour",
 }
 
 

@@ -30,6 +30,9 @@ _FIELDS: Final = {
 }
 
 
+_PICTURES: Final = ("IMAGE", "VIDEO")
+
+
 def _claims(payload: Json) -> bool:
     return "usageMetadata" in payload or ("candidates" in payload and "modelVersion" in payload)
 
@@ -44,9 +47,12 @@ def _note_usage(notes: Notes, usage: Json) -> bool:
         if count is not None:
             notes.counts[meaning] = count
     for name in ("promptTokensDetails", "candidatesTokensDetails"):
-        audio = [detail.get("tokenCount") for detail in objects(usage.get(name)) if detail.get("modality") == "AUDIO"]
-        if audio:
-            notes.counts[name] = notes.count(audio[-1]) or 0
+        details = {detail.get("modality"): detail.get("tokenCount") for detail in objects(usage.get(name))}
+        if "AUDIO" in details:
+            notes.counts[name] = notes.count(details["AUDIO"]) or 0
+        if details:
+            pictures = notes.plus(*(notes.count(details.get(kind)) for kind in _PICTURES))
+            notes.counts["pictures of " + name] = pictures or 0
     counts = notes.counts
     total, prompt = notes.count(usage.get("totalTokenCount")), notes.count(usage.get("promptTokenCount"))
     # Of the same object alone: a total says nothing of what an earlier one counted.
@@ -66,6 +72,8 @@ def _note_usage(notes: Notes, usage: Json) -> bool:
                 reasoning=counts.get("thoughts"),
                 audio=voices,
                 audio_output=counts.get("candidatesTokensDetails", 0) if voices else None,
+                image_input=counts.get("pictures of promptTokensDetails"),
+                image_output=counts.get("pictures of candidatesTokensDetails"),
             )
         )
     return _claims_usage(usage)

@@ -95,6 +95,8 @@ def _counts(notes: Notes, usage: Json, *, total_is_input: bool) -> TokenUsage | 
         # Modalities are not always subsets of the totals: never lowered to them.
         audio=audio,
         audio_output=(spoken or 0) if audio else None,
+        image_input=notes.count(into.get("image_tokens")),
+        image_output=notes.count(out.get("image_tokens")),
     )
 
 

@@ -159,6 +159,15 @@ def test_count_what_may_be_written_to_a_cache(body: Any) -> None:
     assert asyncio.run(estimate_body(deep, at_most=True)).cache_write is None
 
 
+@pytest.mark.parametrize(("mark", "is_long"), [({"ttl": "1h"}, True), ({"ttl": "5m"}, False), ("on", False)])
+def test_count_what_may_be_written_to_a_cache_for_an_hour(mark: Any, is_long: bool) -> None:
+    """A request that asks for an hour pays the dearer write for all of its input, at most."""
+    parts = [{"type": "text", "text": FOUR, "cache_control": mark}, {"type": "text", "text": FOUR}]
+    most = asyncio.run(estimate_body({"messages": [{"role": "user", "content": parts}]}, at_most=True))
+    assert most.cache_write == most.input
+    assert most.cache_write_1h == (most.input if is_long else None)
+
+
 @pytest.mark.parametrize(
     ("body", "spoken"),
     [

@@ -83,9 +83,11 @@ def test_start_without_usage() -> None:
 def test_read_the_split_of_cache_writes_where_the_total_is_missing() -> None:
     """The split by lifetime stands in for a missing total, and never beats one."""
     split = {"ephemeral_5m_input_tokens": 88, "ephemeral_1h_input_tokens": 100}
-    assert read(start(input_tokens=1, cache_creation=split)).usage == TokenUsage(189, cache_write=188)
+    assert read(start(input_tokens=1, cache_creation=split)).usage == TokenUsage(
+        189, cache_write=188, cache_write_1h=100
+    )
     report = read(start(input_tokens=1, cache_creation=split), delta(cache_creation_input_tokens=300, output_tokens=2))
-    assert report.usage == TokenUsage(301, 2, cache_write=300)
+    assert report.usage == TokenUsage(301, 2, cache_write=300, cache_write_1h=300 - 88)
 
 
 def test_report_parts_without_their_whole() -> None:

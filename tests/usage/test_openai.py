@@ -423,6 +423,15 @@ def test_read_typed_events_with_a_usage_of_their_own(event: str) -> None:
     assert (report.usage, report.complete) == (TokenUsage(3, 4, audio=2, audio_output=0), True)
 
 
+def test_read_the_tokens_of_images() -> None:
+    """Tokens of images are told apart from text where the provider does (GPT image models)."""
+    usage = {"input_tokens": 30, "output_tokens": 1_300, "total_tokens": 1_330}
+    usage |= {"input_tokens_details": {"image_tokens": 20}, "output_tokens_details": {"image_tokens": 1_290}}  # type: ignore[dict-item]
+    report = stream({"type": "image_generation.completed", "b64_json": "AA==", "usage": usage}).report()
+    assert report is not None
+    assert report.usage == TokenUsage(30, 1_300, image_input=20, image_output=1_290)
+
+
 def test_finish_for_a_reason() -> None:
     """The finish reason is the provider's own word, and a null one does not erase it."""
     ended = chunk(choices=[{"delta": {}, "finish_reason": "length"}])
