@@ -55,7 +55,7 @@ def kind_of(price: Any, call: ModelCall) -> Hashable:
     """
     asked = getattr(price, "kind_of", None)
     kind: Hashable = (call.usage.input or 0).bit_length() if asked is None else asked(call)
-    return kind
+    return kind, call.service
 
 
 class Sum:

@@ -56,9 +56,8 @@ def _folded(call: Call, part: Part) -> list[tuple[Hashable, Sum, str | None]]:
         given, _ = given_input(call, part, begun=True)
         heard = reader.heard()
         counted = 0 if part.written is not None else estimate_tokens(heard.text) + tokens_of(heard.more_chars)
-        used = counted_call(
-            observation(given, max(part.told_output, counted)), None if report is None else report.model, part.provider
-        )
+        seen = observation(given, max(part.told_output, counted))
+        used = counted_call(seen, None if report is None else report.model, part.provider, report)
     one = Sum(
         used,
         () if report is None else report.problems,

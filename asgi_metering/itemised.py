@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Iterator
+from dataclasses import replace
 from decimal import Decimal
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from asgi_metering.errors import UsageError
 from asgi_metering.exchanges import Sum
-from asgi_metering.prices.costing import Costing, ModelCall, breakdown
+from asgi_metering.prices.costing import WEB_SEARCHES, Costing, ModelCall, breakdown
 from asgi_metering.prices.values import MeasuredPrice
 from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
 from asgi_metering.witnesses import WITNESSES
@@ -43,6 +45,7 @@ DOUBTS = {
     "unknown_model": "No price is known by the name of a model that it used",
     "default_price": "A model that it used is charged by the default price",
     "dearest_kind": "Nobody says what of its output is an image, so that all of it is charged as what costs most",
+    "unknown_service": "The service tier of a model that it used has no factor, so that its tokens cost the usual",
     "cost_refused": "A cost that was reported cannot be believed, and was passed over",
     "cost_unresolved": "Nothing tells the cost of a model that it used, so that nothing is charged for that",
 }
@@ -92,12 +95,24 @@ def model_call(report: UsageReport, provider: str | None, reader: UsageReader | 
         return reader.call
     if report.usage is None:
         raise UsageError(f"The exchange {report!r} told no usage. Count it first.")
-    return ModelCall(report.usage, report.model, provider, report.cost, is_media=_is_media(report.model))
+    return _called(
+        report, ModelCall(report.usage, report.model, provider, report.cost, is_media=_is_media(report.model))
+    )
 
 
-def counted_call(usage: TokenUsage, model: str | None, provider: str | None) -> ModelCall:
+def _called(report: UsageReport | None, call: ModelCall) -> ModelCall:
+    """*call* with what its answer told besides tokens."""
+    if report is None or (report.service is None and not report.searches):
+        return call
+    units = MappingProxyType({WEB_SEARCHES: Decimal(report.searches)}) if report.searches else call.units
+    return replace(call, service=report.service, units=units)
+
+
+def counted_call(
+    usage: TokenUsage, model: str | None, provider: str | None, report: UsageReport | None = None
+) -> ModelCall:
     """One exchange that did not tell all of its usage, so that it was counted here."""
-    return ModelCall(usage, model, provider, is_media=_is_media(model), estimated=True)
+    return _called(report, ModelCall(usage, model, provider, is_media=_is_media(model), estimated=True))
 
 
 def _is_media(model: str | None) -> bool:

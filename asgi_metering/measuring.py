@@ -386,7 +386,7 @@ async def observed_usage(
             guessed = guessed or heard.estimated or counted.estimated
         seen = observation(given, output)
         named = None if part.report is None else part.report.model
-        calls.append(counted_call(seen, named, part.provider or known.provider))
+        calls.append(counted_call(seen, named, part.provider or known.provider, part.report))
         usage = seen + usage
         estimated = estimated or guessed
     usage = usage or TokenUsage(input=0, output=0)

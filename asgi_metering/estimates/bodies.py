@@ -16,7 +16,15 @@ from asgi_metering.estimates.images import image_tokens
 from asgi_metering.tokens import count_tokens_async
 from asgi_metering.usage import TokenUsage
 
-__all__ = ["DEFAULT_OUTPUT_TOKENS", "asked_model", "body_of", "estimate_arguments", "estimate_body"]
+__all__ = [
+    "DEFAULT_OUTPUT_TOKENS",
+    "asked_model",
+    "asked_searches",
+    "asked_service",
+    "body_of",
+    "estimate_arguments",
+    "estimate_body",
+]
 
 DEFAULT_OUTPUT_TOKENS = 4_096
 """Output that is held for when a request names no bound: the usual cap of providers' own defaults."""
@@ -101,6 +109,34 @@ async def estimate_body(
     written, long = given if marks else None, given if HOUR in marks else None
     spoken = output if at_most and _asks_for_audio(body) else None
     return TokenUsage(given, output, None, written, None, spoken, spoken, long)
+
+
+SEARCHES = 10
+"""Searches of the web that are held for where a request allows them and names no bound."""
+
+MAX_SEARCHES = 1_000
+"""A bound above this is somebody's mistake."""
+
+
+def asked_service(body: Mapping[str, Any]) -> str | None:
+    """The service tier that a request asks for; Anthropic's fast mode is one."""
+    service = "fast" if body.get("speed") == "fast" else body.get("service_tier", body.get("serviceTier"))
+    return service.lower() if isinstance(service, str) else None
+
+
+def asked_searches(body: Mapping[str, Any]) -> int:
+    """How many searches of the web a request allows its provider: as many as it says, else `SEARCHES` for each tool."""
+    tools = body.get("tools")
+    count = SEARCHES if body.get("web_search_options") is not None else 0
+    for tool in map(_plain, tools if isinstance(tools, list | tuple) else ()):
+        if not isinstance(tool, Mapping):
+            continue
+        if str(tool.get("type")).startswith("web_search"):
+            most = whole(tool.get("max_uses"))
+            count += SEARCHES if most is None else most
+        elif any(_plain(tool.get(name)) is not None for name in ("google_search", "googleSearch")):
+            count += SEARCHES
+    return min(count, MAX_SEARCHES)
 
 
 def _asks_for_audio(body: Mapping[str, Any]) -> bool:

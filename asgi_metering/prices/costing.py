@@ -23,6 +23,9 @@ __all__ = ["BilledPrice", "CostedCall", "Costing", "Flag", "ModelCall", "breakdo
 
 NO_UNITS: Final[Mapping[str, Decimal]] = MappingProxyType({})
 
+WEB_SEARCHES: Final = "web_searches"
+"""The unit of searches that a provider makes for an answer."""
+
 MAX_BREAKDOWN: Final = 1_000
 """Characters of the breakdown by model on an event: what exporters send whole (`events.records.MAX_TEXT`)."""
 
@@ -30,7 +33,7 @@ OTHER: Final = "_OTHER"
 """Stands for the models that have no room in it."""
 
 Flag: TypeAlias = str
-"""``unknown_model``, ``default_price``, ``dearest_kind``, ``cost_refused``, ``cost_unresolved``; see `Costing`."""
+"""``unknown_model``, ``default_price``, ``dearest_kind``, ``unknown_service`` and others: see `Costing`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class ModelCall:
         cost: What the provider says that it charges, in USD; None if it does not.
         hidden_cost: What a library says of that, beside the answer.
         units: What it used besides tokens, by names such as ``"images"``, ``"seconds"``, ``"searches"``.
+        service: By which service tier it was answered, such as ``"flex"``; None where nobody said.
         is_media: It answered with images or other media, which counted tokens never price (S3.20).
         estimated: We counted, rather than the provider.
         count: Of how many calls it is the sum, where a metered call makes very many (`ModelCall.plus`).
@@ -60,6 +64,7 @@ class ModelCall:
     estimated: bool = False
     count: int = 1
     longest: int | None = None
+    service: str | None = None
 
     @property
     def context(self) -> int:
@@ -115,6 +120,7 @@ class CostedCall:
         """JSON-safe, every count by its name; what was not reported is absent (S3.27)."""
         call = self.call
         told = {"model": call.model, "provider": call.provider, "cost": f"{self.cost:f}", "how": self.how}
+        told |= {} if call.service is None else {"service": call.service}
         tokens = {axis: count for axis in AXES if (count := getattr(call.usage, axis)) is not None}
         units = {name: f"{count:f}" for name, count in call.units.items()}
         return {**told, **tokens, **({"units": units} if units else {}), "flags": list(self.flags)}
@@ -131,7 +137,8 @@ class Costing:
         version: Of the prices that were used, where they have one.
         flags: What is wrong with it, each once: ``unknown_model`` (no price by its name), ``default_price`` (charged by
             the default instead), ``dearest_kind`` (nobody said what of the output is an image, so that all of it is
-            charged as what costs most), ``cost_refused`` (a reported cost that nobody can believe), ``cost_unresolved``
+            charged as what costs most), ``unknown_service`` (a service tier without a factor, so that tokens cost the
+            usual), ``cost_refused`` (a reported cost that nobody can believe), ``cost_unresolved``
             (nothing told the cost, so nothing is charged for it).
     """
 

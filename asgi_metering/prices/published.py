@@ -172,7 +172,7 @@ def _tokens(given: dict[str, Any]) -> TokenPrice | None:
     starts = sorted({tier.start for price in priced.values() for tier in getattr(price, "tiers", ())})
     tiers = [TokenTier(start, **{kind: _from(price, start) for kind, price in priced.items()}) for start in starts]
     base = {"input": _NONE, "output": _NONE, **{kind: _base(price) for kind, price in priced.items()}}
-    return TokenPrice(**base, per=_MILLION, tiers=tuple(tiers))
+    return TokenPrice(**base, per=_MILLION, tiers=tuple(tiers))  # type: ignore[arg-type]
 
 
 def _base(price: Any) -> Decimal:

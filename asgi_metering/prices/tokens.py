@@ -6,7 +6,7 @@ Exact arithmetic in whole units. Knows no model by name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from itertools import pairwise
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 
 from asgi_metering.amounts import Amount, exact_amount
 from asgi_metering.errors import ConfigurationError
-from asgi_metering.prices.costing import Costing, ModelCall, plain_costing
+from asgi_metering.prices.costing import WEB_SEARCHES, Costing, ModelCall, plain_costing
 from asgi_metering.prices.values import EXACT, MAX_AFFORDABLE, capped
 from asgi_metering.usage import TokenUsage
 from asgi_metering.usage.values import MAX_TOKENS
@@ -124,6 +124,8 @@ class TokenPrice:
         image_input, image_output: For tokens of images and films; the price of its direction by default.
         cache_write_1h: For what is written to a cache for an hour; by default `FOR_AN_HOUR` times *cache_write*, and
             the input's price where that has none.
+        web_search: Whole units for each search that the provider made for an answer; nothing by default.
+        services: By what the price of tokens is multiplied, for each service tier: ``(("flex", Decimal("0.5")),)``.
 
     Parts are inside their whole (S2.43): a cached token is priced as cached and not also as input. What was not
     reported counts as none; whether a report is complete enough to charge on is for the caller to say. Audio tokens
@@ -147,6 +149,8 @@ class TokenPrice:
     image_input: Decimal | None = None
     image_output: Decimal | None = None
     cache_write_1h: Decimal | None = None
+    web_search: Decimal | None = None
+    services: tuple[tuple[str, Decimal], ...] = ()
     _bands: tuple[_Band, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -170,7 +174,19 @@ class TokenPrice:
 
     def cost_of(self, call: ModelCall) -> Decimal:
         """Whole units that one call of a model costs, or the sum of several of one kind, exactly."""
-        return self._priced(call.usage, self._at(call.context))
+        factor = self.factor(call.service, call.provider)
+        return self.cost_by(call, ONE if factor is None else factor)
+
+    def cost_by(self, call: ModelCall, factor: Decimal) -> Decimal:
+        """The same with its tokens at *factor* times their price."""
+        tokens = self._priced(call.usage, self._at(call.context))
+        tokens = tokens if factor == 1 else EXACT.multiply(tokens, factor)
+        searches = call.units.get(WEB_SEARCHES) if self.web_search is not None else None
+        return tokens if not searches else EXACT.fma(self.web_search, searches, tokens)  # type: ignore[arg-type]
+
+    def factor(self, service: str | None, provider: str | None = None) -> Decimal | None:
+        """By what tokens are multiplied in that service tier: by ``"openai/flex"``, else ``"flex"``; None: unknown."""
+        return factor_of(dict(self.services), service, provider) if self.services else None
 
     def kind_of(self, call: ModelCall) -> tuple[int, bool, bool]:
         """Tell calls apart whose sum costs something else than they do: by tier, and by what is told of their parts."""
@@ -182,7 +198,9 @@ class TokenPrice:
         """Whether images of the output have a price, and nobody said what of it is one, so that the dearer counts."""
         return self.image_output is not None and usage.image_output is None and bool(usage.output)
 
-    def cost_at_most(self, usage: TokenUsage, slack: Decimal = NO_SLACK) -> Decimal:
+    def cost_at_most(
+        self, usage: TokenUsage, slack: Decimal = NO_SLACK, *, service: str | None = None, searches: int = 0
+    ) -> Decimal:
         """
         The most that an expected *usage* may come to, exactly: for holds.
 
@@ -191,7 +209,13 @@ class TokenPrice:
         Args:
             usage: As expected.
             slack: By what part the real input may be longer, so that a tier is reached; it stays as many tokens.
+            service: The service tier that the request asks for; a cheaper one may be refused, and is no relief.
+            searches: How many searches of the web it may make.
         """
+        tokens = EXACT.multiply(self._most(usage, slack), max(ONE, self.factor(service) or ONE))
+        return EXACT.fma(self.web_search or 0, searches, tokens)
+
+    def _most(self, usage: TokenUsage, slack: Decimal) -> Decimal:
         reach = int(EXACT.multiply(usage.input or 0, 1 + slack))
         thinking = replace(usage, reasoning=usage.output)
         rates = [band.rates for band in self._bands if band.least <= reach]
@@ -329,6 +353,30 @@ def _read(prices: TokenPrices) -> dict[str, Decimal | None]:
     }
 
 
+ONE = Decimal(1)
+
+
+def factor_of(factors: Mapping[str, Decimal], service: str | None, provider: str | None) -> Decimal | None:
+    """By what tokens are multiplied in *service*, of *provider* or of anybody; None where neither is there."""
+    if service is None:
+        return None
+    own = factors.get(f"{provider}/{service}")
+    return factors.get(service) if own is None else own
+
+
+def read_factors(services: Mapping[str, Amount]) -> dict[str, Decimal]:
+    """
+    Check factors by service tiers.
+
+    Raises:
+        AmountError: One that is no amount.
+        ConfigurationError: A tier without a name.
+    """
+    if not isinstance(services, Mapping) or not all(isinstance(name, str) and name for name in services):
+        raise ConfigurationError(f"services={services!r} are no factors by tiers. Pass {{'flex': '0.5'}}, say.")
+    return {name.lower(): exact_amount(factor, f"factor of {name!r}") for name, factor in services.items()}
+
+
 def above(tokens: int, **prices: Unpack[TokenPrices]) -> TokenTier:
     """
     Other prices for requests with more than *tokens* of input: ``above(200_000, input=6, output="22.5")``.
@@ -342,28 +390,50 @@ def above(tokens: int, **prices: Unpack[TokenPrices]) -> TokenTier:
     return TokenTier(tokens, **_read(prices))
 
 
-def _token_price(per: int, tiers: Sequence[TokenTier], prices: TokenPrices) -> TokenPrice:
+def _token_price(
+    per: int,
+    tiers: Sequence[TokenTier],
+    web_search: Amount | None,
+    services: Mapping[str, Amount] | None,
+    prices: TokenPrices,
+) -> TokenPrice:
     read = {"input": Decimal(0), "output": Decimal(0), **_read(prices)}
     for tier in tiers:
         if not isinstance(tier, TokenTier):
             raise ConfigurationError(f"The tier {tier!r} is none. Write above(200_000, input=6, output='22.5'), say.")
-    return TokenPrice(**read, per=per, tiers=tuple(tiers))  # type: ignore[arg-type]
+    search = None if web_search is None else exact_amount(web_search, "price of a search")
+    factors = tuple(read_factors(services or {}).items())
+    return TokenPrice(**read, per=per, tiers=tuple(tiers), web_search=search, services=factors)  # type: ignore[arg-type]
 
 
-def per_million_tokens(*, tiers: Sequence[TokenTier] = (), **prices: Unpack[TokenPrices]) -> TokenPrice:
+def per_million_tokens(
+    *,
+    tiers: Sequence[TokenTier] = (),
+    web_search: Amount | None = None,
+    services: Mapping[str, Amount] | None = None,
+    **prices: Unpack[TokenPrices],
+) -> TokenPrice:
     """
     Price tokens by the million, in whole units: the way providers print their lists. Floats are refused.
 
     ``per_million_tokens(input=3, output=15, cached="0.3", tiers=[above(200_000, input=6, output="22.5")])``. Kinds
-    are those of `TokenPrice`; each call of a model has the tier of its own input.
+    are those of `TokenPrice`; each call of a model has the tier of its own input. ``web_search`` is for each search
+    that the provider made, ``services={"flex": "0.5", "openai/priority": 2}`` multiplies tokens of a service tier; what
+    is in none of them costs the usual.
 
     Raises:
         AmountError: A price that is no amount.
         ConfigurationError: No such kind, or tiers that do not rise.
     """
-    return _token_price(1_000_000, tiers, prices)
+    return _token_price(1_000_000, tiers, web_search, services, prices)
 
 
-def per_token(*, tiers: Sequence[TokenTier] = (), **prices: Unpack[TokenPrices]) -> TokenPrice:
+def per_token(
+    *,
+    tiers: Sequence[TokenTier] = (),
+    web_search: Amount | None = None,
+    services: Mapping[str, Amount] | None = None,
+    **prices: Unpack[TokenPrices],
+) -> TokenPrice:
     """Price single tokens, in whole units; else as `per_million_tokens`."""
-    return _token_price(1, tiers, prices)
+    return _token_price(1, tiers, web_search, services, prices)

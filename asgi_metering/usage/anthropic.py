@@ -74,6 +74,9 @@ def _merge(notes: Notes, usage: Json) -> None:
             )
         if any(entry.get("type") == "advisor_message" for entry in objects(usage["iterations"])):
             notes.flag("other_model_tokens")
+    notes.search(as_object(usage.get("server_tool_use")).get("web_search_requests"))
+    # The fast mode has prices of its own, in whichever tier.
+    notes.serve("fast" if usage.get("speed") == "fast" else usage.get("service_tier"))
     for name, value in found.items():
         count = notes.count(value)
         if count is not None:

@@ -42,6 +42,7 @@ def _claims_usage(usage: Json) -> bool:
 
 
 def _note_usage(notes: Notes, usage: Json) -> bool:
+    notes.serve(usage.get("trafficType"))
     for name, meaning in _FIELDS.items():
         count = notes.count(usage.get(name))
         if count is not None:
@@ -83,6 +84,9 @@ def _note(notes: Notes, payload: Json) -> None:
     notes.identify(payload, model="modelVersion", response_id="responseId")
     for candidate in objects(payload.get("candidates")):
         notes.finish(candidate.get("finishReason"))
+        queries = as_object(candidate.get("groundingMetadata")).get("webSearchQueries")
+        if isinstance(queries, list):
+            notes.search(len(queries))
     blocked = as_object(payload.get("promptFeedback")).get("blockReason")
     notes.finish(blocked)
     notes.complete = notes.complete or notes.finish_reason is not None

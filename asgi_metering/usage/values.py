@@ -175,6 +175,8 @@ class UsageReport:
         dialect: Name of the dialect that was read, `None` when only an error was recognised.
         finish_reason: In the provider's own words: "stop", "length", "end_turn", "max_output_tokens", ...
         cost: What the provider says that it charges, in USD; `None` when it does not say.
+        service: By which service tier it was answered, in the provider's own word, such as "flex"; in small letters.
+        searches: Searches of the web that the provider made for it.
         complete: The body's end was seen: ``[DONE]``, a terminal event, or the whole JSON body.
         error: The exchange carried an error.
         partial: `usage.output` is only the seed that the stream began with, not a count of what was produced.
@@ -195,6 +197,8 @@ class UsageReport:
     dialect: str | None = None
     finish_reason: str | None = None
     cost: Decimal | None = None
+    service: str | None = None
+    searches: int | None = None
     complete: bool = False
     error: bool = False
     partial: bool = False

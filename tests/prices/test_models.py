@@ -457,6 +457,48 @@ def test_price_every_kind_of_token_that_was_reported(
     assert billed_now.flags == flags
 
 
+@pytest.mark.parametrize(
+    ("call", "cost", "flags"),
+    [
+        (ModelCall(USED, "small", "openai", service="default"), "15", ()),
+        (ModelCall(USED, "small", "openai", service="flex"), "7.5", ()),
+        (ModelCall(USED, "small", "groq", service="flex"), "15", ()),
+        (ModelCall(USED, "small", "openai", service="priority"), "30", ()),
+        (ModelCall(USED, "small", "anthropic", service="priority"), "15", ()),
+        (ModelCall(USED, "small", service="turbo"), "15", ("unknown_service",)),
+        (ModelCall(USED, "small", service="gold"), "45", ()),
+        (ModelCall(USED, "small", service="turbo", cost=Decimal(2)), "2", ()),
+        (ModelCall(USED, "served", service="flex"), "3.75", ()),
+        (ModelCall(USED, "served", service="priority"), "30", ()),
+        (ModelCall(USED, "small", units={"web_searches": Decimal(3)}), "15.06", ()),
+        (ModelCall(USED, "served", units={"web_searches": Decimal(3)}), "24", ()),
+        (ModelCall(USED, "finder", units={"web_searches": Decimal(3)}), "36", ()),
+        (ModelCall(units={"web_searches": Decimal(3)}, model="small"), "0.06", ()),
+    ],
+)
+def test_price_service_tiers_and_searches(call: ModelCall, cost: str, flags: tuple[str, ...]) -> None:
+    """Tokens of a service tier cost their factor, an unknown one is told, and no search is free (S3.20)."""
+    names = {
+        "small": per_token(input=1, output=1),
+        "served": per_token(input=1, output=1, services={"flex": "0.25"}, web_search=3),
+        "finder": [per_token(input=1, output=1), per_unit(web_searches=7)],
+    }
+    prices = model_prices(names, units_per_usd=1, published=False, services={"Gold": 3}, web_search="0.02")
+    found = billed(prices, call)
+    assert (found.amount, found.flags) == (Decimal(cost), flags)
+
+
+def test_hold_for_service_tiers_and_searches() -> None:
+    """A hold covers the dearer tier that was asked for and searches that were allowed; a cheaper one is no relief."""
+    own_price = per_token(input=1, output=1, services={"flex": "0.5", "priority": 2}, web_search=3)
+    assert own_price.cost_at_most(USED, service="priority", searches=2) == 30 + 6
+    assert own_price.cost_at_most(USED, service="flex") == own_price.cost_at_most(USED, service="?") == 15
+    names = {"small": per_token(input=1, output=1), "finder": [per_token(input=1, output=1), per_unit(web_searches=7)]}
+    prices = model_prices(names, units_per_usd=1, published=False, fee="0.5")
+    assert prices.pin(NOW, "small").cost_at_most(USED, service="priority", searches=2) == Decimal("30.52")
+    assert prices.pin(NOW, "finder").cost_at_most(USED, searches=2) == Decimal("29.5")
+
+
 def test_prefer_own_prices_to_published_ones() -> None:
     """A price of one's own stands before the published one of the same name."""
     prices = model_prices({"gpt-4o": per_token(input=1)}, units_per_usd=1)

@@ -234,6 +234,20 @@ def test_price_what_a_cache_keeps_for_an_hour() -> None:
     assert per_token(input=1, cache_write=5, cache_write_1h=8).affordable("input", Decimal(80), TokenUsage()) == 10
 
 
+def test_price_service_tiers_and_searches() -> None:
+    """Tokens are multiplied in the tier that answered, by the provider's own factor first; searches are not."""
+    price = per_token(input=1, services={"Flex": "0.5", "groq/flex": 1}, web_search=2)
+    searched = {"web_searches": Decimal(3)}
+    assert price.cost_of(ModelCall(TokenUsage(input=10), provider="openai", service="flex", units=searched)) == 5 + 6
+    assert price.cost_of(ModelCall(TokenUsage(input=10), provider="groq", service="flex")) == 10
+    assert price.cost_of(ModelCall(TokenUsage(input=10), service="gold")) == 10
+    assert per_token(input=1).cost_of(ModelCall(TokenUsage(input=10), service="flex", units=searched)) == 10
+    assert hash(price) != hash(per_token(input=1))
+    for wrong in ({"": 1}, [("flex", 1)]):
+        with pytest.raises(ConfigurationError, match="no factors"):
+            per_token(input=1, services=wrong)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("starts", [(0,), (5, 5), (9, 5), (-1,), (1.5,), (True,)])
 def test_refuse_tiers_that_do_not_rise(starts: tuple[int, ...]) -> None:
     """Thresholds that are no rising ints above 0 would price by chance."""

@@ -36,6 +36,16 @@ def test_keep_a_field_that_vanishes() -> None:
     assert gemini(first, {"candidatesTokenCount": 3}, None).usage == TokenUsage(9, 7, reasoning=4)
 
 
+def test_read_geminis_traffic_and_searches() -> None:
+    """Gemini tells the kind of traffic with its counts, and its queries with the candidate that they ground."""
+    counts = {"promptTokenCount": 3, "candidatesTokenCount": 4, "trafficType": "ON_DEMAND"}
+    grounds = [{"groundingMetadata": {"webSearchQueries": ["a", "b"]}}, {"groundingMetadata": {}}]
+    payload = {"modelVersion": "m", "usageMetadata": counts, "candidates": grounds}
+    report = body(payload).report()
+    assert report is not None
+    assert (report.service, report.searches) == ("on_demand", 2)
+
+
 def test_read_geminis_images() -> None:
     """Images and films of both sides are told apart from text; without details nobody said what the output is."""
     usage: dict[str, Any] = {"promptTokenCount": 300, "candidatesTokenCount": 1_300}
