@@ -26,6 +26,7 @@ from asgi_metering.upstream.catalogue import write_usage
 from asgi_metering.upstream.libraries import choose_library, library_of
 from asgi_metering.upstream.tracker import QuotaTracker
 from asgi_metering.upstream.turns import Turn
+from asgi_metering.usage.inflate import Inflate
 
 if TYPE_CHECKING:
     from httpx2 import AsyncClient
@@ -209,7 +210,8 @@ class QuotaPoller:
             )
         urls = (package.url,) if package.url else endpoint.urls
         failure = BalanceError(f"The kind {_kind(package)!r} has no address of its own. Set the package's url.")
-        fields = {endpoint.header: f"{endpoint.prefix}{self._key(package, endpoint)}", "accept": "application/json"}
+        key = f"{endpoint.prefix}{self._key(package, endpoint)}"
+        fields = {endpoint.header: key, "accept": "application/json", "accept-encoding": "gzip"}
         for url in urls:
             try:
                 return endpoint.parse(await _answer(client, url, fields))
@@ -303,10 +305,15 @@ async def _answer(client: AsyncClient, url: str, fields: Mapping[str, str]) -> A
         async with client.stream("GET", url, headers=dict(fields)) as response:
             if not response.is_success:
                 raise BalanceError(f"{place} answered {response.status_code}. Look at the key, and at the kind.")
-            async for chunk in response.aiter_bytes():
-                body += chunk
-                if len(body) > MAX_ANSWER:
-                    raise BalanceError(f"{place} answered more than {MAX_ANSWER} bytes. It is no balance.")
+            # Undone here, piece by piece: some libraries expand a whole chunk before anybody sees how much it is.
+            plain = Inflate(response.headers.get("content-encoding"))
+            async for chunk in response.aiter_raw():
+                for piece in plain.feed(chunk):
+                    body += piece
+                    if len(body) > MAX_ANSWER:
+                        raise BalanceError(f"{place} answered more than {MAX_ANSWER} bytes. It is no balance.")
+            if plain.failed:
+                raise BalanceError(f"{place} answered what cannot be decoded. Look at the address.")
     except _failures(client) as failure:
         # Without its own words, which may repeat a header's value: that is the key.
         raise BalanceError(f"{place} was not reached: {type(failure).__name__}. Look at the network.") from None
