@@ -104,7 +104,7 @@ class QuotaPoller:
         client_options: Any option of the library's ``AsyncClient`` besides timeouts and redirects, such as ``proxy``.
 
     Raises:
-        ConfigurationError: An interval is none.
+        ConfigurationError: An interval is none; or packages of a catalogue in TOML are polled, which has no writer.
     """
 
     def __init__(
@@ -140,6 +140,12 @@ class QuotaPoller:
         self._warned: set[str] = set()
         self._turn = None if tracker.file is None else Turn(tracker.file.path)
         self._task: asyncio.Task[None] | None = None
+        asked = [each.package_id for each in self.pollable()]
+        if asked and tracker.file is not None and tracker.file.path.suffix == ".toml":
+            raise ConfigurationError(
+                f"{tracker.file.path.name} is TOML, which polls cannot be written into, and {asked[0]!r} is polled. "
+                f"Keep it as JSON, which begins with: asgi-metering init quotas.json"
+            )
 
     # -- once ----------------------------------------------------------------------------------------------
 

@@ -162,6 +162,17 @@ def test_poll_never_expands_beyond_its_bound(house: House, coding: str, told: st
     assert most < 8 << 20
 
 
+def test_refuse_a_catalogue_that_polls_cannot_be_written_into(tmp_path: Path) -> None:
+    """A catalogue in TOML with packages that are polled fails when the poller is made, and never after a poll (S1.30)."""
+    path = tmp_path / "quotas.toml"
+    entry = 'package_type = "credits"\nprovider_id = "deepseek"\n'
+    path.write_text(f"[packages.d]\n{entry}source = 'api_poll'\n")
+    with pytest.raises(ConfigurationError, match="quotas.toml is TOML.*'d'.*Keep it as JSON"):
+        QuotaPoller(QuotaTracker(path, clock=clock))
+    path.write_text(f"[packages.d]\n{entry}source = 'manual'\n")
+    assert QuotaPoller(QuotaTracker(path, clock=clock)).pollable() == []
+
+
 def test_poll_picks_up_a_top_up(house: House) -> None:
     """A success replaces total and use, whatever they were (S1.29)."""
     poller = house.poller({"d": house.package("/user/balance")})
