@@ -80,7 +80,9 @@ def sieve(*marks: Marks) -> Pattern[bytes]:
     for name, behind in names.items():
         rest = name[_LETTERS:]
         rests.setdefault(rest[:1], set()).add(re.escape(rest[1:]) + behind)
-    ends = b"|".join(re.escape(first) + b"(?:" + b"|".join(sorted(each)) + b")" for first, each in sorted(rests.items()))
+    ends = b"|".join(
+        re.escape(first) + b"(?:" + b"|".join(sorted(each)) + b")" for first, each in sorted(rests.items())
+    )
     return re.compile(b'"' + sets + b"(?:" + ends + b")")
 
 
