@@ -600,5 +600,5 @@ def _live(state: State) -> dict[str, Hold]:
     return {hold.id: hold for hold in state.holds.values() if hold.receipt is None}
 
 
-TestBooks = pytest.mark.no_cover(Books.TestCase)
+TestBooks = pytest.mark.uncounted(Books.TestCase)
 TestBooks.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
