@@ -16,10 +16,28 @@ from asgi_metering.usage.reader import UsageReader
 if TYPE_CHECKING:
     from httpx2 import Response
 
-__all__ = ["REFUSED_FROM", "RefusalReader"]
+__all__ = ["REFUSED_FROM", "AnswerReader", "RefusalReader"]
 
 REFUSED_FROM = 400
 """The first status of answers that refuse."""
+
+
+class AnswerReader(UsageReader):
+    """
+    A reader that knows when its request was sent, should the answer refuse what it began with.
+
+    Args:
+        content_type, encoding, usage_dialect: See `UsageReader`.
+        started_at: Epoch seconds.
+    """
+
+    __slots__ = ("started_at",)
+
+    def __init__(
+        self, content_type: str | None, encoding: str | None, usage_dialect: str | None, started_at: float
+    ) -> None:
+        super().__init__(content_type, encoding, usage_dialect)
+        self.started_at = started_at
 
 
 class RefusalReader(UsageReader):
