@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from asgi_metering.quotas.bodies import MAX_BODY
+from asgi_metering.upstream.patient import PatientReader
 from asgi_metering.usage.inflate import Inflate
 from asgi_metering.usage.reader import UsageReader
 
@@ -22,12 +23,12 @@ REFUSED_FROM = 400
 """The first status of answers that refuse."""
 
 
-class AnswerReader(UsageReader):
+class AnswerReader(PatientReader):
     """
     A reader that knows when its request was sent, should the answer refuse what it began with.
 
     Args:
-        content_type, encoding, usage_dialect: See `UsageReader`.
+        content_type, encoding, usage_dialect: See `PatientReader`.
         started_at: Epoch seconds.
     """
 

@@ -191,7 +191,7 @@ class Notes:
         error = inner.get("error")
         if not (error or payload.get("type") == "error"):
             return
-        told = {name: payload[name] for name in ("type", "code", "message", "status") if name in payload}
+        told: Json = {name: payload[name] for name in ("type", "code", "message", "status") if name in payload}
         text = compact({**told, **({"error": error} if error else {})}).encode("utf-8", "surrogatepass")
         self.failure = text if len(text) <= MAX_FAILURE else b""
 

@@ -66,7 +66,7 @@ def test_read_the_binary_stream_in_any_pieces(size: int, media: str | None) -> N
     assert reader.streams
 
 
-@pytest.mark.no_cover
+@pytest.mark.uncounted
 def test_read_the_binary_stream_cut_in_two_anywhere() -> None:
     """A border at any byte of a binary event stream changes nothing."""
     data = wire()
@@ -111,7 +111,7 @@ def test_read_a_failure_of_the_binary_stream() -> None:
     assert report.usage is None
 
 
-@pytest.mark.no_cover
+@pytest.mark.uncounted
 def test_pass_over_a_message_that_breaks_its_checksum() -> None:
     """A byte that changed on the way costs the message that it lies in, and nothing is read from that."""
     data = wire()
