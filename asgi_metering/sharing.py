@@ -68,9 +68,9 @@ class Sharing:
         self._is_used = is_used
         self._clock = clock
         self._lock = threading.Lock()
-        self._busy_until = self._tell_at = self._listen_at = clock()
-        # At first it listens in any case: what was known before a restart still holds.
-        self._listens_until = clock() + LISTEN_FOR_S
+        self._busy_until = self._tell_at = self._listen_at = self._listens_until = clock()
+        # Once it listens in any case: what was known before a restart still holds.
+        self._has_listened = False
         self._changes = 0
         self._told: dict[ReadingKey, str] = {}
         self._heard: dict[ReadingKey, SharedReading] = {}
@@ -98,7 +98,9 @@ class Sharing:
         return now >= self._tell_at and self.has_news
 
     def _listens(self, now: float) -> bool:
-        return now >= self._listen_at and self._is_known and (now < self._listens_until or self._is_used())
+        if now < self._listen_at or not self._is_known:
+            return False
+        return not self._has_listened or now < self._listens_until or self._is_used()
 
     async def turn(self, submit: Submit, read: Read, deadline_s: float) -> None:
         """
@@ -161,5 +163,5 @@ class Sharing:
         async with asyncio.timeout(deadline_s):
             found = await read(ReadingsKept())
         rows, before = found.state.readings, self._heard
-        self._heard = rows
+        self._heard, self._has_listened = rows, True
         take_parts(self._readings, rows, dict.fromkeys(key[0] for key, row in rows.items() if before.get(key) != row))

@@ -189,7 +189,7 @@ def test_clock_that_is_ahead_silences_nobody() -> None:
 
 
 def test_tell_seldom_and_listen_while_it_is_of_use() -> None:
-    """Hundreds of readings are one telling; who neither decides by readings nor told any listens no more."""
+    """Hundreds of readings are one telling; who neither decides by readings nor told any lately listens but once."""
 
     async def play() -> None:
         clock, (busy, idle) = workers(2, is_used=False)
@@ -211,10 +211,15 @@ def test_tell_seldom_and_listen_while_it_is_of_use() -> None:
         assert busy.looks == 2
         clock.advance(LISTEN_FOR_S)
         assert not await busy.turn()
-        assert not await idle.turn()
+        assert (await idle.turn(), idle.looks) == (True, 1)
+        for _ in range(2):
+            clock.advance(1e6)
+            await idle.turn()
+        assert (idle.looks, idle.told) == (1, [])
         clock, (deciding,) = workers(1)
-        clock.advance(1e6)
-        assert await deciding.turn()
+        for looks in (1, 2, 3):
+            clock.advance(1e6)
+            assert (await deciding.turn(), deciding.looks) == (True, looks)
 
     asyncio.run(play())
 
