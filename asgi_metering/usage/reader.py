@@ -293,6 +293,11 @@ class UsageReader:
         return _known(self._peek()[0], self._text)
 
     @property
+    def failure(self) -> bytes:
+        """The first error that the body carried, as JSON; empty where there was none, or a huge one."""
+        return self._peek()[0].failure
+
+    @property
     def streams(self) -> bool:
         """Whether the body is one of events or lines."""
         return self._frames is not None and self._frames.streams
@@ -368,8 +373,12 @@ class UsageReader:
     def _note(self, document: Json, notes: Notes, text: Text) -> None:
         notes.error = notes.error or bool(document.get("error")) or document.get("type") == "error"
         dialect = self._dialect_of(document, notes)
-        if dialect is None:
-            return
+        if dialect is not None:
+            self._note_as(dialect, document, notes, text)
+        if notes.error and not notes.failure:
+            notes.fail(document)
+
+    def _note_as(self, dialect: Dialect, document: Json, notes: Notes, text: Text) -> None:
         notes.dialect = dialect
         notes.recognised = notes.recognised or not self._fixed or dialect.claims(document)
         dialect.note(notes, document)
