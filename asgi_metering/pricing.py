@@ -86,7 +86,7 @@ async def find_price(call: Call, charge: ChargePolicy, arguments: Mapping[str, A
         estimate = await estimate.compute(call, arguments)
     if estimate is None:
         call.asked = await estimate_arguments(arguments, at_most=True)
-        call.estimate = replace(call.asked, cache_write=None, audio=None, audio_output=None)
+        call.estimate = replace(call.asked, cache_write=None, cache_write_1h=None, audio=None, audio_output=None)
     elif isinstance(estimate, TokenUsage):
         call.estimate = call.asked = estimate
         if charge.hold.slices is not None and estimate.input is None:

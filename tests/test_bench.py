@@ -12,6 +12,8 @@ import pytest
 
 from tests.bench import tokens, upstream
 
+pytestmark = pytest.mark.uncounted
+
 ROOT = Path(__file__).parents[1]
 
 NUMBER = r"[+-]?\d+(?:\.\d+)?"

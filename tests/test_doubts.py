@@ -283,7 +283,7 @@ def believable(usage: dict[str, Any]) -> bool:
     return not over and not (cached is not None and asked is not None and cached > asked)
 
 
-@pytest.mark.no_cover
+@pytest.mark.uncounted
 @given(st.lists(REPORTS, min_size=10, max_size=20))
 @settings(max_examples=4)
 def test_charge_no_report_that_cannot_be(usages: list[dict[str, Any]]) -> None:

@@ -22,6 +22,8 @@ from asgi_metering.testing import Provider
 from tests.harness.servers import serve_in_thread
 from tests.harness.warm import preload
 
+pytestmark = pytest.mark.uncounted
+
 preload()
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

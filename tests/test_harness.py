@@ -43,6 +43,8 @@ from tests.harness.otlp import OtlpReceiver
 from tests.harness.servers import HOST, SERVER_KINDS, ServerKind, ServerProcess, serve, serve_in_thread
 from tests.harness.waiting import DEFAULT_TIMEOUT_S, wait_until
 
+pytestmark = pytest.mark.uncounted
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path

@@ -13,9 +13,19 @@ from asgi_metering import TokenUsage, up_to
 from asgi_metering.arguments import From
 from asgi_metering.errors import AmountError, ConfigurationError
 from asgi_metering.holding import HoldPolicy, read_hold
-from asgi_metering.policies import ChargePolicy, ConcurrencyLimit, EndpointPolicy, RatePolicy, check_line, read_price
+from asgi_metering.policies import (
+    ChargePolicy,
+    ConcurrencyLimit,
+    EndpointPolicy,
+    Idempotency,
+    RatePolicy,
+    check_line,
+    misplaced,
+    read_price,
+)
 from asgi_metering.prices import FixedPrice, per_token
 from asgi_metering.rates import parse_limit
+from asgi_metering.rules.ending import Drain, EndPolicy, Situation
 
 ARGUMENTS = {"body": "B", "user": "U"}
 
@@ -166,3 +176,22 @@ def test_line_is_a_name() -> None:
     assert check_line("chat.v1") == "chat.v1"
     with pytest.raises(ConfigurationError, match="billing line"):
         check_line("two words")
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        (EndpointPolicy("e", ChargePolicy(FixedPrice.of(1), "l", None, per="message")), "only WebSockets are"),
+        (
+            EndpointPolicy("e", ChargePolicy(FixedPrice.of(1), "l", EndPolicy({}, {Situation.GONE_LATE: Drain()}))),
+            "nothing goes on over a WebSocket that is closed",
+        ),
+        (
+            EndpointPolicy("e", ChargePolicy(FixedPrice.of(1), "l", None, idempotency=Idempotency())),
+            "has neither a body nor an answer that could be repeated",
+        ),
+    ],
+)
+def test_say_why_a_policy_means_nothing_there(policy: EndpointPolicy, reason: str) -> None:
+    """A policy that one kind of connection cannot keep says which, and what to write instead."""
+    assert reason in misplaced(policy)

@@ -21,6 +21,8 @@ from asgi_metering import TokenUsage
 from asgi_metering.prices import per_million_tokens
 from tests.harness.drive import Drive, body, drive, headers, http_scope, lifespan, status
 
+pytestmark = pytest.mark.uncounted
+
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 STORY = README.partition("## From nothing to a working gate")[2].partition("\n## ")[0]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from asgi_metering import Allowance, Unit, Wallet
 from asgi_metering.errors import AmountError, ConfigurationError, InvalidKeyError, MeteringError, PayerError
-from asgi_metering.sources import Payer, check_payers
+from asgi_metering.sources import Payer, check_payers, what_differs
 
 PLANS = Allowance({"free": 1, "pro": "20", "team": 5})
 
@@ -196,3 +196,18 @@ def test_one_name_is_one_payer() -> None:
     check_payers([Wallet(payer=one), Allowance(1, payer=one), Wallet()])
     with pytest.raises(ConfigurationError, match="Two payers are called 'p'"):
         check_payers([Wallet(payer=one), Wallet(payer=Payer("p"))])
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (Allowance({"free": 1, "pro": "20", "team": 5}), None),
+        (Allowance({"free": 1, "pro": 20, "team": "5.0"}), None),
+        (Allowance({"free": 1, "pro": 20}), "limit"),
+        (Allowance(1), "limit"),
+        (Allowance({"free": 1, "pro": "20", "team": 5}, per="week"), "window"),
+    ],
+)
+def test_one_bucket_has_one_window_and_one_limit(other: Allowance, difference: str | None) -> None:
+    """Two allowances of a name are one bucket if no plan would be allowed two amounts of the same window (S0.1)."""
+    assert what_differs(PLANS, other) == difference

@@ -165,7 +165,12 @@ class _Completions:
         if report is None or report.usage is None or (counted_here and not report.usage.total):
             # Later versions put zeros where the provider reported nothing: no report of zero (S2.41).
             return None
-        cost = self._cost(told.get("response_cost"), hidden.get("response_cost"))
+        logged = _as_mapping(told.get("standard_logging_object"), {})
+        cost = self._cost(told.get("response_cost"), hidden.get("response_cost"), logged.get("response_cost"))
+        if cost is None and told.get("response_cost") is None and told.get("stream"):
+            # LiteLLM tells of a stream's last chunks on threads of their own, and each of them takes away the cost
+            # that the others have noted.
+            cost = self._cost(_cost_of(answer, told))
         return Told(
             usage=report.usage,
             model=report.model or _text(told.get("model")),
@@ -212,6 +217,22 @@ def _read(counted: Mapping[str, Any], answer: Mapping[str, Any]) -> Any:
     reader.feed(json.dumps(document, default=str).encode())
     reader.end()
     return reader.report()
+
+
+def _cost_of(answer: Any, told: Mapping[str, Any]) -> float | None:
+    """What LiteLLM's price list says that an answer costs, in USD; None where it does not say, or others hold."""
+    if any("cost_per" in str(name) for name, value in _as_mapping(told.get("litellm_params"), {}).items() if value):
+        return None
+    try:
+        cost: float = importlib.import_module("litellm").completion_cost(
+            completion_response=answer,
+            model=_text(told.get("model")),
+            custom_llm_provider=_text(told.get("custom_llm_provider")),
+        )
+    except Exception as unknown:  # noqa: BLE001  # Of many kinds; a price that is not known is no fault.
+        log.debug("LiteLLM knows no cost of an answer of %s: %s", told.get("model"), unknown)
+        return None
+    return cost
 
 
 def _as_mapping(value: Any, otherwise: Any = None) -> Any:

@@ -94,6 +94,7 @@ class UsageReader:
 
     Attributes:
         ended: Whoever feeds it saw the body's proper end (`end`).
+        over: Whoever feeds it feeds it no more.
         fetched: Whoever feeds it asked for an answer that is there already, such as one that was begun in the
             background: of several that show the same one, only one has used anything.
 
@@ -117,6 +118,7 @@ class UsageReader:
         "_unread",
         "ended",
         "fetched",
+        "over",
     )
 
     def __init__(
@@ -138,7 +140,7 @@ class UsageReader:
         self._read = self._unread = self._lost_chars = 0
         self._gapped = False
         self._peeked: tuple[Notes, Text, Text] | None = None
-        self.ended = self.fetched = False
+        self.ended = self.fetched = self.over = False
 
     def keep_text(self) -> None:
         """Gather the text from here on; who made the reader did not know that somebody needs it."""

@@ -297,6 +297,41 @@ def test_absurd_cost_is_refused_and_the_usage_kept(house: House, cost: float) ->
     assert house.total("usage_rejected") == 2
 
 
+@pytest.mark.parametrize(
+    ("differs", "cost_is_known"),
+    [
+        ({}, True),
+        # A price of the application's own is not in the list, and neither is the price of a model that nobody knows.
+        ({"litellm_params": {"input_cost_per_token": 1.0}}, False),
+        ({"model": "unheard-of", "custom_llm_provider": "acme"}, False),
+    ],
+)
+def test_stream_whose_cost_litellm_lost_is_priced_by_its_list(
+    house: House, monkeypatch: pytest.MonkeyPatch, differs: dict[str, Any], cost_is_known: bool
+) -> None:
+    """Threads of LiteLLM's that tell of one stream erase the cost that they noted: it is looked up again (S3.20)."""
+    completions = house.library.callbacks[0].completions
+    succeed = completions.succeed
+    lost = {"response_cost": None, "standard_logging_object": None, **differs}
+
+    def erased(told: dict[str, Any], answer: Any) -> None:
+        if differs.get("model"):
+            answer.model = differs["model"]
+        succeed({**told, **lost}, answer)
+
+    monkeypatch.setattr(completions, "succeed", erased)
+
+    async def run() -> None:
+        async with house.open(), house.charge():
+            await house.ask("sync-stream")
+
+    asyncio.run(run())
+    used, (event,) = house.used(), house.events
+    assert event.amount == used.input * 1_000 + used.output * 10_000
+    expected = round(used.input * 2.5 + used.output * 10) if cost_is_known else None
+    assert event.attributes.get("metering.cost.usd_micros") == expected
+
+
 class Answer:
     """An answer of LiteLLM's, with what it counted."""
 

@@ -25,6 +25,7 @@ def test_read_package_fills_in_what_is_not_told() -> None:
     assert (window.package_id, window.window_hours) == ("acme-rolling_window", 5)
     assert read_package({"provider_id": "acme"}, "mine").package_id == "mine"
     assert read_package({"package_id": "own"}, "key").package_id == "own"
+    assert (bare.api_key_env, read_package({"api_key_env": "ACME_KEY"}).api_key_env) == (None, "ACME_KEY")
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,10 @@ def test_read_package_takes_the_names_of_older_files(entry: dict[str, object], t
         (
             {"model_weights": {"m": "x"}},
             "model_weights.m is 'x', and no number from 0 up. Write one such as 25.",
+        ),
+        (
+            {"api_key_env": "sk-secret"},
+            "api_key_env is no name of a variable. Write the one that has the key, not the key.",
         ),
         ({"zone": "Mars/Olympus"}, "zone is 'Mars/Olympus', and no zone. Write 'UTC' or 'Europe/Berlin', say."),
         ([], " is [], and no object. Write its fields by name."),

@@ -113,7 +113,7 @@ def ours(world: World, kind: WindowKind, hit: Hit) -> Told:
     return Told(decision.admitted, window.remaining, hit.at + window.reset_after_s)
 
 
-@pytest.mark.no_cover
+@pytest.mark.uncounted
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", STRATEGIES)
 def test_answer_as_limits_does_at_cost_1(kind: WindowKind, seed: int, theirs: Callable[[WindowKind], Asked]) -> None:
@@ -150,7 +150,7 @@ def _is_at_a_step(world: World, hit: Hit) -> bool:
     return isclose(weight, round(weight), abs_tol=1e-6) and weight > 0
 
 
-@pytest.mark.no_cover
+@pytest.mark.uncounted
 @pytest.mark.parametrize("kind", STRATEGIES)
 def test_answer_as_limits_does_above_cost_1(kind: WindowKind, theirs: Callable[[WindowKind], Asked]) -> None:
     """At any cost the two agree for as long as nothing was refused; windows that spend on no refusal, for ever."""

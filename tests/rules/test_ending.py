@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -10,8 +12,11 @@ from asgi_metering.errors import ConfigurationError
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.ending import (
     DEFAULT_END_POLICY,
+    DRAINABLE,
     END_OF_CALL,
+    MAX_DRAIN_S,
     Cause,
+    Drain,
     EndPolicy,
     Sighting,
     Situation,
@@ -144,3 +149,30 @@ def test_never_change_what_was_seen_or_chosen(value: Sighting | EndPolicy, field
 def test_assume_nothing_of_an_end_that_was_not_seen() -> None:
     """A sighting of a cause alone is one without answer, byte, failure and report."""
     assert Sighting(COMPLETED) == Sighting(COMPLETED, None, False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "mend"),
+    [
+        ({"within_s": "60"}, "within_s='60' is no number. Write seconds"),
+        ({"within_s": True}, "within_s=True is no number. Write seconds"),
+        ({"within_s": 0}, "within_s=0 is not above 0"),
+        ({"within_s": MAX_DRAIN_S + 1}, "is not above 0 and up to 3600.0 seconds"),
+        ({"most_bytes": 0}, "most_bytes=0 is no int from 1 up. Write bytes"),
+        ({"most_bytes": True}, "most_bytes=True is no int from 1 up. Write bytes"),
+        ({"most_bytes": 1.5}, "most_bytes=1.5 is no int from 1 up. Write bytes"),
+    ],
+)
+def test_bound_what_goes_on_without_a_client(bounds: dict[str, Any], mend: str) -> None:
+    """A drained handler has a bound in time and in bytes, and a bound that is none is refused with its value."""
+    assert Drain(within_s=MAX_DRAIN_S, most_bytes=1).within_s == MAX_DRAIN_S
+    with pytest.raises(ConfigurationError, match=re.escape(mend)):
+        Drain(**bounds)
+
+
+@pytest.mark.parametrize("row", sorted(set(Situation) - DRAINABLE))
+def test_drain_only_calls_whose_client_has_left(row: Situation) -> None:
+    """Where nobody has left there is nothing to drain, and a policy that says so is refused."""
+    assert EndPolicy({}, dict.fromkeys(DRAINABLE, Drain()))
+    with pytest.raises(ConfigurationError, match="Nothing can be drained"):
+        EndPolicy({}, {row: Drain()})

@@ -402,7 +402,7 @@ def decided_by_us(kind: WindowKind, limit: int, window: int, times: list[float])
 steps = st.lists(st.one_of(st.integers(0, 40), st.integers(0, 4000)), min_size=1, max_size=40)
 
 
-@pytest.mark.no_cover
+@pytest.mark.uncounted
 @pytest.mark.parametrize(
     ("kind", "strategy"),
     [(WindowKind.FIXED, FixedWindowRateLimiter), (WindowKind.SLIDING, SlidingWindowCounterRateLimiter)],

@@ -54,7 +54,6 @@ def pairs(*, forgets: bool) -> Pair:
     return pair
 
 
-@pytest.mark.no_cover
 @pytest.mark.timeout(600)  # Making a failure small takes minutes; passing takes seconds.
 @pytest.mark.parametrize("forgets", [False, True], ids=["keeps", "forgets"])
 def test_run_any_sequences_beside_memory(forgets: bool) -> None:
@@ -62,7 +61,6 @@ def test_run_any_sequences_beside_memory(forgets: bool) -> None:
     run_any_sequences(lambda: pairs(forgets=forgets))
 
 
-@pytest.mark.no_cover
 @pytest.mark.timeout(1_800)  # For more steps than usual.
 def test_serve_beside_memory() -> None:
     """Many thousand steps of a service are answered and kept as in memory, with a clock that also steps back."""

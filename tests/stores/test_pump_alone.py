@@ -13,7 +13,7 @@ from asgi_metering.errors import StoreUnavailableError, UnwritableError
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, Operation, PostGrant
 from asgi_metering.stores.pump import Pump
-from tests.stores.test_pump import GatedStore, ask, submit, turns
+from tests.stores.gated import GatedStore, ask, submit, turns
 
 
 class StartingStore(GatedStore):

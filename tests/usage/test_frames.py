@@ -322,7 +322,7 @@ def calls_of(work: Callable[[], object]) -> int:
     return calls
 
 
-@pytest.mark.no_cover
+@pytest.mark.uncounted
 @pytest.mark.parametrize("chunks", [2_000, 20_000], ids=["within the bound", "beyond the bound"])
 @pytest.mark.parametrize("make", [EventFrames, LineFrames, BodyFrames, SniffingFrames])
 def test_work_grows_with_the_bytes_however_small_the_chunks(

@@ -80,7 +80,7 @@ def cut(data: bytes, borders: list[int]) -> list[bytes]:
     return [data[start:end] for start, end in itertools.pairwise(places)]
 
 
-@pytest.mark.no_cover
+@pytest.mark.uncounted
 @given(st.lists(st.binary(max_size=200), max_size=8), st.integers(-1, 8), MEDIA, CODINGS, NAMED)
 @settings(max_examples=200, deadline=None)
 def test_read_random_bytes(
@@ -90,7 +90,7 @@ def test_read_random_bytes(
     read(chunks, gap, content_type=media, content_encoding=coding, dialect=dialect, keep_text=True)
 
 
-@pytest.mark.no_cover
+@pytest.mark.uncounted
 @given(st.lists(DOCUMENTS, min_size=1, max_size=6), st.lists(st.integers(0), max_size=5), st.integers(-1, 6), NAMED)
 @settings(max_examples=200, deadline=None)
 def test_read_random_json(documents: list[Any], borders: list[int], gap: int, dialect: str | None) -> None:
@@ -115,7 +115,7 @@ def test_read_random_json(documents: list[Any], borders: list[int], gap: int, di
     st.lists(st.integers(0), max_size=4),
     st.integers(-1, 5),
 )
-@pytest.mark.no_cover
+@pytest.mark.uncounted
 @settings(max_examples=200, deadline=None)
 def test_read_damaged_samples(name: str, damage: list[tuple[int, bytes]], borders: list[int], gap: int) -> None:
     """Samples with bytes changed, cut anywhere, with a gap, never raise."""

@@ -55,7 +55,7 @@ def anthropic_stream(padding: str) -> tuple[bytes, TokenUsage]:
     ), TokenUsage(425, 15, cached=400)
 
 
-@pytest.mark.no_cover
+@pytest.mark.uncounted
 @pytest.mark.parametrize("make", [chat_stream, responses_stream, anthropic_stream])
 @pytest.mark.parametrize("padding", ["word", "x" * 200, "ä\U0001f600"])
 def test_read_the_ends_of_a_long_stream(make: Callable[[str], tuple[bytes, TokenUsage]], padding: str) -> None:

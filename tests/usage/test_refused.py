@@ -131,7 +131,7 @@ FILLERS = {
 }
 
 
-@pytest.mark.no_cover
+@pytest.mark.uncounted
 @pytest.mark.parametrize("keep", [False, True], ids=["usage", "text"])
 @pytest.mark.parametrize("filler", FILLERS.values(), ids=list(FILLERS))
 def test_find_the_usage_behind_megabytes_of_nothing(filler: bytes, keep: bool) -> None:

@@ -166,7 +166,7 @@ def test_refuse_names_that_nothing_can_search_for(names: dict[str, str]) -> None
         dialect_of_fields("x", input="in", output="out", **names)
 
 
-@pytest.mark.no_cover
+@pytest.mark.uncounted
 @pytest.mark.parametrize("name", vectors.NAMES)
 def test_read_samples_beside_a_registered_dialect(name: str) -> None:
     """A dialect of one's own changes nothing for those of the package."""

@@ -44,7 +44,7 @@ def test_read_sample_in_one_piece(name: str) -> None:
     assert not reader.gapped
 
 
-@pytest.mark.no_cover
+@pytest.mark.uncounted
 @pytest.mark.parametrize("name", vectors.NAMES)
 def test_read_sample_cut_in_two_anywhere(name: str) -> None:
     """A border at any byte changes neither the report nor the text."""
@@ -55,7 +55,7 @@ def test_read_sample_cut_in_two_anywhere(name: str) -> None:
         assert reader.text() == vectors.TEXTS.get(name, "")
 
 
-@pytest.mark.no_cover
+@pytest.mark.uncounted
 @pytest.mark.parametrize("name", vectors.NAMES)
 def test_read_sample_in_chunks_of_any_size(name: str) -> None:
     """Chunks of every size, from one byte to half of the sample, give the same report and text."""
@@ -66,7 +66,7 @@ def test_read_sample_in_chunks_of_any_size(name: str) -> None:
         assert reader.text() == vectors.TEXTS.get(name, "")
 
 
-@pytest.mark.no_cover
+@pytest.mark.uncounted
 @pytest.mark.parametrize("name", vectors.NAMES)
 def test_look_at_sample_after_every_byte(name: str) -> None:
     """A report asked for after each byte never disturbs what is read in the end."""
@@ -117,7 +117,7 @@ def test_read_sample_without_a_content_type(name: str) -> None:
     vectors.check(name, vectors.read(pieces(data, 1), LYING[0]).report())
 
 
-@pytest.mark.no_cover
+@pytest.mark.uncounted
 @pytest.mark.parametrize("name", vectors.NAMES)
 def test_read_sample_byte_by_byte_without_a_content_type(name: str) -> None:
     """The same where each byte comes by itself, behind a byte order mark."""
@@ -145,7 +145,7 @@ def test_read_sample_without_its_last_line_end(name: str) -> None:
     assert reader.text() == vectors.TEXTS.get(name, "")
 
 
-@pytest.mark.no_cover
+@pytest.mark.uncounted
 @pytest.mark.parametrize("name", [name for name in CHUNKED if name.endswith(".sse")])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 def test_read_sample_with_other_line_ends(name: str, end: bytes) -> None:

@@ -21,7 +21,6 @@ from tests.stores.crashes.conftest import Ground
 from tests.stores.crashes.house import HELD, POLICIES, SEEN, USED, Policy, ask, burn
 
 # What is killed is counted nowhere, and what comes after it is a process like any other.
-pytestmark = pytest.mark.no_cover
 
 ORDER: Final = list(POINTS)
 

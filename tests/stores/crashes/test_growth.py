@@ -21,7 +21,6 @@ from tests.stores.crashes.house import POLICIES, Policy
 from tests.stores.crashes.test_calls import EVERYTHING
 
 # What is killed is counted nowhere, and what comes after it is a process like any other.
-pytestmark = pytest.mark.no_cover
 
 SLICED: Final[list[tuple[str, int, int, int]]] = [
     # Point, the time that it is reached, what was observed by the last heartbeat, and what is held.

@@ -21,7 +21,6 @@ from tests.stores.crashes.house import GROWN, HELD, LIFE_S, POLICIES, PRICE, SEE
 from tests.stores.places import store_at
 
 # What is killed is counted nowhere, and what comes after it is a process like any other.
-pytestmark = pytest.mark.no_cover
 
 MOMENTS: Final = ("before", "inside", "after")
 

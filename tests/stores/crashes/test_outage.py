@@ -21,7 +21,6 @@ from tests.stores.crashes.outage import FORGOTTEN, LATER, PAUSE_S, PAUSES, PROBE
 from tests.stores.crashes.test_calls import EVERYTHING
 
 # What is killed is counted nowhere, and what comes after it is a process like any other.
-pytestmark = pytest.mark.no_cover
 
 Fate: TypeAlias = Literal["never", "doubt", "ended"]
 """Of a call: it never began, it ends by its policy, or its own end is known."""

@@ -32,14 +32,12 @@ def beside(server: PostgresServer) -> Pair:
     )
 
 
-@pytest.mark.no_cover
 @pytest.mark.timeout(900)  # Making a failure small takes minutes; passing takes seconds.
 def test_run_any_sequences_beside_memory(postgres: PostgresServer) -> None:
     """Whatever is run, PostgreSQL answers as memory does and keeps what memory keeps."""
     run_any_sequences(lambda: beside(postgres))
 
 
-@pytest.mark.no_cover
 @pytest.mark.timeout(1_800)  # For more steps than usual.
 def test_serve_beside_memory(postgres: PostgresServer) -> None:
     """Many thousand steps of a service are answered and kept as in memory, with a clock that also steps back."""

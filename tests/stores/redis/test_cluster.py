@@ -61,7 +61,6 @@ class TestCluster(StoreConformance):
         super().test_sweep_a_few_at_a_time()
 
 
-@pytest.mark.no_cover
 @pytest.mark.timeout(1_800)  # For more steps than usual.
 def test_serve_beside_memory(nodes: list[ValkeyServer]) -> None:
     """Many thousand steps of a service are answered and kept on a Cluster as in memory, where all is in one slot."""

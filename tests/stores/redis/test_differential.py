@@ -35,14 +35,12 @@ def beside(make_store: Maker, server: ValkeyServer) -> Pair:
     )
 
 
-@pytest.mark.no_cover
 @pytest.mark.timeout(900)  # Making a failure small takes minutes; passing takes seconds.
 def test_run_any_sequences_beside_memory(make_store: Maker, server: ValkeyServer) -> None:
     """Whatever is run, Redis answers as memory does and keeps what memory keeps."""
     run_any_sequences(lambda: beside(make_store, server))
 
 
-@pytest.mark.no_cover
 @pytest.mark.timeout(1_800)  # For more steps than usual.
 def test_serve_beside_memory(make_store: Maker, server: ValkeyServer) -> None:
     """Many thousand steps of a service are answered and kept as in memory, with a clock that also steps back."""
