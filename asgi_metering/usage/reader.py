@@ -430,16 +430,17 @@ def _is_introduced(notes: Notes) -> bool:
 
 def _find_shown(data: bytes, at: int) -> int:
     """Return where in ``data[at:]`` a dialect or an error may first show itself, or -1; escapes may hide a name."""
-    introducing = sieves().introducing
+    introducing, leap = sieves().introducing, MAX_LEAP
     while at < len(data):
-        stop = min(at + MAX_LEAP, len(data))
+        stop = min(at + leap, len(data))
         escape = data.find(b"\\", at, stop)
         shown = find_mark(data, at, introducing, stop if escape < 0 else escape)
         if shown >= 0 and (escape < 0 or shown < escape):
             return shown
         if escape >= 0:
             return escape
-        at = stop
+        # Never more than what was passed over already: each mark is searched from the one before it anew.
+        at, leap = stop, leap + leap
     return -1
 
 
