@@ -91,8 +91,8 @@ end
 
 -- -- writing ------------------------------------------------------------------------------------------------
 
--- Scores are numbers, or texts with all their digits where the same one comes often. What was written is forgotten, so that nothing of it is
--- found by the next script.
+-- Scores are numbers, which a command gets with all their digits, or texts with all of them where the same one comes
+-- often. What was written is forgotten, so that nothing of it is found by the next script.
 
 -- Whatever was changed goes into one list, and is set at once.
 local function write_books(sets, n)
