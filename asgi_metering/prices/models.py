@@ -278,11 +278,13 @@ class PinnedPrices:
         factor = factor_of(self.prices.services, call.service, call.provider) if own is None else own
         return (_ONE, call.service is None) if factor is None else (factor, True)
 
-    def _searching(self, call: ModelCall, rate: Rate | None) -> Decimal:
-        """What searches of the web cost where the model's own price does not say."""
+    def _searching(self, call: ModelCall, rate: Rate | None, *, is_counted: bool = False) -> Decimal:
+        """What searches of the web cost where the model's own price does not say, or does not for what was counted."""
         count = call.units.get(WEB_SEARCHES)
-        if not count or rate is None or (rate.units is not None and WEB_SEARCHES in rate.units.prices):
+        if not count or rate is None:
             return _NOTHING
+        if rate.units is not None and WEB_SEARCHES in rate.units.prices:
+            return rate.units.cost_of({WEB_SEARCHES: count}) if is_counted else _NOTHING
         priced = rate.tokens is not None and rate.tokens.web_search is not None
         return _NOTHING if priced else EXACT.multiply(self.prices.web_search, count)
 
@@ -298,8 +300,9 @@ class PinnedPrices:
             rate = None if found is None else found.rate
             factor, is_served = self._factor(call, rate)
             cost = RESOLVERS[name](call, rate, factor)
-            if by_price:
-                cost = EXACT.add(cost, self._searching(call, rate))
+            if by_price and not (call.estimated and name == "response"):
+                # Behind the tokens that they come with: what we counted is told by "tokens".
+                cost = EXACT.add(cost, self._searching(call, rate, is_counted=name == "tokens"))
             if not cost.is_finite() or not 0 <= cost <= prices.believed * call.count:
                 flags.append("cost_refused")
                 continue

@@ -48,7 +48,7 @@ def _note_usage(notes: Notes, usage: Json) -> bool:
         if count is not None:
             notes.counts[meaning] = count
     for name in ("promptTokensDetails", "candidatesTokensDetails"):
-        details = {detail.get("modality"): detail.get("tokenCount") for detail in objects(usage.get(name))}
+        details = {str(detail.get("modality")): detail.get("tokenCount") for detail in objects(usage.get(name))}
         if "AUDIO" in details:
             notes.counts[name] = notes.count(details["AUDIO"]) or 0
         if details:

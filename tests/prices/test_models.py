@@ -474,6 +474,9 @@ def test_price_every_kind_of_token_that_was_reported(
         (ModelCall(USED, "served", units={"web_searches": Decimal(3)}), "24", ()),
         (ModelCall(USED, "finder", units={"web_searches": Decimal(3)}), "36", ()),
         (ModelCall(units={"web_searches": Decimal(3)}, model="small"), "0.06", ()),
+        (ModelCall(USED, "small", units={"web_searches": Decimal(3)}, estimated=True), "15.06", ()),
+        (ModelCall(USED, "served", units={"web_searches": Decimal(3)}, estimated=True), "24", ()),
+        (ModelCall(USED, "finder", units={"web_searches": Decimal(3)}, estimated=True), "36", ()),
     ],
 )
 def test_price_service_tiers_and_searches(call: ModelCall, cost: str, flags: tuple[str, ...]) -> None:

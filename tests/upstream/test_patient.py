@@ -138,12 +138,14 @@ def _failing() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_failing")
 def test_reader_that_fails_costs_the_observation_alone(caplog: pytest.LogCaptureFixture) -> None:
-    """What a dialect raises is logged once, and whoever asks hears what is known (S1.39)."""
+    """What a dialect raises is logged once, and whoever asks hears that nothing is believed (S1.39, S3.21)."""
     reader = PatientReader("text/event-stream", None, "broken")
     reader.keep_text()
     with caplog.at_level(logging.ERROR, logger="asgi_metering.upstream"):
         for _ in range(3):
             reader.feed(USAGE)
-            assert reader.report() is None
+            report = reader.report()
+            assert report is not None
+            assert (report.usage, report.problems) == (None, ("unreadable",))
     assert reader.text() == ""
     assert [record.getMessage() for record in caplog.records] == ["An answer is not fully observed: its reader failed."]
