@@ -124,9 +124,7 @@ def test_poll_asks_every_kind_of_endpoint(house: House) -> None:
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "identity"])
 def test_poll_reads_what_is_compressed(house: House, coding: str) -> None:
     """A balance may come compressed, whatever was asked for; in a coding that nobody here can undo it is none."""
-    plain = json.dumps(
-        {"balance_infos": [{"currency": "USD", "total_balance": "5", "topped_up_balance": "20"}]}
-    ).encode()
+    plain = json.dumps({"balance_infos": [{"currency": "USD", "total_balance": "5", "topped_up_balance": "20"}]}).encode()
     body = {"gzip": gzip.compress(plain), "deflate": zlib.compress(plain), "identity": plain}[coding]
 
     class Body(Wire, httpx2.AsyncByteStream):
