@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
-from asgi_metering.exchanges import Entry, Sum, kind_of
+from asgi_metering.exchanges import Sum, kind_of
 from asgi_metering.itemised import ERRORS, counted_call, model_call
 from asgi_metering.measuring import Part, given_input, observation, parts_of
 from asgi_metering.tokens import estimate_tokens, tokens_of
@@ -29,14 +29,11 @@ def fold(call: Call) -> None:
     """
     exchanges = call.exchanges
     try:
+        # Before anybody looks at what they told: one that ends meanwhile, in another thread, waits for the next time.
+        gone = [entry for entry in exchanges.latest()[: exchanges.spare - exchanges.most] if entry[1].over]
         parts = {id(part.reader): part for part in parts_of(call)}
-        gone: list[Entry] = []
         folded: list[tuple[Hashable, Sum, str | None]] = []
-        for entry in exchanges.latest()[: exchanges.spare - exchanges.most]:
-            _, reader, status = entry
-            if not reader.over:
-                continue
-            gone.append(entry)
+        for _, reader, status in gone:
             part = parts.get(id(reader))
             if status < ERRORS and part is not None:
                 folded += _folded(call, part)
