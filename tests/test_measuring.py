@@ -654,6 +654,35 @@ def test_afford_what_cache_writes_leave(hold: Any) -> None:
     assert cap + 2 * 9 == held
 
 
+SERVED = per_token(input=1, output=1, services={"openai/priority": 3, "flex": "0.5"})
+BY_NAME = model_prices({"m": per_token(input=1, output=1)}, units_per_usd=1, published=False, services={"priority": 3})
+
+
+@pytest.mark.parametrize("price", [SERVED, BY_NAME], ids=["tokens", "models"])
+@pytest.mark.parametrize(("tier", "factor"), [("priority", 3), ("flex", 1), ("unknown", 1), (None, 1)])
+def test_afford_and_hold_what_a_dearer_service_tier_costs(price: Any, tier: str | None, factor: int) -> None:
+    """Nobody is let in for less than the tier costs that he asks for; a cheaper or unknown one is no relief."""
+    told: list[tuple[int, Decimal, int]] = []
+
+    async def endpoint(request: Request) -> JSONResponse:
+        call = current_call()
+        before = call.affordable()
+        if not told:
+            call.record(TokenUsage(input=0, output=10), model="m")
+        told.append((before, call.remaining, call.held // 10**6))
+        return JSONResponse({})
+
+    body = json.dumps({"model": "m", "max_tokens": 60, "input": list(range(30)), "service_tier": tier}).encode()
+    for hold in (100, None):
+        route = Route("/", billable(price, hold=hold)(endpoint), methods=["POST"])
+        entries = asyncio.run(charged(Starlette(routes=[route]), method="POST", body=body))
+    (of_amount, left, _), (of_estimate, _, held) = told
+    assert (of_amount, left) == (100 // factor - 30, 100 - 10 * factor)
+    assert (of_estimate, held) == (60, 90 * factor)
+    # Nothing told what it used, so that the estimate is charged: as it was held.
+    assert [entry.amount // 10**6 for entry in entries] == [held]
+
+
 def test_afford_what_upstream_exchanges_leave() -> None:
     """Exchanges that ended count as they reported, one that runs by what it wrote until now."""
     told: list[int] = []

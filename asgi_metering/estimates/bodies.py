@@ -70,7 +70,11 @@ async def estimate_arguments(arguments: Mapping[str, Any], *, at_most: bool = Fa
 
 async def asked_model(arguments: Mapping[str, Any]) -> str | None:
     """The model that the first of *arguments* names that looks like a request to one; None where none does."""
-    body = await body_of(arguments)
+    return model_of(await body_of(arguments))
+
+
+def model_of(body: Mapping[str, Any] | None) -> str | None:
+    """The model that a request names."""
     model = None if body is None else body.get("model")
     return model if isinstance(model, str) else None
 

@@ -18,7 +18,7 @@ from asgi_metering.errors import AmountError, ConfigurationError
 from asgi_metering.prices.aliases import Aliases, candidates
 from asgi_metering.prices.costing import WEB_SEARCHES, CostedCall, Costing, Flag, ModelCall, summed
 from asgi_metering.prices.published import Rate, find_published, load_published, published_version
-from asgi_metering.prices.tokens import TokenPrice, factor_of, read_factors
+from asgi_metering.prices.tokens import TokenPrice, dearest_of, factor_of, read_factors
 from asgi_metering.prices.units import UnitPrice
 from asgi_metering.prices.values import EXACT, FLOOR, MAX_AFFORDABLE, FixedPrice
 from asgi_metering.usage import TokenUsage
@@ -230,14 +230,21 @@ class PinnedPrices:
         rate = self._asked
         if rate is None or rate.tokens is None:
             return self.cost(usage)
-        factor, _ = self._factor(ModelCall(provider=self.provider, service=service), rate)
         found = ModelCall(units={WEB_SEARCHES: Decimal(searches)})
         searching = EXACT.add(self._searching(found, rate), rate.tokens.cost_by(found, _ONE))
         if rate.units is not None:
             searching = EXACT.add(searching, rate.units.cost_of(found.units))
-        tokens = EXACT.multiply(rate.tokens.cost_at_most(usage, slack), max(_ONE, factor))
+        tokens = EXACT.multiply(rate.tokens.cost_at_most(usage, slack), self.dearer(service))
         usd = EXACT.add(EXACT.add(tokens, rate.call), searching)
         return EXACT.add(self.prices.to_units(usd), self.prices.fee)
+
+    def dearer(self, service: str | None) -> Decimal:
+        """As of `TokenPrice`: by its own factors where it has one for that tier, else by those of all."""
+        if service is None:
+            return _ONE
+        rate = self._asked
+        own = {} if rate is None or rate.tokens is None else dict(rate.tokens.services)
+        return dearest_of({**self.prices.services, **own}, service, self.provider)
 
     def affordable(self, kind: str, units: Decimal, used: TokenUsage) -> int:
         """How many tokens more of the model that was asked for fit in *units* after *used*; never negative."""
