@@ -133,6 +133,20 @@ def test_charge_each_of_very_many_exchanges(price: Any, amount: int) -> None:
     assert sum(row["calls"] for row in json.loads(str(event.attributes["metering.models"]))) == MANY
 
 
+@pytest.mark.parametrize("share", [1, 2], ids=["one", "half"])
+def test_refuse_a_cost_by_itself_and_not_in_its_sum(share: int) -> None:
+    """S3.21: an answer whose tokens cost more than is believed is refused alone, and makes no other one doubtful."""
+    odd = MANY // 2 if share == 2 else 1
+
+    def work(metering: Metering, call: Any) -> None:
+        for number in range(MANY):
+            exchange(metering, chat(5_000 if number < odd else 500, 0, cost=3))
+
+    found = spent(work, BY_NAME)
+    assert found.settled == (MANY - odd) * 1_003_000 + 500_000
+    assert found.events[0].attributes["metering.price.flags"] == "cost_refused,cost_unresolved"
+
+
 def test_sum_no_exchange_that_ends_while_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """DESIGN 4: an answer that ends in another thread between two looks at it counts as it ended, and not as it was."""
     running: list[tuple[UpstreamBooking, Any, UsageReader]] = []

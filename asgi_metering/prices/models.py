@@ -265,7 +265,7 @@ class PinnedPrices:
         An answer that names no model (Cohere's, Bedrock's) was given by the one that the request asked for.
         """
         prices = self.prices
-        costed = tuple([self._costed(call if call.model else replace(call, model=self.model)) for call in calls])
+        costed = tuple([self._costed(self._named(call)) for call in calls])
         amount = prices.to_units(summed(costed))
         if any(call.used_anything for call in calls):
             amount = EXACT.add(amount, prices.fee)
@@ -277,7 +277,11 @@ class PinnedPrices:
         rate = self.prices.lookup(call.model or self.model, call.provider, self.at).rate
         tier = None if rate is None or rate.tokens is None else rate.tokens.kind_of(call)
         costs = tuple([_sort_of(cost, self.prices.believed) for cost in (call.cost, call.hidden_cost)])
-        return tier, call.used_anything, *costs
+        alone = self._costed(self._named(call))
+        return tier, call.used_anything, alone.how, "cost_refused" in alone.flags, *costs
+
+    def _named(self, call: ModelCall) -> ModelCall:
+        return call if call.model else replace(call, model=self.model)
 
     def _factor(self, call: ModelCall, rate: Rate | None) -> tuple[Decimal, bool]:
         """By what its tokens are multiplied in its service tier, and whether that is known."""
