@@ -15,8 +15,9 @@ from asgi_metering.folding import fold
 from asgi_metering.itemised import ERRORS
 from asgi_metering.opening import CURRENT
 from asgi_metering.prices import FixedPrice
+from asgi_metering.quotas.bodies import status_in_band
 from asgi_metering.upstream.headroom import Reservation
-from asgi_metering.upstream.refused import RefusalReader
+from asgi_metering.upstream.refused import AnswerReader, RefusalReader
 from asgi_metering.usage import UsageReader, UsageReport
 
 if TYPE_CHECKING:
@@ -102,6 +103,12 @@ class UpstreamBooking:
             self._metering.quotas.record(
                 provider, reader.headers, status, reader.started_at, label=self._label, body=reader.body
             )
+        elif isinstance(reader, AnswerReader) and (failure := reader.failure):
+            # Behind a success its words are all that says what the refusal is (S1.44).
+            code = status_in_band(failure)
+            if code is not None:
+                quotas = self._metering.quotas
+                quotas.record(provider, (), code, reader.started_at, label=self._label, body=failure)
         reader.over = True
         report = reader.report()
         known = report.usage if report is not None and report.complete and not report.partial else None

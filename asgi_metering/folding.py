@@ -29,7 +29,7 @@ def fold(call: Call) -> None:
     """
     exchanges = call.exchanges
     try:
-        # Before anybody looks at what they told: one that ends meanwhile, in another thread, waits for the next time.
+        # In this order: what is over by now has told all that it will, whatever other threads are reading.
         gone = [entry for entry in exchanges.latest()[: exchanges.spare - exchanges.most] if entry[1].over]
         parts = {id(part.reader): part for part in parts_of(call)}
         folded: list[tuple[Hashable, Sum, str | None]] = []

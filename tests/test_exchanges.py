@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import json
+import threading
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -14,9 +16,11 @@ from asgi_metering import Metering, TokenUsage, folding, witnesses
 from asgi_metering.booking import UpstreamBooking
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.exchanges import Exchanges, Sum
+from asgi_metering.measuring import committed_usage
 from asgi_metering.prices import ModelCall, above, by_usage, model_prices, per_token
 from asgi_metering.tokens import count_tokens
-from asgi_metering.usage import UsageEvent, UsageReader
+from asgi_metering.upstream.patient import PatientReader
+from asgi_metering.usage import UsageEvent
 from asgi_metering.usage.values import MAX_TOKENS
 from asgi_metering.witnesses import LITELLM, Told, Witness
 from tests.pitfalls.stage import within
@@ -91,7 +95,7 @@ def exchange(metering: Metering, body: bytes, status: int = 200, *, ends: bool =
     """One exchange of the current call, as the upstream client tells of it."""
     booking = UpstreamBooking(metering)
     token = booking.started("acme")
-    reader = UsageReader("application/json" if ends else "text/event-stream")
+    reader = PatientReader("application/json" if ends else "text/event-stream")
     reader.fetched = fetched
     booking.body_started(token, "acme", reader, status)
     reader.feed(body)
@@ -208,7 +212,7 @@ def test_keep_what_still_runs() -> None:
 
     def work(metering: Metering, call: Any) -> None:
         booking = UpstreamBooking(metering)
-        running = [UsageReader("application/json") for _ in range(MANY)]
+        running = [PatientReader("application/json") for _ in range(MANY)]
         for reader in running:
             booking.body_started(booking.started("acme"), "acme", reader, 200)
         for reader in running:
@@ -218,6 +222,27 @@ def test_keep_what_still_runs() -> None:
 
     found = spent(work)
     assert (found.settled, found.kept) == (60_000 * MANY, MANY)
+
+
+def test_sum_exchanges_of_several_threads() -> None:
+    """Answers that come in several threads are counted once each, whoever looks meanwhile (DESIGN 6)."""
+
+    def work(metering: Metering, call: Any) -> None:
+        seen: list[int] = []
+
+        def ask() -> None:
+            for _ in range(MANY):
+                exchange(metering, chat(50, 1))
+                seen.append(committed_usage(call, TIERED, expected=False).output or 0)
+
+        threads = [threading.Thread(target=contextvars.copy_context().run, args=(ask,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert max(seen) <= 4 * MANY
+
+    assert spent(work).settled == 60_000 * 4 * MANY
 
 
 def test_sum_models_beyond_the_bound_as_of_none() -> None:

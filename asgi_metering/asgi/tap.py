@@ -16,9 +16,9 @@ from asgi_metering.usage import UsageReader, UsageReport
 
 __all__ = ["Tap"]
 
-BLOCK = 786_432
+BLOCK = 524_288
 """
-Bytes of references beyond which the worker reads the oldest: most answers of models end before, at some 3,000 words.
+Bytes of references beyond which the worker reads the oldest: most answers of models end before, at some 2,000 words.
 
 Text costs ten times as much to read as all else of a stream, and one that reports its usage has none to be read.
 """

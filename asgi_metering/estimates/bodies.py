@@ -13,6 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 from asgi_metering.estimates.images import image_tokens
+from asgi_metering.estimates.sounds import sound_tokens
 from asgi_metering.tokens import count_tokens_async
 from asgi_metering.usage import TokenUsage
 
@@ -89,7 +90,7 @@ async def estimate_body(
         body: ``messages``, ``input``, ``prompt`` or ``contents``, with ``system``, ``instructions``, ``tools`` and
             schemas; the output's bound from ``max_completion_tokens``, ``max_output_tokens``, ``max_tokens`` or
             Gemini's ``generationConfig``, the largest where there are several, times ``n``. Images count by their
-            provider's formula.
+            provider's formula, sounds by how long they play at most.
         default_output: Output tokens where the body names no bound.
         at_most: Count all of the input as written to a cache too (for an hour, where the body asks for that), and all
             of the output as spoken, where the body asks for that.
@@ -105,14 +106,18 @@ async def estimate_body(
     named = model if isinstance(model, str) else ""
     images = sum(image_tokens(body.get(key), named) for key in ("messages", "input", "contents", "system"))
     ids = sum(_ids(body.get(key)) for key in _TOKENISED)
-    given = counted.tokens + around + images + ids
+    heard = sum(sound_tokens(body.get(key)) for key in ("messages", "input", "contents"))
+    given = counted.tokens + around + images + heard + ids
     bound, answers = _bound(body)
     output = (default_output if bound is None else bound) * answers
     output = min(output, MAX_OUTPUT_TOKENS)
     marks = set(_cache_marks(body)) if at_most else set()
     written, long = given if marks else None, given if HOUR in marks else None
     spoken = output if at_most and _asks_for_audio(body) else None
-    return TokenUsage(given, output, None, written, None, spoken, spoken, long)
+    if heard:
+        spoken = spoken or 0
+    audio = None if spoken is None else heard + spoken
+    return TokenUsage(given, output, None, written, None, audio, spoken, long)
 
 
 SEARCHES = 10

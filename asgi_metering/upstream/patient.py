@@ -176,6 +176,13 @@ class PatientReader(UsageReader):
         return super().known if words is None else words.known
 
     @property
+    def failure(self) -> bytes:
+        """The first error that the body carried, as `UsageReader.failure`."""
+        with self._lock:
+            self._read_on()
+            return super().failure
+
+    @property
     def streams(self) -> bool:
         """Whether the body is one of events or lines."""
         with self._lock:

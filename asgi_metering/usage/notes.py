@@ -31,6 +31,9 @@ MAX_COST: Final = Decimal(10**9)
 MAX_SEARCHES: Final = 10_000
 """Searches of the web for one answer that are believed: each costs a cent, and models make a handful."""
 
+MAX_FAILURE: Final = 16 << 10
+"""Bytes of an error that are kept: known ones have some hundred."""
+
 COST_DIGITS: Final = 40
 """Digits and decimal places of a cost: 10**10 ticks a dollar need ten; a longer one is noise or an attack."""
 
@@ -82,6 +85,7 @@ class Notes:
     searches: int | None = None
     complete: bool = False
     error: bool = False
+    failure: bytes = b""
     partial: bool = False
     recognised: bool = False
     introduced: int = 0
@@ -180,6 +184,16 @@ class Notes:
             self.flag("invalid_count")
         elif found is not None:
             self.searches = max(found, self.searches or 0)
+
+    def fail(self, payload: Json) -> None:
+        """Keep what the first error says of itself, as JSON of at most `MAX_FAILURE` bytes."""
+        inner = as_object(payload.get("response")) if payload.get("error") is None else payload
+        error = inner.get("error")
+        if not (error or payload.get("type") == "error"):
+            return
+        told: Json = {name: payload[name] for name in ("type", "code", "message", "status") if name in payload}
+        text = compact({**told, **({"error": error} if error else {})}).encode("utf-8", "surrogatepass")
+        self.failure = text if len(text) <= MAX_FAILURE else b""
 
     def finish(self, reason: object) -> None:
         """Take the finish reason; a null one says nothing."""

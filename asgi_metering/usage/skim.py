@@ -95,7 +95,7 @@ def find_mark(data: bytes, at: int, marks: Pattern[bytes], end: int | None = Non
     """
     size = len(data) if end is None else end
     find, search = data.find, marks.search
-    quote, window = -1, WINDOW
+    window = WINDOW
     while at < size:
         stop = at + window
         found = search(data, at, stop + REACH)
@@ -106,7 +106,8 @@ def find_mark(data: bytes, at: int, marks: Pattern[bytes], end: int | None = Non
         if done >= 0:
             return done
         at = stop
-        if quote < at and (quote := find(b'"', at, at + MAX_LEAP)) < 0:
+        quote = find(b'"', at, at + MAX_LEAP)
+        if quote < 0:
             quote = min(at + MAX_LEAP, size)
         if quote > at + FAR and find(b"\n", at, quote) < 0:
             at, window = quote, WINDOW

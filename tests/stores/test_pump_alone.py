@@ -85,6 +85,29 @@ def test_submit_alone_goes_in_its_own_turn() -> None:
     play(scene)
 
 
+def test_lone_caller_goes_on_in_the_turn_of_the_answer() -> None:
+    """A callback of the loop that brings the answer has run the caller on, and what it asks next is sent already."""
+
+    async def scene(store: StartingStore, pump: Pump, _: list[Admit]) -> None:
+        async def come_again() -> None:
+            for name in "abc":
+                await pump.submit(ask(name))
+
+        loop, coming = asyncio.get_running_loop(), asyncio.create_task(come_again())
+        for place in range(3):
+            await turns()
+            operation, told = store.started[place]
+            (answer,) = await store.inner.run([operation])
+            sent: list[int] = []
+            loop.call_soon(lambda tell=told, answer=answer, sent=sent: (tell(answer), sent.append(len(store.started))))
+            await turns(1)
+            assert sent == [min(place + 2, 3)]
+        await coming
+        assert store.batches == []
+
+    play(scene)
+
+
 def test_submit_after_a_batch_of_several_goes_by_lane() -> None:
     """Callers that came together come again together: the first of them does not go ahead alone."""
 

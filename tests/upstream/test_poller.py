@@ -124,7 +124,9 @@ def test_poll_asks_every_kind_of_endpoint(house: House) -> None:
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "identity"])
 def test_poll_reads_what_is_compressed(house: House, coding: str) -> None:
     """A balance may come compressed, whatever was asked for; in a coding that nobody here can undo it is none."""
-    plain = json.dumps({"balance_infos": [{"currency": "USD", "total_balance": "5", "topped_up_balance": "20"}]}).encode()
+    plain = json.dumps(
+        {"balance_infos": [{"currency": "USD", "total_balance": "5", "topped_up_balance": "20"}]}
+    ).encode()
     body = {"gzip": gzip.compress(plain), "deflate": zlib.compress(plain), "identity": plain}[coding]
 
     class Body(Wire, httpx2.AsyncByteStream):
@@ -163,11 +165,11 @@ def test_poll_never_expands_beyond_its_bound(house: House, coding: str, told: st
 
 
 def test_refuse_a_catalogue_that_polls_cannot_be_written_into(tmp_path: Path) -> None:
-    """A catalogue in TOML with packages that are polled fails when the poller is made, and never after a poll (S1.30)."""
+    """A catalogue in TOML whose packages are polled fails when the poller is made, not after a poll (S1.30)."""
     path = tmp_path / "quotas.toml"
     entry = 'package_type = "credits"\nprovider_id = "deepseek"\n'
     path.write_text(f"[packages.d]\n{entry}source = 'api_poll'\n")
-    with pytest.raises(ConfigurationError, match="quotas.toml is TOML.*'d'.*Keep it as JSON"):
+    with pytest.raises(ConfigurationError, match=r"quotas.toml is TOML.*'d'.*Keep it as JSON"):
         QuotaPoller(QuotaTracker(path, clock=clock))
     path.write_text(f"[packages.d]\n{entry}source = 'manual'\n")
     assert QuotaPoller(QuotaTracker(path, clock=clock)).pollable() == []
