@@ -153,7 +153,7 @@ def test_refuse_a_cost_by_itself_and_not_in_its_sum(share: int) -> None:
 
 def test_sum_no_exchange_that_ends_while_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """DESIGN 4: an answer that ends in another thread between two looks at it counts as it ended, and not as it was."""
-    running: list[tuple[UpstreamBooking, Any, UsageReader]] = []
+    running: list[tuple[UpstreamBooking, Any, PatientReader]] = []
     look = folding.parts_of
 
     def ends_behind_the_look(call: Any) -> Any:
@@ -167,7 +167,7 @@ def test_sum_no_exchange_that_ends_while_somebody_looks(monkeypatch: pytest.Monk
 
     def work(metering: Metering, call: Any) -> None:
         booking = UpstreamBooking(metering)
-        token, reader = booking.started("acme"), UsageReader("application/json")
+        token, reader = booking.started("acme"), PatientReader("application/json")
         booking.body_started(token, "acme", reader, 200)
         running.append((booking, token, reader))
         for _ in range(29):
