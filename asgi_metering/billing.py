@@ -286,8 +286,8 @@ async def _estimated(call: Call, price: MeasuredPrice, known: Metered) -> tuple[
     """
     (smallest parts, what is known of the usage): the estimate, which stands for what nobody reported.
 
-    It is never less than what was observed: what some of the call's answers reported where others did not, and the
-    text of a model that passed. Text of a shape that nobody knows is a guess like the estimate, and no better one. What
+    It is never less than what was observed: what the call's answers reported, all of them or some, and the text of a
+    model that passed. Text of a shape that nobody knows is a guess like the estimate, and no better one. What
     was observed is told as the usage where it is charged.
     """
     estimate = call.estimate
@@ -298,8 +298,6 @@ async def _estimated(call: Call, price: MeasuredPrice, known: Metered) -> tuple[
         amount = call.held
         if isinstance(estimate, TokenUsage):
             amount = call.unit.round(EXACT.multiply(price.cost(estimate), call.dearer))
-    if known.complete and not is_slice:
-        return amount, known
     seen = await observed_usage(call, known, guesses=is_slice or known.usage is not None)
     if seen.usage is None:
         return amount, known

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from asgi_metering import Metering, TokenUsage, billable, current_call, metered_app, up_to
@@ -652,6 +652,23 @@ def test_afford_what_cache_writes_leave(hold: Any) -> None:
     ((cap, held),) = told
     # Four words, the role, and the three tokens around a message; and what separates texts.
     assert cap + 2 * 9 == held
+
+
+def test_charge_no_less_than_was_told_where_the_policy_estimates() -> None:
+    """A client that leaves when all of its answer was told pays no less than one that leaves before (DESIGN 4)."""
+
+    @billable(per_token(input=1, output=1), hold=TokenUsage(input=1, output=4), on_disconnect="estimate")
+    async def endpoint(_request: Request) -> StreamingResponse:
+        current_call().record(TokenUsage(input=9, output=90))
+
+        async def words() -> AsyncIterator[bytes]:
+            for _ in range(5):
+                yield b"word "
+
+        return StreamingResponse(words())
+
+    entries = asyncio.run(charged(Starlette(routes=[Route("/", endpoint)]), 2))
+    assert [(entry.amount // 10**6, str(entry.basis)) for entry in entries] == [(99, "estimate")]
 
 
 SERVED = per_token(input=1, output=1, services={"openai/priority": 3, "flex": "0.5"})
