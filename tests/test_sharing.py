@@ -329,9 +329,10 @@ def test_rows_of_another_version_are_passed_over() -> None:
         clock, (worker,) = workers(1)
         odd = SharedReading("odd", "status", clock(), '{"provider":1}')
         named = SharedReading("acme", "status", clock(), parts_of("x", _reading(provider="no name"))[0].told)
+        deep = SharedReading("deep", "status", clock(), "[" * MAX_TOLD)
         alone = SharedReading("groq", "limits", clock(), '{"limits":[]}')
         other = parts_of("xai", _reading(provider="xai"))[0]
-        worker.store.run_now(Share((odd, named, alone, other, other._replace(part="limits", told="[1]"))))
+        worker.store.run_now(Share((odd, named, deep, alone, other, other._replace(part="limits", told="[1]"))))
         worker.store.run_now(Share((other._replace(series="xai/eu"),)))
         await worker.listen()
         assert worker.readings.all().keys() == {"xai/eu"}

@@ -276,8 +276,10 @@ class Exchange(Hearing):
                 keep(body)
             left -= len(body)
             if left <= 0:
-                self.unchecked += room - left
-                left = room = await self._turn(call)
+                # Counted before the turn: others may send meanwhile, and whoever waits here may be cancelled.
+                self.unchecked, left = self.unchecked + room - left, room
+                fresh = await self._turn(call)
+                left, room = left + fresh - room, fresh
 
         return passing
 

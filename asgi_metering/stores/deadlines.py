@@ -28,6 +28,8 @@ class Deadlines:
         self._waiting: list[tuple[float, int, asyncio.Future[Any], float]] = []
         self._came = 0
         self._timer: asyncio.TimerHandle | None = None
+        # When it goes off: uvloop's handles of what is due at once cannot say.
+        self._due = 0.0
 
     def watch(self, future: asyncio.Future[Any], deadline_s: float) -> None:
         """Let *future* wait for *deadline_s* seconds from now on."""
@@ -38,13 +40,13 @@ class Deadlines:
         # Counted, so that futures are never compared.
         self._came += 1
         heappush(waiting, (until, self._came, future, deadline_s))
-        if self._timer is None or until < self._timer.when():
+        if self._timer is None or until < self._due:
             self._look_at(loop, until)
 
     def _look_at(self, loop: asyncio.AbstractEventLoop, until: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = loop.call_at(until, self._look, loop)
+        self._timer, self._due = loop.call_at(until, self._look, loop), until
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         waiting, now = self._waiting, loop.time()

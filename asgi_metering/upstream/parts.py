@@ -69,7 +69,7 @@ def take_parts(readings: QuotaReadings, rows: Mapping[ReadingKey, SharedReading]
         _, _, label = each.partition("/")
         try:
             readings.take(_reading(status, limits), label=label or None)
-        except (ValueError, TypeError, KeyError, ArithmeticError, ConfigurationError):
+        except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError, ConfigurationError):
             log.debug("The shared reading of %r cannot be read.", each)
 
 

@@ -22,7 +22,7 @@ from asgi_metering.prices import per_token
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import End, Operation
 from asgi_metering.stores.memory import MemoryStore
-from tests.harness.drive import Drive, body, drive, http_scope
+from tests.harness.drive import SEND_YIELDS, Drive, body, drive, http_scope
 from tests.pitfalls.stage import StuckAt, staged
 from tests.pitfalls.streams import USAGE, Passing, events, plain, sse, starlette
 
@@ -316,6 +316,38 @@ async def in_pieces(_scope: Any, _receive: Any, send: Any) -> None:
     raise RuntimeError("It broke.")
 
 
+async def hurried(_scope: Any, _receive: Any, send: Any) -> None:
+    """An app that loses patience while the loop gets its turn, after a long piece that was taken, and goes on."""
+    long = b"a" * exchange.CHECKPOINT_BYTES
+    await send({"type": "http.response.start", "status": 200, "headers": sized(3, long)})
+    await send({"type": "http.response.body", "body": long, "more_body": True})
+    for _ in range(2):
+        sending = asyncio.ensure_future(send({"type": "http.response.body", "body": long, "more_body": True}))
+        for _ in range(SEND_YIELDS + 1):
+            await asyncio.sleep(0)
+        assert not sending.done()
+        sending.cancel()
+        await asyncio.wait([sending])
+    await send({"type": "http.response.body"})
+    raise RuntimeError("It broke.")
+
+
+async def abreast(_scope: Any, _receive: Any, send: Any) -> None:
+    """An app whose tasks send side by side, long pieces and short ones."""
+    long = b"a" * exchange.CHECKPOINT_BYTES
+    await send({"type": "http.response.start", "status": 200, "headers": sized(5, long)})
+    await send({"type": "http.response.body", "body": long, "more_body": True})
+    message = {"type": "http.response.body", "body": long, "more_body": True}
+    await asyncio.gather(*[send(message) for _ in range(4)])
+    await send({"type": "http.response.body"})
+    raise RuntimeError("It broke.")
+
+
+def sized(pieces: int, piece: bytes) -> list[tuple[bytes, bytes]]:
+    """Fields that say how long so many pieces are."""
+    return [(b"content-length", b"%d" % (pieces * len(piece)))]
+
+
 async def short(_scope: Any, _receive: Any, send: Any) -> None:
     """An app that breaks before its announced length, behind a layer that ends the body for it."""
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
@@ -340,8 +372,15 @@ async def by_path(_scope: Any, _receive: Any, send: Any) -> None:
 
 @pytest.mark.parametrize(
     ("app", "outcome"),
-    [(in_pieces, "completed"), (unsized, "completed"), (by_path, "completed"), (short, "error")],
-    ids=["sized", "one-message", "file", "short"],
+    [
+        (in_pieces, "completed"),
+        (hurried, "completed"),
+        (abreast, "completed"),
+        (unsized, "completed"),
+        (by_path, "completed"),
+        (short, "error"),
+    ],
+    ids=["sized", "hurried", "abreast", "one-message", "file", "short"],
 )
 def test_whole_response_is_charged_whatever_breaks_behind_it(app: Any, outcome: str) -> None:
     """Pitfall 24: what no layer fabricates is a completed answer; an end that could be fabricated is an error."""

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+import uvloop
 
 from asgi_metering.stores.deadlines import Deadlines
 
@@ -75,3 +76,18 @@ def test_stop_waiting() -> None:
         assert not left.done()
 
     _play(scene)
+
+
+def test_expire_where_the_loop_has_no_timers_that_short() -> None:
+    """Uvloop counts milliseconds, and its handles of what is due sooner do not say when that is."""
+
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        deadlines = Deadlines(lambda future, deadline_s: future.set_result(deadline_s))
+        over, later = loop.create_future(), loop.create_future()
+        deadlines.watch(over, 0.0)
+        deadlines.watch(later, 0.001)
+        assert await asyncio.gather(over, later) == [0.0, 0.001]
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(scene())
