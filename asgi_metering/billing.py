@@ -23,7 +23,7 @@ from asgi_metering.rules.operations import End
 from asgi_metering.rules.state import build
 from asgi_metering.tokens import DEFAULT_ENCODING
 from asgi_metering.usage import TokenUsage
-from asgi_metering.usage.values import REFUSING, UNREAD
+from asgi_metering.usage.values import AXES, REFUSING, UNREAD
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
@@ -272,7 +272,8 @@ async def _priced(call: Call, basis: Basis, known: Metered) -> tuple[int | None,
     if basis is Basis.HOLD:
         return call.held, known, False
     if basis is Basis.ESTIMATE:
-        return await _estimated(call, price, known), known, True
+        amount, seen = await _estimated(call, price, known)
+        return amount, seen, True
     used = known if basis is Basis.USAGE else await observed_usage(call, known)
     if used.usage is None:
         return None, used, False
@@ -280,24 +281,28 @@ async def _priced(call: Call, basis: Basis, known: Metered) -> tuple[int | None,
     return call.unit.round(costing.amount), replace(used, costing=costing), used.estimated
 
 
-async def _estimated(call: Call, price: MeasuredPrice, known: Metered) -> int:
+async def _estimated(call: Call, price: MeasuredPrice, known: Metered) -> tuple[int, Metered]:
     """
-    The estimate; it stands for what nobody reported.
+    (smallest parts, what is known of the usage): the estimate, which stands for what nobody reported.
 
-    So where some of the call's answers reported and others did not, it is never less than what was observed.
+    It is never less than what was observed: what some of the call's answers reported where others did not, and the
+    text of a model that passed. Text of a shape that nobody knows is a guess like the estimate, and no better one. What
+    was observed is told as the usage where it is charged.
     """
     estimate = call.estimate
-    if call.charge is not None and call.charge.hold.slices is not None:
-        # A first slice estimates nothing of the whole.
-        used = await observed_usage(call, known)
-        return 0 if used.usage is None else call.unit.round((await costed(call, price, used)).amount)
-    amount = call.unit.round(price.cost(estimate)) if isinstance(estimate, TokenUsage) else call.held
-    if known.complete or known.usage is None:
-        return amount
-    seen = await observed_usage(call, known)
+    # A first slice estimates nothing of the whole.
+    is_slice = call.charge is not None and call.charge.hold.slices is not None
+    amount = 0
+    if not is_slice:
+        amount = call.unit.round(price.cost(estimate)) if isinstance(estimate, TokenUsage) else call.held
+    if known.complete and not is_slice:
+        return amount, known
+    seen = await observed_usage(call, known, guesses=is_slice or known.usage is not None)
     if seen.usage is None:
-        return amount
-    return max(amount, call.unit.round((await costed(call, price, seen)).amount))
+        return amount, known
+    costing = await costed(call, price, seen)
+    more = call.unit.round(costing.amount)
+    return (more, replace(seen, costing=costing)) if more > amount else (amount, known)
 
 
 async def observed_parts(call: Call) -> int:
@@ -380,8 +385,7 @@ def _price_attributes(call: Call, used: Metered) -> dict[str, Any]:
 
 def usage_dict(usage: TokenUsage) -> dict[str, int]:
     """The reported counts of *usage*, by name; what was not reported is absent."""
-    names = ("input", "output", "cached", "cache_write", "reasoning", "audio", "audio_output")
-    return {name: count for name in names if (count := getattr(usage, name)) is not None}
+    return {name: count for name in AXES if (count := getattr(usage, name)) is not None}
 
 
 def _outcome(seen: Sighting) -> str:

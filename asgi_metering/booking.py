@@ -11,21 +11,19 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from asgi_metering.call import Call
+from asgi_metering.folding import fold
 from asgi_metering.itemised import ERRORS
 from asgi_metering.opening import CURRENT
 from asgi_metering.prices import FixedPrice
+from asgi_metering.quotas.bodies import status_in_band
 from asgi_metering.upstream.headroom import Reservation
-from asgi_metering.upstream.refused import RefusalReader
+from asgi_metering.upstream.refused import AnswerReader, RefusalReader
 from asgi_metering.usage import UsageReader, UsageReport
 
 if TYPE_CHECKING:
     from asgi_metering.clients import UpstreamClients
 
 __all__ = ["UpstreamBooking"]
-
-MAX_EXCHANGES = 1_000
-"""Upstream exchanges of one call whose bodies are read: beyond it an agent loop would keep every body's reader."""
-
 
 _OVER: Final = object()
 """Stands for a call that is over: what outlives its request is charged to nobody (pitfall 1)."""
@@ -91,12 +89,13 @@ class UpstreamBooking:
         """
         if not isinstance(token, Call):
             return
-        if token.closed or len(token.exchanges) >= MAX_EXCHANGES:
+        if token.closed:
             self._metering.meters.count("usage_late", line=token.line)
         else:
             if not isinstance(token.price, FixedPrice) or token.counts_usage:
                 reader.keep_text()
-            token.exchanges.append((provider, reader, status))
+            if token.exchanges.take((provider, reader, status)):
+                fold(token)
 
     def finished(self, token: object, provider: str, reader: UsageReader, status: int) -> None:
         """The call has the reader; text that a report made needless is given up, and a refusal read for its reasons."""
@@ -104,6 +103,13 @@ class UpstreamBooking:
             self._metering.quotas.record(
                 provider, reader.headers, status, reader.started_at, label=self._label, body=reader.body
             )
+        elif isinstance(reader, AnswerReader) and (failure := reader.failure):
+            # Behind a success its words are all that says what the refusal is (S1.44).
+            code = status_in_band(failure)
+            if code is not None:
+                quotas = self._metering.quotas
+                quotas.record(provider, (), code, reader.started_at, label=self._label, body=failure)
+        reader.over = True
         report = reader.report()
         known = report.usage if report is not None and report.complete and not report.partial else None
         if known is not None and known.output is not None:
@@ -122,6 +128,6 @@ class UpstreamBooking:
         elif not isinstance(token, Call):
             meters.count("usage_unscoped")
             log.debug("The usage of an answer of %s belongs to no call; it is not charged.", report.model)
-        elif report.complete and any(known is reader for _, known, _ in token.exchanges):
+        elif report.complete and any(known is reader for _, known, _ in token.exchanges.latest()):
             # It went on behind the end of its call, which was charged by what had passed until then.
             meters.count("usage_late", line=token.line)

@@ -11,6 +11,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.amounts import MAX_AMOUNT
+from asgi_metering.errors import UsageError
 from asgi_metering.measuring import Metered, upstream_calls
 from asgi_metering.usage import TokenUsage
 from asgi_metering.usage.values import AXES
@@ -71,9 +72,17 @@ def _by_model(calls: list[Told]) -> list[dict[str, Any]]:
     return [_row(model, provider, same) for (model, provider), same in summed.items()]
 
 
+def _sum(same: list[Told]) -> TokenUsage:
+    try:
+        return TokenUsage.sum(each.usage for each in same)
+    except UsageError:
+        # More than can be counted: such a call is charged by its policy, and its end is never lost for its event.
+        return TokenUsage()
+
+
 def _row(model: str | None, provider: str | None, same: list[Told]) -> dict[str, Any]:
-    usage = TokenUsage.sum(each.usage for each in same)
+    usage = _sum(same)
     costs = [each.cost for each in same if each.cost is not None]
     counted = {axis: count for axis in AXES if (count := getattr(usage, axis)) is not None}
-    row = {"model": model, "provider": provider, "calls": len(same), "usage": counted}
+    row = {"model": model, "provider": provider, "calls": sum(each.count for each in same), "usage": counted}
     return row | ({"cost_usd_micros": _micros(sum(costs, Decimal(0)))} if costs else {})

@@ -52,11 +52,18 @@ class CallRefused(Exception):  # noqa: N818 -- a refusal is an answer on its way
     """
 
     def __init__(self, call: Call, refusal: Refusal, decision: Decision | None = None) -> None:
-        told = f"Call {call.id!r} was refused: {refusal.reason.value} ({refusal.name}).{_lack(call, refusal)}"
-        super().__init__(told)
+        super().__init__()
         self.call = call
         self.refusal = refusal
         self.decision = decision
+
+    def __str__(self) -> str:
+        # Written when somebody reads it: nearly all are answered, and fall into nobody's log.
+        call, refusal = self.call, self.refusal
+        return f"Call {call.id!r} was refused: {refusal.reason.value} ({refusal.name}).{_lack(call, refusal)}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
 
 
 class CallCut(OSError):  # noqa: N818 -- an end, not an error

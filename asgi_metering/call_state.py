@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.attributes import Scalar
 from asgi_metering.decisions import Decision, Refusal
+from asgi_metering.exchanges import Exchanges
 from asgi_metering.policies import ChargePolicy, EndpointPolicy
 from asgi_metering.prices import FixedPrice, MeasuredPrice
 from asgi_metering.receipts import Receipt
@@ -148,7 +149,7 @@ class CallState:
         self.started_at = time.time()
         self.ttl_s = metering.ttl_s
         self.reports: list[Reported] = []
-        self.exchanges: list[tuple[str, UsageReader, int]] = []
+        self.exchanges = Exchanges()
         self.attributes: dict[str, Scalar] = {}
         self._endings: list[asyncio.Future[Receipt | None]] | None = []
 

@@ -53,6 +53,7 @@ class Heartbeats:
         quietly: Runs one operation; None, and an alarm, without an answer.
         finish: Ends a call.
         spawn: Starts a task that somebody keeps.
+        share: Begins to share readings of upstream quotas, if it is time.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Heartbeats:
         quietly: Callable[[Operation], Awaitable[Answer | None]],
         finish: Callable[[Call], None],
         spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]],
+        share: Callable[[], None],
     ) -> None:
         self._metering = metering
         self._loop = loop
@@ -70,11 +72,13 @@ class Heartbeats:
         self._quietly = quietly
         self._finish = finish
         self._spawn = spawn
+        self._share = share
 
     async def run(self) -> None:
         """Look after the calls for ever."""
         sweep_at = flush_at = self._loop.time() + SWEEP_EVERY_S * (1.0 + random.random())  # noqa: S311 -- no secret
         while True:
+            self._share()
             await asyncio.sleep(TICK_S if self._in_flight else 4 * TICK_S)
             now = self._loop.time()
             for call in list(self._in_flight.values()):

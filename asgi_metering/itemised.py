@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Iterator
+from dataclasses import replace
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from asgi_metering.errors import UsageError
-from asgi_metering.prices.costing import Costing, ModelCall, breakdown
+from asgi_metering.exchanges import Sum
+from asgi_metering.prices.costing import WEB_SEARCHES, Costing, ModelCall, breakdown
 from asgi_metering.prices.values import MeasuredPrice
 from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
 from asgi_metering.witnesses import WITNESSES
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["DOUBTS", "ERRORS", "answers_of", "calls_of", "costed", "costing_attributes", "counted_call", "model_call"]
 
 _NOTHING = Decimal(0)
+
+Answer: TypeAlias = "tuple[str, UsageReader | Sum, UsageReport | None]"
+"""(provider, who has read the body, what it reported so far)."""
 
 ERRORS = 400
 """From here on a status says that an answer is an error."""
@@ -38,27 +44,34 @@ MEDIA = re.compile(r"(?:^|[/.-])(?:gpt-image|dall-e|imagen|flux|stable-diffusion
 DOUBTS = {
     "unknown_model": "No price is known by the name of a model that it used",
     "default_price": "A model that it used is charged by the default price",
+    "dearest_kind": "Nobody says what of its output is an image, so that all of it is charged as what costs most",
+    "unknown_service": "The service tier of a model that it used has no factor, so that its tokens cost the usual",
     "cost_refused": "A cost that was reported cannot be believed, and was passed over",
     "cost_unresolved": "Nothing tells the cost of a model that it used, so that nothing is charged for that",
 }
 """What may be wrong with a cost, by the flags of `Costing`."""
 
 
-def answers_of(call: Call) -> list[tuple[str, UsageReader, UsageReport | None]]:
+def answers_of(call: Call) -> list[Answer]:
     """
     Who answered each upstream exchange of *call* that succeeded, its reader, and what it reported so far.
+
+    Of very many exchanges the oldest are there as sums.
 
     An answer that was fetched (`UsageReader.fetched`) is there once, however often it was asked for, with what told
     most of it: background responses are polled, and stored ones are read again.
     """
-    found = [(name, reader, reader.report()) for name, reader, status in call.exchanges if status < ERRORS]
+    exchanges = call.exchanges
+    found = [(name, reader, reader.report()) for name, reader, status in exchanges.entries() if status < ERRORS]
     if not any(reader.fetched for _, reader, _ in found):
         return found
-    kept: dict[object, tuple[str, UsageReader, UsageReport | None]] = {}
+    kept: dict[object, Answer] = {}
     places: dict[tuple[str, str], object] = {}
     for each in found:
         name, reader, report = each
         shown = None if report is None or report.response_id is None else (name, report.response_id)
+        if shown is not None and reader.fetched and exchanges.was_summed(*shown):
+            continue
         place = places.get(shown) if shown is not None and reader.fetched else None
         if place is None:
             place = object()
@@ -76,16 +89,30 @@ def _tells_more(report: UsageReport | None, known: UsageReport | None) -> bool:
     return known is None or known.usage is None or (report.complete and not known.complete)
 
 
-def model_call(report: UsageReport, provider: str | None) -> ModelCall:
-    """One exchange that told its usage."""
+def model_call(report: UsageReport, provider: str | None, reader: UsageReader | Sum | None = None) -> ModelCall:
+    """One exchange that told its usage, or the sum of several."""
+    if isinstance(reader, Sum):
+        return reader.call
     if report.usage is None:
         raise UsageError(f"The exchange {report!r} told no usage. Count it first.")
-    return ModelCall(report.usage, report.model, provider, report.cost, is_media=_is_media(report.model))
+    return _called(
+        report, ModelCall(report.usage, report.model, provider, report.cost, is_media=_is_media(report.model))
+    )
 
 
-def counted_call(usage: TokenUsage, model: str | None, provider: str | None) -> ModelCall:
+def _called(report: UsageReport | None, call: ModelCall) -> ModelCall:
+    """*call* with what its answer told besides tokens."""
+    if report is None or (report.service is None and not report.searches):
+        return call
+    units = MappingProxyType({WEB_SEARCHES: Decimal(report.searches)}) if report.searches else call.units
+    return replace(call, service=report.service, units=units)
+
+
+def counted_call(
+    usage: TokenUsage, model: str | None, provider: str | None, report: UsageReport | None = None
+) -> ModelCall:
     """One exchange that did not tell all of its usage, so that it was counted here."""
-    return ModelCall(usage, model, provider, is_media=_is_media(model), estimated=True)
+    return _called(report, ModelCall(usage, model, provider, is_media=_is_media(model), estimated=True))
 
 
 def _is_media(model: str | None) -> bool:
@@ -107,11 +134,11 @@ def _reported(call: Call, used: Metered) -> Iterator[ModelCall]:
     elif used.source in WITNESSES and call.witnesses is not None:
         for told in call.witnesses.told(used.source):
             # A library's own reckoning, and no provider's (S3.20).
-            yield ModelCall(told.usage, told.model, told.provider, hidden_cost=told.cost, estimated=told.estimated)
+            yield told.as_call()
     elif used.source == "upstream":
-        for provider, _, report in answers_of(call):
+        for provider, reader, report in answers_of(call):
             if report is not None and report.usage is not None:
-                yield model_call(report, provider)
+                yield model_call(report, provider, reader)
     elif used.source == "body" and call.observer is not None:
         report = call.observer.report()
         if report is not None and report.usage is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, NamedTuple
 
+from asgi_metering.exchanges import Sum
 from asgi_metering.itemised import ERRORS, answers_of, counted_call, model_call
 from asgi_metering.prices import Costing, MeasuredPrice, ModelCall
 from asgi_metering.rules.ending import Cause
@@ -24,11 +25,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Metered",
+    "Part",
     "TextCounts",
     "committed_usage",
     "failed_in_band",
+    "given_input",
     "metered_usage",
+    "observation",
     "observed_usage",
+    "parts_of",
     "problems_of",
     "upstream_calls",
 ]
@@ -69,13 +74,18 @@ class Part(NamedTuple):
 
     provider: str | None
     report: UsageReport | None
-    reader: UsageReader | None
+    reader: UsageReader | Sum | None
     ended: bool
 
     @property
     def usage(self) -> TokenUsage | None:
         """What it reported so far."""
         return self.report.usage if self.report is not None else None
+
+    @property
+    def reported(self) -> bool:
+        """Whether it reported any, rather than that some was counted of it."""
+        return self.usage is not None and not (isinstance(self.reader, Sum) and self.reader.unreported)
 
     @property
     def told_output(self) -> int:
@@ -137,7 +147,8 @@ def _recorded(call: Call) -> TokenUsage:
     return TokenUsage.sum(report.usage for report in call.reports)
 
 
-def _exchanges(call: Call) -> list[Part]:
+def parts_of(call: Call) -> list[Part]:
+    """The call's upstream exchanges, those that are no errors."""
     return [Part(name, report, reader, reader.ended) for name, reader, report in answers_of(call)]
 
 
@@ -152,8 +163,8 @@ def _from_upstream(call: Call) -> Metered | None:
     cost: Decimal | None = None
     model = provider = None
     complete = True
-    for part in _exchanges(call):
-        if part.report is None or part.usage is None:
+    for part in parts_of(call):
+        if part.report is None or part.usage is None or not part.reported:
             complete = complete and not part.wrote
             continue
         usage = part.usage + usage
@@ -191,10 +202,12 @@ def upstream_calls(call: Call, source: str | None) -> Iterator[Told]:
     elif source in WITNESSES and call.witnesses is not None:
         yield from call.witnesses.told(source)
     else:
-        for part in _exchanges(call):
-            if part.report is not None and part.usage is not None:
-                report = part.report
-                yield Told(part.usage, report.model, part.provider, report.cost, truncated=report.truncated())
+        for part in parts_of(call):
+            if part.report is not None and part.usage is not None and part.reported:
+                report, reader = part.report, part.reader
+                count = reader.call.count if isinstance(reader, Sum) else 1
+                cut = reader.truncated if isinstance(reader, Sum) else report.truncated()
+                yield Told(part.usage, report.model, part.provider, report.cost, truncated=cut, count=count)
 
 
 def _from_body(call: Call) -> Metered | None:
@@ -208,7 +221,7 @@ def problems_of(call: Call) -> tuple[str, ...]:
     """What was odd in the reports that *call* is charged by (`UsageReport.problems`), each once, in order."""
     if call.reports:
         return ()
-    parts = _exchanges(call)
+    parts = parts_of(call)
     body = _body(call)
     if body is not None and not any(part.usage is not None for part in parts):
         parts.append(body)
@@ -228,7 +241,7 @@ def failed_in_band(call: Call) -> bool:
     """
     if call.reports:
         return False
-    parts = [part for part in _exchanges(call) if part.report is not None]
+    parts = [part for part in parts_of(call) if part.report is not None]
     body = _body(call) if call.charge is not None and call.charge.measured else None
     if body is not None and body.report is not None and body.report.error and not _answered(call, parts):
         return True
@@ -256,9 +269,9 @@ def _parts(call: Call, known: Metered) -> list[Part]:
     The upstream client ranks above the body (DESIGN 6), which may be what the application made of its answers. Before
     the first byte only reports count (DESIGN "End of call"), and in the body of an error it is the same.
     """
-    exchanges = _exchanges(call)
+    exchanges = parts_of(call)
     if known.source != "body":
-        counted = [part for part in exchanges if part.usage is not None or (_begun(call) and part.wrote)]
+        counted = [part for part in exchanges if part.reported or (_begun(call) and part.wrote)]
         if counted:
             return counted
     body = _body(call)
@@ -272,7 +285,7 @@ def _parts(call: Call, known: Metered) -> list[Part]:
 
 def _input_side(usage: TokenUsage) -> TokenUsage:
     spoken = None if usage.audio_output is None else 0
-    return TokenUsage(usage.input, None, usage.cached, usage.cache_write, None, _heard(usage), spoken)
+    return replace(usage, output=None, reasoning=None, audio=_heard(usage), audio_output=spoken, image_output=None)
 
 
 def _heard(usage: TokenUsage) -> int | None:
@@ -280,25 +293,26 @@ def _heard(usage: TokenUsage) -> int | None:
     return None if usage.audio is None else max(0, usage.audio - (usage.audio_output or 0))
 
 
-def _given(call: Call, part: Part) -> tuple[TokenUsage, bool]:
+def given_input(call: Call, part: Part, *, begun: bool) -> tuple[TokenUsage, bool]:
     """
     The input of an answer that broke, and whether it is a guess.
 
     As far as it reported: cache reads and writes too, since Anthropic counts them in its first event. Else what the
-    request asked for, once a byte went out: then the prompt was read.
+    request asked for, once the work has *begun*: then the prompt was read.
     """
     seen = part.usage
     if seen is not None and seen.input:
         return _input_side(seen), False
-    if call.asked is not None and _begun(call):
+    if call.asked is not None and begun:
         asked = _input_side(call.asked)
         # Whether a cache was written nobody told, unless the route's own estimate did.
-        return (asked if call.asked is call.estimate else replace(asked, cache_write=None)), True
+        return (asked if call.asked is call.estimate else replace(asked, cache_write=None, cache_write_1h=None)), True
     return TokenUsage(input=0), True
 
 
-def _observation(given: TokenUsage, output: int) -> TokenUsage:
-    return TokenUsage(given.input, output, given.cached, given.cache_write, None, given.audio, given.audio_output)
+def observation(given: TokenUsage, output: int) -> TokenUsage:
+    """An answer whose output was counted: text, as far as that can be told."""
+    return replace(given, output=output)
 
 
 def _begun(call: Call) -> bool:
@@ -328,7 +342,9 @@ class TextCounts:
         return total
 
 
-async def observed_usage(call: Call, known: Metered, counts: TextCounts | None = None) -> Metered:
+async def observed_usage(
+    call: Call, known: Metered, counts: TextCounts | None = None, *, guesses: bool = True
+) -> Metered:
     """
     What was delivered (DESIGN 4 "Observed"), each upstream exchange judged by itself and all of them added.
 
@@ -336,6 +352,7 @@ async def observed_usage(call: Call, known: Metered, counts: TextCounts | None =
         call: Whose.
         known: What was reported.
         counts: Remembers what was counted, for a call that runs; without it all is counted anew.
+        guesses: Text counts also where nothing shows that a model wrote it.
 
     An answer that reported to its end counts as it reported; of one that broke the input counts as far as it is
     known, and the output is counted from the text that passed. Whatever is not counted makes it an estimate.
@@ -349,24 +366,27 @@ async def observed_usage(call: Call, known: Metered, counts: TextCounts | None =
     model, estimated = known.model, False
     calls: list[ModelCall] = []
     for part in _parts(call, known):
-        model = (part.report.model if part.report is not None else None) or model
-        if part.usage is not None and (part.final or part.reader is None):
-            usage = part.usage + usage
-            if part.report is not None:
-                calls.append(model_call(part.report, part.provider or known.provider))
+        if not guesses and part.reader is not None and not part.reader.known:
             continue
-        given, guessed = _given(call, part)
+        model = (part.report.model if part.report is not None else None) or model
+        if part.usage is not None and (part.final or part.reader is None or isinstance(part.reader, Sum)):
+            usage = part.usage + usage
+            estimated = estimated or (isinstance(part.reader, Sum) and part.reader.counted)
+            if part.report is not None:
+                calls.append(model_call(part.report, part.provider or known.provider, part.reader))
+            continue
+        given, guessed = given_input(call, part, begun=_begun(call))
         # What it had counted itself: thoughts are in there, and not in the text.
         output = part.told_output
-        if part.written is None and part.reader is not None:
+        if part.written is None and isinstance(part.reader, UsageReader):
             heard = part.reader.heard()
             text = heard.text
             counted = await (count_tokens_async(text) if counts is None else counts.count(part.reader, text))
             output = max(output, counted.tokens + tokens_of(heard.more_chars))
             guessed = guessed or heard.estimated or counted.estimated
-        seen = _observation(given, output)
+        seen = observation(given, output)
         named = None if part.report is None else part.report.model
-        calls.append(counted_call(seen, named, part.provider or known.provider))
+        calls.append(counted_call(seen, named, part.provider or known.provider, part.report))
         usage = seen + usage
         estimated = estimated or guessed
     usage = usage or TokenUsage(input=0, output=0)
@@ -392,7 +412,8 @@ def committed_usage(call: Call, price: MeasuredPrice, *, expected: bool) -> Toke
         return spent
     spoken = spent.audio_output
     audio = max(_heard(asked) or 0, _heard(spent) or 0) + (spoken or 0) or None
-    return TokenUsage(asked.input, spent.output, asked.cached, asked.cache_write, spent.reasoning, audio, spoken)
+    given = replace(_input_side(asked), audio=audio, audio_output=spoken)
+    return replace(given, output=spent.output, reasoning=spent.reasoning, image_output=spent.image_output)
 
 
 def _told(call: Call) -> TokenUsage:
@@ -409,6 +430,6 @@ def _spent(parts: Iterable[Part]) -> TokenUsage:
         if not part.final and part.reader is not None:
             heard = part.reader.heard()
             written = estimate_tokens(heard.text) + tokens_of(heard.more_chars)
-            seen = _observation(_input_side(seen), max(written, seen.output or 0))
+            seen = observation(_input_side(seen), max(written, seen.output or 0))
         total = total + seen
     return total

@@ -42,6 +42,7 @@ from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, Declare, Grow, Operation, Preview
 from asgi_metering.runtime import Runtime
 from asgi_metering.shadow import ask_shadow, would_deny
+from asgi_metering.sharing import Sharing
 from asgi_metering.standing import Standing
 from asgi_metering.stores.breaker import Breaker, BreakerState
 from asgi_metering.stores.contract import Store
@@ -108,6 +109,9 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
             metering that is new to an application, before it is let loose. Routes can say it for their parts.
         packages: What providers sold or allow us, for `tracker`: the name of a catalogue file, packages, or a
             `QuotaTracker`, whose readings are those of `quotas` then, and whose log is one more sink.
+        share_readings: Whether the processes that use one store let each other know what providers answer about their
+            quotas: `quotas` of each then has the newest of all, a second or two later, and so have `requires_upstream`
+            and `tracker`. Off the path of any response; not on the memory store, which is of one process.
 
     Raises:
         ConfigurationError: An argument or URL that cannot work; the sentence says what can.
@@ -141,6 +145,7 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         limits: Mapping[str, Any] | None = None,
         shadow: bool = False,
         packages: str | os.PathLike[str] | Iterable[Package] | QuotaTracker | None = None,
+        share_readings: bool = True,
     ) -> None:
         if identify is not None and not callable(identify):
             raise ConfigurationError(f"identify={identify!r} cannot be called. Pass a function of the connection.")
@@ -169,7 +174,9 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         self.keys = NamedKeys(keys)
         self.limits = NamedLimits(limits)
         check_flag(shadow=shadow)
+        check_flag(share_readings=share_readings)
         self._shadow = shadow
+        self._shares_readings = share_readings
         self.plans = Plans(self)
         self.store: Store = store if isinstance(store, Store) else store_from_url(store)
         self.unit = unit
@@ -225,11 +232,16 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         """Make what belongs to one process: who uses the store, and what there is for the time without it."""
         self.local = LocalLimits()
         self.headroom = Headroom(self.quotas)
+        is_shared = self._shares_readings and self.store.shared
+        self.sharing = Sharing(self.quotas, self._reads_quotas) if is_shared else None
         self.store_use = StoreUse(self.store)
         self.breaker = Breaker(told=self._told_of_store)
         self.journal = _journal(self._journal_given)
         self.journal_use = None if self.journal is None else StoreUse(self.journal)
         self._portal = Portal(self.stop)
+
+    def _reads_quotas(self) -> bool:
+        return self.headroom.is_used or self.tracker is not None
 
     def _told_of_store(self, state: BreakerState) -> None:
         is_up = state is BreakerState.CLOSED

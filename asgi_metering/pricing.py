@@ -86,7 +86,7 @@ async def find_price(call: Call, charge: ChargePolicy, arguments: Mapping[str, A
         estimate = await estimate.compute(call, arguments)
     if estimate is None:
         call.asked = await estimate_arguments(arguments, at_most=True)
-        call.estimate = replace(call.asked, cache_write=None, audio=None, audio_output=None)
+        call.estimate = _usual(call.asked)
     elif isinstance(estimate, TokenUsage):
         call.estimate = call.asked = estimate
         if charge.hold.slices is not None and estimate.input is None:
@@ -96,6 +96,13 @@ async def find_price(call: Call, charge: ChargePolicy, arguments: Mapping[str, A
     else:
         call.estimate = exact_amount(estimate, "hold estimate")
         call.asked = await estimate_arguments(arguments, at_most=True)
+
+
+def _usual(asked: TokenUsage) -> TokenUsage:
+    """What a request uses as a rule: nothing of it is written to a cache, and its answer is no voice."""
+    heard = (asked.audio or 0) - (asked.audio_output or 0)
+    told = {"audio": heard, "audio_output": 0} if heard else {"audio": None, "audio_output": None}
+    return replace(asked, cache_write=None, cache_write_1h=None, **told)
 
 
 def amounts_of(call: Call) -> tuple[int, int]:

@@ -31,6 +31,7 @@ from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.ending import Cause
 from asgi_metering.rules.operations import Admit, Emit, End, Operation, Undo
 from asgi_metering.shadow import end_shadow, settle_shadow
+from asgi_metering.stores.breaker import BreakerState
 from asgi_metering.stores.pump import Pump
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ CLOSE_S = 10.0
 What a shutdown gives a store, a journal or a task to close and to end: twice as long as those wait for a server that
 says nothing. A driver that takes longer than that is left to the end of the process.
 """
+
+LAST_READINGS_S = 1.0
+"""What a shutdown gives the store to keep the last readings of upstream quotas: nobody's money."""
 
 BOOK_S = 5.0
 """What the drain still gives the store to book the ends after the calls are over (S2.21)."""
@@ -106,7 +110,9 @@ class Runtime:
         self._opening: asyncio.Task[None] | None = None
         self._delivery = Delivery(metering, self._submit_again, self._tell_exporter)
         self._replaying: asyncio.Task[None] | None = None
-        self._heartbeats = Heartbeats(metering, loop, self.in_flight, self._quietly, self.finish, self._spawn)
+        self._heartbeats = Heartbeats(
+            metering, loop, self.in_flight, self._quietly, self.finish, self._spawn, self._share_readings
+        )
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -226,6 +232,7 @@ class Runtime:
         """
         if self._opened is None and self._worker is None and self._replaying is None:
             return
+        await self._share_last_readings()
         if self._exporter is not None:
             self._stop_exporting.set()
             await self._exporter.drain(EXPORT_S)
@@ -261,6 +268,28 @@ class Runtime:
         _, left = await asyncio.wait(tasks, timeout=CLOSE_S) if tasks else (set(), set())
         for task in left:
             log.error("The background task %r does not end at the shutdown.", task.get_name())
+
+    # -- readings of upstream quotas -----------------------------------------------------------------------
+
+    def _share_readings(self) -> None:
+        """Begin to tell other processes what is new here, and to listen to them, if it is time. Never waits."""
+        metering = self._metering
+        sharing = metering.sharing
+        # A store that is avoided has other things to do when it comes back.
+        if sharing is not None and self.is_open and metering.breaker.state is BreakerState.CLOSED and sharing.begins():
+            work = sharing.turn(self.submit, metering.store.read, metering.end_timeout_s)
+            self._spawn(work, "readings").add_done_callback(sharing.ended)
+
+    async def _share_last_readings(self) -> None:
+        """Tell others what is new here before the end, bounded."""
+        metering = self._metering
+        sharing = metering.sharing
+        if sharing is not None and sharing.has_news and self.is_open and metering.breaker.state is BreakerState.CLOSED:
+            try:
+                async with asyncio.timeout(LAST_READINGS_S):
+                    await sharing.tell(self.submit, LAST_READINGS_S)
+            except (MeteringError, TimeoutError) as failure:
+                log.debug("The last readings of upstream quotas were not shared: %s", failure)
 
     async def _closed(self, closing: Coroutine[Any, Any, None], what: str) -> None:
         """Wait until the *closing* is over, bounded; raises what it raises."""

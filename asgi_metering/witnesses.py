@@ -11,12 +11,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from asgi_metering.errors import ConfigurationError
+from asgi_metering.errors import ConfigurationError, UsageError
+from asgi_metering.exchanges import kind_of
 from asgi_metering.opening import CURRENT, Opening
+from asgi_metering.prices.costing import ModelCall
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
@@ -48,7 +51,10 @@ which no client waits for, this much.
 """
 
 MAX_WATCHED = 1_000
-"""Upstream calls of one call that are watched, like the exchanges of the upstream client: an agent loop may go on."""
+"""
+Upstream calls of one call that are watched at a time, and that are kept by themselves when they were told of: an agent
+loop may go on, and then the oldest are summed.
+"""
 
 log = logging.getLogger("asgi_metering.upstream")
 
@@ -65,6 +71,8 @@ class Told:
         estimated: The library counted, rather than the provider.
         truncated: A token limit cut the answer (S3.28).
         answer: The id of the provider's answer, where the library tells the same one more than once.
+        count: Of how many calls it is the sum.
+        longest: Input of the longest of these; None for a single one.
     """
 
     usage: TokenUsage
@@ -74,6 +82,32 @@ class Told:
     estimated: bool = False
     truncated: bool = False
     answer: str | None = None
+    count: int = 1
+    longest: int | None = None
+
+    def as_call(self) -> ModelCall:
+        """As one call of a model: a library's own reckoning of its cost, and no provider's (S3.20)."""
+        return ModelCall(
+            self.usage,
+            self.model,
+            self.provider,
+            hidden_cost=self.cost,
+            estimated=self.estimated,
+            count=self.count,
+            longest=self.longest,
+        )
+
+    def plus(self, other: Told) -> Told:
+        """
+        Both, which are of one kind.
+
+        Raises:
+            UsageError: It adds up to more than can be counted.
+        """
+        both = self.as_call().plus(other.as_call())
+        return replace(
+            self, usage=both.usage, cost=both.hidden_cost, answer=None, count=both.count, longest=both.longest
+        )
 
     def repeats(self, other: Told) -> bool:
         """Whether both tell of the same answer; not by its id alone, for some servers make up ids of three digits."""
@@ -87,7 +121,6 @@ class Witnesses:
         self._lock = threading.Lock()
         self._told: dict[str, list[Told]] = {}
         self._open: dict[Watched, None] = {}
-        self._count = 0
         self._lacking: set[str] = set()
         self._is_closed = False
         self._waiting: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
@@ -104,11 +137,10 @@ class Witnesses:
             return not watching and source not in self._lacking
 
     def opened(self, watched: Watched) -> bool:
-        """Note that an upstream call begins; False beyond `MAX_WATCHED`, or behind the call's end."""
+        """Note that an upstream call begins; False where `MAX_WATCHED` of them run, or behind the call's end."""
         with self._lock:
-            if self._is_closed or self._count >= MAX_WATCHED:
+            if self._is_closed or len(self._open) >= MAX_WATCHED:
                 return False
-            self._count += 1
             self._open[watched] = None
             return True
 
@@ -122,6 +154,8 @@ class Witnesses:
                 known = self._told.setdefault(watched.source, [])
                 if not any(map(told.repeats, known)):
                     known.append(told)
+                if len(known) > MAX_WATCHED:
+                    known[:] = _summed(known, watched.price)
             elif lacks:
                 self._lacking.add(watched.source)
             waiting = None if self._awaits() else self._waiting
@@ -143,6 +177,23 @@ class Witnesses:
 
     def _awaits(self) -> bool:
         return any(each.is_awaited for each in self._open)
+
+
+def _summed(known: list[Told], price: Any) -> list[Told]:
+    """*known*, the oldest of them as sums of those whose sum costs what they cost apart."""
+    sums: dict[Hashable, Told] = {}
+    for told in known[: MAX_WATCHED // 2]:
+        key: Hashable = (kind_of(price, told.as_call()), told.model, told.provider, told.estimated, told.truncated)
+        if key not in sums and len(sums) >= MAX_WATCHED // 4:
+            # Names come from the application's requests: beyond so many they are summed as of none.
+            key, told = (told.estimated, told.truncated), replace(told, model=None)
+        before = sums.get(key)
+        try:
+            sums[key] = told if before is None else before.plus(told)
+        except UsageError:
+            # What cannot be counted together is refused as a whole at the end; one of them shows that it cannot.
+            sums["beyond"] = told
+    return [*sums.values(), *known[MAX_WATCHED // 2 :]]
 
 
 def _tell(loop: asyncio.AbstractEventLoop, waiting: asyncio.Future[None]) -> None:
@@ -189,6 +240,11 @@ class Watched:
                 self._call = call
             else:
                 self._is_late = True
+
+    @property
+    def price(self) -> Any:
+        """By which its call is charged."""
+        return None if self._call is None else self._call.price
 
     @property
     def has_call(self) -> bool:

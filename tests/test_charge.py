@@ -239,6 +239,7 @@ def test_refusal_says_what_is_lacking(options: dict[str, Any], told: str) -> Non
             async with charging(metering, **options):
                 raise AssertionError("It ran.")
         assert told in str(refused.value)
+        assert repr(refused.value) == f"CallRefused({str(refused.value)!r})"
         await metering.stop()
 
     asyncio.run(play())

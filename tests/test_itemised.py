@@ -250,3 +250,12 @@ def test_pin_the_prices_of_the_admission() -> None:
         (1_500_000, "v7"),
         (9_000_000, "v8"),
     ]
+
+
+def test_price_what_an_answer_tells_besides_its_tokens() -> None:
+    """The service tier and the searches of an answer reach its price, also where its tokens were counted here."""
+    report = UsageReport(usage=TokenUsage(input=1), service="flex", searches=2)
+    price = per_token(input=10, services={"flex": "0.5"}, web_search=3)
+    assert price.cost_of(model_call(report, None)) == 5 + 6
+    assert price.cost_of(counted_call(TokenUsage(input=1), None, None, report)) == 5 + 6
+    assert price.cost_of(counted_call(TokenUsage(input=1), None, None, UsageReport(service="flex"))) == 5

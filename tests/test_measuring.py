@@ -313,6 +313,22 @@ def test_estimate_never_less_than_what_was_observed() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("paths", "seen", "amount"),
+    [
+        pytest.param(("/stream",), b"made of it", 7 + FIFTY * 1_000, id="an exchange"),
+        pytest.param((), delta() * 50, 7 + FIFTY * 1_000, id="the body"),
+        pytest.param((), json.dumps({"results": [WORDS] * 50}).encode(), 7 + 5_000, id="no model's"),
+    ],
+)
+def test_estimate_never_less_than_the_text_of_a_model(paths: tuple[str, ...], seen: bytes, amount: int) -> None:
+    """DESIGN 4: where nobody reported the estimate stands, unless more of a model's own text passed than it expects."""
+    entries = asyncio.run(charged(agent(*paths, seen=seen)))
+    assert [(entry.amount, str(entry.basis), entry.estimated) for entry in entries] == [
+        (amount * MILLI, "estimate", True)
+    ]
+
+
 def test_charge_a_completed_call_by_the_reports_of_all_its_exchanges() -> None:
     """A completed call whose exchanges reported to their ends is charged by usage; other traffic changes nothing."""
     entries = asyncio.run(charged(agent("/small", "/search", "/small")))

@@ -30,9 +30,10 @@ def test_refuse_what_is_no_name(name: object) -> None:
     assert str(caught.value).startswith(f"The line {name!r} ")
 
 
-@given(st.from_regex(rf"\A[{NAMES}][{NAMES}.\-]{{0,63}}\Z"))
-def test_accept_every_string_of_the_grammar(name: str) -> None:
+@given(st.sampled_from(NAMES), st.text(f"{NAMES}.-", max_size=63))
+def test_accept_every_string_of_the_grammar(first: str, others: str) -> None:
     """The grammar of names is what the documentation says."""
+    name = first + others
     assert check_name(name, "line") == name
 
 

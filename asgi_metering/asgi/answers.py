@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import ceil
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, TypedDict
 
 from asgi_metering.amounts import Unit
 from asgi_metering.asgi import sentences
@@ -106,8 +106,7 @@ class AnswerOptions:
 DEFAULT_OPTIONS = AnswerOptions()
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """
     One refusal, ready to be spelled. Describes the caller's own account only (X.9).
 
@@ -257,29 +256,52 @@ def _facts(refusal: Refusal, decision: Decision | None, unit: Unit, row: _Row, j
     windows = decision.windows if decision is not None else ()
     window = next((state for state in windows if state.name == refusal.name), None)
     case = _Case(refusal, window, decision.now if decision is not None else None, jitter)
-    facts = Facts(reason, safe_name(refusal.name))
+    numbers: _Numbers = {}
     # A pool of everybody's shows what the operator can carry and what others use of it: neither is the caller's.
     if reason in _MONEY:
-        facts = _money(facts, refusal, unit)
+        numbers = _money(refusal, unit)
     elif reason in _COUNTED and not (reason is Reason.CONCURRENCY and refusal.level == "global"):
-        facts = _counts(facts, refusal, window)
+        numbers = _counts(refusal, window)
     # Beginning anew helps nobody where the whole of it is too little.
     hopeless = case.hopeless
     reset = None if hopeless and reason is Reason.ALLOWANCE else _moment(refusal.resets_at)
-    return facts._replace(level=refusal.level, wait_s=row.wait_s(case), reset=reset, hopeless=hopeless)
+    return Facts(
+        reason,
+        safe_name(refusal.name),
+        level=refusal.level,
+        wait_s=row.wait_s(case),
+        reset=reset,
+        hopeless=hopeless,
+        **numbers,
+    )
 
 
-def _counts(facts: Facts, refusal: Refusal, window: WindowState | None) -> Facts:
+class _Numbers(TypedDict, total=False):
+    """Those of `Facts`."""
+
+    unit: str
+    required: str | int | None
+    available: str | int | None
+    held: str | int | None
+    limit: str | int | None
+    used: str | None
+
+
+def _counts(refusal: Refusal, window: WindowState | None) -> _Numbers:
     if refusal.reason is Reason.CONCURRENCY:
         unit, held = "concurrent-requests", refusal.held
     else:
         unit, held = window.meter if window is not None else "requests", None
-    return facts._replace(
-        unit=unit, required=refusal.required, available=refusal.available, held=held, limit=refusal.limit
-    )
+    return {
+        "unit": unit,
+        "required": refusal.required,
+        "available": refusal.available,
+        "held": held,
+        "limit": refusal.limit,
+    }
 
 
-def _money(facts: Facts, refusal: Refusal, unit: Unit) -> Facts:
+def _money(refusal: Refusal, unit: Unit) -> _Numbers:
     available, used = refusal.available, None
     if refusal.limit is not None and available is not None:
         # What is left of an allowance is never negative; what was used may exceed a limit that was cut (S4.3, S4.4).
@@ -289,7 +311,14 @@ def _money(facts: Facts, refusal: Refusal, unit: Unit) -> Facts:
         None if parts is None else unit.text(parts)
         for parts in (refusal.required, available, refusal.held, refusal.limit)
     )
-    return facts._replace(unit=unit.name, required=required, available=left, held=held, limit=limit, used=used)
+    return {
+        "unit": unit.name,
+        "required": required,
+        "available": left,
+        "held": held,
+        "limit": limit,
+        "used": used,
+    }
 
 
 def _moment(epoch_s: float | None) -> str | None:

@@ -248,13 +248,18 @@ class Exchange(Hearing):
         A closure, since attributes cost twice as much as cells, and one step, since each costs as much as all it does.
         """
         send, slowly, keep, room = self.server_send, self.send, self.keep, self.room
-        unchecked, self.unchecked = self.unchecked, 0
+        left, self.unchecked = room - self.unchecked, 0
+        # Looked at for each of them: found at once in the instance, and slowly in its class.
+        self.swapped = self.swapped
 
         async def passing(message: Message) -> None:
-            nonlocal unchecked, room
-            body = message.get("body")
-            if not body or not message.get("more_body") or self.swapped:
-                self.unchecked, unchecked = self.unchecked + unchecked, 0
+            nonlocal left, room
+            try:
+                body = message["body"] if message["more_body"] and not self.swapped else None
+            except KeyError:
+                body = None
+            if not body:
+                self.unchecked, left = self.unchecked + room - left, room
                 await slowly(message)
                 return
             try:
@@ -269,10 +274,10 @@ class Exchange(Hearing):
                 raise
             if keep is not None:
                 keep(body)
-            unchecked += len(body)
-            if unchecked >= room:
-                self.unchecked, unchecked = self.unchecked + unchecked, 0
-                room = await self._turn(call)
+            left -= len(body)
+            if left <= 0:
+                self.unchecked += room - left
+                left = room = await self._turn(call)
 
         return passing
 

@@ -42,6 +42,9 @@ MAX_FIELD_VALUE = 8192
 MAX_SDK_WAIT_S = 120
 """Seconds that the OpenAI SDK waits at most; the Anthropic SDK would sleep through any number it is given."""
 
+_JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+"""Escapes to ASCII: no charset to guess, no lone surrogate to fail on, no line break to cut an event in two."""
+
 _PROBLEM_TYPE = b"application/problem+json"
 _JSON_TYPE = b"application/json"
 
@@ -197,8 +200,7 @@ def _asked(customise: Customise, members: dict[str, Any]) -> tuple[dict[str, Any
 
 def _spell(answer: Answer, members: Mapping[str, Any], shape: ErrorShape) -> tuple[bytes, bytes]:
     media_type = _PROBLEM_TYPE if shape == "problem" and "type" in members else _JSON_TYPE
-    # Escaped to ASCII: no charset to guess, no lone surrogate to fail on, no line break to cut an event in two.
-    body = json.dumps(_SHAPES[shape](answer, members), separators=(",", ":"), allow_nan=False).encode("ascii")
+    body = _JSON.encode(_SHAPES[shape](answer, members)).encode("ascii")
     if len(body) > MAX_BODY:
         raise ValueError(f"The body has {len(body)} bytes; {MAX_BODY} are allowed.")
     return body, media_type

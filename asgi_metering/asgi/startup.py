@@ -66,6 +66,8 @@ def examined(scope: Scope, layers: Sequence[MeteringMiddleware]) -> Report:
     report.warnings += warnings
     if report.errors:
         raise ConfigurationError("\n".join(report.errors))
+    if any(policy.upstreams for row in report.rows for policy in row.policies):
+        outermost.metering.headroom.is_used = True
     for warning in report.warnings:
         log.warning(warning)
     return report

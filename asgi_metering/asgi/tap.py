@@ -8,7 +8,7 @@ and what it keeps is bounded.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -16,8 +16,12 @@ from asgi_metering.usage import UsageReader, UsageReport
 
 __all__ = ["Tap"]
 
-BLOCK = 262_144
-"""Bytes of references after which the worker reads them: most answers of models end before."""
+BLOCK = 524_288
+"""
+Bytes of references beyond which the worker reads the oldest: most answers of models end before, at some 2,000 words.
+
+Text costs ten times as much to read as all else of a stream, and one that reports its usage has none to be read.
+"""
 
 MAX_WAITING = 1_048_576
 """Bytes of references that wait at most, and what passes between two checkpoints: beyond it the middle is dropped."""
@@ -75,9 +79,11 @@ class Tap:
                 self._shed()
 
     def digest(self) -> None:
-        """Read what waits, if it is a block; called from the worker now and then."""
-        if self._waiting() >= BLOCK:
-            self.text_reader()
+        """Read what waits beyond a block, the oldest first; called from the worker now and then."""
+        sizes = [*accumulate(map(len, self._chunks))]
+        if sizes and sizes[-1] >= BLOCK:
+            self._read_usage()
+            self._read_text(bisect_right(sizes, sizes[-1] - BLOCK) + 1)
 
     def report(self) -> UsageReport | None:
         """What the body has reported so far; None if nothing."""
@@ -87,26 +93,30 @@ class Tap:
     def text_reader(self) -> UsageReader:
         """The reader that has seen every chunk and keeps its text."""
         self._read_usage()
+        self._passed = 0
+        return self._read_text(len(self._chunks))
+
+    def _read_text(self, count: int) -> UsageReader:
+        """Read the text of so many chunks, the oldest, which have been read for usage, and give them up."""
         reader = self._for_text = self._for_text or UsageReader(*self._kind, keep_text=True)
         for sample, lost in self._dropped:
             reader.feed(sample)
             reader.gap(lost)
         self._dropped.clear()
-        self._feed(reader, 0)
-        self._chunks.clear()
-        self._passed = self._usage_at = 0
+        self._feed(reader, self._chunks[:count])
+        del self._chunks[:count]
+        self._usage_at = len(self._chunks)
         return reader
 
     def _waiting(self) -> int:
         return sum(map(len, self._chunks))
 
     def _read_usage(self) -> None:
-        self._feed(self._for_usage, self._usage_at)
+        self._feed(self._for_usage, self._chunks[self._usage_at :])
         self._usage_at = len(self._chunks)
 
-    def _feed(self, reader: UsageReader, at: int) -> None:
-        """Give *reader* the chunks from *at* on, several at a time."""
-        chunks = self._chunks[at:]
+    def _feed(self, reader: UsageReader, chunks: list[bytes]) -> None:
+        """Give *reader* these chunks, several at a time."""
         size = sum(map(len, chunks))
         step = max(1, READ_AT_ONCE * len(chunks) // max(1, size))
         for start in range(0, len(chunks), step):

@@ -2,8 +2,8 @@
 The command line: thin over `Metering`. Tables for people, ``--json`` for programs.
 
 Every command but ``demo``, ``routes``, ``journal``, ``init``, ``quotas`` and ``poll`` opens the store that ``--store``
-or ``ASGI_METERING_STORE`` names, and so does ``journal --replay``; only ``grant`` and ``import`` make a new one. Every
-command but ``demo`` and ``init`` has ``--json``, whose output is one JSON document.
+or ``ASGI_METERING_STORE`` names, and so do ``journal --replay`` and ``quotas --store``; only ``grant`` and ``import``
+make a new one. Every command but ``demo`` and ``init`` has ``--json``, whose output is one JSON document.
 """
 
 from __future__ import annotations
@@ -189,6 +189,9 @@ def _quota_commands(command_of: Callable[[str, str], argparse.ArgumentParser]) -
         if name == "quotas":
             command.add_argument(
                 "--log", metavar="FILE", help="the file of the application's UsageLog, for burn and counts"
+            )
+            command.add_argument(
+                "--store", metavar="URL", help="the application's store, for what its workers were told by providers"
             )
 
 

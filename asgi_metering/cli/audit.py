@@ -75,7 +75,7 @@ def run_routes(given: argparse.Namespace) -> int:
 
 def _calibrate(rows: Iterable[dict[str, Any]], given: argparse.Namespace) -> None:
     """Tell what the latest calls of each measured route used of their holds, out of the store: here nobody calls."""
-    metering = Metering(given.store, sinks=())
+    metering = Metering(given.store, sinks=(), share_readings=False)
     check_usable(metering.store, given.store, makes=False)
 
     async def run() -> list[HoldUse]:

@@ -11,12 +11,16 @@ import asyncio
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asgi_metering.cli.showing import print_table, show
+from asgi_metering.cli.stores import check_usable
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.quotas.alerts import ALERTS
 from asgi_metering.quotas.status import QuotaStatus
+
+if TYPE_CHECKING:
+    from asgi_metering.upstream.readings import QuotaReadings
 
 __all__ = ["run_init", "run_poll", "run_quotas"]
 
@@ -76,6 +80,8 @@ def run_quotas(given: argparse.Namespace) -> int:
     # Said here, where the tracker would only log it.
     problems = load_catalogue(given.file).problems
     tracker = QuotaTracker(given.file, log=given.log)
+    if given.store:
+        asyncio.run(_take_shared(given.store, tracker.readings))
     for problem in problems:
         print(f"asgi-metering: {problem}", file=sys.stderr)
     if given.json:
@@ -84,6 +90,22 @@ def run_quotas(given: argparse.Namespace) -> int:
     statuses = sorted(tracker.statuses(), key=lambda status: ALERTS.index(status.alert))
     print_table(_COLUMNS, [_row(status) for status in statuses])
     return 0
+
+
+async def _take_shared(url: str, readings: QuotaReadings) -> None:
+    """What the workers of the store let each other know."""
+    from asgi_metering.stores.contract import ReadingsKept
+    from asgi_metering.stores.urls import store_from_url
+    from asgi_metering.upstream.parts import take_parts
+
+    store = store_from_url(url)
+    check_usable(store, url, makes=False)
+    try:
+        await store.open()
+        rows = (await store.read(ReadingsKept())).state.readings
+    finally:
+        await store.close()
+    take_parts(readings, rows, dict.fromkeys(series for series, _ in rows))
 
 
 def run_poll(given: argparse.Namespace) -> int:

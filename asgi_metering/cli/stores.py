@@ -22,7 +22,7 @@ def metering_of(given: argparse.Namespace, *, makes: bool = False) -> tuple[Mete
     """The metering of the named store; one that is not there yet is an error unless the command *makes* it."""
     check_named(given)
     unit = unit_of(given)
-    metering = Metering(given.store, unit=unit, sinks=())
+    metering = Metering(given.store, unit=unit, sinks=(), share_readings=False)
     check_usable(metering.store, given.store, makes=makes)
     return metering, unit
 

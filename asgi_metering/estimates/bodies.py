@@ -13,10 +13,19 @@ from decimal import Decimal
 from typing import Any
 
 from asgi_metering.estimates.images import image_tokens
+from asgi_metering.estimates.sounds import sound_tokens
 from asgi_metering.tokens import count_tokens_async
 from asgi_metering.usage import TokenUsage
 
-__all__ = ["DEFAULT_OUTPUT_TOKENS", "asked_model", "body_of", "estimate_arguments", "estimate_body"]
+__all__ = [
+    "DEFAULT_OUTPUT_TOKENS",
+    "asked_model",
+    "asked_searches",
+    "asked_service",
+    "body_of",
+    "estimate_arguments",
+    "estimate_body",
+]
 
 DEFAULT_OUTPUT_TOKENS = 4_096
 """Output that is held for when a request names no bound: the usual cap of providers' own defaults."""
@@ -77,10 +86,10 @@ async def estimate_body(
         body: ``messages``, ``input``, ``prompt`` or ``contents``, with ``system``, ``instructions``, ``tools`` and
             schemas; the output's bound from ``max_completion_tokens``, ``max_output_tokens``, ``max_tokens`` or
             Gemini's ``generationConfig``, the largest where there are several, times ``n``. Images count by their
-            provider's formula.
+            provider's formula, sounds by how long they play at most.
         default_output: Output tokens where the body names no bound.
-        at_most: Count all of the input as written to a cache too, and all of the output as spoken, where the body asks
-            for that.
+        at_most: Count all of the input as written to a cache too (for an hour, where the body asks for that), and all
+            of the output as spoken, where the body asks for that.
 
     Input is counted by the tokenizer, or estimated where it is missing; long texts off the event loop. Where ``input``
     or ``prompt`` gives token ids instead of text, as embeddings take them, each id is a token.
@@ -93,13 +102,46 @@ async def estimate_body(
     named = model if isinstance(model, str) else ""
     images = sum(image_tokens(body.get(key), named) for key in ("messages", "input", "contents", "system"))
     ids = sum(_ids(body.get(key)) for key in _TOKENISED)
-    given = counted.tokens + around + images + ids
+    heard = sum(sound_tokens(body.get(key)) for key in ("messages", "input", "contents"))
+    given = counted.tokens + around + images + heard + ids
     bound, answers = _bound(body)
     output = (default_output if bound is None else bound) * answers
     output = min(output, MAX_OUTPUT_TOKENS)
-    written = given if at_most and _marks_cache(body) else None
+    marks = set(_cache_marks(body)) if at_most else set()
+    written, long = given if marks else None, given if HOUR in marks else None
     spoken = output if at_most and _asks_for_audio(body) else None
-    return TokenUsage(given, output, None, written, None, spoken, spoken)
+    if heard:
+        spoken = spoken or 0
+    audio = None if spoken is None else heard + spoken
+    return TokenUsage(given, output, None, written, None, audio, spoken, long)
+
+
+SEARCHES = 10
+"""Searches of the web that are held for where a request allows them and names no bound."""
+
+MAX_SEARCHES = 1_000
+"""A bound above this is somebody's mistake."""
+
+
+def asked_service(body: Mapping[str, Any]) -> str | None:
+    """The service tier that a request asks for; Anthropic's fast mode is one."""
+    service = "fast" if body.get("speed") == "fast" else body.get("service_tier", body.get("serviceTier"))
+    return service.lower() if isinstance(service, str) else None
+
+
+def asked_searches(body: Mapping[str, Any]) -> int:
+    """How many searches of the web a request allows its provider: as many as it says, else `SEARCHES` for each tool."""
+    tools = body.get("tools")
+    count = SEARCHES if body.get("web_search_options") is not None else 0
+    for tool in map(_plain, tools if isinstance(tools, list | tuple) else ()):
+        if not isinstance(tool, Mapping):
+            continue
+        if str(tool.get("type")).startswith("web_search"):
+            most = whole(tool.get("max_uses"))
+            count += SEARCHES if most is None else most
+        elif any(_plain(tool.get(name)) is not None for name in ("google_search", "googleSearch")):
+            count += SEARCHES
+    return min(count, MAX_SEARCHES)
 
 
 def _asks_for_audio(body: Mapping[str, Any]) -> bool:
@@ -132,17 +174,23 @@ def _bound(body: Mapping[str, Any]) -> tuple[int | None, int]:
     return bound, max(1, *(whole(value) or 1 for value in counts))
 
 
-def _marks_cache(value: Any, depth: int = 0) -> bool:
-    """Whether a request asks its provider to write what it brings to a cache, which may cost more (Anthropic)."""
+HOUR = "1h"
+"""How Anthropic's ``ttl`` of a cache is written that costs more than the usual one."""
+
+
+def _cache_marks(value: Any, depth: int = 0) -> Iterator[str]:
+    """How long a request asks its provider to keep in a cache what it brings, which may cost more (Anthropic)."""
     value = _plain(value)
     if isinstance(value, Mapping):
-        if value.get("cache_control"):
-            return True
-        inner = [value.get(key) for key in ("system", "tools", "messages", "content")]
-        return depth < MAX_DEPTH and any(_marks_cache(part, depth + 1) for part in inner if part is not None)
-    if isinstance(value, list | tuple):
-        return depth < MAX_DEPTH and any(_marks_cache(part, depth + 1) for part in value)
-    return False
+        mark = _plain(value.get("cache_control"))
+        if mark:
+            yield str(mark.get("ttl")) if isinstance(mark, Mapping) else ""
+        inner: list[Any] = [value.get(key) for key in ("system", "tools", "messages", "content")]
+    else:
+        inner = list(value) if isinstance(value, list | tuple) else []
+    if depth < MAX_DEPTH:
+        for part in inner:
+            yield from _cache_marks(part, depth + 1)
 
 
 def _ids(value: Any) -> int:

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, Final
 from asgi_metering.amounts import Amount, exact_amount
 from asgi_metering.arguments import From
 from asgi_metering.errors import AmountError, ConfigurationError
-from asgi_metering.estimates.bodies import DEFAULT_OUTPUT_TOKENS, body_of, estimate_body
+from asgi_metering.estimates.bodies import (
+    DEFAULT_OUTPUT_TOKENS,
+    asked_searches,
+    asked_service,
+    body_of,
+    estimate_body,
+)
 from asgi_metering.prices import FixedPrice, MeasuredPrice
 from asgi_metering.prices.values import EXACT
 from asgi_metering.usage import TokenUsage
@@ -58,7 +64,8 @@ def openai_chat(
 
     Messages, tools and schemas are counted, images by their documented formula, and the output's bound is taken (the
     larger of ``max_completion_tokens`` and ``max_tokens``) for each of its ``n`` answers; all at the dearest tier that
-    is within reach, and the output as if it were all reasoning.
+    is within reach, and the output as if it were all reasoning. A dearer ``service_tier`` that the request asks for
+    counts, and searches of the web that it allows.
 
     Args:
         price: What tokens cost; the route's own by default, of the model that the request names.
@@ -126,7 +133,9 @@ def _of_body(
             else await estimate_body(body, default_output, at_most=True)
         )
         expected = found if has_output else TokenUsage(input=found.input, output=0)
-        return EXACT.multiply(factor, _at_most(_measured(price, call), expected, margin))
+        service = None if body is None else asked_service(body)
+        searches = 0 if body is None else asked_searches(body)
+        return EXACT.multiply(factor, _at_most(_measured(price, call), expected, margin, service, searches))
 
     return estimated
 
@@ -138,9 +147,11 @@ def _measured(price: MeasuredPrice | None, call: Call) -> MeasuredPrice:
     return own
 
 
-def _at_most(price: MeasuredPrice, expected: TokenUsage, slack: Decimal) -> Decimal:
+def _at_most(price: MeasuredPrice, expected: TokenUsage, slack: Decimal, service: str | None, searches: int) -> Decimal:
     most = getattr(price, "cost_at_most", None)
-    cost: Decimal = price.cost(expected) if most is None else most(expected, slack)
+    # Whatever else has such a method need not know of these.
+    asked = {"service": service, "searches": searches} if service is not None or searches else {}
+    cost: Decimal = price.cost(expected) if most is None else most(expected, slack, **asked)
     return cost
 
 

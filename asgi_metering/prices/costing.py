@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from types import MappingProxyType
 from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
@@ -17,10 +17,14 @@ from asgi_metering.amounts import exact_amount
 from asgi_metering.errors import UsageError
 from asgi_metering.prices.values import EXACT
 from asgi_metering.usage import TokenUsage
+from asgi_metering.usage.values import AXES
 
 __all__ = ["BilledPrice", "CostedCall", "Costing", "Flag", "ModelCall", "breakdown", "plain_costing", "read_units"]
 
 NO_UNITS: Final[Mapping[str, Decimal]] = MappingProxyType({})
+
+WEB_SEARCHES: Final = "web_searches"
+"""The unit of searches that a provider makes for an answer."""
 
 MAX_BREAKDOWN: Final = 1_000
 """Characters of the breakdown by model on an event: what exporters send whole (`events.records.MAX_TEXT`)."""
@@ -29,7 +33,7 @@ OTHER: Final = "_OTHER"
 """Stands for the models that have no room in it."""
 
 Flag: TypeAlias = str
-"""``unknown_model``, ``default_price``, ``cost_refused``, ``cost_unresolved``; see `Costing`."""
+"""``unknown_model``, ``default_price``, ``dearest_kind``, ``unknown_service`` and others: see `Costing`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +47,11 @@ class ModelCall:
         cost: What the provider says that it charges, in USD; None if it does not.
         hidden_cost: What a library says of that, beside the answer.
         units: What it used besides tokens, by names such as ``"images"``, ``"seconds"``, ``"searches"``.
+        service: By which service tier it was answered, such as ``"flex"``; None where nobody said.
         is_media: It answered with images or other media, which counted tokens never price (S3.20).
         estimated: We counted, rather than the provider.
+        count: Of how many calls it is the sum, where a metered call makes very many (`ModelCall.plus`).
+        longest: Input of the longest of these, whose tier counts; None for a single one.
     """
 
     usage: TokenUsage = TokenUsage()
@@ -55,6 +62,36 @@ class ModelCall:
     units: Mapping[str, Decimal] = field(default_factory=lambda: NO_UNITS)
     is_media: bool = False
     estimated: bool = False
+    count: int = 1
+    longest: int | None = None
+    service: str | None = None
+
+    @property
+    def context(self) -> int:
+        """Tokens of input by which a tier is chosen."""
+        return (self.usage.input or 0) if self.longest is None else self.longest
+
+    def plus(self, other: ModelCall) -> ModelCall:
+        """
+        Add another call of the same model, which the same prices count for.
+
+        Raises:
+            UsageError: It adds up to more than can be counted.
+        """
+        units = dict(self.units)
+        for name, count in other.units.items():
+            units[name] = EXACT.add(units.get(name, Decimal(0)), count)
+        costs = [cost for cost in (self.cost, other.cost) if cost is not None]
+        hidden = [cost for cost in (self.hidden_cost, other.hidden_cost) if cost is not None]
+        return replace(
+            self,
+            usage=self.usage + other.usage,
+            cost=sum(costs[1:], costs[0]) if costs else None,
+            hidden_cost=sum(hidden[1:], hidden[0]) if hidden else None,
+            units=MappingProxyType(units) if units else NO_UNITS,
+            count=self.count + other.count,
+            longest=max(self.context, other.context),
+        )
 
     @property
     def used_anything(self) -> bool:
@@ -83,7 +120,8 @@ class CostedCall:
         """JSON-safe, every count by its name; what was not reported is absent (S3.27)."""
         call = self.call
         told = {"model": call.model, "provider": call.provider, "cost": f"{self.cost:f}", "how": self.how}
-        tokens = {axis: count for axis in _AXES if (count := getattr(call.usage, axis)) is not None}
+        told |= {} if call.service is None else {"service": call.service}
+        tokens = {axis: count for axis in AXES if (count := getattr(call.usage, axis)) is not None}
         units = {name: f"{count:f}" for name, count in call.units.items()}
         return {**told, **tokens, **({"units": units} if units else {}), "flags": list(self.flags)}
 
@@ -98,7 +136,9 @@ class Costing:
         calls: Each with its cost, in their order.
         version: Of the prices that were used, where they have one.
         flags: What is wrong with it, each once: ``unknown_model`` (no price by its name), ``default_price`` (charged by
-            the default instead), ``cost_refused`` (a reported cost that nobody can believe), ``cost_unresolved``
+            the default instead), ``dearest_kind`` (nobody said what of the output is an image, so that all of it is
+            charged as what costs most), ``unknown_service`` (a service tier without a factor, so that tokens cost the
+            usual), ``cost_refused`` (a reported cost that nobody can believe), ``cost_unresolved``
             (nothing told the cost, so nothing is charged for it).
     """
 
@@ -142,9 +182,6 @@ def summed(calls: Iterable[CostedCall]) -> Decimal:
     return total
 
 
-_AXES: Final = ("input", "output", "cached", "cache_write", "reasoning", "audio", "audio_output")
-
-
 def breakdown(calls: Sequence[CostedCall]) -> str:
     """
     Tokens and cost summed by model, as JSON of at most `MAX_BREAKDOWN` characters, the dearest first (S3.27).
@@ -167,8 +204,8 @@ def breakdown(calls: Sequence[CostedCall]) -> str:
 
 def _share(each: CostedCall) -> dict[str, Any]:
     usage = each.call.usage
-    counts = {axis: count for axis in _AXES if (count := getattr(usage, axis)) is not None}
-    return {"calls": 1, "cost": each.cost, **counts}
+    counts = {axis: count for axis in AXES if (count := getattr(usage, axis)) is not None}
+    return {"calls": each.call.count, "cost": each.cost, **counts}
 
 
 def _add(shares: dict[str, dict[str, Any]], model: str, more: Mapping[str, Any]) -> None:

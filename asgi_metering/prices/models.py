@@ -7,7 +7,7 @@ Works in USD, and converts once. Knows where a name is looked for; never asks a 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from types import MappingProxyType
@@ -16,9 +16,9 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from asgi_metering.amounts import Amount, exact_amount
 from asgi_metering.errors import AmountError, ConfigurationError
 from asgi_metering.prices.aliases import Aliases, candidates
-from asgi_metering.prices.costing import CostedCall, Costing, Flag, ModelCall, summed
+from asgi_metering.prices.costing import WEB_SEARCHES, CostedCall, Costing, Flag, ModelCall, summed
 from asgi_metering.prices.published import Rate, find_published, load_published, published_version
-from asgi_metering.prices.tokens import TokenPrice
+from asgi_metering.prices.tokens import TokenPrice, factor_of, read_factors
 from asgi_metering.prices.units import UnitPrice
 from asgi_metering.prices.values import EXACT, FLOOR, MAX_AFFORDABLE, FixedPrice
 from asgi_metering.usage import TokenUsage
@@ -34,6 +34,30 @@ BELIEVED_USD: Final = Decimal(1_000)
 """The most that one call of a model is believed to cost: the longest contexts with the dearest prices stay below."""
 
 
+WEB_SEARCH_USD: Final = Decimal("0.01")
+"""What OpenAI and Anthropic charge for a search; Google a little more, which its published prices say."""
+
+_ONE: Final = Decimal(1)
+_HALF: Final = Decimal("0.5")
+
+SERVICES: Final[Mapping[str, Decimal]] = MappingProxyType(
+    {
+        **dict.fromkeys(("default", "standard", "standard_only", "auto", "on_demand", "scale"), _ONE),
+        **dict.fromkeys(("provisioned_throughput", "flex", "batch", "anthropic/priority"), _ONE),
+        **dict.fromkeys(("openai/flex", "openai/batch", "anthropic/batch"), _HALF),
+        "priority": Decimal(2),
+        "fast": Decimal(6),
+    }
+)
+"""
+By what the price of tokens is multiplied in a service tier, as its provider prints it; "openai/flex" is for one
+provider alone, by the name of its client.
+
+What is cheaper is so where it is certain alone: Groq's flex costs the usual. Anthropic's priority was paid for by
+contract; OpenAI's is 1.7 to 2 times the usual. ``fast`` is Anthropic's fast mode.
+"""
+
+
 class _Lookup(NamedTuple):
     """What is known of a model's price: None where its name is not."""
 
@@ -41,36 +65,34 @@ class _Lookup(NamedTuple):
     is_default: bool
 
 
-_Resolver: TypeAlias = Callable[[ModelCall, Rate | None], Decimal]
+_Resolver: TypeAlias = Callable[[ModelCall, "Rate | None", Decimal], Decimal]
+"""What a call costs by its rate, its tokens multiplied by a factor."""
 
 
-def _reported(call: ModelCall, _rate: Rate | None) -> Decimal:
+def _reported(call: ModelCall, _rate: Rate | None, _factor: Decimal) -> Decimal:
     return call.cost or _NOTHING
 
 
-def _hidden(call: ModelCall, _rate: Rate | None) -> Decimal:
+def _hidden(call: ModelCall, _rate: Rate | None, _factor: Decimal) -> Decimal:
     return call.hidden_cost or _NOTHING
 
 
-def _response(call: ModelCall, rate: Rate | None) -> Decimal:
+def _response(call: ModelCall, rate: Rate | None, factor: Decimal) -> Decimal:
     """By everything that the answer reported; what we counted ourselves is for `_counted`."""
     if rate is None or call.estimated or not call.used_anything:
         return _NOTHING
     units = _NOTHING if rate.units is None else rate.units.cost_of(call.units)
-    return EXACT.add(EXACT.add(units, _token_cost(call, rate)), rate.call)
+    return EXACT.add(EXACT.add(units, _token_cost(call, rate, factor)), EXACT.multiply(rate.call, call.count))
 
 
-def _counted(call: ModelCall, rate: Rate | None) -> Decimal:
+def _counted(call: ModelCall, rate: Rate | None, factor: Decimal) -> Decimal:
     """By tokens alone, whoever counted them; never of images, whose tokens are none of a text's (S3.20)."""
-    tokens = _NOTHING if rate is None or call.is_media else _token_cost(call, rate)
-    return EXACT.add(tokens, rate.call) if rate is not None and tokens else _NOTHING
+    tokens = _NOTHING if rate is None or rate.is_media or call.is_media else _token_cost(call, rate, factor)
+    return EXACT.fma(rate.call, call.count, tokens) if rate is not None and tokens else _NOTHING
 
 
-def _token_cost(call: ModelCall, rate: Rate) -> Decimal:
-    if rate.tokens is None or rate.is_media:
-        # Tokens of its images have a price of their own, and nobody tells them apart.
-        return _NOTHING
-    return rate.tokens.cost(call.usage)
+def _token_cost(call: ModelCall, rate: Rate, factor: Decimal) -> Decimal:
+    return _NOTHING if rate.tokens is None else rate.tokens.cost_by(call, factor)
 
 
 _NOTHING: Final = Decimal(0)
@@ -104,6 +126,8 @@ class ModelPrices:
     fee: Decimal
     order: tuple[str, ...]
     believed: Decimal
+    web_search: Decimal
+    services: Mapping[str, Decimal]
     version: str
 
     def pin(self, at: float, model: str | None = None, provider: str | None = None) -> PinnedPrices:
@@ -199,12 +223,20 @@ class PinnedPrices:
         """Whole units that *usage*, of one call of the model that was asked for, costs, exactly."""
         return self.bill((ModelCall(usage, self.model, self.provider),)).amount
 
-    def cost_at_most(self, usage: TokenUsage, slack: Decimal = _NOTHING) -> Decimal:
+    def cost_at_most(
+        self, usage: TokenUsage, slack: Decimal = _NOTHING, *, service: str | None = None, searches: int = 0
+    ) -> Decimal:
         """The most that it may come to, as of `TokenPrice`; what is not priced by tokens as `cost`."""
         rate = self._asked
         if rate is None or rate.tokens is None:
             return self.cost(usage)
-        usd = EXACT.add(rate.tokens.cost_at_most(usage, slack), rate.call)
+        factor, _ = self._factor(ModelCall(provider=self.provider, service=service), rate)
+        found = ModelCall(units={WEB_SEARCHES: Decimal(searches)})
+        searching = EXACT.add(self._searching(found, rate), rate.tokens.cost_by(found, _ONE))
+        if rate.units is not None:
+            searching = EXACT.add(searching, rate.units.cost_of(found.units))
+        tokens = EXACT.multiply(rate.tokens.cost_at_most(usage, slack), max(_ONE, factor))
+        usd = EXACT.add(EXACT.add(tokens, rate.call), searching)
         return EXACT.add(self.prices.to_units(usd), self.prices.fee)
 
     def affordable(self, kind: str, units: Decimal, used: TokenUsage) -> int:
@@ -233,6 +265,27 @@ class PinnedPrices:
         flags = tuple(dict.fromkeys(flag for each in costed for flag in each.flags))
         return Costing(amount, costed, prices.version, flags)
 
+    def kind_of(self, call: ModelCall) -> Hashable:
+        """As of `TokenPrice`; and a cost that nobody believes makes no other one doubtful, nor larger."""
+        rate = self.prices.lookup(call.model or self.model, call.provider, self.at).rate
+        tier = None if rate is None or rate.tokens is None else rate.tokens.kind_of(call)
+        costs = tuple([_sort_of(cost, self.prices.believed) for cost in (call.cost, call.hidden_cost)])
+        return tier, call.used_anything, *costs
+
+    def _factor(self, call: ModelCall, rate: Rate | None) -> tuple[Decimal, bool]:
+        """By what its tokens are multiplied in its service tier, and whether that is known."""
+        own = None if rate is None or rate.tokens is None else rate.tokens.factor(call.service, call.provider)
+        factor = factor_of(self.prices.services, call.service, call.provider) if own is None else own
+        return (_ONE, call.service is None) if factor is None else (factor, True)
+
+    def _searching(self, call: ModelCall, rate: Rate | None) -> Decimal:
+        """What searches of the web cost where the model's own price does not say."""
+        count = call.units.get(WEB_SEARCHES)
+        if not count or rate is None or (rate.units is not None and WEB_SEARCHES in rate.units.prices):
+            return _NOTHING
+        priced = rate.tokens is not None and rate.tokens.web_search is not None
+        return _NOTHING if priced else EXACT.multiply(self.prices.web_search, count)
+
     def _costed(self, call: ModelCall) -> CostedCall:
         prices, flags = self.prices, list[Flag]()
         found: _Lookup | None = None
@@ -241,13 +294,22 @@ class PinnedPrices:
                 found = prices.lookup(call.model, call.provider, self.at)
                 if found.is_default and call.used_anything:
                     flags.append("unknown_model")
-            cost = RESOLVERS[name](call, None if found is None else found.rate)
-            if not cost.is_finite() or not 0 <= cost <= prices.believed:
+            by_price = name in ("response", "tokens")
+            rate = None if found is None else found.rate
+            factor, is_served = self._factor(call, rate)
+            cost = RESOLVERS[name](call, rate, factor)
+            if by_price:
+                cost = EXACT.add(cost, self._searching(call, rate))
+            if not cost.is_finite() or not 0 <= cost <= prices.believed * call.count:
                 flags.append("cost_refused")
                 continue
             if cost:
                 if found is not None and found.is_default:
                     flags.append("default_price")
+                if by_price and _is_guess(rate, call.usage):
+                    flags.append("dearest_kind")
+                if by_price and not is_served:
+                    flags.append("unknown_service")
                 return CostedCall(call, cost, name, tuple(flags))
         if self._is_unresolved(call, found, flags):
             flags.append("cost_unresolved")
@@ -265,6 +327,17 @@ class PinnedPrices:
         return rate.tokens is None and not call.units
 
 
+def _is_guess(rate: Rate | None, usage: TokenUsage) -> bool:
+    return rate is not None and rate.tokens is not None and rate.tokens.is_guess(usage)
+
+
+def _sort_of(cost: Decimal | None, believed: Decimal) -> int:
+    """0 for no cost, 1 for one that is believed, 2 for another one."""
+    if not cost:
+        return 0
+    return 1 if cost.is_finite() and 0 < cost <= believed else 2
+
+
 def model_prices(
     own: Mapping[str, OwnPrice] | None = None,
     *,
@@ -276,6 +349,8 @@ def model_prices(
     published: bool = True,
     order: Sequence[str] = tuple(RESOLVERS),
     believed_usd: Amount = BELIEVED_USD,
+    web_search: Amount = WEB_SEARCH_USD,
+    services: Mapping[str, Amount] | None = None,
     version: str | None = None,
 ) -> ModelPrices:
     """
@@ -303,6 +378,10 @@ def model_prices(
         order: What tells the cost, first come first served: see `RESOLVERS`. Leave out ``"reported"`` to charge by
             prices alone.
         believed_usd: The most that one call of a model may cost; more is refused, with an alarm (S3.21).
+        web_search: USD of a search that the provider made for an answer, where the model's price does not say.
+        services: By what the price of tokens is multiplied in a service tier, on top of `SERVICES`: ``{"flex": 1}``,
+            ``{"openai/priority": "1.75"}`` for one provider alone. One that is in neither costs the usual, which the
+            event tells.
         version: Names these prices on events; made of all of them by default, so that it changes with any.
 
     Raises:
@@ -325,11 +404,14 @@ def model_prices(
         "markup": exact_amount(markup, "markup"),
         "fee": exact_amount(fee, "fee"),
         "believed_usd": exact_amount(believed_usd, "believed_usd"),
+        "web_search": exact_amount(web_search, "web_search"),
     }
+    factors = {**SERVICES, **read_factors(services or {})}
     if not amounts["units_per_usd"]:
         raise AmountError("units_per_usd=0 would make every call free. Write how many units one USD is.")
     fallback = None if default is None else _own_rate(default, "default price")
-    made = f"{rates!r} {fallback!r} {amounts!r} {tuple(order)!r} {aliases if isinstance(aliases, Mapping) else ''!r}"
+    told = aliases if isinstance(aliases, Mapping) else ""
+    made = f"{rates!r} {fallback!r} {amounts!r} {factors!r} {tuple(order)!r} {told!r}"
     named = version or f"{published_version()}+" * published + hashlib.sha256(made.encode()).hexdigest()[:12]
     return ModelPrices(
         amounts["units_per_usd"],
@@ -341,6 +423,8 @@ def model_prices(
         amounts["fee"],
         tuple(order),
         amounts["believed_usd"],
+        amounts["web_search"],
+        MappingProxyType(factors),
         named,
     )
 

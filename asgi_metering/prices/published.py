@@ -34,7 +34,7 @@ class Rate(NamedTuple):
         tokens: By its tokens; None where it has no such price.
         units: By what else is reported.
         call: For each call.
-        is_media: Tokens of images that it answers with have another price than its text, so that tokens price none.
+        is_media: It answers with images, whose tokens have a price of their own and cannot be counted by their text.
     """
 
     tokens: TokenPrice | None = None
@@ -48,9 +48,15 @@ TOKENS: Final = {
     "output_mtok": "output",
     "cache_read_mtok": "cached",
     "cache_write_mtok": "cache_write",
+    "cache_write_1h_mtok": "cache_write_1h",
     "output_reasoning_mtok": "reasoning",
     "input_audio_mtok": "audio_input",
     "output_audio_mtok": "audio_output",
+    # Of both, the price of images.
+    "input_video_mtok": "image_input",
+    "input_image_mtok": "image_input",
+    "output_video_mtok": "image_output",
+    "output_image_mtok": "image_output",
 }
 """Their names of prices for a million tokens, and ours."""
 
@@ -155,7 +161,7 @@ def _rate(same: _Same) -> Rate:
         _tokens(given),
         UnitPrice({name: price for (name, _), price in units.items()}, dict(units.keys())) if units else None,
         _base(given.get("requests_kcount", _NONE)) / 1_000,
-        "output_image_mtok" in given,
+        "output_image_mtok" in given or "output_video_mtok" in given,
     )
 
 
@@ -166,7 +172,7 @@ def _tokens(given: dict[str, Any]) -> TokenPrice | None:
     starts = sorted({tier.start for price in priced.values() for tier in getattr(price, "tiers", ())})
     tiers = [TokenTier(start, **{kind: _from(price, start) for kind, price in priced.items()}) for start in starts]
     base = {"input": _NONE, "output": _NONE, **{kind: _base(price) for kind, price in priced.items()}}
-    return TokenPrice(**base, per=_MILLION, tiers=tuple(tiers))
+    return TokenPrice(**base, per=_MILLION, tiers=tuple(tiers))  # type: ignore[arg-type]
 
 
 def _base(price: Any) -> Decimal:

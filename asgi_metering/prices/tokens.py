@@ -6,7 +6,7 @@ Exact arithmetic in whole units. Knows no model by name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from itertools import pairwise
@@ -14,24 +14,41 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 
 from asgi_metering.amounts import Amount, exact_amount
 from asgi_metering.errors import ConfigurationError
-from asgi_metering.prices.costing import Costing, ModelCall, plain_costing
+from asgi_metering.prices.costing import WEB_SEARCHES, Costing, ModelCall, plain_costing
 from asgi_metering.prices.values import EXACT, MAX_AFFORDABLE, capped
 from asgi_metering.usage import TokenUsage
 from asgi_metering.usage.values import MAX_TOKENS
 
 __all__ = ["KINDS", "TokenPrice", "TokenTier", "above", "per_million_tokens", "per_token"]
 
-KINDS = ("input", "output", "cached", "cache_write", "reasoning", "audio_input", "audio_output")
+KINDS = (
+    "input",
+    "output",
+    "cached",
+    "cache_write",
+    "reasoning",
+    "audio_input",
+    "audio_output",
+    "image_input",
+    "image_output",
+    "cache_write_1h",
+)
 """Kinds of tokens that have prices of their own."""
+
+FOR_AN_HOUR = Decimal("1.6")
+"""
+What is written to a cache for an hour costs so many times what is written for minutes, where nobody says: Anthropic's
+2 times the input against 1.25 times.
+"""
 
 NO_SLACK = Decimal(0)
 
 # What a kind costs that has no price of its own.
-_WHOLE = {"cached": "input", "cache_write": "input", "audio_input": "input"}
+_WHOLE = dict.fromkeys(("cached", "cache_write", "audio_input", "image_input"), "input")
 
 AFFORDABLE = {
-    "input": ("input", "cached", "cache_write", "audio_input"),
-    "output": ("output", "reasoning", "audio_output"),
+    "input": ("input", "cached", "cache_write", "audio_input", "image_input"),
+    "output": ("output", "reasoning", "audio_output", "image_output"),
     "reasoning": ("output", "reasoning"),
 }
 """What can be afforded token by token, and what such a token may become."""
@@ -47,10 +64,17 @@ class _Rates(NamedTuple):
     reasoning: Decimal
     audio_input: Decimal
     audio_output: Decimal
+    image_input: Decimal
+    image_output: Decimal
+    cache_write_1h: Decimal
 
     def dearest(self, kind: str) -> Decimal:
         rates: dict[str, Decimal] = self._asdict()
         return max(rates[each] for each in AFFORDABLE[kind])
+
+    def dearest_input(self, *, hour: bool) -> Decimal:
+        dearest = self.dearest("input")
+        return max(dearest, self.cache_write_1h) if hour else dearest
 
 
 class _Band(NamedTuple):
@@ -68,8 +92,8 @@ class TokenTier:
 
     Args:
         above: Input tokens of one request, cached ones included, of which it has more.
-        input, output, cached, cache_write, reasoning, audio_input, audio_output: As of `TokenPrice`; what is not given
-            is as without the tier.
+        input, output, cached, cache_write, reasoning, audio_input, audio_output, image_input, image_output,
+            cache_write_1h: As of `TokenPrice`; what is not given is as without the tier.
     """
 
     above: int
@@ -80,6 +104,9 @@ class TokenTier:
     reasoning: Decimal | None = None
     audio_input: Decimal | None = None
     audio_output: Decimal | None = None
+    image_input: Decimal | None = None
+    image_output: Decimal | None = None
+    cache_write_1h: Decimal | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +121,17 @@ class TokenPrice:
         per: How many tokens a price is for.
         audio_input, audio_output: For spoken tokens of either direction; the price of its direction by default.
         tiers: Other prices for long contexts, the shortest first.
+        image_input, image_output: For tokens of images and films; the price of its direction by default.
+        cache_write_1h: For what is written to a cache for an hour; by default `FOR_AN_HOUR` times *cache_write*, and
+            the input's price where that has none.
+        web_search: Whole units for each search that the provider made for an answer; nothing by default.
+        services: By what the price of tokens is multiplied, for each service tier: ``(("flex", Decimal("0.5")),)``.
 
     Parts are inside their whole (S2.43): a cached token is priced as cached and not also as input. What was not
     reported counts as none; whether a report is complete enough to charge on is for the caller to say. Audio tokens
     whose direction was not told are taken for input as far as there is any that is neither read from a cache nor
-    written to one, and for output beyond; where only one direction has a price, for that one.
+    written to one, and for output beyond; where only one direction has a price, for that one. Where images have a
+    price, output of which nobody says what is an image costs the dearer of both, so that none is too cheap.
 
     Raises:
         ConfigurationError: Tiers that do not rise.
@@ -113,6 +146,11 @@ class TokenPrice:
     audio_input: Decimal | None = None
     audio_output: Decimal | None = None
     tiers: tuple[TokenTier, ...] = ()
+    image_input: Decimal | None = None
+    image_output: Decimal | None = None
+    cache_write_1h: Decimal | None = None
+    web_search: Decimal | None = None
+    services: tuple[tuple[str, Decimal], ...] = ()
     _bands: tuple[_Band, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -132,9 +170,37 @@ class TokenPrice:
 
     def bill(self, calls: tuple[ModelCall, ...], context: object = None) -> Costing:
         """What all *calls* cost, each in the tier of its own input: see `BilledPrice`."""
-        return plain_costing(calls, lambda call: self.cost(call.usage))
+        return plain_costing(calls, self.cost_of)
 
-    def cost_at_most(self, usage: TokenUsage, slack: Decimal = NO_SLACK) -> Decimal:
+    def cost_of(self, call: ModelCall) -> Decimal:
+        """Whole units that one call of a model costs, or the sum of several of one kind, exactly."""
+        factor = self.factor(call.service, call.provider)
+        return self.cost_by(call, ONE if factor is None else factor)
+
+    def cost_by(self, call: ModelCall, factor: Decimal) -> Decimal:
+        """The same with its tokens at *factor* times their price."""
+        tokens = self._priced(call.usage, self._at(call.context))
+        tokens = tokens if factor == 1 else EXACT.multiply(tokens, factor)
+        searches = call.units.get(WEB_SEARCHES) if self.web_search is not None else None
+        return tokens if not searches else EXACT.fma(self.web_search, searches, tokens)  # type: ignore[arg-type]
+
+    def factor(self, service: str | None, provider: str | None = None) -> Decimal | None:
+        """By what tokens are multiplied in that service tier: by ``"openai/flex"``, else ``"flex"``; None: unknown."""
+        return factor_of(dict(self.services), service, provider) if self.services else None
+
+    def kind_of(self, call: ModelCall) -> tuple[int, bool, bool]:
+        """Tell calls apart whose sum costs something else than they do: by tier, and by what is told of their parts."""
+        usage = call.usage
+        tier = sum(1 for band in self._bands if band.least <= call.context)
+        return tier, usage.audio is not None and usage.audio_output is None, self.is_guess(usage)
+
+    def is_guess(self, usage: TokenUsage) -> bool:
+        """Whether images of the output have a price, and nobody said what of it is one, so that the dearer counts."""
+        return self.image_output is not None and usage.image_output is None and bool(usage.output)
+
+    def cost_at_most(
+        self, usage: TokenUsage, slack: Decimal = NO_SLACK, *, service: str | None = None, searches: int = 0
+    ) -> Decimal:
         """
         The most that an expected *usage* may come to, exactly: for holds.
 
@@ -143,7 +209,13 @@ class TokenPrice:
         Args:
             usage: As expected.
             slack: By what part the real input may be longer, so that a tier is reached; it stays as many tokens.
+            service: The service tier that the request asks for; a cheaper one may be refused, and is no relief.
+            searches: How many searches of the web it may make.
         """
+        tokens = EXACT.multiply(self._most(usage, slack), max(ONE, self.factor(service) or ONE))
+        return EXACT.fma(self.web_search or 0, searches, tokens)
+
+    def _most(self, usage: TokenUsage, slack: Decimal) -> Decimal:
         reach = int(EXACT.multiply(usage.input or 0, 1 + slack))
         thinking = replace(usage, reasoning=usage.output)
         rates = [band.rates for band in self._bands if band.least <= reach]
@@ -153,8 +225,9 @@ class TokenPrice:
         """
         How many more ``"input"``, ``"output"`` or ``"reasoning"`` tokens fit in *units* after *used*; never negative.
 
-        Each counts at the dearest that it may become: an output token as reasoning, an input token as a cache write.
-        More input may reach a tier, in which everything costs what it costs there.
+        Each counts at the dearest that it may become: an output token as reasoning, an input token as a cache write,
+        for an hour where that has a price of its own. More input may reach a tier, in which everything costs what it
+        costs there.
         """
         if kind not in AFFORDABLE:
             known = ", ".join(map(repr, sorted(AFFORDABLE.keys() - {"input", "output"})))
@@ -165,13 +238,13 @@ class TokenPrice:
         if kind != "input":
             rates = self._at(before)
             return _fitting(EXACT.subtract(units, self._priced(used, rates)), rates.dearest(kind), self.per)
-        fits = 0
+        fits, hour = 0, self.cache_write_1h is not None
         for band in self._bands:
             if band.most < before:
                 continue
             left = EXACT.subtract(units, self._priced(used, band.rates))
             least = max(0, band.least - before)
-            most = min(band.most - before, _fitting(left, band.rates.dearest("input"), self.per))
+            most = min(band.most - before, _fitting(left, band.rates.dearest_input(hour=hour), self.per))
             if most < least or left <= 0:
                 break
             fits = most
@@ -189,12 +262,22 @@ class TokenPrice:
         plain_input = max(0, (usage.input or 0) - read - saved)
         plain_output = max(0, (usage.output or 0) - thought)
         heard, spoken = self._audio(usage, plain_input, plain_output)
+        long = min(usage.cache_write_1h or 0, saved)
+        seen = min(usage.image_input or 0, plain_input - heard)
+        drawn = plain_output - spoken
+        if usage.image_output is not None:
+            drawn = min(usage.image_output, drawn)
+        elif rates.image_output <= rates.output:
+            drawn = 0
         total = Decimal(0)
         for price, tokens in (
-            (rates.input, plain_input - heard),
-            (rates.output, plain_output - spoken),
+            (rates.input, plain_input - heard - seen),
+            (rates.output, plain_output - spoken - drawn),
+            (rates.image_input, seen),
+            (rates.image_output, drawn),
             (rates.cached, read),
-            (rates.cache_write, saved),
+            (rates.cache_write, saved - long),
+            (rates.cache_write_1h, long),
             (rates.reasoning, thought),
             (rates.audio_input, heard),
             (rates.audio_output, spoken),
@@ -224,6 +307,9 @@ def _rates(price: TokenPrice, tier: TokenTier | None) -> _Rates:
     for kind in KINDS:
         own = None if tier is None else getattr(tier, kind)
         found[kind] = getattr(price, kind) if own is None else own
+    if found["cache_write_1h"] is None:
+        own = found["cache_write"]
+        found["cache_write_1h"] = found["input"] if own is None else EXACT.multiply(own, FOR_AN_HOUR)
     return _Rates(*(found[_WHOLE.get(kind, "output")] if rate is None else rate for kind, rate in found.items()))
 
 
@@ -237,6 +323,9 @@ class TokenPrices(TypedDict, total=False):
     reasoning: Amount | None
     audio_input: Amount | None
     audio_output: Amount | None
+    image_input: Amount | None
+    image_output: Amount | None
+    cache_write_1h: Amount | None
 
 
 _TOLD = {
@@ -247,6 +336,9 @@ _TOLD = {
     "reasoning": "reasoning price",
     "audio_input": "price of audio input",
     "audio_output": "price of audio output",
+    "image_input": "price of image input",
+    "image_output": "price of image output",
+    "cache_write_1h": "price of cache writes for an hour",
 }
 
 
@@ -259,6 +351,30 @@ def _read(prices: TokenPrices) -> dict[str, Decimal | None]:
         kind: None if amount is None and kind not in whole else exact_amount(amount, _TOLD[kind])  # type: ignore[arg-type]
         for kind, amount in prices.items()
     }
+
+
+ONE = Decimal(1)
+
+
+def factor_of(factors: Mapping[str, Decimal], service: str | None, provider: str | None) -> Decimal | None:
+    """By what tokens are multiplied in *service*, of *provider* or of anybody; None where neither is there."""
+    if service is None:
+        return None
+    own = factors.get(f"{provider}/{service}")
+    return factors.get(service) if own is None else own
+
+
+def read_factors(services: Mapping[str, Amount]) -> dict[str, Decimal]:
+    """
+    Check factors by service tiers.
+
+    Raises:
+        AmountError: One that is no amount.
+        ConfigurationError: A tier without a name.
+    """
+    if not isinstance(services, Mapping) or not all(isinstance(name, str) and name for name in services):
+        raise ConfigurationError(f"services={services!r} are no factors by tiers. Pass {{'flex': '0.5'}}, say.")
+    return {name.lower(): exact_amount(factor, f"factor of {name!r}") for name, factor in services.items()}
 
 
 def above(tokens: int, **prices: Unpack[TokenPrices]) -> TokenTier:
@@ -274,28 +390,50 @@ def above(tokens: int, **prices: Unpack[TokenPrices]) -> TokenTier:
     return TokenTier(tokens, **_read(prices))
 
 
-def _token_price(per: int, tiers: Sequence[TokenTier], prices: TokenPrices) -> TokenPrice:
+def _token_price(
+    per: int,
+    tiers: Sequence[TokenTier],
+    web_search: Amount | None,
+    services: Mapping[str, Amount] | None,
+    prices: TokenPrices,
+) -> TokenPrice:
     read = {"input": Decimal(0), "output": Decimal(0), **_read(prices)}
     for tier in tiers:
         if not isinstance(tier, TokenTier):
             raise ConfigurationError(f"The tier {tier!r} is none. Write above(200_000, input=6, output='22.5'), say.")
-    return TokenPrice(**read, per=per, tiers=tuple(tiers))  # type: ignore[arg-type]
+    search = None if web_search is None else exact_amount(web_search, "price of a search")
+    factors = tuple(read_factors(services or {}).items())
+    return TokenPrice(**read, per=per, tiers=tuple(tiers), web_search=search, services=factors)  # type: ignore[arg-type]
 
 
-def per_million_tokens(*, tiers: Sequence[TokenTier] = (), **prices: Unpack[TokenPrices]) -> TokenPrice:
+def per_million_tokens(
+    *,
+    tiers: Sequence[TokenTier] = (),
+    web_search: Amount | None = None,
+    services: Mapping[str, Amount] | None = None,
+    **prices: Unpack[TokenPrices],
+) -> TokenPrice:
     """
     Price tokens by the million, in whole units: the way providers print their lists. Floats are refused.
 
     ``per_million_tokens(input=3, output=15, cached="0.3", tiers=[above(200_000, input=6, output="22.5")])``. Kinds
-    are those of `TokenPrice`; each call of a model has the tier of its own input.
+    are those of `TokenPrice`; each call of a model has the tier of its own input. ``web_search`` is for each search
+    that the provider made, ``services={"flex": "0.5", "openai/priority": 2}`` multiplies tokens of a service tier; what
+    is in none of them costs the usual.
 
     Raises:
         AmountError: A price that is no amount.
         ConfigurationError: No such kind, or tiers that do not rise.
     """
-    return _token_price(1_000_000, tiers, prices)
+    return _token_price(1_000_000, tiers, web_search, services, prices)
 
 
-def per_token(*, tiers: Sequence[TokenTier] = (), **prices: Unpack[TokenPrices]) -> TokenPrice:
+def per_token(
+    *,
+    tiers: Sequence[TokenTier] = (),
+    web_search: Amount | None = None,
+    services: Mapping[str, Amount] | None = None,
+    **prices: Unpack[TokenPrices],
+) -> TokenPrice:
     """Price single tokens, in whole units; else as `per_million_tokens`."""
-    return _token_price(1, tiers, prices)
+    return _token_price(1, tiers, web_search, services, prices)

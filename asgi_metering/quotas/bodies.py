@@ -16,7 +16,7 @@ from asgi_metering.quotas.reading import QuotaLimit
 from asgi_metering.quotas.sentences import MAX_SENTENCE, read_sentence
 from asgi_metering.quotas.verdicts import Verdict, verdict_of
 
-__all__ = ["MAX_BODY", "Told", "read_body"]
+__all__ = ["MAX_BODY", "Told", "read_body", "status_in_band"]
 
 MAX_BODY = 64 * 1024
 """Bytes of a refusal that are read: known ones have some hundred, Google's with all details a few thousand."""
@@ -70,6 +70,38 @@ def read_body(status: int | None, body: bytes, now: float, error_type: str = "")
         sentence.retry_after_s if wait is None else wait,
         _copied(error.get("metadata")),
     )
+
+
+_IN_BAND = {
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "insufficient_quota": 429,
+    "resource_exhausted": 429,
+    "throttlingexception": 429,
+    "billing_error": 402,
+    "overloaded_error": 529,
+    "server_is_overloaded": 503,
+    "slow_down": 503,
+    "unavailable": 503,
+    "serviceunavailableexception": 503,
+}
+"""Words of errors inside of a stream, and the statuses that the same errors come with before one has begun."""
+
+
+def status_in_band(body: bytes) -> int | None:
+    """
+    The status that an error would have had which came behind a success; None where it says nothing of quotas.
+
+    Args:
+        body: The error as JSON.
+
+    Source: OpenRouter's mid-stream errors carry the number; Anthropic, OpenAI and Google the words of their refusals.
+    """
+    error, _, words = _opened(_parsed(body))
+    code = error.get("code")
+    if type(code) is int and verdict_of(code) is not None:
+        return code
+    return next((_IN_BAND[word] for word in map(str.lower, words) if word in _IN_BAND), None)
 
 
 def _parsed(body: bytes) -> Any:

@@ -30,21 +30,25 @@ from asgi_metering.rules.operations import (
     Refund,
     Renew,
     ReverseGrant,
+    Share,
     Sweep,
     Undo,
 )
 from asgi_metering.rules.posting import post_grant
+from asgi_metering.rules.readings import share
 from asgi_metering.rules.retention import forgotten
 from asgi_metering.rules.settlement import end, end_overdue, renew, undo
-from asgi_metering.rules.state import AccountKey, Change, Event, State, Table, build
+from asgi_metering.rules.state import AccountKey, Change, Event, SharedReading, State, Table, build
 from asgi_metering.rules.units import declare
 
 __all__ = ["Answer", "clamped", "decided", "paying", "run"]
 
-Answer: TypeAlias = Decision | Receipt | GrantReceipt | Posting | bool | int | tuple[Event, ...]
+Answer: TypeAlias = (
+    Decision | Receipt | GrantReceipt | Posting | bool | int | tuple[Event, ...] | tuple[SharedReading, ...]
+)
 """
 Admit, Preview, Grow: Decision. End: Receipt. PostGrant: GrantReceipt. Refund, Correct, Backfill, ReverseGrant: Posting.
-Renew, Undo: bool. Claim: events. Others: rows touched.
+Renew, Undo: bool. Claim: events. Share: what is kept of each. Others: rows touched.
 """
 
 # Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
@@ -208,6 +212,7 @@ _RULES: Mapping[type, _Rule] = {
     Correct: _on_account(correct_account),
     Backfill: _on_account(backfill),
     Declare: declare,
+    Share: share,
     Emit: _emit,
     Claim: _claim,
     Acknowledge: _acknowledge,

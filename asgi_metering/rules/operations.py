@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple, TypeAlias
 
 from asgi_metering.receipts import Basis, EndedBy
-from asgi_metering.rules.state import NEVER
+from asgi_metering.rules.state import NEVER, SharedReading
 
 __all__ = [
     "Acknowledge",
@@ -35,6 +35,7 @@ __all__ = [
     "Refund",
     "Renew",
     "ReverseGrant",
+    "Share",
     "SourceAsk",
     "Sweep",
     "Undo",
@@ -379,6 +380,16 @@ class Declare(NamedTuple):
     units: tuple[tuple[str, int], ...]
 
 
+class Share(NamedTuple):
+    """
+    Let other workers know what providers said about their quotas (DESIGN 6): each part unless a newer one is kept.
+
+    All of them or none: at most `readings.MAX_SHARED`.
+    """
+
+    readings: tuple[SharedReading, ...]
+
+
 class Sweep(NamedTuple):
     """
     End what is overdue and forget what is old, at most *limit* rows of each kind.
@@ -388,6 +399,7 @@ class Sweep(NamedTuple):
         keep_entries_s: How long ledger lines stay; older ones fold into the account's checkpoint.
         keep_windows_s: How long allowance windows stay after their end.
         keep_events_s: How long usage events stay after they were acknowledged.
+        keep_readings_s: How long a provider's answer is shared that no newer one has replaced.
     """
 
     limit: int = 500
@@ -395,6 +407,7 @@ class Sweep(NamedTuple):
     keep_entries_s: float = 400 * 86_400.0
     keep_windows_s: float = 62 * 86_400.0
     keep_events_s: float = 86_400.0
+    keep_readings_s: float = 7 * 86_400.0
 
 
 Operation: TypeAlias = (
@@ -410,6 +423,7 @@ Operation: TypeAlias = (
     | Correct
     | Backfill
     | Declare
+    | Share
     | Emit
     | Claim
     | Acknowledge

@@ -52,6 +52,7 @@ def forgotten(state: State, ask: Sweep, now: float) -> Iterator[list[Change]]:
     yield _past_charge_keys(state, ask, now)
     yield _past_idempotency_keys(state, ask, now)
     yield _delivered_events(state, ask, now)
+    yield _old_readings(state, ask, now)
     yield _old_entries(state, ask, now)
 
 
@@ -117,6 +118,15 @@ def _delivered_events(state: State, ask: Sweep, now: float) -> list[Change]:
         if event.acknowledged_at is not None and event.acknowledged_at + ask.keep_events_s <= now
     ]
     return [(Table.EVENT, key, None) for _, key in nsmallest(ask.limit, past)]
+
+
+def _old_readings(state: State, ask: Sweep, now: float) -> list[Change]:
+    past = [
+        (reading.observed_at, key)
+        for key, reading in state.readings.items()
+        if reading.observed_at + ask.keep_readings_s <= now
+    ]
+    return [(Table.READING, key, None) for _, key in nsmallest(ask.limit, past)]
 
 
 def _old_entries(state: State, ask: Sweep, now: float) -> list[Change]:

@@ -34,6 +34,8 @@ __all__ = [
     "IdempotencyKey",
     "Lease",
     "PinnedWindow",
+    "ReadingKey",
+    "SharedReading",
     "State",
     "Table",
     "build",
@@ -60,6 +62,9 @@ AllowanceKey: TypeAlias = tuple[str, str, str, float]
 
 BucketKey: TypeAlias = tuple[str, str, str]
 """(payer, unit name, allowance name)."""
+
+ReadingKey: TypeAlias = tuple[str, str]
+"""(series, part)."""
 
 
 class Account(NamedTuple):
@@ -291,6 +296,23 @@ class DeclaredUnit(NamedTuple):
     scale: int
 
 
+class SharedReading(NamedTuple):
+    """
+    One part of what a provider's answer said about its quotas, as a worker told the others (DESIGN 6).
+
+    Attributes:
+        series: Whose: ``"provider"``, or ``"provider/label"``.
+        part: ``"status"`` or ``"limits"``: each is that of the newest answer that told it, and they may differ.
+        observed_at: When the request of that answer was started. Never ahead of the store's time as it was kept.
+        told: The reading as JSON text in ASCII: `Reading.to_dict`, which has no credential (S1.50).
+    """
+
+    series: str
+    part: str
+    observed_at: float
+    told: str
+
+
 _NO_GRANTS: Mapping[str, Grant] = {}
 
 
@@ -309,6 +331,7 @@ class Table:
     IDEMPOTENCY = "idempotency"
     CHECKPOINT = "checkpoint"
     UNIT = "unit"
+    READING = "reading"
 
 
 Change: TypeAlias = tuple[str, Any, Any]
@@ -336,6 +359,7 @@ class State:
         charge_keys, idempotency_keys: By key.
         checkpoints: By (payer, unit).
         units: By name.
+        readings: By (series, part).
     """
 
     __slots__ = (
@@ -354,6 +378,7 @@ class State:
         "latest",
         "leases",
         "live",
+        "readings",
         "refs",
         "units",
     )
@@ -376,6 +401,7 @@ class State:
         self.idempotency_keys: dict[str, IdempotencyKey] = {}
         self.checkpoints: dict[AccountKey, Checkpoint] = {}
         self.units: dict[str, DeclaredUnit] = {}
+        self.readings: dict[ReadingKey, SharedReading] = {}
 
     def apply(self, changes: list[Change]) -> None:
         """Make *changes*, in order."""
@@ -514,4 +540,5 @@ _PLAIN: Mapping[str, str] = {
     Table.CHARGE_KEY: "charge_keys",
     Table.IDEMPOTENCY: "idempotency_keys",
     Table.UNIT: "units",
+    Table.READING: "readings",
 }

@@ -35,6 +35,7 @@ __all__ = [
     "LiveHolds",
     "PendingEvents",
     "Query",
+    "ReadingsKept",
     "Snapshot",
     "Store",
 ]
@@ -52,6 +53,7 @@ TABLES: tuple[str, ...] = (
     Table.IDEMPOTENCY,
     Table.COUNTER,
     Table.LEASE,
+    Table.READING,
     Table.EVENT,
 )
 """Every table, in the order in which moving writes them."""
@@ -107,12 +109,24 @@ class PendingEvents(NamedTuple):
     limit: int = 1_000
 
 
+class ReadingsKept(NamedTuple):
+    """What workers told each other of their providers' answers, all of it: at most `rules.readings.MAX_KEPT` rows."""
+
+
 class EverythingKept(NamedTuple):
     """The whole state, for proofs and tests. Never on a hot path."""
 
 
 Query: TypeAlias = (
-    AccountRows | AccountsAfter | EntriesAfter | LinesOf | HoldRow | LiveHolds | PendingEvents | EverythingKept
+    AccountRows
+    | AccountsAfter
+    | EntriesAfter
+    | LinesOf
+    | HoldRow
+    | LiveHolds
+    | PendingEvents
+    | ReadingsKept
+    | EverythingKept
 )
 
 

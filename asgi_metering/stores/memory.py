@@ -32,6 +32,7 @@ from asgi_metering.stores.contract import (
     LiveHolds,
     PendingEvents,
     Query,
+    ReadingsKept,
     Snapshot,
     Store,
 )
@@ -175,6 +176,8 @@ class MemoryStore(Store):
                 found.holds = {hold.id: hold for hold in islice(live, limit)}
             case PendingEvents(limit):
                 found.events = dict(islice(state.events.items(), limit))
+            case ReadingsKept():
+                found.readings = dict(state.readings)
             case _:
                 found = _copy(state)
         return Snapshot(self._clock(), found)
@@ -251,13 +254,14 @@ def _rows(state: State, table: str) -> Iterable[Any]:
             return [state.checkpoints[key] for key in sorted(state.checkpoints)]
         case Table.LEASE:
             return chain.from_iterable(leases.values() for leases in state.leases.values())
-    plain: dict[str, dict[str, Any]] = {
+    plain: dict[str, dict[Any, Any]] = {
         Table.UNIT: state.units,
         Table.HOLD: state.holds,
         Table.CHARGE_KEY: state.charge_keys,
         Table.IDEMPOTENCY: state.idempotency_keys,
         Table.COUNTER: state.counters,
         Table.EVENT: state.events,
+        Table.READING: state.readings,
     }
     return plain[table].values()
 
@@ -281,4 +285,5 @@ def _copy(state: State) -> State:
     copy.idempotency_keys = dict(state.idempotency_keys)
     copy.checkpoints = dict(state.checkpoints)
     copy.units = dict(state.units)
+    copy.readings = dict(state.readings)
     return copy

@@ -30,6 +30,7 @@ from asgi_metering.rules.operations import Admit, Operation, Undo
 from asgi_metering.rules.state import build
 from asgi_metering.stores.contract import Store
 from asgi_metering.stores.deadlines import Deadlines
+from asgi_metering.stores.prompt import Prompt
 
 __all__ = ["Pump"]
 
@@ -152,7 +153,7 @@ class Pump:
         if self._awake or self._admissions or self._others or self._last > 1:
             return None
         self._arrived += 1
-        waiting = _Waiting(self._arrived, operation, asyncio.get_running_loop().create_future(), is_repeated)
+        waiting = _Waiting(self._arrived, operation, Prompt(loop=asyncio.get_running_loop()), is_repeated)
         if not self._store.start(operation, partial(self._started, waiting)):
             return None
         self._alone, self._last = waiting, 1
@@ -166,6 +167,7 @@ class Pump:
             # Stopped meanwhile: its caller knows.
             return
         self._alone = None
+        is_awaited = not (isinstance(answer, Exception) or waiting.future.done())
         if answer is None:
             queue = self._admissions if isinstance(waiting.operation, Admit) else self._others
             queue.appendleft(waiting)
@@ -173,13 +175,16 @@ class Pump:
             self._lost([waiting], answer)
         elif isinstance(answer, Exception) and not isinstance(answer, MeteringError):
             self._guilty(waiting, answer)
-        else:
+        elif not is_awaited:
             self._deliver(waiting, answer)
         if (self._admissions or self._others) and not self._is_coming:
             self._awake -= 1
             self._is_coming = self._wake(waiting.future.get_loop())
         else:
             self._rest()
+        if answer is not None and is_awaited:
+            # Last: whoever waits goes on in here, and may come again.
+            self._deliver(waiting, answer)
 
     def _wake(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Get a lane that comes for what waits; False while all are taken."""

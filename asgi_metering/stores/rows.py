@@ -29,6 +29,7 @@ from asgi_metering.rules.state import (
     Hold,
     IdempotencyKey,
     Lease,
+    SharedReading,
     Table,
 )
 
@@ -280,6 +281,7 @@ MAPS: Mapping[str, RowMap[Any]] = {
         RowMap[Any](Table.IDEMPOTENCY, IdempotencyKey, ("key",)),
         RowMap[Any](Table.CHECKPOINT, Checkpoint, ("payer", "unit")),
         RowMap[Any](Table.UNIT, DeclaredUnit, ("name",)),
+        RowMap[Any](Table.READING, SharedReading, ("series", "part")),
     )
 }
 """By table name."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from asgi_metering.upstream.libraries import library_of
 from asgi_metering.upstream.listener import LiveUpstreamListener, UpstreamListener
-from asgi_metering.upstream.refused import REFUSED_FROM, RefusalReader
+from asgi_metering.upstream.refused import REFUSED_FROM, AnswerReader, RefusalReader
 from asgi_metering.usage.reader import UsageReader
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Source:
         encoding = None if response.is_stream_consumed else headers.get("content-encoding")
         if response.status_code >= REFUSED_FROM:
             return RefusalReader(response, encoding, self.usage_dialect, started_at)
-        return UsageReader(headers.get("content-type"), encoding, self.usage_dialect)
+        return AnswerReader(headers.get("content-type"), encoding, self.usage_dialect, started_at)
 
 
 class Exchange:

@@ -68,6 +68,9 @@ class Headroom:
         readings: Of the same process.
         clock: Epoch seconds.
 
+    Attributes:
+        is_used: Whether anybody decides by it: an endpoint requires it, or a call has asked.
+
     Safe from several threads and event loops; awaits nothing, asks nobody.
     """
 
@@ -76,6 +79,7 @@ class Headroom:
         self._clock = clock
         self._lock = threading.Lock()
         self._series: dict[tuple[str, str | None], _Series] = {}
+        self.is_used = False
 
     def reserve(
         self, provider: str, need: Need, *, label: str | None = None, is_certain: bool = False
@@ -92,6 +96,7 @@ class Headroom:
         Returns:
             Why it does not fit, or None; and what is reserved, or None.
         """
+        self.is_used = True
         with self._lock:
             series = self._known(provider, label)
             reading = self._latest(provider, label, series)
@@ -104,6 +109,7 @@ class Headroom:
 
     def look(self, provider: str, need: Need = _NOTHING, *, label: str | None = None) -> Lack | None:
         """Why *need* would not fit now; None where it would. Reserves nothing."""
+        self.is_used = True
         with self._lock:
             series = self._series.get((provider, label)) or _Series()
             return lack_of(self._latest(provider, label, series), need, series.running, self._clock())

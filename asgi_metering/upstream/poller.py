@@ -26,6 +26,7 @@ from asgi_metering.upstream.catalogue import write_usage
 from asgi_metering.upstream.libraries import choose_library, library_of
 from asgi_metering.upstream.tracker import QuotaTracker
 from asgi_metering.upstream.turns import Turn
+from asgi_metering.usage.inflate import Inflate
 
 if TYPE_CHECKING:
     from httpx2 import AsyncClient
@@ -103,7 +104,7 @@ class QuotaPoller:
         client_options: Any option of the library's ``AsyncClient`` besides timeouts and redirects, such as ``proxy``.
 
     Raises:
-        ConfigurationError: An interval is none.
+        ConfigurationError: An interval is none; or packages of a catalogue in TOML are polled, which has no writer.
     """
 
     def __init__(
@@ -139,6 +140,12 @@ class QuotaPoller:
         self._warned: set[str] = set()
         self._turn = None if tracker.file is None else Turn(tracker.file.path)
         self._task: asyncio.Task[None] | None = None
+        asked = [each.package_id for each in self.pollable()]
+        if asked and tracker.file is not None and tracker.file.path.suffix == ".toml":
+            raise ConfigurationError(
+                f"{tracker.file.path.name} is TOML, which polls cannot be written into, and {asked[0]!r} is polled. "
+                f"Keep it as JSON, which begins with: asgi-metering init quotas.json"
+            )
 
     # -- once ----------------------------------------------------------------------------------------------
 
@@ -209,7 +216,8 @@ class QuotaPoller:
             )
         urls = (package.url,) if package.url else endpoint.urls
         failure = BalanceError(f"The kind {_kind(package)!r} has no address of its own. Set the package's url.")
-        fields = {endpoint.header: f"{endpoint.prefix}{self._key(package, endpoint)}", "accept": "application/json"}
+        key = f"{endpoint.prefix}{self._key(package, endpoint)}"
+        fields = {endpoint.header: key, "accept": "application/json", "accept-encoding": "gzip"}
         for url in urls:
             try:
                 return endpoint.parse(await _answer(client, url, fields))
@@ -303,10 +311,15 @@ async def _answer(client: AsyncClient, url: str, fields: Mapping[str, str]) -> A
         async with client.stream("GET", url, headers=dict(fields)) as response:
             if not response.is_success:
                 raise BalanceError(f"{place} answered {response.status_code}. Look at the key, and at the kind.")
-            async for chunk in response.aiter_bytes():
-                body += chunk
-                if len(body) > MAX_ANSWER:
-                    raise BalanceError(f"{place} answered more than {MAX_ANSWER} bytes. It is no balance.")
+            # Undone here, piece by piece: some libraries expand a whole chunk before anybody sees how much it is.
+            plain = Inflate(response.headers.get("content-encoding"))
+            async for chunk in response.aiter_raw():
+                for piece in plain.feed(chunk):
+                    body += piece
+                    if len(body) > MAX_ANSWER:
+                        raise BalanceError(f"{place} answered more than {MAX_ANSWER} bytes. It is no balance.")
+            if plain.failed:
+                raise BalanceError(f"{place} answered what cannot be decoded. Look at the address.")
     except _failures(client) as failure:
         # Without its own words, which may repeat a header's value: that is the key.
         raise BalanceError(f"{place} was not reached: {type(failure).__name__}. Look at the network.") from None

@@ -44,6 +44,9 @@ class QuotaReadings:
         clock: Epoch seconds.
         dialects: Header names that are understood.
         on_reading: See `on_reading`.
+
+    Attributes:
+        changes: How often a latest reading has changed: for whoever looks now and then.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class QuotaReadings:
         self._callbacks = tuple(on_reading)
         self._lock = threading.Lock()
         self._latest: dict[str, Reading] = {}
+        self.changes = 0
 
     def record(
         self,
@@ -120,6 +124,7 @@ class QuotaReadings:
                 return
             latest = replace(known, status=status, verdict=None, retry_after_s=None, observed_at=started_at)
             self._latest[series] = latest
+            self.changes += 1
         self._tell(latest)
 
     def _keep(self, series: str, reading: Reading, now: float) -> Reading | None:
@@ -131,6 +136,7 @@ class QuotaReadings:
             if known is None and len(self._latest) >= MAX_SERIES:
                 del self._latest[min(self._latest, key=lambda name: self._latest[name].observed_at)]
             self._latest[series] = latest
+            self.changes += 1
         self._tell(latest)
         return latest
 

@@ -10,16 +10,35 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from asgi_metering.quotas.bodies import MAX_BODY
+from asgi_metering.upstream.patient import PatientReader
 from asgi_metering.usage.inflate import Inflate
 from asgi_metering.usage.reader import UsageReader
 
 if TYPE_CHECKING:
     from httpx2 import Response
 
-__all__ = ["REFUSED_FROM", "RefusalReader"]
+__all__ = ["REFUSED_FROM", "AnswerReader", "RefusalReader"]
 
 REFUSED_FROM = 400
 """The first status of answers that refuse."""
+
+
+class AnswerReader(PatientReader):
+    """
+    A reader that knows when its request was sent, should the answer refuse what it began with.
+
+    Args:
+        content_type, encoding, usage_dialect: See `PatientReader`.
+        started_at: Epoch seconds.
+    """
+
+    __slots__ = ("started_at",)
+
+    def __init__(
+        self, content_type: str | None, encoding: str | None, usage_dialect: str | None, started_at: float
+    ) -> None:
+        super().__init__(content_type, encoding, usage_dialect)
+        self.started_at = started_at
 
 
 class RefusalReader(UsageReader):

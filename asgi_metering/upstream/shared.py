@@ -1,5 +1,6 @@
 """
-Shared readings: what the workers of one machine let each other know of their providers' answers.
+Shared readings: what processes of one machine that have no store in common, such as a tracker of its own beside an
+application, let each other know of providers' answers. Workers of one store share by that (`asgi_metering.sharing`).
 
 Knows a table in a local SQLite file, and how seldom it is looked at. Nothing is written or read on the path of a
 response, and nothing that is wrong with the file reaches one (S1.39, S1.41).

@@ -50,7 +50,8 @@ class QuotaTracker:
         packages: A catalogue file, which is read again whenever it changes, or packages.
         readings: What headers said: ``metering.quotas``.
         log: What our own calls used: a `UsageLog` that is also a sink of the metering, or its path; without one
-            nothing is counted here. If it is a file, the workers that use it share their readings by it, too.
+            nothing is counted here. If it is a file, whoever uses it shares readings by it, too: trackers without a
+            `Metering`, whose workers share them by its store.
         thresholds: Of alerts.
         weights: Of scores.
         burn_days: How many days back the burn is taken.

@@ -10,7 +10,7 @@ Sources: the types of the anthropic SDK 2.12 (``Usage``, ``MessageDeltaUsage``, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from asgi_metering.usage.notes import Dialect, Json, Notes, as_object, compact, objects
@@ -62,6 +62,7 @@ def _merge(notes: Notes, usage: Json) -> None:
     found["thinking_tokens"] = as_object(usage.get("output_tokens_details")).get("thinking_tokens")
     split = as_object(usage.get("cache_creation"))
     found["ephemeral"] = notes.plus(*(notes.count(value) for value in split.values()))
+    found["ephemeral_1h"] = split.get("ephemeral_1h_input_tokens")
     if "iterations" in usage:
         for name in _FIELDS:
             found["compaction_" + name] = notes.plus(
@@ -73,6 +74,9 @@ def _merge(notes: Notes, usage: Json) -> None:
             )
         if any(entry.get("type") == "advisor_message" for entry in objects(usage["iterations"])):
             notes.flag("other_model_tokens")
+    notes.search(as_object(usage.get("server_tool_use")).get("web_search_requests"))
+    # The fast mode has prices of its own, in whichever tier.
+    notes.serve("fast" if usage.get("speed") == "fast" else usage.get("service_tier"))
     for name, value in found.items():
         count = notes.count(value)
         if count is not None:
@@ -97,8 +101,17 @@ def _normal(notes: Notes) -> TokenUsage | None:
         output=output,
         cached=read,
         cache_write=written,
+        cache_write_1h=_for_an_hour(counts, written),
         reasoning=notes.part(counts.get("thinking_tokens"), output),
     )
+
+
+def _for_an_hour(counts: Mapping[str, int], written: int | None) -> int | None:
+    """What of the cache writes is kept for an hour; by which the total grew later is taken for that, if any was."""
+    long = counts.get("ephemeral_1h")
+    if not long or written is None:
+        return None
+    return max(min(long, written), written - (counts.get("ephemeral", long) - long))
 
 
 def _note(notes: Notes, payload: Json) -> None:

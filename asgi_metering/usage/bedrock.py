@@ -64,7 +64,8 @@ def _claims_usage(usage: Json) -> bool:
 def _note_usage(notes: Notes, usage: Json) -> bool:
     plain, read, written, given = (notes.count(usage.get(name)) for name in _FIELDS)
     total = notes.count(usage.get("totalTokens"))
-    return _take(notes, plain, read, written, given, total)
+    long = [entry.get("inputTokens") for entry in objects(usage.get("cacheDetails")) if entry.get("ttl") == "1h"]
+    return _take(notes, plain, read, written, given, total, notes.plus(*map(notes.count, long)))
 
 
 def _note_metrics(notes: Notes, metrics: Json) -> None:
@@ -74,13 +75,19 @@ def _note_metrics(notes: Notes, metrics: Json) -> None:
 
 
 def _take(
-    notes: Notes, plain: int | None, read: int | None, written: int | None, given: int | None, total: int | None
+    notes: Notes,
+    plain: int | None,
+    read: int | None,
+    written: int | None,
+    given: int | None,
+    total: int | None,
+    long: int | None = None,
 ) -> bool:
     if plain is None and given is None:
         return False
     notes.add_up(plain, given, total)
     asked = None if plain is None else notes.plus(plain, read, written)
-    notes.take(TokenUsage(input=asked, output=given, cached=read, cache_write=written))
+    notes.take(TokenUsage(input=asked, output=given, cached=read, cache_write=written, cache_write_1h=long))
     return True
 
 

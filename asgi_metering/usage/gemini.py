@@ -30,6 +30,9 @@ _FIELDS: Final = {
 }
 
 
+_PICTURES: Final = ("IMAGE", "VIDEO")
+
+
 def _claims(payload: Json) -> bool:
     return "usageMetadata" in payload or ("candidates" in payload and "modelVersion" in payload)
 
@@ -39,14 +42,18 @@ def _claims_usage(usage: Json) -> bool:
 
 
 def _note_usage(notes: Notes, usage: Json) -> bool:
+    notes.serve(usage.get("trafficType"))
     for name, meaning in _FIELDS.items():
         count = notes.count(usage.get(name))
         if count is not None:
             notes.counts[meaning] = count
     for name in ("promptTokensDetails", "candidatesTokensDetails"):
-        audio = [detail.get("tokenCount") for detail in objects(usage.get(name)) if detail.get("modality") == "AUDIO"]
-        if audio:
-            notes.counts[name] = notes.count(audio[-1]) or 0
+        details = {detail.get("modality"): detail.get("tokenCount") for detail in objects(usage.get(name))}
+        if "AUDIO" in details:
+            notes.counts[name] = notes.count(details["AUDIO"]) or 0
+        if details:
+            pictures = notes.plus(*(notes.count(details.get(kind)) for kind in _PICTURES))
+            notes.counts["pictures of " + name] = pictures or 0
     counts = notes.counts
     total, prompt = notes.count(usage.get("totalTokenCount")), notes.count(usage.get("promptTokenCount"))
     # Of the same object alone: a total says nothing of what an earlier one counted.
@@ -66,6 +73,8 @@ def _note_usage(notes: Notes, usage: Json) -> bool:
                 reasoning=counts.get("thoughts"),
                 audio=voices,
                 audio_output=counts.get("candidatesTokensDetails", 0) if voices else None,
+                image_input=counts.get("pictures of promptTokensDetails"),
+                image_output=counts.get("pictures of candidatesTokensDetails"),
             )
         )
     return _claims_usage(usage)
@@ -75,6 +84,9 @@ def _note(notes: Notes, payload: Json) -> None:
     notes.identify(payload, model="modelVersion", response_id="responseId")
     for candidate in objects(payload.get("candidates")):
         notes.finish(candidate.get("finishReason"))
+        queries = as_object(candidate.get("groundingMetadata")).get("webSearchQueries")
+        if isinstance(queries, list):
+            notes.search(len(queries))
     blocked = as_object(payload.get("promptFeedback")).get("blockReason")
     notes.finish(blocked)
     notes.complete = notes.complete or notes.finish_reason is not None

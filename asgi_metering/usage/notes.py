@@ -28,6 +28,12 @@ MAX_LABEL: Final = 200
 MAX_COST: Final = Decimal(10**9)
 """USD of one call: far above any real one, far below what arithmetic on it could hurt."""
 
+MAX_SEARCHES: Final = 10_000
+"""Searches of the web for one answer that are believed: each costs a cent, and models make a handful."""
+
+MAX_FAILURE: Final = 16 << 10
+"""Bytes of an error that are kept: known ones have some hundred."""
+
 COST_DIGITS: Final = 40
 """Digits and decimal places of a cost: 10**10 ticks a dollar need ten; a longer one is noise or an attack."""
 
@@ -75,8 +81,11 @@ class Notes:
     response_id: str | None = None
     finish_reason: str | None = None
     cost: Decimal | None = None
+    service: str | None = None
+    searches: int | None = None
     complete: bool = False
     error: bool = False
+    failure: bytes = b""
     partial: bool = False
     recognised: bool = False
     introduced: int = 0
@@ -163,6 +172,29 @@ class Notes:
         self.model = _label(source.get(model)) or self.model
         self.response_id = self.response_id or _label(source.get(response_id))
 
+    def serve(self, *tiers: object) -> None:
+        """Take the first service tier that is named."""
+        named = next((label for tier in tiers if (label := _label(tier)) is not None), None)
+        self.service = self.service if named is None else named.lower()
+
+    def search(self, count: object) -> None:
+        """Take the number of searches so far: a running total, which never falls."""
+        found = self.count(count)
+        if found is not None and found > MAX_SEARCHES:
+            self.flag("invalid_count")
+        elif found is not None:
+            self.searches = max(found, self.searches or 0)
+
+    def fail(self, payload: Json) -> None:
+        """Keep what the first error says of itself, as JSON of at most `MAX_FAILURE` bytes."""
+        inner = as_object(payload.get("response")) if payload.get("error") is None else payload
+        error = inner.get("error")
+        if not (error or payload.get("type") == "error"):
+            return
+        told: Json = {name: payload[name] for name in ("type", "code", "message", "status") if name in payload}
+        text = compact({**told, **({"error": error} if error else {})}).encode("utf-8", "surrogatepass")
+        self.failure = text if len(text) <= MAX_FAILURE else b""
+
     def finish(self, reason: object) -> None:
         """Take the finish reason; a null one says nothing."""
         self.finish_reason = _label(reason) or self.finish_reason
@@ -186,6 +218,8 @@ class Notes:
             dialect=self.dialect.name if self.dialect is not None else None,
             finish_reason=self.finish_reason,
             cost=self.cost,
+            service=self.service,
+            searches=self.searches,
             complete=self.complete,
             error=self.error,
             partial=self.partial,

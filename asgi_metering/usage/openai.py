@@ -30,6 +30,9 @@ TICKS_PER_USD: Final = 10**10
 _CHAT_OBJECTS: Final = frozenset(
     {"chat.completion", "chat.completion.chunk", "chat.completion.done", "text_completion", "list"}
 )
+SEARCHES: Final = "web_search_requests"
+"""What gateways and Anthropic call searches of the web."""
+
 _PLAIN: Final = frozenset({"role", "content"})
 _TERMINAL: Final = frozenset(
     {
@@ -95,6 +98,8 @@ def _counts(notes: Notes, usage: Json, *, total_is_input: bool) -> TokenUsage | 
         # Modalities are not always subsets of the totals: never lowered to them.
         audio=audio,
         audio_output=(spoken or 0) if audio else None,
+        image_input=notes.count(into.get("image_tokens")),
+        image_output=notes.count(out.get("image_tokens")),
     )
 
 
@@ -140,6 +145,8 @@ def _take(notes: Notes, usage: object, *, total_is_input: bool = False) -> bool:
         return False
     notes.charge(_cost(found))
     notes.charge(found.get("cost_in_usd_ticks"), TICKS_PER_USD)
+    notes.serve(found.get("service_tier"))
+    notes.search(as_object(first(found.get("server_tool_use"), found.get("server_tool_use_details"))).get(SEARCHES))
     counts = _counts(notes, found, total_is_input=total_is_input)
     if counts is None:
         return False
@@ -160,6 +167,7 @@ def _chat_claims_usage(usage: Json) -> bool:
 
 def _note_chat(notes: Notes, payload: Json) -> None:
     notes.identify(payload)
+    notes.serve(payload.get("service_tier"))
     choices = list(objects(payload.get("choices")))
     for choice in choices:
         notes.finish(choice.get("finish_reason"))
@@ -252,6 +260,11 @@ def _note_responses(notes: Notes, payload: Json) -> None:
         return
     notes.complete = notes.complete or event is not None
     notes.finish(first(as_object(response.get("incomplete_details")).get("reason"), response.get("status")))
+    notes.serve(response.get("service_tier"))
+    calls = [item for item in objects(response.get("output")) if item.get("type") == "web_search_call"]
+    if calls:
+        # Opening a page that was found is free.
+        notes.search(sum(as_object(call.get("action")).get("type", "search") == "search" for call in calls))
     _take(notes, response.get("usage"))
 
 

@@ -94,6 +94,7 @@ class UsageReader:
 
     Attributes:
         ended: Whoever feeds it saw the body's proper end (`end`).
+        over: Whoever feeds it feeds it no more.
         fetched: Whoever feeds it asked for an answer that is there already, such as one that was begun in the
             background: of several that show the same one, only one has used anything.
 
@@ -117,6 +118,7 @@ class UsageReader:
         "_unread",
         "ended",
         "fetched",
+        "over",
     )
 
     def __init__(
@@ -138,7 +140,7 @@ class UsageReader:
         self._read = self._unread = self._lost_chars = 0
         self._gapped = False
         self._peeked: tuple[Notes, Text, Text] | None = None
-        self.ended = self.fetched = False
+        self.ended = self.fetched = self.over = False
 
     def keep_text(self) -> None:
         """Gather the text from here on; who made the reader did not know that somebody needs it."""
@@ -291,6 +293,11 @@ class UsageReader:
         return _known(self._peek()[0], self._text)
 
     @property
+    def failure(self) -> bytes:
+        """The first error that the body carried, as JSON; empty where there was none, or a huge one."""
+        return self._peek()[0].failure
+
+    @property
     def streams(self) -> bool:
         """Whether the body is one of events or lines."""
         return self._frames is not None and self._frames.streams
@@ -366,8 +373,12 @@ class UsageReader:
     def _note(self, document: Json, notes: Notes, text: Text) -> None:
         notes.error = notes.error or bool(document.get("error")) or document.get("type") == "error"
         dialect = self._dialect_of(document, notes)
-        if dialect is None:
-            return
+        if dialect is not None:
+            self._note_as(dialect, document, notes, text)
+        if notes.error and not notes.failure:
+            notes.fail(document)
+
+    def _note_as(self, dialect: Dialect, document: Json, notes: Notes, text: Text) -> None:
         notes.dialect = dialect
         notes.recognised = notes.recognised or not self._fixed or dialect.claims(document)
         dialect.note(notes, document)
@@ -419,16 +430,17 @@ def _is_introduced(notes: Notes) -> bool:
 
 def _find_shown(data: bytes, at: int) -> int:
     """Return where in ``data[at:]`` a dialect or an error may first show itself, or -1; escapes may hide a name."""
-    introducing = sieves().introducing
+    introducing, leap = sieves().introducing, MAX_LEAP
     while at < len(data):
-        stop = min(at + MAX_LEAP, len(data))
+        stop = min(at + leap, len(data))
         escape = data.find(b"\\", at, stop)
         shown = find_mark(data, at, introducing, stop if escape < 0 else escape)
         if shown >= 0 and (escape < 0 or shown < escape):
             return shown
         if escape >= 0:
             return escape
-        at = stop
+        # Never more than what was passed over already: each mark is searched from the one before it anew.
+        at, leap = stop, leap + leap
     return -1
 
 

@@ -44,9 +44,6 @@ LEAST: Final = _LETTERS
 MOST: Final = 40
 """Letters of the longest, which is seen whole within `REACH`, with the beginning of its value."""
 
-MANY: Final = 16
-"""Names from which on the sets let too much through: alternatives are then tried by their first letter."""
-
 _NOTHING: Final = rb'"(?!:\s?(?:null|false))'
 """Behind a name whose value decides: most events of most streams repeat it only to say that there is nothing yet."""
 
@@ -79,14 +76,14 @@ def sieve(*marks: Marks) -> Pattern[bytes]:
     names = {name.encode(): b'"' for each in marks for name in each.names}
     names |= {name.encode(): _NOTHING for each in marks for name in each.fields}
     sets = b"".join(b"[" + re.escape(bytes({name[at] for name in names})) + b"]" for at in range(_LETTERS))
-    if len(names) < MANY:
-        ends = b"|".join(sorted({re.escape(name[_LETTERS:]) + behind for name, behind in names.items()}))
-        return re.compile(b'"' + sets + b"(?:" + ends + b")")
-    firsts: dict[bytes, set[bytes]] = {}
+    rests: dict[bytes, set[bytes]] = {}
     for name, behind in names.items():
-        firsts.setdefault(re.escape(name[:1]), set()).add(re.escape(name[1:]) + behind)
-    groups = b"|".join(first + b"(?:" + b"|".join(sorted(rests)) + b")" for first, rests in sorted(firsts.items()))
-    return re.compile(b'"(?=' + sets + b")(?:" + groups + b")")
+        rest = name[_LETTERS:]
+        rests.setdefault(rest[:1], set()).add(re.escape(rest[1:]) + behind)
+    ends = b"|".join(
+        re.escape(first) + b"(?:" + b"|".join(sorted(each)) + b")" for first, each in sorted(rests.items())
+    )
+    return re.compile(b'"' + sets + b"(?:" + ends + b")")
 
 
 def find_mark(data: bytes, at: int, marks: Pattern[bytes], end: int | None = None) -> int:
@@ -98,12 +95,8 @@ def find_mark(data: bytes, at: int, marks: Pattern[bytes], end: int | None = Non
     """
     size = len(data) if end is None else end
     find, search = data.find, marks.search
-    quote, window = -1, WINDOW
+    window = WINDOW
     while at < size:
-        if quote < at and (quote := find(b'"', at, at + MAX_LEAP)) < 0:
-            quote = min(at + MAX_LEAP, size)
-        if quote > at + FAR and find(b"\n", at, quote) < 0:
-            at, window = quote, WINDOW
         stop = at + window
         found = search(data, at, stop + REACH)
         if found is not None and found.start() < stop:
@@ -113,7 +106,12 @@ def find_mark(data: bytes, at: int, marks: Pattern[bytes], end: int | None = Non
         if done >= 0:
             return done
         at = stop
-        if window < MAX_WINDOW:
+        quote = find(b'"', at, at + MAX_LEAP)
+        if quote < 0:
+            quote = min(at + MAX_LEAP, size)
+        if quote > at + FAR and find(b"\n", at, quote) < 0:
+            at, window = quote, WINDOW
+        elif window < MAX_WINDOW:
             window += window
     return -1
 

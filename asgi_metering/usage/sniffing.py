@@ -63,24 +63,13 @@ _LINE_END: Final = re.compile(rb"[\r\n]")
 _INK: Final = re.compile(rb"\S")
 
 
-class JsonFrames:
-    """
-    What begins as a JSON object: the whole body, or the first of many lines.
+class _Chooser:
+    """Frames that are chosen when the body has shown what it is; before that there are none."""
 
-    A line that closes its object, before another that opens one, was a line: no JSON text has ``}`` before ``{``.
+    __slots__ = ("_frames",)
 
-    Args:
-        lines: The media type says that they are lines: one without an end is no whole body.
-    """
-
-    __slots__ = ("_begun", "_end", "_frames", "_lines", "_looked")
-
-    def __init__(self, *, lines: bool) -> None:
-        self._begun = bytearray()
+    def __init__(self) -> None:
         self._frames: Frames | None = None
-        self._lines = lines
-        self._looked = 0
-        self._end = -1
 
     @property
     def ends(self) -> tuple[bytes, ...]:
@@ -91,6 +80,26 @@ class JsonFrames:
     def between(self) -> bool:
         """Whether the chosen frames are between payloads."""
         return self._frames is not None and self._frames.between
+
+
+class JsonFrames(_Chooser):
+    """
+    What begins as a JSON object: the whole body, or the first of many lines.
+
+    A line that closes its object, before another that opens one, was a line: no JSON text has ``}`` before ``{``.
+
+    Args:
+        lines: The media type says that they are lines: one without an end is no whole body.
+    """
+
+    __slots__ = ("_begun", "_end", "_lines", "_looked")
+
+    def __init__(self, *, lines: bool) -> None:
+        super().__init__()
+        self._begun = bytearray()
+        self._lines = lines
+        self._looked = 0
+        self._end = -1
 
     @property
     def streams(self) -> bool:
@@ -143,7 +152,7 @@ _LOOSE: Final = frozenset({Media.EVENTS, Media.LINES, Media.JSON, Media.UNSAID})
 """Where a beginning that a text might have as well is an event's."""
 
 
-class SniffingFrames:
+class SniffingFrames(_Chooser):
     """
     Decides by the first bytes, and by the media type where they are nobody's.
 
@@ -155,24 +164,14 @@ class SniffingFrames:
         nothing: It is settled that there is nothing to be read.
     """
 
-    __slots__ = ("_frames", "_media", "_prose", "_start", "nothing")
+    __slots__ = ("_media", "_prose", "_start", "nothing")
 
     def __init__(self, media: Media = Media.UNSAID, *, prose: bool = False) -> None:
+        super().__init__()
         self._start = b""
         self._media = media
         self._prose = prose and media is not Media.BINARY
-        self._frames: Frames | None = None
         self.nothing = False
-
-    @property
-    def ends(self) -> tuple[bytes, ...]:
-        """Those of the chosen frames."""
-        return self._frames.ends if self._frames is not None else ()
-
-    @property
-    def between(self) -> bool:
-        """Whether the chosen frames are between payloads."""
-        return self._frames is not None and self._frames.between
 
     @property
     def undecided(self) -> bool:

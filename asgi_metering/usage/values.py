@@ -8,7 +8,7 @@ from, what it costs, or who pays.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Final
 
@@ -24,7 +24,18 @@ The largest context windows hold about 10**7 tokens, so this leaves five orders 
 token of a whole unit still stays below the largest amount that stores keep.
 """
 
-AXES: Final = ("input", "output", "cached", "cache_write", "reasoning", "audio", "audio_output")
+AXES: Final = (
+    "input",
+    "output",
+    "cached",
+    "cache_write",
+    "reasoning",
+    "audio",
+    "audio_output",
+    "cache_write_1h",
+    "image_input",
+    "image_output",
+)
 """The fields of `TokenUsage`, in order."""
 
 REFUSING: Final = frozenset({"invalid_count", "part_exceeds_whole", "total_below_parts", "output_fell"})
@@ -61,9 +72,12 @@ class TokenUsage:
         reasoning: Spent on thinking; a part of `output`.
         audio: Audio tokens of both directions; a part of `input` and `output`.
         audio_output: Those of them that are output, which cost more; `None` where the directions were not told apart.
+        cache_write_1h: Those written for an hour rather than some minutes, which cost more; a part of `cache_write`.
+        image_input: Tokens of images and films; a part of `input`.
+        image_output: Those of the output; a part of `output`. 0 says that all of it is text.
 
-    The last five are parts and never added to `total` (S2.43). They are kept as they were given, also where a part is
-    larger than its whole: extractors reconcile what providers report, and a price must not subtract below zero.
+    All but the first two are parts and never added to `total` (S2.43). They are kept as they were given, also where a
+    part is larger than its whole: extractors reconcile what providers report, and a price must not subtract below zero.
 
     A `TokenUsage` is true when any axis was reported, also as zero.
 
@@ -78,6 +92,9 @@ class TokenUsage:
     reasoning: int | None = None
     audio: int | None = None
     audio_output: int | None = None
+    cache_write_1h: int | None = None
+    image_input: int | None = None
+    image_output: int | None = None
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -158,6 +175,8 @@ class UsageReport:
         dialect: Name of the dialect that was read, `None` when only an error was recognised.
         finish_reason: In the provider's own words: "stop", "length", "end_turn", "max_output_tokens", ...
         cost: What the provider says that it charges, in USD; `None` when it does not say.
+        service: By which service tier it was answered, in the provider's own word, such as "flex"; in small letters.
+        searches: Searches of the web that the provider made for it.
         complete: The body's end was seen: ``[DONE]``, a terminal event, or the whole JSON body.
         error: The exchange carried an error.
         partial: `usage.output` is only the seed that the stream began with, not a count of what was produced.
@@ -178,6 +197,8 @@ class UsageReport:
     dialect: str | None = None
     finish_reason: str | None = None
     cost: Decimal | None = None
+    service: str | None = None
+    searches: int | None = None
     complete: bool = False
     error: bool = False
     partial: bool = False
@@ -198,7 +219,9 @@ class UsageReport:
         """
         if self.usage is None or not self.partial:
             return self.usage
-        known = TokenUsage(self.usage.input, None, self.usage.cached, self.usage.cache_write, None, None)
+        usage = self.usage
+        known = TokenUsage(usage.input, cached=usage.cached, cache_write=usage.cache_write)
+        known = replace(known, cache_write_1h=usage.cache_write_1h, image_input=usage.image_input)
         return known if known.observed else None
 
     def truncated(self, max_tokens: int | None = None) -> bool:

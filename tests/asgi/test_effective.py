@@ -11,7 +11,7 @@ from starlette.routing import Mount, Route
 
 from asgi_metering import Metering, MeteringMiddleware, metered_app, rate_limited, unlimited
 from asgi_metering.asgi.effective import EffectiveLimit, effective_limits
-from tests.asgi.test_flat import answer_of, inner_app, starlette_app
+from tests.asgi.halls import answer_of, inner_app, starlette_app
 from tests.harness.drive import drive, http_scope, lifespan, status
 
 

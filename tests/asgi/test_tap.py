@@ -9,6 +9,7 @@ import pytest
 from asgi_metering.asgi.exchange import CHECKPOINT_BYTES
 from asgi_metering.asgi.tap import BLOCK, MAX_WAITING, READ_AT_ONCE, SAMPLE, Tap
 from asgi_metering.usage import TokenUsage, UsageReader
+from asgi_metering.usage.reader import MAX_TEXT
 
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":2,"total_tokens":11}}\n\n'
 
@@ -71,16 +72,22 @@ def test_text_is_whole_also_when_usage_was_asked_for_in_between() -> None:
     assert report.usage == TokenUsage(input=9, output=2)
 
 
-def test_digest_reads_blocks_and_leaves_less_alone() -> None:
-    """The worker's look reads a block's worth of references and gives them up; less than a block stays unread."""
+def test_digest_reads_beyond_a_block_and_leaves_less_alone() -> None:
+    """The worker's look reads the oldest references beyond a block and gives them up; less than one stays unread."""
     watched = tap()
-    small = delta("a" * 1_000)
-    watched.keep(small)
+    numbered = [delta(f"{number:04} " + "a" * 1_000) for number in range(BLOCK // 1_000 + 1)]
+    watched.keep(numbered[0])
     watched.digest()
-    assert waiting(watched) == len(small)
-    for _ in range(BLOCK // len(small) + 1):
-        watched.keep(small)
+    assert waiting(watched) == len(numbered[0])
+    for chunk in numbered[1:]:
+        watched.keep(chunk)
     watched.digest()
+    assert BLOCK - len(numbered[0]) <= waiting(watched) < BLOCK
+    watched.keep(USAGE)
+    assert (
+        watched.text_reader().text()
+        == "".join(f"{number:04} " + "a" * 1_000 for number in range(len(numbered)))[:MAX_TEXT]
+    )
     assert waiting(watched) == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from asgi_metering import Metering
 from asgi_metering.testing.provider.balances import Balances
 from asgi_metering.upstream.catalogue import template
 from asgi_metering.upstream.turns import Turn
@@ -85,6 +87,27 @@ def test_quotas_shows_the_most_urgent_first(run: Run, path: Path) -> None:
         ["ok", "a", "fine"],
     ]
     assert lines[1][3:10] == ["2", "100", "-", "0.286/d", "7", "d", "-"]
+
+
+def test_quotas_shows_what_workers_were_told(run: Run, path: Path) -> None:
+    """With the application's store, limits are those that providers told any of its workers (S1.41, S1.43)."""
+    entry = {"provider_id": "acme", "package_type": "rolling_window", "source": "header_capture"}
+    path.write_text(json.dumps({"packages": {"w": entry}}))
+    url = f"sqlite:///{path.parent}/metering.db"
+
+    async def tell() -> None:
+        async with Metering(url, sinks=()) as metering:
+            headers = [(b"x-ratelimit-limit-requests", b"60"), (b"x-ratelimit-remaining-requests", b"6")]
+            metering.quotas.record("acme", headers, 200)
+
+    asyncio.run(tell())
+    code, output, errors = run("quotas", str(path), "--store", url)
+    assert (code, errors) == (0, "")
+    assert output.splitlines()[1].split()[:5] == ["watch", "acme", "w", "6", "60"]
+    assert run("quotas", str(path), "--store", "memory://")[0] == 2
+    code, _, errors = run("quotas", str(path), "--store", f"sqlite:///{path.parent}/other.db")
+    assert code == 2
+    assert "There is no database" in errors
 
 
 def test_quotas_of_a_file_that_is_none(run: Run, path: Path) -> None:

@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from asgi_metering import TokenUsage
 from asgi_metering.estimates import DEFAULT_OUTPUT_TOKENS, asked_model, estimate_arguments, estimate_body
+from asgi_metering.estimates.bodies import asked_searches, asked_service
 
 
 @pytest.mark.parametrize("key", ["input", "prompt"])
@@ -159,6 +160,15 @@ def test_count_what_may_be_written_to_a_cache(body: Any) -> None:
     assert asyncio.run(estimate_body(deep, at_most=True)).cache_write is None
 
 
+@pytest.mark.parametrize(("mark", "is_long"), [({"ttl": "1h"}, True), ({"ttl": "5m"}, False), ("on", False)])
+def test_count_what_may_be_written_to_a_cache_for_an_hour(mark: Any, is_long: bool) -> None:
+    """A request that asks for an hour pays the dearer write for all of its input, at most."""
+    parts = [{"type": "text", "text": FOUR, "cache_control": mark}, {"type": "text", "text": FOUR}]
+    most = asyncio.run(estimate_body({"messages": [{"role": "user", "content": parts}]}, at_most=True))
+    assert most.cache_write == most.input
+    assert most.cache_write_1h == (most.input if is_long else None)
+
+
 @pytest.mark.parametrize(
     ("body", "spoken"),
     [
@@ -182,3 +192,22 @@ def test_ask_which_model_is_meant() -> None:
     assert asyncio.run(asked_model({"limit": 3, "body": {"model": "m", "messages": []}})) == "m"
     assert asyncio.run(asked_model({"body": {"model": 7}})) is None
     assert asyncio.run(asked_model({"query": "m"})) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "service", "searches"),
+    [
+        ({}, None, 0),
+        ({"service_tier": "Priority", "tools": "none"}, "priority", 0),
+        ({"serviceTier": "flex"}, "flex", 0),
+        ({"service_tier": "auto", "speed": "fast"}, "fast", 0),
+        ({"service_tier": 3}, None, 0),
+        ({"tools": [{"type": "web_search_20250305", "max_uses": 3}, {"type": "web_search"}]}, None, 13),
+        ({"tools": [{"type": "function"}, "x", {"google_search": {}}, {"googleSearch": {}}]}, None, 20),
+        ({"web_search_options": {}}, None, 10),
+        ({"tools": [{"type": "web_search", "max_uses": 10**9}]}, None, 1_000),
+    ],
+)
+def test_read_the_tier_and_the_searches_that_are_asked_for(body: Any, service: str | None, searches: int) -> None:
+    """A request tells its service tier, and which searches of the web it allows; ten where it names no bound."""
+    assert (asked_service(body), asked_searches(body)) == (service, searches)

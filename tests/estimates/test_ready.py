@@ -31,6 +31,7 @@ from asgi_metering.prices import FixedPrice, above, model_prices, per_minute, pe
 from tests.pitfalls.stage import staged
 
 NOW = 1_795_000_000.0
+SERVED = per_token(output=1, services={"priority": 2}, web_search=4)
 PRICE = per_token(input=1, output=2, reasoning=3, cache_write=5, tiers=[above(20, input=10, output=20)])
 CHAT = {"messages": [{"role": "user", "content": "one two three four"}], "max_tokens": 10, "model": "m"}
 
@@ -66,6 +67,7 @@ def held(hold: Any, call: Any = None, **arguments: Any) -> Decimal:
         (openai_chat(per_token(input=0, output=1)), CHAT, 10),
         (openai_chat(per_minute(1)), CHAT, 0),
         (openai_chat(), {"other": 1}, DEFAULT_OUTPUT_TOKENS * 3),
+        (openai_chat(SERVED), {**CHAT, "service_tier": "priority", "web_search_options": {}}, 2 * 10 + 10 * 4),
     ],
 )
 def test_hold_what_a_request_may_cost_at_most(hold: Any, body: Any, amount: int) -> None:

@@ -302,8 +302,8 @@ MUTATIONS = (
         "            release = self._enqueue(Undo(operation, answer.now))\n",
         "            release = self._enqueue(Undo(operation._replace(limits=()), answer.now))\n",
         (
-            "tests/stores/test_pump.py::test_cancel_takes_back_what_limits_counted[tokens]",
-            "tests/stores/test_pump.py::test_cancel_takes_back_what_limits_counted[requests]",
+            "tests/stores/test_pump_leaving.py::test_cancel_takes_back_what_limits_counted[tokens]",
+            "tests/stores/test_pump_leaving.py::test_cancel_takes_back_what_limits_counted[requests]",
         ),
     ),
     Mutation(

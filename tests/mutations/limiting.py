@@ -28,6 +28,10 @@ def _flat(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/asgi/test_flat.py::{name}" for name in names)
 
 
+def _defaults(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/asgi/test_defaults.py::{name}" for name in names)
+
+
 KEYS = (
     Mutation(
         0,
@@ -129,7 +133,7 @@ KEYS = (
         ASKING,
         '    return method if method in _METHODS else "OTHER"\n',
         "    return method\n",
-        _flat("test_count_invented_methods_as_one"),
+        _defaults("test_count_invented_methods_as_one"),
     ),
     Mutation(
         0,
@@ -188,7 +192,7 @@ FLATS = (
         FLAT,
         "    if trusted is not None:\n",
         "    if False:\n",
-        _flat(
+        _defaults(
             "test_count_a_request_that_took_another_route[/free-/plain]",
             "test_count_a_request_that_took_another_route[/own-/broken]",
         ),
@@ -199,7 +203,9 @@ FLATS = (
         FLAT,
         "        if row is not None and not defaults_apply(row):\n",
         "        if row is None or not defaults_apply(row):\n",
-        _flat("test_count_each_route_by_default[flood-404-around]", "test_count_each_route_by_default[asgi-around]"),
+        _defaults(
+            "test_count_each_route_by_default[flood-404-around]", "test_count_each_route_by_default[asgi-around]"
+        ),
     ),
     Mutation(
         0,
@@ -207,7 +213,7 @@ FLATS = (
         FLAT,
         "    return not any(map(_overrides, policies))\n",
         "    return True\n",
-        _flat("test_count_each_route_by_default[fastapi-router-own-added]"),
+        _defaults("test_count_each_route_by_default[fastapi-router-own-added]"),
     ),
     Mutation(
         0,
@@ -215,7 +221,7 @@ FLATS = (
         FLAT,
         "    if is_unlimited(row.endpoint):\n",
         "    if False:\n",
-        _flat("test_count_each_route_by_default[unlimited-around]"),
+        _defaults("test_count_each_route_by_default[unlimited-around]"),
     ),
     Mutation(
         0,
@@ -255,7 +261,7 @@ FLATS = (
         TABLE,
         "        if len(self._known) >= MAX_PATHS:\n",
         "        if False:\n",
-        _flat("test_forget_paths_that_clients_invent"),
+        _defaults("test_forget_paths_that_clients_invent"),
     ),
     Mutation(
         0,

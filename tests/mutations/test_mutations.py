@@ -20,6 +20,7 @@ from tests.mutations import (
     limiting,
     limits,
     outage,
+    sharing,
     telling,
     websockets,
 )
@@ -39,6 +40,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     *fast_path.MUTATIONS,
     *limits.MUTATIONS,
     *websockets.MUTATIONS,
+    *sharing.MUTATIONS,
 )
 
 CALLS = "tests/pitfalls/test_calls.py::"

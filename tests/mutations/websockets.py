@@ -17,6 +17,10 @@ def _session(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/asgi/test_websocket.py::{name}" for name in names)
 
 
+def _charge(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/asgi/test_websocket_charges.py::{name}" for name in names)
+
+
 def _end(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/asgi/test_websocket_ends.py::{name}" for name in names)
 
@@ -28,7 +32,7 @@ MUTATIONS = (
         WEBSOCKET,
         "not growth.counts_time and not growth.has_next:\n",
         "False:\n",
-        _session("test_let_in_no_message_that_cannot_be_paid[None]"),
+        _charge("test_let_in_no_message_that_cannot_be_paid[None]"),
     ),
     Mutation(
         19,
@@ -36,7 +40,7 @@ MUTATIONS = (
         WEBSOCKET,
         "            call.growth.spend()\n",
         "            pass\n",
-        _session("test_charge_each_message_that_is_let_in"),
+        _charge("test_charge_each_message_that_is_let_in"),
     ),
     Mutation(
         19,
@@ -60,7 +64,7 @@ MUTATIONS = (
         WEBSOCKET,
         "            self._reader.add_done_callback(self._saw)\n",
         "",
-        _session("test_count_no_second_after_the_client_left[0]"),
+        _charge("test_count_no_second_after_the_client_left[0]"),
     ),
     Mutation(
         19,

@@ -10,9 +10,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
-from asgi_metering import Caller, Metering, MeteringMiddleware
+from asgi_metering import (
+    Caller,
+    Metering,
+    MeteringMiddleware,
+    billable,
+    metered_app,
+    rate_limited,
+)
 from asgi_metering.errors import StoreUnavailableError
 from asgi_metering.guards import Part
 from asgi_metering.rules.conservation import discrepancies
@@ -22,7 +29,28 @@ from asgi_metering.stores.contract import EverythingKept
 from asgi_metering.stores.memory import MemoryStore
 from tests.harness.drive import Drive, drive, http_scope
 
-__all__ = ["CREDIT", "Gated", "call", "identify", "metered", "settled", "until", "used"]
+__all__ = [
+    "COUNTED",
+    "CREDIT",
+    "QUEUE",
+    "Gated",
+    "admitted",
+    "back",
+    "call",
+    "identify",
+    "is_empty",
+    "is_in_flight",
+    "is_quiet",
+    "is_read_off",
+    "is_settled",
+    "kept",
+    "metered",
+    "settled",
+    "until",
+    "used",
+]
+
+QUEUE: dict[str, Literal["queue"]] = {"credits": "queue"}
 
 CREDIT = 1_000_000
 """Smallest parts of one credit."""
@@ -79,7 +107,6 @@ def identify(connection: Any) -> Caller:
 
 def metered(metering: Metering, *parts: Part, work: Callable[[], Awaitable[object]] | None = None) -> Any:
     """A small application with these decorators, behind the middleware; *work* is done before it answers 200."""
-    from asgi_metering import metered_app
 
     async def app(scope: Any, _receive: Any, send: Any) -> None:
         assert scope["type"] == "http", "It has no lifespan of its own."
@@ -130,3 +157,61 @@ async def until(fact: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(10):
         while not await fact():
             await asyncio.sleep(0.002)
+
+
+async def is_empty(metering: Metering) -> bool:
+    """Whether nothing waits in the journal."""
+    assert metering.journal is not None
+    return await metering.journal.counts() == (0, 0)
+
+
+async def back(metering: Metering, store: Gated) -> None:
+    """Bring the store back, and wait until all that waited is in the books."""
+    store.down = False
+    await until(lambda: is_empty(metering))
+
+
+COUNTED = rate_limited("99/day", on_store_down="deny")
+"""A route without a hold: what is asked of the store for it is one admission, and nothing is given back."""
+
+
+async def admitted(metering: Metering, store: Gated, number: int, price: int = 1) -> list[Any]:
+    """So many calls that were admitted, and whose store is down when they end."""
+    leave = asyncio.Event()
+    app = metered(metering, billable(price), work=leave.wait)
+    runs = [Drive(app, http_scope("/", "POST")) for _ in range(number)]
+    for run in runs:
+        await run.__aenter__()
+    await until(lambda: is_in_flight(metering, number))
+    store.down = True
+    leave.set()
+    for run in runs:
+        await run.ended()
+        await run.__aexit__()
+    return runs
+
+
+async def is_in_flight(metering: Metering, number: int) -> bool:
+    """Whether so many calls run."""
+    return len(metering.runtime().in_flight) == number
+
+
+async def is_quiet(metering: Metering) -> bool:
+    """Whether nothing is under way to the store."""
+    return metering.runtime().busy == 0
+
+
+async def kept(metering: Metering) -> tuple[int, int]:
+    """What waits in the journal, and what is set aside."""
+    assert metering.journal is not None
+    return await metering.journal.counts()
+
+
+async def is_read_off(metering: Metering) -> bool:
+    """Whether nothing waits in the journal, and nothing is set aside."""
+    return await kept(metering) == (0, 0)
+
+
+async def is_settled(metering: Metering, amount: int) -> bool:
+    """Whether so much is settled, and nothing is held."""
+    return await settled(metering) == (amount * CREDIT, 0)

@@ -22,8 +22,7 @@ from asgi_metering.rules.operations import Admit, Backfill, End, Operation, Wall
 from asgi_metering.stores.breaker import BreakerState
 from asgi_metering.stores.contract import EverythingKept
 from tests.harness.drive import Drive, http_scope, status
-from tests.outage.gated import CREDIT, Gated, call, metered, settled, until, used
-from tests.outage.test_layers import QUEUE, _is_settled, back, is_empty
+from tests.outage.gated import CREDIT, QUEUE, Gated, back, call, is_empty, is_settled, metered, settled, until, used
 
 DAY_S = 86_400.0
 
@@ -284,7 +283,7 @@ def test_end_a_rolling_window_when_it_would_have(
             await until(lambda: _quiet(metering))
             # On a machine that is busy this one may have been queued as well.
             await until(lambda: is_empty(metering))
-            await until(lambda: _is_settled(metering, windows * 2))
+            await until(lambda: is_settled(metering, windows * 2))
 
     asyncio.run(play())
 

@@ -37,6 +37,7 @@ from tests.pitfalls.streams import events, sse, starlette
         pytest.param(
             ("one two",), False, None, {"on_missing_usage": "observed"}, "observed", 3 + 2 * 10, id="observed"
         ),
+        pytest.param(("one two " * 20,), False, None, {}, "estimate", 3 + 41 * 10, id="missing: more was observed"),
         pytest.param(("one two",), False, None, {"on_missing_usage": "hold"}, "hold", 83, id="missing: hold"),
         pytest.param(("one two",), False, None, {"on_missing_usage": "none"}, None, 0, id="missing: none"),
         pytest.param(("one two", " three"), True, 2, {}, "observed", 3 + 2 * 10, id="left after one event"),

@@ -380,7 +380,7 @@ def test_agree_with_the_publisher_on_every_model() -> None:
             tier.start for value in vars(price).values() if isinstance(value, TieredPrices) for tier in value.tiers
         }
         for context in {1_000, *starts, *(start + 1 for start in starts)}:
-            usage = TokenUsage(input=context, cached=300, cache_write=200, output=70, reasoning=30)
+            usage = TokenUsage(input=context, cached=300, cache_write=200, output=70, reasoning=30, image_output=0)
             theirs = Usage(input_tokens=context, cache_read_tokens=300, cache_write_tokens=200, output_tokens=70)
             if "output_reasoning_mtok" in vars(price):
                 theirs.output_reasoning_tokens = 30
@@ -428,9 +428,75 @@ def test_price_published_media() -> None:
     assert (heard.amount, heard.flags) == (Decimal("0.36"), ())
     drawn = published._rate(published._Same(ModelPrice(input_mtok=Decimal(1), output_image_mtok=Decimal(9))))
     assert drawn.is_media
+    counted = ModelCall(TokenUsage(input=5, output=9), "gemini-2.5-flash-image", "google", estimated=True)
+    assert (billed(prices, counted).amount, billed(prices, counted).flags) == (0, ("cost_unresolved",))
     called = published._rate(published._Same(ModelPrice(requests_kcount=Decimal(5))))
     assert (called.call, called.tokens) == (Decimal("0.005"), None)
     assert published._Same(ModelPrice()) != 1
+
+
+@pytest.mark.parametrize(
+    ("model", "told", "cost", "flags"),
+    [
+        # USD for a million: 0.3 in, 2.5 for text, 30 for images.
+        ("gemini-2.5-flash-image", {"image_output": 1_290}, 10 * "0.3 " + 10 * "2.5 " + 1_290 * "30 ", ()),
+        ("gemini-2.5-flash-image", {"image_output": 0}, 10 * "0.3 " + 1_300 * "2.5 ", ()),
+        ("gemini-2.5-flash-image", {}, 10 * "0.3 " + 1_300 * "30 ", ("dearest_kind",)),
+        # 5 in, 8 for images in, 10 for text, 32 for images.
+        ("gpt-image-1.5", {"image_input": 4, "image_output": 1_300}, 6 * "5 " + 4 * "8 " + 1_300 * "32 ", ()),
+        # One hour: 6, five minutes: 3.75.
+        ("claude-sonnet-4-5", {"cache_write": 10, "cache_write_1h": 4}, 6 * "3.75 " + 4 * "6 " + 1_300 * "15 ", ()),
+    ],
+)
+def test_price_every_kind_of_token_that_was_reported(
+    model: str, told: dict[str, int], cost: str, flags: tuple[str, ...]
+) -> None:
+    """No kind of token is free by omission: without a price or a count of its own it costs as the dearest (S3.20)."""
+    billed_now = billed(model_prices(units_per_usd=1), ModelCall(TokenUsage(input=10, output=1_300, **told), model))
+    assert billed_now.amount == sum(map(Decimal, cost.split())) / 10**6
+    assert billed_now.flags == flags
+
+
+@pytest.mark.parametrize(
+    ("call", "cost", "flags"),
+    [
+        (ModelCall(USED, "small", "openai", service="default"), "15", ()),
+        (ModelCall(USED, "small", "openai", service="flex"), "7.5", ()),
+        (ModelCall(USED, "small", "groq", service="flex"), "15", ()),
+        (ModelCall(USED, "small", "openai", service="priority"), "30", ()),
+        (ModelCall(USED, "small", "anthropic", service="priority"), "15", ()),
+        (ModelCall(USED, "small", service="turbo"), "15", ("unknown_service",)),
+        (ModelCall(USED, "small", service="gold"), "45", ()),
+        (ModelCall(USED, "small", service="turbo", cost=Decimal(2)), "2", ()),
+        (ModelCall(USED, "served", service="flex"), "3.75", ()),
+        (ModelCall(USED, "served", service="priority"), "30", ()),
+        (ModelCall(USED, "small", units={"web_searches": Decimal(3)}), "15.06", ()),
+        (ModelCall(USED, "served", units={"web_searches": Decimal(3)}), "24", ()),
+        (ModelCall(USED, "finder", units={"web_searches": Decimal(3)}), "36", ()),
+        (ModelCall(units={"web_searches": Decimal(3)}, model="small"), "0.06", ()),
+    ],
+)
+def test_price_service_tiers_and_searches(call: ModelCall, cost: str, flags: tuple[str, ...]) -> None:
+    """Tokens of a service tier cost their factor, an unknown one is told, and no search is free (S3.20)."""
+    names = {
+        "small": per_token(input=1, output=1),
+        "served": per_token(input=1, output=1, services={"flex": "0.25"}, web_search=3),
+        "finder": [per_token(input=1, output=1), per_unit(web_searches=7)],
+    }
+    prices = model_prices(names, units_per_usd=1, published=False, services={"Gold": 3}, web_search="0.02")
+    found = billed(prices, call)
+    assert (found.amount, found.flags) == (Decimal(cost), flags)
+
+
+def test_hold_for_service_tiers_and_searches() -> None:
+    """A hold covers the dearer tier that was asked for and searches that were allowed; a cheaper one is no relief."""
+    own_price = per_token(input=1, output=1, services={"flex": "0.5", "priority": 2}, web_search=3)
+    assert own_price.cost_at_most(USED, service="priority", searches=2) == 30 + 6
+    assert own_price.cost_at_most(USED, service="flex") == own_price.cost_at_most(USED, service="?") == 15
+    names = {"small": per_token(input=1, output=1), "finder": [per_token(input=1, output=1), per_unit(web_searches=7)]}
+    prices = model_prices(names, units_per_usd=1, published=False, fee="0.5")
+    assert prices.pin(NOW, "small").cost_at_most(USED, service="priority", searches=2) == Decimal("30.52")
+    assert prices.pin(NOW, "finder").cost_at_most(USED, searches=2) == Decimal("29.5")
 
 
 def test_prefer_own_prices_to_published_ones() -> None:

@@ -212,6 +212,42 @@ def test_price_more_audio_than_input_as_output() -> None:
     assert spoken.cost(TokenUsage(input=10, cached=8, output=20, audio=6)) == 8 + 2 * 5 + 4 * 7 + 16 * 2
 
 
+def test_price_images_apart_from_text() -> None:
+    """Images of either direction have prices of their own; output that nobody tells apart costs the dearer of both."""
+    price = per_token(input=1, output=2, image_input=3, image_output=50)
+    assert price.cost(TokenUsage(input=10, output=20, image_input=4, image_output=5)) == 6 + 4 * 3 + 15 * 2 + 5 * 50
+    assert price.cost(TokenUsage(input=10, output=20, image_output=0)) == 10 + 20 * 2
+    assert price.cost(TokenUsage(input=10, output=20)) == 10 + 20 * 50
+    assert price.cost(TokenUsage(input=10, output=20, image_input=99, image_output=99)) == 10 * 3 + 20 * 50
+    assert per_token(output=2, image_output=1).cost(TokenUsage(output=20)) == 20 * 2
+    assert price.affordable("output", Decimal(100), TokenUsage()) == 2
+
+
+def test_price_what_a_cache_keeps_for_an_hour() -> None:
+    """It has a price of its own; by default it is to that of some minutes as 2 is to 1.25 (Anthropic)."""
+    usage = TokenUsage(input=10, cache_write=6, cache_write_1h=4)
+    assert per_token(input=1, cache_write=5, cache_write_1h=7).cost(usage) == 4 + 2 * 5 + 4 * 7
+    assert per_token(input=1, cache_write=5).cost(usage) == 4 + 2 * 5 + 4 * 8
+    assert per_token(input=1).cost(usage) == 10
+    assert per_token(input=1, cache_write=5).cost(TokenUsage(input=6, cache_write=6, cache_write_1h=9)) == 6 * 8
+    assert per_token(input=1, cache_write=5).affordable("input", Decimal(80), TokenUsage()) == 16
+    assert per_token(input=1, cache_write=5, cache_write_1h=8).affordable("input", Decimal(80), TokenUsage()) == 10
+
+
+def test_price_service_tiers_and_searches() -> None:
+    """Tokens are multiplied in the tier that answered, by the provider's own factor first; searches are not."""
+    price = per_token(input=1, services={"Flex": "0.5", "groq/flex": 1}, web_search=2)
+    searched = {"web_searches": Decimal(3)}
+    assert price.cost_of(ModelCall(TokenUsage(input=10), provider="openai", service="flex", units=searched)) == 5 + 6
+    assert price.cost_of(ModelCall(TokenUsage(input=10), provider="groq", service="flex")) == 10
+    assert price.cost_of(ModelCall(TokenUsage(input=10), service="gold")) == 10
+    assert per_token(input=1).cost_of(ModelCall(TokenUsage(input=10), service="flex", units=searched)) == 10
+    assert hash(price) != hash(per_token(input=1))
+    for wrong in ({"": 1}, [("flex", 1)]):
+        with pytest.raises(ConfigurationError, match="no factors"):
+            per_token(input=1, services=wrong)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("starts", [(0,), (5, 5), (9, 5), (-1,), (1.5,), (True,)])
 def test_refuse_tiers_that_do_not_rise(starts: tuple[int, ...]) -> None:
     """Thresholds that are no rising ints above 0 would price by chance."""

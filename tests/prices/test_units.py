@@ -286,3 +286,12 @@ def test_refuse_functions_that_cannot_be_asked(wrong: Any) -> None:
     """What asks for anything else, or by position, is refused where it is written."""
     with pytest.raises(ConfigurationError):
         by_usage(wrong)
+
+
+def test_add_calls_that_one_price_counts_for() -> None:
+    """Calls of one kind add up to one that has all that they used, and the longest context of any (S3.22)."""
+    searched = ModelCall(TokenUsage(input=5), units={"web_searches": Decimal(2)}, cost=Decimal(1), service="flex")
+    both = searched.plus(ModelCall(TokenUsage(input=9), units={"web_searches": Decimal(3)}, hidden_cost=Decimal(4)))
+    assert (both.usage.input, both.count, both.context) == (14, 2, 9)
+    assert (dict(both.units), both.cost, both.hidden_cost) == ({"web_searches": Decimal(5)}, 1, 4)
+    assert CostedCall(both, Decimal(1), "price").to_dict()["service"] == "flex"

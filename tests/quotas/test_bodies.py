@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from asgi_metering.quotas import QuotaLimit, read_quota
-from asgi_metering.quotas.bodies import MAX_BODY, Told, read_body
+from asgi_metering.quotas.bodies import MAX_BODY, Told, read_body, status_in_band
 from asgi_metering.quotas.google import next_day_at
 from asgi_metering.quotas.verdicts import Verdict
 from tests.quotas import refusals as r
@@ -175,3 +176,21 @@ def test_read_body_looks_at_its_beginning_alone() -> None:
     assert read_body(429, huge, NOW).verdict is RATE
     nested = b"[" * 50_000
     assert read_body(402, nested, NOW).verdict is CREDIT
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"error": {"code": 429, "message": "slow down"}}, 429),
+        ({"error": {"code": 200}}, None),
+        ({"type": "error", "error": {"type": "overloaded_error"}}, 529),
+        ({"type": "error", "code": "rate_limit_exceeded"}, 429),
+        ({"error": {"type": "insufficient_quota"}}, 429),
+        ({"error": {"status": "UNAVAILABLE"}}, 503),
+        ({"error": {"type": "server_error"}}, None),
+        ([], None),
+    ],
+)
+def test_read_the_status_of_an_error_behind_a_success(body: Any, status: int | None) -> None:
+    """An error behind a success tells by its code, or its words, which status it would have had."""
+    assert status_in_band(json.dumps(body).encode()) == status

@@ -39,13 +39,15 @@ from asgi_metering.rules.operations import (
     Refund,
     Renew,
     ReverseGrant,
+    Share,
     SourceAsk,
     Sweep,
     Undo,
     WalletSource,
 )
+from asgi_metering.rules.readings import PARTS
 from asgi_metering.rules.settlement import end_overdue
-from asgi_metering.rules.state import NEVER, Account, Hold, State
+from asgi_metering.rules.state import NEVER, Account, Hold, SharedReading, State
 from tests.rules.world import (
     DAY_S,
     WALLET,
@@ -413,6 +415,31 @@ class Books(RuleBasedStateMachine):
         except ConfigurationError:
             assert known is not None
             assert known.scale != scale
+
+    # -- readings --------------------------------------------------------------------------------------------
+
+    @rule(
+        series=st.sampled_from(["openai", "openai/batch", "no name"]),
+        part=st.sampled_from(PARTS),
+        ago=st.sampled_from([0.0, 0.5, 11.0, 100.0, -5.0]),
+    )
+    def share(self, series: str, part: str, ago: float) -> None:
+        """What is kept of a provider is never older than before, unless that lay ahead of the time (S1.45)."""
+        world = self.world
+        before = snapshot(world.state)
+        known = world.state.readings.get((series, part))
+        told = SharedReading(series, part, world.now - ago, "{}")
+        try:
+            (kept,) = world.run(Share((told,)))
+        except ConfigurationError:
+            assert series == "no name"
+            assert snapshot(world.state) == before
+            return
+        assert kept == world.state.readings[series, part]
+        assert kept.observed_at <= world.now
+        assert kept.observed_at >= min(told.observed_at, world.now)
+        if known is not None and known.observed_at <= world.now:
+            assert kept.observed_at >= known.observed_at
 
     # -- ends ------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from asgi_metering.stores.contract import (
     HoldRow,
     LiveHolds,
     PendingEvents,
+    ReadingsKept,
     Store,
 )
 from asgi_metering.stores.memory import MemoryStore
@@ -180,6 +181,7 @@ def _beside_memory(pairs: Callable[[], Pair]) -> type[RuleBasedStateMachine]:
                 HoldRow(call),
                 LiveHolds(),
                 PendingEvents(3),
+                ReadingsKept(),
             )
 
         def teardown(self) -> None:

@@ -29,12 +29,14 @@ from asgi_metering.rules.operations import (
     Refund,
     Renew,
     ReverseGrant,
+    Share,
     Sweep,
     Undo,
     WalletSource,
     WindowKind,
 )
-from asgi_metering.rules.state import NEVER
+from asgi_metering.rules.readings import PARTS
+from asgi_metering.rules.state import NEVER, SharedReading
 
 __all__ = ["CLOCK_STEPS_S", "comparable", "operations"]
 
@@ -178,17 +180,29 @@ def _outbox(draw: st.DrawFn) -> Operation:
                     keep_entries_s=draw(st.sampled_from((0.0, 20.0, 150.0))),
                     keep_windows_s=draw(st.sampled_from((0.0, 90.0))),
                     keep_events_s=draw(st.sampled_from((0.0, 30.0))),
+                    keep_readings_s=draw(st.sampled_from((0.0, 30.0))),
                 ),
             )
         )
     )
 
 
+def _share(draw: st.DrawFn, now: float) -> Share:
+    readings = st.builds(
+        SharedReading,
+        st.sampled_from(("openai", "openai/a", "anthropic", "no name")),
+        st.sampled_from(PARTS),
+        st.sampled_from((now, now - 0.25, now - 7.0, now - 45.0, now + 1.0)),
+        st.sampled_from(("{}", '{"n":[1,null,"\\u00e9"]}')),
+    )
+    return Share(tuple(draw(st.lists(readings, max_size=3))))
+
+
 @st.composite
 def operations(draw: st.DrawFn, now: float, longest: int = 6) -> list[Operation]:
     """A sequence of up to *longest* operations at *now*."""
     made: list[Operation] = []
-    for kind in draw(st.lists(st.sampled_from("AAAAEEERGGOPPWUV"), min_size=1, max_size=longest)):
+    for kind in draw(st.lists(st.sampled_from("AAAAEEERGGOPPSWUV"), min_size=1, max_size=longest)):
         match kind:
             case "A":
                 made.append(_admit(draw, now))
@@ -196,6 +210,8 @@ def operations(draw: st.DrawFn, now: float, longest: int = 6) -> list[Operation]
                 made.append(Undo(_admit(draw, now), now - draw(st.sampled_from((0.0, 7.0, 60.0)))))
             case "V":
                 made.append(Preview(_admit(draw, now)))
+            case "S":
+                made.append(_share(draw, now))
             case "W":
                 made.append(_grow(draw, now))
             case "P":

@@ -30,12 +30,14 @@ from asgi_metering.rules.operations import (
     Refund,
     Renew,
     ReverseGrant,
+    Share,
     Sweep,
     Undo,
     WalletSource,
     WindowKind,
 )
-from asgi_metering.rules.state import NEVER
+from asgi_metering.rules.readings import PARTS
+from asgi_metering.rules.state import NEVER, SharedReading
 from asgi_metering.testing.clock import FakeClock
 
 __all__ = ["Service"]
@@ -53,6 +55,7 @@ KINDS = {
     "post": 1.0,
     "undo": 0.5,
     "reverse": 0.3,
+    "share": 1.0,
 }
 """Of every hundred operations or so, how many."""
 
@@ -249,6 +252,12 @@ class Service:
         return chance.choice(
             (Claim(chance.choice((2, 20)), 10.0), Acknowledge(told), Emit(((f"e{self._number}", {}),)))
         )
+
+    def _share(self) -> Share:
+        chance, now = self._chance, self._clock()
+        series, told = chance.choice(("openai", "openai/batch", "xai")), f'{{"n":{self._number}}}'
+        parts = chance.choice((PARTS, PARTS[:1]))
+        return Share(tuple(SharedReading(series, part, now - chance.choice((0.0, 1.0, 9.0)), told) for part in parts))
 
     def _sweep(self) -> Sweep:
         chance = self._chance

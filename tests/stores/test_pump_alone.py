@@ -13,7 +13,7 @@ from asgi_metering.errors import StoreUnavailableError, UnwritableError
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, Operation, PostGrant
 from asgi_metering.stores.pump import Pump
-from tests.stores.test_pump import GatedStore, ask, submit, turns
+from tests.stores.gated import GatedStore, ask, submit, turns
 
 
 class StartingStore(GatedStore):
@@ -81,6 +81,29 @@ def test_submit_alone_goes_in_its_own_turn() -> None:
         answers = await asyncio.gather(*first, *others, *late)
         assert [answer.id for answer in answers if isinstance(answer, Decision)] == list("abcd")
         assert len(store.started) == 1
+
+    play(scene)
+
+
+def test_lone_caller_goes_on_in_the_turn_of_the_answer() -> None:
+    """A callback of the loop that brings the answer has run the caller on, and what it asks next is sent already."""
+
+    async def scene(store: StartingStore, pump: Pump, _: list[Admit]) -> None:
+        async def come_again() -> None:
+            for name in "abc":
+                await pump.submit(ask(name))
+
+        loop, coming = asyncio.get_running_loop(), asyncio.create_task(come_again())
+        for place in range(3):
+            await turns()
+            operation, told = store.started[place]
+            (answer,) = await store.inner.run([operation])
+            sent: list[int] = []
+            loop.call_soon(lambda tell=told, answer=answer, sent=sent: (tell(answer), sent.append(len(store.started))))
+            await turns(1)
+            assert sent == [min(place + 2, 3)]
+        await coming
+        assert store.batches == []
 
     play(scene)
 

@@ -27,6 +27,7 @@ from asgi_metering.rules.state import (
     IdempotencyKey,
     Lease,
     PinnedWindow,
+    SharedReading,
     Table,
 )
 from asgi_metering.stores import rows
@@ -124,6 +125,7 @@ ROWS: dict[str, st.SearchStrategy[Any]] = {
     Table.IDEMPOTENCY: st.builds(IdempotencyKey, *[TEXTS] * 3, TIMES, st.none() | RECEIPTS, st.none() | FACTS),
     Table.CHECKPOINT: st.builds(Checkpoint, *[TEXTS] * 2, AMOUNTS, TIMES, st.dictionaries(TEXTS, AMOUNTS, max_size=3)),
     Table.UNIT: st.builds(DeclaredUnit, TEXTS, AMOUNTS),
+    Table.READING: st.builds(SharedReading, TEXTS, TEXTS, TIMES, TEXTS),
 }
 
 

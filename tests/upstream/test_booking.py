@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import anthropic
+import httpx2
 import openai
 import pytest
 
@@ -194,3 +196,35 @@ def test_charge_once_for_an_answer_behind_a_refusal(asker: Asker) -> None:
 
     with upstream() as served:
         asyncio.run(play(served))
+
+
+@pytest.mark.parametrize(
+    ("failure", "verdict", "lacks"),
+    [
+        ({"error": {"type": "insufficient_quota", "message": "You exceeded your quota"}}, Verdict.OUT_OF_CREDIT, True),
+        ({"error": {"code": 429, "message": "Rate limited"}}, Verdict.RATE_LIMITED, False),
+        ({"type": "error", "error": {"type": "overloaded_error"}}, Verdict.CAPACITY, False),
+        ({"error": {"type": "server_error", "message": "internal"}}, None, False),
+    ],
+)
+def test_capture_an_error_inside_of_a_stream(failure: Any, verdict: Verdict | None, lacks: bool) -> None:
+    """S1.44: what a provider refuses behind a 200 is a reading of the upstream client, as any refusal is."""
+    begun = {"object": "chat.completion.chunk", "model": "m", "choices": [{"delta": {"content": "Hi"}}]}
+    events = b"".join(b"data: " + json.dumps(each).encode() + b"\n\n" for each in (begun, failure))
+
+    def answer(_request: httpx2.Request) -> httpx2.Response:
+        fields = {"content-type": "text/event-stream", "x-ratelimit-limit-requests": "50"}
+        return httpx2.Response(200, headers={**fields, "x-ratelimit-remaining-requests": "49"}, content=events)
+
+    async def play() -> None:
+        async with Metering(sinks=[]) as metering:
+            client = metering.upstream_client("acme", wrap=httpx2.MockTransport(answer))
+            async with client:
+                await client.post("http://models/v1/chat/completions")
+            reading = metering.quotas.latest("acme")
+            assert reading is not None
+            assert reading.verdict == verdict
+            assert amounts(reading, "requests") == (50, 49)
+            assert (metering.headroom.look("acme") is not None) == lacks
+
+    asyncio.run(play())

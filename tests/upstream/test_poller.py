@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import logging
 import os
-from collections.abc import Iterator
+import tracemalloc
+import zlib
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import httpx2
 import pytest
 
 from asgi_metering.errors import ConfigurationError
@@ -44,6 +49,16 @@ class House:
     def written(self) -> Any:
         """The packages as they stand in the file."""
         return json.loads(self.path.read_text())["packages"]
+
+
+class Wire:
+    """A body as it goes over the wire, in one chunk."""
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield self.body
 
 
 class Street:
@@ -104,6 +119,60 @@ def test_poll_asks_every_kind_of_endpoint(house: House) -> None:
     assert (entry["total_credits"], entry["used_credits"], entry["confidence"]) == (25, 10, "high")
     assert entry["last_updated"] == "2025-08-21T12:40:00Z"
     assert json.loads(house.path.read_text())["_notes"] == ["mine"]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "identity"])
+def test_poll_reads_what_is_compressed(house: House, coding: str) -> None:
+    """A balance may come compressed, whatever was asked for; in a coding that nobody here can undo it is none."""
+    plain = json.dumps(
+        {"balance_infos": [{"currency": "USD", "total_balance": "5", "topped_up_balance": "20"}]}
+    ).encode()
+    body = {"gzip": gzip.compress(plain), "deflate": zlib.compress(plain), "identity": plain}[coding]
+
+    class Body(Wire, httpx2.AsyncByteStream):
+        pass
+
+    def answer(_request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, headers={"content-encoding": coding}, stream=Body(body))
+
+    transport = httpx2.MockTransport(answer)
+    (result,) = asyncio.run(house.poller({"d": house.package("/user/balance")}, transport=transport).poll())
+    assert (result.total, result.used, result.error) == (20, 15, None)
+
+
+@pytest.mark.parametrize("library", [httpx, httpx2])
+@pytest.mark.parametrize(("coding", "told"), [("gzip", "more than 1048576 bytes"), ("compress", "cannot be decoded")])
+def test_poll_never_expands_beyond_its_bound(house: House, coding: str, told: str, library: Any) -> None:
+    """S1.31: an answer that expands to far more than a balance is given up at the bound, and never held as a whole."""
+    bomb = gzip.compress(bytes(24 << 20))
+
+    class Body(Wire, library.AsyncByteStream):  # type: ignore[misc,name-defined]
+        pass
+
+    def answer(_request: Any) -> Any:
+        return library.Response(200, headers={"content-encoding": coding}, stream=Body(bomb))
+
+    options = {"library": library.__name__, "transport": library.MockTransport(answer)}
+    poller = house.poller({"d": house.package("/user/balance")}, **options)
+    tracemalloc.start()
+    try:
+        (result,) = asyncio.run(poller.poll())
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert told in str(result.error)
+    assert most < 8 << 20
+
+
+def test_refuse_a_catalogue_that_polls_cannot_be_written_into(tmp_path: Path) -> None:
+    """A catalogue in TOML whose packages are polled fails when the poller is made, not after a poll (S1.30)."""
+    path = tmp_path / "quotas.toml"
+    entry = 'package_type = "credits"\nprovider_id = "deepseek"\n'
+    path.write_text(f"[packages.d]\n{entry}source = 'api_poll'\n")
+    with pytest.raises(ConfigurationError, match=r"quotas.toml is TOML.*'d'.*Keep it as JSON"):
+        QuotaPoller(QuotaTracker(path, clock=clock))
+    path.write_text(f"[packages.d]\n{entry}source = 'manual'\n")
+    assert QuotaPoller(QuotaTracker(path, clock=clock)).pollable() == []
 
 
 def test_poll_picks_up_a_top_up(house: House) -> None:

@@ -83,9 +83,11 @@ def test_start_without_usage() -> None:
 def test_read_the_split_of_cache_writes_where_the_total_is_missing() -> None:
     """The split by lifetime stands in for a missing total, and never beats one."""
     split = {"ephemeral_5m_input_tokens": 88, "ephemeral_1h_input_tokens": 100}
-    assert read(start(input_tokens=1, cache_creation=split)).usage == TokenUsage(189, cache_write=188)
+    assert read(start(input_tokens=1, cache_creation=split)).usage == TokenUsage(
+        189, cache_write=188, cache_write_1h=100
+    )
     report = read(start(input_tokens=1, cache_creation=split), delta(cache_creation_input_tokens=300, output_tokens=2))
-    assert report.usage == TokenUsage(301, 2, cache_write=300)
+    assert report.usage == TokenUsage(301, 2, cache_write=300, cache_write_1h=300 - 88)
 
 
 def test_report_parts_without_their_whole() -> None:
@@ -200,3 +202,13 @@ def test_gather_nothing_from_a_tool_input_without_end() -> None:
 def test_leave_another_message_alone() -> None:
     """An application's own event of type "message" is no message of this family."""
     assert stream({"type": "message", "text": "hello"}).report() is None
+
+
+def test_read_the_service_tier_and_the_searches() -> None:
+    """The tier, or the fast mode, and the searches so far stand in the usage; the largest number counts."""
+    used = {"server_tool_use": {"web_search_requests": 2}, "service_tier": "standard"}
+    report = read(start(input_tokens=1, **used), {"type": "message_delta", "usage": {"output_tokens": 2}})
+    assert (report.service, report.searches) == ("standard", 2)
+    later = {"output_tokens": 2, "speed": "fast", "server_tool_use": {"web_search_requests": 3}}
+    report = read(start(input_tokens=1, **used), {"type": "message_delta", "usage": later})
+    assert (report.service, report.searches) == ("fast", 3)

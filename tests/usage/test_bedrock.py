@@ -93,6 +93,15 @@ def test_read_nothing_from_a_chunk_that_holds_no_payload(payload: Any) -> None:
     assert read([event("chunk", payload)], MEDIA).report() is None
 
 
+def test_read_what_a_cache_keeps_for_an_hour() -> None:
+    """What is written to a cache for an hour is told apart, for it costs more."""
+    usage = {"inputTokens": 1, "outputTokens": 2, "cacheWriteInputTokens": 9}
+    usage["cacheDetails"] = [{"ttl": "5m", "inputTokens": 5}, {"ttl": "1h", "inputTokens": 4}]  # type: ignore[assignment]
+    report = read([event("metadata", {"usage": usage})], MEDIA).report()
+    assert report is not None
+    assert report.usage == TokenUsage(10, 2, cache_write=9, cache_write_1h=4)
+
+
 def test_read_a_failure_of_the_binary_stream() -> None:
     """An exception comes as a message of its own type, and is an error; its text is none of the model's."""
     failure = event("throttlingException", {"message": "slow down"}, name=":exception-type")

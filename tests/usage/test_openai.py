@@ -423,6 +423,38 @@ def test_read_typed_events_with_a_usage_of_their_own(event: str) -> None:
     assert (report.usage, report.complete) == (TokenUsage(3, 4, audio=2, audio_output=0), True)
 
 
+def test_read_the_tokens_of_images() -> None:
+    """Tokens of images are told apart from text where the provider does (GPT image models)."""
+    usage = {"input_tokens": 30, "output_tokens": 1_300, "total_tokens": 1_330}
+    usage |= {"input_tokens_details": {"image_tokens": 20}, "output_tokens_details": {"image_tokens": 1_290}}  # type: ignore[dict-item]
+    report = stream({"type": "image_generation.completed", "b64_json": "AA==", "usage": usage}).report()
+    assert report is not None
+    assert report.usage == TokenUsage(30, 1_300, image_input=20, image_output=1_290)
+
+
+def test_read_the_service_tier_and_the_searches() -> None:
+    """The tier that answered is told in each chunk; searches are counted in the output, or by a gateway."""
+    report = stream(chunk(service_tier="Flex"), chunk(usage={"prompt_tokens": 3, "completion_tokens": 4})).report()
+    assert report is not None
+    assert (report.service, report.searches) == ("flex", None)
+    found = [{"type": "web_search_call", "action": {"type": kind}} for kind in ("search", "open_page")]
+    usage = {"input_tokens": 3, "output_tokens": 4, "total_tokens": 7}
+    response = {"service_tier": "priority", "output": [*found, {"type": "web_search_call"}], "usage": usage}
+    report = stream({"type": "response.completed", "response": response}).report()
+    assert report is not None
+    assert (report.service, report.searches) == ("priority", 2)
+    report = stream(chunk(usage={"prompt_tokens": 3, "server_tool_use": {"web_search_requests": 5}})).report()
+    assert report is not None
+    assert report.searches == 5
+
+
+def test_refuse_searches_that_nobody_makes() -> None:
+    """S3.21: a number of searches that cannot be makes the whole report doubtful."""
+    report = stream(chunk(usage={"prompt_tokens": 3, "server_tool_use": {"web_search_requests": 10**9}})).report()
+    assert report is not None
+    assert (report.usage, report.problems) == (None, ("invalid_count",))
+
+
 def test_finish_for_a_reason() -> None:
     """The finish reason is the provider's own word, and a null one does not erase it."""
     ended = chunk(choices=[{"delta": {}, "finish_reason": "length"}])

@@ -36,6 +36,25 @@ def test_keep_a_field_that_vanishes() -> None:
     assert gemini(first, {"candidatesTokenCount": 3}, None).usage == TokenUsage(9, 7, reasoning=4)
 
 
+def test_read_geminis_traffic_and_searches() -> None:
+    """Gemini tells the kind of traffic with its counts, and its queries with the candidate that they ground."""
+    counts = {"promptTokenCount": 3, "candidatesTokenCount": 4, "trafficType": "ON_DEMAND"}
+    grounds = [{"groundingMetadata": {"webSearchQueries": ["a", "b"]}}, {"groundingMetadata": {}}]
+    payload = {"modelVersion": "m", "usageMetadata": counts, "candidates": grounds}
+    report = body(payload).report()
+    assert report is not None
+    assert (report.service, report.searches) == ("on_demand", 2)
+
+
+def test_read_geminis_images() -> None:
+    """Images and films of both sides are told apart from text; without details nobody said what the output is."""
+    usage: dict[str, Any] = {"promptTokenCount": 300, "candidatesTokenCount": 1_300}
+    assert gemini(usage).usage == TokenUsage(300, 1_300)
+    usage["promptTokensDetails"] = [{"modality": "IMAGE", "tokenCount": 258}, {"modality": "VIDEO", "tokenCount": 9}]
+    usage["candidatesTokensDetails"] = [{"modality": "IMAGE", "tokenCount": 1_290}]
+    assert gemini(usage).usage == TokenUsage(300, 1_300, image_input=267, image_output=1_290)
+
+
 def test_read_geminis_audio() -> None:
     """Audio details of both sides add up and may be more than the totals; an impossible one refuses the report."""
     usage = {
@@ -44,7 +63,7 @@ def test_read_geminis_audio() -> None:
         "promptTokensDetails": [{"modality": "TEXT", "tokenCount": 5}, {"modality": "AUDIO", "tokenCount": 9}],
         "candidatesTokensDetails": [{"modality": "AUDIO", "tokenCount": 1}],
     }
-    assert gemini(usage).usage == TokenUsage(5, 2, audio=10, audio_output=1)
+    assert gemini(usage).usage == TokenUsage(5, 2, audio=10, audio_output=1, image_input=0, image_output=0)
     usage["candidatesTokensDetails"] = [{"modality": "AUDIO", "tokenCount": -1}]
     report = gemini(usage)
     assert report.usage is None

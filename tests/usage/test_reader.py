@@ -560,3 +560,14 @@ def test_accept_any_bytes_like_chunk() -> None:
     report = found.report()
     assert report is not None
     assert report.usage == TokenUsage(9, 500)
+
+
+def test_keep_the_first_error_that_an_answer_carries() -> None:
+    """The error of an event, or of a response that failed, is kept for who looks what it means; no huge one."""
+    first = {"type": "error", "error": {"type": "overloaded_error", "message": "x"}, "usage": {"a": [1.5]}}
+    reader = stream(first, {"error": {"message": "second"}})
+    assert json.loads(reader.failure) == {"type": "error", "error": first["error"]}
+    failed = {"type": "response.failed", "response": {"id": "r", "error": {"code": "rate_limit_exceeded"}}}
+    assert json.loads(stream(failed).failure)["error"] == {"code": "rate_limit_exceeded"}
+    assert stream({"error": {"message": "x" * 100_000}}).failure == b""
+    assert stream({"id": "1"}).failure == b""

@@ -16,7 +16,7 @@ from asgi_metering.usage.values import AXES, read_count
 def test_leave_out_every_axis() -> None:
     """A usage of nothing has observed nothing, has no total, and is false (S2.42)."""
     usage = TokenUsage()
-    assert [getattr(usage, axis) for axis in AXES] == [None] * 7
+    assert [getattr(usage, axis) for axis in AXES] == [None] * 10
     assert usage.total is None
     assert not usage.observed
     assert not usage

@@ -162,12 +162,21 @@ def header_of(line: bytes, place: str) -> Header:
 
 
 def trailer_of(line: bytes, place: str) -> Trailer | None:
-    """Read *line* if it is the trailer. Raises `ConfigurationError` for one that cannot be read."""
+    """
+    Read *line* if it is the trailer. Raises `ConfigurationError` for one that cannot be read.
+
+    Of tables that the version did not know which wrote it there are no rows.
+    """
     if not line.startswith(b'{"kind":"end",'):
         return None
     told = _read(line, place)
     del told["kind"]
-    return _named(Trailer, told, place)
+    trailer, none = _named(Trailer, told, place), Tally()
+    try:
+        return trailer._replace(counts={**none.counts, **trailer.counts}, sums={**none.sums, **trailer.sums})
+    except TypeError:
+        # Whoever compares says so.
+        return trailer
 
 
 def _named(kind: type[_Line], told: dict[str, Any], place: str) -> _Line:

@@ -46,6 +46,15 @@ MAY_BEGIN_AGAIN: Final = frozenset(
 )
 """Codes of failures that are nobody's mistake: the same batch, begun again, meets what the others have left."""
 
+_FORBIDDEN: Final = """
+    SELECT c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = $1::text AND c.relkind IN ('r', 'p') AND c.relname <> 'migration' AND NOT (
+        has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'INSERT')
+        AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE')
+    ) ORDER BY c.relname
+"""
+"""Tables that we may not use: rights are often granted once, and a later migration may have made some."""
+
 
 def check_namespace(name: str) -> str:
     """
@@ -145,11 +154,13 @@ class Database:
 
         Raises:
             ConfigurationError: It is missing, older or newer, or the database cannot keep every text.
+            StoreUnavailableError: It cannot be used, or not by this user.
         """
         try:
             if is_migrating:
                 await migrate(link, self.namespace, self.answer_within_s)
-            ((encoding,),) = (await link.trip([Statement("SHOW server_encoding")], self.answer_within_s))[0]
+            asked = [Statement("SHOW server_encoding"), Statement(_FORBIDDEN, (self.namespace,))]
+            ((encoding,),), forbidden = await link.trip(asked, self.answer_within_s)
             version = max(await applied(link, self.namespace, self.answer_within_s), default=0)
         except (CutError, driver().Error) as error:
             raise self.meaning(error) from error
@@ -169,6 +180,8 @@ class Database:
                 f"The schema {self.namespace!r} of {self.name} has version {version}, newer than {SCHEMA_VERSION}, "
                 f"which this version of asgi_metering knows. Upgrade asgi_metering."
             )
+        if forbidden:
+            raise self._forbids(f"permission denied for {', '.join(name for (name,) in forbidden)}")
 
     # -- errors --------------------------------------------------------------------------------------------
 
@@ -208,10 +221,7 @@ class Database:
                 f"Run: asgi-metering migrate"
             )
         if code == "42501":
-            return StoreUnavailableError(
-                f"{self.name} forbids what the store does: {said}. Grant its user USAGE on the schema "
-                f"{self.namespace!r}, and SELECT, INSERT, UPDATE and DELETE on its tables."
-            )
+            return self._forbids(said)
         if code == "25006":
             return StoreUnavailableError(
                 f"{self.name} is read-only: {said}. Add target_session_attrs=read-write to the store URL, so that a "
@@ -224,6 +234,12 @@ class Database:
         if code == "53100":
             return StoreUnavailableError(f"{self.name} has no room to grow: {said}. Free disk space.")
         return StoreUnavailableError(f"{self.name} could not be used: {said}. Look at its log first.")
+
+    def _forbids(self, said: str) -> StoreUnavailableError:
+        return StoreUnavailableError(
+            f"{self.name} forbids what the store does: {said}. Grant its user USAGE on the schema {self.namespace!r}, "
+            f"and SELECT, INSERT, UPDATE and DELETE on its tables."
+        )
 
     async def is_of_prepared(self, link: Link, error: BaseException) -> bool:
         """

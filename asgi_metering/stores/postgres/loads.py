@@ -34,6 +34,9 @@ _PAST: Final = {
     Table.IDEMPOTENCY: (
         "WHERE t.expires_at <= $1::float8 AND t.receipt IS NOT NULL ORDER BY t.expires_at, t.key LIMIT $2::bigint"
     ),
+    Table.READING: (
+        "WHERE t.observed_at + $3::float8 <= $1::float8 ORDER BY t.observed_at, t.series, t.part LIMIT $2::bigint"
+    ),
 }
 
 
@@ -125,6 +128,8 @@ class Loads:
             rest = "WHERE t.pool = ANY($1::text[]) AND t.expires_at > "
             rest += "coalesce($2::float8, extract(epoch FROM transaction_timestamp())::float8)"
             yield select(Table.LEASE, rest, array("text", list(wants.pools)), _number(since)), Table.LEASE
+        if wants.readings:
+            yield select(Table.READING, ""), Table.READING
         for table, keys in wants.texts.items():
             if keys:
                 (key,) = MAPS[table].key
@@ -336,7 +341,8 @@ class Loads:
 
     def past(self, table: str, now: float, ask: Sweep) -> Statement:
         """Rows of *table* that do not matter any more."""
-        more = (_number(ask.keep_holds_s),) if table == Table.CHARGE_KEY else ()
+        kept_s = {Table.CHARGE_KEY: ask.keep_holds_s, Table.READING: ask.keep_readings_s}.get(table)
+        more = () if kept_s is None else (_number(kept_s),)
         return self.statements.select(table, _PAST[table], _number(now), str(ask.limit), *more)
 
     def old_accounts(self, now: float, ask: Sweep) -> Statement:

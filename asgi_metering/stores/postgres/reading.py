@@ -15,6 +15,7 @@ from asgi_metering.stores.contract import (
     LiveHolds,
     PendingEvents,
     Query,
+    ReadingsKept,
 )
 from asgi_metering.stores.postgres.link import Statement
 from asgi_metering.stores.postgres.loads import Loads
@@ -90,4 +91,6 @@ def _asked(query: Query) -> list[tuple[str, str, tuple[str, ...]]]:
         case PendingEvents(limit):
             rest = "WHERE t.acknowledged_at IS NULL ORDER BY t.position LIMIT $1::bigint"
             return [(Table.EVENT, rest, (str(limit),))]
+        case ReadingsKept():
+            return [(Table.READING, "", ())]
     return [(table, _IN_ORDER.get(table, ""), ()) for table in MAPS]

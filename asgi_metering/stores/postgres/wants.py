@@ -27,6 +27,7 @@ from asgi_metering.rules.operations import (
     Refund,
     Renew,
     ReverseGrant,
+    Share,
     SourceAsk,
     Undo,
 )
@@ -58,7 +59,8 @@ class Wants:
         pinned: Those of them whose pinned windows come too.
         grants, windows, rolling, counters, pools: By key. Of *rolling* allowances the last window comes.
         texts: By table, keys of rows that are found by one text and by nothing else.
-        others: Names of locks of what is nobody's: the outbox, and accounts that a sweep has found.
+        others: Names of locks of what is nobody's: the outbox, readings, and accounts that a sweep has found.
+        readings: Whether all shared readings come.
     """
 
     def __init__(self, operations: Iterable[Operation] = ()) -> None:
@@ -72,6 +74,7 @@ class Wants:
         self.pools: set[str] = set()
         self.texts: dict[str, set[str]] = {Table.UNIT: set(), Table.CHARGE_KEY: set(), Table.IDEMPOTENCY: set()}
         self.others: set[str] = set()
+        self.readings = False
         for operation in operations:
             gather = _GATHER.get(type(operation))
             if gather is not None:
@@ -153,6 +156,11 @@ class Wants:
         """The units."""
         self.plain(Table.UNIT, [name for name, _ in ask.units])
 
+    def share(self, _: Share) -> None:
+        """All readings: they are few, and the oldest makes room for a new one."""
+        self.others.add("r")
+        self.readings = True
+
     def outbox(self, _: Claim | Acknowledge) -> None:
         """The order of the outbox: what one claims, no other does."""
         self.others.add("o")
@@ -171,6 +179,7 @@ _GATHER: Final[Mapping[type, Callable[[Wants, Any], None]]] = {
     Correct: Wants.account,
     Backfill: Wants.account,
     Declare: Wants.declare,
+    Share: Wants.share,
     Claim: Wants.outbox,
     Acknowledge: Wants.outbox,
 }

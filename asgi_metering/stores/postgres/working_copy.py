@@ -54,6 +54,7 @@ _GUARDS: Final[Mapping[str, str]] = {
     Table.COUNTER: "end",
     Table.CHARGE_KEY: "end",
     Table.IDEMPOTENCY: "expires_at",
+    Table.READING: "observed_at",
 }
 """
 What grows when somebody makes new use of a row that is old. A sweep takes such rows out without their locks, as long as

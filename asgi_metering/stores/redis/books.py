@@ -151,6 +151,7 @@ class NamespaceBooks(Books):
             Table.ENTRY: self._entries,
             Table.LEASE: self._leases,
             Table.EVENT: self._events,
+            Table.READING: self._readings,
         }
         async with aclosing(several.get(table, partial(self._rows, table))()) as all_pages:
             async for page in all_pages:
@@ -250,6 +251,13 @@ class NamespaceBooks(Books):
             yield [self._packing.event_of(found, text) for found, text in pairs if text is not None]
             first += PAGE_ROWS
 
+    async def _readings(self) -> AsyncGenerator[list[Any], None]:
+        (found,) = await self.ask(("HGETALL", self._names.readings))
+        for first in range(0, len(found), 2 * PAGE_ROWS):
+            some = found[first : first + 2 * PAGE_ROWS]
+            pairs = zip(some[::2], some[1::2], strict=True)
+            yield [self._packing.reading_of(member.decode(), text) for member, text in pairs]
+
     async def counts(self) -> Mapping[str, int]:
         """See `Books.counts`. Reads grants and the names of keys; the others are counted by the server."""
         walk = await self._walked()
@@ -259,7 +267,9 @@ class NamespaceBooks(Books):
         for table, kind, command in ((Table.ENTRY, "e", "LLEN"), (Table.LEASE, "q", "ZCARD")):
             for keys in walk.keys(kind, PAGE_ROWS):
                 counts[table] += sum(await self.ask(*[(command, key) for key in keys]))
-        (counts[Table.EVENT],) = await self.ask(("LLEN", self._names.event_order))
+        counts[Table.EVENT], counts[Table.READING] = await self.ask(
+            ("LLEN", self._names.event_order), ("HLEN", self._names.readings)
+        )
         # What somebody writes from now on is to be noticed by whoever compares.
         self.forget()
         return counts

@@ -16,6 +16,7 @@ from asgi_metering.amounts import MAX_AMOUNT, check_parts
 from asgi_metering.decisions import Decision, WindowState
 from asgi_metering.errors import StoreError
 from asgi_metering.receipts import Basis, Receipt
+from asgi_metering.rules import readings
 from asgi_metering.rules.admission import admit
 from asgi_metering.rules.buckets import Filling
 from asgi_metering.rules.decide import Answer
@@ -31,6 +32,7 @@ from asgi_metering.rules.operations import (
     LimitAsk,
     Operation,
     Renew,
+    Share,
     SourceAsk,
     WindowKind,
 )
@@ -110,6 +112,7 @@ class Calls:
         self._gates = (names.gate, halt)
         self._outbox = (*self._gates, names.events, names.event_order)
         self._delivered = names.delivered
+        self._readings = (names.readings, names.past_readings)
         # The same few accounts pay from the same few sources, until the calendar moves on.
         self._sources = lru_cache(maxsize=MAX_REMEMBERED)(self._make_sources)
         self._limits = lru_cache(maxsize=MAX_REMEMBERED)(self._make_limits)
@@ -359,6 +362,18 @@ class Calls:
     def _acknowledged(self, _: Acknowledge, reply: Reply) -> int:
         return int(reply[1])
 
+    def _share(self, ask: Share, now: str, token: str) -> Command:
+        readings.check(ask)
+        told: list[str] = []
+        for series, part, observed_at, text in ask.readings:
+            told += (self._names.reading(series, part), time_text(observed_at), text)
+        keys = (*self._gates, *self._readings)
+        return ("EVALSHA", self._sha["share"], 4, *keys, now, token, readings.MAX_KEPT, *told)
+
+    def _shared(self, ask: Share, reply: Reply) -> Answer:
+        pairs = zip(ask.readings, reply[1], strict=True)
+        return tuple([self._packing.reading_of(self._names.reading(*each[:2]), raw) for each, raw in pairs])
+
 
 def _charge_words(ask: KeyAsk) -> bytes:
     kind = _CALENDAR if ask.boundaries else _ROLLING
@@ -376,6 +391,7 @@ _COMMANDS: Mapping[type, Callable[[Calls, Any, str, str], Command]] = {
     Emit: Calls._emit,
     Claim: Calls._claim,
     Acknowledge: Calls._acknowledge,
+    Share: Calls._share,
 }
 
 _DECODE: Mapping[type, Callable[[Calls, Any, Reply], Answer]] = {
@@ -386,4 +402,5 @@ _DECODE: Mapping[type, Callable[[Calls, Any, Reply], Answer]] = {
     Emit: Calls._emitted,
     Claim: Calls._claimed,
     Acknowledge: Calls._acknowledged,
+    Share: Calls._shared,
 }

@@ -30,6 +30,7 @@ from asgi_metering.rules.operations import (
     Operation,
     Preview,
     Renew,
+    Share,
     Sweep,
     Undo,
 )
@@ -43,6 +44,7 @@ from asgi_metering.stores.contract import (
     HoldRow,
     LinesOf,
     Query,
+    ReadingsKept,
     Snapshot,
     Store,
 )
@@ -68,7 +70,7 @@ MAX_CALLS = 65_536
 """Calls and events whose partition is remembered; where others are, all partitions are asked."""
 
 COMMON = 0
-"""The partition of what is nobody's: units, events of free work, and how many partitions there are."""
+"""The partition of what is nobody's: units, readings, events of free work, and how many partitions there are."""
 
 
 class ClusterStore(Store):
@@ -233,7 +235,7 @@ class ClusterStore(Store):
                 return None if place.parts or is_owed else place.home
             case Grow():
                 return self._place_of(operation.id).home
-            case Declare() | Emit():
+            case Declare() | Emit() | Share():
                 return COMMON
             case Claim() | Acknowledge() | Sweep():
                 return None
@@ -453,6 +455,8 @@ class ClusterStore(Store):
             return await self.shelves[self.partitions.of(query.payer)].read(query)
         if isinstance(query, AccountsAfter):
             return await self._accounts(query)
+        if isinstance(query, ReadingsKept):
+            return await self.shelves[COMMON].read(query)
         found = await asyncio.gather(*(shelf.read(query) for shelf in self.shelves))
         return merged(query, found)
 

@@ -99,6 +99,7 @@ _PLAIN = (
     "events",
     "grants",
     "latest",
+    "readings",
     "refs",
     "units",
 )

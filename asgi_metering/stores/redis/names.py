@@ -78,6 +78,8 @@ class Names:
         self.events = f"{prefix}events"
         self.event_order = f"{prefix}events:order"
         self.delivered = f"{prefix}z:delivered"
+        self.readings = f"{prefix}readings"
+        self.past_readings = f"{prefix}z:readings"
 
     def account(self, payer: str, unit: str) -> str:
         """An account's sums and its open grants."""
@@ -115,6 +117,10 @@ class Names:
     def unit(self, name: str) -> str:
         """A declared unit."""
         return f"{self.prefix}u:{escaped(name)}"
+
+    def reading(self, series: str, part: str) -> str:
+        """The name of a part of a reading, among those that are shared."""
+        return f"{escaped(series)}{GLUE}{part}"
 
     def bucket(self, payer: str, unit: str, name: str) -> str:
         """Where the start of an allowance's last window is kept."""

@@ -27,8 +27,9 @@ from asgi_metering.rules.state import (
     Hold,
     IdempotencyKey,
     PinnedWindow,
+    SharedReading,
 )
-from asgi_metering.stores.redis.names import Names, escaped, restored
+from asgi_metering.stores.redis.names import GLUE, Names, escaped, restored
 from asgi_metering.stores.redis.packed import (
     ACCOUNT,
     AS_JSON,
@@ -280,6 +281,20 @@ class Packing:
         row = Unpacking(raw, EVENT.size)
         told = _loads(row.text())
         return Event(event_id, at, _told(self.hold_of(event_id, row.rest()), told), claimed_until)
+
+    # -- readings ------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def reading(row: SharedReading) -> bytes:
+        """A part of a reading."""
+        return DOUBLE.pack(row.observed_at) + row.told.encode()
+
+    @staticmethod
+    def reading_of(name: str, raw: bytes) -> SharedReading:
+        """The part of that name."""
+        series, part = name.split(GLUE)
+        (observed_at,) = DOUBLE.unpack_from(raw)
+        return SharedReading(restored(series), part, observed_at, raw[DOUBLE.size :].decode())
 
 
 def _grant_of(row: Unpacking, payer: str, unit: str) -> Grant:

@@ -65,6 +65,8 @@ async def _look(table: str, rows: Sequence[Any], copy: WorkingCopy) -> None:
             await copy.read(*[("HGET", names.events, escaped(row.id)) for row in rows])
             for row in rows:
                 await copy.event(row.id)
+        case Table.READING:
+            await copy.readings(names.reading(row.series, row.part) for row in rows)
         case Table.LEASE:
             scores = [("ZSCORE", names.pool(row.pool), escaped(row.id)) for row in rows]
             for row, score in zip(rows, await copy.read(*scores), strict=True):
@@ -114,6 +116,7 @@ _PLACES: Mapping[str, str] = {
     Table.IDEMPOTENCY: "idempotency_keys",
     Table.COUNTER: "counters",
     Table.EVENT: "events",
+    Table.READING: "readings",
 }
 
 

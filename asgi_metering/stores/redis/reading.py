@@ -15,6 +15,7 @@ from asgi_metering.stores.contract import (
     LiveHolds,
     PendingEvents,
     Query,
+    ReadingsKept,
     Snapshot,
 )
 from asgi_metering.stores.redis.link import Link, Reply
@@ -76,6 +77,10 @@ class Reader:
                 time = await self._live_holds(limit, copy)
             case PendingEvents(limit):
                 time = await self._events(limit, copy)
+            case ReadingsKept():
+                (found,) = await copy.read(("HGETALL", self._names.readings))
+                _readings(copy, "", found)
+                time = await self._now()
             case _:
                 time = await self._everything(copy)
         return Snapshot(_time(time) if self._clock is None else self._clock(), copy.state)
@@ -185,9 +190,15 @@ def _lines(copy: WorkingCopy, key: str, rows: Any) -> None:
     copy.take_lines((payer, unit), rows)
 
 
+def _readings(copy: WorkingCopy, _: str, rows: Any) -> None:
+    for member, text in zip(rows[::2], rows[1::2], strict=True):
+        copy.take_reading(member.decode(), text)
+
+
 _WHOLE: Mapping[str, Callable[[WorkingCopy, str, Any], None]] = {
     **dict.fromkeys("ahwWckipu", _row),
     "G": _closed_grants,
     "q": _pool,
     "e": _lines,
+    "readings": _readings,
 }

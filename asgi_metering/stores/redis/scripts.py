@@ -17,7 +17,7 @@ __all__ = ["Scripts"]
 _CALLS = ("common", "book", "work", "limits", "sources", "admit", "end", "renew", "part", "calls")
 """One text, in this order."""
 
-_ALONE = ("apply", "claim", "acknowledge", "emit", "everything", "read_account", "lines")
+_ALONE = ("apply", "claim", "acknowledge", "emit", "share", "everything", "read_account", "lines")
 
 _RUN_ALONE = "keys, args, call = KEYS, ARGV, redis.call\n"
 _RUN_CALLS = "return M.calls(KEYS, ARGV)\n"

@@ -127,6 +127,7 @@ class Shelf(RedisStore):
             names.past_idempotency: 0.0,
             names.oldest_lines: ask.keep_entries_s,
             names.delivered: ask.keep_events_s,
+            names.past_readings: ask.keep_readings_s,
         }
         copy = self._copy()
         firsts = await copy.read(*[("ZRANGE", index, "0", "0", "WITHSCORES") for index in keep])

@@ -44,6 +44,7 @@ async def sweep(transactions: Transactions, ask: Sweep) -> int:
         _past_charge_keys,
         _past_keys,
         _delivered_events,
+        _past_readings,
         _old_lines,
     ):
         touched += await transactions.run(_forgotten(load, ask))
@@ -161,6 +162,11 @@ async def _delivered_events(copy: WorkingCopy, ask: Sweep) -> None:
     for member, score in zip(found[::2], found[1::2], strict=True):
         event_id = restored(member.decode())
         copy.state.delivered[event_id] = Event(event_id, 0.0, {}, acknowledged_at=float(score))
+
+
+async def _past_readings(copy: WorkingCopy, ask: Sweep) -> None:
+    before = copy.now - ask.keep_readings_s + 1.0
+    await copy.readings(await _past(copy, copy.names.past_readings, before, ask.limit))
 
 
 async def _old_lines(copy: WorkingCopy, ask: Sweep) -> None:

@@ -318,7 +318,7 @@ class _Refilled(_Volumes, Filling):
 
     async def _placed(self, table: str, rows: Sequence[Any]) -> list[tuple[int, Any]]:
         match table:
-            case Table.UNIT | Table.EVENT:
+            case Table.UNIT | Table.EVENT | Table.READING:
                 return [(COMMON, row) for row in rows]
             case Table.COUNTER | Table.IDEMPOTENCY:
                 return [(self._of_key(row.key), row) for row in rows]

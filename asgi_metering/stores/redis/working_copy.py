@@ -18,6 +18,7 @@ from asgi_metering.rules.state import (
     DeclaredUnit,
     Hold,
     Lease,
+    ReadingKey,
     State,
     Table,
 )
@@ -167,6 +168,19 @@ class WorkingCopy:
         (text,) = await self.read(("HGET", self.names.events, escaped(event_id)))
         if text is not None:
             self.state.events[event_id] = self.packing.event_of(event_id, text)
+
+    async def readings(self, members: Iterable[str]) -> None:
+        """Parts of readings, by name."""
+        asked = list(members)
+        found = await self.read(*[("HGET", self.names.readings, member) for member in asked])
+        for member, text in zip(asked, found, strict=True):
+            if text is not None:
+                self.take_reading(member, text)
+
+    def take_reading(self, member: str, raw: bytes) -> None:
+        """Take in one part of a reading."""
+        reading = self.packing.reading_of(member, raw)
+        self.state.readings[reading.series, reading.part] = reading
 
     # -- writing -------------------------------------------------------------------------------------------
 
@@ -334,6 +348,16 @@ class WorkingCopy:
     def _unit(self, key: str, row: Any) -> Iterable[Command]:
         yield ("SET", self.names.unit(key), str(row.scale))
 
+    def _reading(self, key: ReadingKey, row: Any) -> Iterable[Command]:
+        names = self.names
+        name = names.reading(*key)
+        if row is None:
+            yield ("HDEL", names.readings, name)
+            yield ("ZREM", names.past_readings, name)
+        else:
+            yield ("HSET", names.readings, name, self.packing.reading(row))
+            yield ("ZADD", names.past_readings, time_text(row.observed_at), name)
+
 
 def _line_of(hold: Hold) -> int | None:
     """Number of the ledger line of a hold's own settlement."""
@@ -418,4 +442,5 @@ _WRITE: Mapping[str, Callable[[WorkingCopy, Any, Any], Iterable[Command]]] = {
     Table.IDEMPOTENCY: WorkingCopy._idempotency,
     Table.CHECKPOINT: WorkingCopy._checkpoint,
     Table.UNIT: WorkingCopy._unit,
+    Table.READING: WorkingCopy._reading,
 }

@@ -33,7 +33,7 @@ What a commit waits for. With FULL (and EXTRA) what is acknowledged survives a p
 before one may be lost, with OFF the file may be damaged by one. A killed process loses nothing with any of them.
 """
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """The number of the last ``.sql`` file beside this module; kept in the file's ``user_version``."""
 
 APPLICATION_ID: Final = 0x6D657472

@@ -16,6 +16,7 @@ from asgi_metering.stores.contract import (
     LiveHolds,
     PendingEvents,
     Query,
+    ReadingsKept,
 )
 from asgi_metering.stores.sqlite.statements import LINES_OF, ROWS, SELECT, select
 
@@ -56,6 +57,8 @@ def read(connection: sqlite3.Connection, query: Query) -> State:
             found.holds = {hold.id: hold for hold in rows(Table.HOLD, _LIVE_HOLDS, limit)}
         case PendingEvents(limit):
             found.events = {event.id: event for event in rows(Table.EVENT, _PENDING_EVENTS, limit)}
+        case ReadingsKept():
+            _read_table(found, Table.READING, rows)
         case _:
             for table in ROWS:
                 _read_table(found, table, rows)

@@ -73,6 +73,7 @@ _OPEN_GRANTS = select(
 )
 _LATEST_WINDOW = select(Table.ALLOWANCE, "WHERE payer = ? AND unit = ? AND name = ? ORDER BY start DESC LIMIT 1")
 _DELETE_FOLDED = "DELETE FROM entry WHERE payer = ? AND unit = ? AND number <= ?"
+_READINGS = select(Table.READING, "")
 _LIVE_LEASES = "SELECT id, expires_at FROM lease WHERE pool = ? AND expires_at > ?"
 _EVENT = f"{EVENT_TIMES} WHERE id = ?"
 _ACKNOWLEDGE = "UPDATE event SET acknowledged_at = ? WHERE id = ? AND acknowledged_at IS NULL"
@@ -370,6 +371,13 @@ class Resident:
             row = self._row(table, (key,))
             if row is not None:
                 self._state.apply([(table, key, row)])
+
+    def _load_readings(self) -> None:
+        """All of them: they are few, and the oldest makes room for a new one."""
+        if self._is_new(Table.READING):
+            for row in self.connection.execute(_READINGS):
+                reading = ROWS[Table.READING].decode(row)
+                self._state.readings[reading.series, reading.part] = reading
 
     def _load_events(self, ids: Iterable[str]) -> None:
         """Events as they are stored, with what the batch appended."""

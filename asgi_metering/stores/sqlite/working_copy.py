@@ -31,6 +31,7 @@ from asgi_metering.rules.operations import (
     Refund,
     Renew,
     ReverseGrant,
+    Share,
     SourceAsk,
     Sweep,
     Undo,
@@ -161,6 +162,8 @@ class WorkingCopy(Resident):
             case Declare():
                 for name, _ in operation.units:
                     self._load_plain(Table.UNIT, name)
+            case Share():
+                self._load_readings()
             case Claim():
                 self._load_free_events(operation.limit)
             case Acknowledge():
@@ -354,6 +357,7 @@ class WorkingCopy(Resident):
         for row in connection.execute(_DELIVERED_EVENTS, (now, ask.keep_events_s, ask.limit)):
             event = ROWS[Table.EVENT].decode(row)
             self._state.delivered[event.id] = event
+        self._load_readings()
         self._load_old_entries(ask)
 
     def _load_old_entries(self, ask: Sweep) -> None:

@@ -26,6 +26,7 @@ from asgi_metering.testing.conformance.moving import Moving
 from asgi_metering.testing.conformance.ordering import Ordering
 from asgi_metering.testing.conformance.outbox import Delivering, Reading, Sharing
 from asgi_metering.testing.conformance.scene import tables
+from asgi_metering.testing.conformance.sharing import SharingReadings
 
 __all__ = ["StoreConformance", "tables"]
 
@@ -49,6 +50,7 @@ class StoreConformance(
     Passing,
     Delivering,
     Sharing,
+    SharingReadings,
     Reading,
     Moving,
 ):

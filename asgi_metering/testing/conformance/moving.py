@@ -31,12 +31,13 @@ from asgi_metering.rules.operations import (
     PostGrant,
     Refund,
     Renew,
+    Share,
     Sweep,
     WalletSource,
     WindowKind,
 )
 from asgi_metering.rules.roots import rooted
-from asgi_metering.rules.state import NEVER, Event, Grant, Table
+from asgi_metering.rules.state import NEVER, Event, Grant, SharedReading, Table
 from asgi_metering.stores.contract import PAGE_ROWS, TABLES, Books, EntriesAfter, Store
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.stores.moving import export_books, import_books
@@ -113,6 +114,7 @@ async def _live(scene: Scene) -> None:
 
     await scene.run(
         Declare(((UNIT, 6), ("messages", 0))),
+        Share((SharedReading("openai/batch", "limits", now - 0.1, '{"n":"\\u00e9"}'),)),
         PostGrant("old", PAYER, UNIT, 50, 5, None, now + 30.0, "promotional", "eve"),
         PostGrant("new", PAYER, UNIT, 1_000),
         PostGrant("later", PAYER, UNIT, 7, 0, now + 1e6),

@@ -104,6 +104,7 @@ def tables(state: State) -> dict[str, Any]:
         "idempotency": dict(state.idempotency_keys),
         "checkpoint": dict(state.checkpoints),
         "unit": dict(state.units),
+        "reading": dict(state.readings),
     }
 
 

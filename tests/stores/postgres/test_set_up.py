@@ -302,6 +302,22 @@ def test_open_without_permission(postgres: PostgresServer, schema: str) -> None:
     asyncio.run(run())
 
 
+def test_open_without_permission_for_a_new_table(postgres: PostgresServer, schema: str) -> None:
+    """Rights that were granted before a migration made a table are found out at startup, before a batch needs it."""
+    _apply(postgres, schema, *MIGRATIONS[:2])
+    postgres.execute(f"CREATE ROLE guest_{schema} LOGIN PASSWORD 'guest'")
+    postgres.execute(f'GRANT USAGE ON SCHEMA "{schema}" TO guest_{schema}')
+    postgres.execute(f'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "{schema}" TO guest_{schema}')
+    _apply(postgres, schema, *MIGRATIONS[2:])
+    store = PostgresStore(postgres.url(user=f"guest_{schema}", password="guest"), namespace=schema)
+    for granted in ("SELECT", "INSERT", "UPDATE"):
+        postgres.execute(f'GRANT {granted} ON "{schema}".reading TO guest_{schema}')
+        told = str(failure_to_open(store))
+        assert "forbids what the store does: permission denied for reading. Grant" in told
+    postgres.execute(f'GRANT DELETE ON "{schema}".reading TO guest_{schema}')
+    asyncio.run(_opens(store))
+
+
 def test_table_that_went_away(postgres: PostgresServer, schema: str) -> None:
     """A schema that was changed under a running store is told as what it is."""
     _apply(postgres, schema, *MIGRATIONS)

@@ -54,6 +54,8 @@ AS.IDEMPOTENCY = '>dI4c0I4c0I4c0I4c0'
 -- at, claimed until, how the rest is kept: 0 JSON, 1 what the end told and the hold
 AS.EVENT = '>ddB'
 AS.NEW_EVENT, CODE.AS_HOLD = AS.EVENT .. 'I4', 1
+-- when a reading was observed; then what it tells, JSON
+AS.READING = '>d'
 
 CODE.SETTLED, CODE.RELEASED = 0, 1
 CODE.OPEN_TO_LATE, CODE.CLOSED = 0, 1
