@@ -209,7 +209,7 @@ def test_deadline_that_holds() -> None:
 
 
 def test_come_while_the_pump_is_closed() -> None:
-    """Who comes between the end of a lane and its going is told so, and the pump counts its lanes right from then on."""
+    """Who comes while a lane that was ended still goes is told so, and the pump counts its lanes right from then on."""
 
     async def scene(store: GatedStore, pump: Pump) -> None:
         store.gate.set()
