@@ -17,6 +17,7 @@ from asgi_metering.errors import AmountError, UsageError
 from asgi_metering.itemised import DOUBTS, costed, costing_attributes
 from asgi_metering.measuring import Metered, failed_in_band, metered_usage, observed_usage, problems_of
 from asgi_metering.prices import Costing, FixedPrice, MeasuredPrice
+from asgi_metering.prices.values import EXACT
 from asgi_metering.receipts import Basis, EndedBy
 from asgi_metering.rules.ending import DEFAULT_END_POLICY, Cause, EndPolicy, Sighting, Situation, situation
 from asgi_metering.rules.operations import End
@@ -285,8 +286,8 @@ async def _estimated(call: Call, price: MeasuredPrice, known: Metered) -> tuple[
     """
     (smallest parts, what is known of the usage): the estimate, which stands for what nobody reported.
 
-    It is never less than what was observed: what some of the call's answers reported where others did not, and the
-    text of a model that passed. Text of a shape that nobody knows is a guess like the estimate, and no better one. What
+    It is never less than what was observed: what the call's answers reported, all of them or some, and the text of a
+    model that passed. Text of a shape that nobody knows is a guess like the estimate, and no better one. What
     was observed is told as the usage where it is charged.
     """
     estimate = call.estimate
@@ -294,9 +295,9 @@ async def _estimated(call: Call, price: MeasuredPrice, known: Metered) -> tuple[
     is_slice = call.charge is not None and call.charge.hold.slices is not None
     amount = 0
     if not is_slice:
-        amount = call.unit.round(price.cost(estimate)) if isinstance(estimate, TokenUsage) else call.held
-    if known.complete and not is_slice:
-        return amount, known
+        amount = call.held
+        if isinstance(estimate, TokenUsage):
+            amount = call.unit.round(EXACT.multiply(price.cost(estimate), call.dearer))
     seen = await observed_usage(call, known, guesses=is_slice or known.usage is not None)
     if seen.usage is None:
         return amount, known

@@ -22,6 +22,7 @@ from asgi_metering.errors import CallClosedError, ConfigurationError, IdentityEr
 from asgi_metering.policies import ALL_FEATURES, EndpointPolicy
 from asgi_metering.prices import MAX_AFFORDABLE, FixedPrice, UsagePrice
 from asgi_metering.prices.costing import read_units
+from asgi_metering.prices.values import EXACT, FLOOR
 from asgi_metering.rules.ending import Cause
 from asgi_metering.sources import Wallet
 from asgi_metering.usage import TokenUsage
@@ -217,9 +218,10 @@ class Call(CallState):
         No round trip. What was used already counts: what the handler reported, else what upstream exchanges told, or
         showed while they run. For output the input of the request counts as used before it is: as the hold was
         estimated, or as the request shows where the hold is an amount, with its cache reads and writes, unless what
-        was used costs more. So that usage and as many tokens cost no more than the hold (DESIGN "A hold's size").
-        Where nothing is held because nothing is charged, or the price is not per token, the answer is a number without
-        effect. A hold that grows pays for as many now, and may pay for more later.
+        was used costs more; all at the price of the service tier that the request asks for, if that is dearer. So that
+        usage and as many tokens cost no more than the hold (DESIGN "A hold's size"). Where nothing is held because
+        nothing is charged, or the price is not per token, the answer is a number without effect. A hold that grows pays
+        for as many now, and may pay for more later.
 
         Raises:
             ConfigurationError: *kind* cannot be afforded one by one.
@@ -234,7 +236,7 @@ class Call(CallState):
         except UsageError:
             # More than can be counted is more than any hold pays.
             return 0
-        return price.affordable(kind, self.unit.whole(self.held), used)
+        return price.affordable(kind, FLOOR.divide(self.unit.whole(self.held), self.dearer), used)
 
     @property
     def remaining(self) -> Decimal:
@@ -249,7 +251,8 @@ class Call(CallState):
         if price is None or isinstance(price, FixedPrice | UsagePrice) or self.exempt or not self.admitted:
             return held
         try:
-            return max(Decimal(0), held - price.cost(committed_usage(self, price, expected=False)))
+            cost = EXACT.multiply(price.cost(committed_usage(self, price, expected=False)), self.dearer)
+            return max(Decimal(0), held - cost)
         except UsageError:
             return Decimal(0)
 

@@ -102,6 +102,8 @@ class CallState:
     estimate: TokenUsage | Decimal | None = None
     # What the request asks for in tokens, also where the hold is an amount; None for a fixed price.
     asked: TokenUsage | None = None
+    # By what its tokens are multiplied in the service tier that the request asks for, if that is dearer.
+    dearer = Decimal(1)
     decision: Decision | None = None
     refusal: Refusal | None = None
     # Whether its refusal is answered by the application, with any status.

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 from asgi_metering.amounts import Unit, exact_amount
 from asgi_metering.arguments import From
 from asgi_metering.errors import PayerError
-from asgi_metering.estimates import asked_model, estimate_arguments
+from asgi_metering.estimates import estimate_arguments
+from asgi_metering.estimates.bodies import asked_service, body_of, model_of
 from asgi_metering.holding import Slices
 from asgi_metering.names import check_key
 from asgi_metering.policies import ChargePolicy
 from asgi_metering.prices import FixedPrice
+from asgi_metering.prices.values import EXACT
 from asgi_metering.sources import Wallet, check_payers
 from asgi_metering.tally import first_slice
 from asgi_metering.usage import TokenUsage
@@ -79,8 +81,13 @@ async def find_price(call: Call, charge: ChargePolicy, arguments: Mapping[str, A
         call.estimate = price.amount
         return
     pinned = getattr(price, "pin", None)
+    body = await body_of(arguments) if pinned is not None or getattr(price, "services", None) else None
     if pinned is not None:
-        call.price = pinned(call.started_at, await asked_model(arguments))
+        call.price = pinned(call.started_at, model_of(body))
+    dearer = getattr(call.price, "dearer", None)
+    if dearer is not None and body is not None:
+        # Else whoever asks for a tier that costs several times as much is let in for the usual.
+        call.dearer = dearer(asked_service(body))
     estimate = charge.hold.estimate
     if isinstance(estimate, From):
         estimate = await estimate.compute(call, arguments)
@@ -113,7 +120,7 @@ def amounts_of(call: Call) -> tuple[int, int]:
     if charge.per != "call":
         return first_slice(call, charge, price)
     if isinstance(estimate, TokenUsage):
-        exact = Decimal(0) if isinstance(price, FixedPrice) else price.cost(estimate)
+        exact = Decimal(0) if isinstance(price, FixedPrice) else EXACT.multiply(price.cost(estimate), call.dearer)
     else:
         exact = estimate
     amount = _fixed_parts(call.unit, exact) if isinstance(price, FixedPrice) else call.unit.round(exact)

@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -26,6 +27,8 @@ from starlette.routing import Route
 
 from asgi_metering import TokenUsage, billable, current_call
 from asgi_metering.stores.contract import EverythingKept
+from asgi_metering.usage.dialects import DIALECTS
+from asgi_metering.usage.notes import Json, Notes
 from asgi_metering.usage.values import MAX_TOKENS
 from tests.pitfalls.stage import staged
 from tests.test_measuring import HOLD, MILLI, PRICE, WEIGHT, Models, Stream, agent, delta, event
@@ -148,6 +151,20 @@ def test_charge_what_contradicts_itself_as_not_reported(seen: bool, caplog: pyte
         kinds.add(told.attributes["metering.usage.problems"])
     assert kinds == {"invalid_count", "part_exceeds_whole", "total_below_parts"}
     assert sum("is not believed" in record.getMessage() for record in caplog.records) == len(kinds)
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["upstream", "body"])
+def test_charge_what_a_dialect_fails_on_as_not_reported(seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3.21: an answer on which a dialect raises is charged by the policy, and its end is never lost for it."""
+
+    def fail(notes: Notes, payload: Json) -> None:
+        if payload.get("usage"):
+            raise TypeError("unhashable type")
+
+    monkeypatch.setitem(DIALECTS, "openai-chat", replace(DIALECTS["openai-chat"], note=fail))
+    line, told, refused = play(proxy(answer(GOOD), seen=seen))
+    assert (line, told.usage, refused) == ((ESTIMATE, "estimate", True), None, 1)
+    assert told.attributes["metering.usage.problems"] == "unreadable"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from asgi_metering import Metering, TokenUsage, witnesses
+from asgi_metering import Metering, TokenUsage, folding, witnesses
 from asgi_metering.booking import UpstreamBooking
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.exchanges import Exchanges, Sum
@@ -135,6 +135,47 @@ def test_charge_each_of_very_many_exchanges(price: Any, amount: int) -> None:
     assert event.basis == "usage"
     assert event.usage == TokenUsage(input=259 * (MANY // 3), output=MANY)
     assert sum(row["calls"] for row in json.loads(str(event.attributes["metering.models"]))) == MANY
+
+
+@pytest.mark.parametrize("share", [1, 2], ids=["one", "half"])
+def test_refuse_a_cost_by_itself_and_not_in_its_sum(share: int) -> None:
+    """S3.21: an answer whose tokens cost more than is believed is refused alone, and makes no other one doubtful."""
+    odd = MANY // 2 if share == 2 else 1
+
+    def work(metering: Metering, call: Any) -> None:
+        for number in range(MANY):
+            exchange(metering, chat(5_000 if number < odd else 500, 0, cost=3))
+
+    found = spent(work, BY_NAME)
+    assert found.settled == (MANY - odd) * 1_003_000 + 500_000
+    assert found.events[0].attributes["metering.price.flags"] == "cost_refused,cost_unresolved"
+
+
+def test_sum_no_exchange_that_ends_while_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DESIGN 4: an answer that ends in another thread between two looks at it counts as it ended, and not as it was."""
+    running: list[tuple[UpstreamBooking, Any, PatientReader]] = []
+    look = folding.parts_of
+
+    def ends_behind_the_look(call: Any) -> Any:
+        parts = look(call)
+        while running:
+            booking, token, reader = running.pop()
+            reader.feed(chat(50, 7))
+            reader.end()
+            booking.finished(token, "acme", reader, 200)
+        return parts
+
+    def work(metering: Metering, call: Any) -> None:
+        booking = UpstreamBooking(metering)
+        token, reader = booking.started("acme"), PatientReader("application/json")
+        booking.body_started(token, "acme", reader, 200)
+        running.append((booking, token, reader))
+        for _ in range(29):
+            exchange(metering, chat(50, 1))
+
+    monkeypatch.setattr(folding, "parts_of", ends_behind_the_look)
+    (event,) = spent(work).events
+    assert event.usage == TokenUsage(input=30 * 50, output=29 + 7)
 
 
 def test_count_very_many_answers_that_broke_by_their_text() -> None:

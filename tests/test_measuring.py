@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from asgi_metering import Metering, TokenUsage, billable, current_call, metered_app, up_to
@@ -652,6 +652,52 @@ def test_afford_what_cache_writes_leave(hold: Any) -> None:
     ((cap, held),) = told
     # Four words, the role, and the three tokens around a message; and what separates texts.
     assert cap + 2 * 9 == held
+
+
+def test_charge_no_less_than_was_told_where_the_policy_estimates() -> None:
+    """A client that leaves when all of its answer was told pays no less than one that leaves before (DESIGN 4)."""
+
+    @billable(per_token(input=1, output=1), hold=TokenUsage(input=1, output=4), on_disconnect="estimate")
+    async def endpoint(_request: Request) -> StreamingResponse:
+        current_call().record(TokenUsage(input=9, output=90))
+
+        async def words() -> AsyncIterator[bytes]:
+            for _ in range(5):
+                yield b"word "
+
+        return StreamingResponse(words())
+
+    entries = asyncio.run(charged(Starlette(routes=[Route("/", endpoint)]), 2))
+    assert [(entry.amount // 10**6, str(entry.basis)) for entry in entries] == [(99, "estimate")]
+
+
+SERVED = per_token(input=1, output=1, services={"openai/priority": 3, "flex": "0.5"})
+BY_NAME = model_prices({"m": per_token(input=1, output=1)}, units_per_usd=1, published=False, services={"priority": 3})
+
+
+@pytest.mark.parametrize("price", [SERVED, BY_NAME], ids=["tokens", "models"])
+@pytest.mark.parametrize(("tier", "factor"), [("priority", 3), ("flex", 1), ("unknown", 1), (None, 1)])
+def test_afford_and_hold_what_a_dearer_service_tier_costs(price: Any, tier: str | None, factor: int) -> None:
+    """Nobody is let in for less than the tier costs that he asks for; a cheaper or unknown one is no relief."""
+    told: list[tuple[int, Decimal, int]] = []
+
+    async def endpoint(request: Request) -> JSONResponse:
+        call = current_call()
+        before = call.affordable()
+        if not told:
+            call.record(TokenUsage(input=0, output=10), model="m")
+        told.append((before, call.remaining, call.held // 10**6))
+        return JSONResponse({})
+
+    body = json.dumps({"model": "m", "max_tokens": 60, "input": list(range(30)), "service_tier": tier}).encode()
+    for hold in (100, None):
+        route = Route("/", billable(price, hold=hold)(endpoint), methods=["POST"])
+        entries = asyncio.run(charged(Starlette(routes=[route]), method="POST", body=body))
+    (of_amount, left, _), (of_estimate, _, held) = told
+    assert (of_amount, left) == (100 // factor - 30, 100 - 10 * factor)
+    assert (of_estimate, held) == (60, 90 * factor)
+    # Nothing told what it used, so that the estimate is charged: as it was held.
+    assert [entry.amount // 10**6 for entry in entries] == [held]
 
 
 def test_afford_what_upstream_exchanges_leave() -> None:

@@ -22,6 +22,7 @@ PLANS = Allowance({"free": 1, "pro": "20", "team": 5})
 def test_unknown_plan_gets_the_smallest(plan: str | None, limit: object) -> None:
     """Each plan has its own amount; one that is unknown, empty or missing gets the smallest (S0.1, S0.2)."""
     assert PLANS.limit_for(plan) == limit
+    assert Allowance({"free": 1, "pro": "20"}).limit_for(plan) == limit
 
 
 def test_one_amount_is_everybodys() -> None:

@@ -71,7 +71,11 @@ async def estimate_arguments(arguments: Mapping[str, Any], *, at_most: bool = Fa
 
 async def asked_model(arguments: Mapping[str, Any]) -> str | None:
     """The model that the first of *arguments* names that looks like a request to one; None where none does."""
-    body = await body_of(arguments)
+    return model_of(await body_of(arguments))
+
+
+def model_of(body: Mapping[str, Any] | None) -> str | None:
+    """The model that a request names."""
     model = None if body is None else body.get("model")
     return model if isinstance(model, str) else None
 
@@ -136,7 +140,7 @@ def asked_searches(body: Mapping[str, Any]) -> int:
     for tool in map(_plain, tools if isinstance(tools, list | tuple) else ()):
         if not isinstance(tool, Mapping):
             continue
-        if str(tool.get("type")).startswith("web_search"):
+        if _word(tool.get("type")).startswith("web_search"):
             most = whole(tool.get("max_uses"))
             count += SEARCHES if most is None else most
         elif any(_plain(tool.get(name)) is not None for name in ("google_search", "googleSearch")):
@@ -144,11 +148,16 @@ def asked_searches(body: Mapping[str, Any]) -> int:
     return min(count, MAX_SEARCHES)
 
 
+def _word(value: Any) -> str:
+    """A value that is a word; whatever else stands there, however deep it is nested, is none."""
+    return value if isinstance(value, str) else ""
+
+
 def _asks_for_audio(body: Mapping[str, Any]) -> bool:
     """Whether the answer may be spoken: OpenAI's ``modalities``, Gemini's ``responseModalities``."""
     places = [body, *(config for key in CONFIGS if isinstance(config := _plain(body.get(key)), Mapping))]
     wanted = [place.get(key) for place in places for key in _MODALITIES]
-    return any(str(kind).lower() == "audio" for kinds in wanted if isinstance(kinds, list | tuple) for kind in kinds)
+    return any(_word(kind).lower() == "audio" for kinds in wanted if isinstance(kinds, list | tuple) for kind in kinds)
 
 
 def _written(schema: Any) -> str:
@@ -184,7 +193,7 @@ def _cache_marks(value: Any, depth: int = 0) -> Iterator[str]:
     if isinstance(value, Mapping):
         mark = _plain(value.get("cache_control"))
         if mark:
-            yield str(mark.get("ttl")) if isinstance(mark, Mapping) else ""
+            yield _word(mark.get("ttl")) if isinstance(mark, Mapping) else ""
         inner: list[Any] = [value.get(key) for key in ("system", "tools", "messages", "content")]
     else:
         inner = list(value) if isinstance(value, list | tuple) else []

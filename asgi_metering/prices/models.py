@@ -18,7 +18,7 @@ from asgi_metering.errors import AmountError, ConfigurationError
 from asgi_metering.prices.aliases import Aliases, candidates
 from asgi_metering.prices.costing import WEB_SEARCHES, CostedCall, Costing, Flag, ModelCall, summed
 from asgi_metering.prices.published import Rate, find_published, load_published, published_version
-from asgi_metering.prices.tokens import TokenPrice, factor_of, read_factors
+from asgi_metering.prices.tokens import TokenPrice, dearest_of, factor_of, read_factors
 from asgi_metering.prices.units import UnitPrice
 from asgi_metering.prices.values import EXACT, FLOOR, MAX_AFFORDABLE, FixedPrice
 from asgi_metering.usage import TokenUsage
@@ -230,14 +230,21 @@ class PinnedPrices:
         rate = self._asked
         if rate is None or rate.tokens is None:
             return self.cost(usage)
-        factor, _ = self._factor(ModelCall(provider=self.provider, service=service), rate)
         found = ModelCall(units={WEB_SEARCHES: Decimal(searches)})
         searching = EXACT.add(self._searching(found, rate), rate.tokens.cost_by(found, _ONE))
         if rate.units is not None:
             searching = EXACT.add(searching, rate.units.cost_of(found.units))
-        tokens = EXACT.multiply(rate.tokens.cost_at_most(usage, slack), max(_ONE, factor))
+        tokens = EXACT.multiply(rate.tokens.cost_at_most(usage, slack), self.dearer(service))
         usd = EXACT.add(EXACT.add(tokens, rate.call), searching)
         return EXACT.add(self.prices.to_units(usd), self.prices.fee)
+
+    def dearer(self, service: str | None) -> Decimal:
+        """As of `TokenPrice`: by its own factors where it has one for that tier, else by those of all."""
+        if service is None:
+            return _ONE
+        rate = self._asked
+        own = {} if rate is None or rate.tokens is None else dict(rate.tokens.services)
+        return dearest_of({**self.prices.services, **own}, service, self.provider)
 
     def affordable(self, kind: str, units: Decimal, used: TokenUsage) -> int:
         """How many tokens more of the model that was asked for fit in *units* after *used*; never negative."""
@@ -258,7 +265,7 @@ class PinnedPrices:
         An answer that names no model (Cohere's, Bedrock's) was given by the one that the request asked for.
         """
         prices = self.prices
-        costed = tuple([self._costed(call if call.model else replace(call, model=self.model)) for call in calls])
+        costed = tuple([self._costed(self._named(call)) for call in calls])
         amount = prices.to_units(summed(costed))
         if any(call.used_anything for call in calls):
             amount = EXACT.add(amount, prices.fee)
@@ -270,7 +277,11 @@ class PinnedPrices:
         rate = self.prices.lookup(call.model or self.model, call.provider, self.at).rate
         tier = None if rate is None or rate.tokens is None else rate.tokens.kind_of(call)
         costs = tuple([_sort_of(cost, self.prices.believed) for cost in (call.cost, call.hidden_cost)])
-        return tier, call.used_anything, *costs
+        alone = self._costed(self._named(call))
+        return tier, call.used_anything, alone.how, "cost_refused" in alone.flags, *costs
+
+    def _named(self, call: ModelCall) -> ModelCall:
+        return call if call.model else replace(call, model=self.model)
 
     def _factor(self, call: ModelCall, rate: Rate | None) -> tuple[Decimal, bool]:
         """By what its tokens are multiplied in its service tier, and whether that is known."""
@@ -278,11 +289,13 @@ class PinnedPrices:
         factor = factor_of(self.prices.services, call.service, call.provider) if own is None else own
         return (_ONE, call.service is None) if factor is None else (factor, True)
 
-    def _searching(self, call: ModelCall, rate: Rate | None) -> Decimal:
-        """What searches of the web cost where the model's own price does not say."""
+    def _searching(self, call: ModelCall, rate: Rate | None, *, is_counted: bool = False) -> Decimal:
+        """What searches of the web cost where the model's own price does not say, or does not for what was counted."""
         count = call.units.get(WEB_SEARCHES)
-        if not count or rate is None or (rate.units is not None and WEB_SEARCHES in rate.units.prices):
+        if not count or rate is None:
             return _NOTHING
+        if rate.units is not None and WEB_SEARCHES in rate.units.prices:
+            return rate.units.cost_of({WEB_SEARCHES: count}) if is_counted else _NOTHING
         priced = rate.tokens is not None and rate.tokens.web_search is not None
         return _NOTHING if priced else EXACT.multiply(self.prices.web_search, count)
 
@@ -298,8 +311,9 @@ class PinnedPrices:
             rate = None if found is None else found.rate
             factor, is_served = self._factor(call, rate)
             cost = RESOLVERS[name](call, rate, factor)
-            if by_price:
-                cost = EXACT.add(cost, self._searching(call, rate))
+            if by_price and not (call.estimated and name == "response"):
+                # Behind the tokens that they come with: what we counted is told by "tokens".
+                cost = EXACT.add(cost, self._searching(call, rate, is_counted=name == "tokens"))
             if not cost.is_finite() or not 0 <= cost <= prices.believed * call.count:
                 flags.append("cost_refused")
                 continue

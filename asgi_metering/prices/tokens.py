@@ -188,6 +188,10 @@ class TokenPrice:
         """By what tokens are multiplied in that service tier: by ``"openai/flex"``, else ``"flex"``; None: unknown."""
         return factor_of(dict(self.services), service, provider) if self.services else None
 
+    def dearer(self, service: str | None) -> Decimal:
+        """By what a request multiplies its tokens that asks for *service*; a cheaper one may be refused: no relief."""
+        return dearest_of(dict(self.services), service, None) if self.services else ONE
+
     def kind_of(self, call: ModelCall) -> tuple[int, bool, bool]:
         """Tell calls apart whose sum costs something else than they do: by tier, and by what is told of their parts."""
         usage = call.usage
@@ -212,7 +216,7 @@ class TokenPrice:
             service: The service tier that the request asks for; a cheaper one may be refused, and is no relief.
             searches: How many searches of the web it may make.
         """
-        tokens = EXACT.multiply(self._most(usage, slack), max(ONE, self.factor(service) or ONE))
+        tokens = EXACT.multiply(self._most(usage, slack), self.dearer(service))
         return EXACT.fma(self.web_search or 0, searches, tokens)
 
     def _most(self, usage: TokenUsage, slack: Decimal) -> Decimal:
@@ -362,6 +366,13 @@ def factor_of(factors: Mapping[str, Decimal], service: str | None, provider: str
         return None
     own = factors.get(f"{provider}/{service}")
     return factors.get(service) if own is None else own
+
+
+def dearest_of(factors: Mapping[str, Decimal], service: str | None, provider: str | None) -> Decimal:
+    """The same for a request, of no less than 1; where nobody knows its provider that of the dearest."""
+    if provider is not None:
+        return max(ONE, factor_of(factors, service, provider) or ONE)
+    return max([ONE, *(each for name, each in factors.items() if name.rpartition("/")[2] == service)])
 
 
 def read_factors(services: Mapping[str, Amount]) -> dict[str, Decimal]:

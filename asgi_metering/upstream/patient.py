@@ -20,7 +20,11 @@ READ_AT_ONCE = 16_384
 """Bytes that are looked through for usage together, for each chunk alone costs more than all that it holds."""
 
 MAX_UNHEARD = 262_144
-"""Bytes whose text nobody has asked for that are kept, as most answers end before; from then on the oldest is read."""
+"""
+Bytes whose text nobody has asked for that are kept, as most answers end before; from then on the oldest is read.
+
+Of a compressed body it is those that it expands to: whoever asks waits until all of them are read.
+"""
 
 _logger = logging.getLogger("asgi_metering.upstream")
 
@@ -36,7 +40,18 @@ class PatientReader(UsageReader):
         content_type, content_encoding, dialect: As of `UsageReader`.
     """
 
-    __slots__ = ("_fails", "_kind", "_lock", "_size", "_unheard", "_unheard_size", "_waiting", "_wants_text", "_words")
+    __slots__ = (
+        "_fails",
+        "_kind",
+        "_lock",
+        "_size",
+        "_sizes",
+        "_unheard",
+        "_unheard_size",
+        "_waiting",
+        "_wants_text",
+        "_words",
+    )
 
     def __init__(
         self, content_type: str | None = None, content_encoding: str | None = None, dialect: str | None = None
@@ -49,6 +64,7 @@ class PatientReader(UsageReader):
         self._wants_text = self._fails = False
         self._words: UsageReader | None = None
         self._unheard: deque[bytes] = deque()
+        self._sizes: deque[int] = deque()  # what each of them is to read
         self._unheard_size = 0
 
     def keep_text(self) -> None:
@@ -61,6 +77,7 @@ class PatientReader(UsageReader):
             self._wants_text = False
             self._words = None
             self._unheard.clear()
+            self._sizes.clear()
             self._unheard_size = 0
 
     def feed(self, chunk: bytes) -> None:
@@ -87,14 +104,17 @@ class PatientReader(UsageReader):
     def _look_through(self, data: bytes) -> None:
         if self._fails:
             return
+        before = self._inflate.expanded
         try:
             super().feed(data)
         except Exception as failure:  # noqa: BLE001 -- a dialect's, which may be one of the application's own
             self._failed(failure)
             return
         if self._wants_text:
+            size = max(len(data), self._inflate.expanded - before)
             self._unheard.append(data)
-            self._unheard_size += len(data)
+            self._sizes.append(size)
+            self._unheard_size += size
             while self._unheard_size > MAX_UNHEARD:
                 self._listen()
 
@@ -104,7 +124,7 @@ class PatientReader(UsageReader):
             self._words = UsageReader(*self._kind)
             self._words.keep_text()
         data = self._unheard.popleft()
-        self._unheard_size -= len(data)
+        self._unheard_size -= self._sizes.popleft()
         try:
             self._words.feed(data)
         except Exception as failure:  # noqa: BLE001 -- see above
@@ -114,6 +134,7 @@ class PatientReader(UsageReader):
         """What was told until then is all that is known."""
         self._fails = True
         self._unheard.clear()
+        self._sizes.clear()
         self._unheard_size = 0
         _logger.error("An answer is not fully observed: its reader failed.", exc_info=failure)
 

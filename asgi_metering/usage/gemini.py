@@ -31,6 +31,7 @@ _FIELDS: Final = {
 
 
 _PICTURES: Final = ("IMAGE", "VIDEO")
+_WRITTEN: Final = "candidatesTokensDetails"
 
 
 def _claims(payload: Json) -> bool:
@@ -43,17 +44,21 @@ def _claims_usage(usage: Json) -> bool:
 
 def _note_usage(notes: Notes, usage: Json) -> bool:
     notes.serve(usage.get("trafficType"))
+    before = notes.counts.get(_FIELDS["candidatesTokenCount"], 0)
     for name, meaning in _FIELDS.items():
         count = notes.count(usage.get(name))
         if count is not None:
             notes.counts[meaning] = count
-    for name in ("promptTokensDetails", "candidatesTokensDetails"):
-        details = {detail.get("modality"): detail.get("tokenCount") for detail in objects(usage.get(name))}
+    for name in ("promptTokensDetails", _WRITTEN):
+        details = {str(detail.get("modality")): detail.get("tokenCount") for detail in objects(usage.get(name))}
         if "AUDIO" in details:
             notes.counts[name] = notes.count(details["AUDIO"]) or 0
         if details:
             pictures = notes.plus(*(notes.count(details.get(kind)) for kind in _PICTURES))
             notes.counts["pictures of " + name] = pictures or 0
+        elif name == _WRITTEN and notes.counts.get(_FIELDS["candidatesTokenCount"], 0) > before:
+            # What was told of the parts was of less; nobody says what came since, which may cost more.
+            notes.counts.pop("pictures of " + name, None)
     counts = notes.counts
     total, prompt = notes.count(usage.get("totalTokenCount")), notes.count(usage.get("promptTokenCount"))
     # Of the same object alone: a total says nothing of what an earlier one counted.

@@ -200,6 +200,11 @@ class Inflate:
         """Whether the bytes that come in are not those that go out."""
         return self._make is not None
 
+    @property
+    def expanded(self) -> int:
+        """Bytes of a coded body that went out."""
+        return MAX_INFLATED - self._left
+
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """Yield what *chunk* decodes to, in bounded pieces; nothing once it failed."""
         if self.failed:

@@ -239,8 +239,8 @@ class Dialect:
     """
     How one family of APIs speaks. A new provider is one of these in its own module, and one sample.
 
-    `fields.dialect_of_fields` makes one out of names alone. Its functions see untrusted JSON: what they raise is not
-    caught.
+    `fields.dialect_of_fields` makes one out of names alone. Its functions see untrusted JSON: what they raise
+    is logged, and refuses what the exchange reported.
 
     Args:
         name: What `UsageReport.dialect` says, and what overrides detection.

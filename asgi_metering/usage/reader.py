@@ -8,6 +8,7 @@ provider's fields, who pays, nor what is charged. No I/O, nothing awaits, and no
 from __future__ import annotations
 
 import json
+import logging
 import re
 from decimal import Decimal
 from typing import Any, Final
@@ -43,6 +44,8 @@ _MODEL: Final = re.compile(r'"(?:model|modelVersion)"\s*:\s*"([^"\\]+)"')
 _ID: Final = re.compile(r'"(?:id|responseId)"\s*:\s*"([^"\\]+)"')
 _TYPE: Final = re.compile(r'"(?:object|type)"\s*:\s*"([^"\\]+)"')
 
+
+_logger = logging.getLogger("asgi_metering.upstream")
 
 _DECODER: Final = json.JSONDecoder(parse_float=Decimal, parse_constant=float)
 """NaN and Infinity are not JSON, and reports hold them: as counts they are refused like any other nonsense."""
@@ -349,7 +352,10 @@ class UsageReader:
             document = _parse(data)
             found = [document] if isinstance(document, dict) else list(objects(document))
             for item in found:
-                self._note(item, notes, text)
+                try:
+                    self._note(item, notes, text)
+                except Exception as failure:  # noqa: BLE001 -- a dialect's, on JSON that nobody expected
+                    self._doubt(notes, failure)
             notes.complete = notes.complete or (payload.last and bool(found))
             if payload.torn and not found:
                 self._scan(notes, b"", data)
@@ -416,12 +422,24 @@ class UsageReader:
                 usage, _ = _DECODER.raw_decode(text, match.end())
             except (ValueError, RecursionError, ArithmeticError):
                 continue
-            dialect = notes.dialect or detect_usage(usage)
-            if dialect is not None and dialect.note_usage(notes, usage):
+            try:
+                dialect = notes.dialect or detect_usage(usage)
+                is_noted = dialect is not None and dialect.note_usage(notes, usage)
+            except Exception as failure:  # noqa: BLE001 -- as above
+                self._doubt(notes, failure)
+                continue
+            if is_noted:
                 notes.dialect = dialect
                 notes.flag("clipped")
                 return True
         return False
+
+    def _doubt(self, notes: Notes, failure: Exception) -> None:
+        """What a dialect raised costs the usage, which is not believed then, and neither the response nor its end."""
+        if "unreadable" not in notes.problems and not self._keep_text:
+            # Who reads text does it beside one who looks for usage, and says the same.
+            _logger.error("An answer is not fully observed: its reader failed.", exc_info=failure)
+        notes.flag("unreadable")
 
 
 def _is_introduced(notes: Notes) -> bool:

@@ -38,7 +38,7 @@ AXES: Final = (
 )
 """The fields of `TokenUsage`, in order."""
 
-REFUSING: Final = frozenset({"invalid_count", "part_exceeds_whole", "total_below_parts", "output_fell"})
+REFUSING: Final = frozenset({"invalid_count", "part_exceeds_whole", "total_below_parts", "output_fell", "unreadable"})
 """Problems for which nothing of a report is believed: whoever contradicts himself may be wrong anywhere (S3.21)."""
 
 UNREAD: Final = frozenset({"undecodable", "no_decoder"})

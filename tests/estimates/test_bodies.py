@@ -194,6 +194,20 @@ def test_ask_which_model_is_meant() -> None:
     assert asyncio.run(asked_model({"query": "m"})) is None
 
 
+DEEP: Any = []
+"""As deep as a body can be nested."""
+for _ in range(2_000):
+    DEEP = [DEEP]
+
+
+def test_estimate_a_request_that_nests_where_a_word_belongs() -> None:
+    """What a request writes in the place of a word is no word, and raises nothing, however deep it is (DESIGN 10)."""
+    block = {"type": "text", "text": "hi", "cache_control": {"ttl": DEEP}}
+    body = {"messages": [{"content": [block]}], "modalities": [DEEP], "max_tokens": 5}
+    found = asyncio.run(estimate_body(body, at_most=True))
+    assert (found.output, found.cache_write, found.cache_write_1h, found.audio) == (5, found.input, None, None)
+
+
 @pytest.mark.parametrize(
     ("body", "service", "searches"),
     [
@@ -206,6 +220,7 @@ def test_ask_which_model_is_meant() -> None:
         ({"tools": [{"type": "function"}, "x", {"google_search": {}}, {"googleSearch": {}}]}, None, 20),
         ({"web_search_options": {}}, None, 10),
         ({"tools": [{"type": "web_search", "max_uses": 10**9}]}, None, 1_000),
+        ({"tools": [{"type": DEEP}, {"type": "web_search"}], "service_tier": DEEP}, None, 10),
     ],
 )
 def test_read_the_tier_and_the_searches_that_are_asked_for(body: Any, service: str | None, searches: int) -> None:

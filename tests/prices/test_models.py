@@ -474,6 +474,9 @@ def test_price_every_kind_of_token_that_was_reported(
         (ModelCall(USED, "served", units={"web_searches": Decimal(3)}), "24", ()),
         (ModelCall(USED, "finder", units={"web_searches": Decimal(3)}), "36", ()),
         (ModelCall(units={"web_searches": Decimal(3)}, model="small"), "0.06", ()),
+        (ModelCall(USED, "small", units={"web_searches": Decimal(3)}, estimated=True), "15.06", ()),
+        (ModelCall(USED, "served", units={"web_searches": Decimal(3)}, estimated=True), "24", ()),
+        (ModelCall(USED, "finder", units={"web_searches": Decimal(3)}, estimated=True), "36", ()),
     ],
 )
 def test_price_service_tiers_and_searches(call: ModelCall, cost: str, flags: tuple[str, ...]) -> None:
@@ -497,6 +500,11 @@ def test_hold_for_service_tiers_and_searches() -> None:
     prices = model_prices(names, units_per_usd=1, published=False, fee="0.5")
     assert prices.pin(NOW, "small").cost_at_most(USED, service="priority", searches=2) == Decimal("30.52")
     assert prices.pin(NOW, "finder").cost_at_most(USED, searches=2) == Decimal("29.5")
+    assert prices.pin(NOW, "small", "anthropic").cost_at_most(USED, service="priority") == Decimal("15.5")
+    assert prices.pin(NOW, "small", "acme").cost_at_most(USED, service="?") == Decimal("15.5")
+    mine = per_token(input=1, output=1, services={"acme/gold": 4, "gold": 2})
+    assert model_prices({"m": mine}, units_per_usd=1, published=False).pin(NOW, "m").dearer("gold") == 4
+    assert (prices.pin(NOW, "none").dearer("fast"), own_price.dearer(None), own_price.dearer("flex")) == (6, 1, 1)
 
 
 def test_prefer_own_prices_to_published_ones() -> None:

@@ -84,6 +84,14 @@ def test_fall_back_to_the_rows_default(row: Situation) -> None:
     assert EndPolicy({other: Basis.HOLD}).basis(row) is END_OF_CALL[row][0]
 
 
+@pytest.mark.parametrize("row", Situation)
+def test_charge_a_session_that_failed_late_by_what_was_observed(row: Situation) -> None:
+    """A session's client can make most handlers fail: only there its default differs, and a choice goes before it."""
+    expected = Basis.OBSERVED if row is Situation.FAILED_LATE else DEFAULT_END_POLICY.basis(row)
+    assert DEFAULT_END_POLICY.session_basis(row) is expected
+    assert EndPolicy({row: END_OF_CALL[row][-1]}).session_basis(row) is END_OF_CALL[row][-1]
+
+
 def expected(seen: Sighting) -> Situation:
     """The precedence of DESIGN "End of call", read from the end: completed is what nothing else is."""
     early = not seen.first_byte

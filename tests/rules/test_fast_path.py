@@ -124,6 +124,16 @@ def test_end_a_call_whose_counter_was_forgotten() -> None:
     assert not both.fast.counters
 
 
+def test_end_a_call_whose_slots_are_gone() -> None:
+    """Slots that a sweep has forgotten with their pool are not given back twice, and the end is as of any call."""
+    both = Both()
+    both.run(RICH, PAID._replace(leases=(slots(2, "a"), slots(2, "b"))))
+    for state in (both.fast, both.general):
+        del state.leases["a"]
+    both.run(End("c", 5, Basis.USAGE))
+    assert not both.fast.leases
+
+
 # -- what it takes, and what it leaves -----------------------------------------------------------------------
 
 

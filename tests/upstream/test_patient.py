@@ -73,6 +73,21 @@ def test_keep_a_bounded_part_whose_text_was_not_read() -> None:
     assert reader.text().startswith("00000x")
 
 
+def test_keep_of_a_compressed_body_as_much_as_it_expands_to() -> None:
+    """What is kept unread is bounded by what it will be to read, which may be a thousand times what came (S1.39)."""
+    chunks = [sse(delta(content=f"{number:05}" + "x" * 2_000)) for number in range(400)]
+    packed = gzip.compress(b"".join(chunks))
+    assert len(packed) < MAX_UNHEARD // 10
+    reader = PatientReader("text/event-stream", "gzip")
+    reader.keep_text()
+    for start in range(0, len(packed), 100):
+        reader.feed(packed[start : start + 100])
+    reader.report()
+    assert reader._words is not None
+    assert reader._words.text_chars > 2_005 * 400 - MAX_UNHEARD
+    assert reader.text_chars == 2_005 * 400
+
+
 def test_count_a_body_that_breaks_by_its_chunks() -> None:
     """Where a compressed body breaks, what cannot be read counts by its bytes, from the chunk on that it breaks in."""
     data = gzip.compress(sse(*[delta(content="a word ")] * 40))
@@ -138,12 +153,14 @@ def _failing() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_failing")
 def test_reader_that_fails_costs_the_observation_alone(caplog: pytest.LogCaptureFixture) -> None:
-    """What a dialect raises is logged once, and whoever asks hears what is known (S1.39)."""
+    """What a dialect raises is logged once, and whoever asks hears that nothing is believed (S1.39, S3.21)."""
     reader = PatientReader("text/event-stream", None, "broken")
     reader.keep_text()
     with caplog.at_level(logging.ERROR, logger="asgi_metering.upstream"):
         for _ in range(3):
             reader.feed(USAGE)
-            assert reader.report() is None
+            report = reader.report()
+            assert report is not None
+            assert (report.usage, report.problems) == (None, ("unreadable",))
     assert reader.text() == ""
     assert [record.getMessage() for record in caplog.records] == ["An answer is not fully observed: its reader failed."]

@@ -54,6 +54,7 @@ def test_inflate_in_any_pieces(header: str | None, packed: bytes, size: int) -> 
     ]
     found = b"".join(piece for chunk in chunks for piece in decoder.feed(chunk))
     assert found == PLAIN[: len(found)]
+    assert decoder.expanded == (len(found) if decoder.active else 0)
     assert len(found) == len(PLAIN) or size < 9
     assert not decoder.failed
     assert decoder.active is ((header or "").lower().split(",")[0].strip() not in ("", "identity"))
@@ -67,6 +68,7 @@ def test_inflate_a_piece_that_fills_exactly() -> None:
     found = b"".join(decoder.feed(packed[:-9]))
     found += b"".join(decoder.feed(packed[-9:]))
     assert found == plain
+    assert decoder.expanded == 1 << 20
 
 
 @pytest.mark.parametrize(("header", "module"), [("br", ["brotli"]), ("zstd", ["compression.zstd", "backports.zstd"])])

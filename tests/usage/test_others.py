@@ -55,6 +55,21 @@ def test_read_geminis_images() -> None:
     assert gemini(usage).usage == TokenUsage(300, 1_300, image_input=267, image_output=1_290)
 
 
+def test_tell_no_images_apart_in_what_came_behind_the_details() -> None:
+    """Details count for the output that they came with: what is written later may be a picture, and nobody says."""
+    first = {"promptTokenCount": 3, "candidatesTokenCount": 4}
+    first |= {"candidatesTokensDetails": [{"modality": "TEXT", "tokenCount": 4}]}
+    assert gemini(first, {"candidatesTokenCount": 4}).usage == TokenUsage(3, 4, image_output=0)
+    assert gemini(first, {"candidatesTokenCount": 1_294}).usage == TokenUsage(3, 1_294)
+
+
+def test_pass_over_a_kind_of_detail_that_is_no_word() -> None:
+    """Details that name their kind by something else than a text are of no kind that has a price (S1.39)."""
+    usage: dict[str, Any] = {"promptTokenCount": 3, "candidatesTokenCount": 4}
+    usage["promptTokensDetails"] = [{"modality": [], "tokenCount": 2}, {"modality": {}, "tokenCount": 1}]
+    assert gemini(usage).usage == TokenUsage(3, 4, image_input=0)
+
+
 def test_read_geminis_audio() -> None:
     """Audio details of both sides add up and may be more than the totals; an impossible one refuses the report."""
     usage = {

@@ -12,6 +12,7 @@ import pytest
 
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.usage import Dialect, TokenUsage, UsageReader, dialect_of_fields, dialects, register_dialect
+from asgi_metering.usage.notes import Json, Notes
 from asgi_metering.usage.skim import Marks
 from tests.usage import vectors
 from tests.usage.test_openai import sse
@@ -125,6 +126,23 @@ def test_register_a_dialect_by_hand() -> None:
     report = read([b'{"mine": [1, 2, 3], "object": "chat.completion"}'], None).report()
     assert report is not None
     assert report.usage == TokenUsage(3, 0)
+
+
+def test_believe_nothing_of_a_body_that_a_dialect_fails_on(caplog: pytest.LogCaptureFixture) -> None:
+    """What a dialect raises, of a whole body or of a piece of one, refuses its counts, and is logged (S1.39, S3.21)."""
+
+    def fail(notes: Notes, found: Json) -> bool:
+        raise TypeError("unhashable")
+
+    register_dialect(replace(ACME, name="broken", note=fail, note_usage=fail, claims_usage=lambda usage: True))
+    torn = b'{"acme_job": 1, "pad": "' + b"x" * 3_000_000 + b'", "stats": {"read": 5, "written": 6}}'
+    for body in (b'{"acme_job": 1, "result": {"stats": {"read": 5}}}', torn):
+        report = UsageReader("application/json", None, "broken")
+        report.feed(body)
+        found = report.report()
+        assert found is not None
+        assert (found.usage, found.problems) == (None, ("unreadable",))
+    assert {record.getMessage() for record in caplog.records} == {"An answer is not fully observed: its reader failed."}
 
 
 @pytest.mark.parametrize("marks", [Marks(["ab"]), Marks([], {"x" * 41: "1"})], ids=["short", "long"])

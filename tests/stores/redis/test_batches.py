@@ -109,6 +109,19 @@ def test_slots_are_counted_within_a_batch(server: ValkeyServer, make_store: Make
     assert turns == 1
 
 
+def test_first_of_a_batch_that_falls_due(server: ValkeyServer, make_store: Maker) -> None:
+    """Of an account's calls that one script admits, a sweep finds the one with the shortest life, wherever it is."""
+    lives = [("long", 600.0), ("short", 1.0), ("middle", 300.0)]
+    answers, _ = beside_memory(
+        server,
+        make_store,
+        [PostGrant("g", "p", "credits", 100)],
+        [call(call_id)._replace(ttl_s=ttl_s) for call_id, ttl_s in lives],
+        [Sweep(10)],
+    )
+    assert answers[0] > 0
+
+
 def test_many_calls_are_several_scripts(server: ValkeyServer, make_store: Maker) -> None:
     """More calls than one script runs are sent together all the same, and answered in order."""
     answers, turns = beside_memory(

@@ -4,13 +4,13 @@
 CODE.KIND_SETTLE, CODE.KIND_EXPIRE, CODE.KIND_DEBT_PAYMENT = 1, 2, 3
 
 -- What every call has to do with, and so a local. Rows by key, as the calls before left them, `false` for none; which of
--- them are to be written; books by account, and their ledger lines to come; calls that live, by account, and when the
--- first of them falls due; calls that have ended, by their time.
-local rows, changed, books, lines, live, due, ended
+-- them are to be written; books by account, and their ledger lines to come; by account when the first of the calls that
+-- live falls due, and then those; calls that have ended, by their time.
+local rows, changed, books, lines, live, ended
 
 -- What a script has read and is to write when all its calls are through.
 local function nothing_yet(gate)
-  rows, changed, books, lines, live, due, ended = {}, {}, {}, {}, {}, {}, {}
+  rows, changed, books, lines, live, ended = {}, {}, {}, {}, {}, {}
   work = {
     gate = gate, prefix = sub(gate, 1, -5), now_is = 0, is_begun = false, rows = rows,
     -- What is gone, with its index; what goes by itself, and in how many milliseconds.
@@ -57,7 +57,12 @@ end
 M.fetch = fetch
 
 local function put(key, text)
-  rows[key], changed[key], work.gone[key] = text, true, nil
+  rows[key], changed[key] = text, true
+  local gone = work.gone
+  -- A key that is set to nothing takes a place in a table all the same.
+  if gone[key] then
+    gone[key] = nil
+  end
 end
 M.put = put
 
@@ -95,12 +100,17 @@ local function book_of(account, key)
 end
 M.book_of = book_of
 
+-- A grant is the list of what its row was taken apart into, which costs half of a table with names; the last of them is
+-- where the next one begins.
+local AMOUNT, PRIORITY, BEGINS, ENDS, NUMBER, SETTLED, HELD, EXPIRED, BEGUN, REVERSED, ID, REST, NEXT =
+  1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13
+
 local function free(grant)
-  return grant.amount - grant.settled - grant.held - grant.expired - grant.reversed
+  return grant[AMOUNT] - grant[SETTLED] - grant[HELD] - grant[EXPIRED] - grant[REVERSED]
 end
 
 local function is_open(grant)
-  return grant.settled + grant.expired + grant.reversed < grant.amount
+  return grant[SETTLED] + grant[EXPIRED] + grant[REVERSED] < grant[AMOUNT]
 end
 
 local function available(book)
@@ -111,26 +121,31 @@ end
 local function grant_at(book, place)
   local grant = book[place]
   if not grant and book.at <= #book.text then
-    local amount, priority, begins, ends, number, settled, held, expired, begun, reversed, id, rest, at =
-      parse(AS.GRANT, book.text, book.at)
-    grant = {
-      amount = amount, priority = priority, begins = begins, ends = ends, number = number, settled = settled,
-      held = held, expired = expired, begun = begun, reversed = reversed, id = id, rest = rest,
-    }
-    book[place], book.at = grant, at
+    grant = { parse(AS.GRANT, book.text, book.at) }
+    book[place], book.at = grant, grant[NEXT]
   end
   return grant
 end
 
 function M.grant_text(grant)
+  local amount, priority, begins, ends, number, settled, held, expired, begun, reversed, id, rest = unpack(grant)
   return pack(
-    AS.GRANT, grant.amount, grant.priority, grant.begins, grant.ends, grant.number, grant.settled, grant.held,
-    grant.expired, grant.begun, grant.reversed, #grant.id, grant.id, #grant.rest, grant.rest
+    AS.GRANT, amount, priority, begins, ends, number, settled, held, expired, begun, reversed, #id, id, #rest, rest
   )
 end
 
 -- The row, and the closed grants, which are no part of it: ids and texts, or nothing.
 function M.book_text(book)
+  local only, at = book[1], book.at
+  if only and not book[2] and is_open(only) then
+    -- Of most accounts: one grant.
+    local amount, priority, begins, ends, number, settled, held, expired, begun, reversed, id, rest = unpack(only)
+    local text = pack(
+      AS.BOOK, book.granted, book.settled, book.held, book.expired, book.debt, book.entries, book.change, book.due,
+      book.seen, amount, priority, begins, ends, number, settled, held, expired, begun, reversed, #id, id, #rest, rest
+    )
+    return at > #book.text and text or text .. sub(book.text, at)
+  end
   local texts, closed = '', nil
   for i = 1, #book do
     local grant = book[i]
@@ -139,14 +154,14 @@ function M.book_text(book)
       texts = texts .. text
     else
       closed = closed or {}
-      closed[#closed + 1] = grant.id
+      closed[#closed + 1] = grant[ID]
       closed[#closed + 1] = text
     end
   end
   return pack(
     AS.ACCOUNT, book.granted, book.settled, book.held, book.expired, book.debt, book.entries, book.change, book.due,
     book.seen
-  ) .. texts .. sub(book.text, book.at), closed
+  ) .. texts .. sub(book.text, at), closed
 end
 
 -- Add a ledger line. Returns its number. A settlement's line is found by its hold, which has the number: the index gets
@@ -177,27 +192,27 @@ end
 function M.pay_debt(book, grant)
   local paid = min(free(grant), book.debt)
   if paid > 0 then
-    grant.settled = grant.settled + paid
+    grant[SETTLED] = grant[SETTLED] + paid
     book.debt = book.debt - paid
-    M.write(book, CODE.KIND_DEBT_PAYMENT, paid, grant.id, '', 0, 0, '')
+    M.write(book, CODE.KIND_DEBT_PAYMENT, paid, grant[ID], '', 0, 0, '')
   end
 end
 
 -- What of a grant can be spent now; nothing, or less, of one that has not begun or is over.
 local function spendable(book, grant)
-  if grant.begun == 1 and grant.ends > book.now then
-    return grant.amount - grant.settled - grant.held - grant.expired - grant.reversed
+  if grant[BEGUN] == 1 and grant[ENDS] > book.now then
+    return grant[AMOUNT] - grant[SETTLED] - grant[HELD] - grant[EXPIRED] - grant[REVERSED]
   end
   return 0
 end
 
 function M.began_before(one, other)
-  for _, field in ipairs({ 'begins', 'priority', 'ends' }) do
+  for _, field in ipairs({ BEGINS, PRIORITY, ENDS }) do
     if one[field] ~= other[field] then
       return one[field] < other[field]
     end
   end
-  return one.number < other.number
+  return one[NUMBER] < other[NUMBER]
 end
 
 function M.grants(book)
@@ -211,10 +226,10 @@ function M.next_change(book)
   local first = CODE.INF
   for _, grant in ipairs(M.grants(book)) do
     if is_open(grant) then
-      if grant.begun == 0 then
-        first = min(first, grant.begins)
-      elseif grant.ends > book.now then
-        first = min(first, grant.ends)
+      if grant[BEGUN] == 0 then
+        first = min(first, grant[BEGINS])
+      elseif grant[ENDS] > book.now then
+        first = min(first, grant[ENDS])
       end
     end
   end
@@ -225,22 +240,22 @@ end
 function M.mature(book)
   local beginning = {}
   for _, grant in ipairs(M.grants(book)) do
-    if grant.begun == 0 and grant.begins <= book.now then
+    if grant[BEGUN] == 0 and grant[BEGINS] <= book.now then
       beginning[#beginning + 1] = grant
     end
   end
   table.sort(beginning, M.began_before)
   for _, grant in ipairs(beginning) do
-    book.granted = book.granted + grant.amount
-    grant.begun = 1
+    book.granted = book.granted + grant[AMOUNT]
+    grant[BEGUN] = 1
     M.pay_debt(book, grant)
   end
   for _, grant in ipairs(book) do
-    if is_open(grant) and grant.begun == 1 and grant.ends <= book.now and free(grant) > 0 then
+    if is_open(grant) and grant[BEGUN] == 1 and grant[ENDS] <= book.now and free(grant) > 0 then
       local lapsed = free(grant)
-      grant.expired = grant.expired + lapsed
+      grant[EXPIRED] = grant[EXPIRED] + lapsed
       book.expired = book.expired + lapsed
-      M.write(book, CODE.KIND_EXPIRE, lapsed, grant.id, '', 0, 0, '')
+      M.write(book, CODE.KIND_EXPIRE, lapsed, grant[ID], '', 0, 0, '')
     end
   end
 end
@@ -275,8 +290,8 @@ function M.book_hold(book, amount)
   local first = left > 0 and grant_at(book, 1)
   if first and spendable(book, first) >= left then
     -- Of most calls: one grant, which has enough.
-    first.held, book.held = first.held + left, book.held + left
-    return pack(AS.PART, CODE.FROM_GRANT, 0, left, #first.id, first.id)
+    first[HELD], book.held = first[HELD] + left, book.held + left
+    return pack(AS.PART, CODE.FROM_GRANT, 0, left, #first[ID], first[ID])
   end
   while left > 0 do
     local grant = grant_at(book, place)
@@ -286,8 +301,8 @@ function M.book_hold(book, amount)
     end
     local take = min(spendable(book, grant), left)
     if take > 0 then
-      grant.held = grant.held + take
-      parts = parts .. pack(AS.PART, CODE.FROM_GRANT, 0, take, #grant.id, grant.id)
+      grant[HELD] = grant[HELD] + take
+      parts = parts .. pack(AS.PART, CODE.FROM_GRANT, 0, take, #grant[ID], grant[ID])
       left = left - take
     end
     place = place + 1
@@ -308,8 +323,8 @@ function M.spend(book, amount, spent)
     end
     local take = min(spendable(book, grant), left)
     if take > 0 then
-      grant.settled = grant.settled + take
-      spent[#spent + 1] = pack(AS.PART, CODE.FROM_GRANT, 0, take, #grant.id, grant.id)
+      grant[SETTLED] = grant[SETTLED] + take
+      spent[#spent + 1] = pack(AS.PART, CODE.FROM_GRANT, 0, take, #grant[ID], grant[ID])
       left = left - take
     end
     place = place + 1
@@ -321,7 +336,7 @@ function M.grant_of(book, id)
   local place = 1
   repeat
     local grant = grant_at(book, place)
-    if grant and grant.id == id then
+    if grant and grant[ID] == id then
       return grant
     end
     place = place + 1
@@ -335,12 +350,12 @@ function M.settle_grant(book, id, held, take)
     return false
   end
   book.held, book.settled = book.held - held, book.settled + take
-  grant.held, grant.settled = grant.held - held, grant.settled + take
-  local lapsed = grant.ends <= book.now and held - take or 0
+  grant[HELD], grant[SETTLED] = grant[HELD] - held, grant[SETTLED] + take
+  local lapsed = grant[ENDS] <= book.now and held - take or 0
   if lapsed > 0 then
-    grant.expired = grant.expired + lapsed
+    grant[EXPIRED] = grant[EXPIRED] + lapsed
     book.expired = book.expired + lapsed
-    M.write(book, CODE.KIND_EXPIRE, lapsed, grant.id, '', 0, 0, '')
+    M.write(book, CODE.KIND_EXPIRE, lapsed, grant[ID], '', 0, 0, '')
   end
   return true
 end

@@ -22,6 +22,8 @@ CODE.GLUE = '\31'
 AS.ACCOUNT = '>ddddddddd'
 -- amount, priority, begins, ends, number, settled, held, expired, begun, reversed, id, what never counts
 AS.GRANT = '>ddddddddddI4c0I4c0'
+-- An account of one grant.
+AS.BOOK = AS.ACCOUNT .. sub(AS.GRANT, 2)
 -- its size without the receipt, whether it is in doubt, expires, due, observed, amount, created, ttl, grace, parts, who
 -- pays, what is rare, line; then the basis in doubt, the facts, and the receipt once there is one
 AS.HOLD = '>I4BdddddddI4c0I4c0I4c0I4c0'

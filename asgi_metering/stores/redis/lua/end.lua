@@ -160,7 +160,7 @@ function M.end_member(ask, id, account, held, created, key)
     put(key, pack(AS.CHARGE_KEY, start, finish, members, 1) .. owned)
     put(owned_key, text .. receipt)
     append(work.ended_live, account, owned)
-    push(ended, ask.now, owned)
+    push(ended, M.flt(ask.now), owned)
     return receipt
   end
   if members > 0 then
@@ -175,7 +175,7 @@ function M.end_member(ask, id, account, held, created, key)
   put(key, pack(AS.CHARGE_KEY, start, finish, 0, 0) .. owned)
   put(owned_key, text .. its)
   append(work.ended_live, account, owned)
-  push(ended, ask.now, owned)
+  push(ended, M.flt(ask.now), owned)
   return nothing
 end
 
@@ -319,7 +319,7 @@ function M.finish(k, a, _, at)
   local new = text .. receipt
   put(key, new)
   append(work.ended_live, account, member)
-  push(ended, now, member)
+  push(ended, M.flt(now), member)
   if rare ~= '' then
     local reply, actual, from = '', {}, nil
     if at_rare <= #numbers then

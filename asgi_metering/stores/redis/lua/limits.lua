@@ -225,10 +225,8 @@ end
 
 -- What was counted is kept. Returns the answer, which the counters follow.
 local function take_counts(limits, k, answer)
-  local gone = work.gone
   for i = 1, #limits do
-    local key = keys[k + 2 + i]
-    rows[key], changed[key], gone[key] = longer and longer[i] or counters[i + 1], true, nil
+    put(keys[k + 2 + i], longer and longer[i] or counters[i + 1])
   end
   for i = 1, #past, 2 do
     append(rare_of('past'), 'counters', past[i], past[i + 1])

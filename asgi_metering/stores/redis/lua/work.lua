@@ -19,13 +19,19 @@ local function append(lists, key, one, other)
 end
 M.append = append
 
--- A hold of the account lives until `expires`.
+-- A hold of the account lives until `expires`: mostly as long as the one before.
+local last_expires, last_score
 local function lives(account, expires, member)
-  append(live, account, expires, member)
-  local known = due[account]
-  if not known or expires < known then
-    due[account] = expires
+  if expires ~= last_expires then
+    last_expires, last_score = expires, string.format('%.17g', expires)
   end
+  local members = live[account]
+  if not members then
+    live[account] = { expires, last_score, member }
+    return
+  end
+  push(members, last_score, member)
+  members[1] = min(expires, members[1])
 end
 M.lives = lives
 
@@ -85,14 +91,16 @@ end
 
 -- -- writing ------------------------------------------------------------------------------------------------
 
--- Scores are numbers: a command gets them with all their digits. What was written is forgotten, so that nothing of it is
--- found by the next script.
+-- Scores are numbers, which a command gets with all their digits, or texts with all of them where the same one comes
+-- often. What was written is forgotten, so that nothing of it is found by the next script.
 
-local function write_books()
+-- Whatever was changed goes into one list, and is set at once.
+local function write_books(sets, n)
   for account, book in next, books do
     if book.is_moved or book.is_due_new then
       local text, closed = M.book_text(book)
-      put(book.key, text)
+      sets[n + 1], sets[n + 2] = book.key, text
+      n = n + 2
       if closed then
         call('HSET', work.prefix .. 'G:' .. account, unpack(closed))
       end
@@ -101,10 +109,12 @@ local function write_books()
       end
     end
   end
+  return n
 end
 
 local function write_rows()
-  local sets, n = {}, 0
+  local sets = {}
+  local n = write_books(sets, 0)
   for key in next, changed do
     sets[n + 1], sets[n + 2] = key, rows[key]
     n = n + 2
@@ -145,13 +155,13 @@ end
 local function write_lives()
   local prefix, first, n = work.prefix, {}, 0
   for account, members in next, live do
-    call('ZADD', prefix .. 'l:' .. account, unpack(members))
-    first[n + 1], first[n + 2] = due[account], account
+    call('ZADD', prefix .. 'l:' .. account, unpack(members, 2))
+    first[n + 1], first[n + 2] = M.flt(members[1]), account
     n = n + 2
   end
   if n > 0 then
     call('ZADD', prefix .. 'z:due', 'LT', unpack(first, 1, n))
-    live, due = {}, {}
+    live = {}
   end
 end
 
@@ -224,7 +234,6 @@ local function write_rare(rare)
 end
 
 function M.flush()
-  write_books()
   write_rows()
   write_lines()
   write_lives()
