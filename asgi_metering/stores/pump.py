@@ -190,7 +190,8 @@ class Pump:
         """Get a lane that comes for what waits; False while all are taken."""
         if self._awake >= self._store.lanes:
             return False
-        if self._asleep:
+        # Those of lanes that `close` has cancelled are done, and those lanes go.
+        if self._asleep and not self._asleep[-1].done():
             self._asleep.pop().set_result(None)
         else:
             self._lanes = [lane for lane in self._lanes if not lane.done()]
@@ -357,11 +358,12 @@ class Pump:
                 for lane in self._lanes:
                     lane.cancel()
                 await asyncio.wait(self._lanes)
-                self._lanes = []
+                # Who came meanwhile may have begun another, which goes on.
+                self._lanes = [lane for lane in self._lanes if not lane.done()]
             if self._alone is not None:
                 alone, self._alone = self._alone, None
                 self._fail([alone], StoreUnavailableError(f"The pump of the {self._store.name} store was stopped."))
-            while self._awake:
+            while self._awake > len(self._lanes) - len(self._asleep):
                 # Stopped before it began.
                 self._stop()
 

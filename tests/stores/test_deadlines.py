@@ -79,7 +79,7 @@ def test_stop_waiting() -> None:
 
 
 def test_expire_where_the_loop_has_no_timers_that_short() -> None:
-    """Uvloop counts milliseconds, and its handles of what is due sooner do not say when that is."""
+    """Milliseconds are what uvloop counts in, and its handles of what is due sooner do not say when that is."""
 
     async def scene() -> None:
         loop = asyncio.get_running_loop()

@@ -206,3 +206,21 @@ def test_deadline_that_holds() -> None:
         assert [timer for timer in loop._scheduled if not timer.cancelled()] == []
 
     play(scene)
+
+
+def test_come_while_the_pump_is_closed() -> None:
+    """Who comes while a lane that was ended still goes is told so, and the pump counts its lanes right from then on."""
+
+    async def scene(store: GatedStore, pump: Pump) -> None:
+        store.gate.set()
+        await pump.submit(ask("a"))
+        closing = [asyncio.ensure_future(pump.close()), asyncio.ensure_future(pump.close())]
+        (late,) = submit(pump, ask("b"))
+        await asyncio.gather(*closing)
+        with pytest.raises(StoreUnavailableError, match="was stopped"):
+            await late
+        async with asyncio.timeout(10):
+            await pump.drain()
+        assert isinstance(await pump.submit(ask("c")), Decision)
+
+    play(scene)
