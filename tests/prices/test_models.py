@@ -539,6 +539,13 @@ assert threading.active_count() == 1
     assert done.returncode == 0, done.stderr
 
 
+def test_load_the_data_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data is read where a price is first looked for, and is the same for everybody after."""
+    monkeypatch.setattr(published, "_snapshots", [])
+    assert load_published() is load_published()
+    assert find_published("gpt-4o", None) is not None
+
+
 def test_name_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the package the prices are refused where they are written, with the command that brings it."""
     monkeypatch.setattr(published, "_snapshots", [])
