@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from asgi_metering.receipts import Receipt
@@ -42,7 +43,7 @@ Key = TypeVar("Key")
 Row = TypeVar("Row")
 
 # Read once: every change of every operation asks.
-_ENTRY, _EVENT, _HOLD = Table.ENTRY, Table.EVENT, Table.HOLD
+_ENTRY, _HOLD = Table.ENTRY, Table.HOLD
 
 
 class Bounds(NamedTuple):
@@ -143,8 +144,6 @@ class Forgetting:
                     self._keep_ended(key)
             elif table == _ENTRY:
                 self._keep_entries(key)
-            elif table == _EVENT:
-                self._keep_delivered()
         for ring in self._rings:
             new = len(ring.rows) - ring.known
             if new > 0:
@@ -168,6 +167,14 @@ class Forgetting:
         # An account has no more lines than the number of its last one says.
         if number is not None and number > 2 * bounds[0]:
             self._keep_entries((receipt[1], receipt[2]))
+
+    def after_delivery(self, acknowledged: int) -> None:
+        """As `after`, when so many events were acknowledged; nothing else adds to those that were."""
+        delivered = self._state.delivered
+        surplus = len(delivered) - self._bounds.delivered
+        if surplus > 0:
+            for key in tuple(islice(delivered, min(surplus, LOOKS_PER_ROW * acknowledged))):
+                del delivered[key]
 
     def adopt(self) -> None:
         """Look after rows that came into the state without an operation; none of them is forgotten at once."""
@@ -198,11 +205,6 @@ class Forgetting:
         if len(entries) > 2 * bound:
             # Halving seldom costs less than folding one line each time.
             state.apply(fold(state, account, entries[-bound - 1].number))
-
-    def _keep_delivered(self) -> None:
-        delivered = self._state.delivered
-        if len(delivered) > self._bounds.delivered:
-            del delivered[next(iter(delivered))]
 
     def _drop_window(self, key: AllowanceKey) -> None:
         self._state.apply([(Table.ALLOWANCE, key, None)])

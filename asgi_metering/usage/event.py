@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
-from itertools import repeat
-from operator import attrgetter, call, itemgetter
+from itertools import chain, repeat
+from operator import attrgetter, itemgetter, or_
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
@@ -22,7 +22,7 @@ from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.errors import UsageError
 from asgi_metering.usage.values import AXES, TokenUsage
 
-__all__ = ["EVENT_VERSION", "AttributeValue", "UsageEvent"]
+__all__ = ["EVENT_VERSION", "AttributeValue", "UsageEvent", "ordinary_events"]
 
 AttributeValue: TypeAlias = str | int | float | bool
 """What an attribute may hold: JSON and OpenTelemetry both know these."""
@@ -33,7 +33,7 @@ EVENT_VERSION: Final = 1
 _TRACE: Final = {"trace_id": 32, "span_id": 16, "trace_flags": 2}
 """Hex digits of each identifier (W3C Trace Context, 3.2.2)."""
 
-_HEX: Final = re.compile(r"[0-9a-f]+")
+_HEX: Final = {name: re.compile(f"[0-9a-f]{{{digits}}}").fullmatch for name, digits in _TRACE.items()}
 _REQUIRED_TEXT: Final = ("id", "line", "payer", "unit", "outcome", "basis")
 _OPTIONAL_TEXT: Final = (
     "caller",
@@ -110,7 +110,7 @@ class UsageEvent:
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not (_are_ordinary(_OWN_VALUES(self)) and type(self.usage) in _USAGE and _are_plain(self.attributes)):
+        if not (_are_ordinary((_OWN_VALUES(self),)) and type(self.usage) in _USAGE and _are_plain((self.attributes,))):
             self._check_each()
         object.__setattr__(self, "attributes", MappingProxyType(dict(self.attributes)))
 
@@ -127,7 +127,7 @@ class UsageEvent:
         self._check("estimated", isinstance(self.estimated, bool), "a bool")
         self._check("status", self.status is None or type(self.status) is int, "an int or None")
         for name, digits in _TRACE.items():
-            self._check(name, _is_hex(getattr(self, name), digits), f"{digits} lower-case hex digits or None")
+            self._check(name, _is_hex(name, getattr(self, name)), f"{digits} lower-case hex digits or None")
         self._check("attributes", isinstance(self.attributes, Mapping), "a mapping of names")
         for key, value in self.attributes.items():
             self._check("attributes", isinstance(key, str), "a mapping of names")
@@ -163,9 +163,9 @@ class UsageEvent:
         Raises:
             UsageError: A field that is needed is missing, or has a value that no event may hold.
         """
-        event = _ordinary(stored) if cls is UsageEvent else None
-        if event is not None:
-            return event
+        events = ordinary_events((stored,)) if cls is UsageEvent else None
+        if events is not None:
+            return events[0]
         known = {name: stored[name] for name in _FIELDS if name in stored}
         if not known.keys() >= _REQUIRED:
             missing = [name for name in _FIELDS if name in _REQUIRED and name not in known]
@@ -179,9 +179,9 @@ _REQUIRED: Final = frozenset({*_REQUIRED_TEXT, "amount", "started_at", "ended_at
 _TEXT: Final = frozenset({str, type(None)})
 
 _USAGE: Final = frozenset({TokenUsage, type(None)})
-_PLAIN: Final = frozenset({str, int, bool})
-_NAMES: Final = {str}
-_UNTRACED: Final = (None, None, None)
+_PLAIN: Final = frozenset({str, int, bool, float})
+_NAMES: Final = frozenset({str})
+_DICTS: Final = frozenset({dict})
 
 _NO_ATTRIBUTES: Final[Mapping[str, AttributeValue]] = MappingProxyType({})
 _ABSENT: Final[dict[str, Any]] = {
@@ -193,6 +193,7 @@ _ABSENT["attributes"] = {}
 _ORDINARY: Final = tuple(name for name in _FIELDS if name not in ("usage", "attributes"))
 _OWN_VALUES: Final[Callable[[UsageEvent], tuple[Any, ...]]] = attrgetter(*_ORDINARY)
 _STORED_VALUES: Final[Callable[[Mapping[str, Any]], tuple[Any, ...]]] = itemgetter(*_ORDINARY)
+_STORED_PARTS: Final[Callable[[Mapping[str, Any]], tuple[Any, Any]]] = itemgetter("usage", "attributes")
 _NUMBERS: Final[Callable[[tuple[Any, ...]], tuple[Any, ...]]] = itemgetter(
     *map(_ORDINARY.index, ("amount", "held", "started_at", "ended_at"))
 )
@@ -216,45 +217,64 @@ def _are_types(types: tuple[type, ...]) -> bool:
     return all(each in _TYPES.get(name, _TEXT) for name, each in zip(_ORDINARY, types, strict=True))
 
 
-def _are_ordinary(values: tuple[Any, ...]) -> bool:
-    """Whether *values* are as they should be: nearly all are, and to ask so costs a tenth of finding out why not."""
-    if not _are_types(tuple(map(type, values))):
-        return False
-    amount, held, started_at, ended_at = _NUMBERS(values)
-    if not (-MAX_AMOUNT <= amount <= MAX_AMOUNT and -MAX_AMOUNT <= held <= MAX_AMOUNT):
-        return False
-    if not (math.isfinite(started_at) and math.isfinite(ended_at)):
-        return False
-    trace = _TRACES(values)
-    return trace == _UNTRACED or all(map(_is_hex, trace, _TRACE.values()))
-
-
-def _are_plain(attributes: Any) -> bool:
-    """Whether *attributes* are a dict of names to what an event may carry, and nothing that takes a closer look."""
-    return type(attributes) is dict and (
-        not attributes or (set(map(type, attributes)) == _NAMES and _PLAIN.issuperset(map(type, attributes.values())))
-    )
-
-
-def _ordinary(stored: Mapping[str, Any]) -> UsageEvent | None:
+def _are_ordinary(rows: Sequence[tuple[Any, ...]]) -> bool:
     """
-    The event that was stored, if each of its fields is exactly of its type; every delivery reads one.
+    Whether *rows*, the values of events in the order of `_ORDINARY`, are all as they should be.
 
-    Put together by its slots, and in few steps: a frozen class sets each of its fields by a call of its own.
+    Nearly all are, and to ask so costs a tenth of finding out why not. Asked of many at once, it costs next to nothing:
+    column by column, C asks without a step of the interpreter for each.
     """
-    known = {**_ABSENT, **stored}
-    values = _STORED_VALUES(known)
-    attributes = known["attributes"]
-    if not _are_ordinary(values) or not _are_plain(attributes):
+    if not all(map(_are_types, map(tuple, map(map, repeat(type), rows)))):
+        return False
+    amounts, held, started_at, ended_at = zip(*map(_NUMBERS, rows), strict=True)
+    if min(min(amounts), min(held)) < -MAX_AMOUNT or max(max(amounts), max(held)) > MAX_AMOUNT:
+        return False
+    if not (all(map(math.isfinite, started_at)) and all(map(math.isfinite, ended_at))):
+        return False
+    traces = zip(_HEX.values(), zip(*map(_TRACES, rows), strict=True), strict=True)
+    return all(all(map(is_hex, {*column} - {None})) for is_hex, column in traces)
+
+
+def _are_plain(told: Collection[Any]) -> bool:
+    """Whether attributes are each a dict of names to what an event may carry, and nothing that takes a closer look."""
+    if not _DICTS.issuperset(map(type, told)):
+        return False
+    values = list(chain.from_iterable(map(dict.values, told)))
+    types = set(map(type, values))
+    if float in types and not all(map(math.isfinite, (value for value in values if type(value) is float))):
+        return False
+    return _PLAIN.issuperset(types) and _NAMES.issuperset(map(type, chain.from_iterable(told)))
+
+
+def ordinary_events(stored: Sequence[Mapping[str, Any]]) -> list[UsageEvent] | None:
+    """
+    The events that were stored, at least one, if each field of each is exactly of its type; every delivery reads many.
+
+    Of others `UsageEvent.from_dict` says one by one whether they can be read, and why not. Put together by their slots,
+    and a field of all of them at a time: a frozen class sets each by a call of its own.
+
+    Raises:
+        UsageError: As `UsageEvent.from_dict`, of the tokens of one of them.
+    """
+    if not _DICTS.issuperset(map(type, stored)):
         return None
-    usage = _usage(known["usage"])
-    if type(usage) not in _USAGE:
+    known = list(map(or_, repeat(_ABSENT), stored))
+    rows = list(map(_STORED_VALUES, known))
+    usages, attributes = zip(*map(_STORED_PARTS, known), strict=True)
+    if not _are_ordinary(rows) or not _are_plain(attributes):
         return None
-    event = object.__new__(UsageEvent)
-    deque(map(call, _PUT, repeat(event), values), 0)
-    _put_usage(event, usage)
-    _put_attributes(event, MappingProxyType(dict(attributes)) if attributes else _NO_ATTRIBUTES)
-    return event
+    if any(usages):
+        usages = tuple(map(_usage, usages))
+    if not _USAGE.issuperset(map(type, usages)):
+        return None
+    events = list(map(object.__new__, repeat(UsageEvent, len(rows))))
+    for put, column in zip(_PUT, zip(*rows, strict=True), strict=True):
+        deque(map(put, events, column), 0)
+    deque(map(_put_usage, events, usages), 0)
+    # One for all events without any; a copy for each of the others, which nobody else may change.
+    own = map(MappingProxyType, map(dict, attributes)) if any(attributes) else repeat(_NO_ATTRIBUTES)
+    deque(map(_put_attributes, events, own), 0)
+    return events
 
 
 def _usage(stored: Any) -> Any:
@@ -272,5 +292,5 @@ def _is_amount(value: object) -> bool:
     return type(value) is int and abs(value) <= MAX_AMOUNT
 
 
-def _is_hex(value: object, digits: int) -> bool:
-    return value is None or (isinstance(value, str) and len(value) == digits and _HEX.fullmatch(value) is not None)
+def _is_hex(name: str, value: object) -> bool:
+    return value is None or (isinstance(value, str) and _HEX[name](value) is not None)
