@@ -110,7 +110,8 @@ def table(counted: dict[str, Steps], requests: int) -> str:
 def where(steps: Steps, requests: int, most: int) -> str:
     """The functions that take most of them; those of others by the last two parts of their paths."""
     return "\n".join(
-        f"{count / requests:7.1f}  {_place(code)}  {code.co_qualname}" for code, count in steps.by_code.most_common(most)
+        f"{count / requests:7.1f}  {_place(code)}  {code.co_qualname}"
+        for code, count in steps.by_code.most_common(most)
     )
 
 
