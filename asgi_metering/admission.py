@@ -25,7 +25,7 @@ from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import ConfigurationError, IdentityError, PayerError, StoreError
 from asgi_metering.keying import key_ask, once, shared_key
 from asgi_metering.outage import in_doubt_of, without_store
-from asgi_metering.policies import ChargePolicy, RatePolicy
+from asgi_metering.policies import ChargePolicy, EndpointPolicy, RatePolicy
 from asgi_metering.prices import FixedPrice
 from asgi_metering.pricing import amounts_of, find_payer, find_price, pin
 from asgi_metering.receipts import Basis
@@ -131,16 +131,14 @@ async def _ask(
         call.opening.check()
 
 
-def admit_now(call: Call) -> bool:
+def admit_now(call: Call, policy: EndpointPolicy) -> bool:
     """
-    Admit *call*, where nothing about it has to wait: its plan is plain, it is known who calls, and so is the answer.
+    Admit *call* under its *policy*, where nothing has to wait: its plan is plain, and it is known who calls.
 
     Only for a store that answers at once. False where something has to: then `admit` does it, by the same id. Raises as
     that does.
     """
-    metering, policy = call.metering, call.policy
-    if policy is None:
-        return False
+    metering = call.metering
     asked = _planned(call, metering.plans.of(policy, call.opening.features))
     # Asked behind the plan, which may be the first to name its unit: the store has to be told of its scale before.
     if asked is None or metering.has_new_units:
@@ -151,7 +149,15 @@ def admit_now(call: Call) -> bool:
         return False
     if type(decision) is not Decision or decision.stale_calendar:
         return False
-    _mark(call, asked, decision, is_plain=True)
+    if decision.refusal is not None:
+        raise call.refused(_leveled(call, decision.refusal), decision)
+    # As `_mark` does. What a plain plan asks is nothing that was answered before, and of its limits none is weighed.
+    call.is_plain = True
+    call.decision, call.held, call.ttl_s = decision, decision.held, asked.ttl_s
+    if asked.sources or asked.leases:
+        call.has_hold = True
+    if decision.payer:
+        call.payer = decision.payer
     return True
 
 
@@ -252,8 +258,8 @@ async def _decide(
     return decision
 
 
-def _mark(call: Call, asked: Admit, decision: Decision, *, is_plain: bool = False) -> None:
-    """Tell *call*, whose plan may be a plain one, what was decided; raises `CallRefused`."""
+def _mark(call: Call, asked: Admit, decision: Decision) -> None:
+    """Tell *call* what was decided; raises `CallRefused`."""
     if decision.refusal is not None:
         raise call.refused(_leveled(call, decision.refusal), decision)
     if decision.replay is not None:
@@ -261,8 +267,7 @@ def _mark(call: Call, asked: Admit, decision: Decision, *, is_plain: bool = Fals
     call.decision = decision
     call.held = decision.held
     call.ttl_s = asked.ttl_s
-    # What no plan weighs needs no look at each of its limits.
-    if asked.sources or asked.leases or (not is_plain and leaves_hold(asked)):
+    if leaves_hold(asked):
         call.has_hold = True
     if decision.payer:
         call.payer = decision.payer

@@ -401,21 +401,30 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         if call.beside is not None:
             would_deny(call, call.beside, refusal)
 
-    def admit_now(self, call: Call) -> bool:
+    def admit_now(self, call: Call, policy: EndpointPolicy) -> bool:
         """Admit *call*, where nothing about it has to wait, and the store neither; see `admission.admit_now`."""
         if not self.store.immediate:
             return False
         runtime = self.runtime()
-        if not runtime.is_open or not admit_now(call):
+        if not runtime.is_open or not admit_now(call, policy):
             return False
-        self.admitted(call, runtime)
+        is_charged = call.charge is not None
+        # As `needs_end` says: what else it looks at, no plain call has.
+        if call.has_hold or is_charged:
+            runtime.register(call)
+        if is_charged:
+            self._tell_span(call)
         return True
 
-    def admitted(self, call: Call, runtime: Runtime | None = None) -> None:
+    def admitted(self, call: Call) -> None:
         """Look after an admitted call, and say so on the server's span while it still records."""
         if call.needs_end:
-            (runtime or self.runtime()).register(call)
-        if call.charge is not None and is_recording():
+            self.runtime().register(call)
+        if call.charge is not None:
+            self._tell_span(call)
+
+    def _tell_span(self, call: Call) -> None:
+        if is_recording():
             # The same words as on the log record, in the same measure.
             annotate_span(
                 {

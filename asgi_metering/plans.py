@@ -30,7 +30,7 @@ from asgi_metering.chosen import ConfiguredLimits, LimitByPlan
 from asgi_metering.outage import in_doubt_of
 from asgi_metering.policies import ChargePolicy, ComputedLimit, EndpointPolicy, RatePolicy
 from asgi_metering.prices import FixedPrice
-from asgi_metering.rules.operations import Admit, AllowanceSource, LeaseAsk, LimitAsk, SourceAsk
+from asgi_metering.rules.operations import Admit, AllowanceSource, LeaseAsk, LimitAsk
 from asgi_metering.rules.roots import rooted
 from asgi_metering.rules.state import NEVER, build
 from asgi_metering.sources import Allowance
@@ -55,11 +55,15 @@ _Place: TypeAlias = tuple[object, ...]
 
 
 class _Asks(NamedTuple):
-    """What one caller asks of a plan, up to a time."""
+    """
+    What one caller asks of a plan, up to a time.
 
-    sources: tuple[SourceAsk, ...]
-    limits: tuple[LimitAsk, ...]
-    leases: tuple[LeaseAsk, ...]
+    Attributes:
+        settled: What of an `Admit` is the same for all of its calls: from the unit to the line.
+        until: When other windows are to be asked for.
+    """
+
+    settled: tuple[object, ...]
     until: float
 
 
@@ -141,13 +145,7 @@ class Plan:
         asks = self._asks.get(place)
         if asks is None or now >= asks.until:
             asks = self._remember(place, self._asked_by(call, now))
-        sources, limits, leases, _ = asks
-        # fmt: off
-        return build(Admit, (
-            call.id, call.payer, self.unit.name, self.amount, self.amount, sources, limits, leases,
-            self._ttl_s, self._grace_s, self._in_doubt, call.line, call.facts, None, None,
-        ))
-        # fmt: on
+        return build(Admit, (call.id, call.payer, *asks.settled, call.facts, None, None))
 
     def _remember(self, place: _Place, asks: _Asks) -> _Asks:
         if len(self._asks) >= MAX_CALLERS:
@@ -171,7 +169,12 @@ class Plan:
         calendars += [each.boundaries for each in sources if isinstance(each, AllowanceSource) and each.boundaries]
         # When the window that is the current one by our clock is over, others are to be sent along with it.
         until = min((edges[2] for edges in calendars), default=NEVER)
-        return _Asks(sources, tuple(distinct(limits)), tuple(leases), until)
+        # fmt: off
+        return _Asks((
+            self.unit.name, self.amount, self.amount, sources, tuple(distinct(limits)), tuple(leases),
+            self._ttl_s, self._grace_s, self._in_doubt, "" if self.charge is None else self.charge.line,
+        ), until)
+        # fmt: on
 
 
 def _is_plain_charge(charge: ChargePolicy | None) -> bool:

@@ -24,7 +24,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         0,
         "nothing is written on the span",
         METERING,
-        "        if call.charge is not None and is_recording():\n",
+        "        if is_recording():\n",
         "        if False:\n",
         _gate(
             "test_write_on_the_span_before_the_first_byte[/function]",
