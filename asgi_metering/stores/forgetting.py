@@ -120,6 +120,9 @@ class Forgetting:
     def __init__(self, state: State, bounds: Bounds) -> None:
         self._state = state
         self._bounds = bounds
+        self._most_ended = bounds.ended_holds
+        # Halving seldom costs less than folding one line each time.
+        self._most_entries = 2 * bounds.entries
         self._ended: OrderedDict[str, None] = OrderedDict()
         counters: OrderedDict[str, Counter] = OrderedDict()
         windows: OrderedDict[Any, AllowanceWindow] = OrderedDict()
@@ -159,13 +162,13 @@ class Forgetting:
 
     def after_end(self, receipt: Receipt) -> None:
         """As `after` an end by the fast path, which adds an ended call and a ledger line."""
-        ended, bounds = self._ended, self._bounds
+        ended = self._ended
         ended[receipt[0]] = None
-        if len(ended) > bounds[1]:
+        if len(ended) > self._most_ended:
             self._drop_oldest_ended()
         number = receipt[11]
         # An account has no more lines than the number of its last one says.
-        if number is not None and number > 2 * bounds[0]:
+        if number is not None and number > self._most_entries:
             self._keep_entries((receipt[1], receipt[2]))
 
     def after_delivery(self, acknowledged: int) -> None:
@@ -192,7 +195,7 @@ class Forgetting:
         """A call that ends again, late, keeps its place."""
         ended = self._ended
         ended[call_id] = None
-        if len(ended) > self._bounds.ended_holds:
+        if len(ended) > self._most_ended:
             self._drop_oldest_ended()
 
     def _drop_oldest_ended(self) -> None:
@@ -202,8 +205,7 @@ class Forgetting:
     def _keep_entries(self, account: AccountKey) -> None:
         state, bound = self._state, self._bounds.entries
         entries = state.entries[account]
-        if len(entries) > 2 * bound:
-            # Halving seldom costs less than folding one line each time.
+        if len(entries) > self._most_entries:
             state.apply(fold(state, account, entries[-bound - 1].number))
 
     def _drop_window(self, key: AllowanceKey) -> None:

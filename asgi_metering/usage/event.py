@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from functools import lru_cache
 from itertools import chain, repeat
 from operator import attrgetter, itemgetter, or_
 from types import MappingProxyType
@@ -110,7 +109,7 @@ class UsageEvent:
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not (_are_ordinary((_OWN_VALUES(self),)) and type(self.usage) in _USAGE and _are_plain((self.attributes,))):
+        if not _are_ordinary(_columns([_OWN_VALUES(self)])):
             self._check_each()
         object.__setattr__(self, "attributes", MappingProxyType(dict(self.attributes)))
 
@@ -177,8 +176,6 @@ class UsageEvent:
 _FIELDS: Final = tuple(one.name for one in fields(UsageEvent))
 _REQUIRED: Final = frozenset({*_REQUIRED_TEXT, "amount", "started_at", "ended_at"})
 _TEXT: Final = frozenset({str, type(None)})
-
-_USAGE: Final = frozenset({TokenUsage, type(None)})
 _PLAIN: Final = frozenset({str, int, bool, float})
 _NAMES: Final = frozenset({str})
 _DICTS: Final = frozenset({dict})
@@ -190,90 +187,80 @@ _ABSENT: Final[dict[str, Any]] = {
 """What each field is where it was not stored: nothing that is needed may be None."""
 _ABSENT["attributes"] = {}
 
-_ORDINARY: Final = tuple(name for name in _FIELDS if name not in ("usage", "attributes"))
-_OWN_VALUES: Final[Callable[[UsageEvent], tuple[Any, ...]]] = attrgetter(*_ORDINARY)
-_STORED_VALUES: Final[Callable[[Mapping[str, Any]], tuple[Any, ...]]] = itemgetter(*_ORDINARY)
-_STORED_PARTS: Final[Callable[[Mapping[str, Any]], tuple[Any, Any]]] = itemgetter("usage", "attributes")
-_NUMBERS: Final[Callable[[tuple[Any, ...]], tuple[Any, ...]]] = itemgetter(
-    *map(_ORDINARY.index, ("amount", "held", "started_at", "ended_at"))
-)
-_TRACES: Final[Callable[[tuple[Any, ...]], tuple[Any, ...]]] = itemgetter(*map(_ORDINARY.index, _TRACE))
-_PUT: Final = tuple(getattr(UsageEvent, name).__set__ for name in _ORDINARY)
-_put_usage: Final[Callable[[UsageEvent, Any], None]] = getattr(UsageEvent, "usage").__set__  # noqa: B009 -- a slot
-_put_attributes: Final[Callable[[UsageEvent, Any], None]] = getattr(UsageEvent, "attributes").__set__  # noqa: B009
-_TYPES: Final = {
+_OWN_VALUES: Final[Callable[[UsageEvent], tuple[Any, ...]]] = attrgetter(*_FIELDS)
+_STORED_VALUES: Final[Callable[[Mapping[str, Any]], tuple[Any, ...]]] = itemgetter(*_FIELDS)
+_PUT: Final = tuple(getattr(UsageEvent, name).__set__ for name in _FIELDS)
+_OTHER_TYPES: Final = {
     **dict.fromkeys(_REQUIRED_TEXT, frozenset({str})),
     **dict.fromkeys(("amount", "held"), frozenset({int})),
     **dict.fromkeys(("started_at", "ended_at"), frozenset({float})),
+    "usage": frozenset({TokenUsage, type(None)}),
     "estimated": frozenset({bool}),
     "status": frozenset({int, type(None)}),
+    "attributes": _DICTS,
 }
-"""The types of fields that are not text or None."""
+_TYPES: Final = tuple(_OTHER_TYPES.get(name, _TEXT) for name in _FIELDS)
+"""What each field may be, in the order of `_FIELDS`; most are text or None."""
+
+_Columns: TypeAlias = dict[str, Iterable[Any]]
+"""The fields of one or more events: the values of all of them by name, in the order of `_FIELDS`."""
 
 
-@lru_cache(maxsize=256)
-def _are_types(types: tuple[type, ...]) -> bool:
-    """Whether each field but usage and attributes is exactly of its type; which of them are None differs by route."""
-    return all(each in _TYPES.get(name, _TEXT) for name, each in zip(_ORDINARY, types, strict=True))
+def _columns(rows: Iterable[tuple[Any, ...]]) -> _Columns:
+    return dict(zip(_FIELDS, zip(*rows, strict=True), strict=True))
 
 
-def _are_ordinary(rows: Sequence[tuple[Any, ...]]) -> bool:
+def _are_ordinary(told: _Columns) -> bool:
     """
-    Whether *rows*, the values of events in the order of `_ORDINARY`, are all as they should be.
+    Whether each field is exactly of its type and within its bounds, and none takes a closer look.
 
-    Nearly all are, and to ask so costs a tenth of finding out why not. Asked of many at once, it costs next to nothing:
-    column by column, C asks without a step of the interpreter for each.
+    Nearly all are. Column by column, C says so of any number of events without a step of the interpreter for each.
     """
-    if not all(map(_are_types, map(tuple, map(map, repeat(type), rows)))):
+    if not all(map(frozenset.issuperset, _TYPES, map(map, repeat(type), told.values()))):
         return False
-    amounts, held, started_at, ended_at = zip(*map(_NUMBERS, rows), strict=True)
-    if min(min(amounts), min(held)) < -MAX_AMOUNT or max(max(amounts), max(held)) > MAX_AMOUNT:
+    parts = (*told["amount"], *told["held"])
+    if min(parts) < -MAX_AMOUNT or max(parts) > MAX_AMOUNT:
         return False
-    if not (all(map(math.isfinite, started_at)) and all(map(math.isfinite, ended_at))):
+    if not (all(map(math.isfinite, told["started_at"])) and all(map(math.isfinite, told["ended_at"]))):
         return False
-    traces = zip(_HEX.values(), zip(*map(_TRACES, rows), strict=True), strict=True)
-    return all(all(map(is_hex, {*column} - {None})) for is_hex, column in traces)
+    if not all(all(map(is_hex, {*told[name]} - {None})) for name, is_hex in _HEX.items()):
+        return False
+    return _are_plain(told["attributes"])
 
 
-def _are_plain(told: Collection[Any]) -> bool:
-    """Whether attributes are each a dict of names to what an event may carry, and nothing that takes a closer look."""
-    if not _DICTS.issuperset(map(type, told)):
-        return False
-    values = list(chain.from_iterable(map(dict.values, told)))
+def _are_plain(attributes: Iterable[dict[Any, Any]]) -> bool:
+    """Whether all of them are names with what an event may carry."""
+    values = list(chain.from_iterable(map(dict.values, attributes)))
     types = set(map(type, values))
     if float in types and not all(map(math.isfinite, (value for value in values if type(value) is float))):
         return False
-    return _PLAIN.issuperset(types) and _NAMES.issuperset(map(type, chain.from_iterable(told)))
+    return _PLAIN.issuperset(types) and _NAMES.issuperset(map(type, chain.from_iterable(attributes)))
 
 
 def ordinary_events(stored: Sequence[Mapping[str, Any]]) -> list[UsageEvent] | None:
     """
     The events that were stored, at least one, if each field of each is exactly of its type; every delivery reads many.
 
-    Of others `UsageEvent.from_dict` says one by one whether they can be read, and why not. Put together by their slots,
-    and a field of all of them at a time: a frozen class sets each by a call of its own.
+    Of others `UsageEvent.from_dict` says one by one whether they can be read, and why not.
 
     Raises:
         UsageError: As `UsageEvent.from_dict`, of the tokens of one of them.
     """
     if not _DICTS.issuperset(map(type, stored)):
         return None
-    known = list(map(or_, repeat(_ABSENT), stored))
-    rows = list(map(_STORED_VALUES, known))
-    usages, attributes = zip(*map(_STORED_PARTS, known), strict=True)
-    if not _are_ordinary(rows) or not _are_plain(attributes):
+    # One is filled up while it is read, and gone with the next: all of them at once would not fit a processor's cache.
+    told = _columns(map(_STORED_VALUES, map(or_, repeat(_ABSENT), stored)))
+    if any(told["usage"]):
+        told["usage"] = tuple(map(_usage, told["usage"]))
+    if not _are_ordinary(told):
         return None
-    if any(usages):
-        usages = tuple(map(_usage, usages))
-    if not _USAGE.issuperset(map(type, usages)):
-        return None
-    events = list(map(object.__new__, repeat(UsageEvent, len(rows))))
-    for put, column in zip(_PUT, zip(*rows, strict=True), strict=True):
-        deque(map(put, events, column), 0)
-    deque(map(_put_usage, events, usages), 0)
-    # One for all events without any; a copy for each of the others, which nobody else may change.
-    own = map(MappingProxyType, map(dict, attributes)) if any(attributes) else repeat(_NO_ATTRIBUTES)
-    deque(map(_put_attributes, events, own), 0)
+    # A copy for each, which nobody else may change, and one for all events without any.
+    some = any(told["attributes"])
+    told["attributes"] = map(MappingProxyType, map(dict, told["attributes"])) if some else repeat(_NO_ATTRIBUTES)
+    # By their slots, and a field of all of them at a time: a frozen class sets each by a call of its own.
+    events = list(map(object.__new__, repeat(UsageEvent, len(stored))))
+    for put, values in zip(_PUT, told.values(), strict=True):
+        deque(map(put, events, values), 0)
     return events
 
 
