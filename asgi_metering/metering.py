@@ -436,8 +436,9 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
 
     def refused(self, call: Call, refusal: Refusal) -> None:
         """Count a refusal, and say so on the server's span, in the same words."""
-        self.meters.count("refusals", reason=refusal.reason.value, line=call.line)
-        annotate_span({"metering.line": call.line or None, "metering.refusal.reason": refusal.reason.value})
+        reason = refusal.reason.value
+        self.meters.count("refusals", reason=reason, line=call.line)
+        annotate_span({"metering.line": call.line or None, "metering.refusal.reason": reason})
 
     def who(self, origin: Origin | None) -> Caller | Awaitable[object] | None:
         """
