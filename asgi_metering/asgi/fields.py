@@ -179,9 +179,12 @@ def limit_fields(
         if not spelled.is_distinct:
             windows = _distinct(windows, spelled.quoted)
             spelled = _spelled(tuple(map(_WRITTEN, windows)))
-        if policy is not None:
+        if policy is not None and state is not None:
+            # As nearly everywhere.
+            fields = [(policy, spelled.policies), (state, _states(windows, spelled))]
+        elif policy is not None:
             fields.append((policy, spelled.policies))
-        if state is not None:
+        elif state is not None:
             fields.append((state, _states(windows, spelled)))
         if names._has_custom:
             _add_legacy(fields, _shown_window(windows, failing), decision.now, (limit, remaining, reset))
