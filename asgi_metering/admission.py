@@ -23,6 +23,7 @@ from asgi_metering.beside import Beside
 from asgi_metering.counting import count_by, counts, message_limits, needs_caller, of_everybody
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import ConfigurationError, IdentityError, PayerError, StoreError
+from asgi_metering.events.span import current_trace
 from asgi_metering.keying import key_ask, once, shared_key
 from asgi_metering.outage import in_doubt_of, without_store
 from asgi_metering.policies import ChargePolicy, EndpointPolicy, RatePolicy
@@ -131,15 +132,20 @@ async def _ask(
         call.opening.check()
 
 
-def admit_now(call: Call, policy: EndpointPolicy) -> bool:
+def admit_now(call: Call, policy: EndpointPolicy, features: frozenset[str]) -> bool:
     """
-    Admit *call* under its *policy*, where nothing has to wait: its plan is plain, and it is known who calls.
+    Admit *call* under its *policy* and the layers *features*, where nothing has to wait.
 
-    Only for a store that answers at once. False where something has to: then `admit` does it, by the same id. Raises as
-    that does.
+    Neither the store, nor who calls, nor its plan, which is plain. False where something has to: then `admit` does it,
+    by the same id. Raises as that does.
     """
     metering = call.metering
-    asked = _planned(call, metering.plans.of(policy, call.opening.features))
+    if not metering.store.immediate:
+        return False
+    runtime = metering.runtime()
+    if not runtime.is_open:
+        return False
+    asked = _planned(call, metering.plans.of(policy, features))
     # Asked behind the plan, which may be the first to name its unit: the store has to be told of its scale before.
     if asked is None or metering.has_new_units:
         return False
@@ -154,10 +160,16 @@ def admit_now(call: Call, policy: EndpointPolicy) -> bool:
     # As `_mark` does. What a plain plan asks is nothing that was answered before, and of its limits none is weighed.
     call.is_plain = True
     call.decision, call.held, call.ttl_s = decision, decision.held, asked.ttl_s
-    if asked.sources or asked.leases:
-        call.has_hold = True
     if decision.payer:
         call.payer = decision.payer
+    if asked.sources or asked.leases:
+        call.has_hold = True
+    is_charged = call.charge is not None
+    # As `needs_end` says: what else it looks at, no plain call has.
+    if call.has_hold or is_charged:
+        runtime.register(call)
+    if is_charged:
+        metering.tell_span(call)
     return True
 
 
@@ -169,11 +181,11 @@ def _planned(call: Call, plan: Plan) -> Admit | None:
     if caller is None or caller.exempt:
         return None
     call.payer = caller.payer
-    charge = plan.charge
-    if charge is not None and isinstance(charge.price, FixedPrice):
+    charge, price = plan.charge, plan.price
+    if charge is not None and price is not None:
         call.charge, call.line, call.unit = charge, charge.line, plan.unit
-        call.price, call.estimate = charge.price, charge.price.amount
-        call.trace = call.metering.trace()
+        call.price, call.estimate = price, price.amount
+        call.trace = current_trace()
         call.facts = _facts(call)
     return plan.asked(call, call.started_at)
 
@@ -188,7 +200,7 @@ def _free(call: Call, charge: ChargePolicy) -> None:
         log.error("The shadow of %s cannot be told. %s", charge.line, failure)
         call.charge = None
         return
-    call.trace = call.metering.trace()
+    call.trace = current_trace()
     call.facts = _facts(call)
 
 
@@ -237,7 +249,7 @@ async def _charge(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]
         call.once = await once(call, charge, arguments)
     if not call.exempt:
         call.shared = await shared_key(call, charge, arguments)
-    call.trace = call.metering.trace()
+    call.trace = current_trace()
     call.facts = _facts(call)
 
 

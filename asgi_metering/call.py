@@ -464,7 +464,7 @@ class Call(CallState):
         if self._gate is not _OPEN:
             return False
         try:
-            return self.metering.admit_now(self, policy)
+            return self.metering.admit_now(self, policy, opening.features)
         finally:
             if self.decision is not None or self.refusal is not None:
                 self._gate = _DECIDED

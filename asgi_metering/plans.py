@@ -80,6 +80,7 @@ class Plan:
         charge: What is charged; None where nothing is, and of a plan that is not plain: what that computes may refer to
             anything, such as the request that it was made for.
         rates: The limits that count here; likewise.
+        price: What the charge asks; likewise.
         unit: Of the amounts.
         amount: Smallest parts of a fixed price; 0 where there is none.
         is_plain: Whether a call can be asked for by `asked`.
@@ -95,6 +96,7 @@ class Plan:
         "charge",
         "is_plain",
         "policy",
+        "price",
         "rates",
         "unit",
     )
@@ -110,10 +112,11 @@ class Plan:
         self.charge = policy.charge if "credits" in features else None
         self.rates = policy.gated if "rates" in features else ()
         charge = self.charge
+        self.price = charge.price if charge is not None and isinstance(charge.price, FixedPrice) else None
         self.unit: Unit = metering.counted(None if charge is None else charge.unit)
         self.amount = 0
-        if charge is not None and isinstance(charge.price, FixedPrice):
-            self.amount = self.unit.parts(charge.price.amount)
+        if self.price is not None:
+            self.amount = self.unit.parts(self.price.amount)
         self._ttl_s = metering.ttl_s if charge is None else charge.ttl_s
         self._grace_s = metering.grace_s if charge is None else charge.grace_s
         self._in_doubt = in_doubt_of(charge)
@@ -133,7 +136,7 @@ class Plan:
         # What each message of a session is let in by is worked out before the session is.
         self.is_plain = self.is_plain and _are_plain_rates(self.rates) and not policy.messages
         if not self.is_plain:
-            self.charge, self.rates, self._varying = None, (), []
+            self.charge, self.price, self.rates, self._varying = None, None, (), []
 
     def asked(self, call: Call, now: float) -> Admit:
         """What *call*, whose caller and payer are known, asks around *now*."""

@@ -175,13 +175,16 @@ def limit_fields(
     policy, state, limit, remaining, reset, _, available = names._wire
     windows = decision.windows
     if windows:
-        spelled = _spelled(tuple(map(_WRITTEN, windows)))
+        spelled = _spelled(*map(_WRITTEN, windows))
         if not spelled.is_distinct:
             windows = _distinct(windows, spelled.quoted)
-            spelled = _spelled(tuple(map(_WRITTEN, windows)))
-        if policy is not None:
+            spelled = _spelled(*map(_WRITTEN, windows))
+        if policy is not None and state is not None:
+            # As nearly everywhere.
+            fields = [(policy, spelled.policies), (state, _states(windows, spelled))]
+        elif policy is not None:
             fields.append((policy, spelled.policies))
-        if state is not None:
+        elif state is not None:
             fields.append((state, _states(windows, spelled)))
         if names._has_custom:
             _add_legacy(fields, _shown_window(windows, failing), decision.now, (limit, remaining, reset))
@@ -218,7 +221,7 @@ class _Spelled(NamedTuple):
 
 # Policies are few and the same on every response; limits by plan or by month make a few more.
 @lru_cache(maxsize=1024)
-def _spelled(written: tuple[tuple[Any, ...], ...]) -> _Spelled:
+def _spelled(*written: tuple[Any, ...]) -> _Spelled:
     quoted = []
     items = []
     for name, limit, window_s, meter in written:
@@ -239,10 +242,11 @@ def _states(windows: Sequence[WindowState], spelled: _Spelled) -> bytes:
     numbers: list[int] = []
     try:
         for window in windows:
-            numbers += window[_LEFT], ceil(window[_SECONDS] - _CLOCK_NOISE_S)
+            left, wait = window[_LEFT], ceil(window[_SECONDS] - _CLOCK_NOISE_S)
+            if not 0 <= left <= MAX_SF_INTEGER >= wait >= 0:
+                return _odd_states(windows, spelled.quoted)
+            numbers += left, wait
     except (OverflowError, ValueError):
-        return _odd_states(windows, spelled.quoted)
-    if min(numbers) < 0 or max(numbers) > MAX_SF_INTEGER:
         return _odd_states(windows, spelled.quoted)
     return spelled.states % (*numbers,)
 

@@ -35,9 +35,9 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         0,
         "events have no trace",
-        METERING,
-        "        return current_trace()\n",
-        "        return {}\n",
+        "asgi_metering.events.span",
+        "    if not context.is_valid:\n        return {}\n",
+        "    return {}\n",
         _gate(
             "test_export_the_record_in_the_trace_of_its_request[/function]",
             "test_export_the_record_in_the_trace_of_its_request[/generator]",
