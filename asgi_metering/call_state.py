@@ -104,6 +104,8 @@ class CallState:
     asked: TokenUsage | None = None
     # By what its tokens are multiplied in the service tier that the request asks for, if that is dearer.
     dearer = Decimal(1)
+    # Whole units that the searches of the web may cost which the request allows.
+    searching = Decimal(0)
     decision: Decision | None = None
     refusal: Refusal | None = None
     # Whether its refusal is answered by the application, with any status.
