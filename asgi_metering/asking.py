@@ -267,10 +267,10 @@ async def computed_key(call: Call, rate: RatePolicy, wanted: From, arguments: Ma
 
 def method_of(call: Call, known: Collection[str] = ()) -> str:
     """
-    The HTTP method of *call*, in capitals; of those that nobody knows, which clients may invent, one name. Empty outside
-    HTTP.
+    The HTTP method of *call*, in capitals; of those that nobody knows, which clients may invent, one name.
 
-    Frameworks that take ``post`` for POST, as Django and Quart do, must not take it past a limit of POST.
+    Empty outside HTTP. Frameworks that take ``post`` for POST, as Django and Quart do, must not take it past a limit of
+    POST.
     """
     origin = call.opening.origin
     if origin is None:
