@@ -7,8 +7,9 @@ Bookkeeping only: nothing here awaits, delivers or talks to a store. Times are o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, MutableMapping, Sequence
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from itertools import repeat
+from operator import attrgetter, itemgetter
 from typing import Any, Final
 
 from asgi_metering.usage.event import UsageEvent
@@ -25,6 +26,10 @@ _UNKNOWN: Final = (0, 0.0)
 """The mark of an event that nobody took."""
 
 
+_ID: Final[Callable[[UsageEvent], str]] = attrgetter("id")
+_EVENT: Final[Callable[[tuple[UsageEvent, float]], UsageEvent]] = itemgetter(0)
+
+
 class Custody:
     """
     Remembers events by id, so that a sink that took one is not given it again while others are retried.
@@ -32,6 +37,8 @@ class Custody:
     Args:
         sinks: How many there are, 1 or more; each is known by its bit, ``1 << number``.
         remember_s: How long an id that is not claimed again is remembered: another process acknowledged it.
+
+    Every event goes through all of this, hundreds at once: what is common is left to C, which needs no step for each.
 
     Both memories are bounded. What is beyond them is delivered again: at least once, never less.
     """
@@ -56,7 +63,7 @@ class Custody:
 
     def pick_up(self, events: Sequence[UsageEvent], until: float) -> None:
         """Keep claimed events until their lease ends; what is known of who took them still holds."""
-        found = {event.id: (event, until) for event in events}
+        found = dict(zip(map(_ID, events), zip(events, repeat(until)), strict=False))
         _drop(found, self._finished)
         self._hand.update(found)
         for key in found if self._marks else ():
@@ -69,13 +76,14 @@ class Custody:
         """Return the events in hand that the sink of *bit* has not taken, in the order in which they were claimed."""
         taken = self._taken
         if not taken:
-            return [event for event, _ in self._hand.values()]
+            return list(map(_EVENT, self._hand.values()))
         return [event for key, (event, _) in self._hand.items() if not taken.get(key, 0) & bit]
 
-    def took(self, ids: Sequence[str], bit: int, now: float) -> None:
+    def took(self, events: Sequence[UsageEvent], bit: int, now: float) -> None:
         """Note that the sink of *bit* has these events, or will never get them; they may be put down meanwhile."""
         hand, taken, everyone = self._hand, self._taken, self._everyone
-        held = [key for key in ids if key in hand]
+        ids = tuple(map(_ID, events))
+        held = tuple(filter(hand.__contains__, ids))
         if bit == everyone:
             self.give_up(held)
         else:
@@ -119,6 +127,6 @@ class Custody:
 
 
 def _drop(table: MutableMapping[str, Any], keys: Collection[str]) -> None:
-    """Take *keys* out of *table*, those that are there: all in C, since every event goes through here."""
+    """Take *keys* out of *table*, those that are there."""
     if table:
         deque(map(table.pop, keys, repeat(None)), 0)

@@ -223,7 +223,7 @@ class Exporter:
             self._wake.set()
 
     def _took(self, courier: Courier, events: Sequence[UsageEvent]) -> None:
-        self._custody.took([event.id for event in events], courier.bit, self._clock())
+        self._custody.took(events, courier.bit, self._clock())
 
     def _gave_up(self, courier: Courier, event: UsageEvent) -> None:
         log.error(
