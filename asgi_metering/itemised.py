@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Iterator
 from dataclasses import replace
 from decimal import Decimal
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from asgi_metering.errors import UsageError
 from asgi_metering.exchanges import Sum
@@ -113,6 +113,21 @@ def counted_call(
 ) -> ModelCall:
     """One exchange that did not tell all of its usage, so that it was counted here."""
     return _called(report, ModelCall(usage, model, provider, is_media=_is_media(model), estimated=True))
+
+
+UNTOLD: Final = (None, "auto")
+"""What an answer says of its service tier while nobody knows which one serves."""
+
+
+def as_asked(call: Call, used: ModelCall) -> ModelCall:
+    """
+    *used*, of an answer that has not ended, as served by the tier that *call* asks for, if that is dearer.
+
+    Until the answer says which one serves: else a stream would be observed, and cut, at the usual price to its end.
+    """
+    if call.asked_service is None or used.service not in UNTOLD:
+        return used
+    return replace(used, service=call.asked_service)
 
 
 def _is_media(model: str | None) -> bool:
