@@ -104,6 +104,8 @@ class CallState:
     asked: TokenUsage | None = None
     # By what its tokens are multiplied in the service tier that the request asks for, if that is dearer.
     dearer = Decimal(1)
+    # That tier; None where it is no dearer.
+    asked_service: str | None = None
     # Whole units that the searches of the web may cost which the request allows.
     searching = Decimal(0)
     decision: Decision | None = None

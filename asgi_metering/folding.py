@@ -10,7 +10,7 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 from asgi_metering.exchanges import Sum, kind_of
-from asgi_metering.itemised import ERRORS, counted_call, model_call
+from asgi_metering.itemised import ERRORS, as_asked, counted_call, model_call
 from asgi_metering.measuring import Part, given_input, observation, parts_of
 from asgi_metering.tokens import estimate_tokens, tokens_of
 
@@ -54,7 +54,7 @@ def _folded(call: Call, part: Part) -> list[tuple[Hashable, Sum, str | None]]:
         heard = reader.heard()
         counted = 0 if part.written is not None else estimate_tokens(heard.text) + tokens_of(heard.more_chars)
         seen = observation(given, max(part.told_output, counted))
-        used = counted_call(seen, None if report is None else report.model, part.provider, report)
+        used = as_asked(call, counted_call(seen, None if report is None else report.model, part.provider, report))
     one = Sum(
         used,
         () if report is None else report.problems,

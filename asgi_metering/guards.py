@@ -31,6 +31,7 @@ from asgi_metering.policies import (
     UpstreamPolicy,
     check_line,
 )
+from asgi_metering.prices.values import reads_request
 from asgi_metering.rates import RateLimit
 from asgi_metering.wrappers import wrap
 
@@ -103,6 +104,7 @@ class Guard:
         charge = self.policy.charge
         # Also where the hold is an amount: what a hang-up pays for its input is estimated from the request.
         estimated = charge is not None and charge.measured and charge.hold.reads_request
+        estimated = estimated or (charge is not None and reads_request(charge.price))
         estimated = estimated or any(each.tokens == ESTIMATE for each in self.policy.upstreams)
         asked = any(rate.asker is not None for rate in self.policy.rates)
         self._needs_arguments = bool(self.policy.callables()) or estimated or self.policy.weighs or asked

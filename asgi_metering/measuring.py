@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, NamedTuple
 
 from asgi_metering.exchanges import Sum
-from asgi_metering.itemised import ERRORS, answers_of, calls_of, counted_call, model_call
+from asgi_metering.itemised import ERRORS, answers_of, as_asked, calls_of, counted_call, model_call
 from asgi_metering.prices import Costing, MeasuredPrice, ModelCall
 from asgi_metering.prices.costing import WEB_SEARCHES
 from asgi_metering.rules.ending import Cause
@@ -375,7 +375,8 @@ async def observed_usage(
             usage = part.usage + usage
             estimated = estimated or (isinstance(part.reader, Sum) and part.reader.counted)
             if part.report is not None:
-                calls.append(model_call(part.report, part.provider or known.provider, part.reader))
+                one = model_call(part.report, part.provider or known.provider, part.reader)
+                calls.append(one if part.final or isinstance(part.reader, Sum) else as_asked(call, one))
             continue
         given, guessed = given_input(call, part, begun=_begun(call))
         # What it had counted itself: thoughts are in there, and not in the text.
@@ -388,7 +389,7 @@ async def observed_usage(
             guessed = guessed or heard.estimated or counted.estimated
         seen = observation(given, output)
         named = None if part.report is None else part.report.model
-        calls.append(counted_call(seen, named, part.provider or known.provider, part.report))
+        calls.append(as_asked(call, counted_call(seen, named, part.provider or known.provider, part.report)))
         usage = seen + usage
         estimated = estimated or guessed
     usage = usage or TokenUsage(input=0, output=0)

@@ -22,7 +22,7 @@ from asgi_metering.holding import Slices
 from asgi_metering.names import check_key
 from asgi_metering.policies import ChargePolicy
 from asgi_metering.prices import FixedPrice
-from asgi_metering.prices.values import EXACT
+from asgi_metering.prices.values import EXACT, reads_request
 from asgi_metering.sources import Wallet, check_payers
 from asgi_metering.tally import first_slice
 from asgi_metering.usage import TokenUsage
@@ -81,14 +81,15 @@ async def find_price(call: Call, charge: ChargePolicy, arguments: Mapping[str, A
         call.estimate = price.amount
         return
     pinned = getattr(price, "pin", None)
-    wanted = pinned is not None or getattr(price, "services", None) or getattr(price, "web_search", None)
-    body = await body_of(arguments) if wanted else None
+    body = await body_of(arguments) if reads_request(price) else None
     if pinned is not None:
         call.price = pinned(call.started_at, model_of(body))
     dearer = getattr(call.price, "dearer", None)
     if dearer is not None and body is not None:
         # Else whoever asks for a tier that costs several times as much is let in for the usual.
-        call.dearer = dearer(asked_service(body))
+        service = asked_service(body)
+        call.dearer = dearer(service)
+        call.asked_service = service if call.dearer > 1 else None
     searching = getattr(call.price, "searching", None)
     if searching is not None and body is not None:
         call.searching = searching(asked_searches(body))

@@ -163,6 +163,22 @@ def test_afford_and_hold_what_a_dearer_service_tier_costs(price: Any, tier: str 
     assert [entry.amount // 10**6 for entry in entries] == [held]
 
 
+def test_hold_tokens_at_the_price_of_the_request() -> None:
+    """A hold of so many tokens costs what they cost by the model, and the service tier, that the request asks for."""
+    told: list[tuple[int, int]] = []
+
+    async def endpoint(request: Request) -> JSONResponse:
+        told.append((current_call().held // 10**6, current_call().affordable()))
+        return JSONResponse({})
+
+    body = json.dumps({"model": "m", "input": [1], "service_tier": "priority", "tools": [{"type": "web_search"}]})
+    for price in (SERVED, BY_NAME, per_token(input=1, output=1, web_search=1)):
+        route = Route("/", billable(price, hold=TokenUsage(input=0, output=60))(endpoint), methods=["POST"])
+        asyncio.run(charged(Starlette(routes=[route]), method="POST", body=body.encode()))
+    # Ten searches at 0.01 USD, or at 1.
+    assert told == [(180, 60), (180, 59), (60, 50)]
+
+
 def test_afford_what_upstream_exchanges_leave() -> None:
     """Exchanges that ended count as they reported, one that runs by what it wrote until now."""
     told: list[int] = []

@@ -83,6 +83,7 @@ class Notes:
     cost: Decimal | None = None
     service: str | None = None
     searches: int | None = None
+    citations: int | None = None
     complete: bool = False
     error: bool = False
     failure: bytes = b""
@@ -185,6 +186,11 @@ class Notes:
         elif found is not None:
             self.searches = max(found, self.searches or 0)
 
+    def cite(self, count: object) -> None:
+        """Take the tokens of what is cited so far: a running total, of which the last one counts."""
+        found = self.count(count)
+        self.citations = self.citations if found is None else found
+
     def fail(self, payload: Json) -> None:
         """Keep what the first error says of itself, as JSON of at most `MAX_FAILURE` bytes."""
         inner = as_object(payload.get("response")) if payload.get("error") is None else payload
@@ -220,6 +226,7 @@ class Notes:
             cost=self.cost,
             service=self.service,
             searches=self.searches,
+            citations=self.citations,
             complete=self.complete,
             error=self.error,
             partial=self.partial,

@@ -76,6 +76,10 @@ def _counts(notes: Notes, usage: Json, *, total_is_input: bool) -> TokenUsage | 
         asked = total
     if asked is None and given is None:
         return None
+    if _counts_beside(usage) and reasoning is not None:
+        # Its total is with or without them.
+        total = None
+        given = notes.plus(given, reasoning)
     given = reconcile(notes, asked, given, reasoning, total)
     if given is None and total is None and total_is_input:
         given = 0
@@ -101,6 +105,11 @@ def _counts(notes: Notes, usage: Json, *, total_is_input: bool) -> TokenUsage | 
         image_input=notes.count(into.get("image_tokens")),
         image_output=notes.count(out.get("image_tokens")),
     )
+
+
+def _counts_beside(usage: Json) -> bool:
+    """Whether reasoning lies beside the answer's tokens, and not within: Perplexity, by what only it counts."""
+    return any(usage.get(name) is not None for name in ("citation_tokens", "num_search_queries"))
 
 
 def reconcile(
@@ -146,7 +155,9 @@ def _take(notes: Notes, usage: object, *, total_is_input: bool = False) -> bool:
     notes.charge(_cost(found))
     notes.charge(found.get("cost_in_usd_ticks"), TICKS_PER_USD)
     notes.serve(found.get("service_tier"))
-    notes.search(as_object(first(found.get("server_tool_use"), found.get("server_tool_use_details"))).get(SEARCHES))
+    made = as_object(first(found.get("server_tool_use"), found.get("server_tool_use_details"))).get(SEARCHES)
+    notes.search(first(made, found.get("num_search_queries")))
+    notes.cite(found.get("citation_tokens"))
     counts = _counts(notes, found, total_is_input=total_is_input)
     if counts is None:
         return False

@@ -421,6 +421,27 @@ def test_find_published_models_by_their_names() -> None:
     assert prices.lookup("no-such-model", "openai", NOW).rate is None
 
 
+CITED = {"web_searches": Decimal(20), "citation_tokens": Decimal(20_016)}
+
+
+@pytest.mark.parametrize(
+    ("model", "estimated", "cost", "flags"),
+    [
+        ("sonar-deep-research", False, "0.77891", ()),
+        ("sonar-deep-research", True, "0.77891", ()),
+        # A price for each request has its searches and citations in it.
+        ("sonar-pro", False, "3.029084", ()),
+        ("sonar-pro-search", False, "3.215084", ("unpriced_citations",)),
+    ],
+)
+def test_price_what_a_search_engine_counts(model: str, estimated: bool, cost: str, flags: tuple[str, ...]) -> None:
+    """Reasoning, citations and searches cost what is published of each; citations without a price are told of."""
+    usage = TokenUsage(33, 7_163 + 193_836, reasoning=193_836)
+    call = ModelCall(usage, model, "perplexity", units=CITED, estimated=estimated)
+    found = billed(model_prices(units_per_usd=1), call)
+    assert (found.amount, found.flags) == (Decimal(cost), flags)
+
+
 def test_price_published_media() -> None:
     """What is published by the hour, characters or searches is priced by units; images never by tokens (S3.20)."""
     prices = model_prices(units_per_usd=1)
