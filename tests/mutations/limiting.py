@@ -166,8 +166,8 @@ FLATS = (
         0,
         "no limits of the middleware",
         MIDDLEWARE,
-        "        if self.limits is None:\n            return run(",
-        "        if True:\n            return run(",
+        "                if self.limits is None:\n                    await run(",
+        "                if True:\n                    await run(",
         _flat("test_refuse_without_reading_a_byte", "test_count_every_request_in_one_bucket"),
     ),
     Mutation(
