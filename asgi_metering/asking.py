@@ -252,7 +252,7 @@ def network_of(address: str) -> str:
     return f"{IPv6Address(int(known) >> 64 << 64)}/64"
 
 
-_WITH_PORT = re.compile(r'"?(?:\[([^\]]+)\](?::[^:]*)?|([0-9]+(?:\.[0-9]+){3}):[^:]*)\Z')
+_WITH_PORT = re.compile(r'"?(?:\[([^\]]+)\](?::[^:"]*)?|([0-9]+(?:\.[0-9]+){3}):[^:"]*)"?\Z')
 """``192.0.2.1:4711``, ``[2001:db8::1]`` and ``[2001:db8::1]:4711``, or these in quotes."""
 
 
