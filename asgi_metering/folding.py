@@ -39,13 +39,13 @@ def fold(call: Call, exchanges: Exchanges | None = None) -> None:
         for _, reader, status in gone:
             part = parts.get(id(reader))
             if status < ERRORS and part is not None:
-                folded += _folded(call, part, begun=exchanges is call.exchanges)
+                folded += _folded(call, part, is_upstream=exchanges is call.exchanges)
         exchanges.fold(gone, folded)
     finally:
         exchanges.rest()
 
 
-def _folded(call: Call, part: Part, *, begun: bool) -> list[tuple[Hashable, Sum, str | None]]:
+def _folded(call: Call, part: Part, *, is_upstream: bool) -> list[tuple[Hashable, Sum, str | None]]:
     report, reader = part.report, part.reader
     if report is not None and part.final:
         used = model_call(report, part.provider)
@@ -53,7 +53,7 @@ def _folded(call: Call, part: Part, *, begun: bool) -> list[tuple[Hashable, Sum,
         # A search, or a poll of what is not there yet.
         return []
     else:
-        given, _ = given_input(call, part, begun=begun)
+        given, _ = given_input(call, part, begun=is_upstream)
         heard = reader.heard()
         counted = 0 if part.written is not None else estimate_tokens(heard.text) + tokens_of(heard.more_chars)
         seen = observation(given, max(part.told_output, counted))
@@ -65,4 +65,5 @@ def _folded(call: Call, part: Part, *, begun: bool) -> list[tuple[Hashable, Sum,
         counted=used.estimated,
         unreported=part.usage is None,
     )
-    return [(kind_of(call.price, used), one, None if report is None else report.response_id)]
+    # Only an upstream's answers are fetched again, and recognised by their ids.
+    return [(kind_of(call.price, used), one, report.response_id if report is not None and is_upstream else None)]

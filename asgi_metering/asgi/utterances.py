@@ -16,7 +16,7 @@ from asgi_metering.exchanges import Exchanges
 from asgi_metering.folding import fold
 from asgi_metering.growing import LEAST_ROOM
 from asgi_metering.usage import UsageReader, UsageReport
-from asgi_metering.usage.session import MAX_OPEN, SessionReader
+from asgi_metering.usage.session import SessionReader
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call
@@ -34,9 +34,9 @@ _ANSWERED = 200
 
 
 class _Answers(Exchanges):
-    """The answers of one session: few by themselves, for each keeps a reader."""
+    """The answers of one session: few by themselves, since all of them are looked at each time that it is measured."""
 
-    most, spare = 2 * MAX_OPEN, MAX_OPEN
+    most, spare = 4, 2
 
 
 class Utterances:

@@ -29,10 +29,13 @@ __all__ = ["MAX_OPEN", "MAX_SHOWN", "SessionReader"]
 MAX_OPEN: Final = 8
 """Answers that may still go on, the latest: sessions have one or two at a time, and each keeps the text of its own."""
 
+MAX_LATE: Final = 2
+"""Answers that have ended and may still tell their usage, or tell it again, among them."""
+
 MAX_LOOKED_INTO: Final = 16 << 20
 """Bytes of one message that are parsed to see whose it is: those of images are some millions."""
 
-MAX_SHOWN: Final = 10_000
+MAX_SHOWN: Final = 1_000
 """Ids of answers that are remembered when they are over, so that one that is told again counts once."""
 
 _FIELD: Final = re.compile(rb"(?:data|event|id|retry):")
@@ -253,8 +256,9 @@ class SessionReader:
                 _give(reader, json.dumps({"type": "session.created", "session": {"model": model}}).encode())
         self._open[object() if key is None else key] = reader
         self._note_latest(dialect, document, reader)
-        if len(self._open) > MAX_OPEN:
-            self._close(next(iter(self._open)))
+        done = [each for each, known in self._open.items() if known.ended]
+        for each in done[:-MAX_LATE] or [*self._open][:-MAX_OPEN]:
+            self._close(each)
         self._begun(dialect.name, reader)
         return reader
 

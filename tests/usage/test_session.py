@@ -107,9 +107,7 @@ def test_count_each_response_of_a_realtime_session_by_itself() -> None:
         TokenUsage(0, 0),
         None,
     ]
-    assert read.models == ["gpt-realtime", "gpt-4o-mini-transcribe", "gpt-realtime", "gpt-4o-mini-transcribe"] + [
-        "gpt-realtime"
-    ]
+    assert read.models == [*["gpt-realtime", "gpt-4o-mini-transcribe"] * 2, "gpt-realtime"]
     assert read.ended == [True] * 5
     reports = [reader.report() for _, reader in read.begun]
     assert [each.seconds for each in reports if each is not None] == [None, None, None, Decimal("2.5"), None]
@@ -165,12 +163,11 @@ def test_count_a_response_that_is_told_again_once() -> None:
 def test_remember_so_many_responses(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is remembered of them is bounded."""
     monkeypatch.setattr(session, "MAX_SHOWN", 2)
-    ends = [response(number, "done", **counts(10, number)) for number in range(MAX_OPEN + 5)]
-    read = Read(*ends)
-    read.say(*ends[3:])
-    assert len(read.begun) == MAX_OPEN + 5
+    ends = [response(number, "done", **counts(10, number)) for number in range(9)]
+    read = Read(*ends, *ends[4:])
+    assert len(read.begun) == 9
     read.say(ends[0])
-    assert len(read.begun) == MAX_OPEN + 6
+    assert len(read.begun) == 10
 
 
 def test_read_a_realtime_session_without_ids() -> None:
@@ -526,6 +523,8 @@ def test_await_a_few_answers_at_a_time() -> None:
     assert [reader.over for _, reader in read.begun] == [True] * 2 + [False] * MAX_OPEN
     again = Read(*answer("a", 9, 2), *answer("a", 9, 2))
     assert [reader.over for _, reader in again.begun] == [True, False]
+    ended = Read(*answer("a", 9, 2)[:2], *(each for number in range(9) for each in answer(f"b{number}", 9, 2)))
+    assert [at for at, (_, reader) in enumerate(ended.begun) if not reader.over] == [0, 7, 8, 9]
     touched = Read(*(answer(f"a{number}", 9, 2)[0] for number in range(MAX_OPEN)))
     touched.say(answer("a0", 9, 2)[1], answer("b", 9, 2)[0])
     assert [at for at, (_, reader) in enumerate(touched.begun) if reader.over] == [1]
