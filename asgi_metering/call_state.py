@@ -108,6 +108,8 @@ class CallState:
     asked: TokenUsage | None = None
     # By what its tokens are multiplied in the service tier that the request asks for, if that is dearer.
     dearer = Decimal(1)
+    # Whole units that the searches of the web may cost which the request allows.
+    searching = Decimal(0)
     decision: Decision | None = None
     refusal: Refusal | None = None
     # Whether its refusal is answered by the application, with any status.
@@ -133,6 +135,9 @@ class CallState:
     facts: Mapping[str, Any] = MappingProxyType({})
     has_hold = False
     hold_lost = False
+    # Admitted at once by a plain plan (`plans`): its price is fixed, if it has one, and each call is charged by itself;
+    # nothing about it is measured, weighed, shared, kept for repeats or in the shadow, and its hold does not grow.
+    is_plain = False
     # Without the store: its charge that waits in the journal, and the id of its local limits.
     queued: Admit | None = None
     local = ""
@@ -147,6 +152,8 @@ class CallState:
     once: IdempotencyAsk | None = None
     reply: Reply | None = None
     shared: str | None = None
+    # Who waits for its end; None once the ledger has answered.
+    _endings: tuple[asyncio.Future[Receipt | None], ...] | None = ()
 
     def __init__(self, opening: Opening) -> None:
         metering = self.metering = opening.metering
@@ -157,7 +164,6 @@ class CallState:
         self.reports: list[Reported] = []
         self.exchanges = Exchanges()
         self.attributes: dict[str, Scalar] = {}
-        self._endings: list[asyncio.Future[Receipt | None]] | None = []
 
     @property
     def needs_end(self) -> bool:
@@ -212,7 +218,7 @@ class CallState:
         if self._endings is None:
             future.set_result(self.receipt)
         else:
-            self._endings.append(future)
+            self._endings = (*self._endings, future)
         return future
 
     def ended(self, receipt: Receipt | None) -> None:

@@ -13,8 +13,9 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, NamedTuple
 
 from asgi_metering.exchanges import Exchanges, Sum
-from asgi_metering.itemised import ERRORS, answers_in, counted_call, model_call
+from asgi_metering.itemised import ERRORS, answers_in, calls_of, counted_call, model_call
 from asgi_metering.prices import Costing, MeasuredPrice, ModelCall
+from asgi_metering.prices.costing import WEB_SEARCHES
 from asgi_metering.rules.ending import Cause
 from asgi_metering.tokens import DEFAULT_ENCODING, TokenCount, count_tokens_async, estimate_tokens, tokens_of
 from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
@@ -37,6 +38,7 @@ __all__ = [
     "parts_in",
     "parts_of",
     "problems_of",
+    "searches_made",
     "upstream_calls",
 ]
 
@@ -454,6 +456,15 @@ def committed_usage(call: Call, price: MeasuredPrice, *, expected: bool) -> Toke
     audio = max(_heard(asked) or 0, _heard(spent) or 0) + (spoken or 0) or None
     given = replace(_input_side(asked), audio=audio, audio_output=spoken)
     return replace(given, output=spent.output, reasoning=spent.reasoning, image_output=spent.image_output)
+
+
+def searches_made(call: Call) -> Decimal:
+    """Searches of the web that a running call has told of, by the source that counts."""
+    known = metered_usage(call)
+    made = Decimal(0)
+    for each in calls_of(call, known):
+        made += each.units.get(WEB_SEARCHES, 0)
+    return made
 
 
 def _told(call: Call) -> TokenUsage:

@@ -17,7 +17,7 @@ from asgi_metering.amounts import Unit, exact_amount
 from asgi_metering.arguments import From
 from asgi_metering.errors import PayerError
 from asgi_metering.estimates import estimate_arguments
-from asgi_metering.estimates.bodies import asked_service, body_of, model_of
+from asgi_metering.estimates.bodies import asked_searches, asked_service, body_of, model_of
 from asgi_metering.holding import Slices
 from asgi_metering.names import check_key
 from asgi_metering.policies import ChargePolicy
@@ -81,13 +81,17 @@ async def find_price(call: Call, charge: ChargePolicy, arguments: Mapping[str, A
         call.estimate = price.amount
         return
     pinned = getattr(price, "pin", None)
-    body = await body_of(arguments) if pinned is not None or getattr(price, "services", None) else None
+    wanted = pinned is not None or getattr(price, "services", None) or getattr(price, "web_search", None)
+    body = await body_of(arguments) if wanted else None
     if pinned is not None:
         call.price = pinned(call.started_at, model_of(body))
     dearer = getattr(call.price, "dearer", None)
     if dearer is not None and body is not None:
         # Else whoever asks for a tier that costs several times as much is let in for the usual.
         call.dearer = dearer(asked_service(body))
+    searching = getattr(call.price, "searching", None)
+    if searching is not None and body is not None:
+        call.searching = searching(asked_searches(body))
     estimate = charge.hold.estimate
     if isinstance(estimate, From):
         estimate = await estimate.compute(call, arguments)
@@ -121,6 +125,9 @@ def amounts_of(call: Call) -> tuple[int, int]:
         return first_slice(call, charge, price)
     if isinstance(estimate, TokenUsage):
         exact = Decimal(0) if isinstance(price, FixedPrice) else EXACT.multiply(price.cost(estimate), call.dearer)
+        if charge.hold.estimate is None:
+            # By the request alone, which allows them: what a handler may still spend must be in the hold.
+            exact = EXACT.add(exact, call.searching)
     else:
         exact = estimate
     amount = _fixed_parts(call.unit, exact) if isinstance(price, FixedPrice) else call.unit.round(exact)

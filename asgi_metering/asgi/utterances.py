@@ -8,6 +8,7 @@ of any length is charged in full, and keeps little. Reads nothing that a client 
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import TYPE_CHECKING
 
@@ -48,12 +49,14 @@ class Utterances:
         dialect: The usage dialect where the shape would mislead; None detects it.
     """
 
-    __slots__ = ("_answers", "_call", "_paced", "_reader", "_room", "_size", "_unpaced", "_waiting")
+    __slots__ = ("_answers", "_call", "_lock", "_paced", "_reader", "_room", "_size", "_unpaced", "_waiting")
 
     def __init__(self, call: Call, dialect: str | None) -> None:
         self._call = weakref.ref(call)
         self._answers = _Answers()
         self._reader = SessionReader(dialect, self._begun)
+        # Handlers may ask from threads what is left.
+        self._lock = threading.RLock()
         self._waiting: list[str | bytes] = []
         self._size = self._unpaced = 0
         self._room = LEAST_ROOM
@@ -66,8 +69,9 @@ class Utterances:
         data = message.get("bytes") if data is None else data
         if not data:
             return
-        self._waiting.append(data)
-        self._size += len(data)
+        with self._lock:
+            self._waiting.append(data)
+            self._size += len(data)
         if self._size > MAX_WAITING:
             self._read()
         call = self._call() if self._paced else None
@@ -105,9 +109,10 @@ class Utterances:
         return self._reader.rest
 
     def _read(self) -> None:
-        waiting, self._waiting, self._size = self._waiting, [], 0
-        for data in waiting:
-            self._reader.feed(data)
+        with self._lock:
+            waiting, self._waiting, self._size = self._waiting, [], 0
+            for data in waiting:
+                self._reader.feed(data)
 
     def _begun(self, dialect: str, reader: UsageReader) -> None:
         call = self._call()

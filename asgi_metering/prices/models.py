@@ -230,13 +230,21 @@ class PinnedPrices:
         rate = self._asked
         if rate is None or rate.tokens is None:
             return self.cost(usage)
-        found = ModelCall(units={WEB_SEARCHES: Decimal(searches)})
-        searching = EXACT.add(self._searching(found, rate), rate.tokens.cost_by(found, _ONE))
-        if rate.units is not None:
-            searching = EXACT.add(searching, rate.units.cost_of(found.units))
         tokens = EXACT.multiply(rate.tokens.cost_at_most(usage, slack), self.dearer(service))
-        usd = EXACT.add(EXACT.add(tokens, rate.call), searching)
+        usd = EXACT.add(EXACT.add(tokens, rate.call), self._searching_usd(searches, rate))
         return EXACT.add(self.prices.to_units(usd), self.prices.fee)
+
+    def searching(self, searches: Decimal | int) -> Decimal:
+        """As of `TokenPrice`: by the price of the model that was asked for, else by that of all."""
+        rate = self._asked
+        return _NOTHING if rate is None else self.prices.to_units(self._searching_usd(searches, rate))
+
+    def _searching_usd(self, searches: Decimal | int, rate: Rate) -> Decimal:
+        found = ModelCall(units={WEB_SEARCHES: Decimal(searches)})
+        usd = self._searching(found, rate)
+        if rate.tokens is not None:
+            usd = EXACT.add(usd, rate.tokens.searching(searches))
+        return usd if rate.units is None else EXACT.add(usd, rate.units.cost_of(found.units))
 
     def dearer(self, service: str | None) -> Decimal:
         """As of `TokenPrice`: by its own factors where it has one for that tier, else by those of all."""

@@ -167,6 +167,14 @@ def test_charge_texts_that_nobody_claims_as_observed() -> None:
     assert (silent.basis, silent.amount // CREDIT) == ("estimate", 530)
 
 
+def test_charge_the_input_of_a_session_once() -> None:
+    """Where no answer of a session told any input, the estimate's is that of all of them."""
+    hold = TokenUsage(input=30, output=50)
+    broken = [each for key in "abc" for each in answer(key, 9, 2, "Hello")[:2]]
+    event = session(*texts(*broken), code=1006, hold=hold)
+    assert (event.usage.input, event.basis) == (30, "observed")
+
+
 def test_take_usage_of_ones_own_shape_for_a_running_total() -> None:
     """A usage object in messages that are nobody's is read as of a body: of several the last one counts."""
     event = session(*texts({"said": "Hi"}, {"usage": used(9, 2)}, {"said": "Ho"}, {"usage": used(20, 4)}))

@@ -500,6 +500,10 @@ def test_hold_for_service_tiers_and_searches() -> None:
     prices = model_prices(names, units_per_usd=1, published=False, fee="0.5")
     assert prices.pin(NOW, "small").cost_at_most(USED, service="priority", searches=2) == Decimal("30.52")
     assert prices.pin(NOW, "finder").cost_at_most(USED, searches=2) == Decimal("29.5")
+    # What they cost alone: by the list, by the model's own units, and nothing where nobody knows the model.
+    assert [prices.pin(NOW, name).searching(2) for name in ("small", "finder", "x")] == [Decimal("0.02"), 14, 0]
+    finder = model_prices({"finder": per_unit(web_searches=7)}, units_per_usd=1, published=False)
+    assert finder.pin(NOW, "finder").searching(2) == 14
     assert prices.pin(NOW, "small", "anthropic").cost_at_most(USED, service="priority") == Decimal("15.5")
     assert prices.pin(NOW, "small", "acme").cost_at_most(USED, service="?") == Decimal("15.5")
     mine = per_token(input=1, output=1, services={"acme/gold": 4, "gold": 2})
