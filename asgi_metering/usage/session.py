@@ -216,7 +216,7 @@ class SessionReader:
                 self._open[key] = self._open.pop(key)
                 self._note_latest(dialect, document, known)
                 return known
-        elif key in self._shown:
+        elif key in self._shown and (dialect.name in _UNIQUE or not (begins or any(dialect.text(document)))):
             return None
         latest = self._latest.get(dialect.name)
         if latest is None or self._is_another(dialect, document, latest, begins=begins, key=key):
@@ -271,8 +271,7 @@ class SessionReader:
         reader = self._open.pop(key)
         reader.over = True
         self._latest = {name: each for name, each in self._latest.items() if each is not reader}
-        report = reader.report()
-        if reader.ended and report is not None and report.dialect in _UNIQUE:
+        if reader.ended and isinstance(key, str):
             self._shown[key] = None
             if len(self._shown) > MAX_SHOWN:
                 del self._shown[next(iter(self._shown))]

@@ -155,8 +155,8 @@ MUTATIONS = (
         19,
         "what is told again is charged again",
         SESSION,
-        "        elif key in self._shown:\n",
-        "        elif False:\n",
+        "        elif key in self._shown and (",
+        "        elif False and (",
         _told("test_count_a_response_that_is_told_again_once"),
     ),
     Mutation(

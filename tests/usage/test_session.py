@@ -8,6 +8,8 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.usage import TokenUsage, UsageReader, dialects, register_dialect, session
@@ -311,6 +313,15 @@ def test_begin_anew_where_an_id_says_nothing() -> None:
     assert Read(*repeated).usages == [TokenUsage(9, 2)]
 
 
+def test_take_no_late_count_for_another_answer() -> None:
+    """What is told again of an answer that is over for long is not the usage of the one that goes on."""
+    others = [each for number in range(4) for each in answer(f"b{number}", 7, 3)]
+    read = Read(*answer("a", 9, 2), *others, {**chunk(choices=[], usage=used(9, 2)), "id": "a"})
+    assert read.usages == [TokenUsage(9, 2), *[TokenUsage(7, 3)] * 4]
+    read.say(*answer("a", 9, 4))
+    assert read.usages[5:] == [TokenUsage(9, 4)]
+
+
 def test_count_whole_bodies_as_one_answer_each() -> None:
     """Bodies that are sent as messages are whole, and so is what has nothing but input."""
     whole = {"object": "chat.completion", "id": "same", "model": "m", "choices": [], "usage": used(9, 2)}
@@ -374,6 +385,31 @@ def test_speak_two_dialects_in_one_session() -> None:
     }
     read = Read({"serverContent": VOICE}, whole, {"serverContent": {"turnComplete": True}, "usageMetadata": turn(3, 1)})
     assert read.usages == [TokenUsage(3, 1), TokenUsage(9, 2)]
+
+
+@given(
+    st.lists(
+        st.tuples(st.booleans(), st.integers(0, 500), st.integers(1, 500), st.integers(0, 2)), min_size=1, max_size=6
+    ),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=60, deadline=None)
+def test_count_every_answer_once_in_any_order(asked: list[tuple[bool, int, int, int]], random: Any) -> None:
+    """However answers of two dialects are mixed, side by side, told again or not, their sum is what they told."""
+    waiting: list[list[Any]] = []
+    for at, (is_chat, into, out, again) in enumerate(asked):
+        if is_chat:
+            waiting.append(answer(f"c{at}", into, out))
+        else:
+            done = response(at, "done", status="completed", **counts(into, out))
+            waiting.append([response(at, "created"), *[done] * (1 + again)])
+    read = Read()
+    while waiting:
+        messages = random.choice(waiting)
+        read.say(messages.pop(0))
+        waiting = [each for each in waiting if each]
+    assert TokenUsage.sum(read.usages) == TokenUsage(sum(each[1] for each in asked), sum(each[2] for each in asked))
+    assert all(read.ended)
 
 
 # -- messages that are no single object --------------------------------------------------------------------
