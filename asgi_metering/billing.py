@@ -397,6 +397,7 @@ def _event(call: Call, used: Metered, seen: Sighting, row: Situation) -> dict[st
     if problems:
         told["attributes"] = {**told.get("attributes", call.facts.get("attributes", {})), PROBLEMS: ",".join(problems)}
     several = bool(call.exchanges) or call.witnesses is not None or len(call.reports) > 1
+    several = several or (call.opening.is_session and call.observer is not None)
     upstream = upstream_attributes(call, used) if several else None
     if upstream:
         told["attributes"] = {**told.get("attributes", call.facts.get("attributes", {})), **upstream}

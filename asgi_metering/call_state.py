@@ -50,7 +50,11 @@ class Reply(Protocol):
 
 
 class Observer(Protocol):
-    """Watches the body that passes to the client, off its path."""
+    """Watches the body that passes to the client, off its path; or the messages of a session."""
+
+    @property
+    def answers(self) -> Exchanges | None:
+        """Of a session each answer of a model in its messages so far; None for a body, which is one."""
 
     def passed(self, count: int) -> None:
         """Note that *count* more bytes have passed since the last time; called now and then."""
