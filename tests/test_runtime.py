@@ -131,7 +131,7 @@ def test_beat_although_what_was_used_cannot_be_told(monkeypatch: pytest.MonkeyPa
 
 
 def test_call_is_no_older_when_the_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pitfall 27: a machine whose clock is set ahead by hours ends none of its calls, which would run on for nothing."""
+    """Pitfall 27: a machine whose clock is set ahead by hours ends none of its calls: they would run on for nothing."""
     monkeypatch.setattr("asgi_metering.heartbeats.TICK_S", 0.001)
 
     async def play() -> None:
