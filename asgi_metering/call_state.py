@@ -131,6 +131,8 @@ class CallState:
     witnesses: Witnesses | None = None
     observed_parts = 0
     receipt: Receipt | None = None
+    # In seconds of its event loop, as is its last beat; 0 until it is looked after.
+    watched_since = 0.0
     last_beat = 0.0
     is_beating = False
     trace: Mapping[str, str] = MappingProxyType({})
