@@ -101,14 +101,17 @@ async def run(app: ASGIApp, exchange: Exchange) -> None:
     finally:
         CURRENT.reset(token)
         exchange.closed = True
-        try:
-            if exchange.call is not None or exchange.watch is not None:
+        if exchange.call is None and exchange.watch is None:
+            # As `let_go` does, of a request that nobody asked for a call.
+            exchange.scope, exchange._origin = _OVER, None
+        else:
+            try:
                 waiting = exchange.over()
                 if waiting is not None:
                     await waiting
-        finally:
-            if exchange.scope is not _OVER:
-                exchange.let_go()
+            finally:
+                if exchange.scope is not _OVER:
+                    exchange.let_go()
 
 
 class Exchange(Hearing):
