@@ -148,7 +148,7 @@ class Plan:
         asks = self._asks.get(place)
         if asks is None or now >= asks.until:
             asks = self._remember(place, self._asked_by(call, now))
-        return build(Admit, (call.id, call.payer, *asks.settled, call.facts, None, None))
+        return build(Admit, (call.id, call.payer, *asks.settled[:10], call.facts, None, None))
 
     def _remember(self, place: _Place, asks: _Asks) -> _Asks:
         if len(self._asks) >= MAX_CALLERS:

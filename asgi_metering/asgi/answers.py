@@ -191,7 +191,7 @@ def answer(
     own_words = refusal.detail if reason in _OWN_WORDS and refusal.level != "global" else None
     transient = refusal.transient if reason is _CREDITS else None
     said = _said(facts, status, options.type_base, own_words, transient, line or None, plan)
-    return build(Answer, (*said, (*_headers(refusal, decision, unit, status, facts.wait_s, options),)))
+    return build(Answer, (*said[:11], (*_headers(refusal, decision, unit, status, facts.wait_s, options),)))
 
 
 # A flood is refused in the same words again and again: their numbers change once a second, if at all.
@@ -285,7 +285,7 @@ def _facts(refusal: Refusal, decision: Decision | None, unit: Unit, row: _Row, j
     hopeless = case.hopeless
     reset = None if hopeless and reason is _ALLOWANCE else _moment(refusal.resets_at)
     name = safe_name(refusal.name)
-    return build(Facts, (reason, name, *numbers, refusal.level, row.wait_s(case), reset, hopeless))
+    return build(Facts, (reason, name, *numbers[:6], refusal.level, row.wait_s(case), reset, hopeless))
 
 
 _Number: TypeAlias = str | int | None
