@@ -286,7 +286,7 @@ end
 local function admit_plain(k, a, n_keys, limits, wallet, amount, minimum, ttl, grace)
   local account_key = keys[k + 2]
   local account = rest(account_key)
-  local row, book, now = wallet and plain_row(account, account_key), nil, nil
+  local row, book, now = wallet and not books[account] and plain_row(account_key), nil, nil
   if row then
     local due, seen = parse('>dd', row, CODE.DUE_AT)
     now = max(work.now_is, seen)

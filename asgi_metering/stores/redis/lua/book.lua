@@ -7,10 +7,12 @@ CODE.KIND_SETTLE, CODE.KIND_EXPIRE, CODE.KIND_DEBT_PAYMENT = 1, 2, 3
 -- them are to be written; books by account, and their ledger lines to come; by account when the first of the calls that
 -- live falls due, and then those; calls that have ended, by their time.
 local rows, changed, books, lines, live, ended
+-- Whether anything is gone, which is rare.
+local is_gone
 
 -- What a script has read and is to write when all its calls are through.
 local function nothing_yet(gate)
-  rows, changed, books, lines, live, ended = {}, {}, {}, {}, {}, {}
+  rows, changed, books, lines, live, ended, is_gone = {}, {}, {}, {}, {}, {}, false
   work = {
     gate = gate, prefix = sub(gate, 1, -5), now_is = 0, is_begun = false, rows = rows,
     -- What is gone, with its index; what goes by itself, and in how many milliseconds.
@@ -58,16 +60,15 @@ M.fetch = fetch
 
 local function put(key, text)
   rows[key], changed[key] = text, true
-  local gone = work.gone
   -- A key that is set to nothing takes a place in a table all the same.
-  if gone[key] then
-    gone[key] = nil
+  if is_gone and work.gone[key] then
+    work.gone[key] = nil
   end
 end
 M.put = put
 
 function M.drop(key, index)
-  rows[key], changed[key], work.gone[key] = false, nil, index
+  rows[key], changed[key], work.gone[key], is_gone = false, nil, index, true
 end
 
 -- What follows the letter of a key.
@@ -413,18 +414,14 @@ end
 -- Most accounts have one grant, and most calls touch an account that no other call of the script does: such a row is
 -- changed as a text, because a book costs several times as much as the change.
 
--- The row of an account that nothing of this script has touched, if it has grants; nothing where it takes a book.
-local function plain_row(account, key)
-  if books[account] or changed[key] then
+-- The row of an account that has no book yet, if this script has not changed it and it has grants; nothing where it takes
+-- a book.
+local function plain_row(key)
+  if changed[key] then
     return nil
   end
   local text = fetch(key)
   return text and #text > CODE.ACCOUNT_SIZE and text or nil
-end
-
--- When the row was last written.
-local function seen_of(text)
-  return (parse('>d', text, CODE.SEEN_AT))
 end
 
 -- Set up to `amount` aside, as book_hold and close_book do. Returns the parts, what is held and what is left; false if

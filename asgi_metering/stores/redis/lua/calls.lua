@@ -7,20 +7,21 @@ local RUN = { A = M.admit, E = M.finish, R = M.renew, P = M.part }
 
 -- The accounts of calls that end stand in their holds: those that nobody named are read together.
 function M.fetch_accounts(found)
-  local wanted, n, before = {}, 0, work.prefix .. 'a:'
+  local wanted, n, before, last = {}, 0, work.prefix .. 'a:', nil
   local k, a = 2, 3
   while a <= #args do
     local letter, n_keys, n_words = parse('>cHH', args[a])
     local text = letter == 'E' and found[k + 1]
     if text then
       local _, who = parse('>I4c0I4c0', text, CODE.PARTS_AT)
-      local key = before .. parse('>I4c0', who)
-      if rows[key] == nil then
-        -- Once, and so that it is wanted once.
+      local key = who ~= last and before .. parse('>I4c0', who)
+      if key and rows[key] == nil then
+        -- Known from now on, and so wanted once.
         rows[key] = false
         n = n + 1
         wanted[n] = key
       end
+      last = who
     end
     k, a = k + n_keys, a + n_words
   end

@@ -310,12 +310,16 @@ function M.finish(k, a, _, at)
     return pack('>cI4', 'X', #who) .. who .. sub(text, size + 1)
   end
   local account = parse('>I4c0', who)
-  local account_key, member = work.prefix .. 'a:' .. account, rest(key)
-  local row, now = plain_row(account, account_key), nil
+  local member, book = rest(key), books[account]
+  local account_key, row, now
+  if not book then
+    account_key = work.prefix .. 'a:' .. account
+    row = plain_row(account_key)
+    book = not row and book_of(account, account_key)
+  end
   if row then
-    now = max(work.now_is, seen_of(row))
+    now = max(work.now_is, (parse('>d', row, CODE.SEEN_AT)))
   else
-    local book = book_of(account, account_key)
     now = max(work.now_is, book.seen)
     if book.is_moved and now >= book.change then
       return nil, CODE.LATER
