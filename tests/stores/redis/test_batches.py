@@ -153,7 +153,7 @@ def test_scripts_of_a_batch_have_as_many_calls(waiting: int, scripts: list[int])
 
 
 def test_accounts_that_calls_of_one_script_share(server: ValkeyServer, make_store: Maker) -> None:
-    """Whoever comes first to an account, an admission or an end, those behind it find what it left, on every account."""
+    """Whoever comes first to an account, an admission or an end: those behind it find what it left, on each account."""
 
     def of(payer: str, call_id: str, amount: int = 10) -> Admit:
         return call(call_id, amount)._replace(payer=payer)
