@@ -8,6 +8,7 @@ stopped before, is tried again in order. Knows what replies mean for the batch; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import ceil
 from typing import Any
 
 from asgi_metering.errors import StoreUnavailableError
@@ -19,7 +20,7 @@ from asgi_metering.stores.redis.parts import Part
 
 __all__ = ["Batch", "lone_answer"]
 
-CHUNK = 64
+MOST = 96
 """Calls in one script: enough that its beginning and its end cost nothing, few enough that nobody waits for long."""
 
 _HALTED, _BUSY, _SPLIT = b"H", b"B", b"T"
@@ -78,12 +79,14 @@ class Batch:
             now: The time of tests; empty for the server's.
             token: What no other commands of this store on their way have.
         """
-        size = 1 if self._singly else CHUNK
+        packed = self._packed()
+        # A few more than fit would else be a script of their own, which costs as much as several calls.
+        size = 1 if self._singly else _even(len(packed))
         places: list[int] = []
         together: list[Any] = []
         chunks: list[list[Any]] = []
         self._sent = []
-        for place, one in self._packed():
+        for place, one in packed:
             if not together or len(together) == size or not isinstance(one, Call) or not isinstance(together[0], Call):
                 places, together = [], []
                 self._sent.append(places)
@@ -170,3 +173,8 @@ class Batch:
                 self.alone = place
             elif one != _LATER:
                 self.answers[place] = answer(operations[place], one)
+
+
+def _even(number: int) -> int:
+    """How many of *number* calls a script gets, so that all get as many."""
+    return ceil(number / ceil(number / MOST)) if number else MOST

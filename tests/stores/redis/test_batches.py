@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
+
 from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.decisions import Decision, Reason
 from asgi_metering.errors import AmountError
@@ -14,6 +16,11 @@ from asgi_metering.rules.operations import Admit, End, LeaseAsk, Operation, Post
 from asgi_metering.stores.contract import EverythingKept
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.stores.redis import RedisStore
+from asgi_metering.stores.redis.batch import Batch
+from asgi_metering.stores.redis.calls import Calls
+from asgi_metering.stores.redis.names import Names
+from asgi_metering.stores.redis.packing import Packing
+from asgi_metering.stores.redis.scripts import Scripts
 from asgi_metering.testing.clock import NOON, FakeClock
 from asgi_metering.testing.conformance import tables
 from tests.harness.valkey import ValkeyServer
@@ -132,6 +139,48 @@ def test_many_calls_are_several_scripts(server: ValkeyServer, make_store: Maker)
     )
     assert [answer.admitted for answer in answers] == [True] * 149 + [False] * 51
     assert turns == 1
+
+
+@pytest.mark.parametrize(("waiting", "scripts"), [(1, [1]), (65, [65]), (97, [49, 48]), (128, [64, 64])])
+def test_scripts_of_a_batch_have_as_many_calls(waiting: int, scripts: list[int]) -> None:
+    """What waits is spread evenly: a script of its own for the last call or two would cost as much as several calls."""
+    names = Names("metering")
+    calls = Calls(names, Packing(names), Scripts(), "halt")
+    batch = Batch(calls, [call(f"c{number}") for number in range(waiting)])
+    commands = batch.commands("", "1")
+    # The gate and the halt, then a hold and an account of each call.
+    assert [(int(command[2]) - 2) // 2 for command in commands] == scripts
+
+
+def test_accounts_that_calls_of_one_script_share(server: ValkeyServer, make_store: Maker) -> None:
+    """Whoever comes first to an account, an admission or an end: those behind it find what it left, on each account."""
+
+    def of(payer: str, call_id: str, amount: int = 10) -> Admit:
+        return call(call_id, amount)._replace(payer=payer)
+
+    grants = [("p", 40), ("q", 30), ("q", 5), ("r", 10)]
+    answers, turns = beside_memory(
+        server,
+        make_store,
+        [PostGrant(f"g{n}", payer, "credits", amount) for n, (payer, amount) in enumerate(grants)],
+        [of("p", "p1"), of("q", "q1"), of("r", "r1"), of("p", "p2"), of("q", "q2", 25)],
+        [
+            End("p1", 4, Basis.USAGE),
+            of("p", "p3", 26),
+            of("p", "p4", 1),
+            of("q", "q3", 1),
+            End("q2", 20, Basis.USAGE, event={"outcome": "completed"}),
+            of("q", "q4", 5),
+            End("r1", 10, Basis.USAGE),
+            of("r", "r2", 1),
+            End("p2", 12, Basis.USAGE),
+            End("q1", None, Basis.NONE),
+            End("p3", 0, Basis.USAGE),
+        ],
+    )
+    assert turns == 1
+    admitted = [answer.admitted for answer in answers if isinstance(answer, Decision)]
+    assert admitted == [True, False, False, True, False]
 
 
 def test_account_that_others_write_between_calls(server: ValkeyServer, make_store: Maker) -> None:

@@ -284,15 +284,23 @@ end
 
 -- The same for what most calls are: limits, and at most one source, the wallet of whoever calls.
 local function admit_plain(k, a, n_keys, limits, wallet, amount, minimum, ttl, grace)
-  local account = rest(keys[k + 2])
-  local book = book_of(account, keys[k + 2])
-  local now = max(work.now_is, book.seen)
-  local why = book.due <= now and M.is_due(book, now)
-  if why then
-    return nil, why
+  local account_key = keys[k + 2]
+  local account = rest(account_key)
+  local row, book, now = wallet and not books[account] and plain_row(account_key), nil, nil
+  if row then
+    local due, seen = parse('>dd', row, CODE.DUE_AT)
+    now = max(work.now_is, seen)
+    row = due > now and row
   end
-  local fits
-  fits, why = count_all(limits, k, now)
+  if not row then
+    book = book_of(account, account_key)
+    now = max(work.now_is, book.seen)
+    local why = book.due <= now and M.is_due(book, now)
+    if why then
+      return nil, why
+    end
+  end
+  local fits, why = count_all(limits, k, now)
   if fits == nil then
     return nil, why
   end
@@ -300,8 +308,15 @@ local function admit_plain(k, a, n_keys, limits, wallet, amount, minimum, ttl, g
     return M.refused(k, n_keys, now, NONE, NONE)
   end
   local expires, held, left_there, parts, kept = now + ttl, 0, 0, '', args[a + 3]
-  if wallet then
-    if not M.book_at(account, now) then
+  if row then
+    parts, held, left_there = plain_hold(account_key, row, now, amount, minimum, wallet.limit, expires)
+    if parts == false then
+      return M.refused(k, n_keys, now, NONE, NONE)
+    end
+  end
+  if wallet and not (row and parts) then
+    book = M.book_at(account, now)
+    if not book then
       return nil, CODE.LATER
     end
     held = min(amount, available(book) + wallet.limit)

@@ -7,10 +7,12 @@ CODE.KIND_SETTLE, CODE.KIND_EXPIRE, CODE.KIND_DEBT_PAYMENT = 1, 2, 3
 -- them are to be written; books by account, and their ledger lines to come; by account when the first of the calls that
 -- live falls due, and then those; calls that have ended, by their time.
 local rows, changed, books, lines, live, ended
+-- Whether anything is gone, which is rare.
+local is_gone
 
 -- What a script has read and is to write when all its calls are through.
 local function nothing_yet(gate)
-  rows, changed, books, lines, live, ended = {}, {}, {}, {}, {}, {}
+  rows, changed, books, lines, live, ended, is_gone = {}, {}, {}, {}, {}, {}, false
   work = {
     gate = gate, prefix = sub(gate, 1, -5), now_is = 0, is_begun = false, rows = rows,
     -- What is gone, with its index; what goes by itself, and in how many milliseconds.
@@ -58,16 +60,15 @@ M.fetch = fetch
 
 local function put(key, text)
   rows[key], changed[key] = text, true
-  local gone = work.gone
   -- A key that is set to nothing takes a place in a table all the same.
-  if gone[key] then
-    gone[key] = nil
+  if is_gone and work.gone[key] then
+    work.gone[key] = nil
   end
 end
 M.put = put
 
 function M.drop(key, index)
-  rows[key], changed[key], work.gone[key] = false, nil, index
+  rows[key], changed[key], work.gone[key], is_gone = false, nil, index, true
 end
 
 -- What follows the letter of a key.
@@ -93,9 +94,12 @@ local function book_of(account, key)
   -- the next one would double its room: what most books are not, matured or due at another time, is no field.
   book = {
     nil, account = account, key = key, granted = granted, settled = settled, held = held, expired = expired, debt = debt,
-    entries = entries, change = change, due = due, now = seen, seen = seen, at = at, text = text or '', is_moved = false,
+    entries = entries, change = change, due = due, now = seen, seen = seen, at = at, text = text or '',
+    is_moved = changed[key] or false,
   }
   books[account] = book
+  -- From now on the book is what is written.
+  changed[key] = nil
   return book
 end
 M.book_of = book_of
@@ -164,21 +168,24 @@ function M.book_text(book)
   ) .. texts .. sub(book.text, at), closed
 end
 
--- Add a ledger line. Returns its number. A settlement's line is found by its hold, which has the number: the index gets
--- it when the hold is forgotten.
-function M.write(book, kind, amount, ref, line, basis, estimated, parts)
-  local account, number = book.account, book.entries + 1
-  book.entries = number
+local function keep_line(account, text)
   local own = lines[account]
-  local text = pack(
-    AS.NEW_ENTRY, kind, basis, estimated, number, book.now, amount, available(book), #ref, ref, #line, line, #parts,
-    parts, 0, 0
-  )
   if own then
     own[#own + 1] = text
   else
     lines[account] = { text }
   end
+end
+
+-- Add a ledger line. Returns its number. A settlement's line is found by its hold, which has the number: the index gets
+-- it when the hold is forgotten.
+function M.write(book, kind, amount, ref, line, basis, estimated, parts)
+  local account, number = book.account, book.entries + 1
+  book.entries = number
+  keep_line(account, pack(
+    AS.NEW_ENTRY, kind, basis, estimated, number, book.now, amount, available(book), #ref, ref, #line, line, #parts,
+    parts, 0, 0
+  ))
   if kind ~= CODE.KIND_SETTLE then
     local refs = rare_of('refs')
     local index = refs[account] or {}
@@ -400,4 +407,75 @@ end
 -- Whether the sums stay exact when `more` is added to any of them, also what is spent and held together.
 function M.is_exact(book, more)
   return max(book.granted, book.settled + book.held, book.expired, book.debt) + more <= CODE.MAX_AMOUNT
+end
+
+-- -- the book of one grant -----------------------------------------------------------------------------------
+
+-- Most accounts have one grant, and most calls touch an account that no other call of the script does: such a row is
+-- changed as a text, because a book costs several times as much as the change.
+
+-- The row of an account that has no book yet, if this script has not changed it and it has grants; nothing where it takes
+-- a book.
+local function plain_row(key)
+  if changed[key] then
+    return nil
+  end
+  local text = fetch(key)
+  return text and #text > CODE.ACCOUNT_SIZE and text or nil
+end
+
+-- Set up to `amount` aside, as book_hold and close_book do. Returns the parts, what is held and what is left; false if
+-- there is not as much as `minimum`; nothing if it takes a book.
+local function plain_hold(key, text, now, amount, minimum, overdraft, expires)
+  local granted, settled, held, expired, debt, entries, change, due, _, size, priority, begins, ends, number, g_settled,
+    g_held, g_expired, begun, reversed, id, rest_of_it, at = parse(AS.BOOK, text)
+  if at <= #text or now >= change then
+    return nil
+  end
+  local left = granted - settled - expired - held
+  local some = min(amount, left + overdraft)
+  if some < minimum then
+    return false
+  end
+  local is_enough = begun == 1 and ends > now and size - g_settled - g_held - g_expired - reversed >= some
+  if some <= 0 or not is_enough or max(granted, settled + held, expired, debt) + amount > CODE.MAX_AMOUNT then
+    return nil
+  end
+  put(key, pack(
+    AS.BOOK, granted, settled, held + some, expired, debt, entries, change, min(expires, due), now, size, priority,
+    begins, ends, number, g_settled, g_held + some, g_expired, begun, reversed, #id, id, #rest_of_it, rest_of_it
+  ))
+  return pack(AS.PART, CODE.FROM_GRANT, 0, some, #id, id), some, left - some
+end
+
+-- Spend `amount` of what the one part `name` holds and give back the rest, as settle_grant, write and close_book do.
+-- Returns the number of the ledger line, 0 for none, and what is left; nothing if it takes a book.
+local function plain_settle(account, key, text, ask, ref, name, part, held_there, amount)
+  local granted, settled, held, expired, debt, entries, change, due, _, size, priority, begins, ends, number, g_settled,
+    g_held, g_expired, begun, reversed, id, rest_of_it, at = parse(AS.BOOK, text)
+  local now = ask.now
+  if at <= #text or now >= change or debt > 0 or id ~= name or (ends <= now and amount < held_there) then
+    return nil
+  end
+  if max(granted, settled + held, expired) + amount > CODE.MAX_AMOUNT then
+    return nil
+  end
+  settled, held, g_settled, g_held = settled + amount, held - held_there, g_settled + amount, g_held - held_there
+  if g_settled + g_expired + reversed >= size then
+    return nil
+  end
+  local left, written = granted - settled - expired - held, 0
+  if amount > 0 then
+    written, entries = entries + 1, entries + 1
+    local line = ask.line
+    keep_line(account, pack(
+      AS.NEW_ENTRY, CODE.KIND_SETTLE, ask.basis, ask.estimated, written, now, amount, left, #ref, ref, #line, line,
+      #part, part, 0, 0
+    ))
+  end
+  put(key, pack(
+    AS.BOOK, granted, settled, held, expired, debt, entries, change, due, now, size, priority, begins, ends, number,
+    g_settled, g_held, g_expired, begun, reversed, #id, id, #rest_of_it, rest_of_it
+  ))
+  return written, left
 end

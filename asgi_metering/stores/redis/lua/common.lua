@@ -19,14 +19,14 @@ CODE.GLUE = '\31'
 
 -- Rows, as stores/redis/packing.py packs them too. A text is its length and its bytes.
 -- granted, settled, held, expired, debt, entries, next change, next due, seen; then the open grants in burn order
-AS.ACCOUNT = '>ddddddddd'
+AS.ACCOUNT, CODE.ACCOUNT_SIZE, CODE.DUE_AT, CODE.SEEN_AT = '>ddddddddd', 72, 57, 65
 -- amount, priority, begins, ends, number, settled, held, expired, begun, reversed, id, what never counts
 AS.GRANT = '>ddddddddddI4c0I4c0'
 -- An account of one grant.
 AS.BOOK = AS.ACCOUNT .. sub(AS.GRANT, 2)
 -- its size without the receipt, whether it is in doubt, expires, due, observed, amount, created, ttl, grace, parts, who
 -- pays, what is rare, line; then the basis in doubt, the facts, and the receipt once there is one
-AS.HOLD = '>I4BdddddddI4c0I4c0I4c0I4c0'
+AS.HOLD, CODE.PARTS_AT = '>I4BdddddddI4c0I4c0I4c0I4c0', 62
 -- Up to its parts, and what that takes; texts are joined: packing takes long ones letter by letter.
 AS.NEW_HOLD, CODE.NEW_HOLD_SIZE = '>I4BdddddddI4', 65
 -- account, payer, unit, group: who pays

@@ -96,6 +96,26 @@ function M.is_of_wallet(parts_text)
   return parts_text == ''
 end
 
+-- The same for what most calls are: one part, of a grant that has enough. Nothing if it takes a book.
+local function charge_plain(ask, id, account, key, row, parts_text, whole, amount)
+  local source, _, held, name, at = parse(AS.PART, parts_text)
+  if source ~= CODE.FROM_GRANT or at <= #parts_text or amount > held then
+    return nil
+  end
+  local spent = parts_text
+  if amount < held then
+    spent = amount > 0 and pack(AS.PART, source, 0, amount, #name, name) or ''
+  end
+  local number, left = plain_settle(account, key, row, ask, id, name, spent, held, amount)
+  if not number then
+    return nil
+  end
+  return pack(
+    AS.RECEIPT, ask.state, ask.mark, ask.basis, ask.estimated, ask.by, number > 0 and 3 or 1, amount, whole, left,
+    ask.now, number, 0, #id, id, #spent, spent
+  )
+end
+
 -- Charge `amount` for a hold's parts. Returns the receipt, or nothing if it takes the whole rules.
 function M.charge(ask, id, account, parts_text, held, amount)
   local basis, estimated, now = ask.basis, ask.estimated, ask.now
@@ -290,10 +310,20 @@ function M.finish(k, a, _, at)
     return pack('>cI4', 'X', #who) .. who .. sub(text, size + 1)
   end
   local account = parse('>I4c0', who)
-  local book, member = book_of(account), rest(key)
-  local now = max(work.now_is, book.seen)
-  if book.is_moved and now >= book.change then
-    return nil, CODE.LATER
+  local member, book = rest(key), books[account]
+  local account_key, row, now
+  if not book then
+    account_key = work.prefix .. 'a:' .. account
+    row = plain_row(account_key)
+    book = not row and book_of(account, account_key)
+  end
+  if row then
+    now = max(work.now_is, (parse('>d', row, CODE.SEEN_AT)))
+  else
+    now = max(work.now_is, book.seen)
+    if book.is_moved and now >= book.change then
+      return nil, CODE.LATER
+    end
   end
   local ask = ending
   ask.now, ask.state, ask.basis, ask.estimated, ask.by, ask.line = now, state, basis, estimated, by, line
@@ -308,7 +338,12 @@ function M.finish(k, a, _, at)
     return nil, CODE.RULES
   end
   local receipt
-  if charge_key == '' then
+  if charge_key == '' and row and parts ~= '' then
+    receipt = charge_plain(ask, member, account, account_key, row, parts, held, amount)
+  end
+  if receipt then
+    -- Of most calls.
+  elseif charge_key == '' then
     receipt = M.charge(ask, member, account, parts, held, amount)
   else
     receipt = M.end_member(ask, member, account, held, created, work.prefix .. 'k:' .. charge_key)

@@ -129,12 +129,12 @@ local function write_rows()
     end
     work.fading = {}
   end
-  if next(gone) then
+  if is_gone then
     for key, index in next, gone do
       call('DEL', key)
       call('ZREM', work.prefix .. 'z:' .. index, key)
     end
-    work.gone = {}
+    work.gone, is_gone = {}, false
   end
 end
 
