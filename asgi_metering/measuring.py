@@ -271,18 +271,27 @@ def _parts(call: Call, known: Metered) -> list[Part]:
     The upstream client ranks above the body (DESIGN 6), which may be what the application made of its answers. Before
     the first byte only reports count (DESIGN "End of call"), and in the body of an error it is the same.
     """
-    exchanges = parts_of(call)
-    if known.source != "body":
-        counted = [part for part in exchanges if part.reported or (_begun(call) and part.wrote)]
-        if counted:
-            return counted
+    return _counted_exchanges(call, known) or _counted_body(call)
+
+
+def _counted_exchanges(call: Call, known: Metered) -> list[Part]:
+    if known.source == "body":
+        return []
+    return [part for part in parts_of(call) if part.reported or (_begun(call) and part.wrote)]
+
+
+def _counted_body(call: Call) -> list[Part]:
     body = _body(call)
     if body is None or call.observer is None:
         return []
-    if call.status is not None and call.status >= ERRORS:
+    if _is_refusal(call):
         # The text of an error is no model's output, and nothing says that its prompt was read.
         return [] if body.usage is None else [body]
     return [body._replace(reader=call.observer.text_reader())]
+
+
+def _is_refusal(call: Call) -> bool:
+    return call.status is not None and call.status >= ERRORS
 
 
 def _input_side(usage: TokenUsage) -> TokenUsage:
@@ -367,7 +376,12 @@ async def observed_usage(
     usage: TokenUsage | None = None
     model, estimated = known.model, False
     calls: list[ModelCall] = []
-    for part in _parts(call, known):
+    counted_parts = _counted_exchanges(call, known)
+    if not counted_parts:
+        if call.observer is not None and not _is_refusal(call):
+            await call.observer.read_on()
+        counted_parts = _counted_body(call)
+    for part in counted_parts:
         if not guesses and part.reader is not None and not part.reader.known:
             continue
         model = (part.report.model if part.report is not None else None) or model
