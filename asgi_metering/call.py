@@ -458,19 +458,28 @@ class Call(CallState):
 
         In a free request (HEAD, OPTIONS) everything passes and nothing is asked, the explicit gate included.
         """
-        if self.opening.free and self.opening.stays_free():
-            self.opening.check()
-            return
+        if not self.passes(policy, arguments):
+            await self.ensure()
+
+    def passes(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> bool:
+        """
+        Bind *policy* and admit the call, where nothing has to wait; else False, and `ensure` does the rest.
+
+        Apart from `gate`, which says what it raises, for the wrappers: nearly every call passes here, and a coroutine
+        for each would cost as much as several of its steps.
+        """
+        opening = self.opening
+        if opening.free and opening.stays_free():
+            opening.check()
+            return True
         self._bind(policy, arguments)
-        if self._gate is _OPEN:
-            # Where nothing has to wait.
-            try:
-                if self.metering.admit_now(self):
-                    return
-            finally:
-                if self.decision is not None or self.refusal is not None:
-                    self._gate = _DECIDED
-        await self.ensure()
+        if self._gate is not _OPEN:
+            return False
+        try:
+            return self.metering.admit_now(self, policy, opening.features)
+        finally:
+            if self.decision is not None or self.refusal is not None:
+                self._gate = _DECIDED
 
     def expect(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> None:
         """

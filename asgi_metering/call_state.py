@@ -50,7 +50,11 @@ class Reply(Protocol):
 
 
 class Observer(Protocol):
-    """Watches the body that passes to the client, off its path."""
+    """Watches the body that passes to the client, off its path; or the messages of a session."""
+
+    @property
+    def answers(self) -> Exchanges | None:
+        """Of a session each answer of a model in its messages so far; None for a body, which is one."""
 
     def passed(self, count: int) -> None:
         """Note that *count* more bytes have passed since the last time; called now and then."""
@@ -136,6 +140,9 @@ class CallState:
     facts: Mapping[str, Any] = MappingProxyType({})
     has_hold = False
     hold_lost = False
+    # Admitted at once by a plain plan (`plans`): its price is fixed, if it has one, and each call is charged by itself;
+    # nothing about it is measured, weighed, shared, kept for repeats or in the shadow, and its hold does not grow.
+    is_plain = False
     # Without the store: its charge that waits in the journal, and the id of its local limits.
     queued: Admit | None = None
     local = ""
@@ -150,6 +157,8 @@ class CallState:
     once: IdempotencyAsk | None = None
     reply: Reply | None = None
     shared: str | None = None
+    # Who waits for its end; None once the ledger has answered.
+    _endings: tuple[asyncio.Future[Receipt | None], ...] | None = ()
 
     def __init__(self, opening: Opening) -> None:
         metering = self.metering = opening.metering
@@ -160,7 +169,6 @@ class CallState:
         self.reports: list[Reported] = []
         self.exchanges = Exchanges()
         self.attributes: dict[str, Scalar] = {}
-        self._endings: list[asyncio.Future[Receipt | None]] | None = []
 
     @property
     def needs_end(self) -> bool:
@@ -215,7 +223,7 @@ class CallState:
         if self._endings is None:
             future.set_result(self.receipt)
         else:
-            self._endings.append(future)
+            self._endings = (*self._endings, future)
         return future
 
     def ended(self, receipt: Receipt | None) -> None:

@@ -15,8 +15,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from asgi_metering.errors import UsageError
-from asgi_metering.exchanges import Sum
+from asgi_metering.exchanges import Exchanges, Sum
 from asgi_metering.prices.costing import CITATIONS, WEB_SEARCHES, Costing, ModelCall, breakdown
+from asgi_metering.prices.units import SECONDS
 from asgi_metering.prices.values import MeasuredPrice
 from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
 from asgi_metering.witnesses import WITNESSES
@@ -25,7 +26,17 @@ if TYPE_CHECKING:
     from asgi_metering.call import Call
     from asgi_metering.measuring import Metered
 
-__all__ = ["DOUBTS", "ERRORS", "answers_of", "calls_of", "costed", "costing_attributes", "counted_call", "model_call"]
+__all__ = [
+    "DOUBTS",
+    "ERRORS",
+    "answers_in",
+    "answers_of",
+    "calls_of",
+    "costed",
+    "costing_attributes",
+    "counted_call",
+    "model_call",
+]
 
 _NOTHING = Decimal(0)
 
@@ -54,15 +65,19 @@ DOUBTS = {
 
 
 def answers_of(call: Call) -> list[Answer]:
+    """Who answered each upstream exchange of *call* that succeeded, its reader, and what it reported so far."""
+    return answers_in(call.exchanges)
+
+
+def answers_in(exchanges: Exchanges) -> list[Answer]:
     """
-    Who answered each upstream exchange of *call* that succeeded, its reader, and what it reported so far.
+    The same of any *exchanges*.
 
     Of very many exchanges the oldest are there as sums.
 
     An answer that was fetched (`UsageReader.fetched`) is there once, however often it was asked for, with what told
     most of it: background responses are polled, and stored ones are read again.
     """
-    exchanges = call.exchanges
     found = [(name, reader, reader.report()) for name, reader, status in exchanges.entries() if status < ERRORS]
     if not any(reader.fetched for _, reader, _ in found):
         return found
@@ -103,10 +118,14 @@ def model_call(report: UsageReport, provider: str | None, reader: UsageReader | 
 
 def _called(report: UsageReport | None, call: ModelCall) -> ModelCall:
     """*call* with what its answer told besides tokens."""
-    if report is None or (report.service is None and not report.searches and not report.citations):
+    if report is None:
         return call
     told = ((WEB_SEARCHES, report.searches), (CITATIONS, report.citations))
     units = {name: Decimal(count) for name, count in told if count}
+    if report.seconds is not None:
+        units[SECONDS] = report.seconds
+    if report.service is None and not units:
+        return call
     return replace(call, service=report.service, units=MappingProxyType(units) if units else call.units)
 
 
@@ -157,6 +176,10 @@ def _reported(call: Call, used: Metered) -> Iterator[ModelCall]:
             if report is not None and report.usage is not None:
                 yield model_call(report, provider, reader)
     elif used.source == "body" and call.observer is not None:
+        answers = call.observer.answers
+        for provider, reader, report in [] if answers is None else answers_in(answers):
+            if report is not None and report.usage is not None:
+                yield model_call(report, provider or used.provider, reader)
         report = call.observer.report()
         if report is not None and report.usage is not None:
             yield model_call(report, used.provider)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, NamedTuple
 
-from asgi_metering.exchanges import Sum
-from asgi_metering.itemised import ERRORS, answers_of, as_asked, calls_of, counted_call, model_call
+from asgi_metering.exchanges import Exchanges, Sum
+from asgi_metering.itemised import ERRORS, answers_in, as_asked, calls_of, counted_call, model_call
 from asgi_metering.prices import Costing, MeasuredPrice, ModelCall
 from asgi_metering.prices.costing import WEB_SEARCHES
 from asgi_metering.rules.ending import Cause
@@ -28,18 +28,23 @@ __all__ = [
     "Metered",
     "Part",
     "TextCounts",
+    "answers_sent",
     "committed_usage",
     "failed_in_band",
     "given_input",
     "metered_usage",
     "observation",
     "observed_usage",
+    "parts_in",
     "parts_of",
     "problems_of",
     "searches_made",
     "upstream_calls",
 ]
 
+
+MANY_TEXTS = 100
+"""Texts that are counted as they grow, after which those are forgotten that grow no more."""
 
 NO_TOKENS = TokenCount(0, estimated=False, encoding=DEFAULT_ENCODING)
 
@@ -151,29 +156,48 @@ def _recorded(call: Call) -> TokenUsage:
 
 def parts_of(call: Call) -> list[Part]:
     """The call's upstream exchanges, those that are no errors."""
-    return [Part(name, report, reader, reader.ended) for name, reader, report in answers_of(call)]
+    return parts_in(call.exchanges)
+
+
+def parts_in(exchanges: Exchanges) -> list[Part]:
+    """The same of any *exchanges*."""
+    return [Part(name, report, reader, reader.ended) for name, reader, report in answers_in(exchanges)]
+
+
+def answers_sent(call: Call) -> list[Part] | None:
+    """The answers of models in the messages of a session; None of any other call."""
+    answers = None if call.observer is None else call.observer.answers
+    if answers is None:
+        return None
+    over = call.cause is Cause.COMPLETED
+    # What shows no model is one answer, as a body is: it ends with its session.
+    return [part if part.provider else part._replace(ended=over) for part in parts_in(answers)]
 
 
 def _body(call: Call) -> Part | None:
-    if call.observer is None:
+    if call.observer is None or call.observer.answers is not None:
         return None
     return Part(None, call.observer.report(), None, ended=call.drained or call.cause is Cause.COMPLETED)
 
 
 def _from_upstream(call: Call) -> Metered | None:
+    return _summed(parts_of(call), "upstream")
+
+
+def _summed(parts: Iterable[Part], source: str) -> Metered | None:
     usage: TokenUsage | None = None
     cost: Decimal | None = None
     model = provider = None
     complete = True
-    for part in parts_of(call):
+    for part in parts:
         if part.report is None or part.usage is None or not part.reported:
             complete = complete and not part.wrote
             continue
         usage = part.usage + usage
         cost = _plus(cost, part.report.cost)
-        model, provider = part.report.model or model, part.provider
+        model, provider = part.report.model or model, part.provider or part.report.dialect
         complete = complete and part.final
-    return None if usage is None else Metered(usage, "upstream", model, provider, complete, cost=cost)
+    return None if usage is None else Metered(usage, source, model, provider, complete, cost=cost)
 
 
 def _from_witnesses(call: Call) -> Metered | None:
@@ -204,7 +228,11 @@ def upstream_calls(call: Call, source: str | None) -> Iterator[Told]:
     elif source in WITNESSES and call.witnesses is not None:
         yield from call.witnesses.told(source)
     else:
-        for part in parts_of(call):
+        parts = parts_of(call)
+        sent = answers_sent(call)
+        if sent is not None and not any(part.reported for part in parts):
+            parts = sent
+        for part in parts:
             if part.report is not None and part.usage is not None and part.reported:
                 report, reader = part.report, part.reader
                 count = reader.call.count if isinstance(reader, Sum) else 1
@@ -213,6 +241,9 @@ def upstream_calls(call: Call, source: str | None) -> Iterator[Told]:
 
 
 def _from_body(call: Call) -> Metered | None:
+    sent = answers_sent(call)
+    if sent is not None:
+        return _summed(sent, "body")
     part = _body(call)
     if part is None or part.report is None or part.usage is None:
         return None
@@ -224,9 +255,9 @@ def problems_of(call: Call) -> tuple[str, ...]:
     if call.reports:
         return ()
     parts = parts_of(call)
-    body = _body(call)
-    if body is not None and not any(part.usage is not None for part in parts):
-        parts.append(body)
+    if not any(part.usage is not None for part in parts):
+        body = _body(call)
+        parts += answers_sent(call) or ([] if body is None else [body])
     return tuple(dict.fromkeys(problem for part in parts if part.report for problem in part.report.problems))
 
 
@@ -239,7 +270,7 @@ def failed_in_band(call: Call) -> bool:
     also says itself when it failed. The error of an upstream exchange counts unless another one answered. One in the
     body does where the call is charged by usage, whose reading it is, and no source above it told of an answer: what
     the application made of that may be the model's own words, and so its client's, who would be free by asking for
-    ``{"error": true}``.
+    ``{"error": true}``. An error among the messages of a session ends nothing, and most are a client's own mistakes.
     """
     if call.reports:
         return False
@@ -271,13 +302,18 @@ def _parts(call: Call, known: Metered) -> list[Part]:
     The upstream client ranks above the body (DESIGN 6), which may be what the application made of its answers. Before
     the first byte only reports count (DESIGN "End of call"), and in the body of an error it is the same.
     """
-    return _counted_exchanges(call, known) or _counted_body(call)
+    answered = _counted_answers(call, known)
+    return _counted_body(call) if answered is None else answered
 
 
-def _counted_exchanges(call: Call, known: Metered) -> list[Part]:
-    if known.source == "body":
-        return []
-    return [part for part in parts_of(call) if part.reported or (_begun(call) and part.wrote)]
+def _counted_answers(call: Call, known: Metered) -> list[Part] | None:
+    """None where it is the body that tells."""
+    if known.source != "body":
+        counted = [part for part in parts_of(call) if part.reported or (_begun(call) and part.wrote)]
+        if counted:
+            return counted
+    sent = answers_sent(call)
+    return None if sent is None else [part for part in sent if part.reported or (_begun(call) and part.wrote)]
 
 
 def _counted_body(call: Call) -> list[Part]:
@@ -349,6 +385,8 @@ class TextCounts:
             chars, before = 0, NO_TOKENS
         more = await count_tokens_async(text[chars:])
         total = replace(more, tokens=before.tokens + more.tokens, estimated=before.estimated or more.estimated)
+        if len(self._counted) >= MANY_TEXTS:
+            self._counted = {each: told for each, told in self._counted.items() if not each.over}
         self._counted[reader] = len(text), total
         return total
 
@@ -376,12 +414,14 @@ async def observed_usage(
     usage: TokenUsage | None = None
     model, estimated = known.model, False
     calls: list[ModelCall] = []
-    counted_parts = _counted_exchanges(call, known)
-    if not counted_parts:
+    parts = _counted_answers(call, known)
+    if parts is None:
         if call.observer is not None and not _is_refusal(call):
             await call.observer.read_on()
-        counted_parts = _counted_body(call)
-    for part in counted_parts:
+        parts = _counted_body(call)
+    # What a session asked for is the input of all of its answers, so that it says nothing of the one that broke.
+    begun = _begun(call) and not (call.opening.is_session and any(part.reported for part in parts))
+    for part in parts:
         if not guesses and part.reader is not None and not part.reader.known:
             continue
         model = (part.report.model if part.report is not None else None) or model
@@ -392,7 +432,8 @@ async def observed_usage(
                 one = model_call(part.report, part.provider or known.provider, part.reader)
                 calls.append(one if part.final or isinstance(part.reader, Sum) else as_asked(call, one))
             continue
-        given, guessed = given_input(call, part, begun=_begun(call))
+        given, guessed = given_input(call, part, begun=begun)
+        begun = begun and not call.opening.is_session
         # What it had counted itself: thoughts are in there, and not in the text.
         output = part.told_output
         if part.written is None and isinstance(part.reader, UsageReader):
@@ -407,8 +448,8 @@ async def observed_usage(
         usage = seen + usage
         estimated = estimated or guessed
     usage = usage or TokenUsage(input=0, output=0)
-    parts = tuple(calls)
-    return Metered(usage, "tokenizer", model, known.provider, estimated=estimated, cost=known.cost, calls=parts)
+    cost = known.cost
+    return Metered(usage, "tokenizer", model, known.provider, estimated=estimated, cost=cost, calls=tuple(calls))
 
 
 # -- what a handler may still spend ------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from asgi_metering.usage.notes import Dialect, Json, Notes, as_object, first, ob
 from asgi_metering.usage.skim import Marks
 from asgi_metering.usage.values import TokenUsage
 
-__all__ = ["CHAT", "RESPONSES", "reconcile"]
+__all__ = ["CHAT", "RESPONSES", "counted", "reconcile"]
 
 _SUMS: Final = Context(prec=60, traps=[])
 """Of untrusted numbers: a sum that is none is refused, and raises nothing."""
@@ -50,7 +50,7 @@ _TERMINAL: Final = frozenset(
 """Events that end a stream, or the only ones of theirs that carry usage. The earlier ones say ``usage: null``."""
 
 
-def _counts(notes: Notes, usage: Json, *, total_is_input: bool) -> TokenUsage | None:
+def counted(notes: Notes, usage: Json, *, total_is_input: bool) -> TokenUsage | None:
     """
     Normalise a usage object of either shape; `None` when it counts nothing (null, {}, billed by duration).
 
@@ -158,7 +158,7 @@ def _take(notes: Notes, usage: object, *, total_is_input: bool = False) -> bool:
     made = as_object(first(found.get("server_tool_use"), found.get("server_tool_use_details"))).get(SEARCHES)
     notes.search(first(made, found.get("num_search_queries")))
     notes.cite(found.get("citation_tokens"))
-    counts = _counts(notes, found, total_is_input=total_is_input)
+    counts = counted(notes, found, total_is_input=total_is_input)
     if counts is None:
         return False
     notes.take(counts)
