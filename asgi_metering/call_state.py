@@ -65,6 +65,9 @@ class Observer(Protocol):
     def report(self) -> UsageReport | None:
         """What the body has reported so far; None if nothing."""
 
+    async def read_on(self) -> None:
+        """Read most of what was kept for its text, and let others have their turns meanwhile."""
+
     def text_reader(self) -> UsageReader:
         """The reader that has seen everything that passed and keeps its text."""
 

@@ -302,21 +302,32 @@ def _parts(call: Call, known: Metered) -> list[Part]:
     The upstream client ranks above the body (DESIGN 6), which may be what the application made of its answers. Before
     the first byte only reports count (DESIGN "End of call"), and in the body of an error it is the same.
     """
-    exchanges = parts_of(call)
+    answered = _counted_answers(call, known)
+    return _counted_body(call) if answered is None else answered
+
+
+def _counted_answers(call: Call, known: Metered) -> list[Part] | None:
+    """None where it is the body that tells."""
     if known.source != "body":
-        counted = [part for part in exchanges if part.reported or (_begun(call) and part.wrote)]
+        counted = [part for part in parts_of(call) if part.reported or (_begun(call) and part.wrote)]
         if counted:
             return counted
     sent = answers_sent(call)
-    if sent is not None:
-        return [part for part in sent if part.reported or (_begun(call) and part.wrote)]
+    return None if sent is None else [part for part in sent if part.reported or (_begun(call) and part.wrote)]
+
+
+def _counted_body(call: Call) -> list[Part]:
     body = _body(call)
     if body is None or call.observer is None:
         return []
-    if call.status is not None and call.status >= ERRORS:
+    if _is_refusal(call):
         # The text of an error is no model's output, and nothing says that its prompt was read.
         return [] if body.usage is None else [body]
     return [body._replace(reader=call.observer.text_reader())]
+
+
+def _is_refusal(call: Call) -> bool:
+    return call.status is not None and call.status >= ERRORS
 
 
 def _input_side(usage: TokenUsage) -> TokenUsage:
@@ -403,7 +414,11 @@ async def observed_usage(
     usage: TokenUsage | None = None
     model, estimated = known.model, False
     calls: list[ModelCall] = []
-    parts = _parts(call, known)
+    parts = _counted_answers(call, known)
+    if parts is None:
+        if call.observer is not None and not _is_refusal(call):
+            await call.observer.read_on()
+        parts = _counted_body(call)
     # What a session asked for is the input of all of its answers, so that it says nothing of the one that broke.
     begun = _begun(call) and not (call.opening.is_session and any(part.reported for part in parts))
     for part in parts:

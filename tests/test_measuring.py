@@ -20,11 +20,13 @@ from starlette.routing import Route
 
 from asgi_metering import Metering, TokenUsage, billable, current_call, metered_app, up_to
 from asgi_metering.amounts import CREDITS, MAX_AMOUNT
+from asgi_metering.asgi.tap import Tap
 from asgi_metering.billing import observed_parts
 from asgi_metering.prices import model_prices, per_token
 from asgi_metering.receipts import Entry
 from asgi_metering.rules.ending import Cause
 from asgi_metering.tokens import count_tokens
+from asgi_metering.usage import UsageReader
 from tests.pitfalls.stage import PAYER, Stage, staged
 
 WORDS = "hello wonderful world "
@@ -130,6 +132,24 @@ def test_observe_the_text_of_a_body_of_unknown_shape(media: str, piece: bytes) -
     amount, estimated = observed(media, [piece] * 50)
     assert amount == pytest.approx(7 + FIFTY * 1_000, rel=0.02)
     assert estimated
+
+
+def test_read_a_broken_stream_between_turns_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its text is read slice by slice before its end is charged, and is charged as if it was read at once."""
+    pieces = [delta(f" word {number}") for number in range(50)]
+    expected = observed("text/event-stream", pieces)
+    waiting: list[int] = []
+    text_reader = Tap.text_reader
+
+    def watched(tap: Tap) -> UsageReader:
+        waiting.append(tap._waiting())
+        return text_reader(tap)
+
+    monkeypatch.setattr(Tap, "text_reader", watched)
+    monkeypatch.setattr("asgi_metering.asgi.tap.SLICE", 500)
+    assert observed("text/event-stream", pieces) == expected
+    assert waiting
+    assert max(waiting) <= 500
 
 
 @pytest.mark.parametrize("broken", [False, True])

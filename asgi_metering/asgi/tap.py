@@ -8,6 +8,7 @@ and what it keeps is bounded.
 
 from __future__ import annotations
 
+import asyncio
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from itertools import accumulate
@@ -28,6 +29,12 @@ MAX_WAITING = 1_048_576
 
 READ_AT_ONCE = 65_536
 """About so many bytes are put together for reading: for each chunk alone a call would cost more than what it reads."""
+
+SLICE = 32_768
+"""Bytes whose text is read in one turn of the event loop, which takes some 3 ms."""
+
+PACKED_SLICE = 4_096
+"""The same of a compressed body, which are several times as many when they are read."""
 
 SAMPLE = 8_192
 """Bytes kept of what is dropped, to tell how dense its text is: tens of a model's events."""
@@ -91,6 +98,26 @@ class Tap:
         """What the body has reported so far; None if nothing."""
         self._read_usage()
         return self._for_usage.report()
+
+    async def read_on(self) -> None:
+        """
+        Read the text of what waits, in slices, with a turn of the event loop behind each; what comes meanwhile waits.
+
+        Of a stream that broke half a megabyte may wait, and to read that takes fifty milliseconds.
+        """
+        self._read_usage()
+        at_once = PACKED_SLICE if self._kind[1] else SLICE
+        left = self._waiting()
+        while left > at_once and self._chunks:
+            count = size = 0
+            for chunk in self._chunks:
+                if count and size + len(chunk) > at_once:
+                    break
+                count, size = count + 1, size + len(chunk)
+            left -= size
+            self._read_usage()
+            self._read_text(count)
+            await asyncio.sleep(0)
 
     def text_reader(self) -> UsageReader:
         """The reader that has seen every chunk and keeps its text."""

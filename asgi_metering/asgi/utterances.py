@@ -104,6 +104,9 @@ class Utterances:
         """Of a session nobody asks for one report."""
         return None
 
+    async def read_on(self) -> None:
+        """Its answers are read one by one."""
+
     def text_reader(self) -> UsageReader:
         """What shows no model."""
         return self._reader.rest

@@ -13,6 +13,7 @@ import contextvars
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from operator import attrgetter
 from typing import NamedTuple
@@ -131,6 +132,13 @@ class Pump:
             if not future.cancelled() and not is_repeated:
                 # Answered and cancelled in one turn of the loop: the answer never reached the caller.
                 self._abandoned(operation, future.exception() or future.result())
+            raise
+        except GeneratorExit:
+            # Nobody goes on with the caller, and nobody cancelled it.
+            if not future.cancel() and not is_repeated and not (future.cancelled() or future.exception()):
+                # Where no loop runs any more its hold expires.
+                with suppress(RuntimeError):
+                    self._abandoned(operation, future.result())
             raise
 
     def _enqueue(self, operation: Operation, *, is_repeated: bool = False) -> asyncio.Future[Answer]:

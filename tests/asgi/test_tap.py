@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import json
 
 import pytest
 
 from asgi_metering.asgi.exchange import CHECKPOINT_BYTES
-from asgi_metering.asgi.tap import BLOCK, MAX_WAITING, READ_AT_ONCE, SAMPLE, Tap
+from asgi_metering.asgi.tap import BLOCK, MAX_WAITING, PACKED_SLICE, READ_AT_ONCE, SAMPLE, SLICE, Tap
 from asgi_metering.usage import TokenUsage, UsageReader
 from asgi_metering.usage.reader import MAX_TEXT
 
@@ -195,6 +197,56 @@ def test_reads_chunks_of_any_sizes_together() -> None:
         assert report is not None
         assert (report.usage, report.model) == (TokenUsage(input=9, output=2), "m")
         assert watched.text_reader().text() == "first" + "w" * sum(sizes)
+
+
+@pytest.mark.parametrize("encoding", [None, "gzip"])
+def test_gives_the_loop_turns_while_much_text_is_read(encoding: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits at the end of a stream that broke is read in slices, each a turn of the loop, and says the same."""
+    chunk = delta(" word" * 40)
+    count = 400_000 // len(chunk)
+    packed = gzip.compress(chunk * count, 1)
+    sent = [chunk] * count if encoding is None else [packed[at : at + 512] for at in range(0, len(packed), 512)]
+    one, other = (Tap("text/event-stream", encoding, None) for _ in range(2))
+    for each in sent:
+        one.keep(each)
+        other.keep(each)
+    expected = other.text_reader().heard()
+    read: list[int] = []
+    feed = UsageReader.feed
+
+    def watch(reader: UsageReader, data: bytes) -> None:
+        if reader is one._for_text:
+            read[-1] += len(data)
+        feed(reader, data)
+
+    async def play() -> None:
+        reading = asyncio.create_task(one.read_on())
+        while not reading.done():
+            read.append(0)
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(UsageReader, "feed", watch)
+    asyncio.run(play())
+    most = SLICE if encoding is None else PACKED_SLICE
+    assert max(read) <= most
+    assert sum(read) >= sum(map(len, sent)) - most
+    assert one.text_reader().heard() == expected
+
+
+def test_waits_for_no_stream_that_goes_on() -> None:
+    """What comes while the text is read is not waited for: a stream that never rests ends nobody's patience."""
+    watched = tap()
+    give(watched, delta("x" * 500), 500)
+
+    async def play() -> int:
+        reading, more = asyncio.create_task(watched.read_on()), 0
+        while not reading.done():
+            give(watched, delta("x" * 500), 200)
+            await asyncio.sleep(0)
+            more += 1
+        return more
+
+    assert asyncio.run(play()) < 50
 
 
 def test_looks_at_each_byte_once_however_often_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

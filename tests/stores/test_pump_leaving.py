@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,51 @@ def test_cancel_an_admission_that_is_refused() -> None:
         assert store.batches == [["gone", "other"]]
 
     play(scene)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("turn", range(5))
+@pytest.mark.parametrize("how", ["cancel", "close"])
+def test_leave_at_any_turn_of_the_answer(how: str, turn: int, fails: bool) -> None:
+    """
+    Who leaves by a cancellation, or because nobody goes on with its coroutine, leaves neither hold nor complaint.
+
+    Its future would tell the loop of an exception that nobody has retrieved.
+    """
+    complaints: list[dict[str, Any]] = []
+
+    async def scene(store: GatedStore, pump: Pump) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        store.failures = [None, StoreUnavailableError("The store is down.") if fails else None]
+        away = submit(pump, Emit(()))
+        await turns()
+        if how == "cancel":
+            task = asyncio.ensure_future(pump.submit(ask("gone")))
+            await turns()
+        else:
+            coroutine: Any = pump.submit(ask("gone"))
+            coroutine.send(None)
+        store.gate.set()
+        await turns(turn)
+        if how == "cancel":
+            task.cancel()
+            (answer,) = await asyncio.gather(task, return_exceptions=True)
+            # Who has its answer has not left.
+            owned = int(isinstance(answer, Decision))
+            del task, answer
+        else:
+            coroutine.close()
+            owned = 0
+            del coroutine
+        await asyncio.gather(*away)
+        await pump.drain()
+        await turns()
+        gc.collect()
+        account = await store.account()
+        assert (account.held, account.settled) == (owned, 0)
+
+    play(scene)
+    assert complaints == []
 
 
 def test_cancel_many_callers_at_any_time(tmp_path: Path) -> None:
