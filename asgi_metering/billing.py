@@ -15,7 +15,14 @@ from asgi_metering.breakdown import upstream_attributes
 from asgi_metering.counting import usage_of
 from asgi_metering.errors import AmountError, UsageError
 from asgi_metering.itemised import DOUBTS, costed, costing_attributes
-from asgi_metering.measuring import Metered, failed_in_band, metered_usage, observed_usage, problems_of
+from asgi_metering.measuring import (
+    Metered,
+    failed_in_band,
+    metered_usage,
+    observed_usage,
+    problems_of,
+    read_session,
+)
 from asgi_metering.prices import Costing, FixedPrice, MeasuredPrice
 from asgi_metering.prices.values import EXACT
 from asgi_metering.receipts import Basis, EndedBy
@@ -58,6 +65,7 @@ async def bill(call: Call) -> tuple[End, Metered]:
     """
     price = call.price
     fixed = isinstance(price, FixedPrice)
+    await read_session(call)
     known = _safe_usage(call)
     _tell_doubts(call)
     seen = sighting(call, reported=fixed or known.complete)
@@ -343,6 +351,7 @@ async def observed_parts(call: Call) -> int:
     if isinstance(call.price, FixedPrice):
         return _due(call) if call.first_byte else 0
     try:
+        await read_session(call)
         amount, _, _ = await _priced(call, Basis.OBSERVED, metered_usage(call))
     except Exception as failure:
         log.error("What call %s has used cannot be priced: %r", call.id, failure, exc_info=failure)

@@ -17,7 +17,7 @@ from asgi_metering.amounts import MAX_AMOUNT, Amount
 from asgi_metering.decisions import Reason, Refusal
 from asgi_metering.errors import StoreError
 from asgi_metering.itemised import costed
-from asgi_metering.measuring import TextCounts, metered_usage, observed_usage
+from asgi_metering.measuring import TextCounts, metered_usage, observed_usage, read_session
 from asgi_metering.outage import hold_more_locally
 from asgi_metering.prices import FixedPrice, MeasuredPrice
 from asgi_metering.prices.values import EXACT
@@ -179,6 +179,7 @@ class Growth:
         call = self._call
         try:
             async with self._counting:
+                await read_session(call)
                 seen = await observed_usage(call, metered_usage(call), self._counts)
                 self.used = call.unit.round((await costed(call, self._price, seen)).amount)
         except Exception as failure:  # noqa: BLE001 -- usage that adds up to nonsense, a price of the application's own

@@ -38,6 +38,7 @@ __all__ = [
     "parts_in",
     "parts_of",
     "problems_of",
+    "read_session",
     "searches_made",
     "upstream_calls",
 ]
@@ -172,6 +173,16 @@ def answers_sent(call: Call) -> list[Part] | None:
     over = call.cause is Cause.COMPLETED
     # What shows no model is one answer, as a body is: it ends with its session.
     return [part if part.provider else part._replace(ended=over) for part in parts_in(answers)]
+
+
+async def read_session(call: Call) -> None:
+    """
+    Read what waits of the messages of a session, and let others have their turns meanwhile.
+
+    Who asks without this reads it at once: one message may hold what takes long.
+    """
+    if call.opening.is_session and call.observer is not None:
+        await call.observer.read_on()
 
 
 def _body(call: Call) -> Part | None:

@@ -1,19 +1,22 @@
 """
 Utterances: what an application sends over a WebSocket, kept for reading its usage off the path of messages.
 
-On the path it only appends a reference. Messages are read by the worker, at heartbeats, and when somebody asks; what
-was read is an answer of a model, of which the latest are kept by themselves and all before them as sums. So a session
-of any length is charged in full, and keeps little. Reads nothing that a client says.
+On the path it only appends a reference. Messages are read when somebody asks, at heartbeats say, and before too many of
+them wait; what was read is an answer of a model, of which the latest are kept by themselves and all before them as
+sums. So a session of any length is charged in full, and keeps little. Reads nothing that a client says.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import weakref
+from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from asgi_metering.asgi.types import Message
-from asgi_metering.exchanges import Exchanges
+from asgi_metering.exchanges import Exchanges, Sum
 from asgi_metering.folding import fold
 from asgi_metering.growing import LEAST_ROOM
 from asgi_metering.usage import UsageReader, UsageReport
@@ -24,12 +27,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Utterances", "utterances_of"]
 
-MAX_WAITING = 1_048_576
+MAX_WAITING = 65_536
 """
-Characters or bytes of messages that wait at most: beyond it they are read at once, so that nothing is dropped.
+Work that waits at most, in characters or bytes of messages: beyond it whoever sends waits until it is read, so that
+nothing is dropped, and that nobody who asks has to read for longer than some milliseconds.
+"""
 
-The worker reads four times a second, so that this is reached by what nobody listens to in real time.
-"""
+EACH = 1_024
+"""To look at one object takes as long as to parse so many characters."""
+
+SLICE = 16_384
+"""Work between two turns of the event loop, a millisecond or two: many sessions share it with all else."""
 
 _ANSWERED = 200
 
@@ -49,7 +57,19 @@ class Utterances:
         dialect: The usage dialect where the shape would mislead; None detects it.
     """
 
-    __slots__ = ("_answers", "_call", "_lock", "_paced", "_reader", "_room", "_size", "_unpaced", "_waiting")
+    __slots__ = (
+        "_answers",
+        "_call",
+        "_is_reading",
+        "_lock",
+        "_paced",
+        "_reader",
+        "_room",
+        "_steps",
+        "_unpaced",
+        "_waiting",
+        "_work",
+    )
 
     def __init__(self, call: Call, dialect: str | None) -> None:
         self._call = weakref.ref(call)
@@ -57,8 +77,11 @@ class Utterances:
         self._reader = SessionReader(dialect, self._begun)
         # Handlers may ask from threads what is left.
         self._lock = threading.RLock()
-        self._waiting: list[str | bytes] = []
-        self._size = self._unpaced = 0
+        self._waiting: deque[str | bytes] = deque()
+        # Of the message that is being read; and whether somebody is at it, higher up in the same thread.
+        self._steps: Iterator[int] | None = None
+        self._is_reading = False
+        self._work = self._unpaced = 0
         self._room = LEAST_ROOM
         # A price per message or second is held for by what comes in.
         self._paced = call.charge is not None and call.charge.measured
@@ -69,11 +92,14 @@ class Utterances:
         data = message.get("bytes") if data is None else data
         if not data:
             return
+        if not isinstance(data, str | bytes):
+            # The application may write over it before it is read.
+            data = bytes(data)
         with self._lock:
             self._waiting.append(data)
-            self._size += len(data)
-        if self._size > MAX_WAITING:
-            self._read()
+            self._work += len(data) + EACH
+        if self._work > MAX_WAITING:
+            await self.read_on()
         call = self._call() if self._paced else None
         if call is not None and call.growth is not None:
             self._unpaced += len(data)
@@ -85,10 +111,15 @@ class Utterances:
 
     @property
     def answers(self) -> Exchanges:
-        """Each answer of a model in what was sent until now; or one of all of it, where nothing shows a model."""
+        """
+        Each answer of a model in what was sent until now; or one of all of it, where nothing shows a model.
+
+        Or only words of one, whose usage the application tells in a shape of its own.
+        """
         self._read()
-        if self._answers or self._answers.sums is not None:
-            return self._answers
+        answers = self._answers
+        if (answers or answers.sums is not None) and (not _told(self._reader.rest) or _tell(answers)):
+            return answers
         rest = Exchanges()
         rest.append(("", self._reader.rest, _ANSWERED))
         return rest
@@ -97,30 +128,73 @@ class Utterances:
         """Messages are counted as they are sent."""
 
     def digest(self) -> None:
-        """Read what waits."""
-        self._read()
+        """Nothing: so little waits that it may wait until somebody asks, and whoever looks after it has many others."""
 
     def report(self) -> UsageReport | None:
         """Of a session nobody asks for one report."""
         return None
 
     async def read_on(self) -> None:
-        """Its answers are read one by one."""
+        """Read what waits, with a turn of the event loop behind each slice; it never raises."""
+        left = self._read(SLICE)
+        while left:
+            await asyncio.sleep(0)
+            left = self._read(SLICE)
 
     def text_reader(self) -> UsageReader:
         """What shows no model."""
         return self._reader.rest
 
-    def _read(self) -> None:
+    def _read(self, most: int | None = None) -> bool:
+        """Read what waits, or *most* of it; whether some is left."""
         with self._lock:
-            waiting, self._waiting, self._size = self._waiting, [], 0
-            for data in waiting:
-                self._reader.feed(data)
+            if self._is_reading:
+                # By whom it read for: a price of the application's own that asks what its call has left, say.
+                return False
+            self._is_reading = True
+            try:
+                done = 0
+                while (most is None or done < most) and (more := self._step()) is not None:
+                    done += more
+            finally:
+                self._is_reading = False
+            return self._steps is not None or bool(self._waiting)
+
+    def _step(self) -> int | None:
+        """Read one object more, and answer what work that was; None where nothing waits."""
+        if self._steps is None:
+            if not self._waiting:
+                return None
+            data = self._waiting.popleft()
+            self._work -= len(data) + EACH
+            self._steps = self._reader.read(data)
+        size = next(self._steps, None)
+        if size is None:
+            self._steps = None
+            return 0
+        return size + EACH
 
     def _begun(self, dialect: str, reader: UsageReader) -> None:
         call = self._call()
-        if self._answers.take((dialect, reader, _ANSWERED)) and call is not None:
+        if not self._answers.take((dialect, reader, _ANSWERED)) or call is None:
+            return
+        try:
             fold(call, self._answers)
+        except Exception as failure:  # noqa: BLE001 -- a price of the application's own; its session goes on
+            untold = f"The answers of call {call.id} could not be summed, so that all of them are kept."
+            call.metering.alarms.raised("folding", untold, failure)
+
+
+def _told(reader: UsageReader | Sum) -> bool:
+    """Whether it counted anything, be it what nobody can believe."""
+    if isinstance(reader, Sum):
+        return not reader.unreported
+    report = reader.report()
+    return report is not None and (report.usage is not None or report.refused)
+
+
+def _tell(answers: Exchanges) -> bool:
+    return any(_told(reader) for _, reader, _ in answers.entries())
 
 
 def utterances_of(call: Call) -> Utterances | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from asgi_metering.usage import gemini, live, openai, realtime
@@ -38,6 +38,12 @@ MAX_LOOKED_INTO: Final = 16 << 20
 MAX_SHOWN: Final = 1_000
 """Ids of answers that are remembered when they are over, so that one that is told again counts once."""
 
+PIECE: Final = 1 << 14
+"""Bytes of a stream of events that are cut into events at a time."""
+
+_BOM: Final = b"\xef\xbb\xbf"
+_DECODER: Final = json.JSONDecoder()
+_BETWEEN: Final = frozenset(" \t\r\n,")
 _FIELD: Final = re.compile(rb"(?:data|event|id|retry):")
 _EVENT: Final = re.compile(rb"(?:data|event|id|retry):|: ")
 """How a message begins that is a piece of a stream of events: with a field, or with a comment."""
@@ -110,22 +116,58 @@ class SessionReader:
 
     def feed(self, message: str | bytes) -> None:
         """Take the next message that was sent. Never raises on what it holds."""
+        for _ in self.read(message):
+            pass
+
+    def read(self, message: str | bytes) -> Iterator[int]:
+        """
+        As `feed`, step by step, with the bytes of each: one message may hold very many objects.
+
+        Read each message to its end before the next one.
+        """
         data = message.encode("utf-8", "surrogatepass") if isinstance(message, str) else bytes(message)
+        data = data.removeprefix(_BOM)
         text = data.strip()
         if self._continues(text):
-            self._feed_events(data)
+            yield from self._read_events(data)
         elif text.startswith((b"{", b"[")):
             self._streams = False
-            for document in _LINES.sub(b"}\n{", text).split(b"\n") if _LINES.search(text) else (text,):
-                self._take(document)
+            for line in _LINES.sub(b"}\n{", text).split(b"\n") if _LINES.search(text) else (text,):
+                for document in self._documents(line) if line.startswith(b"[") else (line,):
+                    self._take(document)
+                    yield len(document)
         elif self._streams or _EVENT.match(text):
             if self._is_amid:
                 # Lines are sent without their ends.
-                self._end_event()
+                yield from self._end_event()
             self._streams = True
-            self._feed_events(data)
+            yield from self._read_events(data)
         elif isinstance(message, str):
             _give(self.rest, json.dumps({"text": message}).encode())
+            yield len(data)
+
+    def _documents(self, data: bytes) -> Iterator[bytes]:
+        """Each object of an array: several events at once; but the array that one answer of Gemini's is."""
+        parsed = _parse(data) if len(data) <= MAX_LOOKED_INTO else None
+        found = list(objects(parsed))
+        if len(found) < 2 or self._is_one(found[0]):
+            yield data
+            return
+        text, at = data.decode(json.detect_encoding(data), "surrogatepass"), 1
+        while text[at] != "]":
+            if text[at] in _BETWEEN:
+                at += 1
+                continue
+            value, end = _DECODER.raw_decode(text, at)
+            if isinstance(value, dict):
+                yield text[at:end].encode("utf-8", "surrogatepass")
+            at = end
+
+    def _is_one(self, document: Json) -> bool:
+        try:
+            return (self._dialect or self._claimed(document)) is gemini.GENERATE
+        except Exception:  # noqa: BLE001 -- a dialect's, on JSON that nobody expected; its reader says so
+            return False
 
     # -- pieces of streams ---------------------------------------------------------------------------------
 
@@ -139,18 +181,19 @@ class SessionReader:
         pending = self._events.pending()
         return pending is not None and not pending.data
 
-    def _feed_events(self, data: bytes) -> None:
-        self._take_all(self._events.feed(data))
+    def _read_events(self, data: bytes) -> Iterator[int]:
+        for at in range(0, len(data), PIECE):
+            yield from self._take_all(self._events.feed(data[at : at + PIECE]))
         pending = self._events.pending()
         self._is_amid = not data.endswith((b"\n", b"\r"))
         if pending is not None and (pending.data.strip() == _DONE or _parse(pending.data) is not None):
-            self._end_event()
+            yield from self._end_event()
 
-    def _end_event(self) -> None:
+    def _end_event(self) -> Iterator[int]:
         self._is_amid = False
-        self._take_all(self._events.feed(b"\n\n"))
+        yield from self._take_all(self._events.feed(b"\n\n"))
 
-    def _take_all(self, payloads: list[Payload]) -> None:
+    def _take_all(self, payloads: list[Payload]) -> Iterator[int]:
         for payload in payloads:
             if payload.tail is None:
                 self._take(payload.data)
@@ -161,6 +204,7 @@ class SessionReader:
                 reader.gap(payload.lost)
                 reader.feed(payload.tail + b"\n\n")
                 self._look_at(reader)
+            yield len(payload.data)
 
     # -- whose a message is --------------------------------------------------------------------------------
 
@@ -171,6 +215,7 @@ class SessionReader:
     def _take(self, data: bytes) -> None:
         document = _parse(data) if len(data) <= MAX_LOOKED_INTO else None
         if isinstance(document, list):
+            # Of one answer.
             document = next(objects(document), None)
         if not isinstance(document, dict):
             # The end mark of a stream, or what is too large to be looked into here, or broken.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -413,13 +414,14 @@ def test_keep_no_message_where_usage_does_not_matter(price: dict[str, Any]) -> N
 def test_read_nothing_on_the_path_of_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages are kept as they are until somebody asks; beyond a bound they are read at once, and none is dropped."""
     fed: list[int] = []
-    feed = SessionReader.feed
+    read = SessionReader.read
 
-    def counts_them(reader: SessionReader, message: str | bytes) -> None:
+    def counts_them(reader: SessionReader, message: str | bytes) -> Iterator[int]:
         fed.append(len(message))
-        feed(reader, message)
+        return read(reader, message)
 
-    monkeypatch.setattr(SessionReader, "feed", counts_them)
+    monkeypatch.setattr(SessionReader, "read", counts_them)
+    monkeypatch.setattr(utterances, "EACH", 0)
 
     def play_(messages: list[str]) -> list[int]:
         async def story() -> None:
@@ -445,6 +447,101 @@ def test_read_nothing_on_the_path_of_messages(monkeypatch: pytest.MonkeyPatch) -
     assert play_(messages) == [0] * 4
     monkeypatch.setattr(utterances, "MAX_WAITING", len(messages[0]) + len(messages[1]) - 1)
     assert play_(messages) == [0, 2, 2, 2]
+
+
+@pytest.mark.parametrize("many", ["messages", "lines", "events", "array"])
+def test_let_others_have_their_turns_while_messages_are_read(many: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much an application sends at once, the event loop is not held up by what is read of it."""
+    number, done = 600, texts(response(1, "done", status="completed", **counts(9, 2)))[0]
+    word = texts({"type": "response.output_text.delta", "event_id": "e", "response_id": "resp_1", "delta": "x"})[0]
+    sent = {
+        "messages": [word] * number,
+        "lines": ["\n".join([word] * number)],
+        "events": ["".join([f"data: {word}\n\n"] * number)],
+        "array": [f"[{','.join([word] * number)}]"],
+    }[many]
+    turns, reads = [0], dict[int, int]()
+    take = SessionReader._take
+
+    def counts_them(reader: SessionReader, data: bytes) -> None:
+        reads[turns[0]] = reads.get(turns[0], 0) + 1
+        take(reader, data)
+
+    monkeypatch.setattr(SessionReader, "_take", counts_them)
+
+    @billable(PRICE, hold=500)
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        for message in (*sent, done):
+            await websocket.send_text(message)
+
+    async def others() -> None:
+        while True:
+            turns[0] += 1
+            await asyncio.sleep(0)
+
+    async def story() -> None:
+        task = asyncio.ensure_future(others())
+        async with served(talk, granted=1_000) as scene:
+            async with scene.socket():
+                pass
+            assert await scene.books() == (29, 0)
+        task.cancel()
+
+    play(story)
+    assert sum(reads.values()) == number + 1
+    assert max(reads.values()) <= 70
+
+
+def test_survive_a_price_that_raises_where_answers_are_summed(caplog: pytest.LogCaptureFixture) -> None:
+    """S2.45: what reads the messages breaks no session; all of its answers are kept then, and charged."""
+
+    class Peculiar:
+        def cost(self, usage: TokenUsage) -> Decimal:
+            return Decimal(usage.total or 0)
+
+        def affordable(self, kind: str, units: Decimal, used: TokenUsage) -> int:
+            return 0
+
+        def kind_of(self, call: Any) -> Any:
+            raise RuntimeError("no kind")
+
+    many = 40
+    done = [response(number, "done", status="completed", **counts(9, 2)) for number in range(many)]
+    event = session(*texts(*done), price=Peculiar())
+    assert (event.amount // CREDIT, event.basis) == (11 * many, "usage")
+    assert "could not be summed" in caplog.text
+
+
+def test_read_what_was_sent_and_not_what_became_of_its_buffer() -> None:
+    """A buffer that the application writes over is read as it was when it was sent."""
+
+    @billable(PRICE, hold=500)
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        for number in range(2):
+            message = bytearray(texts(response(number, "done", status="completed", **counts(9, 2)))[0].encode())
+            await websocket.send({"type": "websocket.send", "bytes": memoryview(message)})
+            message[:] = b" " * len(message)
+
+    async def story() -> None:
+        async with served(talk, granted=1_000) as scene:
+            async with scene.socket():
+                pass
+            assert await scene.books() == (58, 0)
+
+    play(story)
+
+
+def test_count_words_by_the_usage_that_the_application_tells_of_them() -> None:
+    """Usage of one's own shape is that of words in a provider's; where their answers told any it is not added."""
+    words = [{"type": "text-delta", "id": "t", "delta": "Hello"}, {"type": "done", "usage": used(9, 2)}]
+    event = session(*texts(*words))
+    assert (event.amount // CREDIT, event.basis) == (29, "usage")
+    event = session(*texts(*words, *answer("a", 20, 3)))
+    assert (event.amount // CREDIT, event.basis) == (500, "estimate")
+    refused = response(1, "done", status="completed", **counts(-9, 2))
+    assert session(*texts(refused, {"type": "done", "usage": used(9, 2)})).basis == "estimate"
 
 
 def test_keep_little_of_a_session_of_hours() -> None:

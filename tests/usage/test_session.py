@@ -322,6 +322,22 @@ def test_take_no_late_count_for_another_answer() -> None:
     assert read.usages[5:] == [TokenUsage(9, 4)]
 
 
+def test_count_each_answer_of_an_array() -> None:
+    """Several events in one message are as good as one by one; a Gemini answer is one array, and its last count all."""
+    done = [response(number, "done", **counts(9, number)) for number in range(3)]
+    expected = [TokenUsage(9, number) for number in range(3)]
+    assert Read(done).usages == expected
+    assert Read(json.dumps([*done, 7, [done[0]], None], indent=1)).usages == expected
+    assert Read(json.dumps(done).encode("utf-16-le")).usages == expected
+    assert Read("\ufeff" + json.dumps(done)).usages == expected
+    whole = [{"object": "chat.completion", "id": key, "choices": [], "usage": used(9, 2)} for key in "ab"]
+    assert Read(whole).usages == [TokenUsage(9, 2)] * 2
+    parts = [{"candidates": [], "usageMetadata": {"promptTokenCount": 9, "candidatesTokenCount": n}} for n in (1, 2)]
+    assert Read(parts).usages == [TokenUsage(9, 2)]
+    assert Read(parts, dialect="gemini").usages == [TokenUsage(9, 2)]
+    assert Read(json.dumps(done)[:-1]).usages == []
+
+
 def test_count_whole_bodies_as_one_answer_each() -> None:
     """Bodies that are sent as messages are whole, and so is what has nothing but input."""
     whole = {"object": "chat.completion", "id": "same", "model": "m", "choices": [], "usage": used(9, 2)}
@@ -530,6 +546,7 @@ def test_tell_what_a_dialect_cannot_read() -> None:
         register_dialect(mine)
         read = Read({"yours": 1, "usage": used(9, 2)})
         assert (read.usages, read.rest) == ([], None)
+        assert Read([{"yours": 1}, {"yours": 2}]).usages == []
         read = Read({"mine": True}, {"mine": True})
         assert [name for name, _ in read.begun] == ["mine"]
         report = read.begun[0][1].report()
