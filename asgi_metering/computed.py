@@ -262,7 +262,8 @@ def _check_label(_: Any, label: Any) -> None:
 
 
 def _check_models(_: Any, models: Any) -> None:
-    check_models(models)
+    # A client that names none by an empty text is one that names none.
+    check_models(models or None)
 
 
 def check_models(models: Any) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ async def _need(
     if isinstance(label, From):
         label = await label.compute(call, arguments)
     if isinstance(models, From):
-        models = check_models(await models.compute(call, arguments))
+        models = check_models(await models.compute(call, arguments) or None)
     if tokens == ESTIMATE:
         if call.asked is None:
             call.asked = await expected_usage(call, arguments)

@@ -223,6 +223,7 @@ DAY_IS_SPENT = refusals.GOOGLE_DAY
         (lambda: "gemini-2.5-pro", 200),
         (lambda: "gemini-2.5-flash", 503),
         (lambda: None, 503),
+        (lambda: "", 503),
         (None, 503),
         ("no name at all", 200),
     ],

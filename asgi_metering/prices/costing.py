@@ -29,6 +29,9 @@ WEB_SEARCHES: Final = "web_searches"
 CITATIONS: Final = "citation_tokens"
 """The unit of what an answer cites, where a provider counts its tokens apart."""
 
+SECONDS: Final = "seconds"
+"""The unit of time: what transcriptions report, and what `per_minute` prices."""
+
 MAX_BREAKDOWN: Final = 1_000
 """Characters of the breakdown by model on an event: what exporters send whole (`events.records.MAX_TEXT`)."""
 

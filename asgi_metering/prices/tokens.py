@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 
 from asgi_metering.amounts import Amount, exact_amount
 from asgi_metering.errors import ConfigurationError
-from asgi_metering.prices.costing import WEB_SEARCHES, Costing, ModelCall, plain_costing
+from asgi_metering.prices.costing import SECONDS, WEB_SEARCHES, Costing, ModelCall, plain_costing
 from asgi_metering.prices.values import EXACT, MAX_AFFORDABLE, capped
 from asgi_metering.usage import TokenUsage
 from asgi_metering.usage.values import MAX_TOKENS
@@ -169,8 +169,15 @@ class TokenPrice:
         return self._priced(usage, self._at(usage.input or 0))
 
     def bill(self, calls: tuple[ModelCall, ...], context: object = None) -> Costing:
-        """What all *calls* cost, each in the tier of its own input: see `BilledPrice`."""
-        return plain_costing(calls, self.cost_of)
+        """
+        What all *calls* cost, each in the tier of its own input: see `BilledPrice`.
+
+        Voices that are counted by seconds alone have no price here, which is told as ``cost_unresolved``.
+        """
+        costing = plain_costing(calls, self.cost_of)
+        if any(each.units.get(SECONDS) and not each.usage.total for each in calls):
+            return replace(costing, flags=("cost_unresolved",))
+        return costing
 
     def cost_of(self, call: ModelCall) -> Decimal:
         """Whole units that one call of a model costs, or the sum of several of one kind, exactly."""

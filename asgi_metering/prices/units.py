@@ -13,15 +13,12 @@ from types import MappingProxyType
 
 from asgi_metering.amounts import Amount, exact_amount
 from asgi_metering.errors import ConfigurationError
-from asgi_metering.prices.costing import Costing, ModelCall, plain_costing
+from asgi_metering.prices.costing import SECONDS, Costing, ModelCall, plain_costing
 from asgi_metering.prices.tokens import AFFORDABLE
 from asgi_metering.prices.values import EXACT, MAX_AFFORDABLE, capped
 from asgi_metering.usage import TokenUsage
 
 __all__ = ["SECONDS", "UnitPrice", "per_hour", "per_minute", "per_second", "per_unit"]
-
-SECONDS = "seconds"
-"""The unit of time: what transcriptions report, and what `per_minute` prices."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from asgi_metering import TokenUsage, billable, current_call, rate_limited, slic
 from asgi_metering.asgi import cutting, utterances
 from asgi_metering.billing import observed_parts
 from asgi_metering.booking import UpstreamBooking
-from asgi_metering.prices import above, model_prices, per_minute, per_token
+from asgi_metering.prices import above, model_prices, per_minute, per_token, per_unit
 from asgi_metering.tokens import count_tokens
 from asgi_metering.upstream.patient import PatientReader
 from asgi_metering.usage.session import MAX_OPEN, SessionReader
@@ -112,6 +112,14 @@ def test_price_the_seconds_of_a_transcription() -> None:
     """What is counted by duration is charged by a price per time."""
     event = session(*lines("openai-realtime-session.ndjson"), price=per_minute(6_000))
     assert event.amount // CREDIT == 250
+
+
+def test_say_that_a_price_of_tokens_leaves_seconds_free() -> None:
+    """S3.20: what is counted by duration alone costs nothing by the token, which is not silent."""
+    event = session(*lines("openai-realtime-session.ndjson"))
+    assert event.attributes["metering.price.flags"] == "cost_unresolved"
+    event = session(*texts(response(1, "done", status="completed", **counts(9, 2))))
+    assert "metering.price.flags" not in event.attributes
 
 
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)
@@ -574,6 +582,17 @@ def test_keep_little_of_a_session_of_hours() -> None:
     ((answers, sums),) = kept
     assert answers <= MAX_OPEN
     assert sums == 2
+
+
+@pytest.mark.parametrize("many", [1, 40])
+def test_charge_all_that_answers_told_besides_tokens(many: int) -> None:
+    """Searches, citations and service tiers of a session's answers are priced, by themselves and in their sum."""
+    tokens = per_token(input=1, output=1, services={"priority": 2}, web_search=100)
+    prices = model_prices({"m": [tokens, per_unit(citation_tokens=3)]}, units_per_usd=1, published=False)
+    told = {**used(10, 2), "citation_tokens": 5, "num_search_queries": 2}
+    one = chunk(choices=[{"finish_reason": "stop"}], model="m", service_tier="priority", usage=told)
+    event = session(*texts(*({**one, "id": f"a{number}"} for number in range(many))), price=prices, granted=10**5)
+    assert (event.amount // CREDIT, event.basis) == (many * (2 * 12 + 200 + 15), "usage")
 
 
 def test_sum_answers_that_never_ended() -> None:
