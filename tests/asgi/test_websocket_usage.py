@@ -23,7 +23,7 @@ from asgi_metering.usage.session import MAX_OPEN, SessionReader
 from tests.asgi.sessions import CREDIT, Served, obedient, play, served
 from tests.asgi.test_websocket_ends import ENDS, TOLD, client_closes, client_is_out_of_reach, client_vanishes
 from tests.harness.sockets import Socket
-from tests.usage.test_openai import chunk
+from tests.usage.test_openai import chunk, delta
 from tests.usage.test_session import answer, counts, lines, response, turn, used
 
 PRICE = per_token(input=1, output=10)
@@ -502,7 +502,7 @@ def test_let_others_have_their_turns_while_messages_are_read(many: str, monkeypa
 
 
 def test_survive_a_price_that_raises_where_answers_are_summed(caplog: pytest.LogCaptureFixture) -> None:
-    """S2.45: what reads the messages breaks no session; all of its answers are kept then, and charged."""
+    """What reads the messages breaks no session; all of its answers are kept then, and charged."""
 
     class Peculiar:
         def cost(self, usage: TokenUsage) -> Decimal:
@@ -590,8 +590,9 @@ def test_charge_all_that_answers_told_besides_tokens(many: int) -> None:
     tokens = per_token(input=1, output=1, services={"priority": 2}, web_search=100)
     prices = model_prices({"m": [tokens, per_unit(citation_tokens=3)]}, units_per_usd=1, published=False)
     told = {**used(10, 2), "citation_tokens": 5, "num_search_queries": 2}
-    one = chunk(choices=[{"finish_reason": "stop"}], model="m", service_tier="priority", usage=told)
-    event = session(*texts(*({**one, "id": f"a{number}"} for number in range(many))), price=prices, granted=10**5)
+    end = chunk(choices=[{"finish_reason": "stop"}], model="m", service_tier="priority", usage=told)
+    messages = [{**each, "id": f"a{number}"} for number in range(many) for each in (delta(role="assistant"), end)]
+    event = session(*texts(*messages), price=prices, granted=10**5)
     assert (event.amount // CREDIT, event.basis) == (many * (2 * 12 + 200 + 15), "usage")
 
 
