@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from asgi_metering.usage import gemini, live, openai, realtime
-from asgi_metering.usage.dialects import claiming, named
-from asgi_metering.usage.frames import EventFrames, Payload
+from asgi_metering.usage.dialects import ERROR, claiming, named, sieves
+from asgi_metering.usage.frames import MAX_PAYLOAD, EventFrames, Payload
 from asgi_metering.usage.notes import Dialect, Json, Notes, as_object, objects
 from asgi_metering.usage.reader import UsageReader
 from asgi_metering.usage.values import TokenUsage
@@ -51,6 +51,7 @@ _EVENT: Final = re.compile(rb"(?:data|event|id|retry):|: ")
 _LINES: Final = re.compile(rb"\}[ \t]*\r?\n\s*\{")
 """Between two objects on lines of their own; in one document there is a comma."""
 
+_ID: Final = rb'"(?:id|response_id|responseId)"\s*:\s*%b'
 _DONE: Final = b"[DONE]"
 _ENDS: Final = re.compile(rb"[\r\n]+")
 _FIRST: Final = frozenset(
@@ -92,6 +93,7 @@ class SessionReader:
         "_begun",
         "_dialect",
         "_events",
+        "_going",
         "_is_amid",
         "_latest",
         "_models",
@@ -111,6 +113,8 @@ class SessionReader:
         # Of each dialect the answer that went on last.
         self._latest: dict[str, UsageReader] = {}
         self._shown: dict[object, None] = {}
+        # The answer that went on last, and what shows that a message is of it.
+        self._going: tuple[UsageReader, re.Pattern[bytes]] | None = None
         self._models = realtime.Models(None, None)
         self.rest = _reader(dialect)
 
@@ -213,6 +217,11 @@ class SessionReader:
         return next(reversed(self._open.values()), self.rest)
 
     def _take(self, data: bytes) -> None:
+        going = self._going
+        if going is not None and not going[0].ended and _goes_on(data, going[1]):
+            # What nearly every message is: words more, which tell nothing.
+            _give(going[0], data)
+            return
         document = _parse(data) if len(data) <= MAX_LOOKED_INTO else None
         if isinstance(document, list):
             # Of one answer.
@@ -260,6 +269,8 @@ class SessionReader:
             if not is_next:
                 self._open[key] = self._open.pop(key)
                 self._note_latest(dialect, document, known)
+                if key is not None and (self._going is None or self._going[0] is not known):
+                    self._going = known, re.compile(_ID % re.escape(json.dumps(key).encode()))
                 return known
         elif key in self._shown and (dialect.name in _UNIQUE or not (begins or any(dialect.text(document)))):
             return None
@@ -322,6 +333,8 @@ class SessionReader:
                 del self._shown[next(iter(self._shown))]
 
     def _tell(self, reader: UsageReader, data: bytes, *, is_whole: bool = False) -> None:
+        if self._going is not None and self._going[0] is not reader:
+            self._going = None
         _give(reader, data)
         if is_whole:
             reader.end()
@@ -341,6 +354,13 @@ class SessionReader:
 
 def _reader(dialect: str | None) -> UsageReader:
     return UsageReader("text/event-stream", None, dialect, keep_text=True)
+
+
+def _goes_on(data: bytes, shown: re.Pattern[bytes]) -> bool:
+    """Whether a message that *shown* finds cannot tell more than words, whoever's dialect it is."""
+    if len(data) > MAX_PAYLOAD or shown.search(data) is None:
+        return False
+    return sieves().any.search(data) is None and ERROR.pattern.search(data) is None
 
 
 def _give(reader: UsageReader, data: bytes) -> None:

@@ -322,6 +322,24 @@ def test_take_no_late_count_for_another_answer() -> None:
     assert read.usages[5:] == [TokenUsage(9, 4)]
 
 
+def test_look_into_no_message_that_tells_only_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words of the answer that goes on are its words, whose usage nobody looks for; what tells more is looked into."""
+    seen: list[Any] = []
+    parse = session._parse
+    monkeypatch.setattr(session, "_parse", lambda data: seen.append(data) or parse(data))
+    a, b = (answer(key, 9, 2, words) for key, words in (("a", "Hi"), ("b", "Ho")))
+    read = Read(a[0], a[1], a[1], a[1], b[0], b[1], a[1], a[1], b[1], b[1])
+    assert len(seen) == 6
+    assert [reader.text() for _, reader in read.begun] == ["Hi" * 5, "Ho" * 3]
+    read.say(*a[2:], *b[2:])
+    assert read.usages == [TokenUsage(9, 2)] * 2
+    read.say(a[1], {**a[1], "id": "c"}, {**a[1], "error": {"message": "No."}, "id": "c"})
+    assert read.usages == [TokenUsage(9, 2), TokenUsage(9, 2), None]
+    last = read.begun[-1][1].report()
+    assert last is not None
+    assert last.error
+
+
 def test_count_each_answer_of_an_array() -> None:
     """Several events in one message are as good as one by one; a Gemini answer is one array, and its last count all."""
     done = [response(number, "done", **counts(9, number)) for number in range(3)]
