@@ -168,7 +168,11 @@ class Utterances:
             data = self._waiting.popleft()
             self._work -= len(data) + EACH
             self._steps = self._reader.read(data)
-        size = next(self._steps, None)
+        try:
+            size = next(self._steps, None)
+        except Exception as failure:  # noqa: BLE001 -- nothing that is wrong here may break a session, nor its end
+            size = None
+            self._alarm("What it was sent could not be read, so that it does not count", failure)
         if size is None:
             self._steps = None
             return 0
@@ -181,8 +185,12 @@ class Utterances:
         try:
             fold(call, self._answers)
         except Exception as failure:  # noqa: BLE001 -- a price of the application's own; its session goes on
-            untold = f"The answers of call {call.id} could not be summed, so that all of them are kept."
-            call.metering.alarms.raised("folding", untold, failure)
+            self._alarm("Its answers could not be summed, so that all of them are kept", failure)
+
+    def _alarm(self, told: str, failure: Exception) -> None:
+        call = self._call()
+        if call is not None:
+            call.metering.alarms.raised("session", f"Call {call.id} is a session. {told}.", failure)
 
 
 def _told(reader: UsageReader | Sum) -> bool:

@@ -521,6 +521,22 @@ def test_survive_a_price_that_raises_where_answers_are_summed(caplog: pytest.Log
     assert "could not be summed" in caplog.text
 
 
+def test_survive_a_reader_that_fails(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A message that cannot be read, for whatever reason, is passed over with an alarm, and no other one."""
+    take = SessionReader._take
+
+    def fails(reader: SessionReader, data: bytes) -> None:
+        if b"resp_1" in data:
+            raise RuntimeError("odd")
+        take(reader, data)
+
+    monkeypatch.setattr(SessionReader, "_take", fails)
+    monkeypatch.setattr(utterances, "MAX_WAITING", 0)
+    event = session(*texts(*(response(number, "done", status="completed", **counts(9, 2)) for number in range(3))))
+    assert (event.amount // CREDIT, event.outcome) == (58, "completed")
+    assert "could not be read" in caplog.text
+
+
 def test_read_what_was_sent_and_not_what_became_of_its_buffer() -> None:
     """A buffer that the application writes over is read as it was when it was sent."""
 
