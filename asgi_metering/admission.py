@@ -23,9 +23,10 @@ from asgi_metering.beside import Beside
 from asgi_metering.counting import count_by, counts, message_limits, needs_caller, of_everybody
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import ConfigurationError, IdentityError, PayerError, StoreError
+from asgi_metering.events.span import current_trace
 from asgi_metering.keying import key_ask, once, shared_key
 from asgi_metering.outage import in_doubt_of, without_store
-from asgi_metering.policies import ChargePolicy, RatePolicy
+from asgi_metering.policies import ChargePolicy, EndpointPolicy, RatePolicy
 from asgi_metering.prices import FixedPrice
 from asgi_metering.pricing import amounts_of, find_payer, find_price, pin
 from asgi_metering.receipts import Basis
@@ -131,17 +132,20 @@ async def _ask(
         call.opening.check()
 
 
-def admit_now(call: Call) -> bool:
+def admit_now(call: Call, policy: EndpointPolicy, features: frozenset[str]) -> bool:
     """
-    Admit *call*, where nothing about it has to wait: its plan is plain, it is known who calls, and so is the answer.
+    Admit *call* under its *policy* and the layers *features*, where nothing has to wait.
 
-    Only for a store that answers at once. False where something has to: then `admit` does it, by the same id. Raises as
-    that does.
+    Neither the store, nor who calls, nor its plan, which is plain. False where something has to: then `admit` does it,
+    by the same id. Raises as that does.
     """
-    metering, policy = call.metering, call.policy
-    if policy is None:
+    metering = call.metering
+    if not metering.store.immediate:
         return False
-    asked = _planned(call, metering.plans.of(policy, call.opening.features))
+    runtime = metering.runtime()
+    if not runtime.is_open:
+        return False
+    asked = _planned(call, metering.plans.of(policy, features))
     # Asked behind the plan, which may be the first to name its unit: the store has to be told of its scale before.
     if asked is None or metering.has_new_units:
         return False
@@ -151,7 +155,21 @@ def admit_now(call: Call) -> bool:
         return False
     if type(decision) is not Decision or decision.stale_calendar:
         return False
-    _mark(call, asked, decision, is_plain=True)
+    if decision.refusal is not None:
+        raise call.refused(_leveled(call, decision.refusal), decision)
+    # As `_mark` does. What a plain plan asks is nothing that was answered before, and of its limits none is weighed.
+    call.is_plain = True
+    call.decision, call.held, call.ttl_s = decision, decision.held, asked.ttl_s
+    if decision.payer:
+        call.payer = decision.payer
+    if asked.sources or asked.leases:
+        call.has_hold = True
+    is_charged = call.charge is not None
+    # As `needs_end` says: what else it looks at, no plain call has.
+    if call.has_hold or is_charged:
+        runtime.register(call)
+    if is_charged:
+        metering.tell_span(call)
     return True
 
 
@@ -163,11 +181,11 @@ def _planned(call: Call, plan: Plan) -> Admit | None:
     if caller is None or caller.exempt:
         return None
     call.payer = caller.payer
-    charge = plan.charge
-    if charge is not None and isinstance(charge.price, FixedPrice):
+    charge, price = plan.charge, plan.price
+    if charge is not None and price is not None:
         call.charge, call.line, call.unit = charge, charge.line, plan.unit
-        call.price, call.estimate = charge.price, charge.price.amount
-        call.trace = call.metering.trace()
+        call.price, call.estimate = price, price.amount
+        call.trace = current_trace()
         call.facts = _facts(call)
     return plan.asked(call, call.started_at)
 
@@ -182,7 +200,7 @@ def _free(call: Call, charge: ChargePolicy) -> None:
         log.error("The shadow of %s cannot be told. %s", charge.line, failure)
         call.charge = None
         return
-    call.trace = call.metering.trace()
+    call.trace = current_trace()
     call.facts = _facts(call)
 
 
@@ -231,7 +249,7 @@ async def _charge(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]
         call.once = await once(call, charge, arguments)
     if not call.exempt:
         call.shared = await shared_key(call, charge, arguments)
-    call.trace = call.metering.trace()
+    call.trace = current_trace()
     call.facts = _facts(call)
 
 
@@ -252,8 +270,8 @@ async def _decide(
     return decision
 
 
-def _mark(call: Call, asked: Admit, decision: Decision, *, is_plain: bool = False) -> None:
-    """Tell *call*, whose plan may be a plain one, what was decided; raises `CallRefused`."""
+def _mark(call: Call, asked: Admit, decision: Decision) -> None:
+    """Tell *call* what was decided; raises `CallRefused`."""
     if decision.refusal is not None:
         raise call.refused(_leveled(call, decision.refusal), decision)
     if decision.replay is not None:
@@ -261,8 +279,7 @@ def _mark(call: Call, asked: Admit, decision: Decision, *, is_plain: bool = Fals
     call.decision = decision
     call.held = decision.held
     call.ttl_s = asked.ttl_s
-    # What no plan weighs needs no look at each of its limits.
-    if asked.sources or asked.leases or (not is_plain and leaves_hold(asked)):
+    if leaves_hold(asked):
         call.has_hold = True
     if decision.payer:
         call.payer = decision.payer

@@ -38,7 +38,8 @@ MAX_SHOWN = 60
 # Wide enough that every step on a bounded amount is exact; never the caller's own (mutable, global) context.
 _EXACT = Context(prec=60, rounding=ROUND_HALF_UP, Emin=-999_999, Emax=999_999, clamp=0, traps=[InvalidOperation])
 
-# By scale: the smallest part and the largest amount, in whole units.
+# By scale: how many smallest parts make a whole unit; the smallest part and the largest amount, in whole units.
+_PARTS = tuple(10**scale for scale in range(MAX_SCALE + 1))
 _SMALLEST = tuple(Decimal((0, (1,), -scale)) for scale in range(MAX_SCALE + 1))
 _LARGEST = tuple(_EXACT.multiply(Decimal(MAX_AMOUNT), smallest) for smallest in _SMALLEST)
 
@@ -177,8 +178,8 @@ class Unit:
 
     def text(self, parts: int) -> str:
         """Write smallest parts as whole units in plain digits: ``Unit("credits").text(1_500_000) == "1.5"``."""
-        whole, rest = divmod(abs(parts), 10**self.scale)
-        digits = f"{whole}.{rest:0{self.scale}d}".rstrip("0") if rest else str(whole)
+        whole, rest = divmod(abs(parts), _PARTS[self.scale])
+        digits = f"{whole}.{str(rest).zfill(self.scale).rstrip('0')}" if rest else str(whole)
         return f"-{digits}" if parts < 0 else digits
 
 

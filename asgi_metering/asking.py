@@ -8,7 +8,8 @@ asks nobody.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from ipaddress import IPv6Address
 from itertools import groupby
 from operator import attrgetter
@@ -229,10 +230,18 @@ def network_of(address: str) -> str:
     """
     What of an address is counted together: of IPv6 its /64, all of which one client has to choose from.
 
-    Source: RFC 6177 (an end site gets a /64 at the least), RFC 4291 section 2.5.5.2 (IPv4 as seen by an IPv6 socket).
+    A port is no part of it, in none of the forms in which proxies tell one: with each connection comes another.
+
+    Source: RFC 6177 (an end site gets a /64 at the least), RFC 4291 section 2.5.5.2 (IPv4 as seen by an IPv6 socket),
+    RFC 7239 section 6 (an address with a port).
     """
     if ":" not in address:
         return address
+    told = _WITH_PORT.match(address)
+    if told is not None:
+        address = told[1] or told[2]
+        if told[2]:
+            return address
     try:
         known = IPv6Address(address)
     except ValueError:
@@ -243,21 +252,31 @@ def network_of(address: str) -> str:
     return f"{IPv6Address(int(known) >> 64 << 64)}/64"
 
 
+_WITH_PORT = re.compile(r'"?(?:\[([^\]]+)\](?::[^:"]*)?|([0-9]+(?:\.[0-9]+){3}):[^:"]*)"?\Z')
+"""``192.0.2.1:4711``, ``[2001:db8::1]`` and ``[2001:db8::1]:4711``, or these in quotes."""
+
+
 async def computed_key(call: Call, rate: RatePolicy, wanted: From, arguments: Mapping[str, Any]) -> str:
     """The key that is computed for *call*, apart from what functions of other levels answer; raises as they do."""
     answered = await wanted.compute(call, arguments)
     if isinstance(wanted, NamedKey):
         return hashed(f"{wanted}:{answered}")
-    return hashed(f"{rate.level}:{answered}" if rate.level else answered)
+    # Clients may choose what is answered here: it is nobody's address, and no attribute.
+    return hashed(f"{rate.level}={answered}")
 
 
-def method_of(call: Call) -> str:
-    """The HTTP method of *call*; of those that nobody knows, which clients may invent, one name. Empty outside HTTP."""
+def method_of(call: Call, known: Collection[str] = ()) -> str:
+    """
+    The HTTP method of *call*, in capitals; of those that nobody knows, which clients may invent, one name.
+
+    Empty outside HTTP. Frameworks that take ``post`` for POST, as Django and Quart do, must not take it past a limit of
+    POST.
+    """
     origin = call.opening.origin
     if origin is None:
         return ""
-    method = origin.target[0].decode("latin-1")
-    return method if method in _METHODS else "OTHER"
+    method = origin.target[0].decode("latin-1").upper()
+    return method if method in known or method in _METHODS else "OTHER"
 
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"})

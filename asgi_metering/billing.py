@@ -78,6 +78,11 @@ def bill_now(call: Call) -> End | None:
     """The same, where nothing that passed has to be read for it: the price is fixed, and nobody watched. Else None."""
     if call.observer is not None or call.exchanges or call.reports or call.witnesses is not None:
         return None
+    if call.is_plain and call.cause is _COMPLETED and call.price is not None:
+        status = call.status
+        # Of an end like nearly all: a whole answer, and nothing else to be told of it.
+        if (status is None or status < 400) and not (call.failure is not None or call.attributes or call.drained):
+            return _whole(call, status)
     price = call.price
     fixed = isinstance(price, FixedPrice)
     if not (fixed or price is None or call.exempt):
@@ -95,11 +100,36 @@ def bill_now(call: Call) -> End | None:
     return _unmeasured(call, basis, _NOTHING, seen, row)[0]
 
 
+def _whole(call: Call, status: int | None) -> End:
+    """
+    The end of a plain call that was answered whole, with *status*.
+
+    What the rest of this room finds out of such a call step by step, in one: its price is fixed, so that all of its
+    usage counts as reported, and no policy may choose another basis for that (`END_OF_CALL`); it is charged what it
+    holds, which nobody shares and nothing changed.
+    """
+    event = None
+    if call.charge is not None and "events" in call.opening.features and call.metering.sinks:
+        event = {**_TOLD_WHOLE, "status": status}
+    return build(End, (call.id, call.held, _USAGE, False, _BY_CALL, {}, event, False, None))
+
+
+_TOLD_WHOLE: Mapping[str, Any] = {
+    "outcome": Cause.COMPLETED.value,
+    "reason": Situation.REPORTED.value,
+    "status": None,
+    "usage_source": None,
+    "model": None,
+    "provider": None,
+}
+"""What a usage event says of such an end: as `_event` does."""
+
 _NOTHING = Metered()
 
 # Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
 _COMPLETED, _FAILED_LATE = Cause.COMPLETED, Situation.FAILED_LATE
-_NONE, _OBSERVED, _HOLD, _BY_CALL = Basis.NONE, Basis.OBSERVED, Basis.HOLD, EndedBy.CALL
+_NONE, _OBSERVED, _HOLD, _USAGE = Basis.NONE, Basis.OBSERVED, Basis.HOLD, Basis.USAGE
+_BY_CALL = EndedBy.CALL
 
 
 def _unmeasured(call: Call, basis: Basis, used: Metered, seen: Sighting, row: Situation) -> tuple[End, Metered]:
@@ -367,6 +397,7 @@ def _event(call: Call, used: Metered, seen: Sighting, row: Situation) -> dict[st
     if problems:
         told["attributes"] = {**told.get("attributes", call.facts.get("attributes", {})), PROBLEMS: ",".join(problems)}
     several = bool(call.exchanges) or call.witnesses is not None or len(call.reports) > 1
+    several = several or (call.opening.is_session and call.observer is not None)
     upstream = upstream_attributes(call, used) if several else None
     if upstream:
         told["attributes"] = {**told.get("attributes", call.facts.get("attributes", {})), **upstream}

@@ -20,7 +20,7 @@ from asgi_metering.caller import Caller
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import CallClosedError, ConfigurationError, IdentityError, PayerError, UsageError
 from asgi_metering.policies import ALL_FEATURES, EndpointPolicy
-from asgi_metering.prices import MAX_AFFORDABLE, FixedPrice, UsagePrice
+from asgi_metering.prices import MAX_AFFORDABLE, FixedPrice, MeasuredPrice, UsagePrice
 from asgi_metering.prices.costing import read_units
 from asgi_metering.prices.values import EXACT, FLOOR
 from asgi_metering.rules.ending import Cause
@@ -218,10 +218,11 @@ class Call(CallState):
         No round trip. What was used already counts: what the handler reported, else what upstream exchanges told, or
         showed while they run. For output the input of the request counts as used before it is: as the hold was
         estimated, or as the request shows where the hold is an amount, with its cache reads and writes, unless what
-        was used costs more; all at the price of the service tier that the request asks for, if that is dearer. So that
+        was used costs more; all at the price of the service tier that the request asks for, if that is dearer, and
+        behind the searches of the web that it allows, or that were made if these cost more. So that
         usage and as many tokens cost no more than the hold (DESIGN "A hold's size"). Where nothing is held because
         nothing is charged, or the price is not per token, the answer is a number without effect. A hold that grows pays
-        for as many now, and may pay for more later.
+        for as many now, and may pay for more later; so it does for searches that are still to come.
 
         Raises:
             ConfigurationError: *kind* cannot be afforded one by one.
@@ -233,10 +234,21 @@ class Call(CallState):
             return MAX_AFFORDABLE
         try:
             used = committed_usage(self, price, expected=kind != "input")
+            made = self._searching(price)
         except UsageError:
             # More than can be counted is more than any hold pays.
             return 0
-        return price.affordable(kind, FLOOR.divide(self.unit.whole(self.held), self.dearer), used)
+        searching = made if self.growth is not None else max(made, self.searching)
+        held = max(Decimal(0), EXACT.subtract(self.unit.whole(self.held), searching))
+        return price.affordable(kind, FLOOR.divide(held, self.dearer), used)
+
+    def _searching(self, price: MeasuredPrice) -> Decimal:
+        """Whole units that the searches of the web cost which were made so far."""
+        from asgi_metering.measuring import searches_made
+
+        cost = getattr(price, "searching", None)
+        made = Decimal(0) if cost is None else searches_made(self)
+        return cost(made) if cost is not None and made else Decimal(0)
 
     @property
     def remaining(self) -> Decimal:
@@ -252,7 +264,7 @@ class Call(CallState):
             return held
         try:
             cost = EXACT.multiply(price.cost(committed_usage(self, price, expected=False)), self.dearer)
-            return max(Decimal(0), held - cost)
+            return max(Decimal(0), held - cost - self._searching(price))
         except UsageError:
             return Decimal(0)
 
@@ -446,19 +458,28 @@ class Call(CallState):
 
         In a free request (HEAD, OPTIONS) everything passes and nothing is asked, the explicit gate included.
         """
-        if self.opening.free and self.opening.stays_free():
-            self.opening.check()
-            return
+        if not self.passes(policy, arguments):
+            await self.ensure()
+
+    def passes(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> bool:
+        """
+        Bind *policy* and admit the call, where nothing has to wait; else False, and `ensure` does the rest.
+
+        Apart from `gate`, which says what it raises, for the wrappers: nearly every call passes here, and a coroutine
+        for each would cost as much as several of its steps.
+        """
+        opening = self.opening
+        if opening.free and opening.stays_free():
+            opening.check()
+            return True
         self._bind(policy, arguments)
-        if self._gate is _OPEN:
-            # Where nothing has to wait.
-            try:
-                if self.metering.admit_now(self):
-                    return
-            finally:
-                if self.decision is not None or self.refusal is not None:
-                    self._gate = _DECIDED
-        await self.ensure()
+        if self._gate is not _OPEN:
+            return False
+        try:
+            return self.metering.admit_now(self, policy, opening.features)
+        finally:
+            if self.decision is not None or self.refusal is not None:
+                self._gate = _DECIDED
 
     def expect(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> None:
         """

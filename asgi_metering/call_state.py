@@ -50,7 +50,11 @@ class Reply(Protocol):
 
 
 class Observer(Protocol):
-    """Watches the body that passes to the client, off its path."""
+    """Watches the body that passes to the client, off its path; or the messages of a session."""
+
+    @property
+    def answers(self) -> Exchanges | None:
+        """Of a session each answer of a model in its messages so far; None for a body, which is one."""
 
     def passed(self, count: int) -> None:
         """Note that *count* more bytes have passed since the last time; called now and then."""
@@ -104,6 +108,10 @@ class CallState:
     asked: TokenUsage | None = None
     # By what its tokens are multiplied in the service tier that the request asks for, if that is dearer.
     dearer = Decimal(1)
+    # That tier; None where it is no dearer.
+    asked_service: str | None = None
+    # Whole units that the searches of the web may cost which the request allows.
+    searching = Decimal(0)
     decision: Decision | None = None
     refusal: Refusal | None = None
     # Whether its refusal is answered by the application, with any status.
@@ -123,12 +131,17 @@ class CallState:
     witnesses: Witnesses | None = None
     observed_parts = 0
     receipt: Receipt | None = None
+    # In seconds of its event loop, as is its last beat; 0 until it is looked after.
+    watched_since = 0.0
     last_beat = 0.0
     is_beating = False
     trace: Mapping[str, str] = MappingProxyType({})
     facts: Mapping[str, Any] = MappingProxyType({})
     has_hold = False
     hold_lost = False
+    # Admitted at once by a plain plan (`plans`): its price is fixed, if it has one, and each call is charged by itself;
+    # nothing about it is measured, weighed, shared, kept for repeats or in the shadow, and its hold does not grow.
+    is_plain = False
     # Without the store: its charge that waits in the journal, and the id of its local limits.
     queued: Admit | None = None
     local = ""
@@ -143,6 +156,8 @@ class CallState:
     once: IdempotencyAsk | None = None
     reply: Reply | None = None
     shared: str | None = None
+    # Who waits for its end; None once the ledger has answered.
+    _endings: tuple[asyncio.Future[Receipt | None], ...] | None = ()
 
     def __init__(self, opening: Opening) -> None:
         metering = self.metering = opening.metering
@@ -153,7 +168,6 @@ class CallState:
         self.reports: list[Reported] = []
         self.exchanges = Exchanges()
         self.attributes: dict[str, Scalar] = {}
-        self._endings: list[asyncio.Future[Receipt | None]] | None = []
 
     @property
     def needs_end(self) -> bool:
@@ -208,7 +222,7 @@ class CallState:
         if self._endings is None:
             future.set_result(self.receipt)
         else:
-            self._endings.append(future)
+            self._endings = (*self._endings, future)
         return future
 
     def ended(self, receipt: Receipt | None) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "bound_rates",
     "bound_upstream",
     "check_answers",
+    "check_models",
     "check_sync",
     "is_async",
     "name_of",
@@ -132,11 +133,16 @@ def bound_rates(rates: RatePolicy, endpoint: str) -> RatePolicy:
 
 
 def bound_upstream(upstream: UpstreamPolicy, endpoint: str) -> UpstreamPolicy:
-    """*upstream* with its computed tokens and label bound to *endpoint*; raises as `bound_charge`."""
+    """*upstream* with its computed tokens, label and models bound to *endpoint*; raises as `bound_charge`."""
     if not upstream.callables():
         return upstream
     check_answers(upstream.callables(), endpoint)
-    return replace(upstream, tokens=_bound(upstream.tokens, endpoint), label=_bound(upstream.label, endpoint))
+    return replace(
+        upstream,
+        tokens=_bound(upstream.tokens, endpoint),
+        label=_bound(upstream.label, endpoint),
+        models=_bound(upstream.models, endpoint),
+    )
 
 
 def _bound(value: Any, endpoint: str) -> Any:
@@ -255,6 +261,26 @@ def _check_label(_: Any, label: Any) -> None:
         check_name(label, "quota label")
 
 
+def _check_models(_: Any, models: Any) -> None:
+    check_models(models)
+
+
+def check_models(models: Any) -> tuple[str, ...]:
+    """
+    The models that *models* names: one by a text, several, or none by None.
+
+    Raises:
+        ConfigurationError: It names none.
+    """
+    named = () if models is None else (models,) if isinstance(models, str) else models
+    if not isinstance(named, list | tuple) or any(not isinstance(each, str) or not each for each in named):
+        raise ConfigurationError(
+            f"model={models!r:.{MAX_SHOWN}} names no model. Use a name such as 'gemini-2.5-flash', a list of them, or "
+            f"None for any."
+        )
+    return tuple(named)
+
+
 def _check_exemption(_: Any, exempt: Any) -> None:
     if type(exempt) is not bool:
         raise ConfigurationError(f"What exempt_when answers is a {type(exempt).__name__}. It has to be True or False.")
@@ -283,6 +309,7 @@ _CHECKS: Mapping[str, Callable[[Any, Any], None]] = {
     "skip_if": _check_skip,
     "upstream tokens": _check_tokens,
     "upstream label": _check_label,
+    "upstream model": _check_models,
     "exempt_when": _check_exemption,
     "limit": _check_limit,
 }

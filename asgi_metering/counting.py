@@ -51,7 +51,7 @@ def of_everybody(rate: RatePolicy) -> RatePolicy | None:
 
 async def counts(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]) -> bool:
     """Whether *call* is one of those that *rate* counts: by its method, and by what the application says of it."""
-    if rate.methods and method_of(call) not in rate.methods and call.opening.origin is not None:
+    if rate.methods and method_of(call, rate.methods) not in rate.methods and call.opening.origin is not None:
         return False
     return rate.exempt_when is None or not await rate.exempt_when.compute(call, arguments)
 
@@ -80,7 +80,7 @@ async def _counted_by(call: Call, rate: RatePolicy, arguments: Mapping[str, Any]
     wanted, cost = rate.key, rate.cost
     key = await computed_key(call, rate, wanted, arguments) if isinstance(wanted, From) else key_of(call, rate)
     if rate.per_method:
-        key = f"{method_of(call)} {key}"
+        key = f"{method_of(call, rate.methods)} {key}"
     root = root_of_rate(call, rate)
     return key, root, await cost.compute(call, arguments) if isinstance(cost, From) else cost
 

@@ -23,6 +23,9 @@ class Reason(StrEnum):
     Source: DESIGN "Admission".
     """
 
+    # That of its text, as its equality is: an enum's own is a function of Python, and refusals are looked up by it.
+    __hash__ = str.__hash__
+
     UNAUTHENTICATED = "unauthenticated"
     IDENTITY_DOWN = "identity_unavailable"
     PAYER = "payer_unresolved"

@@ -20,10 +20,10 @@ from asgi_metering.itemised import costed
 from asgi_metering.measuring import TextCounts, metered_usage, observed_usage
 from asgi_metering.outage import hold_more_locally
 from asgi_metering.prices import FixedPrice, MeasuredPrice
+from asgi_metering.prices.values import EXACT
 from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
-    from asgi_metering.amounts import Unit
     from asgi_metering.call import Call
     from asgi_metering.policies import ChargePolicy
 
@@ -62,8 +62,12 @@ def growth_of(call: Call, loop: asyncio.AbstractEventLoop, spawn: Spawn) -> Grow
     return Growth(call, charge, price, loop, spawn)
 
 
-def _parts(size: Amount | TokenUsage, price: MeasuredPrice, unit: Unit) -> int:
-    return unit.round(price.cost(size) if isinstance(size, TokenUsage) else unit.exact(size, "slice"))
+def _parts(call: Call, size: Amount | TokenUsage, price: MeasuredPrice) -> int:
+    """Smallest parts of a slice: of tokens in the service tier that is asked for, if that is dearer."""
+    unit = call.unit
+    return unit.round(
+        EXACT.multiply(price.cost(size), call.dearer) if isinstance(size, TokenUsage) else unit.exact(size, "slice")
+    )
 
 
 class Growth:
@@ -115,9 +119,9 @@ class Growth:
             raise AssertionError("only holds in slices grow")
         first = charge.hold.estimate
         step = first if slices.step is None and isinstance(first, TokenUsage) else slices.step
-        self._step = max(1, call.held if step is None else _parts(step, price, call.unit))
+        self._step = max(1, call.held if step is None else _parts(call, step, price))
         low = slices.low_water
-        self._low = self._step // 2 if low is None else _parts(low, price, call.unit)
+        self._low = self._step // 2 if low is None else _parts(call, low, price)
         self._debt = call.unit.parts(slices.debt, "debt")
         self._price = price
         self._prepare(call, charge, loop, spawn)

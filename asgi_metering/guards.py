@@ -11,7 +11,7 @@ import functools
 import inspect
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any, TypeVar
@@ -31,6 +31,7 @@ from asgi_metering.policies import (
     UpstreamPolicy,
     check_line,
 )
+from asgi_metering.prices.values import reads_request
 from asgi_metering.rates import RateLimit
 from asgi_metering.wrappers import wrap
 
@@ -103,6 +104,7 @@ class Guard:
         charge = self.policy.charge
         # Also where the hold is an amount: what a hang-up pays for its input is estimated from the request.
         estimated = charge is not None and charge.measured and charge.hold.reads_request
+        estimated = estimated or (charge is not None and reads_request(charge.price))
         estimated = estimated or any(each.tokens == ESTIMATE for each in self.policy.upstreams)
         asked = any(rate.asker is not None for rate in self.policy.rates)
         self._needs_arguments = bool(self.policy.callables()) or estimated or self.policy.weighs or asked
@@ -130,11 +132,7 @@ class Guard:
             NoCallError: There is none; the gate fails closed (pitfall 3).
             CallClosedError: The request is over (pitfall 1).
         """
-        opening = (
-            (self._opening_in(args) if args else None)
-            or (self._opening_in(kwargs.values()) if kwargs else None)
-            or CURRENT.get()
-        )
+        opening = self._opening_in((*args, *kwargs.values()) if kwargs else args) or CURRENT.get()
         if opening is None:
             raise NoCallError(self._no_call())
         while opening.around is not None:
@@ -155,9 +153,11 @@ class Guard:
         own = [scope for scope in scopes if isinstance(scope, dict) and scope.get(SCOPE_KEY) is opening]
         return opening.stays_free(own[0] if own else None)
 
-    def _opening_in(self, values: Iterable[Any]) -> Opening | None:
+    def _opening_in(self, values: tuple[Any, ...]) -> Opening | None:
         for value in values:
-            scope = _scope_of(value)
+            scope = getattr(value, "scope", None)
+            if scope is None:
+                scope = _scope_behind(value)
             if isinstance(scope, dict):
                 opening = scope.get(SCOPE_KEY)
                 if isinstance(opening, Opening):
@@ -383,8 +383,12 @@ def _is_free(opening: Opening | None) -> bool:
 def _scope_of(value: Any) -> Any:
     """The scope of a request or WebSocket, or of the request behind the context that MCP hands to its tools."""
     scope = getattr(value, "scope", None)
-    if scope is not None or not hasattr(type(value), "request_context"):
-        return scope
+    return _scope_behind(value) if scope is None else scope
+
+
+def _scope_behind(value: Any) -> Any:
+    if not hasattr(type(value), "request_context"):
+        return None
     try:
         return value.request_context.request.scope
     except (AttributeError, LookupError, ValueError):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +97,9 @@ class Heartbeats:
                     self._metering.alarms.raised("tallies", "The tallies could not be handed on.", failure)
 
     def _look_after(self, call: Call, now: float) -> None:
-        age = time.time() - call.started_at
+        # By a steady clock: when that of the machine is set, no call has become older.
+        call.watched_since = call.watched_since or now
+        age = now - call.watched_since
         if age > self._metering.max_call_s and not call.opening.is_session:
             # A send that never returns, or a handler that was forgotten (pitfall 27).
             call.see(Cause.ABORTED)

@@ -12,11 +12,12 @@ from collections.abc import Awaitable, Iterator
 from dataclasses import replace
 from decimal import Decimal
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from asgi_metering.errors import UsageError
-from asgi_metering.exchanges import Sum
-from asgi_metering.prices.costing import WEB_SEARCHES, Costing, ModelCall, breakdown
+from asgi_metering.exchanges import Exchanges, Sum
+from asgi_metering.prices.costing import CITATIONS, WEB_SEARCHES, Costing, ModelCall, breakdown
+from asgi_metering.prices.units import SECONDS
 from asgi_metering.prices.values import MeasuredPrice
 from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
 from asgi_metering.witnesses import WITNESSES
@@ -25,7 +26,17 @@ if TYPE_CHECKING:
     from asgi_metering.call import Call
     from asgi_metering.measuring import Metered
 
-__all__ = ["DOUBTS", "ERRORS", "answers_of", "calls_of", "costed", "costing_attributes", "counted_call", "model_call"]
+__all__ = [
+    "DOUBTS",
+    "ERRORS",
+    "answers_in",
+    "answers_of",
+    "calls_of",
+    "costed",
+    "costing_attributes",
+    "counted_call",
+    "model_call",
+]
 
 _NOTHING = Decimal(0)
 
@@ -46,6 +57,7 @@ DOUBTS = {
     "default_price": "A model that it used is charged by the default price",
     "dearest_kind": "Nobody says what of its output is an image, so that all of it is charged as what costs most",
     "unknown_service": "The service tier of a model that it used has no factor, so that its tokens cost the usual",
+    "unpriced_citations": "What a model cites has no price, so that it costs nothing",
     "cost_refused": "A cost that was reported cannot be believed, and was passed over",
     "cost_unresolved": "Nothing tells the cost of a model that it used, so that nothing is charged for that",
 }
@@ -53,15 +65,19 @@ DOUBTS = {
 
 
 def answers_of(call: Call) -> list[Answer]:
+    """Who answered each upstream exchange of *call* that succeeded, its reader, and what it reported so far."""
+    return answers_in(call.exchanges)
+
+
+def answers_in(exchanges: Exchanges) -> list[Answer]:
     """
-    Who answered each upstream exchange of *call* that succeeded, its reader, and what it reported so far.
+    The same of any *exchanges*.
 
     Of very many exchanges the oldest are there as sums.
 
     An answer that was fetched (`UsageReader.fetched`) is there once, however often it was asked for, with what told
     most of it: background responses are polled, and stored ones are read again.
     """
-    exchanges = call.exchanges
     found = [(name, reader, reader.report()) for name, reader, status in exchanges.entries() if status < ERRORS]
     if not any(reader.fetched for _, reader, _ in found):
         return found
@@ -102,10 +118,15 @@ def model_call(report: UsageReport, provider: str | None, reader: UsageReader | 
 
 def _called(report: UsageReport | None, call: ModelCall) -> ModelCall:
     """*call* with what its answer told besides tokens."""
-    if report is None or (report.service is None and not report.searches):
+    if report is None:
         return call
-    units = MappingProxyType({WEB_SEARCHES: Decimal(report.searches)}) if report.searches else call.units
-    return replace(call, service=report.service, units=units)
+    told = ((WEB_SEARCHES, report.searches), (CITATIONS, report.citations))
+    units = {name: Decimal(count) for name, count in told if count}
+    if report.seconds is not None:
+        units[SECONDS] = report.seconds
+    if report.service is None and not units:
+        return call
+    return replace(call, service=report.service, units=MappingProxyType(units) if units else call.units)
 
 
 def counted_call(
@@ -113,6 +134,21 @@ def counted_call(
 ) -> ModelCall:
     """One exchange that did not tell all of its usage, so that it was counted here."""
     return _called(report, ModelCall(usage, model, provider, is_media=_is_media(model), estimated=True))
+
+
+UNTOLD: Final = (None, "auto")
+"""What an answer says of its service tier while nobody knows which one serves."""
+
+
+def as_asked(call: Call, used: ModelCall) -> ModelCall:
+    """
+    *used*, of an answer that has not ended, as served by the tier that *call* asks for, if that is dearer.
+
+    Until the answer says which one serves: else a stream would be observed, and cut, at the usual price to its end.
+    """
+    if call.asked_service is None or used.service not in UNTOLD:
+        return used
+    return replace(used, service=call.asked_service)
 
 
 def _is_media(model: str | None) -> bool:
@@ -140,6 +176,10 @@ def _reported(call: Call, used: Metered) -> Iterator[ModelCall]:
             if report is not None and report.usage is not None:
                 yield model_call(report, provider, reader)
     elif used.source == "body" and call.observer is not None:
+        answers = call.observer.answers
+        for provider, reader, report in [] if answers is None else answers_in(answers):
+            if report is not None and report.usage is not None:
+                yield model_call(report, provider or used.provider, reader)
         report = call.observer.report()
         if report is not None and report.usage is not None:
             yield model_call(report, used.provider)

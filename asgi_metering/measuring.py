@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, NamedTuple
 
-from asgi_metering.exchanges import Sum
-from asgi_metering.itemised import ERRORS, answers_of, counted_call, model_call
+from asgi_metering.exchanges import Exchanges, Sum
+from asgi_metering.itemised import ERRORS, answers_in, as_asked, calls_of, counted_call, model_call
 from asgi_metering.prices import Costing, MeasuredPrice, ModelCall
+from asgi_metering.prices.costing import WEB_SEARCHES
 from asgi_metering.rules.ending import Cause
 from asgi_metering.tokens import DEFAULT_ENCODING, TokenCount, count_tokens_async, estimate_tokens, tokens_of
 from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
@@ -27,17 +28,23 @@ __all__ = [
     "Metered",
     "Part",
     "TextCounts",
+    "answers_sent",
     "committed_usage",
     "failed_in_band",
     "given_input",
     "metered_usage",
     "observation",
     "observed_usage",
+    "parts_in",
     "parts_of",
     "problems_of",
+    "searches_made",
     "upstream_calls",
 ]
 
+
+MANY_TEXTS = 100
+"""Texts that are counted as they grow, after which those are forgotten that grow no more."""
 
 NO_TOKENS = TokenCount(0, estimated=False, encoding=DEFAULT_ENCODING)
 
@@ -149,29 +156,48 @@ def _recorded(call: Call) -> TokenUsage:
 
 def parts_of(call: Call) -> list[Part]:
     """The call's upstream exchanges, those that are no errors."""
-    return [Part(name, report, reader, reader.ended) for name, reader, report in answers_of(call)]
+    return parts_in(call.exchanges)
+
+
+def parts_in(exchanges: Exchanges) -> list[Part]:
+    """The same of any *exchanges*."""
+    return [Part(name, report, reader, reader.ended) for name, reader, report in answers_in(exchanges)]
+
+
+def answers_sent(call: Call) -> list[Part] | None:
+    """The answers of models in the messages of a session; None of any other call."""
+    answers = None if call.observer is None else call.observer.answers
+    if answers is None:
+        return None
+    over = call.cause is Cause.COMPLETED
+    # What shows no model is one answer, as a body is: it ends with its session.
+    return [part if part.provider else part._replace(ended=over) for part in parts_in(answers)]
 
 
 def _body(call: Call) -> Part | None:
-    if call.observer is None:
+    if call.observer is None or call.observer.answers is not None:
         return None
     return Part(None, call.observer.report(), None, ended=call.drained or call.cause is Cause.COMPLETED)
 
 
 def _from_upstream(call: Call) -> Metered | None:
+    return _summed(parts_of(call), "upstream")
+
+
+def _summed(parts: Iterable[Part], source: str) -> Metered | None:
     usage: TokenUsage | None = None
     cost: Decimal | None = None
     model = provider = None
     complete = True
-    for part in parts_of(call):
+    for part in parts:
         if part.report is None or part.usage is None or not part.reported:
             complete = complete and not part.wrote
             continue
         usage = part.usage + usage
         cost = _plus(cost, part.report.cost)
-        model, provider = part.report.model or model, part.provider
+        model, provider = part.report.model or model, part.provider or part.report.dialect
         complete = complete and part.final
-    return None if usage is None else Metered(usage, "upstream", model, provider, complete, cost=cost)
+    return None if usage is None else Metered(usage, source, model, provider, complete, cost=cost)
 
 
 def _from_witnesses(call: Call) -> Metered | None:
@@ -202,7 +228,11 @@ def upstream_calls(call: Call, source: str | None) -> Iterator[Told]:
     elif source in WITNESSES and call.witnesses is not None:
         yield from call.witnesses.told(source)
     else:
-        for part in parts_of(call):
+        parts = parts_of(call)
+        sent = answers_sent(call)
+        if sent is not None and not any(part.reported for part in parts):
+            parts = sent
+        for part in parts:
             if part.report is not None and part.usage is not None and part.reported:
                 report, reader = part.report, part.reader
                 count = reader.call.count if isinstance(reader, Sum) else 1
@@ -211,6 +241,9 @@ def upstream_calls(call: Call, source: str | None) -> Iterator[Told]:
 
 
 def _from_body(call: Call) -> Metered | None:
+    sent = answers_sent(call)
+    if sent is not None:
+        return _summed(sent, "body")
     part = _body(call)
     if part is None or part.report is None or part.usage is None:
         return None
@@ -222,9 +255,9 @@ def problems_of(call: Call) -> tuple[str, ...]:
     if call.reports:
         return ()
     parts = parts_of(call)
-    body = _body(call)
-    if body is not None and not any(part.usage is not None for part in parts):
-        parts.append(body)
+    if not any(part.usage is not None for part in parts):
+        body = _body(call)
+        parts += answers_sent(call) or ([] if body is None else [body])
     return tuple(dict.fromkeys(problem for part in parts if part.report for problem in part.report.problems))
 
 
@@ -237,7 +270,7 @@ def failed_in_band(call: Call) -> bool:
     also says itself when it failed. The error of an upstream exchange counts unless another one answered. One in the
     body does where the call is charged by usage, whose reading it is, and no source above it told of an answer: what
     the application made of that may be the model's own words, and so its client's, who would be free by asking for
-    ``{"error": true}``.
+    ``{"error": true}``. An error among the messages of a session ends nothing, and most are a client's own mistakes.
     """
     if call.reports:
         return False
@@ -274,6 +307,9 @@ def _parts(call: Call, known: Metered) -> list[Part]:
         counted = [part for part in exchanges if part.reported or (_begun(call) and part.wrote)]
         if counted:
             return counted
+    sent = answers_sent(call)
+    if sent is not None:
+        return [part for part in sent if part.reported or (_begun(call) and part.wrote)]
     body = _body(call)
     if body is None or call.observer is None:
         return []
@@ -338,6 +374,8 @@ class TextCounts:
             chars, before = 0, NO_TOKENS
         more = await count_tokens_async(text[chars:])
         total = replace(more, tokens=before.tokens + more.tokens, estimated=before.estimated or more.estimated)
+        if len(self._counted) >= MANY_TEXTS:
+            self._counted = {each: told for each, told in self._counted.items() if not each.over}
         self._counted[reader] = len(text), total
         return total
 
@@ -365,7 +403,10 @@ async def observed_usage(
     usage: TokenUsage | None = None
     model, estimated = known.model, False
     calls: list[ModelCall] = []
-    for part in _parts(call, known):
+    parts = _parts(call, known)
+    # What a session asked for is the input of all of its answers, so that it says nothing of the one that broke.
+    begun = _begun(call) and not (call.opening.is_session and any(part.reported for part in parts))
+    for part in parts:
         if not guesses and part.reader is not None and not part.reader.known:
             continue
         model = (part.report.model if part.report is not None else None) or model
@@ -373,9 +414,11 @@ async def observed_usage(
             usage = part.usage + usage
             estimated = estimated or (isinstance(part.reader, Sum) and part.reader.counted)
             if part.report is not None:
-                calls.append(model_call(part.report, part.provider or known.provider, part.reader))
+                one = model_call(part.report, part.provider or known.provider, part.reader)
+                calls.append(one if part.final or isinstance(part.reader, Sum) else as_asked(call, one))
             continue
-        given, guessed = given_input(call, part, begun=_begun(call))
+        given, guessed = given_input(call, part, begun=begun)
+        begun = begun and not call.opening.is_session
         # What it had counted itself: thoughts are in there, and not in the text.
         output = part.told_output
         if part.written is None and isinstance(part.reader, UsageReader):
@@ -386,12 +429,12 @@ async def observed_usage(
             guessed = guessed or heard.estimated or counted.estimated
         seen = observation(given, output)
         named = None if part.report is None else part.report.model
-        calls.append(counted_call(seen, named, part.provider or known.provider, part.report))
+        calls.append(as_asked(call, counted_call(seen, named, part.provider or known.provider, part.report)))
         usage = seen + usage
         estimated = estimated or guessed
     usage = usage or TokenUsage(input=0, output=0)
-    parts = tuple(calls)
-    return Metered(usage, "tokenizer", model, known.provider, estimated=estimated, cost=known.cost, calls=parts)
+    cost = known.cost
+    return Metered(usage, "tokenizer", model, known.provider, estimated=estimated, cost=cost, calls=tuple(calls))
 
 
 # -- what a handler may still spend ------------------------------------------------------------------------
@@ -414,6 +457,15 @@ def committed_usage(call: Call, price: MeasuredPrice, *, expected: bool) -> Toke
     audio = max(_heard(asked) or 0, _heard(spent) or 0) + (spoken or 0) or None
     given = replace(_input_side(asked), audio=audio, audio_output=spoken)
     return replace(given, output=spent.output, reasoning=spent.reasoning, image_output=spent.image_output)
+
+
+def searches_made(call: Call) -> Decimal:
+    """Searches of the web that a running call has told of, by the source that counts."""
+    known = metered_usage(call)
+    made = Decimal(0)
+    for each in calls_of(call, known):
+        made += each.units.get(WEB_SEARCHES, 0)
+    return made
 
 
 def _told(call: Call) -> TokenUsage:

@@ -10,6 +10,7 @@ import asyncio
 import inspect
 import logging
 import os
+import re
 import threading
 import time
 import weakref
@@ -30,7 +31,7 @@ from asgi_metering.errors import ConfigurationError, IdentityError, StoreAvoided
 from asgi_metering.events.metrics import Meters
 from asgi_metering.events.records import whole_units
 from asgi_metering.events.sinks import Sink
-from asgi_metering.events.span import annotate_span, current_trace, is_recording
+from asgi_metering.events.span import annotate_span, is_recording
 from asgi_metering.ledger import Ledger
 from asgi_metering.named import NamedKeys, NamedLimits
 from asgi_metering.opening import ALL_FEATURES, Opening, Origin
@@ -377,6 +378,9 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
             raise AssertionError(f"an admission was answered with {answer!r}")
         return answer
 
+    # The very function: one more between a call and it would cost every request.
+    admit_now = staticmethod(admit_now)
+
     async def admit(self, call: Call, arguments: Mapping[str, Any]) -> None:
         """Admit *call* with the *arguments* of its endpoint; raises as `admission.admit`."""
         await admit(call, arguments)
@@ -401,21 +405,16 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         if call.beside is not None:
             would_deny(call, call.beside, refusal)
 
-    def admit_now(self, call: Call) -> bool:
-        """Admit *call*, where nothing about it has to wait, and the store neither; see `admission.admit_now`."""
-        if not self.store.immediate:
-            return False
-        runtime = self.runtime()
-        if not runtime.is_open or not admit_now(call):
-            return False
-        self.admitted(call, runtime)
-        return True
-
-    def admitted(self, call: Call, runtime: Runtime | None = None) -> None:
+    def admitted(self, call: Call) -> None:
         """Look after an admitted call, and say so on the server's span while it still records."""
         if call.needs_end:
-            (runtime or self.runtime()).register(call)
-        if call.charge is not None and is_recording():
+            self.runtime().register(call)
+        if call.charge is not None:
+            self.tell_span(call)
+
+    def tell_span(self, call: Call) -> None:
+        """Say of a call that is admitted what it is charged, on the server's span while it still records."""
+        if is_recording():
             # The same words as on the log record, in the same measure.
             annotate_span(
                 {
@@ -427,8 +426,9 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
 
     def refused(self, call: Call, refusal: Refusal) -> None:
         """Count a refusal, and say so on the server's span, in the same words."""
-        self.meters.count("refusals", reason=refusal.reason.value, line=call.line)
-        annotate_span({"metering.line": call.line or None, "metering.refusal.reason": refusal.reason.value})
+        reason = refusal.reason.value
+        self.meters.count("refusals", reason=reason, line=call.line)
+        annotate_span({"metering.line": call.line or None, "metering.refusal.reason": reason})
 
     def who(self, origin: Origin | None) -> Caller | Awaitable[object] | None:
         """
@@ -462,10 +462,6 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
             answer = self._on_hold_lost(call)
             if inspect.isawaitable(answer):
                 await answer
-
-    def trace(self) -> Mapping[str, str]:
-        """The ids of the current trace, as the usage event saves them; empty without one."""
-        return current_trace()
 
     def check_features(self, policy: EndpointPolicy, opening: Opening) -> None:
         """
@@ -567,6 +563,8 @@ RANDOM_PARTS = 256
 
 _random_parts: list[str] = []
 
+_PART = re.compile(".{20}")
+
 
 def _new_id() -> str:
     """128 bits, milliseconds first as in UUIDv7 (RFC 9562): rows of one time are neighbours in a store's index."""
@@ -574,8 +572,7 @@ def _new_id() -> str:
         # In one step, so that no two threads get the same.
         part = _random_parts.pop()
     except IndexError:
-        drawn = os.urandom(10 * RANDOM_PARTS).hex()
-        part, *others = (drawn[at : at + 20] for at in range(0, len(drawn), 20))
+        part, *others = _PART.findall(os.urandom(10 * RANDOM_PARTS).hex())
         _random_parts.extend(others)
     return f"{time.time_ns() // 1_000_000:012x}{part}"
 

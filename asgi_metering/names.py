@@ -10,7 +10,7 @@ import re
 
 from asgi_metering.errors import ConfigurationError, InvalidKeyError
 
-__all__ = ["MAX_KEY_LENGTH", "check_key", "check_name", "check_text", "is_field_name"]
+__all__ = ["MAX_KEY_LENGTH", "check_key", "check_name", "check_text", "is_field_name", "is_name"]
 
 MAX_KEY_LENGTH = 255
 """Characters of an opaque key (payer, grant id, call id): what every store's index takes without care."""
@@ -31,16 +31,17 @@ def check_name(name: str, what: str) -> str:
     Raises:
         ConfigurationError: Not 1 to 64 characters of ``[A-Za-z0-9_.-]``, beginning with a letter, digit or ``_``.
     """
-    try:
-        fits = _NAME.fullmatch(name)
-    except TypeError:
-        fits = None
-    if fits is None:
+    if not is_name(name):
         raise ConfigurationError(
             f"The {what} {name!r} is not 1 to 64 characters of letters, digits, '_', '.' and '-', beginning with one "
             f"of the first three. Choose another."
         )
     return name
+
+
+def is_name(name: object) -> bool:
+    """Whether `check_name` takes *name*."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def check_key(key: str, what: str) -> str:

@@ -82,6 +82,7 @@ class Opening:
 
     # On the class: what a request never has costs it nothing.
     call: Call | None = None
+    free = False
     closed = False
     around: Opening | None = None
     is_session = False

@@ -9,12 +9,16 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, Final, TypeAlias
 
 __all__ = ["Entry", "Overdue"]
 
-Entry: TypeAlias = "list[Callable[[], None] | None]"
-"""What will be done, until it need not be."""
+Entry: TypeAlias = "list[Any]"
+"""When it is due, and what will be done then, until it need not be: a plain list, since every call makes one."""
+
+
+_DUE: Final = 0
+_ACT: Final = 1
 
 
 class Overdue:
@@ -29,35 +33,35 @@ class Overdue:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._waiting: deque[tuple[float, Entry]] = deque()
+        self._waiting: deque[Entry] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
     def expect(self, delay_s: float, act: Callable[[], None]) -> Entry:
         """Do *act* after so many seconds, unless `over` comes first."""
-        entry: Entry = [act]
-        due = self._loop.time() + delay_s
-        self._waiting.append((due, entry))
+        loop = self._loop
+        entry: Entry = [loop.time() + delay_s, act]
+        self._waiting.append(entry)
         if self._timer is None:
-            self._timer = self._loop.call_at(due, self._look)
+            self._timer = loop.call_at(entry[_DUE], self._look)
         return entry
 
     def over(self, entry: Entry) -> None:
         """Nothing is to be done any more. Again changes nothing."""
-        entry[0] = None
+        entry[_ACT] = None
         waiting = self._waiting
         # Nearly everything is over before the next one comes, and then nothing is kept of it.
-        if waiting and waiting[-1][1] is entry:
+        if waiting and waiting[-1] is entry:
             waiting.pop()
 
     def _look(self) -> None:
         self._timer = None
         waiting, now = self._waiting, self._loop.time()
         due: list[Entry] = []
-        while waiting and (waiting[0][0] <= now or waiting[0][1][0] is None):
-            due.append(waiting.popleft()[1])
+        while waiting and (waiting[0][_DUE] <= now or waiting[0][_ACT] is None):
+            due.append(waiting.popleft())
         if waiting:
-            self._timer = self._loop.call_at(waiting[0][0], self._look)
+            self._timer = self._loop.call_at(waiting[0][_DUE], self._look)
         for entry in due:
-            act, entry[0] = entry[0], None
+            act, entry[_ACT] = entry[_ACT], None
             if act is not None:
                 act()

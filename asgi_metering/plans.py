@@ -30,7 +30,7 @@ from asgi_metering.chosen import ConfiguredLimits, LimitByPlan
 from asgi_metering.outage import in_doubt_of
 from asgi_metering.policies import ChargePolicy, ComputedLimit, EndpointPolicy, RatePolicy
 from asgi_metering.prices import FixedPrice
-from asgi_metering.rules.operations import Admit, AllowanceSource, LeaseAsk, LimitAsk, SourceAsk
+from asgi_metering.rules.operations import Admit, AllowanceSource, LeaseAsk, LimitAsk
 from asgi_metering.rules.roots import rooted
 from asgi_metering.rules.state import NEVER, build
 from asgi_metering.sources import Allowance
@@ -55,11 +55,15 @@ _Place: TypeAlias = tuple[object, ...]
 
 
 class _Asks(NamedTuple):
-    """What one caller asks of a plan, up to a time."""
+    """
+    What one caller asks of a plan, up to a time.
 
-    sources: tuple[SourceAsk, ...]
-    limits: tuple[LimitAsk, ...]
-    leases: tuple[LeaseAsk, ...]
+    Attributes:
+        settled: What of an `Admit` is the same for all of its calls: from the unit to the line.
+        until: When other windows are to be asked for.
+    """
+
+    settled: tuple[object, ...]
     until: float
 
 
@@ -76,6 +80,7 @@ class Plan:
         charge: What is charged; None where nothing is, and of a plan that is not plain: what that computes may refer to
             anything, such as the request that it was made for.
         rates: The limits that count here; likewise.
+        price: What the charge asks; likewise.
         unit: Of the amounts.
         amount: Smallest parts of a fixed price; 0 where there is none.
         is_plain: Whether a call can be asked for by `asked`.
@@ -91,6 +96,7 @@ class Plan:
         "charge",
         "is_plain",
         "policy",
+        "price",
         "rates",
         "unit",
     )
@@ -106,10 +112,11 @@ class Plan:
         self.charge = policy.charge if "credits" in features else None
         self.rates = policy.gated if "rates" in features else ()
         charge = self.charge
+        self.price = charge.price if charge is not None and isinstance(charge.price, FixedPrice) else None
         self.unit: Unit = metering.counted(None if charge is None else charge.unit)
         self.amount = 0
-        if charge is not None and isinstance(charge.price, FixedPrice):
-            self.amount = self.unit.parts(charge.price.amount)
+        if self.price is not None:
+            self.amount = self.unit.parts(self.price.amount)
         self._ttl_s = metering.ttl_s if charge is None else charge.ttl_s
         self._grace_s = metering.grace_s if charge is None else charge.grace_s
         self._in_doubt = in_doubt_of(charge)
@@ -129,7 +136,7 @@ class Plan:
         # What each message of a session is let in by is worked out before the session is.
         self.is_plain = self.is_plain and _are_plain_rates(self.rates) and not policy.messages
         if not self.is_plain:
-            self.charge, self.rates, self._varying = None, (), []
+            self.charge, self.price, self.rates, self._varying = None, None, (), []
 
     def asked(self, call: Call, now: float) -> Admit:
         """What *call*, whose caller and payer are known, asks around *now*."""
@@ -141,13 +148,7 @@ class Plan:
         asks = self._asks.get(place)
         if asks is None or now >= asks.until:
             asks = self._remember(place, self._asked_by(call, now))
-        sources, limits, leases, _ = asks
-        # fmt: off
-        return build(Admit, (
-            call.id, call.payer, self.unit.name, self.amount, self.amount, sources, limits, leases,
-            self._ttl_s, self._grace_s, self._in_doubt, call.line, call.facts, None, None,
-        ))
-        # fmt: on
+        return build(Admit, (call.id, call.payer, *asks.settled[:10], call.facts, None, None))
 
     def _remember(self, place: _Place, asks: _Asks) -> _Asks:
         if len(self._asks) >= MAX_CALLERS:
@@ -171,7 +172,12 @@ class Plan:
         calendars += [each.boundaries for each in sources if isinstance(each, AllowanceSource) and each.boundaries]
         # When the window that is the current one by our clock is over, others are to be sent along with it.
         until = min((edges[2] for edges in calendars), default=NEVER)
-        return _Asks(sources, tuple(distinct(limits)), tuple(leases), until)
+        # fmt: off
+        return _Asks((
+            self.unit.name, self.amount, self.amount, sources, tuple(distinct(limits)), tuple(leases),
+            self._ttl_s, self._grace_s, self._in_doubt, "" if self.charge is None else self.charge.line,
+        ), until)
+        # fmt: on
 
 
 def _is_plain_charge(charge: ChargePolicy | None) -> bool:

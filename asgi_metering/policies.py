@@ -380,6 +380,7 @@ class UpstreamPolicy:
             is unknown.
         requests: How many requests it makes there.
         label: Which of several keys of the provider, by name, or computed.
+        models: That the call asks for there, by name; or computed, a text, several or None. None are any.
         errors: The shape of refusals where neither a charge nor a limit says.
         shadow: Whether it only tells what it would have refused.
     """
@@ -390,10 +391,11 @@ class UpstreamPolicy:
     label: str | From | None = None
     errors: ErrorShape = "problem"
     shadow: bool = False
+    models: tuple[str, ...] | From = ()
 
     def callables(self) -> tuple[From, ...]:
         """Everything that is computed from the endpoint's arguments."""
-        return tuple(value for value in (self.tokens, self.label) if isinstance(value, From))
+        return tuple(value for value in (self.tokens, self.label, self.models) if isinstance(value, From))
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)

@@ -17,12 +17,12 @@ from asgi_metering.amounts import Unit, exact_amount
 from asgi_metering.arguments import From
 from asgi_metering.errors import PayerError
 from asgi_metering.estimates import estimate_arguments
-from asgi_metering.estimates.bodies import asked_service, body_of, model_of
+from asgi_metering.estimates.bodies import asked_searches, asked_service, body_of, model_of
 from asgi_metering.holding import Slices
 from asgi_metering.names import check_key
 from asgi_metering.policies import ChargePolicy
 from asgi_metering.prices import FixedPrice
-from asgi_metering.prices.values import EXACT
+from asgi_metering.prices.values import EXACT, reads_request
 from asgi_metering.sources import Wallet, check_payers
 from asgi_metering.tally import first_slice
 from asgi_metering.usage import TokenUsage
@@ -81,13 +81,18 @@ async def find_price(call: Call, charge: ChargePolicy, arguments: Mapping[str, A
         call.estimate = price.amount
         return
     pinned = getattr(price, "pin", None)
-    body = await body_of(arguments) if pinned is not None or getattr(price, "services", None) else None
+    body = await body_of(arguments) if reads_request(price) else None
     if pinned is not None:
         call.price = pinned(call.started_at, model_of(body))
     dearer = getattr(call.price, "dearer", None)
     if dearer is not None and body is not None:
         # Else whoever asks for a tier that costs several times as much is let in for the usual.
-        call.dearer = dearer(asked_service(body))
+        service = asked_service(body)
+        call.dearer = dearer(service)
+        call.asked_service = service if call.dearer > 1 else None
+    searching = getattr(call.price, "searching", None)
+    if searching is not None and body is not None:
+        call.searching = searching(asked_searches(body))
     estimate = charge.hold.estimate
     if isinstance(estimate, From):
         estimate = await estimate.compute(call, arguments)
@@ -121,6 +126,9 @@ def amounts_of(call: Call) -> tuple[int, int]:
         return first_slice(call, charge, price)
     if isinstance(estimate, TokenUsage):
         exact = Decimal(0) if isinstance(price, FixedPrice) else EXACT.multiply(price.cost(estimate), call.dearer)
+        if charge.hold.estimate is None:
+            # By the request alone, which allows them: what a handler may still spend must be in the hold.
+            exact = EXACT.add(exact, call.searching)
     else:
         exact = estimate
     amount = _fixed_parts(call.unit, exact) if isinstance(price, FixedPrice) else call.unit.round(exact)

@@ -6,11 +6,12 @@ Checks its arguments and answers a `Part`, as the other decorators do. Knows nei
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from asgi_metering.arguments import From
 from asgi_metering.checks import check_flag
+from asgi_metering.computed import check_models
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.guards import BARE_MEND, Part
 from asgi_metering.names import check_name
@@ -29,6 +30,7 @@ def requires_upstream(
     tokens: int | TokenUsage | Callable[..., Any] | Literal["estimate"] | None = None,
     requests: int = 1,
     label: str | Callable[..., Any] | None = None,
+    model: str | Sequence[str] | Callable[..., Any] | None = None,
     errors: ErrorShape = "problem",
     shadow: bool = False,
 ) -> Part:
@@ -45,8 +47,13 @@ def requires_upstream(
             request's own body, as holds are), or a callable of the endpoint's arguments that answers one of these or
             None. Without it limits of tokens count where nothing is left of them.
         requests: How many requests a call makes there.
-        label: Which of several keys or models of the provider, as ``upstream_client(..., label=)`` names it; or a
-            callable that answers a name or None.
+        label: Which of several keys of the provider, as ``upstream_client(..., label=)`` names it; or a callable that
+            answers a name or None.
+        model: Which model a call asks for, or several; or a callable that answers one of these or None, such as
+            ``lambda body: body.model``. Some quotas are of one model alone (Gemini's of a day): they refuse calls that
+            name it, and calls that name none, which may be of it, but none that names another one. Names are compared
+            without what stands before a slash, in small letters. Quotas in headers say no model: keep such models
+            apart by clients with labels.
         errors: Shape of refusals where neither `billable` nor `rate_limited` says.
         shadow: Refuse nothing, and tell what it would have: see `asgi_metering.shadow` (S4.16).
 
@@ -67,6 +74,7 @@ def requires_upstream(
         raise ConfigurationError(
             f"tokens={tokens!r} is not known. Use an int from 0 up, a TokenUsage, {ESTIMATE!r} or a function."
         )
+    models = From(model, "upstream model") if callable(model) else check_models(model)
     if errors not in ERROR_SHAPES:
         raise ConfigurationError(f"errors={errors!r} is not a shape. Use one of {', '.join(ERROR_SHAPES)}.")
     check_flag(shadow=shadow)
@@ -78,5 +86,6 @@ def requires_upstream(
             From(label, "upstream label") if callable(label) else label,
             errors,
             shadow,
+            models,
         )
     )

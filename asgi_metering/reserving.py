@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from asgi_metering.arguments import From
 from asgi_metering.beside import is_cancellation
+from asgi_metering.computed import check_models
 from asgi_metering.counting import expected_usage
 from asgi_metering.decisions import Reason, Refusal
 from asgi_metering.errors import StoreError
@@ -39,41 +40,49 @@ async def reserve(call: Call, policy: EndpointPolicy, asked: Admit | None, argum
     for upstream in policy.upstreams:
         is_shadow = upstream.shadow or metering.shadow
         try:
-            need, label = await _need(call, upstream, arguments)
+            need, label, models = await _need(call, upstream, arguments)
         except (Exception, asyncio.CancelledError) as failure:
             if not is_shadow or is_cancellation(failure):
                 raise
             metering.meters.count("shadow_lost", line=beside.line, cause="computing")
             beside.tells_upstream = False
             continue
-        lack, reservation = metering.headroom.reserve(upstream.provider, need, label=label, is_certain=is_shadow)
+        lack, reservation = metering.headroom.reserve(
+            upstream.provider, need, label=label, models=models, is_certain=is_shadow
+        )
         if reservation is not None:
             beside.reserved.append(reservation)
         if lack is not None:
-            refusal = _no_headroom(upstream, lack)
+            refusal = _no_headroom(upstream, lack, models)
             if not is_shadow:
                 await _known_key(call, asked)
                 raise call.refused(refusal)
             metering.told_shadow(call, refusal)
 
 
-async def _need(call: Call, upstream: UpstreamPolicy, arguments: Mapping[str, Any]) -> tuple[Need, str | None]:
-    """What *call* takes of a provider, and under which label."""
-    tokens, label = upstream.tokens, upstream.label
+async def _need(
+    call: Call, upstream: UpstreamPolicy, arguments: Mapping[str, Any]
+) -> tuple[Need, str | None, tuple[str, ...]]:
+    """What *call* takes of a provider, under which label, and of which models."""
+    tokens, label, models = upstream.tokens, upstream.label, upstream.models
     if isinstance(tokens, From):
         tokens = await tokens.compute(call, arguments)
     if isinstance(label, From):
         label = await label.compute(call, arguments)
+    if isinstance(models, From):
+        models = check_models(await models.compute(call, arguments))
     if tokens == ESTIMATE:
         if call.asked is None:
             call.asked = await expected_usage(call, arguments)
         tokens = call.asked
     if isinstance(tokens, TokenUsage):
-        return Need(upstream.requests, tokens.input or 0, tokens.output or 0, tokens.total or 0), label
-    return Need(upstream.requests, tokens=tokens or 0), label
+        return Need(upstream.requests, tokens.input or 0, tokens.output or 0, tokens.total or 0), label, models
+    return Need(upstream.requests, tokens=tokens or 0), label, models
 
 
-def _no_headroom(upstream: UpstreamPolicy, lack: Lack) -> Refusal:
+def _no_headroom(upstream: UpstreamPolicy, lack: Lack, models: tuple[str, ...]) -> Refusal:
+    of_model = "" if lack.model is None else f" for the model {lack.model!r}"
+    mend = "" if lack.model is None or models else " Who asks for another one says so by requires_upstream(model=)."
     return Refusal(
         Reason.UPSTREAM,
         upstream.provider,
@@ -81,7 +90,7 @@ def _no_headroom(upstream: UpstreamPolicy, lack: Lack) -> Refusal:
         lack.available,
         limit=lack.limit,
         retry_after_s=lack.retry_after_s,
-        detail=f"The provider {upstream.provider!r} has nothing left of {lack.resource!r}.",
+        detail=f"The provider {upstream.provider!r} has nothing left of {lack.resource!r}{of_model}.{mend}",
     )
 
 

@@ -364,7 +364,8 @@ class Runtime:
         """Beat for *call* until it ends."""
         call.runtime = self
         call.last_beat = self.loop.time()
-        call.growth = growth_of(call, self.loop, self._spawn)
+        if not call.is_plain:
+            call.growth = growth_of(call, self.loop, self._spawn)
         self.in_flight[call.id] = call
 
     def finish(self, call: Call) -> None:
@@ -393,8 +394,8 @@ class Runtime:
 
     def _ends_now(self, call: Call) -> bool:
         """End *call* here, where its store answers at once and nothing is to be read for it; False where not."""
-        metering = self._metering
-        if not metering.store.immediate or not self.is_open or call.queued is not None or call.attributes:
+        store = self._metering.store
+        if not store.immediate or not self.is_open or call.queued is not None or call.attributes:
             return False
         answer: Answer | None = None
         try:
@@ -402,7 +403,7 @@ class Runtime:
             if end is None or not self._delivery.takes_now:
                 return False
             for step in (end,) if call.has_hold else self._steps(call, end):
-                answer = metering.store.run_now(step)
+                answer = store.run_now(step)
                 if type(answer) is not Receipt or not answer.known:
                     answer = self._delivery.looked_at(step, answer)
                 if self._exporter is not None:
@@ -410,7 +411,7 @@ class Runtime:
         except Exception:  # noqa: BLE001 -- what is wrong is found and told on the way for everything else
             return False
         if call.local:
-            metering.local.end(call, end.actual)
+            self._metering.local.end(call, end.actual)
         call.ended(answer if type(answer) is Receipt else None)
         return True
 

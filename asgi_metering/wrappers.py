@@ -43,7 +43,9 @@ def _async_function(endpoint: Callable[..., Any], guard: Guard) -> Callable[...,
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         opening = guard.opening(args, kwargs)
         if not (opening.free and guard.is_free(opening, args, kwargs)):
-            await opening.open_call().gate(guard.policy, guard.arguments(args, kwargs))
+            call = opening.open_call()
+            if not call.passes(guard.policy, guard.arguments(args, kwargs)):
+                await call.ensure()
         if CURRENT.get() is opening:
             return await endpoint(*args, **kwargs)
         with _inside(opening):
@@ -58,7 +60,9 @@ def _sync_function(endpoint: Callable[..., Any], guard: Guard) -> Callable[..., 
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         opening = guard.opening(args, kwargs)
         if not (opening.free and guard.is_free(opening, args, kwargs)):
-            await opening.open_call().gate(guard.policy, guard.arguments(args, kwargs))
+            call = opening.open_call()
+            if not call.passes(guard.policy, guard.arguments(args, kwargs)):
+                await call.ensure()
         with _inside(opening):
             result = await opening.metering.run_sync(functools.partial(endpoint, *args, **kwargs))
             # A plain function may return what its framework awaits.

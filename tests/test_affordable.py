@@ -18,10 +18,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from asgi_metering import Metering, TokenUsage, billable, current_call, up_to
+from asgi_metering import Metering, TokenUsage, billable, current_call, slices, up_to
 from asgi_metering.call import Call
-from asgi_metering.estimates import anthropic_messages
-from asgi_metering.prices import MAX_AFFORDABLE, MeasuredPrice, TokenPrice, model_prices, per_token
+from asgi_metering.estimates import anthropic_messages, openai_responses
+from asgi_metering.prices import MAX_AFFORDABLE, MeasuredPrice, TokenPrice, model_prices, per_token, per_unit
 from tests.test_measuring import Models, charged, chat
 
 COUNTS = st.integers(0, 5_000)
@@ -163,6 +163,22 @@ def test_afford_and_hold_what_a_dearer_service_tier_costs(price: Any, tier: str 
     assert [entry.amount // 10**6 for entry in entries] == [held]
 
 
+def test_hold_tokens_at_the_price_of_the_request() -> None:
+    """A hold of so many tokens costs what they cost by the model, and the service tier, that the request asks for."""
+    told: list[tuple[int, int]] = []
+
+    async def endpoint(request: Request) -> JSONResponse:
+        told.append((current_call().held // 10**6, current_call().affordable()))
+        return JSONResponse({})
+
+    body = json.dumps({"model": "m", "input": [1], "service_tier": "priority", "tools": [{"type": "web_search"}]})
+    for price in (SERVED, BY_NAME, per_token(input=1, output=1, web_search=1)):
+        route = Route("/", billable(price, hold=TokenUsage(input=0, output=60))(endpoint), methods=["POST"])
+        asyncio.run(charged(Starlette(routes=[route]), method="POST", body=body.encode()))
+    # Ten searches at 0.01 USD, or at 1.
+    assert told == [(180, 60), (180, 59), (60, 50)]
+
+
 def test_afford_what_upstream_exchanges_leave() -> None:
     """Exchanges that ended count as they reported, one that runs by what it wrote until now."""
     told: list[int] = []
@@ -185,3 +201,68 @@ def test_afford_what_upstream_exchanges_leave() -> None:
     assert told[:2] == [100, 99]
     assert told[2:] == sorted(told[2:], reverse=True)
     assert told[-1] == 0
+
+
+SEARCHED = {"web_search": 2, "input": 1, "output": 1}
+FINDERS = [
+    per_token(**SEARCHED),  # type: ignore[arg-type]
+    model_prices({"m": per_token(input=1, output=1)}, units_per_usd=1, published=False, web_search=2),
+    model_prices({"m": per_token(**SEARCHED)}, units_per_usd=1, published=False),  # type: ignore[arg-type]
+    model_prices({"m": [per_token(input=1, output=1), per_unit(web_searches=2)]}, units_per_usd=1, published=False),
+]
+
+
+@pytest.mark.parametrize("price", FINDERS, ids=["tokens", "models", "own price", "units"])
+def test_afford_what_searches_that_are_allowed_leave(price: Any) -> None:
+    """
+    Searches of the web that the request allows are taken off, and a hold by the request pays for them (DESIGN 4).
+
+    Those that were made count once, and alone where the hold grows with what is used.
+    """
+    told: list[tuple[int, Decimal, int]] = []
+
+    async def endpoint(request: Request) -> JSONResponse:
+        call = current_call()
+        assert call.asked is not None
+        assert call.asked.input == 50
+        before = call.affordable()
+        call.record(TokenUsage(input=50, output=0), model="m", units={"web_searches": 3})
+        told.append((before, call.remaining, call.held // 10**6))
+        assert call.affordable() == (before if call.growth is None else before - 6)
+        call.record(TokenUsage(), model="m", units={"web_searches": 4})
+        told.append((call.affordable(), call.remaining, call.held // 10**6))
+        return JSONResponse({})
+
+    # The tool itself is read by the model: 20 tokens.
+    tools = [{"type": "web_search_20250305", "max_uses": 5}]
+    body = json.dumps({"model": "m", "max_tokens": 40, "input": list(range(30)), "tools": tools}).encode()
+    for hold in (100, None, openai_responses(), slices(100, step=1, low_water=0)):
+        route = Route("/", billable(price, hold=hold)(endpoint), methods=["POST"])
+        asyncio.run(charged(Starlette(routes=[route]), method="POST", body=body))
+    amount, behind, estimate, _, ready, _, growing, _ = told
+    # Of 100, 50 for the input and five searches at 2, of which three are made; then seven are, more than allowed.
+    assert amount == (40, Decimal(44), 100)
+    assert behind == (36, Decimal(36), 100)
+    # By the request: the same, and its 40 tokens of output.
+    assert estimate == ready == (40, Decimal(44), 100)
+    assert growing == (50, Decimal(44), 100)
+
+
+def test_afford_what_searches_of_an_exchange_leave() -> None:
+    """Searches that a provider told of are taken off the hold, also where the request did not allow them."""
+    told: list[tuple[int, Decimal]] = []
+
+    @billable(per_token(input=1, output=1, web_search=5), hold=100)
+    async def endpoint(_request: Request) -> JSONResponse:
+        call = current_call()
+        answer = chat(10, 10)
+        answer["usage"]["server_tool_use"] = {"web_search_requests": 3}
+        answered = httpx2.MockTransport(lambda _: httpx2.Response(200, json=answer))
+        transport = call.metering.upstream_transport("perplexity", wrap=answered)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://models") as client:
+            await client.get("/")
+        told.append((call.affordable(), call.remaining))
+        return JSONResponse({})
+
+    asyncio.run(charged(Starlette(routes=[Route("/", endpoint)])))
+    assert told == [(65, Decimal(65))]

@@ -154,10 +154,10 @@ def test_refuse_a_cost_by_itself_and_not_in_its_sum(share: int) -> None:
 def test_sum_no_exchange_that_ends_while_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """DESIGN 4: an answer that ends in another thread between two looks at it counts as it ended, and not as it was."""
     running: list[tuple[UpstreamBooking, Any, PatientReader]] = []
-    look = folding.parts_of
+    look = folding.parts_in
 
-    def ends_behind_the_look(call: Any) -> Any:
-        parts = look(call)
+    def ends_behind_the_look(exchanges: Any) -> Any:
+        parts = look(exchanges)
         while running:
             booking, token, reader = running.pop()
             reader.feed(chat(50, 7))
@@ -173,7 +173,7 @@ def test_sum_no_exchange_that_ends_while_somebody_looks(monkeypatch: pytest.Monk
         for _ in range(29):
             exchange(metering, chat(50, 1))
 
-    monkeypatch.setattr(folding, "parts_of", ends_behind_the_look)
+    monkeypatch.setattr(folding, "parts_in", ends_behind_the_look)
     (event,) = spent(work).events
     assert event.usage == TokenUsage(input=30 * 50, output=29 + 7)
 

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from asgi_metering import Allowance, Metering, Payer, TokenUsage, Wallet, billable, current_call, slices
 from asgi_metering.asgi.exchange import CHECKPOINT_BYTES
+from asgi_metering.billing import observed_parts
 from asgi_metering.call import Call, CallCut
 from asgi_metering.errors import ConfigurationError, StoreUnavailableError
 from asgi_metering.growing import LEAST_ROOM, MOST_ROOM
@@ -215,6 +216,71 @@ def test_look_at_what_an_upstream_writes() -> None:
         ):
             await anext(answer.aiter_bytes())
             await within(10, lambda: call.held // CREDIT == 20)
+
+    asyncio.run(play())
+
+
+SERVED = per_token(output=1, services={"openai/priority": 3, "acme/priority": 1, "flex": "0.5"})
+
+
+@pytest.mark.parametrize(
+    ("asked", "told", "provider", "seen"),
+    [
+        ("priority", None, "openai", 27),
+        ("priority", "auto", "openai", 27),
+        ("priority", "default", "openai", 9),
+        ("priority", None, "acme", 9),
+        ("flex", None, "openai", 9),
+        (None, None, "openai", 9),
+    ],
+)
+def test_observe_at_the_tier_that_was_asked_for_until_one_is_told(
+    asked: str | None, told: str | None, provider: str, seen: int
+) -> None:
+    """
+    Until an answer tells its service tier what it wrote counts as served by the one that was asked for, if dearer.
+
+    So a hold in slices grows as it will be charged, and so does a heartbeat tell it; a slice is so many tokens (DESIGN
+    "A hold's size").
+    """
+    looked_at: list[tuple[int, int]] = []
+    going = asyncio.Event()
+
+    async def chunks() -> AsyncIterator[bytes]:
+        chunk = {"object": "chat.completion.chunk", "model": "m", "choices": [{"delta": {"content": " word" * 9}}]}
+        yield b"data: " + json.dumps({**chunk, "service_tier": told}).encode() + b"\n\n"
+        await going.wait()
+
+    @billable(SERVED, hold=slices(TokenUsage(input=0, output=10), low_water=TokenUsage(output=2)))
+    async def endpoint(request: Any) -> Response:
+        call = current_call()
+        fields = {"content-type": "text/event-stream"}
+        transport = httpx2.MockTransport(lambda _: httpx2.Response(200, headers=fields, content=chunks()))
+        async with (
+            call.metering.upstream_client(provider, wrap=transport) as client,
+            client.stream("GET", "http://provider/") as answer,
+        ):
+            parts = answer.aiter_bytes()
+            await anext(parts)
+            growth = call.growth
+            assert growth is not None
+            first = call.held // CREDIT
+            growth.nudge()
+            await within(10, lambda: growth.used > 0 and growth._look is None)
+            assert await observed_parts(call) == growth.used
+            # Where ten tokens were held for nine of them are used, whatever they cost: ten more were asked for.
+            if first == seen // 9 * 10:
+                assert call.held == 2 * first * CREDIT
+            looked_at.append((first, growth.used // CREDIT))
+            going.set()
+        return JSONResponse({})
+
+    async def play() -> None:
+        async with staged(starlette(endpoint)) as stage:
+            sent = json.dumps({"messages": [{"role": "user", "content": "hi"}], "service_tier": asked}).encode()
+            await stage.drive(method="POST", headers=[("content-type", "application/json")], body=sent)
+            # The hold knows no provider yet, and is as large as the dearest one needs it.
+            assert looked_at == [(30 if asked == "priority" else 10, seen)]
 
     asyncio.run(play())
 

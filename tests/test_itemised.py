@@ -259,3 +259,5 @@ def test_price_what_an_answer_tells_besides_its_tokens() -> None:
     assert price.cost_of(model_call(report, None)) == 5 + 6
     assert price.cost_of(counted_call(TokenUsage(input=1), None, None, report)) == 5 + 6
     assert price.cost_of(counted_call(TokenUsage(input=1), None, None, UsageReport(service="flex"))) == 5
+    cited = model_call(UsageReport(usage=TokenUsage(input=1), citations=7), None)
+    assert dict(cited.units) == {"citation_tokens": 7}

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from asgi_metering import Metering, billable, rate_limited
+from asgi_metering import Metering, billable, metered_app, rate_limited
 from asgi_metering.asking import counted_as, network_of
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.policies import EndpointPolicy, RatePolicy
@@ -136,12 +136,36 @@ def test_believe_a_declared_proxy() -> None:
         ("2001:db8::1", "2001:db8::/64"),
         ("2001:db8:0:0:ffff::1", "2001:db8::/64"),
         ("fe80::1%eth0", "fe80::/64"),
+        ("192.0.2.1:4711", "192.0.2.1"),
+        ("192.0.2.1:_obscure", "192.0.2.1"),
+        ("[2001:db8::1]", "2001:db8::/64"),
+        ("[2001:db8::1]:4711", "2001:db8::/64"),
+        ('"[2001:db8::1]:4711"', "2001:db8::/64"),
+        ('"[2001:db8::1]"', "2001:db8::/64"),
+        ("[::ffff:192.0.2.1]:4711", "192.0.2.1"),
+        ("[unknown", "[unknown"),
         ("unix:socket", "unix:socket"),
     ],
 )
 def test_count_a_network_as_one_address(address: str, counted: str) -> None:
-    """RFC 6177: a client has all addresses of its /64 to choose from; IPv4 is itself on either kind of socket."""
+    """
+    RFC 6177: a client has all addresses of its /64 to choose from; IPv4 is itself on either kind of socket.
+
+    RFC 7239: some proxies tell its port as well, and some servers hand that on; a new connection is no new client.
+    """
     assert network_of(address) == counted
+
+
+def test_answer_nobody_elses_address() -> None:
+    """DESIGN 10: who may choose what a function answers does not spend the limit of an address, or of a team."""
+    for other, victim in (
+        (rate_limited("1/minute", key="address"), {"client": "192.0.2.9"}),
+        (rate_limited("1/minute", key="attribute:team"), {"key": "ann", "team": "red"}),
+    ):
+        said = "192.0.2.9" if "client" in victim else "attribute:team:red"
+        chosen = rate_limited("1/minute", key=lambda request: request.headers.get("x-session", "none"))
+        attacks = {"client": "192.0.2.1", "key": "eve", "team": "blue", "session": said}
+        play(answers([200, 200], attacks, victim), other, chosen)
 
 
 # -- keys by name ------------------------------------------------------------------------------------------
@@ -595,6 +619,28 @@ def test_count_some_methods_alone() -> None:
         assert await ask_methods(hall, "POST", "GET", "POST", "PUT", "GET", "GET") == [200, 200, 429, 429, 200, 429]
 
     play(scene, rate_limited("1/minute", methods=["post", "PUT"]), rate_limited("2/minute", methods=("GET",)))
+
+
+@pytest.mark.parametrize("said", [{"methods": ["POST"]}, {"per_method": True}], ids=["named", "apart"])
+def test_count_a_method_however_it_is_written(said: Any) -> None:
+    """S2.29: frameworks that take ``post`` for POST, as Django and Quart do, do not take it past a limit of POST."""
+
+    async def scene(hall: Hall) -> None:
+        assert await ask_methods(hall, "POST", "post", "pOsT", "GET") == [200, 429, 429, 200]
+
+    play(scene, app=metered_app(PlainTextResponse("ok"), rate_limited("1/minute", **said)))
+
+
+@pytest.mark.parametrize(("apart", "expected"), [(False, 429), (True, 200)], ids=["together", "apart"])
+def test_count_a_method_of_ones_own(apart: bool, expected: int) -> None:
+    """S2.29: what methods= names is counted, also where HTTP itself does not know it, and each apart if so asked."""
+
+    async def scene(hall: Hall) -> None:
+        answered = await ask_methods(hall, "LOCK", "LOCK", "PURGE", "PURGE", "MOVE", "MOVE")
+        assert answered == [200, 429, expected, 429, 200, 200]
+
+    limits = rate_limited("1/minute", methods=["LOCK", "PURGE"], per_method=apart)
+    play(scene, app=metered_app(PlainTextResponse("ok"), limits))
 
 
 def test_count_each_method_apart() -> None:

@@ -38,6 +38,7 @@ from tests.harness.drive import Drive, body, headers, status
 from tests.outage.gated import Gated, call, identify, metered, settled, used
 from tests.pitfalls.scene import Books
 from tests.pitfalls.stage import within
+from tests.quotas import refusals
 
 RESET_S = 30
 
@@ -208,6 +209,72 @@ def test_keep_keys_of_one_provider_apart() -> None:
     asyncio.run(play())
 
 
+DAY_IS_SPENT = refusals.GOOGLE_DAY
+"""Gemini's: nothing is left of the day of the one model ``gemini-2.5-flash``."""
+
+
+@pytest.mark.parametrize(
+    ("model", "answer"),
+    [
+        ("gemini-2.5-flash", 503),
+        ("models/Gemini-2.5-Flash", 503),
+        ("gemini-2.5-pro", 200),
+        (["gemini-2.5-pro", "gemini-2.5-flash"], 503),
+        (lambda: "gemini-2.5-pro", 200),
+        (lambda: "gemini-2.5-flash", 503),
+        (lambda: None, 503),
+        (None, 503),
+        ("no name at all", 200),
+    ],
+)
+def test_keep_models_of_one_key_apart(model: Any, answer: int) -> None:
+    """What a refusal told of one model refuses calls of that model, and calls that name none, and no others (S1.45)."""
+
+    async def play() -> None:
+        transport = httpx2.MockTransport(lambda _: httpx2.Response(429, content=DAY_IS_SPENT))
+        async with house() as metering, metering.upstream_client("google", wrap=transport) as client:
+            await client.get("http://provider/")
+            ended = await call(metered(metering, requires_upstream("google", model=model)))
+            assert status(ended.log) == answer
+            if answer == 503:
+                assert int(dict(headers(ended.log))["retry-after"]) > RESET_S
+
+    asyncio.run(play())
+
+
+def test_refuse_every_model_where_the_key_has_nothing_left() -> None:
+    """What was told of no model in particular refuses calls of all of them, whatever is told of one of them."""
+
+    async def play() -> None:
+        async with house() as metering:
+            tell(metering, requests=0)
+            metering.quotas.record("openai", (), 429, body=DAY_IS_SPENT)
+            for model in ("gemini-2.5-flash", "gemini-2.5-pro", None):
+                ended = await call(metered(metering, requires_upstream("openai", model=model)))
+                assert status(ended.log) == 503
+
+    asyncio.run(play())
+
+
+def test_tell_operators_how_to_let_other_models_pass() -> None:
+    """Who is refused for a model and names none is told in the refusal, not in the answer, how to name one (X.9)."""
+
+    async def play() -> None:
+        async with house() as metering:
+            metering.quotas.record("google", (), 429, body=DAY_IS_SPENT)
+            for model, mend in ((None, True), ("gemini-2.5-flash", False)):
+                with pytest.raises(CallRefused) as refused:
+                    async with metering.charge(
+                        payer="ann", line="l", price=0, requires=requires_upstream("google", model=model)
+                    ):
+                        pass
+                told = refused.value.refusal.detail
+                assert "'gemini-2.5-flash'" in told
+                assert ("requires_upstream(model=)" in told) is mend
+
+    asyncio.run(play())
+
+
 def test_require_several_providers() -> None:
     """All of them must have room; what was reserved of the first is free again when the second has none."""
 
@@ -370,6 +437,9 @@ def test_enforce_it_in_the_layer_that_captures_quotas() -> None:
         lambda: requires_upstream("openai", requests=0),
         lambda: requires_upstream("openai", tokens=-1),
         lambda: requires_upstream("openai", tokens="some"),  # type: ignore[arg-type]
+        lambda: requires_upstream("openai", model=""),
+        lambda: requires_upstream("openai", model=["a", 7]),  # type: ignore[list-item]
+        lambda: requires_upstream("openai", model={"a": 1}),  # type: ignore[arg-type]
         lambda: requires_upstream("openai", errors="xml"),  # type: ignore[arg-type]
         lambda: metered_app(lambda: None, requires_upstream("openai"), requires_upstream("openai")),  # type: ignore[arg-type]
         lambda: Metering(sinks=()).upstream_client("openai", label="not a label"),
@@ -381,9 +451,18 @@ def test_refuse_arguments_that_cannot_work(make: Callable[[], object]) -> None:
         make()
 
 
-@pytest.mark.parametrize("wrong", [{"tokens": lambda: 1.5}, {"tokens": lambda: -1}, {"label": lambda: "no label"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tokens": lambda: 1.5},
+        {"tokens": lambda: -1},
+        {"label": lambda: "no label"},
+        {"model": lambda: 5},
+        {"model": lambda: [""]},
+    ],
+)
 def test_refuse_what_a_function_must_not_answer(wrong: dict[str, Any]) -> None:
-    """Tokens that are no number, and a label that is no name, raise on that request; nothing is reserved."""
+    """Tokens that are no number, and a label or a model that is no name, raise on that request; nothing is reserved."""
 
     async def play() -> None:
         async with house() as metering:

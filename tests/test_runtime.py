@@ -130,6 +130,24 @@ def test_beat_although_what_was_used_cannot_be_told(monkeypatch: pytest.MonkeyPa
     asyncio.run(play())
 
 
+def test_call_is_no_older_when_the_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pitfall 27: a machine whose clock is set ahead by hours ends none of its calls: they would run on for nothing."""
+    monkeypatch.setattr("asgi_metering.heartbeats.TICK_S", 0.001)
+
+    async def play() -> None:
+        store = Breaking()
+        async with Metering(store, sinks=(), max_call_s=3_600) as metering:
+            await metering.grant("ann", 100, id="g")
+            async with charging(metering, ttl_s=0.01) as call:
+                # As far as the clock says now.
+                call.started_at -= 7_200
+                await within(5, lambda: sum(isinstance(seen, Renew) for seen in store.seen) >= 3)
+                assert not call.closed
+            assert await settled(metering) == (2 * CREDIT, 0)
+
+    asyncio.run(play())
+
+
 @pytest.mark.parametrize("how", ["sync", "async", "raises", "none"])
 def test_tell_of_a_hold_that_its_call_has_lost(
     how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

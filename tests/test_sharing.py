@@ -28,6 +28,7 @@ from asgi_metering.upstream.parts import parts_of
 from asgi_metering.upstream.readings import MAX_SERIES, QuotaReadings
 from tests.harness.drive import status
 from tests.outage.gated import Gated, call, metered, until, used
+from tests.quotas.refusals import GOOGLE_DAY
 
 WITHIN_S = 5.0
 
@@ -93,16 +94,17 @@ async def _kept(store: MemoryStore) -> list[SharedReading]:
 
 
 def test_workers_have_what_others_were_told() -> None:
-    """What one reads the others have, by label, as it was; it is told once, and nobody tells it back."""
+    """What one reads the others have, by label and model, as it was; it is told once, and nobody tells it back."""
 
     async def play() -> None:
         _, (here, there) = workers(2)
         here.record(9)
         here.readings.record("openai", [(b"retry-after", b"7")], 429, label="eu")
+        here.readings.record("google", [], 429, body=GOOGLE_DAY)
         await here.tell()
         await there.listen()
         assert there.readings.all() == here.readings.all()
-        assert there.readings.all().keys() == {"openai", "openai/eu"}
+        assert there.readings.all().keys() == {"openai", "openai/eu", "google@gemini-2.5-flash"}
         for _ in range(2):
             for each in (here, there):
                 await each.listen()

@@ -11,8 +11,9 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from math import ceil
-from typing import Literal, NamedTuple, TypeAlias, TypedDict
+from typing import Literal, NamedTuple, TypeAlias
 
 from asgi_metering.amounts import Unit
 from asgi_metering.asgi import sentences
@@ -29,6 +30,7 @@ from asgi_metering.asgi.fields import (
 from asgi_metering.asgi.sentences import Facts
 from asgi_metering.decisions import Decision, Reason, Refusal, WindowState
 from asgi_metering.errors import ConfigurationError
+from asgi_metering.rules.state import build
 
 __all__ = ["DEFAULT_OPTIONS", "Answer", "AnswerOptions", "Jitter", "answer"]
 
@@ -50,6 +52,9 @@ QUOTA_EXCEEDED = _IANA + "quota-exceeded"
 
 REDUCED_CAPACITY = _IANA + "temporary-reduced-capacity"
 """Problem type of the RateLimit draft: the service carries less than is asked of it, by whomever."""
+
+# Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
+_ALLOWANCE, _CONCURRENCY, _CREDITS = Reason.ALLOWANCE, Reason.CONCURRENCY, Reason.CREDITS
 
 _COUNTED = frozenset((Reason.RATE_LIMIT, Reason.EXCEEDS_LIMIT, Reason.CONCURRENCY))
 _MONEY = frozenset((Reason.ALLOWANCE, Reason.CREDITS))
@@ -118,11 +123,12 @@ class Answer(NamedTuple):
         detail: This occurrence in words.
         remedy: What to do next, in a sentence.
         facts: The numbers and names as they may be shown, the wait and the reset.
-        headers: All fields but those that describe a body: limits, ``Retry-After``, ``Cache-Control``, the challenge.
         violated: Names of the policies that refused, as in ``RateLimit-Policy``.
         transient: Of credits: it would pass if the calls in progress ended unused.
         line: The billing line.
         plan: The caller's plan (S0.21).
+        headers: All fields but those that describe a body: limits, ``Retry-After``, ``Cache-Control``, the challenge.
+            Last: what stands before them is all that a body says.
     """
 
     reason: Reason
@@ -132,11 +138,11 @@ class Answer(NamedTuple):
     detail: str
     remedy: str
     facts: Facts
-    headers: tuple[tuple[bytes, bytes], ...] = ()
     violated: tuple[str, ...] = ()
     transient: bool | None = None
     line: str | None = None
     plan: str | None = None
+    headers: tuple[tuple[bytes, bytes], ...] = ()
 
     @property
     def code(self) -> str:
@@ -182,39 +188,46 @@ def answer(
     row = _TABLE[reason]
     status = _status(refusal, row, allowance_status, options)
     facts = _facts(refusal, decision, unit, row, jitter)
-    problem_type, title = _type(reason, status, row, options)
     own_words = refusal.detail if reason in _OWN_WORDS and refusal.level != "global" else None
-    return Answer(
-        reason=reason,
-        status=status,
-        type=problem_type,
-        title=title,
-        detail=own_words or sentences.detail(facts),
-        remedy=sentences.remedy(facts),
-        facts=facts,
-        headers=tuple(_headers(refusal, decision, unit, status, facts.wait_s, options)),
-        violated=(facts.name,) if reason in _QUOTAS else (),
-        transient=refusal.transient if reason is Reason.CREDITS else None,
-        line=line or None,
-        plan=plan,
-    )
+    transient = refusal.transient if reason is _CREDITS else None
+    said = _said(facts, status, options.type_base, own_words, transient, line or None, plan)
+    return build(Answer, (*said[:11], (*_headers(refusal, decision, unit, status, facts.wait_s, options),)))
+
+
+# A flood is refused in the same words again and again: their numbers change once a second, if at all.
+@lru_cache(maxsize=512)
+def _said(
+    facts: Facts,
+    status: int,
+    type_base: str,
+    own_words: str | None,
+    transient: bool | None,
+    line: str | None,
+    plan: str | None,
+) -> tuple[object, ...]:
+    """All of an `Answer` but its header fields."""
+    reason = facts.reason
+    problem_type, title = _type(reason, status, type_base)
+    detail, remedy = own_words or sentences.detail(facts), sentences.remedy(facts)
+    violated = (facts.name,) if reason in _QUOTAS else ()
+    return reason, status, problem_type, title, detail, remedy, facts, violated, transient, line, plan
 
 
 def _status(refusal: Refusal, row: _Row, allowance_status: int, options: AnswerOptions) -> int:
-    if refusal.reason is Reason.ALLOWANCE:
+    if refusal.reason is _ALLOWANCE:
         return allowance_status
-    if refusal.reason is Reason.CONCURRENCY:
+    if refusal.reason is _CONCURRENCY:
         return options.global_status if refusal.level == "global" else options.caller_status
     return row.status
 
 
-def _type(reason: Reason, status: int, row: _Row, options: AnswerOptions) -> tuple[str, str]:
+def _type(reason: Reason, status: int, type_base: str) -> tuple[str, str]:
     """The draft's types where they fit, each with one title; else our own."""
     if reason in _QUOTAS and status == 429:
         return QUOTA_EXCEEDED, "Quota exceeded"
     if reason in (Reason.CONCURRENCY, Reason.UPSTREAM):
         return REDUCED_CAPACITY, "Temporary reduced capacity"
-    return options.type_base + reason.value.replace("_", "-"), row.title
+    return type_base + reason.value.replace("_", "-"), _TABLE[reason].title
 
 
 def _headers(
@@ -253,52 +266,42 @@ class _Case(NamedTuple):
 
 def _facts(refusal: Refusal, decision: Decision | None, unit: Unit, row: _Row, jitter: Jitter) -> Facts:
     reason = refusal.reason
-    windows = decision.windows if decision is not None else ()
-    window = next((state for state in windows if state.name == refusal.name), None)
-    case = _Case(refusal, window, decision.now if decision is not None else None, jitter)
-    numbers: _Numbers = {}
+    window = now = None
+    if decision is not None:
+        now = decision.now
+        for window in decision.windows:
+            if window.name == refusal.name:
+                break
+        else:
+            window = None
+    case = _Case(refusal, window, now, jitter)
+    numbers = _NO_NUMBERS
     # A pool of everybody's shows what the operator can carry and what others use of it: neither is the caller's.
     if reason in _MONEY:
         numbers = _money(refusal, unit)
-    elif reason in _COUNTED and not (reason is Reason.CONCURRENCY and refusal.level == "global"):
+    elif reason in _COUNTED and not (reason is _CONCURRENCY and refusal.level == "global"):
         numbers = _counts(refusal, window)
     # Beginning anew helps nobody where the whole of it is too little.
     hopeless = case.hopeless
-    reset = None if hopeless and reason is Reason.ALLOWANCE else _moment(refusal.resets_at)
-    return Facts(
-        reason,
-        safe_name(refusal.name),
-        level=refusal.level,
-        wait_s=row.wait_s(case),
-        reset=reset,
-        hopeless=hopeless,
-        **numbers,
-    )
+    reset = None if hopeless and reason is _ALLOWANCE else _moment(refusal.resets_at)
+    name = safe_name(refusal.name)
+    return build(Facts, (reason, name, *numbers[:6], refusal.level, row.wait_s(case), reset, hopeless))
 
 
-class _Numbers(TypedDict, total=False):
-    """Those of `Facts`."""
+_Number: TypeAlias = str | int | None
 
-    unit: str
-    required: str | int | None
-    available: str | int | None
-    held: str | int | None
-    limit: str | int | None
-    used: str | None
+_Numbers: TypeAlias = tuple[str | None, _Number, _Number, _Number, _Number, str | None]
+"""Those of `Facts`, in its order: unit, required, available, held, limit, used."""
+
+_NO_NUMBERS: _Numbers = (None, None, None, None, None, None)
 
 
 def _counts(refusal: Refusal, window: WindowState | None) -> _Numbers:
-    if refusal.reason is Reason.CONCURRENCY:
+    if refusal.reason is _CONCURRENCY:
         unit, held = "concurrent-requests", refusal.held
     else:
         unit, held = window.meter if window is not None else "requests", None
-    return {
-        "unit": unit,
-        "required": refusal.required,
-        "available": refusal.available,
-        "held": held,
-        "limit": refusal.limit,
-    }
+    return unit, refusal.required, refusal.available, held, refusal.limit, None
 
 
 def _money(refusal: Refusal, unit: Unit) -> _Numbers:
@@ -311,14 +314,7 @@ def _money(refusal: Refusal, unit: Unit) -> _Numbers:
         None if parts is None else unit.text(parts)
         for parts in (refusal.required, available, refusal.held, refusal.limit)
     )
-    return {
-        "unit": unit.name,
-        "required": required,
-        "available": left,
-        "held": held,
-        "limit": limit,
-        "used": used,
-    }
+    return unit.name, required, left, held, limit, used
 
 
 def _moment(epoch_s: float | None) -> str | None:

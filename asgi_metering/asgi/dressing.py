@@ -18,7 +18,7 @@ from asgi_metering.decisions import Decision
 from asgi_metering.opening import Before
 from asgi_metering.policies import ChargePolicy
 from asgi_metering.quotas import is_quota_header, read_quota
-from asgi_metering.quotas.dialects import DIALECTS, UNKNOWN
+from asgi_metering.quotas.dialects import UNKNOWN
 
 __all__ = ["dressed", "tap_of", "told", "with_windows"]
 
@@ -28,8 +28,6 @@ What applications say of limits of their own, by custom. Providers that use thes
 one that does not, a route says that it passes the answers on by naming their dialect.
 """
 
-QUOTA_INITIALS = DIALECTS.private_initials
-
 
 def dressed(call: Call, message: Message, scope: Scope, options: AnswerOptions) -> tuple[Message, Tap | None]:
     """
@@ -37,14 +35,14 @@ def dressed(call: Call, message: Message, scope: Scope, options: AnswerOptions) 
 
     Always a new list: frameworks may reuse a response object, whose own list must not grow.
     """
-    policy, decision, names = call.policy, call.decision, options.names
-    given: Headers = list(message.get("headers", ()))
+    decision, names = call.decision, options.names
+    given: Headers = [*message.get("headers", ())]
     concerns_us = _concerns_us(given, names)
     if concerns_us:
         given = [(bytes(name), bytes(value)) for name, value in given]
-        if policy is not None and "quotas" in call.opening.features:
-            given = _capture(call, policy.charge, given, message["status"])
-    tap = tap_of(call, given, scope) if call.counts_usage else None
+        if call.policy is not None and "quotas" in call.opening.features:
+            given = _capture(call, call.policy.charge, given, message["status"])
+    tap = None if call.is_plain else tap_of(call, given, scope)
     if decision is not None:
         if call.opening.before is not None:
             decision = with_windows(decision, call.opening.before)
@@ -64,8 +62,7 @@ def _concerns_us(given: Headers, names: HeaderNames) -> bool:
     initials = names.initials
     try:
         for name, _ in given:
-            initial = name[:1]
-            if initial in initials or initial in QUOTA_INITIALS:
+            if name[:1] in initials:
                 return True
     except (TypeError, ValueError):
         # Bytes of another kind, which some applications send, and which cannot be looked up.

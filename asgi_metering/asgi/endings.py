@@ -45,7 +45,7 @@ def cause_of(failure: BaseException, finishing: bool) -> Cause:
     a body in one message, a file by path, and as many bytes as ``Content-Length`` said. They are whole, and charged,
     whatever raises behind them, such as a background task.
     """
-    if isinstance(failure, Exception) or not isinstance(failure, asyncio.CancelledError | GeneratorExit):
+    if isinstance(failure, Exception) or not isinstance(failure, (asyncio.CancelledError, GeneratorExit)):
         return Cause.ERROR
     return Cause.COMPLETED if finishing else Cause.ABORTED
 
@@ -107,7 +107,10 @@ def stops(failure: BaseException) -> bool:
     """Whether somebody wants the task or the process to end, which no answer may hold up."""
     if isinstance(failure, BaseExceptionGroup):
         return any(stops(inner) for inner in failure.exceptions)
-    return isinstance(failure, asyncio.CancelledError | GeneratorExit | KeyboardInterrupt | SystemExit)
+    return isinstance(failure, _STOPPING)
+
+
+_STOPPING = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
 
 
 def is_last(message: Message) -> bool:

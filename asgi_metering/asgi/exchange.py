@@ -62,6 +62,9 @@ After so many bytes the loop gets a turn, so that a burst that never waits still
 """
 
 
+# Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
+_COMPLETED, _ABORTED = Cause.COMPLETED, Cause.ABORTED
+
 _OVER: Scope = {"method": "", "headers": ()}
 """The scope of a request that is over."""
 
@@ -98,14 +101,17 @@ async def run(app: ASGIApp, exchange: Exchange) -> None:
     finally:
         CURRENT.reset(token)
         exchange.closed = True
-        try:
-            if exchange.call is not None or exchange.watch is not None:
+        if exchange.call is None and exchange.watch is None:
+            # As `let_go` does, of a request that nobody asked for a call.
+            exchange.scope, exchange._origin = _OVER, None
+        else:
+            try:
                 waiting = exchange.over()
                 if waiting is not None:
                     await waiting
-        finally:
-            if exchange.scope is not _OVER:
-                exchange.let_go()
+            finally:
+                if exchange.scope is not _OVER:
+                    exchange.let_go()
 
 
 class Exchange(Hearing):
@@ -141,6 +147,10 @@ class Exchange(Hearing):
             self._catch_up(call, self.begun)
         kind = message["type"]
         if kind == "http.response.body":
+            if not message.get("more_body", False) and call.is_plain and not self.trailers:
+                # As `_send_body` does with it, but for a step: most answers have one chunk, which is the last.
+                body = message.get("body", b"")
+                return self._send_last(call, message, body, bool(body))
             return self._send_body(call, message)
         if kind == "http.response.start" and not self.started:
             return self._send_start(call, message)
@@ -217,11 +227,11 @@ class Exchange(Hearing):
             await self._send_unadmitted(call, message)
             return
         body = message.get("body", b"")
+        if not self.trailers and not message.get("more_body", False):
+            await self._send_last(call, message, body, bool(body))
+            return
         # What is sent to a client that was seen to leave reaches nobody: a framework's own 500, say.
         reaches = call.cause is None
-        if not self.trailers and not message.get("more_body", False):
-            await self._send_last(call, message, body, reaches and bool(body))
-            return
         handed_over = True
         try:
             await self._deliver(call, message)
@@ -248,6 +258,8 @@ class Exchange(Hearing):
         A closure, since attributes cost twice as much as cells, and one step, since each costs as much as all it does.
         """
         send, slowly, keep, room = self.server_send, self.send, self.keep, self.room
+        if keep is None and call.growth is None:
+            return self._passing_unseen(call)
         left, self.unchecked = room - self.unchecked, 0
         # Looked at for each of them: found at once in the instance, and slowly in its class.
         self.swapped = self.swapped
@@ -283,6 +295,34 @@ class Exchange(Hearing):
 
         return passing
 
+    def _passing_unseen(self, call: Call) -> Send:
+        """The same where nobody looks at the chunks and nothing can cut the call: they are counted, and no more."""
+        send, slowly, room = self.server_send, self.send, self.room
+        left, self.unchecked = room - self.unchecked, 0
+
+        async def passing(message: Message) -> None:
+            nonlocal left
+            try:
+                size = len(message["body"]) if message["more_body"] else None
+            except (KeyError, TypeError):
+                size = None
+            if size is None:
+                self.unchecked, left = self.unchecked + room - left, room
+                await slowly(message)
+                return
+            try:
+                await send(message)
+            except OSError:
+                if not self._lost(call):
+                    raise
+            left -= size
+            if left <= 0:
+                # As above.
+                self.unchecked, left = self.unchecked + room - left, room
+                await self._turn(call)
+
+        return passing
+
     async def _turn(self, call: Call) -> int:
         """Give the loop a turn, and a hold that grows its time; how many bytes may pass now is returned."""
         passed, self.unchecked = self.unchecked, 0
@@ -307,9 +347,11 @@ class Exchange(Hearing):
         self.latest = message
         await self.server_send(message)
 
-    async def _send_last(self, call: Call, message: Message, body: bytes, reaches: bool) -> None:
+    async def _send_last(self, call: Call, message: Message, body: bytes, shows: bool) -> None:
         """
         The last message: the runtime ends the call when the app returns, or when the grace after it is over.
+
+        What it *shows* of the answer reaches the client, unless that was seen to leave.
 
         The grace begins when the server has taken the message: a slow client may hold that up for long, and what it
         reads is charged by what it says. A server that raises `OSError` from it says that the client is gone.
@@ -318,6 +360,7 @@ class Exchange(Hearing):
             await self._deliver(call, message)
             return
         self.finishing = True
+        reaches = shows and call.cause is None
         self.sending = (body, reaches)
         runtime = call.runtime
         if runtime is not None:
@@ -377,11 +420,12 @@ class Exchange(Hearing):
             or (kind == "http.response.pathsend" and not self.trailers)
             or (kind == "http.response.zerocopysend" and not message.get("more_body", False) and not self.trailers)
         )
-        reaches = call.cause is None and kind != "http.response.trailers"
-        if call.reply is not None and kind != "http.response.trailers":
+        is_body = kind != "http.response.trailers"
+        reaches = call.cause is None and is_body
+        if call.reply is not None and is_body:
             call.reply.lose()
         if last and call.admitted:
-            await self._send_last(call, message, b"", reaches)
+            await self._send_last(call, message, b"", is_body)
             self.whole = kind == "http.response.pathsend"
             return
         await self._deliver(call, message)
@@ -509,7 +553,7 @@ class Exchange(Hearing):
             runtime.graces.over(self.grace)
         if not self.finishing:
             # It returned without an end: the server cancelled, or a framework noticed that the client left.
-            call.see(Cause.ABORTED)
+            call.see(_ABORTED)
         if runtime is not None:
             self._close(call)
             if not (runtime.managed or call.receipt is not None or not call.has_hold):
@@ -528,7 +572,7 @@ class Exchange(Hearing):
     def _close(self, call: Call) -> None:
         """Hand the call to the runtime; the first cause seen wins."""
         if self.finishing:
-            call.see(Cause.COMPLETED)
+            call.see(_COMPLETED)
         if self.draining is not None:
             call.drained = call.drained if call.closed else self.finishing and self.draining.is_within
             self.draining.stop()

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil, isfinite
 from operator import itemgetter
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from asgi_metering.amounts import Unit
 from asgi_metering.decisions import Decision, WindowState
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.names import is_field_name
+from asgi_metering.quotas.dialects import DIALECTS
 
 __all__ = [
     "DEFAULT_NAMES",
@@ -80,7 +81,8 @@ class HeaderNames:
         available: What the paying source has left after this call's hold.
 
     Attributes:
-        initials: What they begin with, in either case: a field that does not is none of them.
+        initials: What they begin with, or the fields that tell a provider's quota do, in either case: a field that
+            does not is none of these.
 
     Raises:
         ConfigurationError: A name that is no header name, that frames the message, or that stands for two fields.
@@ -97,6 +99,7 @@ class HeaderNames:
     retry_after: str | None = "Retry-After"
     available: str | None = "Metering-Available"
     _wire: tuple[bytes | None, ...] = field(init=False, repr=False, compare=False)
+    _has_custom: bool = field(init=False, repr=False, compare=False)
     initials: frozenset[bytes] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -115,7 +118,8 @@ class HeaderNames:
         wire = tuple([None if name is None else name.lower().encode("ascii") for name in names])
         object.__setattr__(self, "_wire", wire)
         initials = {letter for name in wire if name is not None for letter in (name[:1], name[:1].upper())}
-        object.__setattr__(self, "initials", frozenset(initials))
+        object.__setattr__(self, "initials", frozenset(initials) | DIALECTS.private_initials)
+        object.__setattr__(self, "_has_custom", wire[2:5] != (None, None, None))
 
     @classmethod
     def with_legacy(cls) -> HeaderNames:
@@ -171,15 +175,18 @@ def limit_fields(
     policy, state, limit, remaining, reset, _, available = names._wire
     windows = decision.windows
     if windows:
-        spelled = _spelled(tuple(map(_WRITTEN, windows)))
+        spelled = _spelled(*map(_WRITTEN, windows))
         if not spelled.is_distinct:
             windows = _distinct(windows, spelled.quoted)
-            spelled = _spelled(tuple(map(_WRITTEN, windows)))
-        if policy is not None:
+            spelled = _spelled(*map(_WRITTEN, windows))
+        if policy is not None and state is not None:
+            # As nearly everywhere.
+            fields = [(policy, spelled.policies), (state, _states(windows, spelled))]
+        elif policy is not None:
             fields.append((policy, spelled.policies))
-        if state is not None:
+        elif state is not None:
             fields.append((state, _states(windows, spelled)))
-        if limit is not None or remaining is not None or reset is not None:
+        if names._has_custom:
             _add_legacy(fields, _shown_window(windows, failing), decision.now, (limit, remaining, reset))
     if available is not None and decision.available is not None:
         fields.append((available, _available(decision.available, unit, decision.source, warn_below, overdraft)))
@@ -188,6 +195,11 @@ def limit_fields(
 
 _WRITTEN = itemgetter(*map(WindowState._fields.index, ("name", "limit", "window_s", "meter")))
 """What of a window does not change from call to call."""
+
+
+_LEFT: Final = 2
+_SECONDS: Final = 3
+"""What of it does, by the places in a `WindowState`: names cost more, and every response tells it of each window."""
 
 
 class _Spelled(NamedTuple):
@@ -209,7 +221,7 @@ class _Spelled(NamedTuple):
 
 # Policies are few and the same on every response; limits by plan or by month make a few more.
 @lru_cache(maxsize=1024)
-def _spelled(written: tuple[tuple[Any, ...], ...]) -> _Spelled:
+def _spelled(*written: tuple[Any, ...]) -> _Spelled:
     quoted = []
     items = []
     for name, limit, window_s, meter in written:
@@ -229,11 +241,12 @@ def _spelled(written: tuple[tuple[Any, ...], ...]) -> _Spelled:
 def _states(windows: Sequence[WindowState], spelled: _Spelled) -> bytes:
     numbers: list[int] = []
     try:
-        for _, _, left, seconds, _, _ in windows:
-            numbers += left, ceil(seconds - _CLOCK_NOISE_S)
+        for window in windows:
+            left, wait = window[_LEFT], ceil(window[_SECONDS] - _CLOCK_NOISE_S)
+            if not 0 <= left <= MAX_SF_INTEGER >= wait >= 0:
+                return _odd_states(windows, spelled.quoted)
+            numbers += left, wait
     except (OverflowError, ValueError):
-        return _odd_states(windows, spelled.quoted)
-    if min(numbers) < 0 or max(numbers) > MAX_SF_INTEGER:
         return _odd_states(windows, spelled.quoted)
     return spelled.states % (*numbers,)
 

@@ -103,11 +103,16 @@ class Hearing(Opening):
         free: bool = False,
         unenforced: frozenset[str] = frozenset(),
     ) -> None:
-        super().__init__(metering, features, free=free, unenforced=unenforced)
+        # As `Opening` does: to ask it would cost every request of every route as much as a third of this.
+        self.metering = metering
+        self.features = features
+        self.unenforced = unenforced
         self.scope = scope
         self.options = options
-        self._receive, self.server_send = receive, send
+        self._receive = receive
+        self.server_send = send
         if free:
+            self.free = True
             self.mark = scope[MARK_KEY] = object()
         if Slices.in_use:
             # To ask for it costs as much as all else here, so only where some hold of this process may grow.

@@ -126,7 +126,22 @@ class MeteringMiddleware:
             if opening is not None:
                 await self._join(opening, scope, receive, send)
             elif self.proven or self._prove(scope):
-                await self._meter(scope, receive, send)
+                # Into the scope itself, as Starlette's own middleware does: a copy would hide the route from outer
+                # layers.
+                exchange = scope[SCOPE_KEY] = Exchange(
+                    self.metering,
+                    self.features,
+                    scope,
+                    receive,
+                    send,
+                    self.options,
+                    free=scope["method"] in FREE_METHODS,
+                    unenforced=self.unenforced,
+                )
+                if self.limits is None:
+                    await run(self.app, exchange)
+                else:
+                    await self._limited(self.limits, exchange, (scope, receive, send))
             else:
                 await _answer_mistaken(send)
         elif kind == "websocket":
@@ -136,24 +151,10 @@ class MeteringMiddleware:
         else:
             await self.app(scope, receive, send)
 
-    def _meter(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        # Into the scope itself, as Starlette's own middleware does: a copy would hide the route from outer layers.
-        exchange = scope[SCOPE_KEY] = Exchange(
-            self.metering,
-            self.features,
-            scope,
-            receive,
-            send,
-            self.options,
-            free=scope["method"] in FREE_METHODS,
-            unenforced=self.unenforced,
-        )
-        if self.limits is None:
-            return run(self.app, exchange)
+    def _limited(self, limits: FlatLimits, exchange: Exchange, channel: tuple[Scope, Receive, Send]) -> Awaitable[None]:
         if exchange.free:
-            return run(Overridden(self.app, self.limits, exchange, self.options.answers), exchange)
-        channel = (scope, receive, send)
-        return counted(self.limits, exchange, self.options.answers, self.app, lambda app: run(app, exchange), channel)
+            return run(Overridden(self.app, limits, exchange, self.options.answers), exchange)
+        return counted(limits, exchange, self.options.answers, self.app, lambda app: run(app, exchange), channel)
 
     def _prove(self, scope: Scope) -> bool:
         """Audit the application, once, where no lifespan did; False for one that must not serve."""

@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 from asgi_metering.asgi.answers import Answer
@@ -179,7 +180,15 @@ def _compose(answer: Answer, shape: ErrorShape, customise: Customise | None) -> 
         # The hook is the application's: whatever it does, its caller gets a refusal and not a 500.
         except Exception:
             log.exception("The hook that customises refusals failed for %r. The standard body was sent.", answer.code)
-    return *_spell(answer, problem(answer), shape), fields
+    return *_standard(answer[:-1], shape), fields
+
+
+# As often as it is said: see `answers`.
+@lru_cache(maxsize=512)
+def _standard(said: tuple[Any, ...], shape: ErrorShape) -> tuple[bytes, bytes]:
+    """The body of an answer that nobody customises, by all of it but its header fields; and its media type."""
+    answer = Answer(*said)
+    return _spell(answer, problem(answer), shape)
 
 
 def _asked(customise: Customise, members: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Any]]:

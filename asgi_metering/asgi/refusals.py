@@ -6,15 +6,17 @@ Puts together what a call knows and what its route chose. Never sends anything, 
 
 from __future__ import annotations
 
+from typing import Literal
+
 from asgi_metering.asgi.answers import Answer, AnswerOptions, answer
 from asgi_metering.asgi.dressing import with_windows
 from asgi_metering.asgi.problems import Customise, Rendered, ndjson_error, render, sse_error
 from asgi_metering.asgi.replay import replay_response
 from asgi_metering.asgi.types import Message
 from asgi_metering.call import Call
-from asgi_metering.decisions import Decision, Refusal
+from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import MeteringError
-from asgi_metering.policies import EndpointPolicy, ErrorShape
+from asgi_metering.policies import ChargePolicy, EndpointPolicy, ErrorShape
 from asgi_metering.sources import Allowance
 
 __all__ = ["in_band_error", "message_error", "refusal_answer", "refusal_response"]
@@ -41,9 +43,6 @@ def refusal_answer(
     refusal = refusal or call.lack
     if refusal is None:
         raise MeteringError(f"Call {call.id!r} was not refused, so there is no refusal to answer.")
-    charge = call.charge
-    sources = charge.sources if charge is not None else ()
-    by_name = {source.name: source.status for source in sources if isinstance(source, Allowance)}
     decision = call.decision if decision is None else decision
     before = call.opening.before
     return answer(
@@ -52,9 +51,16 @@ def refusal_answer(
         unit=call.unit,
         line=call.line,
         plan=call.caller.plan if call.caller is not None else None,
-        allowance_status=402 if by_name.get(refusal.name) == 402 else 429,
+        allowance_status=_allowance_status(call.charge, refusal.name) if refusal.reason is Reason.ALLOWANCE else 429,
         options=options,
     )
+
+
+def _allowance_status(charge: ChargePolicy | None, name: str) -> Literal[402, 429]:
+    """What the allowance *name* answers where it is spent."""
+    sources = charge.sources if charge is not None else ()
+    by_name = {source.name: source.status for source in sources if isinstance(source, Allowance)}
+    return 402 if by_name.get(name) == 402 else 429
 
 
 def refusal_response(call: Call, options: AnswerOptions) -> Rendered:

@@ -20,7 +20,7 @@ MAX_PATHS = 4_096
 """Paths whose route is remembered: those that clients make up come and go."""
 
 MAX_PATH = 256
-"""Characters of such a path: with longer ones a client could fill our memory."""
+"""Characters of such a path and its method: with longer ones a client could fill our memory."""
 
 
 class _Entry(NamedTuple):
@@ -48,7 +48,7 @@ class RouteTable:
         place = (scope["method"], _path_below(scope["path"], self._root_path or scope.get("root_path", "")))
         if place in self._known:
             return self._known[place]
-        if len(place[1]) > MAX_PATH:
+        if len(place[0]) + len(place[1]) > MAX_PATH:
             return self._find(*place)
         if len(self._known) >= MAX_PATHS:
             self._known = {}

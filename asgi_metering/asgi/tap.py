@@ -50,6 +50,8 @@ class Tap:
 
     __slots__ = ("_chunks", "_dropped", "_for_text", "_for_usage", "_kind", "_passed", "_sheds", "_usage_at", "keep")
 
+    answers = None
+
     def __init__(self, content_type: str | None, content_encoding: str | None, dialect: str | None) -> None:
         # Two readers of the same chunks: looking for usage alone skips what looking for text has to parse.
         self._kind = content_type, content_encoding, dialect

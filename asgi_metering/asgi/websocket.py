@@ -21,6 +21,7 @@ from asgi_metering.asgi.origin import HTTPOrigin
 from asgi_metering.asgi.problems import close_frame
 from asgi_metering.asgi.refusals import message_error, refusal_answer, refusal_response
 from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
+from asgi_metering.asgi.utterances import Utterances, utterances_of
 from asgi_metering.asgi.watch import ClientGone
 from asgi_metering.call import Call, CallCut, CallRefused
 from asgi_metering.decisions import Decision, Reason, Refusal
@@ -159,6 +160,7 @@ class Session(Opening):
     _telling: asyncio.Task[None] | None = None
     _verdict: _Verdict | None = None  # by which we close it
     cutting: Cutting | None = None
+    utterances: Utterances | None = None  # what the application says, where its usage matters
 
     def __init__(
         self,
@@ -370,7 +372,9 @@ class Session(Opening):
             self.ended = True
         await self._deliver(call, message)
         self.passed(kind)
-        if kind == "websocket.accept":
+        if kind == "websocket.send" and self.utterances is not None and not call.closed:
+            await self.utterances.sent(message)
+        elif kind == "websocket.accept":
             self._catch_up(call)
         elif kind == "websocket.close":
             self._closed_by_app(call, message.get("code", 1000))
@@ -400,6 +404,7 @@ class Session(Opening):
         """The connection is open, and the call was let in: whichever comes last begins the charge."""
         if self.accepted and call.admitted and not call.first_byte and not self.swapped:
             call.first_byte = True
+            call.observer = self.utterances = utterances_of(call)
             if isinstance(call.growth, SessionGrowth):
                 call.growth.begin()
                 self._look_out(call.growth)
@@ -456,8 +461,7 @@ class Session(Opening):
         if verdict is not None and verdict.refusal is not call.lack:
             self._verdict = verdict
         refusal, decision = (verdict.refusal, verdict.decision) if verdict is not None else (None, None)
-        answer = refusal_answer(call, self.options, refusal, decision)
-        code, reason = close_frame(answer)
+        code, reason = close_frame(refusal_answer(call, self.options, refusal, decision))
         call.cut()
         self._end(call, Cause.CUT)
         self._goodbye(code, reason)

@@ -160,7 +160,9 @@ def _upstream(required: Any) -> str:
     """What a provider must have left."""
     label = required.label if isinstance(required.label, str) else None
     name = required.provider if required.label is None else f"{required.provider}/{label or _function(required.label)}"
-    return f"{name}{_shadow(required)}"
+    models = required.models
+    of_models = "" if not models else f"@{'+'.join(models) if isinstance(models, tuple) else _function(models)}"
+    return f"{name}{of_models}{_shadow(required)}"
 
 
 def _misnamed(rows: Any) -> list[str]:

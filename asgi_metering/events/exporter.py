@@ -20,7 +20,7 @@ from asgi_metering.errors import ConfigurationError, StoreError
 from asgi_metering.events.courier import Courier
 from asgi_metering.events.custody import Custody
 from asgi_metering.events.metrics import Meters
-from asgi_metering.events.outbox import Backlog, Dropped, Outbox, Read, Submit, read_event
+from asgi_metering.events.outbox import Backlog, Dropped, Outbox, Read, Submit, read_events
 from asgi_metering.events.sinks import Sink, is_enabled
 from asgi_metering.names import check_name
 from asgi_metering.usage.event import UsageEvent
@@ -188,18 +188,14 @@ class Exporter:
         claimed = await self._outbox.claim(self._batch, lease_s)
         self._claimed_all = len(claimed) < self._batch
         if not self.listening:
-            for row in claimed:
-                self._custody.give_up(row.id)
+            self._custody.give_up([row.id for row in claimed])
             return
-        for row in claimed:
-            try:
-                event = read_event(row)
-            except Exception as error:  # noqa: BLE001 -- whatever is wrong with it, it must not block the others
-                log.error("The usage event %r cannot be read: %r. It is dropped.", row.id, error)
-                self._drops.append(Dropped(row.id, row.payload, "undecodable"))
-                self._custody.give_up(row.id)
-            else:
-                self._custody.pick_up(event, now + lease_s)
+        events, unreadable = read_events(claimed)
+        for row, error in unreadable:
+            log.error("The usage event %r cannot be read: %r. It is dropped.", row.id, error)
+            self._drops.append(Dropped(row.id, row.payload, "undecodable"))
+            self._custody.give_up((row.id,))
+        self._custody.pick_up(events, now + lease_s)
 
     def _start(self, courier: Courier) -> asyncio.Task[None] | None:
         events = self._custody.missing(courier.bit)
@@ -227,7 +223,7 @@ class Exporter:
             self._wake.set()
 
     def _took(self, courier: Courier, events: Sequence[UsageEvent]) -> None:
-        self._custody.took((event.id for event in events), courier.bit, self._clock())
+        self._custody.took(events, courier.bit, self._clock())
 
     def _gave_up(self, courier: Courier, event: UsageEvent) -> None:
         log.error(

@@ -7,18 +7,20 @@ Knows the store's operations for events and the form of a stored event. Never kn
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from itertools import repeat
+from operator import contains, methodcaller
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
-from asgi_metering.errors import StoreUnavailableError
+from asgi_metering.errors import StoreUnavailableError, UsageError
 from asgi_metering.events.conventions import CORRECTS
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Acknowledge, Claim, Operation
 from asgi_metering.rules.state import Event
 from asgi_metering.stores.contract import PendingEvents, Query, Snapshot
-from asgi_metering.usage.event import UsageEvent
+from asgi_metering.usage.event import UsageEvent, ordinary_events
 
-__all__ = ["COUNTED", "Backlog", "Dropped", "Outbox", "Read", "Submit", "read_event"]
+__all__ = ["COUNTED", "Backlog", "Dropped", "Outbox", "Read", "Submit", "read_event", "read_events"]
 
 COUNTED: Final = 1_000
 """Events that a look at the backlog counts at most."""
@@ -60,6 +62,9 @@ class Backlog(NamedTuple):
     lag_s: float
 
 
+_OWN_ID = methodcaller("get", "id")
+
+
 def read_event(row: Event) -> UsageEvent:
     """
     Read the usage event of an outbox row.
@@ -70,10 +75,42 @@ def read_event(row: Event) -> UsageEvent:
     Raises:
         UsageError: The payload is no event.
     """
-    payload = {**row.payload, "id": row.id}
+    return UsageEvent.from_dict(_told(row.id, row.payload))
+
+
+def read_events(rows: Sequence[Event]) -> tuple[list[UsageEvent], list[tuple[Event, Exception]]]:
+    """Read the usage events of outbox rows, as `read_event`; rows that nobody can read come with the reason."""
+    try:
+        return _together(rows), []
+    except Exception as error:  # noqa: BLE001 -- whatever is wrong with one of them, it must not block the others
+        if len(rows) == 1:
+            return [], [(rows[0], error)]
+    # By halves, the others of the batch are still read together.
+    half = len(rows) // 2
+    events, unreadable = read_events(rows[:half])
+    more_events, more_unreadable = read_events(rows[half:])
+    return events + more_events, unreadable + more_unreadable
+
+
+def _together(rows: Sequence[Event]) -> list[UsageEvent]:
+    """Read rows at the price of a few of them; UsageError where one is not as nearly all are."""
+    if len(rows) < 2:
+        return [read_event(row) for row in rows]
+    ids, _, payloads, _, _ = zip(*rows, strict=True)
+    # Most are told as they are kept.
+    if tuple(map(_OWN_ID, payloads)) != ids or any(map(contains, payloads, repeat("event_of"))):
+        payloads = tuple(map(_told, ids, payloads))
+    events = ordinary_events(payloads)
+    if events is None:
+        raise UsageError("One of the stored events takes a closer look.")
+    return events
+
+
+def _told(key: str, payload: Mapping[str, Any]) -> dict[str, Any]:
+    told = {**payload, "id": key}
     if "event_of" in payload:
-        payload["attributes"] = {**payload.get("attributes", {}), CORRECTS: payload["event_of"]}
-    return UsageEvent.from_dict(payload)
+        told["attributes"] = {**payload.get("attributes", {}), CORRECTS: payload["event_of"]}
+    return told
 
 
 class Outbox:

@@ -26,6 +26,9 @@ NO_UNITS: Final[Mapping[str, Decimal]] = MappingProxyType({})
 WEB_SEARCHES: Final = "web_searches"
 """The unit of searches that a provider makes for an answer."""
 
+CITATIONS: Final = "citation_tokens"
+"""The unit of what an answer cites, where a provider counts its tokens apart."""
+
 MAX_BREAKDOWN: Final = 1_000
 """Characters of the breakdown by model on an event: what exporters send whole (`events.records.MAX_TEXT`)."""
 
@@ -138,8 +141,9 @@ class Costing:
         flags: What is wrong with it, each once: ``unknown_model`` (no price by its name), ``default_price`` (charged by
             the default instead), ``dearest_kind`` (nobody said what of the output is an image, so that all of it is
             charged as what costs most), ``unknown_service`` (a service tier without a factor, so that tokens cost the
-            usual), ``cost_refused`` (a reported cost that nobody can believe), ``cost_unresolved``
-            (nothing told the cost, so nothing is charged for it).
+            usual), ``unpriced_citations`` (what it cites is counted apart, and has no price), ``cost_refused`` (a
+            reported cost that nobody can believe), ``cost_unresolved`` (nothing told the cost, so nothing is charged
+            for it).
     """
 
     amount: Decimal

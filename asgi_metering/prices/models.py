@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from asgi_metering.amounts import Amount, exact_amount
 from asgi_metering.errors import AmountError, ConfigurationError
 from asgi_metering.prices.aliases import Aliases, candidates
-from asgi_metering.prices.costing import WEB_SEARCHES, CostedCall, Costing, Flag, ModelCall, summed
+from asgi_metering.prices.costing import CITATIONS, WEB_SEARCHES, CostedCall, Costing, Flag, ModelCall, summed
 from asgi_metering.prices.published import Rate, find_published, load_published, published_version
 from asgi_metering.prices.tokens import TokenPrice, dearest_of, factor_of, read_factors
 from asgi_metering.prices.units import UnitPrice
@@ -88,7 +88,11 @@ def _response(call: ModelCall, rate: Rate | None, factor: Decimal) -> Decimal:
 def _counted(call: ModelCall, rate: Rate | None, factor: Decimal) -> Decimal:
     """By tokens alone, whoever counted them; never of images, whose tokens are none of a text's (S3.20)."""
     tokens = _NOTHING if rate is None or rate.is_media or call.is_media else _token_cost(call, rate, factor)
-    return EXACT.fma(rate.call, call.count, tokens) if rate is not None and tokens else _NOTHING
+    if rate is None or not tokens:
+        return _NOTHING
+    if rate.units is not None and CITATIONS in rate.units.prices:
+        tokens = EXACT.add(tokens, rate.units.cost_of({CITATIONS: call.units.get(CITATIONS, _NOTHING)}))
+    return EXACT.fma(rate.call, call.count, tokens)
 
 
 def _token_cost(call: ModelCall, rate: Rate, factor: Decimal) -> Decimal:
@@ -230,13 +234,21 @@ class PinnedPrices:
         rate = self._asked
         if rate is None or rate.tokens is None:
             return self.cost(usage)
-        found = ModelCall(units={WEB_SEARCHES: Decimal(searches)})
-        searching = EXACT.add(self._searching(found, rate), rate.tokens.cost_by(found, _ONE))
-        if rate.units is not None:
-            searching = EXACT.add(searching, rate.units.cost_of(found.units))
         tokens = EXACT.multiply(rate.tokens.cost_at_most(usage, slack), self.dearer(service))
-        usd = EXACT.add(EXACT.add(tokens, rate.call), searching)
+        usd = EXACT.add(EXACT.add(tokens, rate.call), self._searching_usd(searches, rate))
         return EXACT.add(self.prices.to_units(usd), self.prices.fee)
+
+    def searching(self, searches: Decimal | int) -> Decimal:
+        """As of `TokenPrice`: by the price of the model that was asked for, else by that of all."""
+        rate = self._asked
+        return _NOTHING if rate is None else self.prices.to_units(self._searching_usd(searches, rate))
+
+    def _searching_usd(self, searches: Decimal | int, rate: Rate) -> Decimal:
+        found = ModelCall(units={WEB_SEARCHES: Decimal(searches)})
+        usd = self._searching(found, rate)
+        if rate.tokens is not None:
+            usd = EXACT.add(usd, rate.tokens.searching(searches))
+        return usd if rate.units is None else EXACT.add(usd, rate.units.cost_of(found.units))
 
     def dearer(self, service: str | None) -> Decimal:
         """As of `TokenPrice`: by its own factors where it has one for that tier, else by those of all."""
@@ -292,7 +304,8 @@ class PinnedPrices:
     def _searching(self, call: ModelCall, rate: Rate | None, *, is_counted: bool = False) -> Decimal:
         """What searches of the web cost where the model's own price does not say, or does not for what was counted."""
         count = call.units.get(WEB_SEARCHES)
-        if not count or rate is None:
+        if not count or rate is None or rate.call:
+            # A price for each request has its searches in it.
             return _NOTHING
         if rate.units is not None and WEB_SEARCHES in rate.units.prices:
             return rate.units.cost_of({WEB_SEARCHES: count}) if is_counted else _NOTHING
@@ -322,6 +335,8 @@ class PinnedPrices:
                     flags.append("default_price")
                 if by_price and _is_guess(rate, call.usage):
                     flags.append("dearest_kind")
+                if by_price and _lacks_citations(rate, call):
+                    flags.append("unpriced_citations")
                 if by_price and not is_served:
                     flags.append("unknown_service")
                 return CostedCall(call, cost, name, tuple(flags))
@@ -343,6 +358,13 @@ class PinnedPrices:
 
 def _is_guess(rate: Rate | None, usage: TokenUsage) -> bool:
     return rate is not None and rate.tokens is not None and rate.tokens.is_guess(usage)
+
+
+def _lacks_citations(rate: Rate | None, call: ModelCall) -> bool:
+    """Whether what it cites is counted apart and has no price; one for each request has it in it."""
+    if rate is None or rate.call or not call.units.get(CITATIONS):
+        return False
+    return rate.units is None or CITATIONS not in rate.units.prices
 
 
 def _sort_of(cost: Decimal | None, believed: Decimal) -> int:

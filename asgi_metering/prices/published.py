@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from asgi_metering.errors import MissingExtraError
+from asgi_metering.prices.costing import CITATIONS
 from asgi_metering.prices.tokens import TokenPrice, TokenTier
 from asgi_metering.prices.units import SECONDS, UnitPrice
 
@@ -62,6 +63,7 @@ TOKENS: Final = {
 
 UNITS: Final = {
     "web_searches_kcount": ("web_searches", 1_000),
+    "output_citation_mtok": (CITATIONS, 1_000_000),
     "storage_searches_kcount": ("storage_searches", 1_000),
     "audio_hours": (SECONDS, 3_600),
     "input_audio_hours": (SECONDS, 3_600),

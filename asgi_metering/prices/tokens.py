@@ -217,7 +217,11 @@ class TokenPrice:
             searches: How many searches of the web it may make.
         """
         tokens = EXACT.multiply(self._most(usage, slack), self.dearer(service))
-        return EXACT.fma(self.web_search or 0, searches, tokens)
+        return EXACT.add(tokens, self.searching(searches))
+
+    def searching(self, searches: Decimal | int) -> Decimal:
+        """Whole units that so many searches of the web cost, beside the tokens of their answer."""
+        return EXACT.multiply(self.web_search or 0, searches)
 
     def _most(self, usage: TokenUsage, slack: Decimal) -> Decimal:
         reach = int(EXACT.multiply(usage.input or 0, 1 + slack))

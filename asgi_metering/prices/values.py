@@ -13,7 +13,7 @@ from typing import Final, Protocol, runtime_checkable
 from asgi_metering.amounts import Amount, exact_amount
 from asgi_metering.usage import TokenUsage
 
-__all__ = ["EXACT", "FLOOR", "MAX_AFFORDABLE", "FixedPrice", "MeasuredPrice", "capped"]
+__all__ = ["EXACT", "FLOOR", "MAX_AFFORDABLE", "FixedPrice", "MeasuredPrice", "capped", "reads_request"]
 
 # Wide enough that sums of bounded counts and prices are exact; never the caller's own (mutable, global) context.
 EXACT: Final = Context(prec=60)
@@ -57,3 +57,8 @@ def capped(left: Decimal, price: Decimal, per: int) -> int:
     if not price:
         return MAX_AFFORDABLE
     return min(MAX_AFFORDABLE, int(FLOOR.divide_int(EXACT.multiply(left, per), price)))
+
+
+def reads_request(price: object) -> bool:
+    """Whether it depends on the request what *price* asks: on its model, its service tier, or its searches."""
+    return any(getattr(price, name, None) for name in ("pin", "services", "web_search"))

@@ -35,12 +35,14 @@ class Told(NamedTuple):
         limits: Of the provider, in the order told.
         retry_after_s: Seconds to wait; None is not told.
         headers: Quota headers that the body repeats (OpenRouter), to be read as such.
+        model: The one model that limits and wait are of; None is all of them.
     """
 
     verdict: Verdict | None
     limits: tuple[QuotaLimit, ...] = ()
     retry_after_s: float | None = None
     headers: tuple[tuple[bytes, bytes], ...] = ()
+    model: str | None = None
 
 
 def read_body(status: int | None, body: bytes, now: float, error_type: str = "") -> Told:
@@ -62,13 +64,15 @@ def read_body(status: int | None, body: bytes, now: float, error_type: str = "")
     if verdict is None:
         # A bad request may speak of limits, too: those of a model's context, say.
         return Told(None)
-    limits, wait = read_details(error, now)
+    limits, wait, model = read_details(error, now)
     sentence = read_sentence(message, now)
     return Told(
         verdict,
         limits or sentence.limits,
         sentence.retry_after_s if wait is None else wait,
         _copied(error.get("metadata")),
+        # Who has to pay first has to for every model.
+        None if verdict is Verdict.OUT_OF_CREDIT else model,
     )
 
 

@@ -117,8 +117,12 @@ class DialectRegistry:
             # After the answer's own, so that these win; what both say is the same.
             lines += self._recognise(told.headers)
         dialect = next((dialect for dialect in self.dialects if _speaks(dialect, lines)), None)
-        limits = _joined(dialect.read(lines, now) if dialect else (), told.limits)
-        retry_after_s = _retry_after_s(lines, now)
+        if told.model is None:
+            limits = _joined(dialect.read(lines, now) if dialect else (), told.limits)
+            retry_after_s = _retry_after_s(lines, now)
+        else:
+            # Headers name no model, and were read when they came.
+            limits, retry_after_s = told.limits, None
         if retry_after_s is None:
             retry_after_s = told.retry_after_s
         if not limits and retry_after_s is None and (body is None or told.verdict is None):
@@ -134,6 +138,7 @@ class DialectRegistry:
             received_at=now,
             limits_observed_at=observed_at if limits else None,
             verdict=told.verdict,
+            model=told.model,
         )
 
     def is_quota_header(self, name: bytes) -> bool:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-from asgi_metering.quotas.reading import MAX_LIMITS, QuotaLimit
+from asgi_metering.quotas.reading import MAX_LIMITS, QuotaLimit, model_series
 from asgi_metering.quotas.values import parse_count, parse_duration_s
 
-__all__ = ["next_day_at", "read_details"]
+__all__ = ["Details", "next_day_at", "read_details"]
 
 _ZONE = "America/Los_Angeles"
 """Daily quotas of the Gemini API return at midnight there."""
@@ -32,11 +32,28 @@ _KINDS = (
 )
 
 
-def read_details(error: Mapping[str, Any], now: float) -> tuple[tuple[QuotaLimit, ...], float | None]:
+class Details(NamedTuple):
     """
-    Return the limits that *error* says are spent, and the seconds to wait from *now*, None where it says none.
+    What the details of an error say.
 
-    A violation whose id contains ``PerDay`` waits for the daily reset, however short ``retryDelay`` is.
+    Attributes:
+        limits: Those that are spent.
+        retry_after_s: Seconds to wait; None where it says none.
+        model: Whose limits they are, as `model_series` names it; None of all models together.
+    """
+
+    limits: tuple[QuotaLimit, ...] = ()
+    retry_after_s: float | None = None
+    model: str | None = None
+
+
+def read_details(error: Mapping[str, Any], now: float) -> Details:
+    """
+    Return what *error* says is spent, and how long to wait from *now*.
+
+    A violation whose id contains ``PerDay`` waits for the daily reset, however short ``retryDelay`` is. One whose
+    dimensions name a model is of that model alone. Where another one is of all models, only such are told: a model's
+    own will be told again by its next refusal.
 
     Source: google.rpc.QuotaFailure, google.rpc.RetryInfo; reference/provider-quota-headers.md, "Gemini API".
     """
@@ -48,13 +65,16 @@ def read_details(error: Mapping[str, Any], now: float) -> tuple[tuple[QuotaLimit
             wait = parse_duration_s(str(detail.get("retryDelay", "")))
         elif kind == "QuotaFailure":
             spent += _mappings(detail.get("violations"))
+    model = _model(spent[0]) if spent and all(map(_model, spent)) else None
     limits: dict[str, QuotaLimit] = {}
     for violation in spent:
+        if _model(violation) != model:
+            continue
         limit = _limit(violation, wait, now)
         limits.setdefault(limit.resource, limit)
         if limit.resource.endswith("_day") and limit.reset_at is not None:
             wait = max(wait or 0.0, limit.reset_at - now)
-    return tuple(limits.values())[:MAX_LIMITS], wait
+    return Details(tuple(limits.values())[:MAX_LIMITS], wait, model)
 
 
 def next_day_at(now: float) -> float:
@@ -72,6 +92,12 @@ def _limit(violation: Mapping[str, Any], wait: float | None, now: float) -> Quot
     reset_at = next_day_at(now) if window == "_day" else now + (_MINUTE_S if wait is None else wait)
     count = parse_count(str(violation.get("quotaValue", "")))
     return QuotaLimit(resource=kind + window, limit=count, remaining=0, reset_at=reset_at)
+
+
+def _model(violation: Mapping[str, Any]) -> str | None:
+    """The one model that a quota is of."""
+    dimensions = violation.get("quotaDimensions")
+    return model_series(dimensions.get("model")) if isinstance(dimensions, Mapping) else None
 
 
 def _mappings(value: object) -> list[Mapping[str, Any]]:

@@ -7,12 +7,13 @@ call, a clock or another process.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from asgi_metering.quotas.reading import QuotaLimit, Reading
 from asgi_metering.quotas.verdicts import Verdict
 
-__all__ = ["STALE_S", "Lack", "Need", "lack_of"]
+__all__ = ["STALE_S", "Lack", "Need", "lack_of", "longest_of"]
 
 STALE_S = 60.0
 """
@@ -58,6 +59,7 @@ class Lack(NamedTuple):
         available: What is left of it, without what runs already.
         limit: Its size, if it was told.
         retry_after_s: Seconds until the provider's own reset; where it told none, until what it told counts no more.
+        model: The one model that it is of; None is all of them.
     """
 
     resource: str
@@ -65,6 +67,7 @@ class Lack(NamedTuple):
     available: int | None = None
     limit: int | None = None
     retry_after_s: float = 0.0
+    model: str | None = None
 
 
 def lack_of(reading: Reading | None, need: Need, running: Need, now: float) -> Lack | None:
@@ -104,6 +107,12 @@ def lack_of(reading: Reading | None, need: Need, running: Need, now: float) -> L
         lack = _lack(limit, need, running)
         if lack is not None:
             lacks.append(lack._replace(retry_after_s=until - now))
+    longest = longest_of(lacks)
+    return longest if longest is None or reading.model is None else longest._replace(model=reading.model)
+
+
+def longest_of(lacks: Iterable[Lack]) -> Lack | None:
+    """The one after whose reset the same call could pass; the first of equal ones."""
     return max(lacks, key=_wait_s, default=None)
 
 

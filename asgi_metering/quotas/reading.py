@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, TypeVar
 
+from asgi_metering.names import is_name
 from asgi_metering.quotas.values import (
     decode_value,
     parse_count,
@@ -21,7 +22,7 @@ from asgi_metering.quotas.values import (
 )
 from asgi_metering.quotas.verdicts import Verdict
 
-__all__ = ["MAX_LIMITS", "MAX_NAMES", "LimitTable", "QuotaLimit", "Reading"]
+__all__ = ["MAX_LIMITS", "MAX_NAMES", "LimitTable", "QuotaLimit", "Reading", "model_series"]
 
 MAX_LIMITS = 32
 """Limits in one reading: the richest known response names twelve; a response cannot make a reading grow past this."""
@@ -29,6 +30,18 @@ MAX_LIMITS = 32
 
 MAX_NAMES = 512
 """Header names of a family that are remembered as they were read: all families together have fewer."""
+
+
+def model_series(name: object) -> str | None:
+    """
+    By what name the readings of one model are kept: without what stands before a slash, in small letters.
+
+    ``models/gemini-2.5-flash`` and ``gemini/Gemini-2.5-Flash`` are one. None for what is no name.
+    """
+    if not isinstance(name, str):
+        return None
+    bare = name.rpartition("/")[2].lower()
+    return bare if is_name(bare) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +115,8 @@ class Reading:
         limits_observed_at: *observed_at* of the answer that *limits* came with. It is older than *observed_at*
             when a later answer told no limits (see `QuotaReadings`); `None` when there are no limits.
         verdict: Why that answer refused the call; `None` where it did not, or for reasons of another kind.
+        model: The one model that all of it is of, as `model_series` names it; `None`: of the provider's key as a whole,
+            as far as it told.
     """
 
     provider: str
@@ -113,6 +128,7 @@ class Reading:
     received_at: float | None = None
     limits_observed_at: float | None = None
     verdict: Verdict | None = None
+    model: str | None = None
 
     @property
     def useful(self) -> bool:
@@ -134,6 +150,7 @@ class Reading:
         """Return plain JSON values: the attributes, ``useful``, ``retry_at``, and *limits* as a list of dicts."""
         return {
             "provider": self.provider,
+            "model": self.model,
             "dialect": self.dialect,
             "observed_at": self.observed_at,
             "received_at": self.received_at,
@@ -159,6 +176,7 @@ class Reading:
             received_at=_known(float, stored["received_at"]),
             limits_observed_at=_known(float, stored["limits_observed_at"]),
             verdict=_known(Verdict, stored["verdict"]),
+            model=_known(str, stored["model"]),
         )
 
 

@@ -153,6 +153,9 @@ def _next_clock_start(tz: tzinfo, start: int, size: int) -> int:
     later = start + size
     while (found := _clock_start(tz, later, size)) <= start:
         later += size // 2
+    # A clock that is set within a span, and not at its end, begins another one there.
+    while (earlier := _clock_start(tz, found - 1, size)) > start:
+        found = earlier
     return found
 
 

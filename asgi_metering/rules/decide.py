@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from asgi_metering.decisions import Decision
 from asgi_metering.receipts import GrantReceipt, Posting, Receipt
-from asgi_metering.rules import fast_admission, fast_end
+from asgi_metering.rules import fast_admission, fast_end, outbox
 from asgi_metering.rules.admission import admit, grow
 from asgi_metering.rules.corrections import backfill, correct_account, refund, reverse_grant
 from asgi_metering.rules.operations import (
@@ -38,7 +38,7 @@ from asgi_metering.rules.posting import post_grant
 from asgi_metering.rules.readings import share
 from asgi_metering.rules.retention import forgotten
 from asgi_metering.rules.settlement import end, end_overdue, renew, undo
-from asgi_metering.rules.state import AccountKey, Change, Event, SharedReading, State, Table, build
+from asgi_metering.rules.state import AccountKey, Change, Event, SharedReading, State, Table
 from asgi_metering.rules.units import declare
 
 __all__ = ["Answer", "clamped", "decided", "paying", "run"]
@@ -50,9 +50,6 @@ Answer: TypeAlias = (
 Admit, Preview, Grow: Decision. End: Receipt. PostGrant: GrantReceipt. Refund, Correct, Backfill, ReverseGrant: Posting.
 Renew, Undo: bool. Claim: events. Share: what is kept of each. Others: rows touched.
 """
-
-# Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
-_EVENT = Table.EVENT
 
 OVERDUE_PER_ADMISSION = 20
 """Overdue holds that one admission ends on its way: bounded, so that a crash's aftermath delays nobody for long."""
@@ -82,9 +79,10 @@ def run(state: State, operation: Operation, now: float, written: list[Change]) -
 
 def decided(state: State, operation: Operation, now: float, written: list[Change]) -> Answer:
     """As `run`, by the general rules alone: for whoever has tried the fast path."""
-    if type(operation) is Sweep:
-        return _sweep(state, operation, now, written)
     kind = type(operation)
+    whole = _WHOLE.get(kind)
+    if whole is not None:
+        return whole(state, operation, now, written)
     before = _BEFORE.get(kind)
     if before is not None:
         now = before(state, operation, now, written)
@@ -161,29 +159,10 @@ def _emit(_: State, ask: Emit, now: float) -> tuple[Answer, list[Change]]:
     return len(ask.events), [(Table.EVENT, key, Event(key, now, told)) for key, told in ask.events]
 
 
-def _acknowledge(state: State, ask: Acknowledge, now: float) -> tuple[Answer, list[Change]]:
-    known = [state.events[key] for key in ask.ids if key in state.events]
-    # Every event comes by here and by `_claim`: to put one together costs a tenth of to replace a field of it.
-    return len(known), [
-        (_EVENT, key, build(Event, (key, at, payload, claimed, now))) for key, at, payload, claimed, _ in known
-    ]
-
-
 def clamped(state: State, key: AccountKey, now: float) -> float:
     """*now*, or the latest time that the account has seen: a clock that steps back changes nothing (DESIGN "Time")."""
     account = state.accounts.get(key)
     return now if account is None else max(now, account.seen_at)
-
-
-def _claim(state: State, ask: Claim, now: float) -> tuple[tuple[Event, ...], list[Change]]:
-    claimed: list[Event] = []
-    for event in state.events.values():
-        if len(claimed) == ask.limit:
-            break
-        key, at, payload, claimed_until, acknowledged_at = event
-        if claimed_until <= now:
-            claimed.append(build(Event, (key, at, payload, now + ask.lease_s, acknowledged_at)))
-    return tuple(claimed), [(_EVENT, event[0], event) for event in claimed]
 
 
 _BEFORE: Mapping[type, Callable[[State, Any, float, list[Change]], float]] = {
@@ -214,8 +193,6 @@ _RULES: Mapping[type, _Rule] = {
     Declare: declare,
     Share: share,
     Emit: _emit,
-    Claim: _claim,
-    Acknowledge: _acknowledge,
 }
 
 
@@ -239,3 +216,11 @@ def _sweep(state: State, ask: Sweep, now: float, written: list[Change]) -> int:
         state.apply(changes)
         written.extend(changes)
     return len(written) - before
+
+
+_WHOLE: Mapping[type, Callable[[State, Any, float, list[Change]], Answer]] = {
+    Sweep: _sweep,
+    Claim: outbox.claim,
+    Acknowledge: outbox.acknowledge,
+}
+"""Rules of many rows at once: they put them where they belong by themselves."""

@@ -25,6 +25,7 @@ from asgi_metering.rules.book import burn_order
 from asgi_metering.rules.hold import HoldState
 from asgi_metering.rules.operations import Admit, AllowanceSource, LimitAsk, SourceAsk, WalletSource, WindowKind
 from asgi_metering.rules.state import (
+    NEVER,
     Account,
     AccountKey,
     AllowanceWindow,
@@ -41,21 +42,24 @@ from asgi_metering.rules.state import (
 from asgi_metering.rules.windows import look, window_state
 from asgi_metering.sources import WALLET
 
-__all__ = ["Moved", "admit", "window_change"]
+__all__ = ["admit", "window_change"]
 
 # Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
 _HELD = HoldState.HELD
 _FIXED, _GRANT, _ALLOWANCE = WindowKind.FIXED, Source.GRANT, Source.ALLOWANCE
 
-_Looks: TypeAlias = tuple[tuple[WindowState, ...], list[Counter], tuple[PinnedWindow, ...]]
-"""What the limits say after the call, their rows, and the windows that its end corrects."""
+_Looks: TypeAlias = tuple[tuple[WindowState, ...], dict[str, Counter], tuple[PinnedWindow, ...]]
+"""What the limits say after the call, their rows by key, and the windows that its end corrects."""
 
-_NO_LOOKS: _Looks = ((), [], ())
+_NO_LOOKS: _Looks = ((), {}, ())
 
-Moved: TypeAlias = tuple[tuple[Part, ...], int, Account, Grant | None, AllowanceWindow | None]
-"""Where units came from, what is left there, and the rows after that: of the account, and of one of the two."""
+_NEW = Counter("", 0.0, -NEVER, 0)
+"""The row of a window that has not begun: over at any time."""
 
-_Take: TypeAlias = Callable[[State, AccountKey, Account, Any, int, float, float], Moved | None]
+_Taken: TypeAlias = tuple[tuple[Part, ...], int]
+"""Where units came from, and what is left there."""
+
+_Take: TypeAlias = Callable[[State, AccountKey, Account, Any, int, float, float, list[Change] | None], _Taken | None]
 
 SHARED_PARTS = 4_096
 """Grants times prices whose parts are one object each: holds stay for long after they ended, and the collector looks at
@@ -83,7 +87,8 @@ def admit(state: State, ask: Admit, now: float, written: list[Change] | None = N
         return None
     key = (payer, unit)
     account = state.accounts.get(key)
-    if account is not None and not account[-1] <= now < account[-2]:
+    # The account that pays is looked at by whoever takes from it.
+    if (not sources or sources[0].payer) and account is not None and not account[-1] <= now < account[-2]:
         return None
     pools: tuple[str, ...] = ()
     for _, pool, slots, _ in leases:
@@ -99,44 +104,41 @@ def admit(state: State, ask: Admit, now: float, written: list[Change] | None = N
     expires_at = now + ttl_s
     due_at = expires_at + grace_s
     if sources:
-        source = sources[0]
-        if (len(sources) > 1 and not _decides(sources)) or not 0 <= minimum <= amount <= MAX_AMOUNT:
+        if minimum > amount or minimum < 0 or amount > MAX_AMOUNT or (len(sources) > 1 and not _decides(sources)):
             return None
-        if type(source) is WalletSource:
-            take: _Take = _hold
+        source = sources[0]
+        if isinstance(source, WalletSource):
             overdraft, other, group, _ = source
             if overdraft < 0:
                 return None
+            take: _Take = _hold
+            name = WALLET
         else:
             take = _use
-            other, group = source.payer, source.group
+            name, other, group = source.name, source.payer, source.group
         if other:
             payer = other
             key = (payer, unit)
             account = state.accounts.get(key)
-        moved = None if account is None else take(state, key, account, source, amount, expires_at, now)
-        if moved is None:
+        took = None if account is None else take(state, key, account, source, amount, expires_at, now, written)
+        if took is None:
             return None
-        parts, available, account, grant, window = moved
-        name = WALLET if window is None else window.name
+        # From here on it is admitted: units were taken, and nothing below can refuse or fail.
+        parts, available = took
         # fmt: off
         decision: Decision = build(Decision, (
             call, now, None, amount, available, name, windows, False, payer, group, False, None, None, (),
         ))
         # fmt: on
-        state.accounts[key] = account
-        if grant is not None:
-            state.grants[key][grant[2]] = grant
-        elif window is not None:
-            state.apply([window_change(window)])
     elif amount or minimum:
         return None
     else:
-        parts, group, account, grant, window = (), "", None, None, None
+        parts, group = (), ""
         decision = build(Decision, (call, now, None, 0, None, None, windows, False, "", "", False, None, None, ()))
     rows = state.counters
-    for counter in counters:
-        rows[counter[0]] = counter
+    for place, counter in counters.items():
+        # One by one: to an ordered dict that is faster than `update`.
+        rows[place] = counter
     hold = None
     if sources or leases or pinned:
         # fmt: off
@@ -145,9 +147,16 @@ def admit(state: State, ask: Admit, now: float, written: list[Change] | None = N
             pools, facts, None, group, "", "",
         ))
         # fmt: on
-        _begin(state, key, hold)
+        state.holds[call] = hold
+        live = state.live.get(key)
+        if live is None:
+            state.live[key] = {call}
+        else:
+            live.add(call)
+        for pool in pools:
+            state.leases.setdefault(pool, {})[call] = build(Lease, (pool, call, expires_at))
     if written is not None:
-        _tell_admitted(written, key, account, grant, window, counters, hold)
+        _tell_admitted(written, counters, hold)
     return decision
 
 
@@ -155,31 +164,31 @@ def _looked(state: State, limits: Sequence[LimitAsk], now: float) -> _Looks | No
     """See `_Looks`; None where a limit refuses, or cannot tell."""
     rows = state.counters
     windows: list[WindowState] = []
-    counters: list[Counter] = []
+    counters: dict[str, Counter] = {}
     pinned: tuple[PinnedWindow, ...] = ()
-    for limit in limits:
-        name, key, kind, most, window_s, cost, meter, _, _ = limit
-        row = rows.get(key)
+    for name, key, kind, most, window_s, cost, meter, _, _ in limits:
         if kind is _FIXED:
-            if row is not None and now < row[2]:
-                _, start, end, used, _, _ = row
-            else:
+            _, start, end, used, _, _ = rows.get(key, _NEW)
+            if now >= end:
                 start, end, used = now, now + window_s, 0
             used += cost
             if used > most:
                 return None
             left = end - now if now > start else end - start
-            counters.append(build(Counter, (key, start, end, used, 0, "")))
+            counters[key] = build(Counter, (key, start, end, used, 0, ""))
             windows.append(build(WindowState, (name, most, most - used, left, window_s, meter)))
         else:
-            seen = look(limit, row, now)
+            seen = look(limits[len(windows)], rows.get(key), now)
             if seen is None or not seen.fits:
                 return None
             start = seen.counter.start
-            counters.append(seen.counter)
+            counters[key] = seen.counter
             windows.append(window_state(seen, True))
         if meter != "requests":
             pinned += (PinnedWindow(key, start, meter, cost),)
+    if len(counters) < len(windows):
+        # Two limits count by one key: both are written, and the general rules know in which order.
+        return None
     return tuple(windows), counters, pinned
 
 
@@ -190,14 +199,27 @@ def _decides(sources: Sequence[SourceAsk]) -> bool:
 
 
 def _hold(
-    state: State, key: AccountKey, account: Account, _source: WalletSource, amount: int, due_at: float, now: float
-) -> Moved | None:
-    """Set *amount* aside for a hold that falls due then; None where that is not plain."""
+    state: State,
+    key: AccountKey,
+    account: Account,
+    _source: WalletSource,
+    amount: int,
+    due_at: float,
+    now: float,
+    written: list[Change] | None,
+) -> _Taken | None:
+    """Set *amount* aside for a hold that falls due then; None, and nothing written, where that is not plain."""
     payer, unit, granted, settled, held, expired, debt, entries, changes_at, next_due_at, seen_at = account
     available = granted - settled - expired - held - amount
     if available < 0 or now >= changes_at or not seen_at <= now < next_due_at:
         return None
-    grant = None
+    if due_at > next_due_at:
+        due_at = next_due_at
+    # fmt: off
+    account = build(Account, (
+        payer, unit, granted, settled, held + amount, expired, debt, entries, changes_at, due_at, now,
+    ))
+    # fmt: on
     parts: tuple[Part, ...] = ()
     if amount:
         wallet = state.grants[key]
@@ -217,19 +239,25 @@ def _hold(
         ))
         # fmt: on
         parts = _parts(name, amount)
-    if due_at > next_due_at:
-        due_at = next_due_at
-    # fmt: off
-    account = build(Account, (
-        payer, unit, granted, settled, held + amount, expired, debt, entries, changes_at, due_at, now,
-    ))
-    # fmt: on
-    return parts, available, account, grant, None
+        wallet[name] = grant
+        if written is not None:
+            written.append((Table.GRANT, key, grant))
+    state.accounts[key] = account
+    if written is not None:
+        written.append((Table.ACCOUNT, key, account))
+    return parts, available
 
 
 def _use(
-    state: State, key: AccountKey, account: Account, source: AllowanceSource, amount: int, due_at: float, now: float
-) -> Moved | None:
+    state: State,
+    key: AccountKey,
+    account: Account,
+    source: AllowanceSource,
+    amount: int,
+    due_at: float,
+    now: float,
+    written: list[Change] | None,
+) -> _Taken | None:
     """As `_hold`, of the window of an allowance; the account is noted to have been looked at."""
     if now >= account.next_change_at or not account.seen_at <= now < account.next_due_at:
         return None
@@ -243,7 +271,11 @@ def _use(
         return None
     window = AllowanceWindow(payer, unit, name, start, end, settled, held + amount)
     account = account._replace(next_due_at=min(due_at, account.next_due_at), seen_at=now)
-    return (Part(_ALLOWANCE, name, start, amount),), available, account, None, window
+    moved = [(Table.ACCOUNT, key, account), window_change(window)]
+    state.apply(moved)
+    if written is not None:
+        written.extend(moved)
+    return (Part(_ALLOWANCE, name, start, amount),), available
 
 
 def window_change(window: AllowanceWindow) -> Change:
@@ -256,41 +288,9 @@ def _parts(grant: str, amount: int) -> tuple[Part, ...]:
     return (build(Part, (_GRANT, grant, 0.0, amount)),)
 
 
-def _begin(state: State, key: AccountKey, hold: Hold) -> None:
-    """Put a new hold, and take its slots."""
-    call, expires_at, pools = hold[0], hold[7], hold[15]
-    state.holds[call] = hold
-    live = state.live.get(key)
-    if live is None:
-        state.live[key] = {call}
-    else:
-        live.add(call)
-    for pool in pools:
-        lease = build(Lease, (pool, call, expires_at))
-        taken = state.leases.get(pool)
-        if taken is None:
-            state.leases[pool] = {call: lease}
-        else:
-            taken[call] = lease
-
-
-def _tell_admitted(
-    written: list[Change],
-    key: AccountKey,
-    account: Account | None,
-    grant: Grant | None,
-    window: AllowanceWindow | None,
-    counters: Sequence[Counter],
-    hold: Hold | None,
-) -> None:
-    if grant is not None:
-        written.append((Table.GRANT, key, grant))
-    if account is not None:
-        written.append((Table.ACCOUNT, key, account))
-    if window is not None:
-        written.append(window_change(window))
-    for counter in counters:
-        written.append((Table.COUNTER, counter[0], counter))
+def _tell_admitted(written: list[Change], counters: dict[str, Counter], hold: Hold | None) -> None:
+    for key, counter in counters.items():
+        written.append((Table.COUNTER, key, counter))
     if hold is not None:
         call, expires_at, pools = hold[0], hold[7], hold[15]
         for pool in pools:

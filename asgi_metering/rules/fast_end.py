@@ -7,17 +7,17 @@ Knows the end of a call that nobody else has touched, charged no more than was h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 from asgi_metering.receipts import Basis, Entry, EntryKind, Part, Receipt, Source
-from asgi_metering.rules.fast_admission import Moved, window_change
+from asgi_metering.rules.fast_admission import window_change
 from asgi_metering.rules.hold import HoldState
 from asgi_metering.rules.operations import End
 from asgi_metering.rules.settlement import event_payload
 from asgi_metering.rules.state import (
     Account,
     AccountKey,
-    AllowanceWindow,
     Change,
     Counter,
     Event,
@@ -35,6 +35,13 @@ __all__ = ["end"]
 # Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
 _HELD, _SETTLED, _RELEASED = HoldState.HELD, HoldState.SETTLED, HoldState.RELEASED
 _GRANT, _SETTLE, _NONE = Source.GRANT, EntryKind.SETTLE, Basis.NONE
+
+_Settled: TypeAlias = tuple[tuple[Part, ...], int, int]
+"""What was charged and where, what the account has left, and the number of its last ledger line."""
+
+_Settle: TypeAlias = Callable[
+    [State, AccountKey, Account, tuple[Part, ...], int, float, list[Change] | None], _Settled | None
+]
 
 
 def end(state: State, ask: End, now: float, written: list[Change] | None = None) -> Receipt | None:
@@ -56,76 +63,96 @@ def end(state: State, ask: End, now: float, written: list[Change] | None = None)
         return None
     key = (payer, unit)
     account = state.accounts.get(key)
-    if account is not None and account[-1] > now:
-        return None
     if amount is None:
         charged, basis, status = 0, _NONE, _RELEASED
     elif type(amount) is int and amount >= 0:
         charged, status = amount, _SETTLED
     else:
         return None
-    available = entry = number = None
+    # Whatever may fail comes first: where it does, nothing has been written.
+    corrected = _corrected(state, pinned, actual, now) if pinned and actual else ()
+    payload = None if told is None else event_payload(hold, told, call, charged, held, basis, estimated, now)
+    spent: tuple[Part, ...] = ()
+    available = number = None
     if parts:
-        settle = _settle if parts[0][0] is _GRANT else _charge
-        moved = None if account is None or now >= account[-3] else settle(state, key, account, parts, charged, now)
+        is_granted = parts[0][0] is _GRANT
+        settle: _Settle = _settle if is_granted else _charge
+        moved = None if account is None else settle(state, key, account, parts, charged, now, written)
         if moved is None:
             return None
-        spent, left, account, grant, window = moved
-        if window is None:
+        spent, left, entries = moved
+        if is_granted:
             available = left
         if charged:
-            number = account[7]
+            number = entries
             # fmt: off
             entry = build(Entry, (
                 payer, unit, number, now, _SETTLE, charged, call, line, basis, estimated, left, "", spent, "",
             ))
             # fmt: on
-    elif charged:
+            lines = state.entries.get(key)
+            if lines is None:
+                state.entries[key] = [entry]
+            else:
+                lines.append(entry)
+            state.refs.setdefault((payer, unit, call), []).append(entry)
+            if written is not None:
+                written.append((Table.ENTRY, key, entry))
+    elif charged or (account is not None and account[-1] > now):
         return None
-    else:
-        spent, account, grant, window = (), None, None, None
     # fmt: off
     receipt: Receipt = build(Receipt, (
         call, payer, unit, charged, held, basis, estimated, by, spent, available, now, number, True, None, True,
     ))
-    hold = build(Hold, (
+    state.holds[call] = ended = build(Hold, (
         call, payer, unit, held, parts, status, created_at, expires_at, due_at, ttl_s, grace_s, in_doubt, line,
         observed, pinned, pools, facts, receipt, group, "", "",
     ))
     # fmt: on
-    corrected = _corrected(state, pinned, actual, now) if pinned and actual else ()
-    event = None
-    if told is not None:
-        event = build(Event, (call, now, event_payload(hold, receipt, told), 0.0, None))
-        if call not in state.delivered:
-            state.events[call] = event
-    if account is not None:
-        state.accounts[key] = account
-        if grant is not None:
-            state.grants[key][grant[2]] = grant
-        if window is not None:
-            state.apply([window_change(window)])
-        if entry is not None:
-            _put_line(state, key, entry)
-    _over(state, key, hold)
+    live = state.live[key]
+    live.discard(call)
+    if not live:
+        del state.live[key]
+    for pool in pools:
+        taken = state.leases.get(pool)
+        if taken is not None:
+            taken.pop(call, None)
+            if not taken:
+                del state.leases[pool]
     for counter in corrected:
         state.counters[counter[0]] = counter
+    event = None
+    if payload is not None:
+        event = build(Event, (call, now, payload, 0.0, None))
+        if call not in state.delivered:
+            state.events[call] = event
     if written is not None:
-        _tell_ended(written, key, account, grant, window, entry, hold, corrected, event)
+        _tell_ended(written, ended, corrected, event)
     return receipt
 
 
 def _settle(
-    state: State, key: AccountKey, account: Account, parts: tuple[Part, ...], amount: int, now: float
-) -> Moved | None:
-    """Spend *amount* of the one held part, and give back what is left of it; None where that is not plain."""
-    payer, unit, granted, settled, held, expired, debt, entries, changes_at, due_at, _ = account
+    state: State,
+    key: AccountKey,
+    account: Account,
+    parts: tuple[Part, ...],
+    amount: int,
+    now: float,
+    written: list[Change] | None,
+) -> _Settled | None:
+    """
+    Spend *amount* of the one held part, and give back what is left of it.
+
+    None, and nothing written, where that is not plain.
+    """
+    payer, unit, granted, settled, held, expired, debt, entries, changes_at, due_at, seen_at = account
     ((_, name, _, size),) = parts
-    if amount > size or debt:
+    if amount > size or debt or now >= changes_at or now < seen_at:
         return None
+    wallet = state.grants[key]
     # fmt: off
     (_, _, _, given, priority, effective_at, expires_at, number, kind, actor, spent, kept, lapsed, begun,
-        taken_back) = state.grants[key][name]
+        taken_back) = wallet[name]
     spent += amount
     if expires_at <= now or spent + lapsed + taken_back >= given:
         return None
@@ -142,25 +169,38 @@ def _settle(
         parts = ()
     settled += amount
     held -= size
+    wallet[name] = grant
     # fmt: off
-    account = build(Account, (
+    state.accounts[key] = account = build(Account, (
         payer, unit, granted, settled, held, expired, debt, entries, changes_at, due_at, now,
     ))
     # fmt: on
-    return parts, granted - settled - expired - held, account, grant, None
+    if written is not None:
+        written += ((Table.GRANT, key, grant), (Table.ACCOUNT, key, account))
+    return parts, granted - settled - expired - held, entries
 
 
 def _charge(
-    state: State, key: AccountKey, account: Account, parts: tuple[Part, ...], amount: int, now: float
-) -> Moved | None:
+    state: State,
+    key: AccountKey,
+    account: Account,
+    parts: tuple[Part, ...],
+    amount: int,
+    now: float,
+    written: list[Change] | None,
+) -> _Settled | None:
     """As `_settle`, of the window of an allowance; None where it is no window, gone, or charged above what was held."""
     (part,) = parts
     window = state.allowances.get((*key, part.name, part.start))
-    if window is None or amount > part.amount:
+    if window is None or amount > part.amount or now >= account.next_change_at or now < account.seen_at:
         return None
     window = window._replace(held=window.held - part.amount, settled=window.settled + amount)
     account = account._replace(entries=account.entries + (1 if amount else 0), seen_at=now)
-    return (part._replace(amount=amount),) if amount else (), account.available, account, None, window
+    moved = [window_change(window), (Table.ACCOUNT, key, account)]
+    state.apply(moved)
+    if written is not None:
+        written += moved
+    return (part._replace(amount=amount),) if amount else (), account.available, account.entries
 
 
 def _corrected(state: State, pinned: Sequence[PinnedWindow], actual: Mapping[str, int], now: float) -> list[Counter]:
@@ -175,55 +215,7 @@ def _corrected(state: State, pinned: Sequence[PinnedWindow], actual: Mapping[str
     return rows
 
 
-def _put_line(state: State, key: AccountKey, entry: Entry) -> None:
-    lines = state.entries.get(key)
-    if lines is None:
-        state.entries[key] = [entry]
-    else:
-        lines.append(entry)
-    ref = (entry[0], entry[1], entry[6])
-    about = state.refs.get(ref)
-    if about is None:
-        state.refs[ref] = [entry]
-    else:
-        about.append(entry)
-
-
-def _over(state: State, key: AccountKey, hold: Hold) -> None:
-    """Put an ended hold, and give its slots back."""
-    call, pools = hold[0], hold[15]
-    state.holds[call] = hold
-    live = state.live[key]
-    live.discard(call)
-    if not live:
-        del state.live[key]
-    for pool in pools:
-        taken = state.leases.get(pool)
-        if taken is not None:
-            taken.pop(call, None)
-            if not taken:
-                del state.leases[pool]
-
-
-def _tell_ended(
-    written: list[Change],
-    key: AccountKey,
-    account: Account | None,
-    grant: Grant | None,
-    window: AllowanceWindow | None,
-    entry: Entry | None,
-    hold: Hold,
-    corrected: Sequence[Counter],
-    event: Event | None,
-) -> None:
-    if window is not None:
-        written.append(window_change(window))
-    if grant is not None:
-        written.append((Table.GRANT, key, grant))
-    if account is not None:
-        written.append((Table.ACCOUNT, key, account))
-    if entry is not None:
-        written.append((Table.ENTRY, key, entry))
+def _tell_ended(written: list[Change], hold: Hold, corrected: Sequence[Counter], event: Event | None) -> None:
     call, pools = hold[0], hold[15]
     written.append((Table.HOLD, call, hold))
     for pool in pools:

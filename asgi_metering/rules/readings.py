@@ -71,10 +71,13 @@ def check(ask: Share) -> None:
 
 
 def _check(reading: SharedReading) -> None:
-    provider, slash, label = reading.series.partition("/")
+    key, of_model, model = reading.series.partition("@")
+    provider, slash, label = key.partition("/")
     check_name(provider, "provider")
     if slash:
         check_name(label, "quota label")
+    if of_model:
+        check_name(model, "model of a quota")
     if reading.part not in PARTS:
         raise ConfigurationError(f"{reading.part!r} is no part of a reading. Share one of {PARTS}.")
     if not (isfinite(reading.observed_at) and reading.observed_at >= 0):

@@ -153,20 +153,29 @@ def _correct_windows(state: State, hold: Hold, actual: Mapping[str, int], change
 
 
 def _event(hold: Hold, receipt: Receipt, told: Mapping[str, Any]) -> Change:
-    key = receipt.id
-    return (Table.EVENT, key, build(Event, (key, receipt.at, event_payload(hold, receipt, told), 0.0, None)))
+    key, at = receipt.id, receipt.at
+    payload = event_payload(hold, told, key, receipt.amount, receipt.held, receipt.basis, receipt.estimated, at)
+    return (Table.EVENT, key, build(Event, (key, at, payload, 0.0, None)))
 
 
-def event_payload(hold: Hold, receipt: Receipt, told: Mapping[str, Any]) -> dict[str, Any]:
+def event_payload(
+    hold: Hold,
+    told: Mapping[str, Any],
+    key: str,
+    amount: int,
+    held: int,
+    basis: Basis,
+    estimated: bool,
+    at: float,
+) -> dict[str, Any]:
     """
-    What the usage event of an end says: what was known at admission, what the end tells, and what was really charged.
+    What the usage event *key* of an end says: what was known at admission, what the end tells, and the receipt.
 
     Amounts are in smallest parts of the unit, times are epoch seconds. The ledger's own words win over both others.
     """
-    call, _, _, amount, held, basis, estimated, _, _, _, at, _, _, _, _ = receipt
     payload: dict[str, Any] = {"started_at": hold.created_at, **hold.facts, **told}
     # One by one: a second dictionary that is merged into this one costs as much as all of them.
-    payload["id"] = call
+    payload["id"] = key
     payload["payer"] = hold.payer
     payload["unit"] = hold.unit
     payload["line"] = hold.line

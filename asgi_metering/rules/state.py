@@ -301,7 +301,7 @@ class SharedReading(NamedTuple):
     One part of what a provider's answer said about its quotas, as a worker told the others (DESIGN 6).
 
     Attributes:
-        series: Whose: ``"provider"``, or ``"provider/label"``.
+        series: Whose: ``"provider"``, or ``"provider/label"``; either with ``"@model"`` behind, where it is one's own.
         part: ``"status"`` or ``"limits"``: each is that of the newest answer that told it, and they may differ.
         observed_at: When the request of that answer was started. Never ahead of the store's time as it was kept.
         told: The reading as JSON text in ASCII: `Reading.to_dict`, which has no credential (S1.50).

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from asgi_metering.receipts import Receipt
@@ -42,7 +43,7 @@ Key = TypeVar("Key")
 Row = TypeVar("Row")
 
 # Read once: every change of every operation asks.
-_ENTRY, _EVENT, _HOLD = Table.ENTRY, Table.EVENT, Table.HOLD
+_ENTRY, _HOLD = Table.ENTRY, Table.HOLD
 
 
 class Bounds(NamedTuple):
@@ -119,6 +120,9 @@ class Forgetting:
     def __init__(self, state: State, bounds: Bounds) -> None:
         self._state = state
         self._bounds = bounds
+        self._most_ended = bounds.ended_holds
+        # Halving seldom costs less than folding one line each time.
+        self._most_entries = 2 * bounds.entries
         self._ended: OrderedDict[str, None] = OrderedDict()
         counters: OrderedDict[str, Counter] = OrderedDict()
         windows: OrderedDict[Any, AllowanceWindow] = OrderedDict()
@@ -143,8 +147,6 @@ class Forgetting:
                     self._keep_ended(key)
             elif table == _ENTRY:
                 self._keep_entries(key)
-            elif table == _EVENT:
-                self._keep_delivered()
         for ring in self._rings:
             new = len(ring.rows) - ring.known
             if new > 0:
@@ -160,14 +162,22 @@ class Forgetting:
 
     def after_end(self, receipt: Receipt) -> None:
         """As `after` an end by the fast path, which adds an ended call and a ledger line."""
-        ended, bounds = self._ended, self._bounds
+        ended = self._ended
         ended[receipt[0]] = None
-        if len(ended) > bounds[1]:
+        if len(ended) > self._most_ended:
             self._drop_oldest_ended()
         number = receipt[11]
         # An account has no more lines than the number of its last one says.
-        if number is not None and number > 2 * bounds[0]:
+        if number is not None and number > self._most_entries:
             self._keep_entries((receipt[1], receipt[2]))
+
+    def after_delivery(self, acknowledged: int) -> None:
+        """As `after`, when so many events were acknowledged; nothing else adds to those that were."""
+        delivered = self._state.delivered
+        surplus = len(delivered) - self._bounds.delivered
+        if surplus > 0:
+            for key in tuple(islice(delivered, min(surplus, LOOKS_PER_ROW * acknowledged))):
+                del delivered[key]
 
     def adopt(self) -> None:
         """Look after rows that came into the state without an operation; none of them is forgotten at once."""
@@ -185,7 +195,7 @@ class Forgetting:
         """A call that ends again, late, keeps its place."""
         ended = self._ended
         ended[call_id] = None
-        if len(ended) > self._bounds.ended_holds:
+        if len(ended) > self._most_ended:
             self._drop_oldest_ended()
 
     def _drop_oldest_ended(self) -> None:
@@ -195,14 +205,8 @@ class Forgetting:
     def _keep_entries(self, account: AccountKey) -> None:
         state, bound = self._state, self._bounds.entries
         entries = state.entries[account]
-        if len(entries) > 2 * bound:
-            # Halving seldom costs less than folding one line each time.
+        if len(entries) > self._most_entries:
             state.apply(fold(state, account, entries[-bound - 1].number))
-
-    def _keep_delivered(self) -> None:
-        delivered = self._state.delivered
-        if len(delivered) > self._bounds.delivered:
-            del delivered[next(iter(delivered))]
 
     def _drop_window(self, key: AllowanceKey) -> None:
         self._state.apply([(Table.ALLOWANCE, key, None)])

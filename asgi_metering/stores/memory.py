@@ -15,9 +15,9 @@ from operator import attrgetter
 from typing import Any
 
 from asgi_metering.errors import StoreContendedError
-from asgi_metering.rules import fast_admission, fast_end
+from asgi_metering.rules import fast_admission, fast_end, outbox
 from asgi_metering.rules.decide import Answer, decided
-from asgi_metering.rules.operations import Admit, End, Operation, Sweep
+from asgi_metering.rules.operations import Acknowledge, Admit, Claim, End, Operation, Sweep
 from asgi_metering.rules.state import AccountKey, Change, State, Table
 from asgi_metering.stores.contract import (
     PAGE_ROWS,
@@ -112,6 +112,12 @@ class MemoryStore(Store):
             self._release()
 
     def _decided(self, operation: Operation, now: float) -> Answer:
+        if type(operation) is Acknowledge:
+            acknowledged = outbox.acknowledge(self._state, operation, now)
+            self._forgetting.after_delivery(acknowledged)
+            return acknowledged
+        if type(operation) is Claim:
+            return outbox.claim(self._state, operation, now)
         written: list[Change] = []
         try:
             return decided(self._state, operation, now, written)

@@ -64,7 +64,8 @@ class Pump:
 
     Args:
         store: Opened, and closed after the pump, by whoever owns it.
-        unknown: Called with each admission that was sent and got no answer: it may hold something all the same.
+        unknown: Called with each admission that was sent and got no answer, or whose undoing got none: it may hold
+            something all the same.
     """
 
     def __init__(self, store: Store, unknown: Callable[[Admit], None] | None = None) -> None:
@@ -301,12 +302,14 @@ class Pump:
         self._deliver(waiting, failure)
 
     def _lost(self, batch: Sequence[_Waiting], failure: StoreError) -> None:
-        """No answers came: what was asked for may have happened all the same."""
+        """No answers came: what was asked for may have happened all the same, and what was given back may not."""
         self._fail(batch, failure)
         if self._unknown is not None and isinstance(failure, StoreUnavailableError):
             for waiting in batch:
-                if isinstance(waiting.operation, Admit) and not waiting.is_repeated:
-                    self._unknown(waiting.operation)
+                operation = waiting.operation
+                asked = operation.ask if isinstance(operation, Undo) else operation
+                if isinstance(asked, Admit) and not waiting.is_repeated:
+                    self._unknown(asked)
 
     def _fail(self, batch: Iterable[_Waiting], failure: StoreError) -> None:
         for waiting in batch:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-from asgi_metering.quotas.headroom import Lack, Need, lack_of
-from asgi_metering.quotas.reading import Reading
+from asgi_metering.quotas.headroom import Lack, Need, lack_of, longest_of
+from asgi_metering.quotas.reading import Reading, model_series
 from asgi_metering.upstream.readings import QuotaReadings
 
 __all__ = ["Headroom", "Reservation"]
@@ -82,7 +82,13 @@ class Headroom:
         self.is_used = False
 
     def reserve(
-        self, provider: str, need: Need, *, label: str | None = None, is_certain: bool = False
+        self,
+        provider: str,
+        need: Need,
+        *,
+        label: str | None = None,
+        models: Collection[str] = (),
+        is_certain: bool = False,
     ) -> tuple[Lack | None, Reservation | None]:
         """
         Look whether *need* fits, and count it as used if so, in one step.
@@ -91,6 +97,7 @@ class Headroom:
             provider: Of the readings.
             label: Likewise.
             need: Of the call.
+            models: That it asks for; none: it may be any that was ever refused.
             is_certain: The call comes whatever is left, and is counted.
 
         Returns:
@@ -100,19 +107,41 @@ class Headroom:
         with self._lock:
             series = self._known(provider, label)
             reading = self._latest(provider, label, series)
-            lack = lack_of(reading, need, series.running, self._clock())
+            lack = self._lack(reading, need, series.running, (provider, label), models)
             if lack is not None and not is_certain:
                 self._forget((provider, label), series)
                 return lack, None
             series.running = series.running.plus(need)
         return lack, Reservation(provider, label, need)
 
-    def look(self, provider: str, need: Need = _NOTHING, *, label: str | None = None) -> Lack | None:
+    def look(
+        self, provider: str, need: Need = _NOTHING, *, label: str | None = None, models: Collection[str] = ()
+    ) -> Lack | None:
         """Why *need* would not fit now; None where it would. Reserves nothing."""
         self.is_used = True
         with self._lock:
             series = self._series.get((provider, label)) or _Series()
-            return lack_of(self._latest(provider, label, series), need, series.running, self._clock())
+            reading = self._latest(provider, label, series)
+            return self._lack(reading, need, series.running, (provider, label), models)
+
+    def _lack(
+        self,
+        reading: Reading | None,
+        need: Need,
+        running: Need,
+        place: tuple[str, str | None],
+        models: Collection[str],
+    ) -> Lack | None:
+        """By what was told of the key as a whole, and of the models."""
+        now, (provider, label) = self._clock(), place
+        lack = lack_of(reading, need, running, now)
+        named = [self._readings.latest(provider, label=label, model=each) for each in models if model_series(each)]
+        own = named or ([] if models else self._readings.of_models(provider, label=label))
+        if not own:
+            return lack
+        # Of what is told by refusals alone nothing is left, so nothing that runs has to be taken off it.
+        lacks = [lack, *(lack_of(each, need, _NOTHING, now) for each in own)]
+        return longest_of(each for each in lacks if each is not None)
 
     def running(self, provider: str, *, label: str | None = None) -> Need:
         """What was let in and no reading shows yet."""

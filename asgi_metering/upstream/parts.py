@@ -18,7 +18,7 @@ from asgi_metering.quotas.reading import Reading
 from asgi_metering.rules.operations import Share
 from asgi_metering.rules.readings import PARTS, check
 from asgi_metering.rules.state import ReadingKey, SharedReading
-from asgi_metering.upstream.readings import QuotaReadings
+from asgi_metering.upstream.readings import QuotaReadings, label_of
 
 __all__ = ["parts_of", "take_parts"]
 
@@ -66,9 +66,8 @@ def take_parts(readings: QuotaReadings, rows: Mapping[ReadingKey, SharedReading]
         status, limits = (rows.get((each, part)) for part in PARTS)
         if status is None:
             continue
-        _, _, label = each.partition("/")
         try:
-            readings.take(_reading(status, limits), label=label or None)
+            readings.take(_reading(status, limits), label=label_of(each))
         except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError, ConfigurationError):
             log.debug("The shared reading of %r cannot be read.", each)
 

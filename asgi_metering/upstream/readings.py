@@ -15,13 +15,17 @@ from dataclasses import replace
 
 from asgi_metering.names import check_name
 from asgi_metering.quotas import DIALECTS, DialectRegistry, Reading
+from asgi_metering.quotas.reading import model_series
 
-__all__ = ["MAX_SERIES", "QuotaReadings", "newer_of"]
+__all__ = ["MAX_SERIES", "QuotaReadings", "label_of", "newer_of"]
 
 _REFUSED_FROM = 400
 
 MAX_SERIES = 256
-"""Pairs of provider and label that are kept: names come from code, so more of them means a name made from input."""
+"""
+Pairs of provider and label that are kept, and models of them: names come from code, so more of them means a name made
+from input.
+"""
 
 _logger = logging.getLogger("asgi_metering.upstream")
 
@@ -37,6 +41,9 @@ class QuotaReadings:
     says how old they are. Newest is by the start of the request; at the same start, the later to arrive. In
     whatever order responses arrive, the end is the same (S1.45). Only when the clock steps back does a reading
     from its future yield.
+
+    What a refusal told of one model alone (Gemini) is a reading of that model, beside that of the key as a whole:
+    neither replaces the other.
 
     Safe for several threads and event loops (S1.41); readings are immutable.
 
@@ -61,6 +68,8 @@ class QuotaReadings:
         self._callbacks = tuple(on_reading)
         self._lock = threading.Lock()
         self._latest: dict[str, Reading] = {}
+        # By provider and label, the series of those of its models that a refusal was of.
+        self._of_models: dict[str, tuple[str, ...]] = {}
         self.changes = 0
 
     def record(
@@ -99,7 +108,7 @@ class QuotaReadings:
             if series in self._latest and status is not None and status < _REFUSED_FROM:
                 self._let_in(series, status, now if started_at is None else started_at)
             return None
-        return self._keep(series, reading, now)
+        return self._keep(_of_model(series, reading.model), reading, now)
 
     def take(self, reading: Reading, *, label: str | None = None) -> Reading | None:
         """
@@ -107,7 +116,7 @@ class QuotaReadings:
 
         Returns what is now the latest reading if it told something new, else `None`.
         """
-        return self._keep(_series(reading.provider, label), reading, self._clock())
+        return self._keep(_of_model(_series(reading.provider, label), reading.model), reading, self._clock())
 
     def _received_at(self, series: str, started_at: float | None) -> float:
         """When the headers of the answer came whose body is here now: its waits count from there."""
@@ -133,19 +142,48 @@ class QuotaReadings:
             latest = reading if known is None else newer_of(known, reading, now)
             if latest == known:
                 return None
-            if known is None and len(self._latest) >= MAX_SERIES:
-                del self._latest[min(self._latest, key=lambda name: self._latest[name].observed_at)]
+            if known is None:
+                self._add(series)
             self._latest[series] = latest
             self.changes += 1
         self._tell(latest)
         return latest
 
-    def latest(self, provider: str, *, label: str | None = None) -> Reading | None:
-        """Return the latest reading of *provider* under *label*, `None` if there is none."""
-        return self._latest.get(_series(provider, label))
+    def _add(self, series: str) -> None:
+        """Make room for a series that is new."""
+        if len(self._latest) >= MAX_SERIES:
+            oldest = min(self._latest, key=lambda name: self._latest[name].observed_at)
+            del self._latest[oldest]
+            key, of_model, _ = oldest.partition(OF_MODEL)
+            if of_model:
+                self._of_models[key] = tuple(each for each in self._of_models[key] if each != oldest)
+        key, of_model, _ = series.partition(OF_MODEL)
+        if of_model:
+            self._of_models[key] = (*self._of_models.get(key, ()), series)
+
+    def latest(self, provider: str, *, label: str | None = None, model: str | None = None) -> Reading | None:
+        """
+        Return the latest reading of *provider* under *label*, `None` if there is none.
+
+        With a *model* that is what its own refusals told; without one, what was told of all models.
+        """
+        return self._latest.get(_of_model(_series(provider, label), model_series(model)))
+
+    def of_models(self, provider: str, *, label: str | None = None) -> list[Reading]:
+        """Return what refusals told of single models of *provider* under *label*."""
+        with self._lock:
+            return [self._latest[series] for series in self._of_models.get(_series(provider, label), ())]
+
+    def telling(self, provider: str, resource: str, *, label: str | None = None) -> Reading | None:
+        """Return the latest reading of the provider; where it is silent on *resource*, that of a model which is not."""
+        latest = self.latest(provider, label=label)
+        if latest is not None and latest.limit(resource) is not None:
+            return latest
+        telling = [each for each in self.of_models(provider, label=label) if each.limit(resource) is not None]
+        return max(telling, key=lambda each: each.observed_at, default=latest)
 
     def all(self) -> dict[str, Reading]:
-        """Return a copy of all latest readings, by ``"provider"`` or ``"provider/label"``."""
+        """Return a copy of all latest readings, by ``"provider"`` or ``"provider/label"``, with ``"@model"`` behind."""
         with self._lock:
             return dict(self._latest)
 
@@ -168,9 +206,21 @@ class QuotaReadings:
                 _logger.exception("The callback %r failed on a reading of %r.", callback, reading.provider)
 
 
+OF_MODEL = "@"
+"""Before the model in the name of a series; no name contains it, nor a slash."""
+
+
+def label_of(series: str) -> str | None:
+    """The label in the name of a series."""
+    return series.partition(OF_MODEL)[0].partition("/")[2] or None
+
+
+def _of_model(series: str, model: str | None) -> str:
+    return series if model is None else f"{series}{OF_MODEL}{check_name(model, 'model of a quota')}"
+
+
 def _series(provider: str, label: str | None) -> str:
     check_name(provider, "provider")
-    # No name contains a slash.
     return provider if label is None else f"{provider}/{check_name(label, 'quota label')}"
 
 

@@ -19,7 +19,7 @@ from typing import Final
 
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.quotas.reading import Reading
-from asgi_metering.upstream.readings import QuotaReadings, newer_of
+from asgi_metering.upstream.readings import QuotaReadings, label_of, newer_of
 
 __all__ = ["SHARE_AFTER_S", "SharedReadings"]
 
@@ -128,9 +128,8 @@ class SharedReadings:
         for series, each in _decoded(rows).items():
             if self._known.get(series) != each:
                 self._known[series] = each
-                _, _, label = series.partition("/")
                 try:
-                    self._readings.take(each, label=label or None)
+                    self._readings.take(each, label=label_of(series))
                 except ConfigurationError:
                     log.debug("The shared reading of %r has a name that none may have.", series)
 

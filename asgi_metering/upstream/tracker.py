@@ -167,7 +167,7 @@ class QuotaTracker:
         counted, burn = self._logged(package, now)
         reading = None
         if package.source == "header_capture":
-            reading = self.readings.latest(package.provider_id, label=package.label)
+            reading = self.readings.telling(package.provider_id, package.resource, label=package.label)
         return status_of(package, now, burn=burn, counted=counted, reading=reading, thresholds=self._thresholds)
 
     def _logged(self, package: Package, now: float) -> tuple[Counted | None, float | None]:

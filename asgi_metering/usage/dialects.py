@@ -13,7 +13,7 @@ from re import Pattern
 from typing import Final
 
 from asgi_metering.errors import ConfigurationError
-from asgi_metering.usage import anthropic, bedrock, cohere, gemini, ollama, openai, vercel
+from asgi_metering.usage import anthropic, bedrock, cohere, gemini, live, ollama, openai, realtime, vercel
 from asgi_metering.usage.notes import Dialect, Json, as_object
 from asgi_metering.usage.skim import LEAST, MOST, Marks, sieve
 
@@ -22,6 +22,7 @@ __all__ = [
     "DIALECTS",
     "ERROR",
     "Sieves",
+    "claiming",
     "detect",
     "detect_usage",
     "marks",
@@ -34,9 +35,11 @@ DIALECTS: Final = {
     dialect.name: dialect
     for dialect in (
         openai.CHAT,
+        realtime.REALTIME,
         openai.RESPONSES,
         bedrock.CONVERSE,
         anthropic.MESSAGES,
+        live.LIVE,
         gemini.GENERATE,
         ollama.CHAT,
         cohere.CHAT,
@@ -49,7 +52,8 @@ Every dialect by name, in the order of detection.
 
 Responses comes before Anthropic: a bare usage with ``input_tokens`` and a total is inclusive, without one the two
 shapes count the same, unless Anthropic's cache fields are there (exclusive). Bedrock does as well: its last chunk may
-be an event of Anthropic's with metrics beside it.
+be an event of Anthropic's with metrics beside it. Realtime and Live
+come before those whose types and fields they share.
 """
 
 
@@ -135,10 +139,12 @@ def named(name: str) -> Dialect:
 
 def detect(payload: Json) -> Dialect | None:
     """Find the dialect of a payload by its type marks, else by the shape of its usage; `None` if nobody claims it."""
-    for dialect in DIALECTS.values():
-        if dialect.claims(payload):
-            return dialect
-    return detect_usage(as_object(payload.get("usage")))
+    return claiming(payload) or detect_usage(as_object(payload.get("usage")))
+
+
+def claiming(payload: Json) -> Dialect | None:
+    """Find the dialect of a payload by its type marks alone; `None` if nobody claims it."""
+    return next((dialect for dialect in DIALECTS.values() if dialect.claims(payload)), None)
 
 
 def marks(value: str) -> Json:

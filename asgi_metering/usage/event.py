@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from functools import lru_cache
-from itertools import repeat
-from operator import attrgetter, call, itemgetter
+from itertools import chain, repeat
+from operator import attrgetter, itemgetter, or_
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
@@ -22,7 +21,7 @@ from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.errors import UsageError
 from asgi_metering.usage.values import AXES, TokenUsage
 
-__all__ = ["EVENT_VERSION", "AttributeValue", "UsageEvent"]
+__all__ = ["EVENT_VERSION", "AttributeValue", "UsageEvent", "ordinary_events"]
 
 AttributeValue: TypeAlias = str | int | float | bool
 """What an attribute may hold: JSON and OpenTelemetry both know these."""
@@ -33,7 +32,7 @@ EVENT_VERSION: Final = 1
 _TRACE: Final = {"trace_id": 32, "span_id": 16, "trace_flags": 2}
 """Hex digits of each identifier (W3C Trace Context, 3.2.2)."""
 
-_HEX: Final = re.compile(r"[0-9a-f]+")
+_HEX: Final = {name: re.compile(f"[0-9a-f]{{{digits}}}").fullmatch for name, digits in _TRACE.items()}
 _REQUIRED_TEXT: Final = ("id", "line", "payer", "unit", "outcome", "basis")
 _OPTIONAL_TEXT: Final = (
     "caller",
@@ -110,7 +109,7 @@ class UsageEvent:
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not (_are_ordinary(_OWN_VALUES(self)) and type(self.usage) in _USAGE and _are_plain(self.attributes)):
+        if not _are_ordinary(_columns([_OWN_VALUES(self)])):
             self._check_each()
         object.__setattr__(self, "attributes", MappingProxyType(dict(self.attributes)))
 
@@ -127,7 +126,7 @@ class UsageEvent:
         self._check("estimated", isinstance(self.estimated, bool), "a bool")
         self._check("status", self.status is None or type(self.status) is int, "an int or None")
         for name, digits in _TRACE.items():
-            self._check(name, _is_hex(getattr(self, name), digits), f"{digits} lower-case hex digits or None")
+            self._check(name, _is_hex(name, getattr(self, name)), f"{digits} lower-case hex digits or None")
         self._check("attributes", isinstance(self.attributes, Mapping), "a mapping of names")
         for key, value in self.attributes.items():
             self._check("attributes", isinstance(key, str), "a mapping of names")
@@ -163,9 +162,9 @@ class UsageEvent:
         Raises:
             UsageError: A field that is needed is missing, or has a value that no event may hold.
         """
-        event = _ordinary(stored) if cls is UsageEvent else None
-        if event is not None:
-            return event
+        events = ordinary_events((stored,)) if cls is UsageEvent else None
+        if events is not None:
+            return events[0]
         known = {name: stored[name] for name in _FIELDS if name in stored}
         if not known.keys() >= _REQUIRED:
             missing = [name for name in _FIELDS if name in _REQUIRED and name not in known]
@@ -177,11 +176,9 @@ class UsageEvent:
 _FIELDS: Final = tuple(one.name for one in fields(UsageEvent))
 _REQUIRED: Final = frozenset({*_REQUIRED_TEXT, "amount", "started_at", "ended_at"})
 _TEXT: Final = frozenset({str, type(None)})
-
-_USAGE: Final = frozenset({TokenUsage, type(None)})
-_PLAIN: Final = frozenset({str, int, bool})
-_NAMES: Final = {str}
-_UNTRACED: Final = (None, None, None)
+_PLAIN: Final = frozenset({str, int, bool, float})
+_NAMES: Final = frozenset({str})
+_DICTS: Final = frozenset({dict})
 
 _NO_ATTRIBUTES: Final[Mapping[str, AttributeValue]] = MappingProxyType({})
 _ABSENT: Final[dict[str, Any]] = {
@@ -190,71 +187,81 @@ _ABSENT: Final[dict[str, Any]] = {
 """What each field is where it was not stored: nothing that is needed may be None."""
 _ABSENT["attributes"] = {}
 
-_ORDINARY: Final = tuple(name for name in _FIELDS if name not in ("usage", "attributes"))
-_OWN_VALUES: Final[Callable[[UsageEvent], tuple[Any, ...]]] = attrgetter(*_ORDINARY)
-_STORED_VALUES: Final[Callable[[Mapping[str, Any]], tuple[Any, ...]]] = itemgetter(*_ORDINARY)
-_NUMBERS: Final[Callable[[tuple[Any, ...]], tuple[Any, ...]]] = itemgetter(
-    *map(_ORDINARY.index, ("amount", "held", "started_at", "ended_at"))
-)
-_TRACES: Final[Callable[[tuple[Any, ...]], tuple[Any, ...]]] = itemgetter(*map(_ORDINARY.index, _TRACE))
-_PUT: Final = tuple(getattr(UsageEvent, name).__set__ for name in _ORDINARY)
-_put_usage: Final[Callable[[UsageEvent, Any], None]] = getattr(UsageEvent, "usage").__set__  # noqa: B009 -- a slot
-_put_attributes: Final[Callable[[UsageEvent, Any], None]] = getattr(UsageEvent, "attributes").__set__  # noqa: B009
-_TYPES: Final = {
+_OWN_VALUES: Final[Callable[[UsageEvent], tuple[Any, ...]]] = attrgetter(*_FIELDS)
+_STORED_VALUES: Final[Callable[[Mapping[str, Any]], tuple[Any, ...]]] = itemgetter(*_FIELDS)
+_PUT: Final = tuple(getattr(UsageEvent, name).__set__ for name in _FIELDS)
+_OTHER_TYPES: Final = {
     **dict.fromkeys(_REQUIRED_TEXT, frozenset({str})),
     **dict.fromkeys(("amount", "held"), frozenset({int})),
     **dict.fromkeys(("started_at", "ended_at"), frozenset({float})),
+    "usage": frozenset({TokenUsage, type(None)}),
     "estimated": frozenset({bool}),
     "status": frozenset({int, type(None)}),
+    "attributes": _DICTS,
 }
-"""The types of fields that are not text or None."""
+_TYPES: Final = tuple(_OTHER_TYPES.get(name, _TEXT) for name in _FIELDS)
+"""What each field may be, in the order of `_FIELDS`; most are text or None."""
+
+_Columns: TypeAlias = dict[str, Iterable[Any]]
+"""The fields of one or more events: the values of all of them by name, in the order of `_FIELDS`."""
 
 
-@lru_cache(maxsize=256)
-def _are_types(types: tuple[type, ...]) -> bool:
-    """Whether each field but usage and attributes is exactly of its type; which of them are None differs by route."""
-    return all(each in _TYPES.get(name, _TEXT) for name, each in zip(_ORDINARY, types, strict=True))
+def _columns(rows: Iterable[tuple[Any, ...]]) -> _Columns:
+    return dict(zip(_FIELDS, zip(*rows, strict=True), strict=True))
 
 
-def _are_ordinary(values: tuple[Any, ...]) -> bool:
-    """Whether *values* are as they should be: nearly all are, and to ask so costs a tenth of finding out why not."""
-    if not _are_types(tuple(map(type, values))):
-        return False
-    amount, held, started_at, ended_at = _NUMBERS(values)
-    if not (-MAX_AMOUNT <= amount <= MAX_AMOUNT and -MAX_AMOUNT <= held <= MAX_AMOUNT):
-        return False
-    if not (math.isfinite(started_at) and math.isfinite(ended_at)):
-        return False
-    trace = _TRACES(values)
-    return trace == _UNTRACED or all(map(_is_hex, trace, _TRACE.values()))
-
-
-def _are_plain(attributes: Any) -> bool:
-    """Whether *attributes* are a dict of names to what an event may carry, and nothing that takes a closer look."""
-    return type(attributes) is dict and (
-        not attributes or (set(map(type, attributes)) == _NAMES and _PLAIN.issuperset(map(type, attributes.values())))
-    )
-
-
-def _ordinary(stored: Mapping[str, Any]) -> UsageEvent | None:
+def _are_ordinary(told: _Columns) -> bool:
     """
-    The event that was stored, if each of its fields is exactly of its type; every delivery reads one.
+    Whether each field is exactly of its type and within its bounds, and none takes a closer look.
 
-    Put together by its slots, and in few steps: a frozen class sets each of its fields by a call of its own.
+    Nearly all are. Column by column, C says so of any number of events without a step of the interpreter for each.
     """
-    known = {**_ABSENT, **stored}
-    values = _STORED_VALUES(known)
-    attributes = known["attributes"]
-    if not _are_ordinary(values) or not _are_plain(attributes):
+    if not all(map(frozenset.issuperset, _TYPES, map(map, repeat(type), told.values()))):
+        return False
+    parts = (*told["amount"], *told["held"])
+    if min(parts) < -MAX_AMOUNT or max(parts) > MAX_AMOUNT:
+        return False
+    if not (all(map(math.isfinite, told["started_at"])) and all(map(math.isfinite, told["ended_at"]))):
+        return False
+    if not all(all(map(is_hex, {*told[name]} - {None})) for name, is_hex in _HEX.items()):
+        return False
+    return _are_plain(told["attributes"])
+
+
+def _are_plain(attributes: Iterable[dict[Any, Any]]) -> bool:
+    """Whether all of them are names with what an event may carry."""
+    values = list(chain.from_iterable(map(dict.values, attributes)))
+    types = set(map(type, values))
+    if float in types and not all(map(math.isfinite, (value for value in values if type(value) is float))):
+        return False
+    return _PLAIN.issuperset(types) and _NAMES.issuperset(map(type, chain.from_iterable(attributes)))
+
+
+def ordinary_events(stored: Sequence[Mapping[str, Any]]) -> list[UsageEvent] | None:
+    """
+    The events that were stored, at least one, if each field of each is exactly of its type; every delivery reads many.
+
+    Of others `UsageEvent.from_dict` says one by one whether they can be read, and why not.
+
+    Raises:
+        UsageError: As `UsageEvent.from_dict`, of the tokens of one of them.
+    """
+    if not _DICTS.issuperset(map(type, stored)):
         return None
-    usage = _usage(known["usage"])
-    if type(usage) not in _USAGE:
+    # One is filled up while it is read, and gone with the next: all of them at once would not fit a processor's cache.
+    told = _columns(map(_STORED_VALUES, map(or_, repeat(_ABSENT), stored)))
+    if any(told["usage"]):
+        told["usage"] = tuple(map(_usage, told["usage"]))
+    if not _are_ordinary(told):
         return None
-    event = object.__new__(UsageEvent)
-    deque(map(call, _PUT, repeat(event), values), 0)
-    _put_usage(event, usage)
-    _put_attributes(event, MappingProxyType(dict(attributes)) if attributes else _NO_ATTRIBUTES)
-    return event
+    # A copy for each, which nobody else may change, and one for all events without any.
+    some = any(told["attributes"])
+    told["attributes"] = map(MappingProxyType, map(dict, told["attributes"])) if some else repeat(_NO_ATTRIBUTES)
+    # By their slots, and a field of all of them at a time: a frozen class sets each by a call of its own.
+    events = list(map(object.__new__, repeat(UsageEvent, len(stored))))
+    for put, values in zip(_PUT, told.values(), strict=True):
+        deque(map(put, events, values), 0)
+    return events
 
 
 def _usage(stored: Any) -> Any:
@@ -272,5 +279,5 @@ def _is_amount(value: object) -> bool:
     return type(value) is int and abs(value) <= MAX_AMOUNT
 
 
-def _is_hex(value: object, digits: int) -> bool:
-    return value is None or (isinstance(value, str) and len(value) == digits and _HEX.fullmatch(value) is not None)
+def _is_hex(name: str, value: object) -> bool:
+    return value is None or (isinstance(value, str) and _HEX[name](value) is not None)

@@ -31,6 +31,9 @@ MAX_COST: Final = Decimal(10**9)
 MAX_SEARCHES: Final = 10_000
 """Searches of the web for one answer that are believed: each costs a cent, and models make a handful."""
 
+MAX_SECONDS: Final = 10_000_000
+"""Seconds of a voice that are believed, months of it: an answer is about what was said since the last one."""
+
 MAX_FAILURE: Final = 16 << 10
 """Bytes of an error that are kept: known ones have some hundred."""
 
@@ -83,6 +86,8 @@ class Notes:
     cost: Decimal | None = None
     service: str | None = None
     searches: int | None = None
+    citations: int | None = None
+    seconds: Decimal | None = None
     complete: bool = False
     error: bool = False
     failure: bytes = b""
@@ -185,6 +190,18 @@ class Notes:
         elif found is not None:
             self.searches = max(found, self.searches or 0)
 
+    def cite(self, count: object) -> None:
+        """Take the tokens of what is cited so far: a running total, of which the last one counts."""
+        found = self.count(count)
+        self.citations = self.citations if found is None else found
+
+    def last(self, seconds: object) -> None:
+        """Take the seconds of voice that it is counted by; an impossible number is flagged."""
+        if isinstance(seconds, int | Decimal) and not isinstance(seconds, bool) and 0 <= seconds <= MAX_SECONDS:
+            self.seconds = Decimal(seconds)
+        else:
+            self.flag("invalid_count")
+
     def fail(self, payload: Json) -> None:
         """Keep what the first error says of itself, as JSON of at most `MAX_FAILURE` bytes."""
         inner = as_object(payload.get("response")) if payload.get("error") is None else payload
@@ -220,6 +237,8 @@ class Notes:
             cost=self.cost,
             service=self.service,
             searches=self.searches,
+            citations=self.citations,
+            seconds=self.seconds,
             complete=self.complete,
             error=self.error,
             partial=self.partial,

@@ -19,7 +19,7 @@ from asgi_metering.usage.notes import Dialect, Json, Notes, as_object, first, ob
 from asgi_metering.usage.skim import Marks
 from asgi_metering.usage.values import TokenUsage
 
-__all__ = ["CHAT", "RESPONSES", "reconcile"]
+__all__ = ["CHAT", "RESPONSES", "counted", "reconcile"]
 
 _SUMS: Final = Context(prec=60, traps=[])
 """Of untrusted numbers: a sum that is none is refused, and raises nothing."""
@@ -50,7 +50,7 @@ _TERMINAL: Final = frozenset(
 """Events that end a stream, or the only ones of theirs that carry usage. The earlier ones say ``usage: null``."""
 
 
-def _counts(notes: Notes, usage: Json, *, total_is_input: bool) -> TokenUsage | None:
+def counted(notes: Notes, usage: Json, *, total_is_input: bool) -> TokenUsage | None:
     """
     Normalise a usage object of either shape; `None` when it counts nothing (null, {}, billed by duration).
 
@@ -76,6 +76,10 @@ def _counts(notes: Notes, usage: Json, *, total_is_input: bool) -> TokenUsage | 
         asked = total
     if asked is None and given is None:
         return None
+    if _counts_beside(usage) and reasoning is not None:
+        # Its total is with or without them.
+        total = None
+        given = notes.plus(given, reasoning)
     given = reconcile(notes, asked, given, reasoning, total)
     if given is None and total is None and total_is_input:
         given = 0
@@ -101,6 +105,11 @@ def _counts(notes: Notes, usage: Json, *, total_is_input: bool) -> TokenUsage | 
         image_input=notes.count(into.get("image_tokens")),
         image_output=notes.count(out.get("image_tokens")),
     )
+
+
+def _counts_beside(usage: Json) -> bool:
+    """Whether reasoning lies beside the answer's tokens, and not within: Perplexity, by what only it counts."""
+    return any(usage.get(name) is not None for name in ("citation_tokens", "num_search_queries"))
 
 
 def reconcile(
@@ -146,8 +155,10 @@ def _take(notes: Notes, usage: object, *, total_is_input: bool = False) -> bool:
     notes.charge(_cost(found))
     notes.charge(found.get("cost_in_usd_ticks"), TICKS_PER_USD)
     notes.serve(found.get("service_tier"))
-    notes.search(as_object(first(found.get("server_tool_use"), found.get("server_tool_use_details"))).get(SEARCHES))
-    counts = _counts(notes, found, total_is_input=total_is_input)
+    made = as_object(first(found.get("server_tool_use"), found.get("server_tool_use_details"))).get(SEARCHES)
+    notes.search(first(made, found.get("num_search_queries")))
+    notes.cite(found.get("citation_tokens"))
+    counts = counted(notes, found, total_is_input=total_is_input)
     if counts is None:
         return False
     notes.take(counts)

@@ -177,6 +177,8 @@ class UsageReport:
         cost: What the provider says that it charges, in USD; `None` when it does not say.
         service: By which service tier it was answered, in the provider's own word, such as "flex"; in small letters.
         searches: Searches of the web that the provider made for it.
+        citations: Tokens of what it cites, where they are counted beside the answer's (Perplexity).
+        seconds: Of voice, where it is counted by these and not by tokens.
         complete: The body's end was seen: ``[DONE]``, a terminal event, or the whole JSON body.
         error: The exchange carried an error.
         partial: `usage.output` is only the seed that the stream began with, not a count of what was produced.
@@ -199,6 +201,8 @@ class UsageReport:
     cost: Decimal | None = None
     service: str | None = None
     searches: int | None = None
+    citations: int | None = None
+    seconds: Decimal | None = None
     complete: bool = False
     error: bool = False
     partial: bool = False

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asgi_metering.amounts import Unit
+from asgi_metering.asgi import answers, problems
 from asgi_metering.asgi.answers import Answer, AnswerOptions
 from asgi_metering.asgi.problems import (
     MAX_BODY,
@@ -40,6 +41,35 @@ def fields_of(rendered: Rendered) -> dict[bytes, bytes]:
     fields = dict(rendered.headers)
     assert len(fields) == len(rendered.headers)
     return fields
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_say_again_what_would_be_said_anew(shape: ErrorShape) -> None:
+    """Refusals that differ in anything that a body tells are never taken for each other, however alike they are."""
+    refusals = [refusal for refusal, *_ in TABLE]
+    refusals += [RATE._replace(required=2), RATE._replace(retry_after_s=2.0), POOL._replace(level="global")]
+    refusals += [credits_short(transient=True), allowance_spent(9), RATE._replace(name="per-hour", detail="Too fast.")]
+    said: list[tuple[Any, ...]] = [
+        (refusal, {"line": line, "plan": plan, "unit": unit, "options": options, "allowance_status": status})
+        for refusal in refusals
+        for line, plan in (("", None), ("chat", "pro"))
+        for unit in (Unit("credits"), Unit("calls", 0))
+        for options in (AnswerOptions(), AnswerOptions(type_base="urn:other:"))
+        for status in (402, 429)
+    ]
+    again = [render(ask(refusal, **told), shape) for refusal, told in said]
+    for rendered, (refusal, told) in zip(again, said, strict=True):
+        answers._said.cache_clear()
+        problems._standard.cache_clear()
+        assert render(ask(refusal, **told), shape) == rendered
+
+
+def test_say_again_in_fields_of_its_own() -> None:
+    """What a server or a middleware adds to the fields of one refusal does not stand on the next one."""
+    first = render(ask(RATE))
+    before = [*first.headers]
+    first.headers.append((b"via", b"1.1 proxy"))
+    assert render(ask(RATE)).headers == before
 
 
 def test_spell_the_quota_vector_to_the_byte() -> None:

@@ -312,7 +312,8 @@ def test_cut_a_session_before_its_accept(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("hears", ["receive", "send"])
 def test_let_a_handler_clean_up_that_has_heard(hears: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who was told of the disconnect is not cancelled, however long it takes to leave: no more than by a client."""
-    monkeypatch.setattr(cutting, "SILENT_S", 0.01)
+    # Long enough that it hears in time, also on a machine that does much else.
+    monkeypatch.setattr(cutting, "SILENT_S", 0.25)
     ends: list[str] = []
 
     @billable(1, per="second", hold=slices(1))
@@ -326,7 +327,7 @@ def test_let_a_handler_clean_up_that_has_heard(hears: str, monkeypatch: pytest.M
                     await websocket.send_text("more")
                     await asyncio.sleep(0)
         except WebSocketDisconnect:
-            await asyncio.sleep(0.03)
+            await asyncio.sleep(0.4)
             ends.append("clean")
 
     async def story() -> None:

@@ -1,5 +1,5 @@
 """
-Count the steps of the interpreter that a request takes: ``python -m tests.bench.steps [--where N]``.
+Count the steps of the interpreter that a request takes: ``python -m tests.bench.steps [--where N] [--of NAME]``.
 
 Bytecode instructions, which no noise of a machine changes: on CPython 3.11 some 20 to 25 ns each where caches are cold,
 as behind a server. What C does by itself (a dict, a regular expression, a system call) is not seen.
@@ -27,6 +27,8 @@ WARM = 200
 
 REQUESTS = 200
 """Enough for several deliveries of events to be among them."""
+
+FULLEST = "asgi_metering, 3 limits, lease, hold, settlement, event"
 
 
 class Steps:
@@ -78,7 +80,7 @@ async def count_all(requests: int = REQUESTS) -> dict[str, Steps]:
         "slowapi decorator, 3 limits": lambda: s.slowapi_decorator(three, 1),
         "asgi_metering, unmetered route": lambda: s.ours(made, s.plain, 1),
         "asgi_metering, 3 limits": lambda: s.ours(made, s.limited_by_us(three), 1),
-        "asgi_metering, 3 limits, lease, hold, settlement, event": lambda: s.ours(telling, s.paid_by_us(three), 1),
+        FULLEST: lambda: s.ours(telling, s.paid_by_us(three), 1),
         "asgi_metering, refused by a limit": lambda: s.ours(made, s.limited_by_us(few), 1),
     }
     counted = {}
@@ -106,25 +108,38 @@ def table(counted: dict[str, Steps], requests: int) -> str:
 
 
 def where(steps: Steps, requests: int, most: int) -> str:
-    """The functions of ours that take most of them."""
-    ours = [(code, count) for code, count in steps.by_code.most_common() if code.co_filename.startswith(OURS)]
+    """The functions that take most of them; those of others by the last two parts of their paths."""
     return "\n".join(
-        f"{count / requests:7.1f}  {Path(code.co_filename).relative_to(OURS)}  {code.co_qualname}"
-        for code, count in ours[:most]
+        f"{count / requests:7.1f}  {_place(code)}  {code.co_qualname}"
+        for code, count in steps.by_code.most_common(most)
     )
 
 
+def _place(code: CodeType) -> str:
+    path = Path(code.co_filename)
+    return str(path.relative_to(OURS)) if path.is_relative_to(OURS) else "/".join(("...", *path.parts[-2:]))
+
+
+def _chosen(counted: dict[str, Steps], part: str) -> str:
+    """The subject whose name has *part* in it: the first, if several have."""
+    for name in counted:
+        if part in name:
+            return name
+    raise SystemExit(f"No subject has {part!r} in its name. There are: {'; '.join(counted)}.")
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table, and on demand where the steps of the fullest path are."""
+    """Print the table, and on demand where the steps of one subject are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=REQUESTS)
-    parser.add_argument("--where", type=int, default=0, metavar="N", help="the N functions of ours that take most")
+    parser.add_argument("--where", type=int, default=0, metavar="N", help="the N functions that take most")
+    parser.add_argument("--of", default=FULLEST, metavar="NAME", help="of which subject: a part of its name")
     chosen = parser.parse_args(arguments)
     counted = asyncio.run(count_all(chosen.requests))
     print(table(counted, chosen.requests))
     if chosen.where:
-        name = "asgi_metering, 3 limits, lease, hold, settlement, event"
-        print(where(counted[name], chosen.requests, chosen.where))
+        name = _chosen(counted, chosen.of)
+        print(f"Of {name!r}:\n{where(counted[name], chosen.requests, chosen.where)}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from asgi_metering import billable, rate_limited, requires_upstream
 
-@requires_upstream("openai", label="eu")
+@requires_upstream("openai", label="eu", model=["gpt-5.5", "gpt-5.5-mini"])
 @requires_upstream("acme", label=lambda request: "x", shadow=True)
 @rate_limited("9/minute", concurrency=2)
 @rate_limited("5/minute", shadow=True, scope="s", global_concurrency=3)
@@ -106,7 +106,7 @@ def test_routes_mark_what_only_tells(run: Run, tmp_path: Path, monkeypatch: pyte
         "2 (shadow)",
         "9/minute, 5/minute (shadow)",
         "2, 3 of everybody (shadow)",
-        "openai/eu, acme/<lambda>() (shadow)",
+        "openai/eu@gpt-5.5+gpt-5.5-mini, acme/<lambda>() (shadow)",
     ]
 
 

@@ -13,9 +13,10 @@ from asgi_metering.errors import StoreUnavailableError
 from asgi_metering.events import conventions
 from asgi_metering.events.exporter import Exporter
 from asgi_metering.events.metrics import Meters
-from asgi_metering.events.outbox import Dropped
+from asgi_metering.events.outbox import Dropped, read_events
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.operations import Admit, Claim, Emit, End, PostGrant, Sweep, WalletSource
+from asgi_metering.rules.state import Event
 from tests.events.support import Hanging, Outbox, Recorder, make_event, make_events
 
 
@@ -214,6 +215,15 @@ def test_drop_an_undecodable_event_with_an_alarm_and_deliver_the_rest(caplog: py
 
     asyncio.run(main())
     assert "'broken' cannot be read" in caplog.text
+
+
+def test_find_the_events_that_nobody_can_read_among_many() -> None:
+    """Those that cannot be read are told apart from their batch, whose others come in their order (S2.7)."""
+    rows = [Event(f"call-{number}", 0.0, make_event(number).to_dict()) for number in range(9)]
+    rows[2], rows[7] = Event("call-2", 0.0, {"amount": "many"}), Event("call-7", 0.0, {"usage": {"input": -1}})
+    events, unreadable = read_events(rows)
+    assert [event.id for event in events] == [f"call-{number}" for number in (0, 1, 3, 4, 5, 6, 8)]
+    assert [row.id for row, _ in unreadable] == ["call-2", "call-7"]
 
 
 @pytest.mark.parametrize("payload", [None, [], {"attributes": 3, "event_of": "c1"}], ids=repr)

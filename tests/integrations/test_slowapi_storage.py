@@ -12,15 +12,18 @@ import pytest
 from slowapi import Limiter
 from slowapi.util import get_remote_address
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
 from starlette.testclient import TestClient
 
 from asgi_metering import Metering
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.integrations.slowapi import adopt
+from asgi_metering.integrations.slowapi.rules import STRATEGIES as THEIRS
 from asgi_metering.rates import STRATEGIES
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.testing import FakeClock, store_down
-from tests.integrations.scenes import ask, codes, install, text
+from tests.integrations.scenes import ask, both, codes, install, text
 
 
 class Down:
@@ -121,7 +124,7 @@ def test_store_is_where_the_limiter_kept_its_counts(uri: str | None, name: str) 
 
 
 def test_moving_window_counts_the_last_requests_one_by_one() -> None:
-    """Each request has a window of its own, as in slowapi; a cost of another number is refused at import."""
+    """Each request has a window of its own, as in slowapi."""
     clock = FakeClock()
     own = Limiter(key_func=get_remote_address, strategy="moving-window", headers_enabled=True)
     if "moving" not in STRATEGIES:
@@ -139,8 +142,25 @@ def test_moving_window_counts_the_last_requests_one_by_one() -> None:
     answers = ask(app, *[("GET", "/t1")] * 2)
     assert codes(answers) == [200, 429]
     assert answers[1].headers["retry-after"] == "39"
-    with pytest.raises(ConfigurationError, match="counts requests one by one"):
-        limiter.limit("2/minute", cost=2)
+
+
+@pytest.mark.parametrize("strategy", list(THEIRS))
+def test_request_may_cost_several_hits_of_any_window(strategy: str) -> None:
+    """A cost that is written, or that a function answers, is taken of every kind of window, as in slowapi."""
+
+    def build(app: Any, limiter: Any) -> None:
+        async def written(request: Request) -> Response:
+            return PlainTextResponse("test")
+
+        async def asked(request: Request) -> Response:
+            return PlainTextResponse("test")
+
+        app.add_route("/written", limiter.limit("5/year", cost=2)(written))
+        app.add_route("/asked", limiter.limit("5/year", cost=lambda request: int(request.query_params["cost"]))(asked))
+
+    costs = [("GET", f"/asked?cost={cost}") for cost in (3, 0, 2, 0, 1)]
+    slow, ours = both(build, *[("GET", "/written")] * 3, *costs, strategy=strategy, kind=Starlette)
+    assert codes(ours) == codes(slow) == [200, 200, 429, 200, 200, 200, 200, 429]
 
 
 def test_storage_from_the_settings_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:

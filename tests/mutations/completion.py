@@ -15,6 +15,7 @@ HEARING = "asgi_metering.asgi.hearing"
 DRESSING = "asgi_metering.asgi.dressing"
 RUNTIME = "asgi_metering.runtime"
 HEARTBEATS = "asgi_metering.heartbeats"
+PLAIN = "tests/test_plain_ends.py::"
 
 
 @cache
@@ -103,8 +104,8 @@ MUTATIONS = (
         25,
         "returning is success",
         EXCHANGE,
-        "            call.see(Cause.ABORTED)\n",
-        "            call.see(Cause.COMPLETED)\n",
+        "            call.see(_ABORTED)\n",
+        "            call.see(_COMPLETED)\n",
         _test("test_return_without_an_end_is_no_success[False]"),
     ),
     Mutation(
@@ -264,7 +265,7 @@ MUTATIONS = (
         0,
         "a hold of nothing is no hold",
         "asgi_metering.admission",
-        "    if asked.sources or asked.leases or (not is_plain and leaves_hold(asked)):\n",
+        "    if leaves_hold(asked):\n",
         "    if decision.held or asked.leases:\n",
         _test("test_usage_of_a_call_that_held_nothing_posts_in_full[zero]")
         + _test("test_usage_of_a_call_that_held_nothing_posts_in_full[up-to]")
@@ -458,5 +459,29 @@ MUTATIONS = (
         "            # Also where the server cancels it: for others this one is over.\n            self._leave()\n",
         "            pass\n",
         _test("test_other_users_of_a_metering_leave_the_calls_of_an_application_alone[application that broke]"),
+    ),
+    Mutation(
+        0,
+        "the short way to an end takes answers that are errors",
+        "asgi_metering.billing",
+        "        if (status is None or status < 400) and not",
+        "        if not",
+        (f"{PLAIN}test_end_a_plain_call_as_any_other[price-told]",),
+    ),
+    Mutation(
+        0,
+        "the short way to an end takes calls that failed",
+        "asgi_metering.billing",
+        "not (call.failure is not None or call.attributes or call.drained)",
+        "not (call.attributes or call.drained)",
+        (f"{PLAIN}test_end_a_plain_call_as_any_other[price-told]",),
+    ),
+    Mutation(
+        0,
+        "the short way to an end takes any cause",
+        "asgi_metering.billing",
+        "    if call.is_plain and call.cause is _COMPLETED and",
+        "    if call.is_plain and",
+        (f"{PLAIN}test_end_a_plain_call_as_any_other[price-told]",),
     ),
 )

@@ -93,7 +93,7 @@ MUTATIONS = (
         36,
         "a file by its path has an empty body",
         EXCHANGE,
-        '        if call.reply is not None and kind != "http.response.trailers":\n            call.reply.lose()\n',
+        "        if call.reply is not None and is_body:\n            call.reply.lose()\n",
         "",
         _once("test_stand_for_a_file_by_path_with_its_receipt"),
     ),

@@ -40,7 +40,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         DELIVERY,
         "                await journal.keep(kept, due_in_s=due_in_s)\n",
         "                await journal.keep({}, due_in_s=due_in_s)\n",
-        _test("test_keep_ends_in_the_journal_until_the_store_is_back"),
+        _test("test_keep_ends_in_the_journal_until_the_store_is_back", "journalled"),
     ),
     Mutation(
         0,
@@ -48,7 +48,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         RUNTIME,
         "            return call.queued, end\n",
         "            return ()\n",
-        _test("test_charge_later_what_was_let_in", "layers"),
+        _test("test_charge_later_what_was_let_in", "charged_later"),
     ),
     Mutation(
         0,
@@ -64,7 +64,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         PUMP,
         "            if not waiting.is_repeated:\n",
         "            if True:\n",
-        _test("test_charge_a_queued_call_that_is_admitted_late_again", "layers"),
+        _test("test_charge_a_queued_call_that_is_admitted_late_again", "charged_later"),
     ),
     Mutation(
         0,
@@ -80,6 +80,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         OUTAGE,
         "    was, call.id = call.id, call.metering.new_id()\n",
         "    was = call.id\n",
-        _test("test_charge_a_queued_call_whose_first_admission_was_late", "layers"),
+        _test("test_charge_a_queued_call_whose_first_admission_was_late", "charged_later"),
     ),
 )

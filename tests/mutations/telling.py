@@ -24,7 +24,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         0,
         "nothing is written on the span",
         METERING,
-        "        if call.charge is not None and is_recording():\n",
+        "        if is_recording():\n",
         "        if False:\n",
         _gate(
             "test_write_on_the_span_before_the_first_byte[/function]",
@@ -35,9 +35,9 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         0,
         "events have no trace",
-        METERING,
-        "        return current_trace()\n",
-        "        return {}\n",
+        "asgi_metering.events.span",
+        "    if not context.is_valid:\n        return {}\n",
+        "    return {}\n",
         _gate(
             "test_export_the_record_in_the_trace_of_its_request[/function]",
             "test_export_the_record_in_the_trace_of_its_request[/generator]",

@@ -92,6 +92,17 @@ def test_change_what_is_there() -> None:
         compile(source.replace(mutation.old, mutation.new), mutation.module, "exec")
 
 
+def test_name_tests_that_are_there() -> None:
+    """Every test that a mutation names stands in the file that it names, also of mutations that are not played."""
+    root = Path(__file__).parents[2]
+    sources: dict[str, str] = {}
+    for mutation in MUTATIONS:
+        for test in mutation.tests:
+            file, _, name = test.partition("::")
+            source = sources.setdefault(file, (root / file).read_text(encoding="utf-8"))
+            assert f"def {name.partition('[')[0]}(" in source, test
+
+
 @pytest.mark.parametrize("name", PLAYED)
 def test_turn_red_without_the_handling(name: str, runs: Runs) -> None:
     """The named test fails, in its body and not by accident, in code that does not handle its pitfall."""

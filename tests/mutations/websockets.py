@@ -9,7 +9,10 @@ __all__ = ["MUTATIONS"]
 ENDING = "asgi_metering.rules.ending"
 GUARDS = "asgi_metering.guards"
 HEARTBEATS = "asgi_metering.heartbeats"
+MEASURING = "asgi_metering.measuring"
 METERING = "asgi_metering.metering"
+SESSION = "asgi_metering.usage.session"
+UTTERANCES = "asgi_metering.asgi.utterances"
 WEBSOCKET = "asgi_metering.asgi.websocket"
 
 
@@ -23,6 +26,14 @@ def _charge(*names: str) -> tuple[str, ...]:
 
 def _end(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/asgi/test_websocket_ends.py::{name}" for name in names)
+
+
+def _usage(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/asgi/test_websocket_usage.py::{name}" for name in names)
+
+
+def _told(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/usage/test_session.py::{name}" for name in names)
 
 
 MUTATIONS = (
@@ -97,5 +108,63 @@ MUTATIONS = (
         '                if scope.get("type") == "websocket" and not _is_free(CURRENT.get()):\n',
         "                if False:\n",
         ("tests/pitfalls/test_websockets.py::test_let_nobody_in_without_a_middleware[starlette-request]",),
+    ),
+    Mutation(
+        19,
+        "messages are counted before the server has taken them",
+        WEBSOCKET,
+        "            self.ended = True\n        await self._deliver(call, message)\n",
+        "            self.ended = True\n"
+        "        if self.utterances is not None:\n            await self.utterances.sent(message)\n"
+        "        await self._deliver(call, message)\n",
+        _usage("test_count_no_message_that_the_server_did_not_take"),
+    ),
+    Mutation(
+        19,
+        "messages are read on their path",
+        UTTERANCES,
+        "        if self._size > MAX_WAITING:\n",
+        "        if True:\n",
+        _usage("test_read_nothing_on_the_path_of_messages"),
+    ),
+    Mutation(
+        19,
+        "a session outruns its hold",
+        UTTERANCES,
+        "            if self._unpaced >= self._room:\n",
+        "            if False:\n",
+        _usage("test_cut_a_session_that_its_messages_have_used_up"),
+    ),
+    Mutation(
+        19,
+        "a session keeps all of its answers",
+        UTTERANCES,
+        "(dialect, reader, _ANSWERED)) and call is not None:\n",
+        "(dialect, reader, _ANSWERED)) and False:\n",
+        _usage("test_keep_little_of_a_session_of_hours"),
+    ),
+    Mutation(
+        19,
+        "the input of a session is charged for each answer that broke",
+        MEASURING,
+        "        begun = begun and not call.opening.is_session\n",
+        "",
+        _usage("test_charge_the_input_of_a_session_once"),
+    ),
+    Mutation(
+        19,
+        "what is told again is charged again",
+        SESSION,
+        "        elif key in self._shown and (",
+        "        elif False and (",
+        _told("test_count_a_response_that_is_told_again_once"),
+    ),
+    Mutation(
+        19,
+        "running totals of ids that change are added",
+        SESSION,
+        "            return latest.ended or told is None or known is None\n",
+        "            return True\n",
+        _told("test_add_no_running_totals_of_ids_that_change"),
     ),
 )

@@ -421,6 +421,27 @@ def test_find_published_models_by_their_names() -> None:
     assert prices.lookup("no-such-model", "openai", NOW).rate is None
 
 
+CITED = {"web_searches": Decimal(20), "citation_tokens": Decimal(20_016)}
+
+
+@pytest.mark.parametrize(
+    ("model", "estimated", "cost", "flags"),
+    [
+        ("sonar-deep-research", False, "0.77891", ()),
+        ("sonar-deep-research", True, "0.77891", ()),
+        # A price for each request has its searches and citations in it.
+        ("sonar-pro", False, "3.029084", ()),
+        ("sonar-pro-search", False, "3.215084", ("unpriced_citations",)),
+    ],
+)
+def test_price_what_a_search_engine_counts(model: str, estimated: bool, cost: str, flags: tuple[str, ...]) -> None:
+    """Reasoning, citations and searches cost what is published of each; citations without a price are told of."""
+    usage = TokenUsage(33, 7_163 + 193_836, reasoning=193_836)
+    call = ModelCall(usage, model, "perplexity", units=CITED, estimated=estimated)
+    found = billed(model_prices(units_per_usd=1), call)
+    assert (found.amount, found.flags) == (Decimal(cost), flags)
+
+
 def test_price_published_media() -> None:
     """What is published by the hour, characters or searches is priced by units; images never by tokens (S3.20)."""
     prices = model_prices(units_per_usd=1)
@@ -500,6 +521,10 @@ def test_hold_for_service_tiers_and_searches() -> None:
     prices = model_prices(names, units_per_usd=1, published=False, fee="0.5")
     assert prices.pin(NOW, "small").cost_at_most(USED, service="priority", searches=2) == Decimal("30.52")
     assert prices.pin(NOW, "finder").cost_at_most(USED, searches=2) == Decimal("29.5")
+    # What they cost alone: by the list, by the model's own units, and nothing where nobody knows the model.
+    assert [prices.pin(NOW, name).searching(2) for name in ("small", "finder", "x")] == [Decimal("0.02"), 14, 0]
+    finder = model_prices({"finder": per_unit(web_searches=7)}, units_per_usd=1, published=False)
+    assert finder.pin(NOW, "finder").searching(2) == 14
     assert prices.pin(NOW, "small", "anthropic").cost_at_most(USED, service="priority") == Decimal("15.5")
     assert prices.pin(NOW, "small", "acme").cost_at_most(USED, service="?") == Decimal("15.5")
     mine = per_token(input=1, output=1, services={"acme/gold": 4, "gold": 2})

@@ -84,6 +84,51 @@ def test_read_body_of_another_failure_tells_nothing(status: int | None, body: by
     assert read_body(status, body, NOW) == Told(None)
 
 
+@pytest.mark.parametrize("name", TABLE)
+def test_read_body_tells_of_which_model_it_is(name: str) -> None:
+    """A quota whose dimensions name a model is of that one alone; sentences and others name none."""
+    status, body, *_ = TABLE[name]
+    assert read_body(status, body, NOW).model == ("gemini-2.5-flash" if name.startswith("google") else None)
+
+
+def violation(quota: str, **dimensions: object) -> dict[str, object]:
+    """That a quota of Google's is spent."""
+    return {"quotaId": quota, "quotaValue": "7", "quotaDimensions": dimensions}
+
+
+@pytest.mark.parametrize(
+    ("violations", "model", "resources"),
+    [
+        (
+            [violation("PerDay", model="a"), violation("TokensPerMinute", model="a")],
+            "a",
+            ["requests_day", "tokens_minute"],
+        ),
+        ([violation("PerDay", model="a"), violation("PerMinute")], None, ["requests_minute"]),
+        ([violation("PerDay", model="a"), violation("PerMinute", model="b")], "a", ["requests_day"]),
+        ([violation("PerDay", model="models/A")], "a", ["requests_day"]),
+        ([violation("PerDay", model="no name")], None, ["requests_day"]),
+        ([violation("PerDay", model=7)], None, ["requests_day"]),
+        ([{"quotaId": "PerDay", "quotaDimensions": []}], None, ["requests_day"]),
+    ],
+    ids=["one", "one and all", "two", "spelt otherwise", "none", "no text", "no dimensions"],
+)
+def test_read_body_keeps_a_model_apart_from_all(violations: Any, model: str | None, resources: list[str]) -> None:
+    """Where limits of all models are spent too only these are told: a model's own are told by its next refusal."""
+    details = [{"@type": "google.rpc.QuotaFailure", "violations": violations}]
+    told = read_body(429, r.body({"error": {"code": 429, "details": details}}), NOW)
+    assert (told.model, [each.resource for each in told.limits]) == (model, resources)
+    assert (told.retry_after_s is not None) is ("requests_day" in resources)
+
+
+def test_read_quota_keeps_headers_out_of_what_is_of_a_model() -> None:
+    """Headers say of no model, and were read when they came; who has to pay first has to for every model."""
+    reading = read_quota([(b"retry-after", b"9")], provider="google", status=429, now=NOW, body=r.GOOGLE_MINUTE)
+    assert reading is not None
+    assert (reading.model, reading.retry_after_s, len(reading.limits)) == ("gemini-2.5-flash", 26.0, 1)
+    assert read_body(402, r.GOOGLE_MINUTE, NOW).model is None
+
+
 def test_read_body_of_a_service_quota_by_its_header() -> None:
     """Bedrock names the error in a header, also where the status is 400."""
     headers = [(b"x-amzn-ErrorType", b"ServiceQuotaExceededException:http://internal.amazon.com/")]

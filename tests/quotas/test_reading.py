@@ -28,6 +28,7 @@ def test_to_dict_is_plain_json_and_exact() -> None:
     )
     assert json.loads(json.dumps(reading.to_dict())) == {
         "provider": "acme",
+        "model": None,
         "dialect": "openai",
         "observed_at": 100.0,
         "received_at": 101.0,

@@ -285,6 +285,9 @@ def test_bound_years_hours_and_minutes(
             (2024, 10, 5, 15, 31),
             [(2024, 10, 5, 14, 30), (2024, 10, 5, 15, 30), (2024, 10, 5, 16)],
         ),
+        # From a quarter to three to a quarter to four: that one ends early, and the next is as short.
+        ("Pacific/Chatham", (2024, 9, 28, 13, 30), [(2024, 9, 28, 13, 15), (2024, 9, 28, 14), (2024, 9, 28, 14, 15)]),
+        ("Pacific/Chatham", (2024, 9, 28, 14, 5), [(2024, 9, 28, 13, 15), (2024, 9, 28, 14), (2024, 9, 28, 14, 15)]),
     ],
 )
 def test_bound_hours_where_the_clock_is_set(name: str, now: tuple[int, ...], edges: list[tuple[int, ...]]) -> None:

@@ -247,6 +247,7 @@ def odd_admissions(now: float) -> dict[str, Admit]:
         "a debt to come that is less than nothing": CALL._replace(sources=(WalletSource(-50),)),
         "no account": CALL._replace(payer="eve"),
         "somebody else without an account": CALL._replace(sources=(WalletSource(0, "eve"),)),
+        "two limits of one key": CALL._replace(limits=(fixed(5), fixed(7))),
         "window without room": CALL._replace(limits=(fixed(5, cost=6),)),
         "other window without room": CALL._replace(limits=(sliding(5, key="s", cost=6),)),
         "stale calendar": CALL._replace(limits=(stale,)),
@@ -381,6 +382,22 @@ def test_leave_an_end_of_what_is_not_plain(world: World, why: str) -> None:
     """Whatever has become of the call, its account or its grant meanwhile is the general rules'."""
     HOLDS[why](world)
     assert not is_taken(world, End("old", 5, Basis.USAGE))
+
+
+@pytest.mark.parametrize("call", ["old", "used", "held"])
+def test_leave_an_end_of_any_call_where_the_clock_stepped_back(world: World, call: str) -> None:
+    """Whatever was held, at a time before the account's last the general rules say when it ends (DESIGN "Time")."""
+    world.wait(-1)
+    assert not is_taken(world, End(call, 0, Basis.USAGE))
+
+
+@pytest.mark.parametrize("wrong", [{"event": 3}, {"actual": 3}, {"event": {}, "basis": "usage"}], ids=str)
+def test_write_nothing_of_an_end_that_fails(world: World, wrong: dict[str, Any]) -> None:
+    """An end that is a mistake of whoever asks leaves everything as it was: one step, all or nothing."""
+    before = ordered(world.state)
+    with pytest.raises((TypeError, AttributeError)):
+        fast_end.end(world.state, End("old", 5, Basis.USAGE)._replace(**wrong), world.now)
+    assert ordered(world.state) == before
 
 
 def test_leave_an_end_of_a_window_that_is_gone(world: World) -> None:

@@ -54,6 +54,8 @@ def test_what_lies_ahead_is_of_now() -> None:
         ({"series": "a b"}, "The provider 'a b' is not"),
         ({"series": "openai/"}, "The quota label '' is not"),
         ({"series": "openai/a/b"}, "The quota label 'a/b' is not"),
+        ({"series": "openai/a@"}, "The model of a quota '' is not"),
+        ({"series": "openai@a@b"}, "The model of a quota 'a@b' is not"),
         ({"part": "body"}, "'body' is no part of a reading"),
         ({"observed_at": float("inf")}, "is of inf, which is no time"),
         ({"observed_at": -0.5}, "is of -0.5, which is no time"),

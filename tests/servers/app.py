@@ -27,6 +27,7 @@ path                answer
 ``/ws/messages``    1 credit a message, held in slices of 3, and two connections of a caller at once: the same
 ``/ws/brief``       the same on a hold that lives for 1 s without a heartbeat
 ``/ws/limited``     the same for nothing, and three messages an hour
+``/ws/relay``       1 credit a token, held in slices of 50: a WebSocket that relays what it is told to say
 ``/ws/free``        not metered: the same
 ``/desk``           free: what ``payer`` has, after a grant of ``credits`` if there are any
 ==================  ======================================================================================
@@ -331,6 +332,14 @@ async def messages_limited(websocket: WebSocket) -> None:
     await _talk(websocket)
 
 
+@billable(per_token(input=1, output=1), hold=slices(50), line="relay")
+async def relay(websocket: WebSocket) -> None:
+    """A price per token, which the messages tell."""
+    await websocket.accept()
+    async for text in websocket.iter_text():
+        await websocket.send_text(text)
+
+
 _ROUTES = [
     Route("/json", plain, methods=["GET", "POST", "OPTIONS"]),
     Route("/limited", twice),
@@ -352,6 +361,7 @@ _ROUTES = [
     WebSocketRoute("/ws/messages", messages),
     WebSocketRoute("/ws/brief", messages_brief),
     WebSocketRoute("/ws/limited", messages_limited),
+    WebSocketRoute("/ws/relay", relay),
     WebSocketRoute("/ws/free", _talk),
     Route("/desk", desk),
 ]

@@ -22,6 +22,8 @@ from tests.servers.house import House, house, key
 from tests.servers.test_answers import PAID
 from tests.servers.test_disconnects import GONE_LATE
 
+SAMPLES = Path(__file__).parents[1] / "samples"
+
 
 def said_goodbye(each: House, whole: int) -> list[Ended]:
     """The end of one call whose client said goodbye; hypercorn does not tell it from one that is lost."""
@@ -102,6 +104,15 @@ def test_close_a_websocket_that_runs_dry(each: House) -> None:
     assert reason == ("" if each.kind == "daphne" else "insufficient_credits: Insufficient credits")
     each.wait_for("disconnected", key=payer, code=4402)
     assert each.books.ended(payer) == [Ended("cut", "cut", "observed", 3 * CREDIT)]
+
+
+def test_charge_a_websocket_for_what_its_messages_told(each: House) -> None:
+    """A realtime session is charged for the sum of its responses, however its hold had to grow for that."""
+    payer = each.books.grant("relays", 1_000)
+    messages = (SAMPLES / "openai-realtime-session.ndjson").read_text().splitlines()
+    with talking(each, "/ws/relay", payer) as client:
+        assert say(client, *messages) == messages
+    assert each.books.ended(payer) == said_goodbye(each, 253 + 121 + 13 + 9 + 340 + 28)
 
 
 def test_outgrow_the_hold_of_a_websocket(each: House) -> None:

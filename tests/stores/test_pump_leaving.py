@@ -162,6 +162,24 @@ def test_release_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert "The hold of a caller that left stays until it expires: The store is down." in caplog.text
 
 
+def test_release_that_gets_no_answer_is_given_back_later() -> None:
+    """Pitfall 29: a release for a caller that left, which a store that went down has lost, is asked for again."""
+
+    async def scene(store: GatedStore, _: Pump) -> None:
+        unknown: list[Any] = []
+        pump = Pump(store, unknown.append)
+        (gone,) = submit(pump, ask("gone", 30))
+        await turns()
+        gone.cancel()
+        store.failures = [None, StoreUnavailableError("The store is down.")]
+        store.gate.set()
+        await pump.close()
+        assert store.batches == [["gone"], ["Undo"]]
+        assert unknown == [ask("gone", 30)]
+
+    play(scene)
+
+
 # -- deadlines ---------------------------------------------------------------------------------------------
 
 

@@ -287,6 +287,40 @@ def test_callbacks_are_isolated(caplog: pytest.LogCaptureFixture) -> None:
     assert "broken callback" in caplog.text
 
 
+def of_model(model: str, at: float = NOW) -> Reading:
+    """A reading of one model alone, of which nothing is left."""
+    spent = QuotaLimit(resource="requests_day", remaining=0, reset_at=NOW + 30)
+    return Reading(
+        provider="google", dialect="unknown", observed_at=at, limits=(spent,), limits_observed_at=at, model=model
+    )
+
+
+def test_models_and_their_key_replace_nothing_of_each_other() -> None:
+    """Of each model, and of all together, the newest is kept; a resource is looked for wherever it was told."""
+    readings = make()
+    readings.take(of_model("flash", NOW - 3), label="eu")
+    assert readings.telling("google", "requests_day", label="eu") == of_model("flash", NOW - 3)
+    readings.take(of_model("pro", NOW - 1), label="eu")
+    readings.take(of_model("pro", NOW - 2), label="eu")
+    readings.record("google", left(5), 200, label="eu")
+    assert remaining(readings.latest("google", label="eu")) == 5
+    assert readings.latest("google", label="eu", model="models/flash") == of_model("flash", NOW - 3)
+    assert readings.of_models("google", label="eu") == [of_model("flash", NOW - 3), of_model("pro", NOW - 1)]
+    assert (readings.of_models("google"), readings.latest("google", model="flash")) == ([], None)
+    assert readings.all().keys() == {"google/eu@flash", "google/eu@pro", "google/eu"}
+    assert readings.telling("google", "requests_day", label="eu") == of_model("pro", NOW - 1)
+    assert readings.telling("google", "requests", label="eu") == readings.latest("google", label="eu")
+
+
+def test_models_make_room_as_any_series() -> None:
+    """Names of models come from bodies: where there are too many the oldest are forgotten, as models too."""
+    readings = make()
+    for number in range(MAX_SERIES + 2):
+        readings.take(of_model(f"m{number}", NOW + number))
+    assert len(readings.all()) == len(readings.of_models("google")) == MAX_SERIES
+    assert readings.latest("google", model="m1") is None
+
+
 def test_record_from_many_threads_ends_with_the_newest() -> None:
     """Threads that record at once leave the response with the latest start, whoever was last (S1.41)."""
     readings = make()

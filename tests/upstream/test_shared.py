@@ -20,6 +20,7 @@ from asgi_metering.upstream.readings import QuotaReadings
 from asgi_metering.upstream.shared import KEEP_S, SharedReadings
 from asgi_metering.upstream.tracker import QuotaTracker
 from asgi_metering.upstream.usage_log import UsageLog
+from tests.quotas.refusals import GOOGLE_DAY
 from tests.upstream.test_usage_log import NOW, clock
 
 NEVER_S = 3_600.0
@@ -42,6 +43,7 @@ def test_workers_see_what_others_were_told(tmp_path: Path) -> None:
     (here, mine), (there, theirs) = worker(tmp_path / "q.db"), worker(tmp_path / "q.db")
     here.record("openai", left(9), 200, NOW)
     here.record("openai", [(b"retry-after", b"7")], 429, NOW, label="eu")
+    here.record("google", [], 429, NOW, label="eu", body=GOOGLE_DAY)
     mine.share()
     theirs.look()
     assert there.all() == here.all()
@@ -49,7 +51,7 @@ def test_workers_see_what_others_were_told(tmp_path: Path) -> None:
     theirs.share()
     mine.share()
     assert here.latest("openai") == there.latest("openai")
-    assert here.all().keys() == {"openai", "openai/eu"}
+    assert here.all().keys() == {"openai", "openai/eu", "google/eu@gemini-2.5-flash"}
 
 
 def test_older_answer_of_another_worker_replaces_nothing(tmp_path: Path) -> None:
@@ -162,6 +164,7 @@ LIMITS = st.builds(
         received_at=st.none() | MOMENTS,
         limits_observed_at=st.none() | MOMENTS,
         verdict=st.none() | st.sampled_from(Verdict),
+        model=st.none() | st.just("gemini-2.5-flash"),
     )
 )
 def test_reading_comes_back_from_json_as_it_was(reading: Reading) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.errors import UsageError
 from asgi_metering.usage import TokenUsage, UsageEvent
-from asgi_metering.usage.event import EVENT_VERSION
+from asgi_metering.usage.event import EVENT_VERSION, ordinary_events
 
 LEAST: dict[str, Any] = {
     "id": "call_1",
@@ -89,6 +90,17 @@ def test_read_as_if_made_anew(drop: set[str], odd: dict[str, Any]) -> None:
     """Whatever was stored, the event is the one that its constructor makes of it, or refused as that refuses it."""
     stored = {name: value for name, value in (FULL | odd).items() if name not in drop or name in LEAST}
     assert made(UsageEvent.from_dict, stored) == made(lambda fields: UsageEvent(**fields), stored)
+
+
+@pytest.mark.parametrize(
+    "odd", [None, MappingProxyType(LEAST), LEAST | {"status": "200"}, LEAST | {"usage": 3}], ids=str
+)
+def test_read_many_together(odd: Mapping[str, Any] | None) -> None:
+    """A batch in which each is as nearly all are gives the events that each gives; with any other it gives none."""
+    usage = {"input": 9, "output": 0}
+    batch = [LEAST, UsageEvent(**FULL).to_dict(), LEAST | {"id": "c", "usage": usage, "attributes": {"a": 1.5}}]
+    events = ordinary_events(batch if odd is None else [*batch, odd])
+    assert events == (None if odd else [UsageEvent.from_dict(each) for each in batch])
 
 
 @pytest.mark.parametrize("name", sorted(LEAST))

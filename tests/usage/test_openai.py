@@ -277,6 +277,30 @@ def test_read_embeddings(usage: dict[str, int], expected: TokenUsage) -> None:
     assert report.usage == expected
 
 
+@pytest.mark.parametrize("total", [7_196, 7_196 + 193_836, None])
+def test_read_what_perplexity_counts_beside_its_answer(total: int | None) -> None:
+    """
+    A deep research counts reasoning and citations beside the answer's tokens, whatever its total says, and searches.
+
+    Source: Perplexity's pricing of sonar-deep-research; the extractor of genai-prices adds them up alike.
+    """
+    usage = {"prompt_tokens": 33, "completion_tokens": 7_163, "total_tokens": total, "citation_tokens": 20_016}
+    more = {"num_search_queries": 20, "reasoning_tokens": 193_836, "search_context_size": "low", "cost": {"total": 1}}
+    report = body({"object": "chat.completion", "model": "sonar-deep-research", "usage": {**usage, **more}}).report()
+    assert report is not None
+    assert report.usage == TokenUsage(33, 7_163 + 193_836, reasoning=193_836)
+    assert (report.searches, report.citations, report.cost, report.problems) == (20, 20_016, None, ())
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, 10**13])
+def test_refuse_citations_that_are_no_count(count: object) -> None:
+    """A count of citations that is none refuses the report, as any other one."""
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "citation_tokens": count}
+    report = body({"object": "chat.completion", "model": "sonar", "usage": usage}).report()
+    assert report is not None
+    assert (report.usage, report.refused) == (None, True)
+
+
 def test_end_as_perplexity_does() -> None:
     """Perplexity ends with a chat.completion.done object instead of [DONE]."""
     first = chunk(choices=[], usage={"prompt_tokens": 1, "completion_tokens": 1})

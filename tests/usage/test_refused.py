@@ -35,6 +35,9 @@ SAYS: dict[str, Make] = {
     "openai-chat": lambda asked, given: sse(
         chunk(usage={"prompt_tokens": asked, "completion_tokens": given}), b"[DONE]"
     ),
+    "openai-realtime": lambda asked, given: _body(
+        type="response.done", event_id="e", response={"usage": {"input_tokens": asked, "output_tokens": given}}
+    ),
     "openai-responses": lambda asked, given: _body(
         object="response", usage={"input_tokens": asked, "output_tokens": given, "input_tokens_details": {}}
     ),
@@ -42,6 +45,9 @@ SAYS: dict[str, Make] = {
         output={"message": {}}, stopReason="x", usage={"inputTokens": asked, "outputTokens": given}
     ),
     "anthropic": _anthropic,
+    "gemini-live": lambda asked, given: _body(
+        serverContent={"turnComplete": True}, usageMetadata={"promptTokenCount": asked, "responseTokenCount": given}
+    ),
     "gemini": lambda asked, given: _body(usageMetadata={"promptTokenCount": asked, "candidatesTokenCount": given}),
     "ollama": lambda asked, given: _body(model="o", done=True, prompt_eval_count=asked, eval_count=given),
     "cohere": lambda asked, given: _body(usage={"tokens": {"input_tokens": asked, "output_tokens": given}}),

@@ -132,9 +132,9 @@ class Rule:
         place = scope or endpoint
         return f"{place}:{method_of(request)}" if self.per_method else str(place)
 
-    async def taken(self, request: HTTPConnection, strategy: Strategy) -> int:
+    async def taken(self, request: HTTPConnection) -> int:
         """What *request* takes of its limits."""
-        return read_cost(await _answer(self.cost(request)) if callable(self.cost) else self.cost, strategy)
+        return read_cost(await _answer(self.cost(request)) if callable(self.cost) else self.cost)
 
     def limit(self, item: RateLimitItem) -> Limit:
         """*item* as slowapi hands it to handlers of its exception."""
@@ -183,8 +183,6 @@ def check_rule(rule: Rule, strategy: Strategy) -> Rule:
     Raises:
         ConfigurationError: With the mend.
     """
-    if not callable(rule.cost):
-        read_cost(rule.cost, strategy)
     if not callable(rule.provider):
         for item in read_items(rule.provider):
             rate_of(item, strategy)
@@ -252,20 +250,15 @@ def rate_of(item: RateLimitItem, strategy: Strategy) -> RatePolicy:
     return RatePolicy((parse_limit(item, strategy),), SCOPE)
 
 
-def read_cost(cost: Any, strategy: Strategy = "fixed") -> int:
+def read_cost(cost: Any) -> int:
     """
     A cost in whole hits, rounded up: what slowapi counts in fractions must not fit where it does not there.
 
     Raises:
-        ConfigurationError: It is no number from 0 up, or not 1 where a window moves with each request.
+        ConfigurationError: It is no number from 0 up.
     """
     if isinstance(cost, bool) or not isinstance(cost, int | float) or not isfinite(cost) or cost < 0:
         raise ConfigurationError(f"The cost {cost!r} is no number from 0 up. Answer how many hits a request counts as.")
-    if strategy == STRATEGIES["moving-window"] and cost != 1:
-        raise ConfigurationError(
-            f"The cost {cost!r} cannot be counted by a moving window, which counts requests one by one. Use the "
-            f"strategy 'fixed-window' or 'sliding-window-counter'."
-        )
     return ceil(cost)
 
 
@@ -318,7 +311,7 @@ async def counted(rules: Iterable[Rule], request: HTTPConnection, endpoint: str,
         if not key or not place:
             log.error("Skipping limits %s: nobody to count, or nowhere.", items)
             continue
-        cost = await rule.taken(request, reading.strategy)
+        cost = await rule.taken(request)
         for item in items:
             identifiers = (*((reading.prefix,) if reading.prefix else ()), str(key), place)
             ask = _ask(item, identifiers, cost, reading, len(found))

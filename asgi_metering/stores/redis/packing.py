@@ -337,4 +337,5 @@ def _told(hold: Hold, told: Mapping[str, Any]) -> Mapping[str, Any]:
     receipt = hold.receipt
     if receipt is None:
         raise AssertionError(f"an event tells of the end of {hold.id!r}, which has not ended")
-    return event_payload(hold, receipt, told)
+    _, _, _, amount, held, basis, estimated, _, _, _, at, _, _, _, _ = receipt
+    return event_payload(hold, told, receipt.id, amount, held, basis, estimated, at)

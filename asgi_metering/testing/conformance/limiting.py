@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from asgi_metering.decisions import Reason
 from asgi_metering.rules.hold import HoldState
-from asgi_metering.rules.operations import End, LeaseAsk, Sweep, WindowKind
+from asgi_metering.rules.operations import End, LeaseAsk, Sweep, Undo, WindowKind
 from asgi_metering.testing.conformance.scene import GRACE_S, LIFE_S, PAYER, UNIT, Scene, Suite, scenario, tables
 
 __all__ = ["Limiting"]
@@ -90,6 +90,22 @@ class Limiting(Suite):
         assert round(admitted.windows[0].reset_after_s, 5) == 40.0
         scene.clock.advance(200)
         assert (await scene.admit("f", limits=limits)).windows[0].remaining == 1
+
+    @scenario
+    async def test_moving_log_counts_a_call_as_often_as_it_costs(self, scene: Scene) -> None:
+        """A call that costs several takes so many places of a log, is told when they are free, and gives all back."""
+        two, three = (scene.limit(MOVING, 5, cost=cost) for cost in (2, 3))
+        assert (await scene.admit("a", limits=[two])).windows[0].remaining == 3
+        scene.clock.advance(10)
+        ask = scene.ask("b", 0, limits=[two])
+        assert (await scene.one(ask)).windows[0].remaining == 1
+        async with scene.nothing_changes():
+            refusal = (await scene.admit("c", limits=[three])).refusal
+        assert refusal is not None
+        assert refusal.retry_after_s is not None
+        assert (refusal.reason, round(refusal.retry_after_s, 6)) == (Reason.RATE_LIMIT, 50.0)
+        await scene.one(Undo(ask, scene.clock()))
+        assert (await scene.admit("d", limits=[three])).windows[0].remaining == 0
 
     @scenario
     async def test_bucket_gives_its_burst_and_what_flows_back(self, scene: Scene) -> None:
