@@ -50,7 +50,9 @@ class UpstreamClients:
         An async HTTP client for the model SDKs: ``AsyncOpenAI(http_client=metering.upstream_client("openai"))``.
 
         The quotas of every answer go to `quotas`, refusals included (S1.44); the usage of an answer goes to the metered
-        call in which the request was begun, whatever else runs beside it. Outside of a call only quotas are kept.
+        call in which the request was begun, whatever else runs beside it. Outside of a call only quotas are kept; other
+        processes are told of them, and theirs are heard, while the metering is open: a script, or a worker without
+        metered calls, that shall share them opens it by ``async with metering:``.
         Close it as any client, or let the SDK's client do so.
 
         Args:

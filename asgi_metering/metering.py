@@ -112,7 +112,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
             `QuotaTracker`, whose readings are those of `quotas` then, and whose log is one more sink.
         share_readings: Whether the processes that use one store let each other know what providers answer about their
             quotas: `quotas` of each then has the newest of all, a second or two later, and so have `requires_upstream`
-            and `tracker`. Off the path of any response; not on the memory store, which is of one process.
+            and `tracker`. Off the path of any response, while it is open; not on the memory store, which is of one
+            process.
 
     Raises:
         ConfigurationError: An argument or URL that cannot work; the sentence says what can.

@@ -7,6 +7,7 @@ import json
 import logging
 from typing import Any
 
+import httpx2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -439,6 +440,28 @@ def test_shutdown_waits_for_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asyncio.run(play("down"))
     asyncio.run(play("silent"))
+
+
+@pytest.mark.usefixtures("quick")
+def test_open_metering_shares_without_a_call() -> None:
+    """A process that only calls providers tells others as long as its metering is open, and before that nobody."""
+
+    async def play() -> None:
+        store = Shared()
+        metering = Metering(store, sinks=())
+
+        async def told() -> bool:
+            return bool(await _kept(store))
+
+        answer = httpx2.Response(200, headers={"x-ratelimit-remaining-requests": "3"}, json={})
+        async with metering.upstream_client("openai", wrap=httpx2.MockTransport(lambda _: answer)) as client:
+            await client.get("http://provider/")
+            assert metering.quotas.latest("openai") is not None
+            assert await _kept(store) == []
+            async with metering:
+                await until(told)
+
+    asyncio.run(play())
 
 
 @pytest.mark.usefixtures("quick")

@@ -244,7 +244,7 @@ class Exchange(Hearing):
                 call.first_byte = call.first_byte or (reaches and not self.lost)
                 if self.keep is not None:
                     self.keep(body)
-        self.unchecked += len(body)
+                self.unchecked += len(body)
         if self.unchecked >= self.room:
             await self._turn(call)
         if call.first_byte and not self.trailers and self.watch is None:
@@ -283,6 +283,7 @@ class Exchange(Hearing):
                 # Cancelled while the server's `send` waited for its buffer: the bytes are the server's then.
                 if keep is not None:
                     keep(body)
+                left -= len(body)
                 raise
             if keep is not None:
                 keep(body)
@@ -315,6 +316,10 @@ class Exchange(Hearing):
             except OSError:
                 if not self._lost(call):
                     raise
+            except BaseException:
+                # As above.
+                left -= size
+                raise
             left -= size
             if left <= 0:
                 # As above.

@@ -137,6 +137,6 @@ REALTIME: Final = Dialect(
     note=_note,
     note_usage=_note_usage,
     text=_text,
-    telling=Marks(["session.created", "session.updated", DONE], {"usage": r"\{"}),
+    telling=Marks(["session.created", "session.updated", "response.created", DONE], {"usage": r"\{"}),
     texty=re.compile(rb'\.delta"'),
 )

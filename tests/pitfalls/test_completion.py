@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, StreamingResponse
 
 from asgi_metering import (
+    TokenUsage,
     billable,
     metered_app,
 )
@@ -390,6 +391,35 @@ def test_whole_response_is_charged_whatever_breaks_behind_it(app: Any, outcome: 
             ended = await stage.drive(extensions={"http.response.pathsend": {}})
             assert ended.outcome == "raised"
             assert await stage.outcomes() == [outcome]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    "part", [billable(2), billable(per_token(output=1), hold=TokenUsage(output=9))], ids=["counted", "kept"]
+)
+@pytest.mark.parametrize("cancelled", [0, 2])
+def test_bytes_of_a_cancelled_send_are_the_servers(cancelled: int, part: Any) -> None:
+    """Pitfall 24: a piece whose sender was cancelled while the server took it counts towards the announced length."""
+    piece = b"abc"
+
+    async def impatient(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": sized(4, piece)})
+        for number in range(4):
+            sending = asyncio.ensure_future(send({"type": "http.response.body", "body": piece, "more_body": True}))
+            if number == cancelled:
+                # It is on its way in the server's `send`, which takes some turns.
+                await asyncio.sleep(0)
+                sending.cancel()
+            await asyncio.wait([sending])
+        await send({"type": "http.response.body"})
+        raise RuntimeError("It broke.")
+
+    async def play() -> None:
+        async with staged(metered_app(plain(impatient), part)) as stage:
+            ended = await stage.drive()
+            assert (ended.outcome, len(body(ended.log))) == ("raised", 4 * len(piece))
+            assert await stage.outcomes() == ["completed"]
 
     asyncio.run(play())
 

@@ -29,7 +29,7 @@ class SharingReadings(Suite):
         """Each part of each series is kept as it was told, read alone and with everything, and answered."""
         now = scene.clock()
         status = SharedReading("openai", "status", now - 0.1, TOLD)
-        told = (status, status._replace(part="limits", observed_at=0.0), status._replace(series="openai/batch.2"))
+        told = (status, status._replace(part="limits", observed_at=0.0), status._replace(series="openai/batch.2@m-2.5"))
         assert await scene.one(Share(told)) == told
         assert await _kept(scene) == {reading[:2]: reading for reading in told}
         state = await scene.state()
