@@ -59,8 +59,8 @@ class Observer(Protocol):
     def passed(self, count: int) -> None:
         """Note that *count* more bytes have passed since the last time; called now and then."""
 
-    def digest(self) -> None:
-        """Read what was kept, if it is much; called now and then."""
+    def digest(self) -> bool:
+        """Read some of what was kept, if that is much; whether it still is. Called now and then."""
 
     def report(self) -> UsageReport | None:
         """What the body has reported so far; None if nothing."""

@@ -22,6 +22,7 @@ from asgi_metering.rules.operations import Operation, Renew, Sweep
 if TYPE_CHECKING:
     from asgi_metering.beside import Beside
     from asgi_metering.call import Call
+    from asgi_metering.call_state import Observer
     from asgi_metering.metering import Metering
 
 __all__ = ["Heartbeats"]
@@ -33,6 +34,9 @@ TICK_S = 0.25
 
 BEATS_PER_LIFE = 3
 """Heartbeats within one life of a hold, so that one may be lost."""
+
+DIGESTS = 128
+"""Slices of one body that are read between two looks, with a turn of the loop behind each: all that can wait of it."""
 
 SWEEP_EVERY_S = 30.0
 """
@@ -117,9 +121,9 @@ class Heartbeats:
             self._spawn(self._beat_beside(beside), f"heartbeat of {call.id}, beside it")
         if call.growth is not None:
             call.growth.nudge()
-        if call.observer is not None:
-            # Last: what a body does to its reader must not cost the call its heartbeat.
-            call.observer.digest()
+        # Last: what a body does to its reader must not cost the call its heartbeat.
+        if call.observer is not None and call.observer.digest():
+            self._spawn(_digested(call.observer), f"reading of {call.id}")
 
     async def _beat(self, call: Call) -> None:
         try:
@@ -164,3 +168,11 @@ class Heartbeats:
             await self._metering.hold_lost(call)
         except Exception as failure:  # noqa: BLE001 -- the application's own
             self._metering.alarms.raised("on_hold_lost", f"on_hold_lost failed for call {call.id}.", failure)
+
+
+async def _digested(observer: Observer) -> None:
+    """Have *observer* read what is much, slice by slice: half a megabyte of text would keep the loop for 50 ms."""
+    for _ in range(DIGESTS):
+        await asyncio.sleep(0)
+        if not observer.digest():
+            break

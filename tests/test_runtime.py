@@ -102,7 +102,7 @@ def test_beat_although_what_was_used_cannot_be_told(monkeypatch: pytest.MonkeyPa
     class Eager:
         """An observer that breaks."""
 
-        def digest(self) -> None:
+        def digest(self) -> bool:
             raise RecursionError("too deep")
 
         def report(self) -> None:

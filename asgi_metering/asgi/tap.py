@@ -9,7 +9,7 @@ and what it keeps is bounded.
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -87,12 +87,10 @@ class Tap:
             if self._passed > MAX_WAITING:
                 self._shed()
 
-    def digest(self) -> None:
-        """Read what waits beyond a block, the oldest first; called from the worker now and then."""
-        sizes = [*accumulate(map(len, self._chunks))]
-        if sizes and sizes[-1] >= BLOCK:
-            self._read_usage()
-            self._read_text(bisect_right(sizes, sizes[-1] - BLOCK) + 1)
+    def digest(self) -> bool:
+        """Read a slice of what waits beyond a block, the oldest first; whether more of it waits."""
+        beyond = self._waiting() - BLOCK
+        return beyond >= 0 and beyond >= self._read_slice(beyond)
 
     def report(self) -> UsageReport | None:
         """What the body has reported so far; None if nothing."""
@@ -105,19 +103,26 @@ class Tap:
 
         Of a stream that broke half a megabyte may wait, and to read that takes fifty milliseconds.
         """
-        self._read_usage()
-        at_once = PACKED_SLICE if self._kind[1] else SLICE
-        left = self._waiting()
-        while left > at_once and self._chunks:
-            count = size = 0
-            for chunk in self._chunks:
-                if count and size + len(chunk) > at_once:
-                    break
-                count, size = count + 1, size + len(chunk)
-            left -= size
-            self._read_usage()
-            self._read_text(count)
+        left = self._waiting() - self._slice
+        while left > 0:
+            left -= self._read_slice(left)
             await asyncio.sleep(0)
+
+    @property
+    def _slice(self) -> int:
+        return PACKED_SLICE if self._kind[1] else SLICE
+
+    def _read_slice(self, most: int) -> int:
+        """Read the text of the oldest chunks, *most* bytes or one chunk; how many bytes that were is returned."""
+        most = min(most, self._slice)
+        count = size = 0
+        for chunk in self._chunks:
+            if count and size + len(chunk) > most:
+                break
+            count, size = count + 1, size + len(chunk)
+        self._read_usage()
+        self._read_text(count)
+        return size
 
     def text_reader(self) -> UsageReader:
         """The reader that has seen every chunk and keeps its text."""

@@ -127,8 +127,9 @@ class Utterances:
     def passed(self, count: int) -> None:
         """Messages are counted as they are sent."""
 
-    def digest(self) -> None:
+    def digest(self) -> bool:
         """Nothing: so little waits that it may wait until somebody asks, and whoever looks after it has many others."""
+        return False
 
     def report(self) -> UsageReport | None:
         """Of a session nobody asks for one report."""

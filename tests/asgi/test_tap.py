@@ -83,7 +83,8 @@ def test_digest_reads_beyond_a_block_and_leaves_less_alone() -> None:
     assert waiting(watched) == len(numbered[0])
     for chunk in numbered[1:]:
         watched.keep(chunk)
-    watched.digest()
+    while watched.digest():
+        pass
     assert BLOCK - len(numbered[0]) <= waiting(watched) < BLOCK
     watched.keep(USAGE)
     assert (
@@ -247,6 +248,18 @@ def test_waits_for_no_stream_that_goes_on() -> None:
         return more
 
     assert asyncio.run(play()) < 50
+
+
+def test_digests_a_slice_at_a_time() -> None:
+    """What waits beyond a block is read in slices, and it is told while more of it waits (pitfall 33)."""
+    watched = tap()
+    give(watched, delta("x" * 500), MAX_WAITING * 3 // 4 // len(delta("x" * 500)))
+    before = waiting(watched)
+    assert watched.digest()
+    assert SLICE // 2 < before - waiting(watched) <= SLICE
+    while watched.digest():
+        pass
+    assert BLOCK - 1_000 <= waiting(watched) < BLOCK
 
 
 def test_looks_at_each_byte_once_however_often_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
