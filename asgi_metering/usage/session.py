@@ -48,10 +48,14 @@ _FIELD: Final = re.compile(rb"(?:data|event|id|retry):")
 _EVENT: Final = re.compile(rb"(?:data|event|id|retry):|: ")
 """How a message begins that is a piece of a stream of events: with a field, or with a comment."""
 
+_DATA: Final = re.compile(rb"(?:\A|[\r\n])data:")
+"""What a piece of a stream of events has in one of its lines, that it tells anything by."""
+
 _LINES: Final = re.compile(rb"\}[ \t]*\r?\n\s*\{")
 """Between two objects on lines of their own; in one document there is a comma."""
 
 _ID: Final = rb'"(?:id|response_id|responseId)"\s*:\s*%b'
+_OPENING: Final = (b"", b"{", b"[")
 _DONE: Final = b"[DONE]"
 _ENDS: Final = re.compile(rb"[\r\n]+")
 _FIRST: Final = frozenset(
@@ -94,6 +98,7 @@ class SessionReader:
         "_dialect",
         "_events",
         "_going",
+        "_has_begun",
         "_is_amid",
         "_latest",
         "_models",
@@ -108,7 +113,7 @@ class SessionReader:
         self._begun = begun
         self._events = EventFrames()
         # The message before was a piece of a stream of events; and it ended amid a line.
-        self._streams = self._is_amid = False
+        self._streams = self._is_amid = self._has_begun = False
         self._open: dict[object, UsageReader] = {}
         # Of each dialect the answer that went on last.
         self._latest: dict[str, UsageReader] = {}
@@ -140,14 +145,14 @@ class SessionReader:
                 for document in self._documents(line) if line.startswith(b"[") else (line,):
                     self._take(document)
                     yield len(document)
-        elif self._streams or _EVENT.match(text):
+        elif self._is_event(text):
             if self._is_amid:
                 # Lines are sent without their ends.
                 yield from self._end_event()
             self._streams = True
             yield from self._read_events(data)
         elif isinstance(message, str):
-            _give(self.rest, json.dumps({"text": message}).encode())
+            _give(self.rest, _words(data))
             yield len(data)
 
     def _documents(self, data: bytes) -> Iterator[bytes]:
@@ -185,6 +190,16 @@ class SessionReader:
         pending = self._events.pending()
         return pending is not None and not pending.data
 
+    def _is_event(self, text: bytes) -> bool:
+        """
+        Whether a message is a piece of a stream of events.
+
+        Words of a model may look like comments and names, and would be lost: they count as long as no answer began.
+        """
+        if self._has_begun:
+            return self._streams or _EVENT.match(text) is not None
+        return _DATA.search(text) is not None
+
     def _read_events(self, data: bytes) -> Iterator[int]:
         for at in range(0, len(data), PIECE):
             yield from self._take_all(self._events.feed(data[at : at + PIECE]))
@@ -192,6 +207,13 @@ class SessionReader:
         self._is_amid = not data.endswith((b"\n", b"\r"))
         if pending is not None and (pending.data.strip() == _DONE or _parse(pending.data) is not None):
             yield from self._end_event()
+        elif self._is_amid and not self._has_begun:
+            if pending is None or pending.data.strip()[:1] not in _OPENING:
+                # No JSON, so that it is no answer: words of an application's own stream, or of a model that knows them.
+                yield from self._end_event()
+            else:
+                # What never becomes whole are words as well.
+                _give(self.rest, _words(data))
 
     def _end_event(self) -> Iterator[int]:
         self._is_amid = False
@@ -304,7 +326,7 @@ class SessionReader:
     def _begin(self, dialect: Dialect, document: Json, key: object) -> UsageReader:
         if key in self._open:
             self._close(key)
-        reader = _reader(dialect.name)
+        reader, self._has_begun = _reader(dialect.name), True
         if dialect is realtime.REALTIME:
             is_heard = document.get("type") == realtime.TRANSCRIBED
             model = self._models.transcriber if is_heard else self._models.model
@@ -366,6 +388,10 @@ def _goes_on(data: bytes, shown: re.Pattern[bytes]) -> bool:
 def _give(reader: UsageReader, data: bytes) -> None:
     """Let *reader* have one whole message: an event, whatever line ends its JSON has between its values."""
     reader.feed(b"data: " + _ENDS.sub(b" ", data) + b"\n\n")
+
+
+def _words(data: bytes) -> bytes:
+    return json.dumps({"text": data.decode("utf-8", "replace")}).encode()
 
 
 def _identity(dialect: Dialect, document: Json) -> tuple[str | None, bool]:

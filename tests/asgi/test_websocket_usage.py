@@ -172,6 +172,8 @@ def test_charge_texts_that_nobody_claims_as_observed() -> None:
     event = session("Once upon a time ", "there was a meter.", code=1006, hold=hold)
     assert (event.basis, event.usage_source) == ("observed", "tokenizer")
     assert event.amount // CREDIT == 30 + 10 * count_tokens("Once upon a time there was a meter.").tokens
+    marked = session("Once upon a time ", "[DONE]", "there was a meter.", code=1006, hold=hold)
+    assert (marked.basis, marked.amount) == (event.basis, event.amount)
     silent = session("Once upon a time ", code=1000, hold=hold)
     assert (silent.basis, silent.amount // CREDIT) == ("estimate", 530)
 

@@ -542,6 +542,17 @@ def test_keep_texts_of_nobody_apart() -> None:
     assert read.rest is None
 
 
+@pytest.mark.parametrize("first", [": yes", "id: seven", "data: x", "event: x", 'data: {"a": "x', "data: [", "data:"])
+def test_take_words_that_look_like_events_for_words(first: str) -> None:
+    """A client that has a model begin so hides nothing of what it writes then."""
+    more = [f"of the word number {number} " for number in range(20)]
+    heard = Read(first, *more, *more).reader.rest.heard()
+    assert all(heard.text.count(each.strip()) >= 2 for each in more)
+    assert len(heard.text) <= 1.2 * len("".join([first, *more, *more]))
+    read = Read(first, *more, *(f"data: {json.dumps(each)}\n\n" for each in answer("a", 9, 2)))
+    assert read.usages == [TokenUsage(9, 2)]
+
+
 def test_tell_what_a_dialect_cannot_read() -> None:
     """A dialect of somebody's own that fails takes no message with it, and what it failed on is not believed."""
     before = dict(dialects.DIALECTS)
