@@ -248,6 +248,15 @@ def test_price_service_tiers_and_searches() -> None:
             per_token(input=1, services=wrong)  # type: ignore[arg-type]
 
 
+def test_tell_of_seconds_that_tokens_have_no_price_for() -> None:
+    """A voice that is counted by its seconds is free where tokens alone have a price, and that is told (S3.21)."""
+    voice = ModelCall(TokenUsage(input=0, output=0), "transcriber", units={"seconds": Decimal("2.5")})
+    words = ModelCall(TokenUsage(input=5, output=1), "talker")
+    billed = per_token(input=1, output=10).bill((words, voice))
+    assert (billed.amount, billed.flags) == (15, ("cost_unresolved",))
+    assert per_token(input=1, output=10).bill((words,)).flags == ()
+
+
 @pytest.mark.parametrize("starts", [(0,), (5, 5), (9, 5), (-1,), (1.5,), (True,)])
 def test_refuse_tiers_that_do_not_rise(starts: tuple[int, ...]) -> None:
     """Thresholds that are no rising ints above 0 would price by chance."""
