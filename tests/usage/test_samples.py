@@ -107,6 +107,7 @@ def test_read_sample_compressed(name: str, coding: str) -> None:
         assert not reader.undecodable
 
 
+@pytest.mark.uncounted
 @pytest.mark.parametrize("name", vectors.NAMES)
 def test_read_sample_without_a_content_type(name: str) -> None:
     """The first bytes tell the format, whatever the content type says of it, also behind a byte order mark."""
