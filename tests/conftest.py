@@ -24,6 +24,10 @@ settings.register_profile("the same", timeless, derandomize=True)
 settings.register_profile("random", timeless, print_blob=True)
 settings.load_profile("random" if os.environ.get("METERING_TEST_RANDOM") else "the same")
 
+# Tests speak TLS with nobody, and each client of a provider reads the certificates of the whole world: 50 ms of a core
+# with OpenSSL 3.0, for hundreds of clients. This one is of an authority whose key nobody has.
+os.environ["SSL_CERT_FILE"] = os.fspath(Path(__file__).parent / "harness" / "authority.pem")
+
 # Before anything imports it: what a scenario of it found is shown in the failures of every store.
 pytest.register_assert_rewrite("asgi_metering.testing.conformance")
 
