@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -24,6 +25,10 @@ settings.register_profile("the same", timeless, derandomize=True)
 settings.register_profile("random", timeless, print_blob=True)
 settings.load_profile("random" if os.environ.get("METERING_TEST_RANDOM") else "the same")
 
+# Tests speak TLS with nobody, and each client of a provider reads the certificates of the whole world: 50 ms of a core
+# with OpenSSL 3.0, for hundreds of clients. This one is of an authority whose key nobody has.
+os.environ["SSL_CERT_FILE"] = os.fspath(Path(__file__).parent / "harness" / "authority.pem")
+
 # Before anything imports it: what a scenario of it found is shown in the failures of every store.
 pytest.register_assert_rewrite("asgi_metering.testing.conformance")
 
@@ -35,8 +40,20 @@ The rooms whose tests, with those beside this file, run every branch of what dec
 which modules these are). Whatever else runs them, servers, stores and frameworks among it, runs them at full speed.
 """
 
+EYES: pytest.StashKey[tuple[Any, Any]] = pytest.StashKey()
+"""Those of coverage, in this thread and in others, on a test that is counted."""
+
 LONG_S = 600.0
 """What is given so much time, and more, is long."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Have coverage see no line of the process that only hands out tests: it runs none, and took half as long again."""
+    plugins = session.config.pluginmanager
+    coverage = getattr(plugins.getplugin("_cov"), "cov_controller", None)
+    if coverage is not None and plugins.hasplugin("dsession"):
+        coverage.pause()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -95,13 +112,36 @@ def _untraced() -> Iterator[None]:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """Have coverage see what it counts (`COUNTED`), and nothing else: a line takes twice as long under its eyes."""
-    if not _is_counted(item):
-        with _untraced():
-            result = yield
-        if nextitem is not None and _is_counted(nextitem):
-            _forget()
-        return result
-    return (yield)
+    if _is_counted(item):
+        item.stash[EYES] = (sys.gettrace(), threading.gettrace())
+    with _untraced():
+        result = yield
+    if nextitem is not None and _is_counted(nextitem) and not _is_counted(item):
+        _forget()
+    return result
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    """Innermost: what pytest does around each test has more lines than most tests have."""
+    with _traced(item):
+        return (yield)
+
+
+pytest_runtest_call = pytest_runtest_teardown = pytest_runtest_setup
+
+
+@contextlib.contextmanager
+def _traced(item: pytest.Item) -> Iterator[None]:
+    """Trace what was traced before the test, if it is counted."""
+    here, further = item.stash.get(EYES, (None, None))
+    threading.settrace(further)
+    sys.settrace(here)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+        threading.settrace(None)
 
 
 def _forget() -> None:
@@ -127,3 +167,10 @@ def _is_counted(item: pytest.Item) -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes long, which is what may run long: last, it would leave one core alone with it."""
     items.sort(key=lambda item: all(mark.args[0] < LONG_S for mark in item.iter_markers("timeout")))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_to_serializable(report: pytest.CollectReport | pytest.TestReport) -> None:
+    """Send no keywords along: they are a third of what other processes write and the first one reads for each test."""
+    if isinstance(report, pytest.TestReport):
+        report.keywords = {}

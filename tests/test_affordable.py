@@ -24,6 +24,8 @@ from asgi_metering.estimates import anthropic_messages, openai_responses
 from asgi_metering.prices import MAX_AFFORDABLE, MeasuredPrice, TokenPrice, model_prices, per_token, per_unit
 from tests.test_measuring import Models, charged, chat
 
+pytestmark = pytest.mark.uncounted
+
 COUNTS = st.integers(0, 5_000)
 USAGES = st.builds(TokenUsage, input=COUNTS, output=COUNTS, cached=st.none() | COUNTS, cache_write=st.none() | COUNTS)
 RATES = st.decimals(0, 100, places=3)

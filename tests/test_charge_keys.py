@@ -39,6 +39,8 @@ from tests.harness.drive import Drive, body, drive, headers, status
 from tests.harness.servers import free_port
 from tests.keyed import ANN, PRICE, Desk, asked, at_desk, store_of
 
+pytestmark = pytest.mark.uncounted
+
 KINDS = ("memory", "sqlite")
 PATHS = ("/async", "/sync", "/sse", "/starlette/", "/whole/")
 DAY = 86_400.0

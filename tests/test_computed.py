@@ -25,6 +25,8 @@ from tests.harness.drive import Drive, body, drive, lifespan, status
 from tests.pitfalls.apps import installed
 from tests.pitfalls.scene import CREDIT, Scene, Visit, visit
 
+pytestmark = pytest.mark.uncounted
+
 NOTHING = "The endpoint did not run, and nothing was charged."
 
 

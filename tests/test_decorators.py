@@ -31,6 +31,8 @@ from asgi_metering.usage import TokenUsage
 from tests.harness.drive import status
 from tests.pitfalls.scene import Scene, Visit, visit
 
+pytestmark = pytest.mark.uncounted
+
 Decorator = Callable[[Any], Any]
 
 

@@ -33,6 +33,8 @@ from asgi_metering.usage.values import MAX_TOKENS
 from tests.pitfalls.stage import staged
 from tests.test_measuring import HOLD, MILLI, PRICE, WEIGHT, Models, Stream, agent, delta, event
 
+pytestmark = pytest.mark.uncounted
+
 ESTIMATE = 7 + 5_000
 """Thousandths that `HOLD` costs: what is held, and what is charged as estimated."""
 
@@ -300,7 +302,6 @@ def believable(usage: dict[str, Any]) -> bool:
     return not over and not (cached is not None and asked is not None and cached > asked)
 
 
-@pytest.mark.uncounted
 @given(st.lists(REPORTS, min_size=10, max_size=20))
 @settings(max_examples=4)
 def test_charge_no_report_that_cannot_be(usages: list[dict[str, Any]]) -> None:

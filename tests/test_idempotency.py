@@ -28,6 +28,8 @@ from tests.harness.drive import Drive, body, drive, headers, http_scope, status
 from tests.harness.servers import serve_in_thread
 from tests.keyed import ANN, PRICE, Desk, asked, at_desk, identify, keyed_app, store_of
 
+pytestmark = pytest.mark.uncounted
+
 KINDS = ("memory", "sqlite")
 ENDPOINTS = ("/json", "/sync", "/sse", "/sse-sync", "/stream", "/low/later", "/low/whole/")
 

@@ -18,6 +18,8 @@ from asgi_metering.prices import above, by_usage, model_prices, per_minute, per_
 from asgi_metering.usage import UsageEvent, UsageReport
 from tests.pitfalls.stage import staged, within
 
+pytestmark = pytest.mark.uncounted
+
 CREDIT = 1_000_000
 MODELS = model_prices(
     {"acme/large": per_token(input=1, output=2), "small": per_token(input="0.1"), "painter": per_unit(images=3)},

@@ -29,6 +29,8 @@ from asgi_metering.tokens import count_tokens
 from asgi_metering.usage import UsageReader
 from tests.pitfalls.stage import PAYER, Stage, staged
 
+pytestmark = pytest.mark.uncounted
+
 WORDS = "hello wonderful world "
 WEIGHT = count_tokens(WORDS).tokens
 """Tokens of the words alone."""

@@ -28,6 +28,8 @@ from asgi_metering.upstream.client import MeteredTransport, SyncMeteredTransport
 from tests.harness.drive import drive, http_scope, lifespan, status
 from tests.harness.servers import serve_in_thread
 
+pytestmark = pytest.mark.uncounted
+
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 DIALECT = "openai-chat"
 

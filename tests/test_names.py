@@ -30,6 +30,7 @@ def test_refuse_what_is_no_name(name: object) -> None:
     assert str(caught.value).startswith(f"The line {name!r} ")
 
 
+@pytest.mark.uncounted
 @given(st.sampled_from(NAMES), st.text(f"{NAMES}.-", max_size=63))
 def test_accept_every_string_of_the_grammar(first: str, others: str) -> None:
     """The grammar of names is what the documentation says."""
@@ -72,6 +73,7 @@ def test_keep_a_long_key_out_of_the_error() -> None:
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.uncounted
 @given(st.text())
 def test_accept_only_keys_that_every_store_takes(key: str) -> None:
     """What passes is printable, encodes to UTF-8 and is within the bound; what is refused is an `InvalidKeyError`."""

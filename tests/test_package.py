@@ -13,6 +13,8 @@ import pytest
 
 import asgi_metering
 
+pytestmark = pytest.mark.uncounted
+
 ROOT = Path(__file__).parent.parent
 
 HEAVY = (

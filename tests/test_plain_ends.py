@@ -26,6 +26,8 @@ from asgi_metering.rules.ending import Cause
 from asgi_metering.rules.operations import End
 from asgi_metering.usage import TokenUsage
 
+pytestmark = pytest.mark.uncounted
+
 
 async def forget(_: object) -> None:
     """A sink that takes everything."""

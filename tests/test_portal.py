@@ -27,6 +27,8 @@ from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import End, Operation
 from asgi_metering.stores.memory import MemoryStore
 
+pytestmark = pytest.mark.uncounted
+
 CREDIT = 1_000_000
 
 

@@ -40,6 +40,8 @@ from tests.pitfalls.scene import Books
 from tests.pitfalls.stage import within
 from tests.quotas import refusals
 
+pytestmark = pytest.mark.uncounted
+
 RESET_S = 30
 
 

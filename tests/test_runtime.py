@@ -26,6 +26,8 @@ from asgi_metering.testing import FakeClock
 from tests.harness.drive import drive, http_scope, status
 from tests.pitfalls.stage import within
 
+pytestmark = pytest.mark.uncounted
+
 CREDIT = 1_000_000
 
 

@@ -34,6 +34,8 @@ from tests.outage.gated import CREDIT, Gated, call, identify, metered, settled, 
 from tests.pitfalls.scene import Books
 from tests.pitfalls.stage import within
 
+pytestmark = pytest.mark.uncounted
+
 
 class Told:
     """What a metering told: its events, and its tallies of the shadow."""

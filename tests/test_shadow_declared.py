@@ -28,6 +28,8 @@ from tests.harness.drive import status
 from tests.outage.gated import call
 from tests.test_shadow import house, idle, tallies
 
+pytestmark = pytest.mark.uncounted
+
 
 @pytest.mark.parametrize(
     "make",

@@ -21,6 +21,8 @@ from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.stores.sqlite import SQLiteStore
 from asgi_metering.testing.clock import NOON, FakeClock
 
+pytestmark = pytest.mark.uncounted
+
 CREDIT = 1_000_000
 HALF_DAY_S = 43_200.0
 PLATFORM = Payer("platform", account="acme")

@@ -32,6 +32,8 @@ from asgi_metering.tokens import (
     warm_up,
 )
 
+pytestmark = pytest.mark.uncounted
+
 
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -27,6 +27,8 @@ from asgi_metering.usage.event import UsageEvent
 from asgi_metering.witnesses import LITELLM, MAX_WATCHED, TELEMETRY, Told, Watched, Witness, Witnesses
 from tests.pitfalls.stage import staged
 
+pytestmark = pytest.mark.uncounted
+
 PRICE = per_token(input="0.001", output="0.01")
 
 RANKED = ("handler", "upstream", "litellm", "telemetry", "body")

@@ -24,7 +24,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, get_args
 import uvicorn
 
 from tests.harness import leash
+from tests.harness.nursery import Forked, fork
 from tests.harness.waiting import DEFAULT_TIMEOUT_S, wait_until
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class ServerProcess:
 
     kind: ServerKind
     port: int
-    process: subprocess.Popen[bytes]
+    process: Forked
     _log: IO[bytes]
     _output: str = field(default="", repr=False)
 
@@ -215,11 +215,9 @@ def _start(
 ) -> ServerProcess:
     for attempt in range(1, _START_ATTEMPTS + 1):
         port = free_port()
-        command = [sys.executable, "-m", *_arguments(app, kind, port, grace_s, workers), *extra]
+        command = [*_arguments(app, kind, port, grace_s, workers), *extra]
         log = tempfile.TemporaryFile()  # noqa: SIM115 (`stop` closes it)
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, cwd=_ROOT, start_new_session=True
-        )
+        process = fork(*command, env=env, cwd=_ROOT, output=log.fileno())
         leash.tie(process.pid)
         server = ServerProcess(kind, port, process, log)
         try:

@@ -352,6 +352,7 @@ VALUES = st.one_of(
 )
 
 
+@pytest.mark.uncounted
 @given(st.lists(st.tuples(NAMES, VALUES), max_size=60), st.floats(min_value=0, max_value=4e9))
 def test_read_never_raises(headers: list[tuple[bytes, bytes]], now: float) -> None:
     """Whatever headers come, the answer is None or a bounded reading that is plain JSON (S1.39)."""

@@ -254,6 +254,7 @@ def test_parsers_never_raise(text: str, now: float) -> None:
     parse_state(text)
 
 
+@pytest.mark.uncounted
 @given(st.from_regex(r"(Mon|Sunday|Sat), [0-9A-Za-z:+ -]{0,40}", fullmatch=True))
 def test_parse_wait_never_raises_on_near_dates(text: str) -> None:
     """What begins like a date and goes on as junk is ignored, whatever the library's date parser makes of it."""

@@ -128,6 +128,7 @@ def asks(world: World, call: str) -> st.SearchStrategy[Any]:
     )
 
 
+@pytest.mark.uncounted
 @given(data=st.data(), world=worlds())
 def test_take_everything_or_nothing(data: st.DataObject, world: World) -> None:
     """A refusal leaves the whole state as it was; an admission takes every limit, slot and unit it asked for."""

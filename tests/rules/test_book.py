@@ -195,6 +195,7 @@ def test_look_at_grants_only_when_their_time_has_come() -> None:
     assert world.account().next_change_at == NEVER
 
 
+@pytest.mark.uncounted
 @given(
     grants=st.lists(
         st.tuples(st.integers(1, 50), st.integers(-1, 1), st.integers(0, 60), st.integers(1, 60)),

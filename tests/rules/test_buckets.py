@@ -214,6 +214,7 @@ def test_fill_up_to_the_bound() -> None:
     assert corrected.used == MAX_AMOUNT
 
 
+@pytest.mark.uncounted
 @given(
     refill=st.integers(1, 20),
     burst=st.integers(1, 30),
@@ -262,6 +263,7 @@ def test_hold_what_arithmetic_without_rounding_holds(
             assert not early.fits
 
 
+@pytest.mark.uncounted
 @settings(max_examples=20)
 @given(begin=st.floats(0, 2e9), pace=st.integers(1, 999), waits=st.lists(st.floats(0, 3), min_size=50, max_size=200))
 def test_never_drift(begin: float, pace: int, waits: list[float]) -> None:

@@ -118,6 +118,7 @@ SIGHTINGS = [
 ]
 
 
+@pytest.mark.uncounted
 @pytest.mark.parametrize("seen", SIGHTINGS, ids=str)
 def test_find_the_row_of_every_end(seen: Sighting) -> None:
     """Each combination of what can be seen falls into the row that the design gives it precedence to."""

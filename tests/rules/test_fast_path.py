@@ -71,6 +71,7 @@ class Both:
 # -- any sequence --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.uncounted
 @settings(max_examples=SEQUENCES)
 @given(st.data())
 def test_decide_any_sequence_as_the_general_rules_do(data: st.DataObject) -> None:

@@ -155,6 +155,7 @@ def test_begin_anew_on_the_row_of_another_strategy() -> None:
     assert world.admit(limits=(moving(2),)).windows[0].remaining == 1
 
 
+@pytest.mark.uncounted
 @given(
     begin=st.floats(0, 2e9),
     waits=st.lists(st.floats(0, 70), min_size=1, max_size=30),

@@ -22,6 +22,7 @@ readings = st.lists(
 )
 
 
+@pytest.mark.uncounted
 @given(told=readings, data=st.data())
 def test_share_in_any_order(told: list[SharedReading], data: st.DataObject) -> None:
     """In whatever order workers tell what they read, alone or together, the same is kept in the end (S1.45)."""

@@ -312,6 +312,7 @@ def test_pass_a_fixed_window_exactly_after_the_wait(begin: float, waits: list[fl
     assert hit(world, ask).admitted
 
 
+@pytest.mark.uncounted
 @given(
     begin=moments,
     waits=st.lists(st.tuples(st.floats(0, 90, allow_nan=False), st.integers(1, 4)), min_size=1, max_size=12),

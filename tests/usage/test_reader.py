@@ -264,6 +264,7 @@ def test_read_no_usage_from_a_body_that_has_not_ended() -> None:
     assert report.usage == TokenUsage(1, 1)
 
 
+@pytest.mark.uncounted
 @pytest.mark.parametrize(
     "content",
     [

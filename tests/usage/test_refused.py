@@ -17,6 +17,8 @@ from tests.usage.test_openai import chunk, sse
 from tests.usage.test_vercel import coded
 from tests.usage.vectors import read
 
+pytestmark = pytest.mark.uncounted
+
 Make = Callable[[Any, Any], bytes]
 
 
@@ -137,7 +139,6 @@ FILLERS = {
 }
 
 
-@pytest.mark.uncounted
 @pytest.mark.parametrize("keep", [False, True], ids=["usage", "text"])
 @pytest.mark.parametrize("filler", FILLERS.values(), ids=list(FILLERS))
 def test_find_the_usage_behind_megabytes_of_nothing(filler: bytes, keep: bool) -> None:

@@ -421,6 +421,7 @@ def test_speak_two_dialects_in_one_session() -> None:
     assert read.usages == [TokenUsage(3, 1), TokenUsage(9, 2)]
 
 
+@pytest.mark.uncounted
 @given(
     st.lists(
         st.tuples(st.booleans(), st.integers(0, 500), st.integers(1, 500), st.integers(0, 2)), min_size=1, max_size=6
@@ -457,6 +458,7 @@ def cut(data: str, size: int) -> Iterable[str]:
     return (data[at : at + size] for at in range(0, len(data), size))
 
 
+@pytest.mark.uncounted
 @pytest.mark.parametrize("size", [*range(5, 40), 100, 5_000])
 def test_read_a_stream_of_events_in_pieces(size: int) -> None:
     """An upstream's bytes may be passed on as they come, however they are cut, as texts or as bytes."""

@@ -20,6 +20,8 @@ from asgi_metering.usage.skim import DONE, FAR, MAX_WINDOW, WINDOW, end_before, 
 from tests.usage.test_fuzz import DOCUMENTS, cut
 from tests.usage.vectors import NAMES, body, content_type
 
+pytestmark = pytest.mark.uncounted
+
 EVENTS = EventFrames.ends
 LINES = LineFrames.ends
 TELLING = sieve(*(dialect.telling for dialect in DIALECTS.values()))
@@ -125,7 +127,6 @@ CODINGS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.uncounted
 @given(
     st.lists(st.tuples(st.sampled_from(POOL) | st.just(FILLER), BREAKS, st.integers(1, 40)), max_size=12),
     st.lists(st.integers(0), max_size=6),
@@ -151,7 +152,6 @@ def test_read_what_a_full_reader_reads(
     agree(cut(data, borders), gap, content_type=media, content_encoding=coding, dialect=dialect)
 
 
-@pytest.mark.uncounted
 @given(st.lists(DOCUMENTS, max_size=5), st.lists(st.integers(0), max_size=4), st.sampled_from([None, *DIALECTS]))
 @settings(max_examples=50, deadline=None)
 def test_read_random_json_as_a_full_reader(documents: list[Any], borders: list[int], dialect: str | None) -> None:
@@ -162,7 +162,6 @@ def test_read_random_json_as_a_full_reader(documents: list[Any], borders: list[i
     agree([start, *cut(data[len(start) :], borders)], content_type="text/event-stream", dialect=dialect)
 
 
-@pytest.mark.uncounted
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith((".sse", ".ndjson"))])
 @pytest.mark.parametrize("filled", [0, 40])
 def test_read_sample_as_a_full_reader(name: str, filled: int) -> None:
@@ -325,7 +324,6 @@ class Counted(bytes):
         return found
 
 
-@pytest.mark.uncounted
 @pytest.mark.parametrize(
     "piece",
     [
