@@ -34,6 +34,9 @@ BUSY_S: Final = 5.0
 APPLICATION_ID: Final = 0x616D6A31
 """``amj1``: tells our files from others, and this layout from later ones."""
 
+_INHERITED: Final[list[sqlite3.Connection]] = []
+"""Connections of the process that this one was forked from: SQLite lets no other one use them, nor even close them."""
+
 _TABLE: Final = """
 CREATE TABLE IF NOT EXISTS entry (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -108,6 +111,8 @@ class Journal:
 
     def forked(self) -> None:
         """Forget the thread and the turn of the process that this one was forked from; they stay that one's."""
+        if self._turn is not None:
+            _INHERITED.append(self._turn)
         self._thread, self._turn, self._turning = None, None, threading.Lock()
 
     async def close(self) -> None:

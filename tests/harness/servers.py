@@ -10,7 +10,8 @@ server       lifespan, ``state``    at SIGTERM with an open stream
 ===========  =====================  ==================================================================
 uvicorn      yes                    waits for ever; with a graceful timeout it cancels the tasks and does
                                     not wait for them before ``lifespan.shutdown``
-hypercorn    yes                    waits `graceful_timeout_s` (3 s), cancels, then shuts down
+hypercorn    yes                    waits `graceful_timeout_s` (3 s), cancels, then shuts down; on Python 3.12
+                                    and later it waits for ever (`Server.wait_closed` does what it says there)
 granian      yes                    waits for ever; with a timeout the worker is killed: no cancellation,
                                     no ``lifespan.shutdown``
 daphne       no                     cancels at once
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HOST",
+    "PATIENT",
     "SERVER_KINDS",
     "ServerKind",
     "ServerProcess",
@@ -56,6 +58,9 @@ HOST = "127.0.0.1"
 
 ServerKind = Literal["uvicorn-h11", "uvicorn-httptools", "hypercorn", "granian", "daphne"]
 SERVER_KINDS: tuple[ServerKind, ...] = get_args(ServerKind)
+
+PATIENT: frozenset[ServerKind] = frozenset({"hypercorn"} if sys.version_info >= (3, 12) else ())
+"""Those whose graceful timeout does not end an open stream: they wait until the client leaves."""
 
 _ROOT = Path(__file__).parents[2]
 

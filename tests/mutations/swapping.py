@@ -73,7 +73,10 @@ def _same(one: CodeType, other: CodeType) -> bool:
 
 def _shape(code: CodeType) -> tuple[Any, ...]:
     """What is done, without what the functions within do and the lines that all stand on."""
-    constants = [(type(value), None if isinstance(value, CodeType) else repr(value)) for value in code.co_consts]
+    # From Python 3.13 on the body of a class has its own line among them.
+    line = None if code.co_flags & CO_OPTIMIZED else code.co_firstlineno
+    told = [value for value in code.co_consts if type(value) is not int or value != line]
+    constants = [(type(value), None if isinstance(value, CodeType) else repr(value)) for value in told]
     names = (code.co_name, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
     return code.co_code, code.co_exceptiontable, code.co_flags, code.co_argcount, constants, names
 

@@ -360,6 +360,10 @@ async def _is_alarmed(metering: Metering) -> bool:
     return "replay" in metering.alarms._told
 
 
+async def _is_turn_taken(journal: Journal) -> bool:
+    return journal._turn is not None
+
+
 def test_keep_with_a_journal_of_one_s_own(tmp_path: Path) -> None:
     """A journal that was made before is used as it is; a forked child forgets the thread that it has not."""
 
@@ -370,9 +374,14 @@ def test_keep_with_a_journal_of_one_s_own(tmp_path: Path) -> None:
             assert metering.journal is journal
             await journal.keep({"a": (End("a", None),)}, due_in_s=60.0)
             assert journal._thread is not None
-            thread = journal._thread
+            await until(lambda: _is_turn_taken(journal))
+            thread, turn = journal._thread, journal._turn
             metering.forked()
             assert (metering.journal, journal._thread) == (journal, None)
+            # Nobody has closed it: it is the other process's.
+            assert turn is not None
+            assert turn.in_transaction
+            turn.close()
             await journal.open()
             assert await kept(metering) == (1, 0)
             await thread.stop()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from asgi_metering.rules.hold import HoldState
-from tests.harness.servers import ServerKind
+from tests.harness.servers import PATIENT, ServerKind
 from tests.harness.waiting import wait_until
 from tests.servers.app import HOLD
 from tests.servers.books import CREDIT, Books, Ended, read_lines
@@ -94,11 +94,10 @@ def killed(kind: ServerKind, folder: Path) -> Books:
 
 Scene = tuple[Callable[[ServerKind, Path], Books], ServerKind]
 
-WITH_LIFESPAN: list[Scene] = [
-    (terminated, "uvicorn-h11"),
-    (terminated, "uvicorn-httptools"),
-    (terminated, "hypercorn"),
-]
+TOLD: tuple[ServerKind, ...] = ("uvicorn-h11", "uvicorn-httptools", "hypercorn")
+"""What tells its application that it is to end."""
+
+WITH_LIFESPAN: list[Scene] = [(terminated, kind) for kind in TOLD if kind not in PATIENT]
 
 BOOKED: list[Scene] = [*WITH_LIFESPAN, (terminated, "daphne")]
 
