@@ -143,7 +143,8 @@ class Pump:
 
     def _enqueue(self, operation: Operation, *, is_repeated: bool = False) -> asyncio.Future[Answer]:
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Answer] = loop.create_future()
+        # As the loop makes it, without a function of its own.
+        future: asyncio.Future[Answer] = asyncio.Future(loop=loop)
         queue = self._admissions if isinstance(operation, Admit) else self._others
         self._arrived += 1
         queue.append(build(_Waiting, (self._arrived, operation, future, is_repeated)))

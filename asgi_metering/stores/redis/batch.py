@@ -79,41 +79,48 @@ class Batch:
             now: The time of tests; empty for the server's.
             token: What no other commands of this store on their way have.
         """
-        packed = self._packed()
+        places, packed, are_calls = self._packed()
         # A few more than fit would else be a script of their own, which costs as much as several calls.
         size = 1 if self._singly else _even(len(packed))
-        places: list[int] = []
-        together: list[Any] = []
-        chunks: list[list[Any]] = []
-        self._sent = []
-        for place, one in packed:
-            if not together or len(together) == size or not isinstance(one, Call) or not isinstance(together[0], Call):
-                places, together = [], []
-                self._sent.append(places)
-                chunks.append(together)
-            places.append(place)
-            together.append(one)
-        if len(chunks) < 2:
+        cuts: Sequence[int] = range(0, len(packed), size) if are_calls else _cuts(packed, size)
+        ends = [*cuts[1:], len(packed)]
+        self._sent = [places[begin:end] for begin, end in zip(cuts, ends, strict=False)]
+        if len(self._sent) < 2:
             token = ""
-        return [self._command(chunk, now, token) for chunk in chunks]
+        return [self._command(packed[begin:end], now, token) for begin, end in zip(cuts, ends, strict=False)]
 
-    def _packed(self) -> list[tuple[int, Call | Operation]]:
-        packed: list[tuple[int, Call | Operation]] = []
-        calls = self._calls
+    def _packed(self) -> tuple[list[int], list[Call | Operation], bool]:
+        """What can be sent, its places, and whether all of it is calls."""
+        places: list[int] = []
+        packed: list[Call | Operation] = []
+        are_calls, answered = True, len(self.answers)
+        calls, operations = self._calls, self._operations
+        call_of = calls.call
         for place in self._waiting:
-            operation = self._operations[place]
+            operation = operations[place]
             try:
-                call = calls.call(operation)
-                if call is None and calls.command(operation, "", "") is None:
-                    if not packed:
-                        self.alone = place
-                    break
+                call = call_of(operation)
+                if call is None:
+                    if calls.command(operation, "", "") is None:
+                        if not packed:
+                            self.alone = place
+                        break
+                    are_calls = False
             except Exception as mistake:  # noqa: BLE001 -- the answer of one operation, and no neighbour's
                 self.answers[place] = mistake
                 continue
-            packed.append((place, operation if call is None else call))
-        self._waiting = [place for place in self._waiting if place not in self.answers]
-        return packed
+            places.append(place)
+            packed.append(operation if call is None else call)
+        if len(self.answers) > answered:
+            self._left()
+        return places, packed, are_calls
+
+    def _left(self) -> None:
+        answers = self.answers
+        if len(answers) == len(self._operations):
+            self._waiting = []
+        else:
+            self._waiting = [place for place in self._waiting if place not in answers]
 
     def _command(self, chunk: list[Any], now: str, token: str) -> Command:
         if isinstance(chunk[0], Call):
@@ -142,7 +149,7 @@ class Batch:
                 self._singly = True
             elif reply != _HALTED:
                 self._take_replies(places, reply)
-        self._waiting = [place for place in self._waiting if place not in self.answers]
+        self._left()
 
     def settle(self, place: int, answer: Answer | Exception) -> None:
         """Take in the answer of the operation that was `alone`."""
@@ -164,15 +171,27 @@ class Batch:
             self.answers[place] = error
 
     def _take_replies(self, places: list[int], reply: Reply) -> None:
-        operations, answer = self._operations, self._calls.answer
+        operations, answers, answer = self._operations, self.answers, self._calls.answer
         if not isinstance(operations[places[0]], _CALLED):
-            self.answers[places[0]] = answer(operations[places[0]], reply)
+            answers[places[0]] = answer(operations[places[0]], reply)
             return
+        if reply[-1] in (_RULES, _LATER):
+            # What follows it was not run.
+            if reply[-1] == _RULES:
+                self.alone = places[len(reply) - 1]
+            reply = reply[:-1]
         for place, one in zip(places, reply, strict=False):
-            if one == _RULES:
-                self.alone = place
-            elif one != _LATER:
-                self.answers[place] = answer(operations[place], one)
+            answers[place] = answer(operations[place], one)
+
+
+def _cuts(packed: Sequence[Call | Operation], size: int) -> list[int]:
+    """Where chunks begin: up to *size* calls, or one operation that has a script of its own."""
+    cuts: list[int] = []
+    for at, one in enumerate(packed):
+        is_full = not cuts or at - cuts[-1] == size
+        if is_full or not isinstance(one, Call) or not isinstance(packed[at - 1], Call):
+            cuts.append(at)
+    return cuts
 
 
 def _even(number: int) -> int:

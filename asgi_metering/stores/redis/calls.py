@@ -71,6 +71,7 @@ _BEAT = Struct(">cHHd")
 _PART = Struct(">cHHBdd")
 _ADMITTED = Struct(">x3dB")
 _JOINED = Struct(">xd")
+_ENDED = Struct(">cI")
 _LENGTH = Struct(">I")
 _TIME = Struct(">d")
 
@@ -81,9 +82,11 @@ _LIMIT_KINDS = (
     WindowKind.MOVING,
     WindowKind.BUCKET,
 )
-_SLIDING, _MOVING, _BUCKET = WindowKind.SLIDING, WindowKind.MOVING, WindowKind.BUCKET
+_MOVING, _BUCKET = WindowKind.MOVING, WindowKind.BUCKET
+_SIMPLE = (WindowKind.FIXED, WindowKind.CALENDAR)
 _WALLET, _CALENDAR, _ROLLING = range(3)
 _SETTLED, _RELEASED = range(2)
+_JOIN = ord("J")
 _BASIS_CODES = {basis: code for code, basis in enumerate(BASES)}
 """As the scripts call them."""
 
@@ -156,18 +159,25 @@ class Calls:
     # -- admissions ----------------------------------------------------------------------------------------
 
     def _admit(self, ask: Admit) -> Call | None:
-        if not 0 <= ask.minimum <= ask.amount <= MAX_AMOUNT:
+        # fmt: off
+        # Together: by their names they cost several times as much.
+        (call_id, payer, unit, amount, minimum, sources, limits, leases, ttl_s, grace_s, in_doubt, line, facts,
+         charge_key, claim) = ask
+        # fmt: on
+        if not 0 <= minimum <= amount <= MAX_AMOUNT:
             # The rules say what is wrong with it.
             return None
-        counters, limits = self._limits(ask.limits)
-        account, source_keys, sources, who = self._sources(ask.sources, ask.payer, ask.unit)
-        keys = [self._names.hold(ask.id), account, *counters]
+        counters, limits_told = self._limits(limits)
+        account, source_keys, sources_told, who = self._sources(sources, payer, unit)
+        keys = [self._names.hold(call_id), account, *counters]
         rare = b""
-        if ask.leases or ask.charge_key is not None or ask.idempotency is not None:
+        if leases or charge_key is not None or claim is not None:
             rare = self._rare(ask, keys)
-        keys += source_keys
-        numbers = _ADMISSION.pack(b"A", len(keys), 4, ask.amount, ask.minimum, ask.ttl_s, ask.grace_s) + rare
-        return build(Call, (keys, (numbers, limits, sources, who + self._packing.kept(ask))))
+        if source_keys:
+            keys += source_keys
+        numbers = _ADMISSION.pack(b"A", len(keys), 4, amount, minimum, ttl_s, grace_s) + rare
+        kept = who + self._packing.kept(line, in_doubt, facts)
+        return build(Call, (keys, (numbers, limits_told, sources_told, kept)))
 
     def _rare(self, ask: Admit, keys: list[str]) -> bytes:
         """Slots and keys, which most calls do not have."""
@@ -228,9 +238,9 @@ class Calls:
         return names.account(payer, unit), keys, b"".join(told), pays
 
     def _decided(self, ask: Admit, reply: Reply) -> Decision:
-        if isinstance(reply, list):
+        if type(reply) is list:
             return self._refused(ask, reply)
-        if reply[:1] == b"J":
+        if reply[0] == _JOIN:
             (now,) = _JOINED.unpack_from(reply)
             (length,) = _LENGTH.unpack_from(reply, _JOINED.size)
             at = _JOINED.size + _LENGTH.size
@@ -243,19 +253,23 @@ class Calls:
             return Decision(ask.id, now, windows=windows)
         source = ask.sources[last - 1]
         name = source.name if isinstance(source, AllowanceSource) else WALLET
-        payer = source.payer or ask.payer
-        held, available, group = int(held), int(available), source.group
-        return build(
-            Decision,
-            (ask.id, now, None, held, available, name, windows, False, payer, group, False, None, None, ()),
-        )
+        payer, group = source.payer or ask.payer, source.group
+        # fmt: off
+        return build(Decision, (
+            ask.id, now, None, int(held), int(available), name, windows, False, payer, group, False, None, None, (),
+        ))
+        # fmt: on
 
     def _windows(self, ask: Admit, reply: bytes, at: int, now: float) -> tuple[WindowState, ...]:
         """What the limits tell after the call, from the counters as it left them."""
         windows = []
         for limit, (start, end, count, previous) in zip(ask.limits, WINDOW.iter_unpack(reply[at:]), strict=True):
             name, key, kind, most, window_s, cost, meter, _, _ = limit
-            if kind is _BUCKET:
+            if kind in _SIMPLE:
+                left = int(most - count) if count < most else 0
+                resets = end - now if now > start else end - start
+                windows.append(build(WindowState, (name, most, left, resets, window_s, meter)))
+            elif kind is _BUCKET:
                 # Since when it is not full, the time that counts, and what was taken.
                 found = Filling(start, int(count) - cost, end)
                 windows.append(window_state(in_bucket(limit, found, now), taken=True))
@@ -263,16 +277,12 @@ class Calls:
                 # When the oldest call leaves, instead of an end.
                 left, resets = max(0, most - int(count)), leaves_after_s(end, now)
                 windows.append(build(WindowState, (name, most, left, resets, window_s, meter)))
-            elif kind is _SLIDING:
+            else:
                 before = Counter(key, start, end, int(count) - cost, int(previous))
                 seen = look(limit, before, now)
                 if seen is None:
                     raise AssertionError(f"a sliding window has no calendar: {limit!r}")
                 windows.append(window_state(seen, taken=True))
-            else:
-                left = most - int(count)
-                resets = end - now if now > start else end - start
-                windows.append(build(WindowState, (name, most, max(0, left), resets, window_s, meter)))
         return tuple(windows)
 
     def _refused(self, ask: Admit, reply: Reply) -> Decision:
@@ -296,32 +306,29 @@ class Calls:
     # -- ends ----------------------------------------------------------------------------------------------
 
     def _end(self, ask: End) -> Call:
-        amount = ask.amount
+        call_id, amount, basis, estimated, by, actual, event, failed, reply = ask
+        state = _SETTLED
         if amount is None:
-            numbers = (_RELEASED, 0, BASES.index(Basis.NONE))
+            state, amount, basis = _RELEASED, 0, Basis.NONE
         else:
-            numbers = (_SETTLED, check_parts(amount, "charge"), _BASIS_CODES[ask.basis])
-        rare = b""
-        if ask.actual or ask.reply is not None:
-            used = [words(meter) + _POOL.pack(count) for meter, count in ask.actual.items()]
-            rare = words("" if ask.reply is None else json_text(ask.reply)) + b"".join(used)
-        told = (
-            _END.pack(b"E", 1, 2, *numbers, ask.estimated, ENDERS.index(ask.by), ask.failed) + rare,
-            b"" if ask.event is None else json_text(ask.event).encode(),
-        )
-        return build(Call, ((self._names.hold(ask.id),), told))
+            check_parts(amount, "charge")
+        numbers = _END.pack(b"E", 1, 2, state, amount, _BASIS_CODES[basis], estimated, ENDERS.index(by), failed)
+        if actual or reply is not None:
+            used = [words(meter) + _POOL.pack(count) for meter, count in actual.items()]
+            numbers += words("" if reply is None else json_text(reply)) + b"".join(used)
+        told = b"" if event is None else json_text(event).encode()
+        return build(Call, ((self._names.hold(call_id),), (numbers, told)))
 
     def _ended(self, ask: End, reply: Reply) -> Receipt:
-        kind = reply[:1]
+        kind, length = _ENDED.unpack_from(reply)
         if kind == b"U":
             (now,) = _TIME.unpack_from(reply, 1)
             return Receipt(
                 ask.id, "", "", 0, 0, Basis.NONE, False, ask.by, (), None, now, None, applied=False, known=False
             )
-        (length,) = _LENGTH.unpack_from(reply, 1)
-        at = 1 + _LENGTH.size
-        payer, unit, _ = who_of(reply[at : at + length])
-        receipt = receipt_of(reply, payer, unit, at + length)
+        at = _ENDED.size + length
+        payer, unit, _ = who_of(reply[_ENDED.size : at])
+        receipt = receipt_of(reply, payer, unit, at)
         if receipt is None:
             raise AssertionError(f"the end of {ask.id!r} has no receipt")
         return receipt if kind == b"E" else receipt._replace(applied=False)

@@ -133,7 +133,7 @@ class RedisStore(Store):
                 if pauses > BUSY_PAUSES:
                     batch.give_up(_busy)
                 await asyncio.sleep(PAUSE_S)
-        return [batch.answers[place] for place in range(len(operations))]
+        return list(map(batch.answers.__getitem__, range(len(operations))))
 
     def start(self, operation: Operation, told: Callable[[Answer | Exception | None], None]) -> bool:
         """See `Store.start`. Only the operations of calls, on a connection that is in use."""
