@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import ceil
-from typing import Any
 
 from asgi_metering.errors import StoreUnavailableError
 from asgi_metering.rules.decide import Answer
@@ -79,41 +78,44 @@ class Batch:
             now: The time of tests; empty for the server's.
             token: What no other commands of this store on their way have.
         """
-        places, packed, are_calls = self._packed()
         # A few more than fit would else be a script of their own, which costs as much as several calls.
-        size = 1 if self._singly else _even(len(packed))
-        cuts: Sequence[int] = range(0, len(packed), size) if are_calls else _cuts(packed, size)
-        ends = [*cuts[1:], len(packed)]
-        self._sent = [places[begin:end] for begin, end in zip(cuts, ends, strict=False)]
-        if len(self._sent) < 2:
+        chunks = self._chunks(1 if self._singly else _even(len(self._waiting)))
+        if len(chunks) < 2:
             token = ""
-        return [self._command(packed[begin:end], now, token) for begin, end in zip(cuts, ends, strict=False)]
+        return [self._command(chunk, now, token) for chunk in chunks]
 
-    def _packed(self) -> tuple[list[int], list[Call | Operation], bool]:
-        """What can be sent, its places, and whether all of it is calls."""
-        places: list[int] = []
-        packed: list[Call | Operation] = []
-        are_calls, answered = True, len(self.answers)
-        calls, operations = self._calls, self._operations
-        call_of = calls.call
+    def _chunks(self, size: int) -> list[Call | Operation]:
+        """What is sent: up to *size* calls together, or one operation that has a script of its own."""
+        chunks: list[Call | Operation] = []
+        sent: list[list[int]] = []
+        keys, told, places = _nothing()
+        answered, calls, operations = len(self.answers), self._calls, self._operations
+        tell = calls.tell
         for place in self._waiting:
             operation = operations[place]
+            if len(places) == size:
+                keys, told, places = _nothing()
             try:
-                call = call_of(operation)
-                if call is None:
-                    if calls.command(operation, "", "") is None:
-                        if not packed:
-                            self.alone = place
-                        break
-                    are_calls = False
+                if tell(operation, keys, told):
+                    if not places:
+                        chunks.append(Call(keys, told))
+                        sent.append(places)
+                    places.append(place)
+                    continue
+                if calls.command(operation, "", "") is None:
+                    if not chunks:
+                        self.alone = place
+                    break
             except Exception as mistake:  # noqa: BLE001 -- the answer of one operation, and no neighbour's
                 self.answers[place] = mistake
                 continue
-            places.append(place)
-            packed.append(operation if call is None else call)
+            chunks.append(operation)
+            sent.append([place])
+            keys, told, places = _nothing()
+        self._sent = sent
         if len(self.answers) > answered:
             self._left()
-        return places, packed, are_calls
+        return chunks
 
     def _left(self) -> None:
         answers = self.answers
@@ -122,12 +124,12 @@ class Batch:
         else:
             self._waiting = [place for place in self._waiting if place not in answers]
 
-    def _command(self, chunk: list[Any], now: str, token: str) -> Command:
-        if isinstance(chunk[0], Call):
+    def _command(self, chunk: Call | Operation, now: str, token: str) -> Command:
+        if isinstance(chunk, Call):
             return self._calls.together(chunk, now, token)
-        command = self._calls.command(chunk[0], now, token)
+        command = self._calls.command(chunk, now, token)
         if command is None:
-            raise AssertionError(f"{chunk[0]!r} has no script")
+            raise AssertionError(f"{chunk!r} has no script")
         return command
 
     def take(self, replies: Sequence[Reply], meaning: Callable[[Exception], Exception]) -> None:
@@ -184,14 +186,9 @@ class Batch:
             answers[place] = answer(operations[place], one)
 
 
-def _cuts(packed: Sequence[Call | Operation], size: int) -> list[int]:
-    """Where chunks begin: up to *size* calls, or one operation that has a script of its own."""
-    cuts: list[int] = []
-    for at, one in enumerate(packed):
-        is_full = not cuts or at - cuts[-1] == size
-        if is_full or not isinstance(one, Call) or not isinstance(packed[at - 1], Call):
-            cuts.append(at)
-    return cuts
+def _nothing() -> tuple[list[str], list[bytes], list[int]]:
+    """Keys, words and places of a script that has no calls yet."""
+    return [], [], []
 
 
 def _even(number: int) -> int:

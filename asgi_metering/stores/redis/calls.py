@@ -7,7 +7,7 @@ the very rows that the script saw. Knows how both sides pack. Decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from struct import Struct
 from typing import Any, NamedTuple
@@ -87,15 +87,16 @@ _SIMPLE = (WindowKind.FIXED, WindowKind.CALENDAR)
 _WALLET, _CALENDAR, _ROLLING = range(3)
 _SETTLED, _RELEASED = range(2)
 _JOIN = ord("J")
+_NO_KEYS: list[str] = []
 _BASIS_CODES = {basis: code for code, basis in enumerate(BASES)}
 """As the scripts call them."""
 
 
 class Call(NamedTuple):
-    """One admission, end or heartbeat: the keys that it touches for certain, and its words."""
+    """Admissions, ends and heartbeats, one or several: the keys that they touch for certain, and their words."""
 
-    keys: Sequence[str]
-    words: Sequence[bytes]
+    keys: list[str]
+    words: list[bytes]
 
 
 class Calls:
@@ -128,24 +129,31 @@ class Calls:
             AmountError: The operation is a mistake.
             TypeError, ValueError: Something in it is not JSON-safe.
         """
-        encode = _CALLS.get(type(operation))
-        return None if encode is None else encode(self, operation)
+        call = Call([], [])
+        return call if self.tell(operation, *call) else None
 
-    def together(self, calls: Sequence[Call], now: str, token: str) -> Command:
+    def tell(self, operation: Operation, keys: list[str], told: list[bytes]) -> bool:
         """
-        The command that runs *calls*.
+        Add *operation* to the *keys* and words *told* of the script of calls; False if that does not run it.
+
+        Raises:
+            AmountError, TypeError, ValueError: As of `call`; nothing is added.
+        """
+        encode = _CALLS.get(type(operation))
+        return encode is not None and encode(self, operation, keys, told)
+
+    def together(self, call: Call, now: str, token: str) -> Command:
+        """
+        The command that runs them.
 
         Args:
-            calls: In their order.
+            call: One, or several in their order.
             now: The time of tests; empty for the server's.
             token: Of the commands that are sent together; empty for a lone one.
         """
-        keys: list[str] = [*self._gates]
-        told: list[str | bytes] = [now, token]
-        for own_keys, own_words in calls:
-            keys += own_keys
-            told += own_words
-        return ("FCALL", self._function, len(keys), *keys, *told)
+        keys, told = call
+        gates = self._gates
+        return ("FCALL", self._function, len(gates) + len(keys), *gates, *keys, now, token, *told)
 
     def command(self, operation: Operation, now: str, token: str) -> Command | None:
         """The command for an *operation* that has a script of its own; None if no script runs it."""
@@ -158,7 +166,7 @@ class Calls:
 
     # -- admissions ----------------------------------------------------------------------------------------
 
-    def _admit(self, ask: Admit) -> Call | None:
+    def _admit(self, ask: Admit, keys: list[str], told: list[bytes]) -> bool:
         # fmt: off
         # Together: by their names they cost several times as much.
         (call_id, payer, unit, amount, minimum, sources, limits, leases, ttl_s, grace_s, in_doubt, line, facts,
@@ -166,21 +174,21 @@ class Calls:
         # fmt: on
         if not 0 <= minimum <= amount <= MAX_AMOUNT:
             # The rules say what is wrong with it.
-            return None
+            return False
         counters, limits_told = self._limits(limits)
         account, source_keys, sources_told, who = self._sources(sources, payer, unit)
-        keys = [self._names.hold(call_id), account, *counters]
-        rare = b""
+        hold, rare_keys, rare = self._names.hold(call_id), _NO_KEYS, b""
         if leases or charge_key is not None or claim is not None:
-            rare = self._rare(ask, keys)
-        if source_keys:
-            keys += source_keys
-        numbers = _ADMISSION.pack(b"A", len(keys), 4, amount, minimum, ttl_s, grace_s) + rare
-        kept = who + self._packing.kept(line, in_doubt, facts)
-        return build(Call, (keys, (numbers, limits_told, sources_told, kept)))
+            rare_keys, rare = self._rare(ask)
+        count = 2 + len(counters) + len(rare_keys) + len(source_keys)
+        numbers = _ADMISSION.pack(b"A", count, 4, amount, minimum, ttl_s, grace_s) + rare
+        told += (numbers, limits_told, sources_told, who + self._packing.kept(line, in_doubt, facts))
+        keys += (hold, account, *counters, *rare_keys, *source_keys)
+        return True
 
-    def _rare(self, ask: Admit, keys: list[str]) -> bytes:
+    def _rare(self, ask: Admit) -> tuple[list[str], bytes]:
         """Slots and keys, which most calls do not have."""
+        keys: list[str] = []
         names, claim, charge = self._names, ask.idempotency, ask.charge_key
         claimed = b"\0" + _TIME.pack(0.0) + words("")
         if claim is not None:
@@ -191,7 +199,7 @@ class Calls:
             keys.extend(map(names.charge_key, key_rows(charge)))
             charged = _charge_words(charge)
         pools = [words(names.pool(lease.pool)) + _POOL.pack(lease.limit) for lease in ask.leases]
-        return words(b"".join(pools)) + charged + claimed
+        return keys, words(b"".join(pools)) + charged + claimed
 
     def _make_limits(self, limits: tuple[LimitAsk, ...]) -> tuple[list[str], bytes]:
         """The keys of the counters, and the words that say how they count."""
@@ -288,7 +296,7 @@ class Calls:
     def _refused(self, ask: Admit, reply: Reply) -> Decision:
         """Why the call may not run: the rules, on the rows that the script saw."""
         _, time, counts, rows, further = reply
-        call = self._admit(ask)
+        call = self.call(ask)
         if call is None:
             raise AssertionError(f"{ask!r} was never sent")
         state = State()
@@ -305,19 +313,21 @@ class Calls:
 
     # -- ends ----------------------------------------------------------------------------------------------
 
-    def _end(self, ask: End) -> Call:
+    def _end(self, ask: End, keys: list[str], told: list[bytes]) -> bool:
         call_id, amount, basis, estimated, by, actual, event, failed, reply = ask
         state = _SETTLED
         if amount is None:
             state, amount, basis = _RELEASED, 0, Basis.NONE
         else:
             check_parts(amount, "charge")
+        hold = self._names.hold(call_id)
         numbers = _END.pack(b"E", 1, 2, state, amount, _BASIS_CODES[basis], estimated, ENDERS.index(by), failed)
         if actual or reply is not None:
             used = [words(meter) + _POOL.pack(count) for meter, count in actual.items()]
             numbers += words("" if reply is None else json_text(reply)) + b"".join(used)
-        told = b"" if event is None else json_text(event).encode()
-        return build(Call, ((self._names.hold(call_id),), (numbers, told)))
+        told += (numbers, b"" if event is None else json_text(event).encode())
+        keys.append(hold)
+        return True
 
     def _ended(self, ask: End, reply: Reply) -> Receipt:
         kind, length = _ENDED.unpack_from(reply)
@@ -335,14 +345,18 @@ class Calls:
 
     # -- heartbeats and the outbox -------------------------------------------------------------------------
 
-    def _renew(self, beat: Renew) -> Call:
-        observed = check_parts(beat.observed, "observed amount")
-        return Call((self._names.hold(beat.id),), (_BEAT.pack(b"R", 1, 1, observed),))
+    def _renew(self, beat: Renew, keys: list[str], told: list[bytes]) -> bool:
+        hold = self._names.hold(beat.id)
+        told.append(_BEAT.pack(b"R", 1, 1, check_parts(beat.observed, "observed amount")))
+        keys.append(hold)
+        return True
 
-    def _part(self, ask: Part) -> Call:
+    def _part(self, ask: Part, keys: list[str], told: list[bytes]) -> bool:
+        hold = self._names.hold(ask.id)
         used = [words(meter) + _POOL.pack(count) for meter, count in ask.actual.items()]
-        told = _PART.pack(b"P", 1, 1, ask.what, ask.ttl_s, ask.grace_s) + b"".join(used)
-        return Call((self._names.hold(ask.id),), (told,))
+        told.append(_PART.pack(b"P", 1, 1, ask.what, ask.ttl_s, ask.grace_s) + b"".join(used))
+        keys.append(hold)
+        return True
 
     def _done(self, _: Any, reply: Reply) -> bool:
         return bool(reply)
@@ -387,7 +401,7 @@ def _charge_words(ask: KeyAsk) -> bytes:
     return bytes((kind,)) + words(doubles(ask.boundaries or (ask.window_s,)))
 
 
-_CALLS: Mapping[type, Callable[[Calls, Any], Call | None]] = {
+_CALLS: Mapping[type, Callable[[Calls, Any, list[str], list[bytes]], bool]] = {
     Admit: Calls._admit,
     End: Calls._end,
     Renew: Calls._renew,

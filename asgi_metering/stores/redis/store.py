@@ -146,7 +146,7 @@ class RedisStore(Store):
             if call is None:
                 return False
             now = "" if self._clock is None else time_text(self._clock())
-            packed = driver().pack(calls.together((call,), now, ""))
+            packed = driver().pack(calls.together(call, now, ""))
         except Exception:  # noqa: BLE001 -- `run` says what is wrong with it
             return False
 
