@@ -90,13 +90,14 @@ class Batch:
         sent: list[list[int]] = []
         keys, told, places = _nothing()
         answered, calls, operations = len(self.answers), self._calls, self._operations
-        tell = calls.tell
+        known = calls.tell
         for place in self._waiting:
             operation = operations[place]
             if len(places) == size:
                 keys, told, places = _nothing()
             try:
-                if tell(operation, keys, told):
+                tell = known.get(type(operation))
+                if tell is not None and tell(operation, keys, told):
                     if not places:
                         chunks.append(Call(keys, told))
                         sent.append(places)

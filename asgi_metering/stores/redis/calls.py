@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from asgi_metering.amounts import MAX_AMOUNT, check_parts
 from asgi_metering.decisions import Decision, WindowState
@@ -92,6 +92,9 @@ _BASIS_CODES = {basis: code for code, basis in enumerate(BASES)}
 """As the scripts call them."""
 
 
+Tell: TypeAlias = Callable[[Any, list[str], list[bytes]], bool]
+
+
 class Call(NamedTuple):
     """Admissions, ends and heartbeats, one or several: the keys that they touch for certain, and their words."""
 
@@ -106,6 +109,10 @@ class Calls:
     Args:
         names, packing, scripts: Of the store.
         halt: The key by which the store's own commands are told to stop.
+
+    Attributes:
+        tell: By type, what adds an operation to keys and words of the script of calls, and returns whether it runs it.
+            It raises as `call` does, and then adds nothing.
     """
 
     def __init__(self, names: Names, packing: Packing, scripts: Scripts, halt: str) -> None:
@@ -120,6 +127,7 @@ class Calls:
         # The same few accounts pay from the same few sources, until the calendar moves on.
         self._sources = lru_cache(maxsize=MAX_REMEMBERED)(self._make_sources)
         self._limits = lru_cache(maxsize=MAX_REMEMBERED)(self._make_limits)
+        self.tell: Mapping[type, Tell] = {Admit: self._admit, End: self._end, Renew: self._renew, Part: self._part}
 
     def call(self, operation: Operation) -> Call | None:
         """
@@ -129,18 +137,8 @@ class Calls:
             AmountError: The operation is a mistake.
             TypeError, ValueError: Something in it is not JSON-safe.
         """
-        call = Call([], [])
-        return call if self.tell(operation, *call) else None
-
-    def tell(self, operation: Operation, keys: list[str], told: list[bytes]) -> bool:
-        """
-        Add *operation* to the *keys* and words *told* of the script of calls; False if that does not run it.
-
-        Raises:
-            AmountError, TypeError, ValueError: As of `call`; nothing is added.
-        """
-        encode = _CALLS.get(type(operation))
-        return encode is not None and encode(self, operation, keys, told)
+        call, tell = Call([], []), self.tell.get(type(operation))
+        return None if tell is None or not tell(operation, *call) else call
 
     def together(self, call: Call, now: str, token: str) -> Command:
         """
@@ -400,13 +398,6 @@ def _charge_words(ask: KeyAsk) -> bytes:
     kind = _CALENDAR if ask.boundaries else _ROLLING
     return bytes((kind,)) + words(doubles(ask.boundaries or (ask.window_s,)))
 
-
-_CALLS: Mapping[type, Callable[[Calls, Any, list[str], list[bytes]], bool]] = {
-    Admit: Calls._admit,
-    End: Calls._end,
-    Renew: Calls._renew,
-    Part: Calls._part,
-}
 
 _COMMANDS: Mapping[type, Callable[[Calls, Any, str, str], Command]] = {
     Emit: Calls._emit,
