@@ -47,6 +47,9 @@ __all__ = [
 class WindowKind(StrEnum):
     """How a limit's window moves."""
 
+    # That of its text, as its equality is: stores remember the limits that come again, and look them up for each call.
+    __hash__ = str.__hash__
+
     FIXED = "fixed"
     CALENDAR = "calendar"
     SLIDING = "sliding"

@@ -123,7 +123,7 @@ class Pump:
             raise StoreUnavailableError(
                 f"{len(self._admissions)} admissions wait for the {self._store.name} store already. Ask again later."
             )
-        future = self._start(operation, is_repeated) or self._enqueue(operation, is_repeated=is_repeated)
+        future = (None if self._awake else self._start(operation, is_repeated)) or self._enqueue(operation, is_repeated)
         if deadline_s is not None:
             self._deadlines.watch(future, deadline_s)
         try:
@@ -141,9 +141,10 @@ class Pump:
                     self._abandoned(operation, future.result())
             raise
 
-    def _enqueue(self, operation: Operation, *, is_repeated: bool = False) -> asyncio.Future[Answer]:
+    def _enqueue(self, operation: Operation, is_repeated: bool = False) -> asyncio.Future[Answer]:
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Answer] = loop.create_future()
+        # As the loop makes it, without a function of its own.
+        future: asyncio.Future[Answer] = asyncio.Future(loop=loop)
         queue = self._admissions if isinstance(operation, Admit) else self._others
         self._arrived += 1
         queue.append(build(_Waiting, (self._arrived, operation, future, is_repeated)))
@@ -157,9 +158,11 @@ class Pump:
         """
         Send the operation of a lone caller in its own turn of the loop, which costs less than to wake a lane.
 
+        Asked for while no lane is awake.
+
         Not where the last batch was of several: they come again, in this turn, and shall go together.
         """
-        if self._awake or self._admissions or self._others or self._last > 1:
+        if self._admissions or self._others or self._last > 1:
             return None
         self._arrived += 1
         waiting = _Waiting(self._arrived, operation, Prompt(loop=asyncio.get_running_loop()), is_repeated)

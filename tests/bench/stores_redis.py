@@ -145,7 +145,7 @@ def row_at_a_time(ours: Ours, client: Redis, settle: bool) -> Call:
         for operation in (admit, ours.end(admit)) if settle else (admit,):
             call = calls.call(operation)
             assert call is not None
-            (reply,) = await client.execute_command(*calls.together([call], "", ""))
+            (reply,) = await client.execute_command(*calls.together(call, "", ""))
             calls.answer(operation, reply)
 
     return one

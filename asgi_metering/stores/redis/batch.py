@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import ceil
-from typing import Any
 
 from asgi_metering.errors import StoreUnavailableError
 from asgi_metering.rules.decide import Answer
@@ -79,48 +78,59 @@ class Batch:
             now: The time of tests; empty for the server's.
             token: What no other commands of this store on their way have.
         """
-        packed = self._packed()
         # A few more than fit would else be a script of their own, which costs as much as several calls.
-        size = 1 if self._singly else _even(len(packed))
-        places: list[int] = []
-        together: list[Any] = []
-        chunks: list[list[Any]] = []
-        self._sent = []
-        for place, one in packed:
-            if not together or len(together) == size or not isinstance(one, Call) or not isinstance(together[0], Call):
-                places, together = [], []
-                self._sent.append(places)
-                chunks.append(together)
-            places.append(place)
-            together.append(one)
+        chunks = self._chunks(1 if self._singly else _even(len(self._waiting)))
         if len(chunks) < 2:
             token = ""
         return [self._command(chunk, now, token) for chunk in chunks]
 
-    def _packed(self) -> list[tuple[int, Call | Operation]]:
-        packed: list[tuple[int, Call | Operation]] = []
-        calls = self._calls
+    def _chunks(self, size: int) -> list[Call | Operation]:
+        """What is sent: up to *size* calls together, or one operation that has a script of its own."""
+        chunks: list[Call | Operation] = []
+        sent: list[list[int]] = []
+        keys, told, places = _nothing()
+        answered, calls, operations = len(self.answers), self._calls, self._operations
+        known = calls.tell
         for place in self._waiting:
-            operation = self._operations[place]
+            operation = operations[place]
+            if len(places) == size:
+                keys, told, places = _nothing()
             try:
-                call = calls.call(operation)
-                if call is None and calls.command(operation, "", "") is None:
-                    if not packed:
+                tell = known.get(type(operation))
+                if tell is not None and tell(operation, keys, told):
+                    if not places:
+                        chunks.append(Call(keys, told))
+                        sent.append(places)
+                    places.append(place)
+                    continue
+                if calls.command(operation, "", "") is None:
+                    if not chunks:
                         self.alone = place
                     break
             except Exception as mistake:  # noqa: BLE001 -- the answer of one operation, and no neighbour's
                 self.answers[place] = mistake
                 continue
-            packed.append((place, operation if call is None else call))
-        self._waiting = [place for place in self._waiting if place not in self.answers]
-        return packed
+            chunks.append(operation)
+            sent.append([place])
+            keys, told, places = _nothing()
+        self._sent = sent
+        if len(self.answers) > answered:
+            self._left()
+        return chunks
 
-    def _command(self, chunk: list[Any], now: str, token: str) -> Command:
-        if isinstance(chunk[0], Call):
+    def _left(self) -> None:
+        answers = self.answers
+        if len(answers) == len(self._operations):
+            self._waiting = []
+        else:
+            self._waiting = [place for place in self._waiting if place not in answers]
+
+    def _command(self, chunk: Call | Operation, now: str, token: str) -> Command:
+        if isinstance(chunk, Call):
             return self._calls.together(chunk, now, token)
-        command = self._calls.command(chunk[0], now, token)
+        command = self._calls.command(chunk, now, token)
         if command is None:
-            raise AssertionError(f"{chunk[0]!r} has no script")
+            raise AssertionError(f"{chunk!r} has no script")
         return command
 
     def take(self, replies: Sequence[Reply], meaning: Callable[[Exception], Exception]) -> None:
@@ -142,7 +152,7 @@ class Batch:
                 self._singly = True
             elif reply != _HALTED:
                 self._take_replies(places, reply)
-        self._waiting = [place for place in self._waiting if place not in self.answers]
+        self._left()
 
     def settle(self, place: int, answer: Answer | Exception) -> None:
         """Take in the answer of the operation that was `alone`."""
@@ -164,15 +174,22 @@ class Batch:
             self.answers[place] = error
 
     def _take_replies(self, places: list[int], reply: Reply) -> None:
-        operations, answer = self._operations, self._calls.answer
+        operations, answers, answer = self._operations, self.answers, self._calls.answer
         if not isinstance(operations[places[0]], _CALLED):
-            self.answers[places[0]] = answer(operations[places[0]], reply)
+            answers[places[0]] = answer(operations[places[0]], reply)
             return
+        if reply[-1] in (_RULES, _LATER):
+            # What follows it was not run.
+            if reply[-1] == _RULES:
+                self.alone = places[len(reply) - 1]
+            reply = reply[:-1]
         for place, one in zip(places, reply, strict=False):
-            if one == _RULES:
-                self.alone = place
-            elif one != _LATER:
-                self.answers[place] = answer(operations[place], one)
+            answers[place] = answer(operations[place], one)
+
+
+def _nothing() -> tuple[list[str], list[bytes], list[int]]:
+    """Keys, words and places of a script that has no calls yet."""
+    return [], [], []
 
 
 def _even(number: int) -> int:

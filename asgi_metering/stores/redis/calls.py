@@ -7,10 +7,10 @@ the very rows that the script saw. Knows how both sides pack. Decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from asgi_metering.amounts import MAX_AMOUNT, check_parts
 from asgi_metering.decisions import Decision, WindowState
@@ -71,6 +71,7 @@ _BEAT = Struct(">cHHd")
 _PART = Struct(">cHHBdd")
 _ADMITTED = Struct(">x3dB")
 _JOINED = Struct(">xd")
+_ENDED = Struct(">cI")
 _LENGTH = Struct(">I")
 _TIME = Struct(">d")
 
@@ -81,18 +82,24 @@ _LIMIT_KINDS = (
     WindowKind.MOVING,
     WindowKind.BUCKET,
 )
-_SLIDING, _MOVING, _BUCKET = WindowKind.SLIDING, WindowKind.MOVING, WindowKind.BUCKET
+_MOVING, _BUCKET = WindowKind.MOVING, WindowKind.BUCKET
+_SIMPLE = (WindowKind.FIXED, WindowKind.CALENDAR)
 _WALLET, _CALENDAR, _ROLLING = range(3)
 _SETTLED, _RELEASED = range(2)
+_JOIN = ord("J")
+_NO_KEYS: list[str] = []
 _BASIS_CODES = {basis: code for code, basis in enumerate(BASES)}
 """As the scripts call them."""
 
 
-class Call(NamedTuple):
-    """One admission, end or heartbeat: the keys that it touches for certain, and its words."""
+Tell: TypeAlias = Callable[[Any, list[str], list[bytes]], bool]
 
-    keys: Sequence[str]
-    words: Sequence[bytes]
+
+class Call(NamedTuple):
+    """Admissions, ends and heartbeats, one or several: the keys that they touch for certain, and their words."""
+
+    keys: list[str]
+    words: list[bytes]
 
 
 class Calls:
@@ -102,6 +109,10 @@ class Calls:
     Args:
         names, packing, scripts: Of the store.
         halt: The key by which the store's own commands are told to stop.
+
+    Attributes:
+        tell: By type, what adds an operation to keys and words of the script of calls, and returns whether it runs it.
+            It raises as `call` does, and then adds nothing.
     """
 
     def __init__(self, names: Names, packing: Packing, scripts: Scripts, halt: str) -> None:
@@ -116,6 +127,7 @@ class Calls:
         # The same few accounts pay from the same few sources, until the calendar moves on.
         self._sources = lru_cache(maxsize=MAX_REMEMBERED)(self._make_sources)
         self._limits = lru_cache(maxsize=MAX_REMEMBERED)(self._make_limits)
+        self.tell: Mapping[type, Tell] = {Admit: self._admit, End: self._end, Renew: self._renew, Part: self._part}
 
     def call(self, operation: Operation) -> Call | None:
         """
@@ -125,24 +137,21 @@ class Calls:
             AmountError: The operation is a mistake.
             TypeError, ValueError: Something in it is not JSON-safe.
         """
-        encode = _CALLS.get(type(operation))
-        return None if encode is None else encode(self, operation)
+        call, tell = Call([], []), self.tell.get(type(operation))
+        return None if tell is None or not tell(operation, *call) else call
 
-    def together(self, calls: Sequence[Call], now: str, token: str) -> Command:
+    def together(self, call: Call, now: str, token: str) -> Command:
         """
-        The command that runs *calls*.
+        The command that runs them.
 
         Args:
-            calls: In their order.
+            call: One, or several in their order.
             now: The time of tests; empty for the server's.
             token: Of the commands that are sent together; empty for a lone one.
         """
-        keys: list[str] = [*self._gates]
-        told: list[str | bytes] = [now, token]
-        for own_keys, own_words in calls:
-            keys += own_keys
-            told += own_words
-        return ("FCALL", self._function, len(keys), *keys, *told)
+        keys, told = call
+        gates = self._gates
+        return ("FCALL", self._function, len(gates) + len(keys), *gates, *keys, now, token, *told)
 
     def command(self, operation: Operation, now: str, token: str) -> Command | None:
         """The command for an *operation* that has a script of its own; None if no script runs it."""
@@ -155,22 +164,29 @@ class Calls:
 
     # -- admissions ----------------------------------------------------------------------------------------
 
-    def _admit(self, ask: Admit) -> Call | None:
-        if not 0 <= ask.minimum <= ask.amount <= MAX_AMOUNT:
+    def _admit(self, ask: Admit, keys: list[str], told: list[bytes]) -> bool:
+        # fmt: off
+        # Together: by their names they cost several times as much.
+        (call_id, payer, unit, amount, minimum, sources, limits, leases, ttl_s, grace_s, in_doubt, line, facts,
+         charge_key, claim) = ask
+        # fmt: on
+        if not 0 <= minimum <= amount <= MAX_AMOUNT:
             # The rules say what is wrong with it.
-            return None
-        counters, limits = self._limits(ask.limits)
-        account, source_keys, sources, who = self._sources(ask.sources, ask.payer, ask.unit)
-        keys = [self._names.hold(ask.id), account, *counters]
-        rare = b""
-        if ask.leases or ask.charge_key is not None or ask.idempotency is not None:
-            rare = self._rare(ask, keys)
-        keys += source_keys
-        numbers = _ADMISSION.pack(b"A", len(keys), 4, ask.amount, ask.minimum, ask.ttl_s, ask.grace_s) + rare
-        return build(Call, (keys, (numbers, limits, sources, who + self._packing.kept(ask))))
+            return False
+        counters, limits_told = self._limits(limits)
+        account, source_keys, sources_told, who = self._sources(sources, payer, unit)
+        hold, rare_keys, rare = self._names.hold(call_id), _NO_KEYS, b""
+        if leases or charge_key is not None or claim is not None:
+            rare_keys, rare = self._rare(ask)
+        count = 2 + len(counters) + len(rare_keys) + len(source_keys)
+        numbers = _ADMISSION.pack(b"A", count, 4, amount, minimum, ttl_s, grace_s) + rare
+        told += (numbers, limits_told, sources_told, who + self._packing.kept(line, in_doubt, facts))
+        keys += (hold, account, *counters, *rare_keys, *source_keys)
+        return True
 
-    def _rare(self, ask: Admit, keys: list[str]) -> bytes:
+    def _rare(self, ask: Admit) -> tuple[list[str], bytes]:
         """Slots and keys, which most calls do not have."""
+        keys: list[str] = []
         names, claim, charge = self._names, ask.idempotency, ask.charge_key
         claimed = b"\0" + _TIME.pack(0.0) + words("")
         if claim is not None:
@@ -181,7 +197,7 @@ class Calls:
             keys.extend(map(names.charge_key, key_rows(charge)))
             charged = _charge_words(charge)
         pools = [words(names.pool(lease.pool)) + _POOL.pack(lease.limit) for lease in ask.leases]
-        return words(b"".join(pools)) + charged + claimed
+        return keys, words(b"".join(pools)) + charged + claimed
 
     def _make_limits(self, limits: tuple[LimitAsk, ...]) -> tuple[list[str], bytes]:
         """The keys of the counters, and the words that say how they count."""
@@ -228,9 +244,9 @@ class Calls:
         return names.account(payer, unit), keys, b"".join(told), pays
 
     def _decided(self, ask: Admit, reply: Reply) -> Decision:
-        if isinstance(reply, list):
+        if type(reply) is list:
             return self._refused(ask, reply)
-        if reply[:1] == b"J":
+        if reply[0] == _JOIN:
             (now,) = _JOINED.unpack_from(reply)
             (length,) = _LENGTH.unpack_from(reply, _JOINED.size)
             at = _JOINED.size + _LENGTH.size
@@ -243,19 +259,23 @@ class Calls:
             return Decision(ask.id, now, windows=windows)
         source = ask.sources[last - 1]
         name = source.name if isinstance(source, AllowanceSource) else WALLET
-        payer = source.payer or ask.payer
-        held, available, group = int(held), int(available), source.group
-        return build(
-            Decision,
-            (ask.id, now, None, held, available, name, windows, False, payer, group, False, None, None, ()),
-        )
+        payer, group = source.payer or ask.payer, source.group
+        # fmt: off
+        return build(Decision, (
+            ask.id, now, None, int(held), int(available), name, windows, False, payer, group, False, None, None, (),
+        ))
+        # fmt: on
 
     def _windows(self, ask: Admit, reply: bytes, at: int, now: float) -> tuple[WindowState, ...]:
         """What the limits tell after the call, from the counters as it left them."""
         windows = []
         for limit, (start, end, count, previous) in zip(ask.limits, WINDOW.iter_unpack(reply[at:]), strict=True):
             name, key, kind, most, window_s, cost, meter, _, _ = limit
-            if kind is _BUCKET:
+            if kind in _SIMPLE:
+                left = int(most - count) if count < most else 0
+                resets = end - now if now > start else end - start
+                windows.append(build(WindowState, (name, most, left, resets, window_s, meter)))
+            elif kind is _BUCKET:
                 # Since when it is not full, the time that counts, and what was taken.
                 found = Filling(start, int(count) - cost, end)
                 windows.append(window_state(in_bucket(limit, found, now), taken=True))
@@ -263,22 +283,18 @@ class Calls:
                 # When the oldest call leaves, instead of an end.
                 left, resets = max(0, most - int(count)), leaves_after_s(end, now)
                 windows.append(build(WindowState, (name, most, left, resets, window_s, meter)))
-            elif kind is _SLIDING:
+            else:
                 before = Counter(key, start, end, int(count) - cost, int(previous))
                 seen = look(limit, before, now)
                 if seen is None:
                     raise AssertionError(f"a sliding window has no calendar: {limit!r}")
                 windows.append(window_state(seen, taken=True))
-            else:
-                left = most - int(count)
-                resets = end - now if now > start else end - start
-                windows.append(build(WindowState, (name, most, max(0, left), resets, window_s, meter)))
         return tuple(windows)
 
     def _refused(self, ask: Admit, reply: Reply) -> Decision:
         """Why the call may not run: the rules, on the rows that the script saw."""
         _, time, counts, rows, further = reply
-        call = self._admit(ask)
+        call = self.call(ask)
         if call is None:
             raise AssertionError(f"{ask!r} was never sent")
         state = State()
@@ -295,47 +311,50 @@ class Calls:
 
     # -- ends ----------------------------------------------------------------------------------------------
 
-    def _end(self, ask: End) -> Call:
-        amount = ask.amount
+    def _end(self, ask: End, keys: list[str], told: list[bytes]) -> bool:
+        call_id, amount, basis, estimated, by, actual, event, failed, reply = ask
+        state = _SETTLED
         if amount is None:
-            numbers = (_RELEASED, 0, BASES.index(Basis.NONE))
+            state, amount, basis = _RELEASED, 0, Basis.NONE
         else:
-            numbers = (_SETTLED, check_parts(amount, "charge"), _BASIS_CODES[ask.basis])
-        rare = b""
-        if ask.actual or ask.reply is not None:
-            used = [words(meter) + _POOL.pack(count) for meter, count in ask.actual.items()]
-            rare = words("" if ask.reply is None else json_text(ask.reply)) + b"".join(used)
-        told = (
-            _END.pack(b"E", 1, 2, *numbers, ask.estimated, ENDERS.index(ask.by), ask.failed) + rare,
-            b"" if ask.event is None else json_text(ask.event).encode(),
-        )
-        return build(Call, ((self._names.hold(ask.id),), told))
+            check_parts(amount, "charge")
+        hold = self._names.hold(call_id)
+        numbers = _END.pack(b"E", 1, 2, state, amount, _BASIS_CODES[basis], estimated, ENDERS.index(by), failed)
+        if actual or reply is not None:
+            used = [words(meter) + _POOL.pack(count) for meter, count in actual.items()]
+            numbers += words("" if reply is None else json_text(reply)) + b"".join(used)
+        told += (numbers, b"" if event is None else json_text(event).encode())
+        keys.append(hold)
+        return True
 
     def _ended(self, ask: End, reply: Reply) -> Receipt:
-        kind = reply[:1]
+        kind, length = _ENDED.unpack_from(reply)
         if kind == b"U":
             (now,) = _TIME.unpack_from(reply, 1)
             return Receipt(
                 ask.id, "", "", 0, 0, Basis.NONE, False, ask.by, (), None, now, None, applied=False, known=False
             )
-        (length,) = _LENGTH.unpack_from(reply, 1)
-        at = 1 + _LENGTH.size
-        payer, unit, _ = who_of(reply[at : at + length])
-        receipt = receipt_of(reply, payer, unit, at + length)
+        at = _ENDED.size + length
+        payer, unit, _ = who_of(reply[_ENDED.size : at])
+        receipt = receipt_of(reply, payer, unit, at)
         if receipt is None:
             raise AssertionError(f"the end of {ask.id!r} has no receipt")
         return receipt if kind == b"E" else receipt._replace(applied=False)
 
     # -- heartbeats and the outbox -------------------------------------------------------------------------
 
-    def _renew(self, beat: Renew) -> Call:
-        observed = check_parts(beat.observed, "observed amount")
-        return Call((self._names.hold(beat.id),), (_BEAT.pack(b"R", 1, 1, observed),))
+    def _renew(self, beat: Renew, keys: list[str], told: list[bytes]) -> bool:
+        hold = self._names.hold(beat.id)
+        told.append(_BEAT.pack(b"R", 1, 1, check_parts(beat.observed, "observed amount")))
+        keys.append(hold)
+        return True
 
-    def _part(self, ask: Part) -> Call:
+    def _part(self, ask: Part, keys: list[str], told: list[bytes]) -> bool:
+        hold = self._names.hold(ask.id)
         used = [words(meter) + _POOL.pack(count) for meter, count in ask.actual.items()]
-        told = _PART.pack(b"P", 1, 1, ask.what, ask.ttl_s, ask.grace_s) + b"".join(used)
-        return Call((self._names.hold(ask.id),), (told,))
+        told.append(_PART.pack(b"P", 1, 1, ask.what, ask.ttl_s, ask.grace_s) + b"".join(used))
+        keys.append(hold)
+        return True
 
     def _done(self, _: Any, reply: Reply) -> bool:
         return bool(reply)
@@ -379,13 +398,6 @@ def _charge_words(ask: KeyAsk) -> bytes:
     kind = _CALENDAR if ask.boundaries else _ROLLING
     return bytes((kind,)) + words(doubles(ask.boundaries or (ask.window_s,)))
 
-
-_CALLS: Mapping[type, Callable[[Calls, Any], Call | None]] = {
-    Admit: Calls._admit,
-    End: Calls._end,
-    Renew: Calls._renew,
-    Part: Calls._part,
-}
 
 _COMMANDS: Mapping[type, Callable[[Calls, Any, str, str], Command]] = {
     Emit: Calls._emit,

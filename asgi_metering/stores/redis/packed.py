@@ -86,6 +86,7 @@ HOLD = Struct(">IB7d")
 RECEIPT = Struct(">BBBBBB6dI")
 """The last number is the length of the id that follows."""
 
+_RECEIPT_SIZE = RECEIPT.size
 PART = Struct(">Bdd")
 PINNED = Struct(">dd")
 ENTRY = Struct(">BBB4d")
@@ -94,6 +95,7 @@ CHARGE_KEY = Struct(">dddB")
 EVENT = Struct(">ddB")
 DOUBLE = Struct(">d")
 LENGTH = Struct(">I")
+_LENGTH_SIZE = LENGTH.size
 
 LIVES = (HoldState.HELD, HoldState.IN_DOUBT)
 ENDS = (HoldState.SETTLED, HoldState.RELEASED)
@@ -225,13 +227,15 @@ def receipt_of(raw: bytes, payer: str, unit: str, at: int = 0) -> Receipt | None
     if at == len(raw):
         return None
     _, _, basis, estimated, by, known, amount, held, available, time, entry, late, length = RECEIPT.unpack_from(raw, at)
-    at += RECEIPT.size
-    parts = at + length + LENGTH.size
+    at += _RECEIPT_SIZE
+    behind = at + length
+    call_id = raw[at:behind].decode()
     # fmt: off
     return build(Receipt, (
-        restored(raw[at : at + length].decode()), payer, unit, int(amount), int(held), BASES[basis] or Basis.NONE,
-        estimated == 1, ENDERS[by], parts_of(raw[parts:]), int(available) if known & HAS_AVAILABLE else None, time,
-        int(entry) if known & HAS_ENTRY else None, True, int(late) if known & HAS_LATE else None, True,
+        restored(call_id) if "%" in call_id else call_id, payer, unit, int(amount), int(held),
+        BASES[basis] or Basis.NONE, estimated == 1, ENDERS[by], parts_of(raw[behind + _LENGTH_SIZE :]),
+        int(available) if known & HAS_AVAILABLE else None, time, int(entry) if known & HAS_ENTRY else None, True,
+        int(late) if known & HAS_LATE else None, True,
     ))
     # fmt: on
 

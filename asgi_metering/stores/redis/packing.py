@@ -113,18 +113,17 @@ class Packing:
     def hold(self, row: Hold) -> bytes:
         """A hold: what changes first, what admission decided, what the call brought, the receipt last."""
         numbers = (row.expires_at, row.due_at, exact(row.observed), exact(row.amount), row.created_at)
-        rest = words(parts_packed(row.parts), self.who(row.payer, row.unit, row.group), self._rare(row)) + self.kept(
-            row
-        )
+        rest = words(parts_packed(row.parts), self.who(row.payer, row.unit, row.group), self._rare(row))
+        rest += self.kept(row.line, row.in_doubt, row.facts)
         is_in_doubt = row.state is HoldState.IN_DOUBT
         first = HOLD.pack(HOLD.size + len(rest), is_in_doubt, *numbers, row.ttl_s, row.grace_s)
         return first + rest + (b"" if row.receipt is None else receipt_packed(row.receipt, row.state))
 
     @staticmethod
-    def kept(row: Any) -> bytes:
-        """What a hold keeps as the call brought it: line, basis in doubt, facts; *row* is a hold or its admission."""
-        facts = json_text(row.facts).encode()
-        return _policy(row.line, row.in_doubt) + LENGTH.pack(len(facts)) + facts
+    def kept(line: str, in_doubt: str, facts: Mapping[str, Any]) -> bytes:
+        """What a hold keeps as the call brought it."""
+        told = json_text(facts).encode()
+        return _policy(line, in_doubt) + LENGTH.pack(len(told)) + told
 
     def who(self, payer: str, unit: str, group: str) -> bytes:
         """Who pays."""

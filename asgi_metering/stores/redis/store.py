@@ -133,7 +133,7 @@ class RedisStore(Store):
                 if pauses > BUSY_PAUSES:
                     batch.give_up(_busy)
                 await asyncio.sleep(PAUSE_S)
-        return [batch.answers[place] for place in range(len(operations))]
+        return list(map(batch.answers.__getitem__, range(len(operations))))
 
     def start(self, operation: Operation, told: Callable[[Answer | Exception | None], None]) -> bool:
         """See `Store.start`. Only the operations of calls, on a connection that is in use."""
@@ -146,7 +146,7 @@ class RedisStore(Store):
             if call is None:
                 return False
             now = "" if self._clock is None else time_text(self._clock())
-            packed = driver().pack(calls.together((call,), now, ""))
+            packed = driver().pack(calls.together(call, now, ""))
         except Exception:  # noqa: BLE001 -- `run` says what is wrong with it
             return False
 

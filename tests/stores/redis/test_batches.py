@@ -12,7 +12,19 @@ from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.decisions import Decision, Reason
 from asgi_metering.errors import AmountError
 from asgi_metering.receipts import Basis, Receipt
-from asgi_metering.rules.operations import Admit, End, LeaseAsk, Operation, PostGrant, Renew, Sweep, WalletSource
+from asgi_metering.rules.operations import (
+    Admit,
+    Claim,
+    End,
+    LeaseAsk,
+    LimitAsk,
+    Operation,
+    PostGrant,
+    Renew,
+    Sweep,
+    WalletSource,
+    WindowKind,
+)
 from asgi_metering.stores.contract import EverythingKept
 from asgi_metering.stores.memory import MemoryStore
 from asgi_metering.stores.redis import RedisStore
@@ -20,6 +32,7 @@ from asgi_metering.stores.redis.batch import Batch
 from asgi_metering.stores.redis.calls import Calls
 from asgi_metering.stores.redis.names import Names
 from asgi_metering.stores.redis.packing import Packing
+from asgi_metering.stores.redis.parts import Part, What, part_of, reservation
 from asgi_metering.stores.redis.scripts import Scripts
 from asgi_metering.testing.clock import NOON, FakeClock
 from asgi_metering.testing.conformance import tables
@@ -127,6 +140,50 @@ def test_first_of_a_batch_that_falls_due(server: ValkeyServer, make_store: Maker
         [Sweep(10)],
     )
     assert answers[0] > 0
+
+
+def test_small_script_behind_a_large_one(server: ValkeyServer, make_store: Maker) -> None:
+    """Nothing of a script's rows, lines, holds, ends and events is found by a smaller one that follows it."""
+    names = [f"c{number}" for number in range(30)]
+    admissions = [call(name, 3)._replace(payer=f"p{at % 20}") for at, name in enumerate(names)]
+    ends = [End(name, at % 4, Basis.USAGE, event={"at": at}) for at, name in enumerate(names)]
+    beside_memory(
+        server,
+        make_store,
+        [PostGrant("g", f"p{number}", "credits", 100) for number in range(20)],
+        admissions,
+        ends[:25],
+        [Claim(30, 600.0)],
+        [call("one", 2)._replace(payer="p1"), ends[25]],
+        [End("one", 1, Basis.USAGE, event={})],
+        [Renew(names[26]), ends[26], ends[0]],
+    )
+
+
+def test_part_is_taken_back_by_the_script_that_took_it(make_store: Maker) -> None:
+    """Windows that a reservation began are gone with it, and what its neighbours wrote before and after it is not."""
+    kinds = [LimitAsk(name, name, WindowKind.FIXED, 9, 60.0) for name in ("first", "second", "third")]
+
+    async def run() -> None:
+        store = make_store()
+        reserved = reservation(call("far"), tuple(kinds), (), None)
+        await store.run([PostGrant("g", "p", "credits", 100)])
+        await store.run(
+            [
+                call("before", limits=(kinds[0],)),
+                reserved,
+                call("after", limits=(kinds[2]._replace(key="own"),)),
+                Part(part_of("far"), What.TAKE_BACK),
+                call("last"),
+            ]
+        )
+        state = (await store.read(EverythingKept())).state
+        assert {key: counter.used for key, counter in state.counters.items()} == {"first": 1, "own": 1}
+        assert sorted(state.holds) == ["after", "before", "last"]
+        assert state.accounts["p", "credits"].held == 30
+        await store.close()
+
+    asyncio.run(run())
 
 
 def test_many_calls_are_several_scripts(server: ValkeyServer, make_store: Maker) -> None:

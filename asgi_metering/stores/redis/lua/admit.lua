@@ -28,7 +28,7 @@ end
 function M.ask_of(k, a, n_keys, at)
   local numbers = args[a]
   local amount, minimum, ttl, grace, at_rare = parse('>dddd', numbers, at)
-  local limits, sources = M.limits_of(args[a + 1]), M.sources_of(args[a + 2])
+  local limits, sources = limits_of(args[a + 1]), sources_of(args[a + 2])
   local who, _, at_kept = parse('>I4c0I4', args[a + 3])
   return {
     k = k, n_keys = n_keys, base = k + n_keys - sources.keys, account = rest(keys[k + 2]), amount = amount,
@@ -45,7 +45,7 @@ function M.refused(k, n_keys, now, counts, further)
   local found = {}
   for i = 1, n_keys do
     local key = keys[k + i]
-    local account = match(key, '^a:(.*)$', #work.prefix + 1)
+    local account = match(key, '^a:(.*)$', #prefix + 1)
     local book = account and books[account]
     found[i] = book and (book.is_moved or book.is_due_new) and (M.book_text(book)) or rows[key]
   end
@@ -59,10 +59,10 @@ function M.is_due(book, now)
   if book.due > now then
     return nil
   end
-  if live[book.account] or work.ended_live[book.account] then
+  if live[book.account] or ended_live[book.account] then
     return CODE.LATER
   end
-  local first = call('ZRANGE', work.prefix .. 'l:' .. book.account, 0, 0, 'WITHSCORES')
+  local first = call('ZRANGE', prefix .. 'l:' .. book.account, 0, 0, 'WITHSCORES')
   if first[2] and tonumber(first[2]) <= now then
     return CODE.RULES
   end
@@ -73,7 +73,7 @@ end
 -- The call's time, that none of its accounts has seen a later one than. Returns why it cannot be decided, if so.
 function M.come_to_now(ask)
   local own, sources = book_of(ask.account), ask.sources
-  local now = max(work.now_is, own.seen)
+  local now = max(now_is, own.seen)
   if not sources.is_plain then
     for _, source in ipairs(sources) do
       now = max(now, book_of(M.account_of(ask, source)).seen)
@@ -132,7 +132,7 @@ function M.by_key(ask)
       local hold = sub(known, place)
       return {
         key = key, text = pack(AS.CHARGE_KEY, k_start, k_end, members + 1, settled) .. hold,
-        hold = work.prefix .. 'h:' .. hold,
+        hold = prefix .. 'h:' .. hold,
       }
     end
   end
@@ -174,8 +174,20 @@ function M.kept_of(who, rare, kept)
 end
 
 local function hold_text(now, ttl, grace, expires, due_at, parts, held, kept)
-  local size = CODE.NEW_HOLD_SIZE + #parts + #kept
-  return pack(AS.NEW_HOLD, size, 0, expires, due_at, 0, held, now, ttl, grace, #parts) .. parts .. kept
+  local size = NEW_HOLD_SIZE + #parts + #kept
+  return pack(AS_NEW_HOLD, size, 0, expires, due_at, 0, held, now, ttl, grace, #parts) .. parts .. kept
+end
+
+-- The hold of a call with nothing rare but pinned windows. `who`, unless that is empty, pays instead of the caller.
+local function keep_hold(key, account, now, ttl, grace, parts, held, kept, who)
+  if pinned ~= '' or who ~= '' then
+    local caller, _, at = parse('>I4c0I4', kept)
+    local rare = pinned == '' and '' or pack(AS.RARE, #pinned, pinned, 0, '', 0, '', 0, '')
+    kept = M.kept_of(who ~= '' and who or caller, rare, sub(kept, at))
+  end
+  local expires = now + ttl
+  put(key, hold_text(now, ttl, grace, expires, expires + grace, parts, held, kept))
+  lives(account, expires, rest(key))
 end
 
 -- The hold that a charge key owns has no deadline: it ends with its calls, and each of those has one.
@@ -282,39 +294,66 @@ local function admit_any(ask)
   return M.take_all(ask)
 end
 
+-- The same for limits and the wallet of whoever calls, where that has one grant and its `row` is to be changed as a
+-- text: sets the amount aside as book_hold and close_book do. False, and nothing is changed, if it takes a book.
+local function admit_row(k, a, n_keys, account, row, limits, wallet, amount, minimum, ttl, grace)
+  local granted, settled, held, expired, debt, entries, change, due, seen, size, priority, begins, ends, number, g_settled,
+    g_held, g_expired, begun, reversed, id, others, at = parse(AS_BOOK, row)
+  local now = now_is < seen and seen or now_is
+  if at <= #row or change <= now or due <= now then
+    return false
+  end
+  local fits, why = count_all(limits, k, now)
+  if fits == nil then
+    return nil, why
+  end
+  local left = granted - settled - expired - held
+  local some = left + wallet.limit
+  some = some < amount and some or amount
+  if not fits or some < minimum then
+    return M.refused(k, n_keys, now, NONE, NONE)
+  end
+  local is_enough = begun == 1 and ends > now and size - g_settled - g_held - g_expired - reversed >= some
+  if some <= 0 or not is_enough or max(granted, settled + held, expired, debt) + amount > MAX_AMOUNT then
+    return false
+  end
+  local expires = now + ttl
+  put(keys[k + 2], pack(
+    AS_BOOK, granted, settled, held + some, expired, debt, entries, change, expires < due and expires or due, now, size,
+    priority, begins, ends, number, g_settled, g_held + some, g_expired, begun, reversed, #id, id, #others, others
+  ))
+  local parts = pack(AS_PART, FROM_GRANT, 0, some, #id, id)
+  keep_hold(keys[k + 1], account, now, ttl, grace, parts, some, args[a + 3], wallet.who)
+  return take_counts(limits, k, pack('>cdddB', 'A', now, some, left - some, 1))
+end
+
 -- The same for what most calls are: limits, and at most one source, the wallet of whoever calls.
 local function admit_plain(k, a, n_keys, limits, wallet, amount, minimum, ttl, grace)
   local account_key = keys[k + 2]
   local account = rest(account_key)
-  local row, book, now = wallet and not books[account] and plain_row(account_key), nil, nil
+  local row = wallet and not books[account] and plain_row(account_key)
   if row then
-    local due, seen = parse('>dd', row, CODE.DUE_AT)
-    now = max(work.now_is, seen)
-    row = due > now and row
-  end
-  if not row then
-    book = book_of(account, account_key)
-    now = max(work.now_is, book.seen)
-    local why = book.due <= now and M.is_due(book, now)
-    if why then
-      return nil, why
+    local reply, why = admit_row(k, a, n_keys, account, row, limits, wallet, amount, minimum, ttl, grace)
+    if reply ~= false then
+      return reply, why
     end
   end
-  local fits, why = count_all(limits, k, now)
+  local book = book_of(account, account_key)
+  local now = max(now_is, book.seen)
+  local why = book.due <= now and M.is_due(book, now)
+  if why then
+    return nil, why
+  end
+  local fits
+  fits, why = count_all(limits, k, now)
   if fits == nil then
     return nil, why
   end
   if not fits then
     return M.refused(k, n_keys, now, NONE, NONE)
   end
-  local expires, held, left_there, parts, kept = now + ttl, 0, 0, '', args[a + 3]
-  if row then
-    parts, held, left_there = plain_hold(account_key, row, now, amount, minimum, wallet.limit, expires)
-    if parts == false then
-      return M.refused(k, n_keys, now, NONE, NONE)
-    end
-  end
-  if wallet and not (row and parts) then
+  local held, left_there, parts = 0, 0, ''
+  if wallet then
     book = M.book_at(account, now)
     if not book then
       return nil, CODE.LATER
@@ -329,18 +368,11 @@ local function admit_plain(k, a, n_keys, limits, wallet, amount, minimum, ttl, g
       return nil, CODE.RULES
     end
     parts = M.book_hold(book, held)
-    M.close_book(book, expires)
+    M.close_book(book, now + ttl)
     left_there = available(book)
   end
   if wallet or pinned ~= '' then
-    local key = keys[k + 1]
-    if pinned ~= '' or (wallet and wallet.who ~= '') then
-      local who, _, at = parse('>I4c0I4', kept)
-      local rare = pinned == '' and '' or pack(AS.RARE, #pinned, pinned, 0, '', 0, '', 0, '')
-      kept = M.kept_of(wallet and wallet.who ~= '' and wallet.who or who, rare, sub(kept, at))
-    end
-    put(key, hold_text(now, ttl, grace, expires, expires + grace, parts, held, kept))
-    lives(account, expires, rest(key))
+    keep_hold(keys[k + 1], account, now, ttl, grace, parts, held, args[a + 3], wallet and wallet.who or '')
   end
   return take_counts(limits, k, pack('>cdddB', 'A', now, held, left_there, wallet and 1 or 0))
 end
@@ -350,11 +382,11 @@ function M.admit(k, a, n_keys, at)
     -- The same id again: the reply was lost, not the decision.
     return nil, CODE.RULES
   end
-  local numbers, sources = args[a], M.sources_of(args[a + 2])
+  local numbers, sources = args[a], sources_of(args[a + 2])
   local amount, minimum, ttl, grace, at_rare = parse('>dddd', numbers, at)
   local wallet = sources[1]
   if at_rare > #numbers and sources.is_plain and (wallet or amount == 0) then
-    return admit_plain(k, a, n_keys, M.limits_of(args[a + 1]), wallet, amount, minimum, ttl, grace)
+    return admit_plain(k, a, n_keys, limits_of(args[a + 1]), wallet, amount, minimum, ttl, grace)
   end
   return admit_any(M.ask_of(k, a, n_keys, at))
 end

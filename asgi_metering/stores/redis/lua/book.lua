@@ -3,22 +3,38 @@
 
 CODE.KIND_SETTLE, CODE.KIND_EXPIRE, CODE.KIND_DEBT_PAYMENT = 1, 2, 3
 
--- What every call has to do with, and so a local. Rows by key, as the calls before left them, `false` for none; which of
--- them are to be written; books by account, and their ledger lines to come; by account when the first of the calls that
--- live falls due, and then those; calls that have ended, by their time.
-local rows, changed, books, lines, live, ended
--- Whether anything is gone, which is rare.
-local is_gone
+-- Of what nearly every call needs: a field costs as much as a number that is packed.
+local AS_BOOK, AS_PART, AS_WINDOW, AS_HOLD, AS_NEW_HOLD = AS.BOOK, AS.PART, AS.WINDOW, AS.HOLD, AS.NEW_HOLD
+local AS_RECEIPT, AS_NEW_ENTRY, AS_NEW_EVENT = AS.RECEIPT, AS.NEW_ENTRY, AS.NEW_EVENT
+local ACCOUNT_SIZE, NEW_HOLD_SIZE, PARTS_AT, MAX_AMOUNT = CODE.ACCOUNT_SIZE, CODE.NEW_HOLD_SIZE, CODE.PARTS_AT, CODE.MAX_AMOUNT
+local FROM_GRANT, KIND_SETTLE = CODE.FROM_GRANT, CODE.KIND_SETTLE
+
+-- What every call has to do with, and so a local. Rows by key, as the calls before left them, `false` for none; books by
+-- account; the first ledger line to come of an account, and all of them where these are several.
+local rows, books, lines, more_lines
+-- Whether anything is gone, which is rare. What all keys begin with, those of accounts too, and the script's time.
+local is_gone, prefix, before_account, now_is
+-- Lists that are filled anew by each script, and how much of them is of this one: a list that grows from nothing costs as
+-- much as what it holds. What is to be written, keys and texts by turns, and the place of each key's text; calls that
+-- have ended, by their time; events and, in their order, the ids of these.
+local sets, n_sets, place_of, ended, n_ended, events, event_ids, n_events = {}, 0, nil, {}, 0, {}, {}, 0
+-- Calls that live from now on, four fields for the first one of each account, and those that live no more, two; by account
+-- the place before these, and where there are several all of them.
+local lived, n_lived, live, more_live, left, n_left, ended_live, more_left = {}, 0, nil, nil, {}, 0, nil, nil
+-- Of calls that end, by the place of their keys: the account that holds for them and its key, as far as they are read.
+local whose, whose_key = {}, {}
 
 -- What a script has read and is to write when all its calls are through.
 local function nothing_yet(gate)
-  rows, changed, books, lines, live, ended, is_gone = {}, {}, {}, {}, {}, {}, false
+  rows, books, lines, more_lines, is_gone = {}, {}, {}, {}, false
+  n_sets, place_of, n_ended, n_events = 0, {}, 0, 0
+  n_lived, live, more_live, n_left, ended_live, more_left = 0, {}, {}, 0, {}, {}
+  prefix, now_is = sub(gate, 1, -5), 0
+  before_account = prefix .. 'a:'
   work = {
-    gate = gate, prefix = sub(gate, 1, -5), now_is = 0, is_begun = false, rows = rows,
+    gate = gate, is_begun = false,
     -- What is gone, with its index; what goes by itself, and in how many milliseconds.
     gone = {}, fading = {},
-    -- Who lives no more, by account; the events, and their ids in order.
-    ended_live = {}, events = {}, event_ids = {},
     -- What few calls leave behind, by what it is.
     rare = false,
   }
@@ -26,8 +42,8 @@ end
 
 -- Everything is written: the next script finds nothing of it.
 local function nothing_left()
-  rows, changed, books = {}, {}, {}
-  work.rows, work.rare, work.is_begun = rows, false, false
+  rows, books, n_sets, place_of = {}, {}, 0, {}
+  work.rare, work.is_begun = false, false
 end
 
 -- Of what few calls leave behind: `refs` of ledger lines and allowances' `windows`, by account; leases in `pools`; and
@@ -59,7 +75,14 @@ end
 M.fetch = fetch
 
 local function put(key, text)
-  rows[key], changed[key] = text, true
+  local place = place_of[key]
+  rows[key] = text
+  if place then
+    sets[place] = text
+  else
+    place = n_sets + 2
+    sets[place - 1], sets[place], place_of[key], n_sets = key, text, place, place
+  end
   -- A key that is set to nothing takes a place in a table all the same.
   if is_gone and work.gone[key] then
     work.gone[key] = nil
@@ -68,12 +91,19 @@ end
 M.put = put
 
 function M.drop(key, index)
-  rows[key], changed[key], work.gone[key], is_gone = false, nil, index, true
+  local place = place_of[key]
+  if place then
+    -- What was to be written last takes its place.
+    local last = sets[n_sets - 1]
+    sets[place - 1], sets[place], place_of[last], n_sets = last, sets[n_sets], place, n_sets - 2
+    place_of[key] = nil
+  end
+  rows[key], work.gone[key], is_gone = false, index, true
 end
 
 -- What follows the letter of a key.
 local function rest(key)
-  return sub(key, #work.prefix + 3)
+  return sub(key, #prefix + 3)
 end
 M.rest = rest
 
@@ -83,7 +113,7 @@ local function book_of(account, key)
   if book then
     return book
   end
-  key = key or work.prefix .. 'a:' .. account
+  key = key or before_account .. account
   local text = fetch(key)
   local granted, settled, held, expired, debt, entries, seen, at = 0, 0, 0, 0, 0, 0, 0, 1
   local change, due = CODE.INF, CODE.INF
@@ -95,11 +125,9 @@ local function book_of(account, key)
   book = {
     nil, account = account, key = key, granted = granted, settled = settled, held = held, expired = expired, debt = debt,
     entries = entries, change = change, due = due, now = seen, seen = seen, at = at, text = text or '',
-    is_moved = changed[key] or false,
+    is_moved = place_of[key] ~= nil,
   }
   books[account] = book
-  -- From now on the book is what is written.
-  changed[key] = nil
   return book
 end
 M.book_of = book_of
@@ -169,11 +197,13 @@ function M.book_text(book)
 end
 
 local function keep_line(account, text)
-  local own = lines[account]
-  if own then
-    own[#own + 1] = text
+  local first, all = lines[account], more_lines[account]
+  if not first then
+    lines[account] = text
+  elseif not all then
+    more_lines[account] = { first, text }
   else
-    lines[account] = { text }
+    all[#all + 1] = text
   end
 end
 
@@ -285,7 +315,7 @@ end
 function M.forget(book)
   if book.is_matured and not book.is_moved then
     local account = book.account
-    lines[account], rare_of('refs')[account], books[account] = nil, nil, nil
+    lines[account], more_lines[account], rare_of('refs')[account], books[account] = nil, nil, nil, nil
     local again = M.book_of(account)
     again.due, again.is_due_new = book.due, book.is_due_new
   end
@@ -417,65 +447,9 @@ end
 -- The row of an account that has no book yet, if this script has not changed it and it has grants; nothing where it takes
 -- a book.
 local function plain_row(key)
-  if changed[key] then
+  if place_of[key] then
     return nil
   end
   local text = fetch(key)
-  return text and #text > CODE.ACCOUNT_SIZE and text or nil
-end
-
--- Set up to `amount` aside, as book_hold and close_book do. Returns the parts, what is held and what is left; false if
--- there is not as much as `minimum`; nothing if it takes a book.
-local function plain_hold(key, text, now, amount, minimum, overdraft, expires)
-  local granted, settled, held, expired, debt, entries, change, due, _, size, priority, begins, ends, number, g_settled,
-    g_held, g_expired, begun, reversed, id, rest_of_it, at = parse(AS.BOOK, text)
-  if at <= #text or now >= change then
-    return nil
-  end
-  local left = granted - settled - expired - held
-  local some = min(amount, left + overdraft)
-  if some < minimum then
-    return false
-  end
-  local is_enough = begun == 1 and ends > now and size - g_settled - g_held - g_expired - reversed >= some
-  if some <= 0 or not is_enough or max(granted, settled + held, expired, debt) + amount > CODE.MAX_AMOUNT then
-    return nil
-  end
-  put(key, pack(
-    AS.BOOK, granted, settled, held + some, expired, debt, entries, change, min(expires, due), now, size, priority,
-    begins, ends, number, g_settled, g_held + some, g_expired, begun, reversed, #id, id, #rest_of_it, rest_of_it
-  ))
-  return pack(AS.PART, CODE.FROM_GRANT, 0, some, #id, id), some, left - some
-end
-
--- Spend `amount` of what the one part `name` holds and give back the rest, as settle_grant, write and close_book do.
--- Returns the number of the ledger line, 0 for none, and what is left; nothing if it takes a book.
-local function plain_settle(account, key, text, ask, ref, name, part, held_there, amount)
-  local granted, settled, held, expired, debt, entries, change, due, _, size, priority, begins, ends, number, g_settled,
-    g_held, g_expired, begun, reversed, id, rest_of_it, at = parse(AS.BOOK, text)
-  local now = ask.now
-  if at <= #text or now >= change or debt > 0 or id ~= name or (ends <= now and amount < held_there) then
-    return nil
-  end
-  if max(granted, settled + held, expired) + amount > CODE.MAX_AMOUNT then
-    return nil
-  end
-  settled, held, g_settled, g_held = settled + amount, held - held_there, g_settled + amount, g_held - held_there
-  if g_settled + g_expired + reversed >= size then
-    return nil
-  end
-  local left, written = granted - settled - expired - held, 0
-  if amount > 0 then
-    written, entries = entries + 1, entries + 1
-    local line = ask.line
-    keep_line(account, pack(
-      AS.NEW_ENTRY, CODE.KIND_SETTLE, ask.basis, ask.estimated, written, now, amount, left, #ref, ref, #line, line,
-      #part, part, 0, 0
-    ))
-  end
-  put(key, pack(
-    AS.BOOK, granted, settled, held, expired, debt, entries, change, due, now, size, priority, begins, ends, number,
-    g_settled, g_held, g_expired, begun, reversed, #id, id, #rest_of_it, rest_of_it
-  ))
-  return written, left
+  return text and #text > ACCOUNT_SIZE and text or nil
 end

@@ -5,6 +5,8 @@
 
 CODE.BY_CALL, CODE.BY_PERSON = 0, 2
 
+local BY_CALL, CLOSED, OPEN_TO_LATE, AS_HOLD_CODE = CODE.BY_CALL, CODE.CLOSED, CODE.OPEN_TO_LATE, CODE.AS_HOLD
+
 function M.parts_of(text)
   local parts, at = {}, 1
   while at <= #text do
@@ -37,7 +39,7 @@ function M.consume(book, parts, left, spent)
     left = left - some
     if is_window then
       local part = run[1]
-      local key = work.prefix .. 'w:' .. book.account .. CODE.GLUE .. part.name .. CODE.GLUE .. M.flt(part.start)
+      local key = prefix .. 'w:' .. book.account .. CODE.GLUE .. part.name .. CODE.GLUE .. M.flt(part.start)
       local text = fetch(key)
       if text then
         local start, finish, settled, kept = parse(AS.WINDOW, text)
@@ -96,24 +98,44 @@ function M.is_of_wallet(parts_text)
   return parts_text == ''
 end
 
--- The same for what most calls are: one part, of a grant that has enough. Nothing if it takes a book.
-local function charge_plain(ask, id, account, key, row, parts_text, whole, amount)
-  local source, _, held, name, at = parse(AS.PART, parts_text)
-  if source ~= CODE.FROM_GRANT or at <= #parts_text or amount > held then
+-- The same where the account has one grant and its `row` is to be changed as a text, and the call holds one part of that:
+-- spends `amount` of it and gives back the rest, as settle_grant, write and close_book do. Returns the receipt and its
+-- time; nothing if it takes a book.
+local function end_row(id, account, key, row, parts_text, whole, amount, state, mark, basis, estimated, by, line)
+  local granted, settled, held, expired, debt, entries, change, due, seen, size, priority, begins, ends, number, g_settled,
+    g_held, g_expired, begun, reversed, grant, others, at = parse(AS_BOOK, row)
+  local now = now_is < seen and seen or now_is
+  if at <= #row or change <= now or debt > 0 then
     return nil
   end
-  local spent = parts_text
-  if amount < held then
-    spent = amount > 0 and pack(AS.PART, source, 0, amount, #name, name) or ''
-  end
-  local number, left = plain_settle(account, key, row, ask, id, name, spent, held, amount)
-  if not number then
+  local source, _, held_there, name, at_next = parse(AS_PART, parts_text)
+  if source ~= FROM_GRANT or at_next <= #parts_text or amount > held_there or grant ~= name then
     return nil
   end
+  if (ends <= now and amount < held_there) or max(granted, settled + held, expired) + amount > MAX_AMOUNT then
+    return nil
+  end
+  settled, held, g_settled, g_held = settled + amount, held - held_there, g_settled + amount, g_held - held_there
+  if g_settled + g_expired + reversed >= size then
+    return nil
+  end
+  local left, spent, written, known = granted - settled - expired - held, parts_text, 0, 1
+  if amount < held_there then
+    spent = amount > 0 and pack(AS_PART, source, 0, amount, #name, name) or ''
+  end
+  if amount > 0 then
+    written, entries, known = entries + 1, entries + 1, 3
+    keep_line(account, pack(
+      AS_NEW_ENTRY, KIND_SETTLE, basis, estimated, written, now, amount, left, #id, id, #line, line, #spent, spent, 0, 0
+    ))
+  end
+  put(key, pack(
+    AS_BOOK, granted, settled, held, expired, debt, entries, change, due, now, size, priority, begins, ends, number,
+    g_settled, g_held, g_expired, begun, reversed, #grant, grant, #others, others
+  ))
   return pack(
-    AS.RECEIPT, ask.state, ask.mark, ask.basis, ask.estimated, ask.by, number > 0 and 3 or 1, amount, whole, left,
-    ask.now, number, 0, #id, id, #spent, spent
-  )
+    AS_RECEIPT, state, mark, basis, estimated, by, known, amount, whole, left, now, written, 0, #id, id, #spent, spent
+  ), now
 end
 
 -- Charge `amount` for a hold's parts. Returns the receipt, or nothing if it takes the whole rules.
@@ -163,7 +185,7 @@ function M.end_member(ask, id, account, held, created, key)
     put(key, pack(AS.CHARGE_KEY, start, finish, members, 1) .. owned)
     return nothing
   end
-  local owned_key = work.prefix .. 'h:' .. owned
+  local owned_key = prefix .. 'h:' .. owned
   local text = fetch(owned_key)
   if not text then
     return nil
@@ -179,8 +201,8 @@ function M.end_member(ask, id, account, held, created, key)
     end
     put(key, pack(AS.CHARGE_KEY, start, finish, members, 1) .. owned)
     put(owned_key, text .. receipt)
-    append(work.ended_live, account, owned)
-    push(ended, M.flt(ask.now), owned)
+    lives_no_more(account, owned)
+    has_ended(owned, ask.now)
     return receipt
   end
   if members > 0 then
@@ -194,8 +216,8 @@ function M.end_member(ask, id, account, held, created, key)
   -- The row stays: the late end of a call that was given up pays for its window, once.
   put(key, pack(AS.CHARGE_KEY, start, finish, 0, 0) .. owned)
   put(owned_key, text .. its)
-  append(work.ended_live, account, owned)
-  push(ended, M.flt(ask.now), owned)
+  lives_no_more(account, owned)
+  has_ended(owned, ask.now)
   return nothing
 end
 
@@ -250,7 +272,7 @@ function M.correct(windows, actual, now)
   while at <= #windows do
     local start, taken, meter, counter
     start, taken, meter, counter, at = parse(AS.PINNED, windows, at)
-    local used, key = actual[meter], work.prefix .. 'c:' .. counter
+    local used, key = actual[meter], prefix .. 'c:' .. counter
     local text = used and fetch(key)
     if text then
       local c_start, c_end, c_used, c_previous = parse(AS.WINDOW, text)
@@ -297,11 +319,11 @@ function M.finish(k, a, _, at)
   local key = keys[k + 1]
   local text = rows[key]
   if not text then
-    return pack('>cd', 'U', work.now_is)
+    return pack('>cd', 'U', now_is)
   end
   local numbers = args[a]
   local state, amount, basis, estimated, by, failed, at_rare = parse('>BdBBBB', numbers, at)
-  local size, _, _, _, _, held, created, _, _, parts, who, rare, line = parse(AS.HOLD, text)
+  local size, _, _, _, _, held, created, _, _, parts, who, rare, line = parse(AS_HOLD, text)
   if size < #text then
     local _, mark = parse('>BB', text, size + 1)
     if by == CODE.BY_CALL and mark ~= CODE.CLOSED then
@@ -309,26 +331,13 @@ function M.finish(k, a, _, at)
     end
     return pack('>cI4', 'X', #who) .. who .. sub(text, size + 1)
   end
-  local account = parse('>I4c0', who)
-  local member, book = rest(key), books[account]
-  local account_key, row, now
+  local account = whose[k] or parse('>I4c0', who)
+  local member, book, account_key, row = rest(key), books[account], nil, nil
   if not book then
-    account_key = work.prefix .. 'a:' .. account
+    account_key = whose_key[k] or before_account .. account
     row = plain_row(account_key)
-    book = not row and book_of(account, account_key)
   end
-  if row then
-    now = max(work.now_is, (parse('>d', row, CODE.SEEN_AT)))
-  else
-    now = max(work.now_is, book.seen)
-    if book.is_moved and now >= book.change then
-      return nil, CODE.LATER
-    end
-  end
-  local ask = ending
-  ask.now, ask.state, ask.basis, ask.estimated, ask.by, ask.line = now, state, basis, estimated, by, line
-  ask.mark = by == CODE.BY_CALL and CODE.CLOSED or CODE.OPEN_TO_LATE
-  local told = args[a + 1]
+  local mark, told = by == BY_CALL and CLOSED or OPEN_TO_LATE, args[a + 1]
   local windows, pools_text, charge_key, idempotency_key = '', '', '', ''
   if rare ~= '' then
     windows, pools_text, charge_key, idempotency_key = parse(AS.RARE, rare)
@@ -337,24 +346,35 @@ function M.finish(k, a, _, at)
     -- What a person says is not the price of the key.
     return nil, CODE.RULES
   end
-  local receipt
-  if charge_key == '' and row and parts ~= '' then
-    receipt = charge_plain(ask, member, account, account_key, row, parts, held, amount)
-  end
-  if receipt then
+  local receipt, now
+  if row and charge_key == '' and parts ~= '' then
     -- Of most calls.
-  elseif charge_key == '' then
-    receipt = M.charge(ask, member, account, parts, held, amount)
-  else
-    receipt = M.end_member(ask, member, account, held, created, work.prefix .. 'k:' .. charge_key)
+    receipt, now = end_row(
+      member, account, account_key, row, parts, held, amount, state, mark, basis, estimated, by, line
+    )
+  end
+  if not receipt then
+    book = book_of(account, account_key)
+    now = max(now_is, book.seen)
+    if book.is_moved and now >= book.change then
+      return nil, CODE.LATER
+    end
+    local ask = ending
+    ask.now, ask.state, ask.mark, ask.basis, ask.estimated, ask.by, ask.line =
+      now, state, mark, basis, estimated, by, line
+    if charge_key == '' then
+      receipt = M.charge(ask, member, account, parts, held, amount)
+    else
+      receipt = M.end_member(ask, member, account, held, created, prefix .. 'k:' .. charge_key)
+    end
   end
   if not receipt then
     return nil, CODE.RULES, true
   end
   local new = text .. receipt
   put(key, new)
-  append(work.ended_live, account, member)
-  push(ended, M.flt(now), member)
+  lives_no_more(account, member)
+  has_ended(member, now)
   if rare ~= '' then
     local reply, actual, from = '', {}, nil
     if at_rare <= #numbers then
@@ -367,16 +387,18 @@ function M.finish(k, a, _, at)
     end
     if idempotency_key ~= '' then
       local _, _, _, _, _, _, charged = parse('>BBBBBBd', receipt)
-      M.answer_key(work.prefix .. 'i:' .. idempotency_key, member, failed == 1 and charged == 0, reply, who, receipt)
+      M.answer_key(prefix .. 'i:' .. idempotency_key, member, failed == 1 and charged == 0, reply, who, receipt)
     end
     M.correct(windows, actual, now)
     for _, pool in ipairs(M.texts_of(pools_text)) do
-      M.lease(work.prefix .. 'q:' .. pool, member, false)
+      M.lease(prefix .. 'q:' .. pool, member, false)
     end
   end
   if told ~= '' then
-    work.event_ids[#work.event_ids + 1] = member
-    push(work.events, member, pack(AS.NEW_EVENT, now, 0, CODE.AS_HOLD, #told) .. told .. new)
+    local n = n_events + 1
+    local place = 2 * n
+    event_ids[n], events[place - 1] = member, member
+    events[place], n_events = pack(AS_NEW_EVENT, now, 0, AS_HOLD_CODE, #told) .. told .. new, n
   end
   return pack('>cI4', 'E', #who) .. who .. receipt
 end

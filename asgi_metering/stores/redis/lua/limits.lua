@@ -22,7 +22,7 @@ local function remember(kind, text, told)
   return told
 end
 
-function M.limits_of(text)
+local function limits_of(text)
   local limits = known.limits[text]
   if limits then
     return limits
@@ -178,9 +178,9 @@ local function count_all(limits, k, now)
     local start, finish, used, count, is_new
     if text and limit.is_fixed then
       -- What most limits are: a window that goes on.
-      start, finish, count = parse(AS.WINDOW, text)
+      start, finish, count = parse(AS_WINDOW, text)
       if now < finish then
-        used, row = count, pack(AS.WINDOW, start, finish, count + cost, 0)
+        used, row = count, pack(AS_WINDOW, start, finish, count + cost, 0)
       end
     end
     if row then
@@ -207,7 +207,7 @@ local function count_all(limits, k, now)
       longer[i] = whole
       push(past, past_at, key)
     end
-    if count + cost > CODE.MAX_AMOUNT then
+    if count + cost > MAX_AMOUNT then
       return nil, CODE.RULES
     end
     counters[i + 1] = row
@@ -231,6 +231,12 @@ local function take_counts(limits, k, answer)
   for i = 1, #past, 2 do
     append(rare_of('past'), 'counters', past[i], past[i + 1])
   end
+  local n = #limits
+  if n == 1 then
+    return answer .. counters[2]
+  elseif n == 3 then
+    return answer .. counters[2] .. counters[3] .. counters[4]
+  end
   counters[1] = answer
-  return concat(counters, '', 1, #limits + 1)
+  return concat(counters, '', 1, n + 1)
 end

@@ -23,7 +23,7 @@ function M.drop_unused(windows)
   local at = 1
   while at <= #windows do
     local _, _, meter, counter, next_at = parse(AS.PINNED, windows, at)
-    local key = work.prefix .. 'c:' .. counter
+    local key = prefix .. 'c:' .. counter
     local text = sub(meter, 1, 1) == CODE.BEGUN and M.fetch(key)
     if text then
       local _, _, used, previous = parse(AS.WINDOW, text)
@@ -39,11 +39,11 @@ function M.keep_part(key, text, pools, ttl, grace)
   local size, state, expires, _, observed, held, created, _, _, _, who = parse(AS.HOLD, text)
   local member = M.rest(key)
   -- From a reservation's life to the call's own, which may be shorter; kept again it only lives longer.
-  expires = observed == 1 and max(work.now_is + ttl, expires) or work.now_is + ttl
+  expires = observed == 1 and max(now_is + ttl, expires) or now_is + ttl
   M.put(key, pack('>I4Bddddddd', size, state, expires, expires + grace, 1, held, created, ttl, grace) .. sub(text, 62))
   M.lives(parse('>I4c0', who), expires, member)
   for _, pool in ipairs(pools) do
-    M.lease(work.prefix .. 'q:' .. pool, member, expires)
+    M.lease(prefix .. 'q:' .. pool, member, expires)
   end
 end
 
@@ -54,18 +54,18 @@ end
 
 function M.drop_part(key, text)
   M.drop(key, 'ended')
-  M.append(work.ended_live, M.account_of_part(text), M.rest(key))
+  M.lives_no_more(M.account_of_part(text), M.rest(key))
 end
 
 function M.part(k, a, _, at)
   local key, numbers = keys[k + 1], args[a]
-  local text = work.rows[key]
+  local text = rows[key]
   if not text then
     return 0
   end
   local what, ttl, grace, from = parse('>Bdd', numbers, at)
   local size, _, expires, _, _, _, _, _, _, _, _, rare = parse(AS.HOLD, text)
-  if size < #text or (what == CODE.KEEP and expires <= work.now_is) then
+  if size < #text or (what == CODE.KEEP and expires <= now_is) then
     return 0
   end
   local windows, pools_text, _, claimed = parse(AS.RARE, rare)
@@ -74,7 +74,7 @@ function M.part(k, a, _, at)
     M.keep_part(key, text, pools, ttl, grace)
     if #pools == 0 and claimed == '' and not M.is_weighted(windows) then
       -- What was counted stays, and nothing of it is ever corrected: the part is only for whoever repeats the call soon.
-      M.append(work.ended_live, M.account_of_part(text), M.rest(key))
+      M.lives_no_more(M.account_of_part(text), M.rest(key))
       M.push(work.fading, key, string.format('%.0f', 1000 * ttl))
     end
     return 1
@@ -88,14 +88,14 @@ function M.part(k, a, _, at)
       actual[CODE.COUNTED .. meter], actual[CODE.BEGUN .. meter] = used, used
     end
   elseif claimed ~= '' then
-    M.answer_key(work.prefix .. 'i:' .. claimed, M.rest(key))
+    M.answer_key(prefix .. 'i:' .. claimed, M.rest(key))
   end
-  M.correct(windows, actual, work.now_is)
+  M.correct(windows, actual, now_is)
   if what == CODE.TAKE_BACK then
     M.drop_unused(windows)
   end
   for _, pool in ipairs(pools) do
-    M.lease(work.prefix .. 'q:' .. pool, M.rest(key), false)
+    M.lease(prefix .. 'q:' .. pool, M.rest(key), false)
   end
   M.drop_part(key, text)
   return 1

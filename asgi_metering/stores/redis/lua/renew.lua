@@ -10,7 +10,7 @@ function M.renew(k, a, _, at)
   if size < #text then
     return 0
   end
-  expires = max(work.now_is + ttl, expires)
+  expires = max(now_is + ttl, expires)
   observed = max(observed, (parse('>d', args[a], at)))
   put(key, pack('>I4Bddd', size, state, expires, expires + grace, observed) .. sub(text, 30))
   local member = rest(key)
@@ -18,7 +18,7 @@ function M.renew(k, a, _, at)
   if rare ~= '' then
     local _, pools_text = parse(AS.RARE, rare)
     for _, pool in ipairs(M.texts_of(pools_text)) do
-      M.lease(work.prefix .. 'q:' .. pool, member, expires)
+      M.lease(prefix .. 'q:' .. pool, member, expires)
     end
   end
   return 1

@@ -3,7 +3,7 @@
 
 CODE.A_WALLET, CODE.A_CALENDAR, CODE.A_ROLLING = 0, 1, 2
 
-function M.sources_of(text)
+local function sources_of(text)
   local sources = known.sources[text]
   if sources then
     return sources
@@ -43,7 +43,7 @@ function M.window_of(ask, source)
     text = rows[key]
   else
     local bucket = keys[own]
-    local before = work.prefix .. 'w:' .. sub(bucket, #work.prefix + 3) .. CODE.GLUE
+    local before = prefix .. 'w:' .. sub(bucket, #prefix + 3) .. CODE.GLUE
     local latest = rows[bucket]
     if latest then
       key = before .. latest
@@ -153,13 +153,13 @@ function M.take(ask, book, offers)
       parts[#parts + 1] = pack(AS.PART, CODE.FROM_ALLOWANCE, window.start, some, #offer.source.name, offer.source.name)
       put(window.key, pack(AS.WINDOW, window.start, window.finish, window.settled, window.held + some))
       if window.is_new then
-        local bucket, start = match(sub(window.key, #work.prefix + 3), '^(.*)\31([^\31]*)$')
+        local bucket, start = match(sub(window.key, #prefix + 3), '^(.*)\31([^\31]*)$')
         local account, name = match(bucket, '^(.*\31.*)\31([^\31]*)$')
         append(rare_of('past'), 'windows', window.finish, window.key)
         append(rare_of('windows'), account, name .. CODE.GLUE .. start)
-        local latest = fetch(work.prefix .. 'W:' .. bucket)
+        local latest = fetch(prefix .. 'W:' .. bucket)
         if not latest or window.start >= tonumber(latest) then
-          put(work.prefix .. 'W:' .. bucket, start)
+          put(prefix .. 'W:' .. bucket, start)
         end
       end
     else

@@ -25,15 +25,44 @@ local function lives(account, expires, member)
   if expires ~= last_expires then
     last_expires, last_score = expires, string.format('%.17g', expires)
   end
-  local members = live[account]
-  if not members then
-    live[account] = { expires, last_score, member }
+  local place = live[account]
+  if not place then
+    place = n_lived
+    live[account], n_lived = place, place + 4
+    lived[place + 1], lived[place + 2], lived[place + 3], lived[place + 4] = account, expires, last_score, member
     return
   end
-  push(members, last_score, member)
-  members[1] = min(expires, members[1])
+  local all = more_live[account]
+  if not all then
+    all = { lived[place + 3], lived[place + 4] }
+    more_live[account] = all
+  end
+  push(all, last_score, member)
+  lived[place + 2] = min(expires, lived[place + 2])
 end
 M.lives = lives
+
+-- It lives no more.
+local function lives_no_more(account, member)
+  local place = ended_live[account]
+  if not place then
+    ended_live[account], left[n_left + 1], left[n_left + 2] = n_left, account, member
+    n_left = n_left + 2
+    return
+  end
+  local all = more_left[account]
+  if not all then
+    all = { left[place + 2] }
+    more_left[account] = all
+  end
+  all[#all + 1] = member
+end
+M.lives_no_more = lives_no_more
+
+local function has_ended(member, now)
+  ended[n_ended + 1], ended[n_ended + 2] = M.flt(now), member
+  n_ended = n_ended + 2
+end
 
 -- Leases change at the end, and count at once.
 function M.lease(pool, member, expires)
@@ -95,32 +124,25 @@ end
 -- often. What was written is forgotten, so that nothing of it is found by the next script.
 
 -- Whatever was changed goes into one list, and is set at once.
-local function write_books(sets, n)
+local function write_books()
   for account, book in next, books do
     if book.is_moved or book.is_due_new then
       local text, closed = M.book_text(book)
-      sets[n + 1], sets[n + 2] = book.key, text
-      n = n + 2
+      put(book.key, text)
       if closed then
-        call('HSET', work.prefix .. 'G:' .. account, unpack(closed))
+        call('HSET', prefix .. 'G:' .. account, unpack(closed))
       end
       if book.text == '' then
-        call('ZADD', work.prefix .. 'z:accounts', 0, account)
+        call('ZADD', prefix .. 'z:accounts', 0, account)
       end
     end
   end
-  return n
 end
 
 local function write_rows()
-  local sets = {}
-  local n = write_books(sets, 0)
-  for key in next, changed do
-    sets[n + 1], sets[n + 2] = key, rows[key]
-    n = n + 2
-  end
-  if n > 0 then
-    call('MSET', unpack(sets, 1, n))
+  write_books()
+  if n_sets > 0 then
+    call('MSET', unpack(sets, 1, n_sets))
   end
   local fading, gone = work.fading, work.gone
   if #fading > 0 then
@@ -132,79 +154,103 @@ local function write_rows()
   if is_gone then
     for key, index in next, gone do
       call('DEL', key)
-      call('ZREM', work.prefix .. 'z:' .. index, key)
+      call('ZREM', prefix .. 'z:' .. index, key)
     end
     work.gone, is_gone = {}, false
   end
 end
 
 local function write_lines()
-  if not next(lines) then
-    return
-  end
-  local prefix = work.prefix
-  for account, some in next, lines do
-    if call('RPUSH', prefix .. 'e:' .. account, unpack(some)) == #some then
-      local _, _, _, _, at = parse(AS.ENTRY, some[1])
+  local is_any = false
+  for account, line in next, lines do
+    is_any = true
+    local all, n = more_lines[account], 1
+    local key = prefix .. 'e:' .. account
+    if all then
+      n = #all
+      n = call('RPUSH', key, unpack(all)) - n
+    else
+      n = call('RPUSH', key, line) - n
+    end
+    if n == 0 then
+      local _, _, _, _, at = parse(AS.ENTRY, line)
       call('ZADD', prefix .. 'z:lines', at, account)
     end
   end
-  lines = {}
+  if is_any then
+    lines, more_lines = {}, {}
+  end
 end
 
+local first_due = {}
+
 local function write_lives()
-  local prefix, first, n = work.prefix, {}, 0
-  for account, members in next, live do
-    call('ZADD', prefix .. 'l:' .. account, unpack(members, 2))
-    first[n + 1], first[n + 2] = M.flt(members[1]), account
+  if n_lived == 0 then
+    return
+  end
+  local n = 0
+  for i = 1, n_lived, 4 do
+    local account, score = lived[i], lived[i + 2]
+    local all = more_live[account]
+    if all then
+      call('ZADD', prefix .. 'l:' .. account, unpack(all))
+      score = M.flt(lived[i + 1])
+    else
+      call('ZADD', prefix .. 'l:' .. account, score, lived[i + 3])
+    end
+    first_due[n + 1], first_due[n + 2] = score, account
     n = n + 2
   end
-  if n > 0 then
-    call('ZADD', prefix .. 'z:due', 'LT', unpack(first, 1, n))
-    live = {}
-  end
+  call('ZADD', prefix .. 'z:due', 'LT', unpack(first_due, 1, n))
+  n_lived, live, more_live = 0, {}, {}
 end
 
 local function write_ends()
-  local ended_live = work.ended_live
-  if next(ended_live) then
-    local prefix = work.prefix
-    for account, members in next, ended_live do
-      call('ZREM', prefix .. 'l:' .. account, unpack(members))
+  for i = 1, n_left, 2 do
+    local account = left[i]
+    local all = more_left[account]
+    if all then
+      call('ZREM', prefix .. 'l:' .. account, unpack(all))
+    else
+      call('ZREM', prefix .. 'l:' .. account, left[i + 1])
     end
-    work.ended_live = {}
   end
-  if #ended > 0 then
-    call('ZADD', work.prefix .. 'z:ended', unpack(ended))
-    ended = {}
+  if n_left > 0 then
+    n_left, ended_live, more_left = 0, {}, {}
+  end
+  if n_ended > 0 then
+    call('ZADD', prefix .. 'z:ended', unpack(ended, 1, n_ended))
+    n_ended = 0
   end
 end
 
 local function write_events()
-  local ids = work.event_ids
-  local n = #ids
+  local n = n_events
   if n == 0 then
     return
   end
-  local prefix = work.prefix
-  local known, new = call('HMGET', prefix .. 'events', unpack(ids)), {}
+  local known, new, n_new = call('HMGET', prefix .. 'events', unpack(event_ids, 1, n)), event_ids, n
   for i = 1, n do
-    if not known[i] then
-      new[#new + 1] = ids[i]
-    elseif call('ZSCORE', prefix .. 'z:delivered', ids[i]) then
+    if known[i] and new == event_ids then
+      new, n_new = { unpack(event_ids, 1, i - 1) }, i - 1
+    end
+    if known[i] and call('ZSCORE', prefix .. 'z:delivered', event_ids[i]) then
       -- What was delivered stays as it is.
-      work.events[2 * i] = known[i]
+      events[2 * i] = known[i]
+    elseif not known[i] and new ~= event_ids then
+      n_new = n_new + 1
+      new[n_new] = event_ids[i]
     end
   end
-  call('HSET', prefix .. 'events', unpack(work.events))
-  if #new > 0 then
-    call('RPUSH', prefix .. 'events:order', unpack(new))
+  call('HSET', prefix .. 'events', unpack(events, 1, 2 * n))
+  if n_new > 0 then
+    call('RPUSH', prefix .. 'events:order', unpack(new, 1, n_new))
   end
-  work.events, work.event_ids = {}, {}
+  n_events = 0
 end
 
 local function write_leases(pools)
-  local first = work.prefix .. 'z:pools'
+  local first = prefix .. 'z:pools'
   for pool, members in next, pools do
     for member, change in next, members do
       if change.after then
@@ -220,7 +266,6 @@ end
 local NONE = {}
 
 local function write_rare(rare)
-  local prefix = work.prefix
   for account, index in next, rare.refs or NONE do
     call('ZADD', prefix .. 'r:' .. account, unpack(index))
   end
