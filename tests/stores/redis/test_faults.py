@@ -15,6 +15,7 @@ from asgi_metering.receipts import Basis, GrantReceipt, Receipt
 from asgi_metering.rules.operations import (
     Admit,
     AllowanceSource,
+    Claim,
     Correct,
     Emit,
     End,
@@ -103,7 +104,7 @@ def test_run_after_the_server_forgot_the_scripts(make_store: Maker, forget: tupl
 @pytest.mark.parametrize("missing", [("fcall", "function"), ("function",)])
 @pytest.mark.parametrize("forbidden", [False, True])
 def test_server_without_functions(make_store: Maker, missing: tuple[str, ...], forbidden: bool) -> None:
-    """A server that has no functions, or keeps them from us, runs the same text as a script."""
+    """A server that has no functions, or keeps them from us, runs the same text as a script, and in the same order."""
     options = () if forbidden else [word for name in missing for word in ("--rename-command", name, "")]
     with valkey(*options) as own:
         if forbidden:
@@ -118,6 +119,13 @@ def test_server_without_functions(make_store: Maker, missing: tuple[str, ...], f
             account = (await store.read(AccountRows("p", "credits"))).state.accounts["p", "credits"]
             assert (account.granted, account.settled, account.held) == (100, 3, 10)
             await store.close()
+            # The scripts are there now, so that what is no function has nothing to wait for.
+            again = make_store(port=own.port)
+            told = await again.run(
+                [call("c"), End("c", 3, Basis.USAGE, event={"outcome": "completed"}), Claim(9, 60.0)]
+            )
+            assert [event.id for event in told[2]] == ["c"]  # type: ignore[union-attr]
+            await again.close()
 
         asyncio.run(run())
 
