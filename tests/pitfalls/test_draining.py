@@ -408,7 +408,7 @@ def test_charge_what_was_finished_in_time_however_long_its_tasks_run() -> None:
     async def behind() -> None:
         await within(5, lambda: not running.in_flight)
 
-    @billable(2, on_disconnect=Drain(within_s=0.03))
+    @billable(2, on_disconnect=Drain(within_s=1.0))
     async def slow(request: Request) -> Response:
         nonlocal running
         running = current_call().metering.runtime()

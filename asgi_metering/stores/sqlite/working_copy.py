@@ -57,17 +57,18 @@ _PAID_GRANTS = select(
 # The first condition is for the index, the second is the rule's own, with its rounding.
 _OLD_HOLDS = select(
     Table.HOLD,
-    "INDEXED BY hold_ended WHERE ended_at <= ?1 - ?2 + 1.0 AND ended_at + ?2 <= ?1 ORDER BY ended_at LIMIT ?3",
+    "INDEXED BY hold_ended WHERE ended_at <= :now - :kept_s + 1.0 AND ended_at + :kept_s <= :now "
+    "ORDER BY ended_at LIMIT :most",
 )
 _PAST_WINDOWS = select(
     Table.ALLOWANCE,
-    'INDEXED BY allowance_past WHERE held = 0 AND "end" <= ?1 - ?2 + 1.0 AND "end" + ?2 <= ?1 '
-    'ORDER BY "end", payer, unit, name, start LIMIT ?3',
+    'INDEXED BY allowance_past WHERE held = 0 AND "end" <= :now - :kept_s + 1.0 AND "end" + :kept_s <= :now '
+    'ORDER BY "end", payer, unit, name, start LIMIT :most',
 )
 _PAST_CHARGE_KEYS = select(
     Table.CHARGE_KEY,
-    'INDEXED BY charge_key_past WHERE members = 0 AND "end" <= ?1 - ?2 + 1.0 AND "end" + ?2 <= ?1 '
-    'ORDER BY "end", key LIMIT ?3',
+    'INDEXED BY charge_key_past WHERE members = 0 AND "end" <= :now - :kept_s + 1.0 AND "end" + :kept_s <= :now '
+    'ORDER BY "end", key LIMIT :most',
 )
 _PAST_IDEMPOTENCY = select(
     Table.IDEMPOTENCY,
@@ -100,7 +101,8 @@ _FREE_EVENTS = select(
 )
 _DELIVERED_EVENTS = (
     f"{EVENT_TIMES} INDEXED BY event_delivered "
-    "WHERE acknowledged_at <= ?1 - ?2 + 1.0 AND acknowledged_at + ?2 <= ?1 ORDER BY acknowledged_at, id LIMIT ?3"
+    "WHERE acknowledged_at <= :now - :kept_s + 1.0 AND acknowledged_at + :kept_s <= :now "
+    "ORDER BY acknowledged_at, id LIMIT :most"
 )
 
 
@@ -332,7 +334,7 @@ class WorkingCopy(Resident):
             left -= self._load_overdue(key, clamped(self._state, key, self._now), left)
             if not left:
                 break
-        for row in connection.execute(_OLD_HOLDS, (now, ask.keep_holds_s, ask.limit)):
+        for row in connection.execute(_OLD_HOLDS, _kept(now, ask.keep_holds_s, ask.limit)):
             self._keep_hold(ROWS[Table.HOLD].decode(row))
         for row in connection.execute(_DEAD_LEASES, (now, ask.limit)):
             lease = Lease(*row)
@@ -341,20 +343,21 @@ class WorkingCopy(Resident):
             counter = ROWS[Table.COUNTER].decode(row)
             if self._is_new(Table.COUNTER, counter.key):
                 self._state.counters[counter.key] = counter
-        for row in connection.execute(_PAST_WINDOWS, (now, ask.keep_windows_s, ask.limit)):
+        for row in connection.execute(_PAST_WINDOWS, _kept(now, ask.keep_windows_s, ask.limit)):
             window = ROWS[Table.ALLOWANCE].decode(row)
             key = (window.payer, window.unit, window.name, window.start)
             if self._is_new(Table.ALLOWANCE, key):
                 self._state.apply([(Table.ALLOWANCE, key, window)])
-        for table, query, values in (
-            (Table.CHARGE_KEY, _PAST_CHARGE_KEYS, (now, ask.keep_holds_s, ask.limit)),
+        keys: tuple[tuple[str, str, dict[str, float] | tuple[float, int]], ...] = (
+            (Table.CHARGE_KEY, _PAST_CHARGE_KEYS, _kept(now, ask.keep_holds_s, ask.limit)),
             (Table.IDEMPOTENCY, _PAST_IDEMPOTENCY, (now, ask.limit)),
-        ):
+        )
+        for table, query, values in keys:
             for row in connection.execute(query, values):
                 found = ROWS[table].decode(row)
                 if self._is_new(table, found.key):
                     self._state.apply([(table, found.key, found)])
-        for row in connection.execute(_DELIVERED_EVENTS, (now, ask.keep_events_s, ask.limit)):
+        for row in connection.execute(_DELIVERED_EVENTS, _kept(now, ask.keep_events_s, ask.limit)):
             event = ROWS[Table.EVENT].decode(row)
             self._state.delivered[event.id] = event
         self._load_readings()
@@ -380,3 +383,8 @@ class WorkingCopy(Resident):
         for row in self.connection.execute(_FREE_EVENTS, (self._now, limit)):
             event = ROWS[Table.EVENT].decode(row)
             self._state.events[event.id] = event
+
+
+def _kept(now: float, kept_s: float, most: int) -> dict[str, float]:
+    """What a query for rows that were kept for long enough is asked with."""
+    return {"now": now, "kept_s": kept_s, "most": most}
