@@ -28,6 +28,7 @@ from asgi_metering.rules.operations import (
 )
 from asgi_metering.stores.contract import AccountRows, EverythingKept, HoldRow
 from asgi_metering.stores.redis import RedisStore, ServerPlace
+from asgi_metering.stores.redis.store import meaning
 from tests.harness.servers import HOST, free_port
 from tests.harness.valkey import ValkeyServer, valkey
 from tests.stores.proofs import assert_conserved
@@ -101,7 +102,7 @@ def test_run_after_the_server_forgot_the_scripts(make_store: Maker, forget: tupl
         asyncio.run(run())
 
 
-@pytest.mark.parametrize("missing", [("fcall", "function"), ("function",)])
+@pytest.mark.parametrize("missing", [("fcall", "function"), ("function",), ("fcall",)])
 @pytest.mark.parametrize("forbidden", [False, True])
 def test_server_without_functions(make_store: Maker, missing: tuple[str, ...], forbidden: bool) -> None:
     """A server that has no functions, or keeps them from us, runs the same text as a script, and in the same order."""
@@ -128,6 +129,51 @@ def test_server_without_functions(make_store: Maker, missing: tuple[str, ...], f
             await again.close()
 
         asyncio.run(run())
+
+
+def test_server_that_cannot_take_the_function_now(make_store: Maker) -> None:
+    """While its memory is full nothing is done, which is said; as soon as it is not, calls are functions again."""
+    with valkey() as own:
+
+        async def run() -> None:
+            store = make_store(port=own.port)
+            await store.run([grant(), call("a")])
+            own.ask("FUNCTION", "FLUSH")
+            own.ask("CONFIG", "SET", "maxmemory", "1")
+            answers = await store.run([call("b"), End("a", 3, Basis.USAGE)])
+            assert [type(answer) for answer in answers] == [StoreUnavailableError, StoreUnavailableError]
+            assert own.ask("FUNCTION", "LIST") == b"*0\r\n"
+            own.ask("CONFIG", "SET", "maxmemory", "0")
+            answers = await store.run([call("b"), End("a", 3, Basis.USAGE)])
+            assert [type(answer) for answer in answers] == [Decision, Receipt]
+            assert b"metering_" in own.ask("FUNCTION", "LIST")
+            account = (await store.read(AccountRows("p", "credits"))).state.accounts["p", "credits"]
+            assert (account.settled, account.held) == (3, 10)
+            await store.close()
+
+        asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [("OOM", "OutOfMemoryError"), ("READONLY", "ReadOnlyError"), ("MISCONF", "ResponseError"), ("", "ResponseError")],
+)
+def test_refusal_that_a_script_wraps(make_store: Maker, code: str, kind: str) -> None:
+    """What Redis 6.2 says within a script's error, why it cannot write now, is told as where it is said plainly."""
+    where = "@user_script:700: @user_script: 700: "
+    said = f"ERR Error running script (call to f_{40 * 'a'}): {where}{code and '-'}{code} Not now."
+    repeat = ("EVAL", f'return redis.error_reply("{said}")', 0)
+
+    async def run() -> None:
+        store = make_store()
+        link = store._link()
+        link._place.may_move = False
+        (failure,) = await link.exchange([repeat])
+        assert type(failure).__name__ == kind
+        assert isinstance(meaning(failure), StoreUnavailableError) == bool(code)
+        await store.close()
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("operation", ["admit", "end", "grant"])
