@@ -177,6 +177,9 @@ class Link:
         except (errors.ConnectionError, errors.TimeoutError, OSError) as error:
             await self._drop(wire)
             raise self._lost(error) from error
+        except UnicodeError:
+            # It was never sent, and others wait for what they have sent.
+            raise
         except BaseException:
             # Whoever cancels a read leaves replies behind that are nobody's.
             await self._drop(wire)

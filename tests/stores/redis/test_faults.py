@@ -303,6 +303,29 @@ def test_operation_that_cannot_be_written_harms_no_neighbour(make_store: Maker) 
     asyncio.run(run())
 
 
+def test_operation_that_cannot_be_sent_costs_nobody_the_connection(make_store: Maker) -> None:
+    """A text that is no UTF-8 is the mistake of its batch, which was never sent; others on their way are answered."""
+
+    async def run() -> None:
+        store = make_store()
+        await store.run([grant()])
+        beside, mistake, behind = await asyncio.gather(
+            store.run([call("a")]),
+            store.run([call("b"), call("\ud800")]),
+            store.run([call("c")]),
+            return_exceptions=True,
+        )
+        assert isinstance(mistake, UnicodeEncodeError)
+        for answers in (beside, behind):
+            assert isinstance(answers, list)
+            assert isinstance(answers[0], Decision)
+        account = (await store.read(AccountRows("p", "credits"))).state.accounts["p", "credits"]
+        assert account.held == 20
+        await store.close()
+
+    asyncio.run(run())
+
+
 def test_amounts_at_the_bound_are_exact(make_store: Maker) -> None:
     """The largest amount is granted, held, spent and given back to the unit; what goes beyond it is refused (X.7)."""
 
