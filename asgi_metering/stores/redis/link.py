@@ -177,13 +177,8 @@ class Link:
         except (errors.ConnectionError, errors.TimeoutError, OSError) as error:
             await self._drop(wire)
             raise self._lost(error) from error
-        except UnicodeError:
-            # It was never sent, and others wait for what they have sent.
-            raise
-        except BaseException:
-            # Whoever cancels a read leaves replies behind that are nobody's.
-            await self._drop(wire)
-            raise
+        # Whoever stops waiting, or has what cannot be packed, leaves the connection as it is: others wait on it, and it
+        # knows whose the replies are.
         self._used_at = time.monotonic()
         return replies
 

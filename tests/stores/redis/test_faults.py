@@ -284,6 +284,29 @@ def test_caller_is_cancelled_while_it_waits(server: ValkeyServer, make_store: Ma
     asyncio.run(run())
 
 
+def test_read_is_cancelled_beside_others(server: ValkeyServer, make_store: Maker) -> None:
+    """Whoever stops waiting for a read costs nobody the connection: an admission on its way is answered."""
+
+    async def run() -> None:
+        async with Proxy(server.port) as proxy:
+            store = make_store(port=proxy.port)
+            await store.run([grant(), call("a")])
+            before = proxy.turns
+            read = asyncio.ensure_future(store.read(AccountRows("p", "credits")))
+            asked = asyncio.ensure_future(store.run([call("b")]))
+            while proxy.turns == before:
+                await asyncio.sleep(0)
+            read.cancel()
+            (decision,) = await asked
+            assert isinstance(decision, Decision)
+            assert (decision.id, decision.available) == ("b", 80)
+            found = await store.read(AccountRows("p", "credits"))
+            assert found.state.accounts["p", "credits"].held == 20
+            await store.close()
+
+    asyncio.run(run())
+
+
 def test_operation_that_cannot_be_written_harms_no_neighbour(make_store: Maker) -> None:
     """An operation with what is not JSON is answered with its mistake; those before and after it are done."""
 
