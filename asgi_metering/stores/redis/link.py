@@ -68,8 +68,11 @@ class Link:
         """
         replies = await self._once(commands)
         for _ in range(MAX_MOVES):
-            failed = [at for at, reply in enumerate(replies) if isinstance(reply, Exception)]
-            again = await self._mended([(at, replies[at]) for at in failed]) if failed else []
+            failures = [(at, reply) for at, reply in enumerate(replies) if isinstance(reply, Exception)]
+            unknown = [failure for _, failure in failures if _is_of_functions(failure)]
+            if unknown and not await self._is_made(unknown):
+                commands = list(map(self._scripts.as_script, commands))
+            again = await self._mended(failures) if failures else []
             if not again:
                 break
             for at, reply in zip(again, await self._once([commands[at] for at in again]), strict=True):
@@ -115,6 +118,19 @@ class Link:
         failure.__cause__ = error
         return failure
 
+    async def _is_made(self, failures: list[Exception]) -> bool:
+        """Make our function, and return whether it is there: if not, what failed for want of it has to be a script."""
+        failure = next((failure for failure in failures if _is_refused(failure)), None)
+        if failure is None:
+            # Replicas get it from their master, so that one is ready when it takes over.
+            (loaded,) = await self._once([self._load])
+            if not isinstance(loaded, Exception):
+                return True
+            failure = loaded
+        # One that cannot write now, a replica or one whose memory is full, may take it later.
+        self._has_functions = not _is_refused(failure)
+        return False
+
     async def _mended(self, failures: list[tuple[int, Exception]]) -> list[int]:
         """Do what some failures ask for, and return those that were not executed and can be sent again."""
         errors = driver().exceptions
@@ -122,11 +138,6 @@ class Link:
         if lost:
             self._raise_errors(await self._once([("SCRIPT", "LOAD", text) for text in self._scripts.texts()]))
         unknown = [at for at, failure in failures if _is_of_functions(failure)]
-        if unknown:
-            # Replicas get it from their master, so that one is ready when it takes over.
-            (loaded,) = await self._once([self._load])
-            # A server before 7, or one that forbids it.
-            self._has_functions = not isinstance(loaded, Exception)
         if lost or unknown:
             # Together, and so in their order: a fresh server has neither.
             return sorted(lost + unknown)
@@ -166,10 +177,8 @@ class Link:
         except (errors.ConnectionError, errors.TimeoutError, OSError) as error:
             await self._drop(wire)
             raise self._lost(error) from error
-        except BaseException:
-            # Whoever cancels a read leaves replies behind that are nobody's.
-            await self._drop(wire)
-            raise
+        # Whoever stops waiting, or has what cannot be packed, leaves the connection as it is: others wait on it, and it
+        # knows whose the replies are.
         self._used_at = time.monotonic()
         return replies
 
@@ -216,15 +225,14 @@ class Link:
         """
         Whether calls can be functions on this connection; if ours is not there, it is made.
 
-        Asked before the first batch: what fails in one for want of a function is sent again behind all others in it,
-        and a batch keeps its order.
+        Called before the first batch, with nothing to do: what fails in one for want of a function is sent again behind
+        all others in it, and a batch keeps its order.
         """
-        pack, wanted = driver().pack, ("FUNCTION", "LIST", "LIBRARYNAME", self._scripts.calls)
-        (found,) = await wire.ask(pack(wanted), 1, self._timeout_s)
-        if found == []:
+        pack, nothing = driver().pack, ("FCALL", self._scripts.calls, 0)
+        (found,) = await wire.ask(pack(nothing), 1, self._timeout_s)
+        if isinstance(found, Exception) and str(found).startswith(_NOT_FOUND):
             (found,) = await wire.ask(pack(self._load), 1, self._timeout_s)
-        # A server before 7, or one that keeps them from us.
-        return not isinstance(found, Exception) or not str(found).startswith(_NO_SUCH)
+        return not isinstance(found, Exception) or not _is_refused(found)
 
     async def _drop(self, wire: Wire | None) -> None:
         if wire is not None:
@@ -248,8 +256,14 @@ def moves() -> tuple[type[Exception], ...]:
 
 def _is_of_functions(failure: Exception) -> bool:
     """Whether the server does not know our function, or functions at all, or lets us call none."""
-    said = str(failure)
-    return said.startswith("Function not found") or ("fcall" in said.lower() and said.startswith(_NO_SUCH))
+    return str(failure).startswith(_NOT_FOUND) or ("fcall" in str(failure).lower() and _is_refused(failure))
 
+
+def _is_refused(failure: Exception) -> bool:
+    """Whether it is a server before 7, or one that keeps functions from us."""
+    return str(failure).startswith(_NO_SUCH)
+
+
+_NOT_FOUND = "Function not found"
 
 _NO_SUCH = ("unknown command", "this user has no permissions", "User ", "NOPERM")

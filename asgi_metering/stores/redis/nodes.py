@@ -151,7 +151,18 @@ class _Node:
             self._task = None
 
     async def _ask(self, together: list[tuple[Sequence[Command], asyncio.Future[list[Reply]]]]) -> None:
-        replies = await self.link.exchange([command for commands, _ in together for command in commands])
+        try:
+            replies = await self.link.exchange([command for commands, _ in together for command in commands])
+        except UnicodeError:
+            if len(together) == 1:
+                raise
+            # Nothing was sent, and only one of them cannot be.
+            for one in together:
+                try:
+                    await self._ask([one])
+                except UnicodeError as failure:
+                    _fail(one[1], failure)
+            return
         at = 0
         for commands, answered in together:
             if not answered.done():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +24,10 @@ Address = tuple[str, int]
 
 MOVE_PAUSE_S = 0.05
 """While a slot moves, or a new master is chosen, asking at once again finds the same."""
+
+
+_WRAPPED = re.compile(r"^ERR Error running script .*: -(?=[A-Z]+ )", re.DOTALL)
+"""What Redis 6.2 puts before what a command said within a script: that it is full, or no master any more."""
 
 
 class Driver(NamedTuple):
@@ -59,7 +64,8 @@ def driver() -> Driver:
         redis.exceptions,
         lambda command: hiredis.pack_command(tuple(command)),
         lambda connection: hiredis.Reader(
-            protocolError=redis.exceptions.InvalidResponse, replyError=connection._parser.parse_error
+            protocolError=redis.exceptions.InvalidResponse,
+            replyError=lambda said: connection._parser.parse_error(_WRAPPED.sub("", said)),
         ),
         redis.asyncio.connection,
         redis.asyncio.sentinel,

@@ -27,11 +27,14 @@ local function make()
 {text}return M.calls
 end
 
--- While a library is loaded it may not even look at strings: it is made when it is first called, and kept.
+-- While a library is loaded it may not even look at strings: it is made when it is first called, and kept. Without keys
+-- somebody only looks whether it is there.
 local made
 redis.register_function('{name}', function(keys, args)
-  made = made or make()
-  return made(keys, args)
+  if keys[1] then
+    made = made or make()
+    return made(keys, args)
+  end
 end)
 """
 

@@ -142,6 +142,34 @@ def test_first_of_a_batch_that_falls_due(server: ValkeyServer, make_store: Maker
     assert answers[0] > 0
 
 
+def test_more_than_one_command_takes(server: ValkeyServer, make_store: Maker) -> None:
+    """Calls that share a script and have very many buckets take all that they take, their slots too, in one turn."""
+    buckets = tuple(LimitAsk(f"l{n}", f"l{n}", WindowKind.BUCKET, 1_000, 60.0, refill=1_000) for n in range(43))
+    slot = (LeaseAsk("a", "pool", 94),)
+    answers, turns = beside_memory(
+        server,
+        make_store,
+        [PostGrant("g", "p", "credits", 1_000)],
+        [call(f"c{number}", limits=buckets, leases=slot) for number in range(96)],
+    )
+    assert [answer.refusal is None for answer in answers] == 94 * [True] + 2 * [False]
+    assert turns == 1
+
+
+def test_rows_that_one_command_does_not_take(server: ValkeyServer, make_store: Maker) -> None:
+    """Calls that share a script and write more rows than one command takes write them all, in one turn."""
+    _, turns = beside_memory(
+        server,
+        make_store,
+        [PostGrant("g", "p", "credits", 1_000)],
+        [
+            call(f"c{at}", limits=tuple(LimitAsk(f"l{n}", f"l{n} {at}", WindowKind.FIXED, 9, 60.0) for n in range(43)))
+            for at in range(96)
+        ],
+    )
+    assert turns == 1
+
+
 def test_small_script_behind_a_large_one(server: ValkeyServer, make_store: Maker) -> None:
     """Nothing of a script's rows, lines, holds, ends and events is found by a smaller one that follows it."""
     names = [f"c{number}" for number in range(30)]

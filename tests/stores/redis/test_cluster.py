@@ -9,7 +9,7 @@ import pytest
 
 from asgi_metering.decisions import Decision
 from asgi_metering.errors import StoreUnavailableError
-from asgi_metering.receipts import Basis, Receipt
+from asgi_metering.receipts import Basis, GrantReceipt, Receipt
 from asgi_metering.rules.operations import Acknowledge, Admit, End, PostGrant, WalletSource
 from asgi_metering.stores.contract import EverythingKept, PendingEvents, Store
 from asgi_metering.stores.redis import ClusterPlace, ClusterStore, RedisStore, SentinelPlace
@@ -111,6 +111,24 @@ def test_payers_are_spread_over_the_nodes(nodes: list[ValkeyServer]) -> None:
     asyncio.run(run())
     sizes = [int(node.ask("EVAL", "return #redis.call('KEYS', '{spread*')", "0")[1:]) for node in nodes]
     assert all(sizes)
+
+
+def test_what_cannot_be_sent_is_its_own_mistake(nodes: list[ValkeyServer]) -> None:
+    """A text that is no UTF-8 is not the mistake of what waits for the same node beside it."""
+
+    async def run() -> None:
+        store = store_from_url(url_of(nodes, "unsendable"))
+        await store.run([PostGrant("g", "p", "credits", 100)])
+        mistake, granted = await asyncio.gather(
+            store.run([call("\ud800")]), store.run([PostGrant("h", "p", "credits", 50)]), return_exceptions=True
+        )
+        assert isinstance(mistake, UnicodeEncodeError)
+        assert isinstance(granted, list)
+        assert isinstance(granted[0], GrantReceipt)
+        assert granted[0].available == 150
+        await store.close()
+
+    asyncio.run(run())
 
 
 class MovingSlot:

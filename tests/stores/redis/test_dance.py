@@ -364,7 +364,7 @@ def test_take_longer_than_reservations_live(nodes: list[ValkeyServer], monkeypat
 
 
 def asked(nodes: list[ValkeyServer]) -> int:
-    """How often the nodes have run scripts of calls."""
+    """How often the nodes have run scripts of calls, or were asked on a new connection whether they can."""
     stats = b"".join(node.ask("INFO", "commandstats") for node in nodes).decode()
     lines = [line for line in stats.splitlines() if line.startswith(("cmdstat_fcall:", "cmdstat_evalsha:"))]
     return sum(int(line.partition("calls=")[2].partition(",")[0]) for line in lines)
@@ -375,6 +375,8 @@ def test_trips_by_slots(nodes: list[ValkeyServer]) -> None:
 
     async def story(books: Books) -> None:
         await books.grant()
+        # All connections are there.
+        await books.state()
         own = LimitAsk("own", rooted("route", books.payer), WindowKind.FIXED, 9, 60.0)
         asks = {
             "one payer's": (books.ask("a", limits=(own,), leases=()), 1),
@@ -400,6 +402,8 @@ def test_what_waits_together_goes_together(nodes: list[ValkeyServer]) -> None:
         await books.grant(1_000)
         leases = (LeaseAsk("at once", books.pool, 100),)
         calls = [books.ask(f"c{number}", limits=(books.limit(100),), leases=leases) for number in range(60)]
+        # All connections are there.
+        await books.state()
         before = asked(nodes)
         assert all(decision.admitted for decision in await books.store.admit(calls))
         assert asked(nodes) - before == 5

@@ -28,6 +28,7 @@ from asgi_metering.rules.operations import (
 )
 from asgi_metering.stores.contract import AccountRows, EverythingKept, HoldRow
 from asgi_metering.stores.redis import RedisStore, ServerPlace
+from asgi_metering.stores.redis.store import meaning
 from tests.harness.servers import HOST, free_port
 from tests.harness.valkey import ValkeyServer, valkey
 from tests.stores.proofs import assert_conserved
@@ -101,7 +102,7 @@ def test_run_after_the_server_forgot_the_scripts(make_store: Maker, forget: tupl
         asyncio.run(run())
 
 
-@pytest.mark.parametrize("missing", [("fcall", "function"), ("function",)])
+@pytest.mark.parametrize("missing", [("fcall", "function"), ("function",), ("fcall",)])
 @pytest.mark.parametrize("forbidden", [False, True])
 def test_server_without_functions(make_store: Maker, missing: tuple[str, ...], forbidden: bool) -> None:
     """A server that has no functions, or keeps them from us, runs the same text as a script, and in the same order."""
@@ -128,6 +129,51 @@ def test_server_without_functions(make_store: Maker, missing: tuple[str, ...], f
             await again.close()
 
         asyncio.run(run())
+
+
+def test_server_that_cannot_take_the_function_now(make_store: Maker) -> None:
+    """While its memory is full nothing is done, which is said; as soon as it is not, calls are functions again."""
+    with valkey() as own:
+
+        async def run() -> None:
+            store = make_store(port=own.port)
+            await store.run([grant(), call("a")])
+            own.ask("FUNCTION", "FLUSH")
+            own.ask("CONFIG", "SET", "maxmemory", "1")
+            answers = await store.run([call("b"), End("a", 3, Basis.USAGE)])
+            assert [type(answer) for answer in answers] == [StoreUnavailableError, StoreUnavailableError]
+            assert own.ask("FUNCTION", "LIST") == b"*0\r\n"
+            own.ask("CONFIG", "SET", "maxmemory", "0")
+            answers = await store.run([call("b"), End("a", 3, Basis.USAGE)])
+            assert [type(answer) for answer in answers] == [Decision, Receipt]
+            assert b"metering_" in own.ask("FUNCTION", "LIST")
+            account = (await store.read(AccountRows("p", "credits"))).state.accounts["p", "credits"]
+            assert (account.settled, account.held) == (3, 10)
+            await store.close()
+
+        asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [("OOM", "OutOfMemoryError"), ("READONLY", "ReadOnlyError"), ("MISCONF", "ResponseError"), ("", "ResponseError")],
+)
+def test_refusal_that_a_script_wraps(make_store: Maker, code: str, kind: str) -> None:
+    """What Redis 6.2 says within a script's error, why it cannot write now, is told as where it is said plainly."""
+    where = "@user_script:700: @user_script: 700: "
+    said = f"ERR Error running script (call to f_{40 * 'a'}): {where}{code and '-'}{code} Not now."
+    repeat = ("EVAL", f'return redis.error_reply("{said}")', 0)
+
+    async def run() -> None:
+        store = make_store()
+        link = store._link()
+        link._place.may_move = False
+        (failure,) = await link.exchange([repeat])
+        assert type(failure).__name__ == kind
+        assert isinstance(meaning(failure), StoreUnavailableError) == bool(code)
+        await store.close()
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("operation", ["admit", "end", "grant"])
@@ -238,6 +284,29 @@ def test_caller_is_cancelled_while_it_waits(server: ValkeyServer, make_store: Ma
     asyncio.run(run())
 
 
+def test_read_is_cancelled_beside_others(server: ValkeyServer, make_store: Maker) -> None:
+    """Whoever stops waiting for a read costs nobody the connection: an admission on its way is answered."""
+
+    async def run() -> None:
+        async with Proxy(server.port) as proxy:
+            store = make_store(port=proxy.port)
+            await store.run([grant(), call("a")])
+            before = proxy.turns
+            read = asyncio.ensure_future(store.read(AccountRows("p", "credits")))
+            asked = asyncio.ensure_future(store.run([call("b")]))
+            while proxy.turns == before:
+                await asyncio.sleep(0)
+            read.cancel()
+            (decision,) = await asked
+            assert isinstance(decision, Decision)
+            assert (decision.id, decision.available) == ("b", 80)
+            found = await store.read(AccountRows("p", "credits"))
+            assert found.state.accounts["p", "credits"].held == 20
+            await store.close()
+
+    asyncio.run(run())
+
+
 def test_operation_that_cannot_be_written_harms_no_neighbour(make_store: Maker) -> None:
     """An operation with what is not JSON is answered with its mistake; those before and after it are done."""
 
@@ -252,6 +321,29 @@ def test_operation_that_cannot_be_written_harms_no_neighbour(make_store: Maker) 
         assert isinstance(mistaken, AmountError)
         assert isinstance(after, Decision)
         assert (await store.read(HoldRow("b"))).state.holds == {}
+        await store.close()
+
+    asyncio.run(run())
+
+
+def test_operation_that_cannot_be_sent_costs_nobody_the_connection(make_store: Maker) -> None:
+    """A text that is no UTF-8 is the mistake of its batch, which was never sent; others on their way are answered."""
+
+    async def run() -> None:
+        store = make_store()
+        await store.run([grant()])
+        beside, mistake, behind = await asyncio.gather(
+            store.run([call("a")]),
+            store.run([call("b"), call("\ud800")]),
+            store.run([call("c")]),
+            return_exceptions=True,
+        )
+        assert isinstance(mistake, UnicodeEncodeError)
+        for answers in (beside, behind):
+            assert isinstance(answers, list)
+            assert isinstance(answers[0], Decision)
+        account = (await store.read(AccountRows("p", "credits"))).state.accounts["p", "credits"]
+        assert account.held == 20
         await store.close()
 
     asyncio.run(run())

@@ -123,6 +123,21 @@ end
 -- Scores are numbers, which a command gets with all their digits, or texts with all of them where the same one comes
 -- often. What was written is forgotten, so that nothing of it is found by the next script.
 
+-- What one command takes of a list: Lua has no room for twice as much. Few scripts have more, and what fails when
+-- something was written is not taken back.
+local MANY = 4000
+
+local function in_pieces(command, key, list, n)
+  for i = 1, n, MANY do
+    local to = min(i + MANY - 1, n)
+    if key then
+      call(command, key, unpack(list, i, to))
+    else
+      call(command, unpack(list, i, to))
+    end
+  end
+end
+
 -- Whatever was changed goes into one list, and is set at once.
 local function write_books()
   for account, book in next, books do
@@ -141,7 +156,9 @@ end
 
 local function write_rows()
   write_books()
-  if n_sets > 0 then
+  if n_sets > MANY then
+    in_pieces('MSET', nil, sets, n_sets)
+  elseif n_sets > 0 then
     call('MSET', unpack(sets, 1, n_sets))
   end
   local fading, gone = work.fading, work.gone
@@ -273,7 +290,7 @@ local function write_rare(rare)
     call('SADD', prefix .. 'v:' .. account, unpack(members))
   end
   for name, index in next, rare.past or NONE do
-    call('ZADD', prefix .. 'z:' .. name, unpack(index))
+    in_pieces('ZADD', prefix .. 'z:' .. name, index, #index)
   end
   write_leases(rare.pools or NONE)
 end
