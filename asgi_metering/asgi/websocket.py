@@ -281,7 +281,7 @@ class Session(Opening):
         """Note how the connection ended; a call that was not let in, or closed by us, has its end already."""
         if message["type"] != "websocket.disconnect":
             return
-        self._end(call, cause_of_close(message.get("code")))
+        self._end(call, cause_of_close(message, self.scope))
 
     def _end(self, call: Call, cause: Cause) -> None:
         if call.admitted:

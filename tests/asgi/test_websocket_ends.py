@@ -83,6 +83,11 @@ async def handler_says_that_it_failed(scene: Served, socket: Socket) -> None:
 
 async def server_stops(scene: Served, socket: Socket) -> None:
     """As uvicorn does: it closes its connections by 1012."""
+    socket.stop()
+
+
+async def client_says_that_the_server_stops(scene: Served, socket: Socket) -> None:
+    """By the server's own code: it shall not have the session for what the server's stop would cost."""
     socket.leave(1012)
 
 
@@ -104,6 +109,7 @@ ENDS: dict[Callable[..., Any], tuple[str, str]] = {
     handler_raises: ("error", "observed"),
     handler_says_that_it_failed: ("error", "observed"),
     server_stops: ("aborted", "observed"),
+    client_says_that_the_server_stops: ("client_gone", "observed"),
     task_is_cancelled: ("aborted", "observed"),
 }
 """The outcome of each end, and the basis by default."""
@@ -120,7 +126,7 @@ def test_end_a_session(end: Callable[..., Any], price: dict[str, Any]) -> None:
 
     async def story() -> None:
         async with served(obedient(billable(**price))) as scene:
-            async with scene.socket() as socket:
+            async with scene.socket(spec_version="2.4") as socket:
                 socket.say("a", "b")
                 await socket.heard(2)
                 await end(scene, socket)
@@ -149,6 +155,8 @@ TOLD = (handler_returns, handler_closes, handler_gives_up, handler_raises, handl
         (client_vanishes, {"on_disconnect": "hold"}, 10),
         (client_vanishes, {"on_disconnect": "estimate"}, 1),
         (task_is_cancelled, {"on_abort": "none"}, 0),
+        (server_stops, {"on_abort": "none"}, 0),
+        (client_says_that_the_server_stops, {"on_abort": "none"}, 1),
     ],
 )
 def test_charge_by_the_policy_of_the_route(end: Any, policy: dict[str, Any], charged: int) -> None:
@@ -156,11 +164,27 @@ def test_charge_by_the_policy_of_the_route(end: Any, policy: dict[str, Any], cha
 
     async def story() -> None:
         async with served(obedient(billable(1, per="message", **policy))) as scene:
-            async with scene.socket() as socket:
+            async with scene.socket(spec_version="2.4") as socket:
                 socket.say("a")
                 await socket.heard(1)
                 await end(scene, socket)
             assert await scene.books() == (charged, 0)
+
+    play(story)
+
+
+def test_take_no_clients_word_for_a_stop_of_the_server() -> None:
+    """granian (spec version 2.3) and daphne tell no reason of any close, and never say 1012 themselves."""
+
+    async def story() -> None:
+        async with served(obedient(billable(1, per="message", on_abort="none"))) as scene:
+            for spec_version in ("2.3", None):
+                async with scene.socket(spec_version=spec_version) as socket:
+                    socket.say("a")
+                    await socket.heard(1)
+                    socket.stop()
+            assert await scene.books() == (2, 0)
+        assert [event.outcome for event in scene.events] == ["client_gone"] * 2
 
     play(story)
 
