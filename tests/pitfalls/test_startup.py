@@ -43,7 +43,7 @@ from tests.pitfalls.apps import (
     fastapi_app,
     installed,
 )
-from tests.pitfalls.scene import POOR, Scene, Visit, visit
+from tests.pitfalls.scene import ANN, POOR, Scene, Visit, visit
 
 
 def starlette(*routes: tuple[str, Callable[..., Any]]) -> Starlette:
@@ -543,6 +543,34 @@ def test_refuse_an_endpoint_and_a_dependency_that_are_both_metered(scene: Scene)
     told = refused(installed(app, scene.metering, "added"))
     assert "is metered as " in told
     assert "a call is metered once" in told
+
+
+class Pays:
+    """A dependency, or an endpoint, that is an object with a decorated call."""
+
+    @billable(PRICE)
+    async def __call__(self) -> str:
+        return "ok"
+
+
+def test_reach_decorated_calls_of_objects(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    """X.5: an object whose `__call__` is decorated gates what it is a dependency or an endpoint of, and is found."""
+    app, router = FastAPI(), APIRouter()
+    router.get("/included")(plain_endpoint())
+    app.include_router(router, dependencies=[Depends(Pays())])
+    app.get("/route", dependencies=[Depends(Pays())])(plain_endpoint())
+    app.get("/object")(Pays())
+    visits = [Visit(path, caller=caller) for path in ("/included", "/route", "/object") for caller in (ANN, POOR)]
+    told = visit(installed(app, scene.metering, "added"), *visits)
+    assert [status(each.log) for each in told] == [200, 402] * 3
+    assert [record.getMessage() for record in caplog.records if "Pays" in record.getMessage()] == []
+
+
+def test_refuse_an_endpoint_and_an_object_that_are_both_metered(scene: Scene) -> None:
+    """X.1: the first paying request would fail, so that the application does not start."""
+    app = FastAPI()
+    app.get("/x", dependencies=[Depends(Pays())])(rate_limited("5/minute")(plain_endpoint()))
+    assert "a call is metered once" in refused(installed(app, scene.metering, "added"))
 
 
 # -- what may be meant -------------------------------------------------------------------------------------
