@@ -174,7 +174,7 @@ def test_charge_by_the_policy_of_the_route(end: Any, policy: dict[str, Any], cha
 
 
 def test_take_no_clients_word_for_a_stop_of_the_server() -> None:
-    """granian (spec version 2.3) and daphne tell no reason of any close, and never say 1012 themselves."""
+    """Neither granian (spec version 2.3) nor daphne tells a reason of any close, and neither ever says 1012 itself."""
 
     async def story() -> None:
         async with served(obedient(billable(1, per="message", on_abort="none"))) as scene:

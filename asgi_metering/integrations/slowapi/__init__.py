@@ -70,7 +70,8 @@ Where slowapi 0.1.10 is wrong, an adopted limiter is right. What slowapi does, w
   `test_limits_that_nobody_asks_for_are_told`
 
 What it keeps: ``Retry-After`` and the fields also on responses that were let in, HEAD that counts, an empty key that is
-logged and not counted, the bodies, the statuses and the names. A generator endpoint is refused at its first byte.
+logged and not counted, the bodies, the statuses and the names. Generators of FastAPI's, endpoints and dependencies, are
+asked for before they begin: behind our middleware the refusal is its, and else that of slowapi's handler.
 
 What it does not keep: a decorated sync function is an async one afterwards, for nobody may wait for a store on the
 event loop. Frameworks do not mind; who calls it as a helper awaits it, and sync code cannot: it gets a coroutine.
