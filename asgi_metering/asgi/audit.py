@@ -7,6 +7,7 @@ walk. Only looks, and never at request time.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -406,7 +407,9 @@ def _policy_of(app: Any) -> EndpointPolicy | None:
 
 
 def _guard_on(called: Any) -> Guard | None:
-    """The guard of a decorated function, or of the decorated ``__call__`` of an object."""
+    """The guard of a decorated function, of one in a `functools.partial`, or of an object's decorated ``__call__``."""
+    while isinstance(called, functools.partial):
+        called = called.func
     # To call a class makes an object, and runs what is decorated on it only later.
     return guard_of(called) or guard_of(
         None if isinstance(called, type) else inspect.getattr_static(type(called), "__call__", None)
