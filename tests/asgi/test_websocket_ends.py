@@ -76,6 +76,11 @@ async def handler_raises(scene: Served, socket: Socket) -> None:
     socket.say("raise")
 
 
+async def handler_denies_too_late(scene: Served, socket: Socket) -> None:
+    """An exception of HTTP's: its framework makes a response of it, of which daphne says nothing."""
+    socket.say("deny")
+
+
 async def handler_says_that_it_failed(scene: Served, socket: Socket) -> None:
     """`call.fail()`, and an end in good order."""
     socket.say("fail")
@@ -107,6 +112,7 @@ ENDS: dict[Callable[..., Any], tuple[str, str]] = {
     handler_closes: ("completed", "usage"),
     handler_gives_up: ("error", "observed"),
     handler_raises: ("error", "observed"),
+    handler_denies_too_late: ("error", "observed"),
     handler_says_that_it_failed: ("error", "observed"),
     server_stops: ("aborted", "observed"),
     client_says_that_the_server_stops: ("client_gone", "observed"),
@@ -141,7 +147,14 @@ def test_end_a_session(end: Callable[..., Any], price: dict[str, Any]) -> None:
     play(story)
 
 
-TOLD = (handler_returns, handler_closes, handler_gives_up, handler_raises, handler_says_that_it_failed)
+TOLD = (
+    handler_returns,
+    handler_closes,
+    handler_gives_up,
+    handler_raises,
+    handler_denies_too_late,
+    handler_says_that_it_failed,
+)
 """Those that take another message."""
 
 
@@ -151,6 +164,7 @@ TOLD = (handler_returns, handler_closes, handler_gives_up, handler_raises, handl
         (handler_raises, {"on_late_error": "none"}, 0),
         (handler_raises, {"on_late_error": "hold"}, 10),
         (handler_gives_up, {"on_late_error": "none"}, 0),
+        (handler_denies_too_late, {"on_late_error": "none"}, 0),
         (client_vanishes, {"on_disconnect": "none"}, 0),
         (client_vanishes, {"on_disconnect": "hold"}, 10),
         (client_vanishes, {"on_disconnect": "estimate"}, 1),
