@@ -76,6 +76,11 @@ asked for before they begin: behind our middleware the refusal is its, and else 
 What it does not keep: a decorated sync function is an async one afterwards, for nobody may wait for a store on the
 event loop. Frameworks do not mind; who calls it as a helper awaits it, and sync code cannot: it gets a coroutine.
 `test_decorated_sync_helper_is_awaited`
+A moving window remembers 5,000 calls at most, and a larger one is refused.
+`test_moving_window_of_more_calls_than_are_remembered_is_refused`
+Behind our middleware a call is metered once: of an endpoint and its dependency only one may be decorated.
+`test_decorated_dependency_of_a_decorated_endpoint_is_refused_behind_our_middleware`
+Generators that were decorated before cannot be adopted. `test_generator_that_was_decorated_before_fails_at_adoption`
 """
 
 from __future__ import annotations
