@@ -539,7 +539,7 @@ class Session(Opening):
         """The connection is over, however."""
         self._catch_up(call)
         # An application that returned without a word has closed it; one that never accepted has failed.
-        self._end(call, Cause.COMPLETED if self.accepted or self.ended else Cause.ERROR)
+        self._end(call, Cause.COMPLETED if self.accepted else Cause.ERROR)
         if self.cutting is not None:
             self.cutting.close()
         for task in (self._reader, self._judging):

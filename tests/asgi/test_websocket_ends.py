@@ -227,8 +227,23 @@ async def raises_first(scope: Scope, receive: Receive, send: Send) -> None:
     raise ValueError("early")
 
 
-@pytest.mark.parametrize("app", [denies, closes_first, raises_first, says_nothing], ids=lambda app: app.__name__)
-@pytest.mark.parametrize("price", [{"price": 5}, {"price": 1, "per": "second"}], ids=["call", "second"])
+async def sends_away(scope: Scope, receive: Receive, send: Send) -> None:
+    """A redirect instead of the accept, to where one logs in."""
+    await receive()
+    await send({"type": "websocket.http.response.start", "status": 302, "headers": [(b"location", b"/login")]})
+    await send({"type": "websocket.http.response.body", "body": b""})
+
+
+NEVER_ACCEPTED = (denies, sends_away, closes_first, raises_first, says_nothing)
+PRICES: dict[str, dict[str, Any]] = {
+    "call": {"price": 5},
+    "second": {"price": 1, "per": "second"},
+    "tokens": {"price": per_token(output=1), "hold": 50},
+}
+
+
+@pytest.mark.parametrize("app", NEVER_ACCEPTED, ids=lambda app: app.__name__)
+@pytest.mark.parametrize("price", PRICES.values(), ids=PRICES)
 def test_charge_nothing_for_what_was_never_accepted(app: Any, price: dict[str, Any]) -> None:
     """A handler that turns the client away, or fails before the accept, has failed: nothing is charged by default."""
 
