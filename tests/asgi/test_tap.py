@@ -9,9 +9,9 @@ import json
 import pytest
 
 from asgi_metering.asgi.exchange import CHECKPOINT_BYTES
-from asgi_metering.asgi.tap import BLOCK, MAX_WAITING, PACKED_SLICE, READ_AT_ONCE, SAMPLE, SLICE, Tap
+from asgi_metering.asgi.tap import BLOCK, MAX_WAITING, PACKED_SLICE, SAMPLE, SLICE, Tap
 from asgi_metering.usage import TokenUsage, UsageReader
-from asgi_metering.usage.reader import MAX_TEXT
+from asgi_metering.usage.reader import MAX_TEXT, READ_AT_ONCE
 
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":2,"total_tokens":11}}\n\n'
 
