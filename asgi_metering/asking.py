@@ -13,8 +13,9 @@ from collections.abc import Collection, Mapping
 from ipaddress import IPv6Address
 from itertools import groupby
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.arguments import ATTRIBUTE, From, NamedKey
 from asgi_metering.chosen import ConfiguredLimits, LimitByPlan
 from asgi_metering.errors import MeteringError
@@ -51,6 +52,9 @@ __all__ = [
 
 REQUESTS = "requests"
 DAY_S = 86_400.0
+
+NEVER_FITS: Final = MAX_AMOUNT + 1
+"""A cost that no limit ever has room for, and that every store computes with exactly."""
 
 
 def source_asks(call: Call, charge: ChargePolicy, now: float) -> tuple[SourceAsk, ...]:
@@ -108,6 +112,9 @@ def limit_ask(rate: RatePolicy, limit: RateLimit, key: str, cost: int, now: floa
     if limit.period:
         edges = boundaries(Period(limit.period), limit.zone, now)
         window_s = edges[2] - edges[1]
+    if cost > MAX_AMOUNT:
+        # A function may have it from the client: what no store can compute with must not look like one that is down.
+        cost = NEVER_FITS
     kind = _KINDS[limit.strategy]
     counted = f"{rate.scope}|{counted_as(rate, limit)}|{key}"
     if limit.burst:
