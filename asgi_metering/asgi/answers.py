@@ -293,7 +293,7 @@ _NO_NUMBERS: _Numbers = (None, None, None, None, None, None)
 
 
 def _refusing(refusal: Refusal, windows: Sequence[WindowState]) -> WindowState | None:
-    """The window that refused; of several that have its name, as of a caller and of its address, one that has as little."""
+    """The window that refused; of several of its name, such as a caller's and an address's, one with as little left."""
     named = [window for window in windows if window.name == refusal.name]
     if len(named) > 1:
         named.sort(key=lambda window: (window.remaining != refusal.available, window.reset_after_s))
