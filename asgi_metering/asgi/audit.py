@@ -7,6 +7,7 @@ walk. Only looks, and never at request time.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -312,7 +313,7 @@ def _nested(row: Row, policy: EndpointPolicy) -> Iterator[str]:
 
 def _check_reach(report: Report) -> None:
     """Decorators that never see a request: above the route's decorator (pitfall 4), or on no route at all (X.5)."""
-    found = [guard_of(row.endpoint) for row in report.rows]
+    found = [_guard_on(row.endpoint) for row in report.rows]
     found.extend(guard for row in report.rows for guard in row.dependencies)
     reached = {guard.policy.name: guard for guard in found if guard is not None}
     bare = {id(inspect.unwrap(row.endpoint)): row for row in report.rows if row.policy is None}
@@ -411,9 +412,19 @@ def _layers_on(app: Any) -> Iterator[Layer]:
 
 def _policy_of(app: Any) -> EndpointPolicy | None:
     """What a `metered_app` asks for, or a guarded function."""
-    guard = guard_of(app)
+    guard = _guard_on(app)
     policy = guard.policy if guard is not None else getattr(app, "policy", None)
     return policy if isinstance(policy, EndpointPolicy) else None
+
+
+def _guard_on(called: Any) -> Guard | None:
+    """The guard of a decorated function, of one in a `functools.partial`, or of an object's decorated ``__call__``."""
+    while isinstance(called, functools.partial):
+        called = called.func
+    # To call a class makes an object, and runs what is decorated on it only later.
+    return guard_of(called) or guard_of(
+        None if isinstance(called, type) else inspect.getattr_static(type(called), "__call__", None)
+    )
 
 
 def _route_rows(route: Any, place: _Place) -> Iterator[Row]:
@@ -448,7 +459,7 @@ def _route_rows(route: Any, place: _Place) -> Iterator[Row]:
     policy = _policy_of(endpoint)
     methods = (WEBSOCKET,) if is_websocket else getattr(route, "methods", None) or ()
     yield place.row(path, methods, endpoint, policy)
-    if policy is not None and guard_of(endpoint) is None:
+    if policy is not None and _guard_on(endpoint) is None:
         yield from _walk(getattr(endpoint, "app", None), place.below(path, policy))
 
 
@@ -464,7 +475,7 @@ def _layers_around(app: Any) -> Iterator[Layer]:
 def _guards_of(dependant: Any, depth: int = 0) -> Iterator[Guard]:
     """What is decorated among the functions that FastAPI calls before an endpoint, theirs included."""
     for each in getattr(dependant, "dependencies", ()) if depth <= MAX_DEPTH else ():
-        guard = guard_of(each.call)
+        guard = _guard_on(each.call)
         if guard is not None:
             yield guard
         yield from _guards_of(each, depth + 1)
@@ -480,7 +491,7 @@ def _included_guards(context: Any) -> Iterator[Guard]:
 
     for each in depends:
         dependant = get_parameterless_sub_dependant(depends=each, path="/")
-        guard = guard_of(dependant.call)
+        guard = _guard_on(dependant.call)
         if guard is not None:
             yield guard
         yield from _guards_of(dependant)

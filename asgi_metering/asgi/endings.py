@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 
-from asgi_metering.asgi.types import Message
+from asgi_metering.asgi.types import Message, Scope
 from asgi_metering.asgi.watch import ClientGone
 from asgi_metering.call import CallCut, CallRefused
 from asgi_metering.rules.ending import Cause
@@ -61,21 +61,33 @@ OWN_CODES = 3000
 """From here on they are of libraries and applications (RFC 6455, section 7.4.2)."""
 
 RESTARTING = 1012
-"""The server's own code when it stops (IANA registry of close codes)."""
+"""The server's own code when it stops (IANA registry of close codes). A client may send it as well."""
+
+SAYS_SO = (2, 4)
+"""The ASGI of servers that close by `RESTARTING` when they stop, uvicorn's; granian (2.3) and daphne (2.0) do not."""
 
 
-def cause_of_close(code: int | None) -> Cause:
+def cause_of_close(message: Message, scope: Scope) -> Cause:
     """
-    What the code of ``websocket.disconnect`` says of the end: a goodbye, a server that stops, or a client that is gone.
+    What ``websocket.disconnect`` says of the end: a goodbye, a server that stops, or a client that is gone.
 
     The codes from 3000 on are the application's: whoever sends one has closed in good order. hypercorn says 1006 of
-    every end by a client.
+    every end by a client. A client that sends the code of a server that stops is one that is gone, for it shall not
+    choose what it is charged by; uvicorn gives a reason, an empty one at least, for closes of clients alone.
     """
+    code = message.get("code")
     if code is None:
         return Cause.CLIENT_GONE
     if code in SAID_GOODBYE or code >= OWN_CODES:
         return Cause.COMPLETED
-    return Cause.ABORTED if code == RESTARTING else Cause.CLIENT_GONE
+    is_servers_own = code == RESTARTING and "reason" not in message and _asgi_of(scope) >= SAYS_SO
+    return Cause.ABORTED if is_servers_own else Cause.CLIENT_GONE
+
+
+def _asgi_of(scope: Scope) -> tuple[int, ...]:
+    """By which version of the ASGI specification its server speaks; 2.0 where it does not say."""
+    version = str(scope.get("asgi", {}).get("spec_version", "2.0"))
+    return tuple([int(part) for part in version.split(".") if part.isdecimal()])
 
 
 def is_refusal(failure: BaseException | None) -> bool:

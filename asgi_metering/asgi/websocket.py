@@ -281,7 +281,7 @@ class Session(Opening):
         """Note how the connection ended; a call that was not let in, or closed by us, has its end already."""
         if message["type"] != "websocket.disconnect":
             return
-        self._end(call, cause_of_close(message.get("code")))
+        self._end(call, cause_of_close(message, self.scope))
 
     def _end(self, call: Call, cause: Cause) -> None:
         if call.admitted:
@@ -376,10 +376,8 @@ class Session(Opening):
             await self.utterances.sent(message)
         elif kind == "websocket.accept":
             self._catch_up(call)
-        elif kind == "websocket.close":
-            self._closed_by_app(call, message.get("code", 1000))
-        elif kind == "websocket.http.response.start":
-            call.status = message["status"]
+        elif kind in LAST:
+            self._ended_by_app(call, message)
 
     def _gives_way(self, message: Message, kind: str) -> bool:
         """
@@ -414,10 +412,14 @@ class Session(Opening):
         if growth.counts_time and not self.reading:
             self._read_ahead()
 
-    def _closed_by_app(self, call: Call, code: int) -> None:
+    def _ended_by_app(self, call: Call, message: Message) -> None:
+        """By a close, or a denial: behind the accept that is what frameworks make of errors, and no server sends it."""
+        status = message.get("status")
         if not self.accepted:
-            call.status = FORBIDDEN
-        self._end(call, Cause.ERROR if code == INTERNAL_ERROR else Cause.COMPLETED)
+            call.status = FORBIDDEN if status is None else status
+        is_failure = status is not None or message.get("code", 1000) == INTERNAL_ERROR
+        if self.accepted or status is None:
+            self._end(call, Cause.ERROR if is_failure else Cause.COMPLETED)
 
     async def _deliver(self, call: Call, message: Message) -> None:
         if self.departed and self._reader is not None:
@@ -537,7 +539,7 @@ class Session(Opening):
         """The connection is over, however."""
         self._catch_up(call)
         # An application that returned without a word has closed it; one that never accepted has failed.
-        self._end(call, Cause.COMPLETED if self.accepted or self.ended else Cause.ERROR)
+        self._end(call, Cause.COMPLETED if self.accepted else Cause.ERROR)
         if self.cutting is not None:
             self.cutting.close()
         for task in (self._reader, self._judging):
@@ -576,14 +578,13 @@ async def deny_refused(call: Call, options: AnswerOptions, scope: Scope, receive
     """Answer a handshake that was refused before the application ran, by the denial response or a close."""
     if (await receive())["type"] == "websocket.disconnect":
         return
-    if DENIAL in (scope.get("extensions") or ()):
-        rendered = refusal_response(call, options)
-        with suppress(OSError):
+    # A client that left meanwhile is no error of the application.
+    with suppress(OSError):
+        if DENIAL in (scope.get("extensions") or ()):
+            rendered = refusal_response(call, options)
             await deny(send, rendered.status, rendered.headers, rendered.body)
-    else:
-        code, reason = close_frame(refusal_answer(call, options))
-        # A client that left meanwhile is no error of the application.
-        with suppress(OSError):
+        else:
+            code, reason = close_frame(refusal_answer(call, options))
             await send({"type": "websocket.close", "code": code, "reason": reason})
 
 
@@ -591,10 +592,9 @@ async def deny_mistaken(scope: Scope, receive: Receive, send: Send, body: bytes)
     """Let nobody in to an application that must not serve; *body* says so, as problem details."""
     if (await receive())["type"] == "websocket.disconnect":
         return
-    if DENIAL in (scope.get("extensions") or ()):
-        fields = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(body))]
-        with suppress(OSError):
+    with suppress(OSError):
+        if DENIAL in (scope.get("extensions") or ()):
+            fields = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(body))]
             await deny(send, 500, fields, body)
-    else:
-        with suppress(OSError):
+        else:
             await send({"type": "websocket.close", "code": INTERNAL_ERROR, "reason": "misconfigured"})

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.routing import WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
@@ -182,6 +183,8 @@ def obedient(*decorators: Any) -> Any:
                 return
             if text == "raise":
                 raise ValueError("no JSON")
+            if text == "deny":
+                raise HTTPException(403)
             if text == "fail":
                 current_call().fail("overloaded")
                 return

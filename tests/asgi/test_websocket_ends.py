@@ -76,6 +76,11 @@ async def handler_raises(scene: Served, socket: Socket) -> None:
     socket.say("raise")
 
 
+async def handler_denies_too_late(scene: Served, socket: Socket) -> None:
+    """An exception of HTTP's: its framework makes a response of it, of which daphne says nothing."""
+    socket.say("deny")
+
+
 async def handler_says_that_it_failed(scene: Served, socket: Socket) -> None:
     """`call.fail()`, and an end in good order."""
     socket.say("fail")
@@ -83,6 +88,11 @@ async def handler_says_that_it_failed(scene: Served, socket: Socket) -> None:
 
 async def server_stops(scene: Served, socket: Socket) -> None:
     """As uvicorn does: it closes its connections by 1012."""
+    socket.stop()
+
+
+async def client_says_that_the_server_stops(scene: Served, socket: Socket) -> None:
+    """By the server's own code: it shall not have the session for what the server's stop would cost."""
     socket.leave(1012)
 
 
@@ -102,8 +112,10 @@ ENDS: dict[Callable[..., Any], tuple[str, str]] = {
     handler_closes: ("completed", "usage"),
     handler_gives_up: ("error", "observed"),
     handler_raises: ("error", "observed"),
+    handler_denies_too_late: ("error", "observed"),
     handler_says_that_it_failed: ("error", "observed"),
     server_stops: ("aborted", "observed"),
+    client_says_that_the_server_stops: ("client_gone", "observed"),
     task_is_cancelled: ("aborted", "observed"),
 }
 """The outcome of each end, and the basis by default."""
@@ -120,7 +132,7 @@ def test_end_a_session(end: Callable[..., Any], price: dict[str, Any]) -> None:
 
     async def story() -> None:
         async with served(obedient(billable(**price))) as scene:
-            async with scene.socket() as socket:
+            async with scene.socket(spec_version="2.4") as socket:
                 socket.say("a", "b")
                 await socket.heard(2)
                 await end(scene, socket)
@@ -135,7 +147,14 @@ def test_end_a_session(end: Callable[..., Any], price: dict[str, Any]) -> None:
     play(story)
 
 
-TOLD = (handler_returns, handler_closes, handler_gives_up, handler_raises, handler_says_that_it_failed)
+TOLD = (
+    handler_returns,
+    handler_closes,
+    handler_gives_up,
+    handler_raises,
+    handler_denies_too_late,
+    handler_says_that_it_failed,
+)
 """Those that take another message."""
 
 
@@ -145,10 +164,13 @@ TOLD = (handler_returns, handler_closes, handler_gives_up, handler_raises, handl
         (handler_raises, {"on_late_error": "none"}, 0),
         (handler_raises, {"on_late_error": "hold"}, 10),
         (handler_gives_up, {"on_late_error": "none"}, 0),
+        (handler_denies_too_late, {"on_late_error": "none"}, 0),
         (client_vanishes, {"on_disconnect": "none"}, 0),
         (client_vanishes, {"on_disconnect": "hold"}, 10),
         (client_vanishes, {"on_disconnect": "estimate"}, 1),
         (task_is_cancelled, {"on_abort": "none"}, 0),
+        (server_stops, {"on_abort": "none"}, 0),
+        (client_says_that_the_server_stops, {"on_abort": "none"}, 1),
     ],
 )
 def test_charge_by_the_policy_of_the_route(end: Any, policy: dict[str, Any], charged: int) -> None:
@@ -156,11 +178,27 @@ def test_charge_by_the_policy_of_the_route(end: Any, policy: dict[str, Any], cha
 
     async def story() -> None:
         async with served(obedient(billable(1, per="message", **policy))) as scene:
-            async with scene.socket() as socket:
+            async with scene.socket(spec_version="2.4") as socket:
                 socket.say("a")
                 await socket.heard(1)
                 await end(scene, socket)
             assert await scene.books() == (charged, 0)
+
+    play(story)
+
+
+def test_take_no_clients_word_for_a_stop_of_the_server() -> None:
+    """Neither granian (spec version 2.3) nor daphne tells a reason of any close, and neither ever says 1012 itself."""
+
+    async def story() -> None:
+        async with served(obedient(billable(1, per="message", on_abort="none"))) as scene:
+            for spec_version in ("2.3", None):
+                async with scene.socket(spec_version=spec_version) as socket:
+                    socket.say("a")
+                    await socket.heard(1)
+                    socket.stop()
+            assert await scene.books() == (2, 0)
+        assert [event.outcome for event in scene.events] == ["client_gone"] * 2
 
     play(story)
 
@@ -189,8 +227,23 @@ async def raises_first(scope: Scope, receive: Receive, send: Send) -> None:
     raise ValueError("early")
 
 
-@pytest.mark.parametrize("app", [denies, closes_first, raises_first, says_nothing], ids=lambda app: app.__name__)
-@pytest.mark.parametrize("price", [{"price": 5}, {"price": 1, "per": "second"}], ids=["call", "second"])
+async def sends_away(scope: Scope, receive: Receive, send: Send) -> None:
+    """A redirect instead of the accept, to where one logs in."""
+    await receive()
+    await send({"type": "websocket.http.response.start", "status": 302, "headers": [(b"location", b"/login")]})
+    await send({"type": "websocket.http.response.body", "body": b""})
+
+
+NEVER_ACCEPTED = (denies, sends_away, closes_first, raises_first, says_nothing)
+PRICES: dict[str, dict[str, Any]] = {
+    "call": {"price": 5},
+    "second": {"price": 1, "per": "second"},
+    "tokens": {"price": per_token(output=1), "hold": 50},
+}
+
+
+@pytest.mark.parametrize("app", NEVER_ACCEPTED, ids=lambda app: app.__name__)
+@pytest.mark.parametrize("price", PRICES.values(), ids=PRICES)
 def test_charge_nothing_for_what_was_never_accepted(app: Any, price: dict[str, Any]) -> None:
     """A handler that turns the client away, or fails before the accept, has failed: nothing is charged by default."""
 

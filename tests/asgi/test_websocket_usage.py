@@ -128,7 +128,7 @@ def test_charge_what_was_told_however_a_session_ends(end: Any) -> None:
 
     async def story() -> None:
         async with served(obedient(billable(PRICE, hold=500)), granted=1_000) as scene:
-            async with scene.socket() as socket:
+            async with scene.socket(spec_version="2.4") as socket:
                 messages = texts(*answer("a", 9, 2), *answer("b", 20, 3))
                 socket.say(*messages)
                 await socket.heard(len(messages))
@@ -148,7 +148,7 @@ def test_charge_what_was_seen_of_an_answer_that_broke(end: Any) -> None:
 
     async def story() -> None:
         async with served(obedient(billable(PRICE, hold=500)), granted=1_000) as scene:
-            async with scene.socket() as socket:
+            async with scene.socket(spec_version="2.4") as socket:
                 messages = texts(*answer("a", 9, 2), *answer("b", 20, 3, words)[:2])
                 socket.say(*messages)
                 await socket.heard(len(messages))

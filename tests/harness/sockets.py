@@ -110,7 +110,12 @@ class Socket:
     def leave(self, code: int = 1000) -> None:
         """Close in good order by this code; 1006 is a client that vanishes."""
         self.is_gone = True
-        self._inbox.put_nowait({"type": "websocket.disconnect", "code": code, "reason": None})
+        self._inbox.put_nowait({"type": "websocket.disconnect", "code": code, "reason": ""})
+
+    def stop(self) -> None:
+        """The server stops: it closes by 1012 and gives no reason, as uvicorn does (spec version 2.4)."""
+        self.is_gone = True
+        self._inbox.put_nowait({"type": "websocket.disconnect", "code": 1012})
 
     async def until(self, condition: Callable[[], Any]) -> Any:
         """Wait until *condition* holds, looking whenever the application has done something."""

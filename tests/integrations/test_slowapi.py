@@ -12,8 +12,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from asgi_metering.integrations.slowapi import AdoptedLimiter
-from tests.integrations.scenes import Scene, adopted, text
+from asgi_metering.integrations.slowapi import AdoptedLimiter, adopt
+from tests.integrations.scenes import Scene, adopted, ask, codes, install, text
 
 KINDS = {"starlette": Starlette, "fastapi": FastAPI}
 NAMES = ("x-ratelimit-limit", "x-ratelimit-remaining", "x-ratelimit-reset", "retry-after")
@@ -306,12 +306,29 @@ def test_adopted_limiter_is_slowapis_and_its_class_is_kept() -> None:
     scene = adopted()
     assert isinstance(scene.limiter, AdoptedLimiter)
     assert isinstance(scene.limiter, Limiter)
-    from asgi_metering.integrations.slowapi import adopt
-
     own = Own(key_func=get_ipaddr)
     assert adopt(own) is own  # type: ignore[comparison-overlap]
     assert isinstance(own, AdoptedLimiter)
     assert own.said() == "own"
+
+
+def test_what_a_class_of_limiters_changes_stays_changed() -> None:
+    """A class of the application's own that limits everything by its tenant still does, through ``super()``."""
+
+    class ByTenant(Limiter):
+        def limit(self, limit_value: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+            return super().limit(limit_value, *args, key_func=lambda request: request.headers["x-tenant"], **kwargs)
+
+    def build(app: Any, limiter: Limiter) -> None:
+        app.add_route("/t1", limiter.limit("1/minute")(text))
+
+    answers = []
+    for limiter in (ByTenant(key_func=get_ipaddr), adopt(ByTenant(key_func=get_ipaddr))):
+        app = Starlette()
+        install(app, limiter, "decorators")
+        build(app, limiter)
+        answers.append([codes(ask(app, ("GET", "/t1"), headers={"x-tenant": tenant})) for tenant in ("a", "b", "a")])
+    assert answers == [[[200], [200], [429]]] * 2
 
 
 def test_limits_by_method_and_for_methods(installed: str) -> None:

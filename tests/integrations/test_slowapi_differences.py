@@ -493,6 +493,14 @@ def test_limit_that_is_none_is_an_error_at_import(value: Any) -> None:
         adopted().limiter.limit(value)
 
 
+def test_moving_window_of_more_calls_than_are_remembered_is_refused() -> None:
+    """The limiter says so where it is written, and names the strategy that can do it."""
+    limiter = adopt(Limiter(key_func=get_ipaddr, strategy="moving-window"))
+    limiter.limit("5000/day")
+    with pytest.raises(ConfigurationError, match="Use the strategy 'sliding'"):
+        limiter.limit("5001/day")
+
+
 @pytest.mark.parametrize("options", [{"default_limits": "1/second"}, {"application_limits": ["often"]}])
 def test_setting_that_is_no_list_of_limits_is_an_error_at_adoption(options: dict[str, Any]) -> None:
     """A text for a list is read letter by letter, and slowapi raises on each request."""

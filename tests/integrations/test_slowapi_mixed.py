@@ -413,6 +413,23 @@ def test_generator_endpoint_is_asked_for_before_its_first_byte() -> None:
     assert answers[1].json()["code"] == "rate_limit"
 
 
+def test_decorated_dependency_of_a_decorated_endpoint_is_refused_behind_our_middleware() -> None:
+    """A call is metered once (X.1): at startup, and not on the first request."""
+    scene = Scene()
+
+    @scene.limiter.limit("2/minute")
+    async def needed() -> int:
+        return 1
+
+    @scene.app.get("/t1")
+    @scene.limiter.limit("1/minute")
+    async def endpoint(got: int = Depends(needed)) -> int:
+        return got
+
+    report = audit(scene.app, ALL_FEATURES, frozenset(), scene.metering)
+    assert ["a call is metered once" in error for error in report.errors] == [True]
+
+
 def test_websocket_is_limited_by_its_connections() -> None:
     """Behind our middleware a limit counts the connections of a WebSocket, which slowapi refuses one and all."""
     scene = Scene()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import time
 from typing import Any
 
 import httpx
@@ -46,6 +47,20 @@ class Down:
 
 async def _other(request: Any) -> Any:
     return text(request)
+
+
+def test_time_that_an_application_s_tests_move_is_moved_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In memory the time is `time.time`, as in slowapi, also where tests have put another function there since."""
+    real = time.time
+    for limiter in (Limiter(key_func=get_remote_address), adopt(Limiter(key_func=get_remote_address))):
+        app = Starlette()
+        install(app, limiter, "decorators")
+        app.add_route("/t1", limiter.limit("1/hour")(text))
+        answers = ask(app, ("GET", "/t1"), ("GET", "/t1"))
+        monkeypatch.setattr(time, "time", lambda: real() + 3_601)
+        answers += ask(app, ("GET", "/t1"))
+        monkeypatch.undo()
+        assert codes(answers) == [200, 429, 200]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from asgi_metering import (
     rate_limited,
 )
 from asgi_metering.errors import ConfigurationError, StoreUnavailableError
+from asgi_metering.guards import guard_of
 from asgi_metering.stores.memory import MemoryStore
 from tests.harness.drive import body, drive, status
 from tests.pitfalls.apps import (
@@ -43,7 +44,7 @@ from tests.pitfalls.apps import (
     fastapi_app,
     installed,
 )
-from tests.pitfalls.scene import POOR, Scene, Visit, visit
+from tests.pitfalls.scene import ANN, POOR, Scene, Visit, visit
 
 
 def starlette(*routes: tuple[str, Callable[..., Any]]) -> Starlette:
@@ -543,6 +544,47 @@ def test_refuse_an_endpoint_and_a_dependency_that_are_both_metered(scene: Scene)
     told = refused(installed(app, scene.metering, "added"))
     assert "is metered as " in told
     assert "a call is metered once" in told
+
+
+class Pays:
+    """A dependency, or an endpoint, that is an object with a decorated call."""
+
+    @billable(PRICE)
+    async def __call__(self) -> str:
+        return "ok"
+
+
+@billable(PRICE)
+async def bought(what: str) -> str:
+    """A function of which a route has some arguments only."""
+    return what
+
+
+OBJECTS: dict[str, Callable[[], Any]] = {"call": Pays, "partial": lambda: functools.partial(bought, "image")}
+
+
+@pytest.mark.parametrize("new", OBJECTS.values(), ids=OBJECTS)
+def test_reach_decorated_calls_of_objects(new: Any, scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    """X.5: an object whose call is decorated gates what it is a dependency or an endpoint of, and is found there."""
+    app, router = FastAPI(), APIRouter()
+    router.get("/included")(plain_endpoint())
+    app.include_router(router, dependencies=[Depends(new())])
+    app.get("/route", dependencies=[Depends(new())])(plain_endpoint())
+    app.get("/object")(new())
+    visits = [Visit(path, caller=caller) for path in ("/included", "/route", "/object") for caller in (ANN, POOR)]
+    told = visit(installed(app, scene.metering, "added"), *visits)
+    assert [status(each.log) for each in told] == [200, 402] * 3
+    decorated = guard_of(bought if new is not Pays else Pays.__call__)
+    assert decorated is not None
+    assert [each.getMessage() for each in caplog.records if decorated.policy.name in each.getMessage()] == []
+
+
+@pytest.mark.parametrize("new", OBJECTS.values(), ids=OBJECTS)
+def test_refuse_an_endpoint_and_an_object_that_are_both_metered(new: Any, scene: Scene) -> None:
+    """X.1: the first paying request would fail, so that the application does not start."""
+    app = FastAPI()
+    app.get("/x", dependencies=[Depends(new())])(rate_limited("5/minute")(plain_endpoint()))
+    assert "a call is metered once" in refused(installed(app, scene.metering, "added"))
 
 
 # -- what may be meant -------------------------------------------------------------------------------------

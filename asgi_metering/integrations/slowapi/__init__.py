@@ -70,11 +70,17 @@ Where slowapi 0.1.10 is wrong, an adopted limiter is right. What slowapi does, w
   `test_limits_that_nobody_asks_for_are_told`
 
 What it keeps: ``Retry-After`` and the fields also on responses that were let in, HEAD that counts, an empty key that is
-logged and not counted, the bodies, the statuses and the names. A generator endpoint is refused at its first byte.
+logged and not counted, the bodies, the statuses and the names. Generators of FastAPI's, endpoints and dependencies, are
+asked for before they begin: behind our middleware the refusal is its, and else that of slowapi's handler.
 
 What it does not keep: a decorated sync function is an async one afterwards, for nobody may wait for a store on the
 event loop. Frameworks do not mind; who calls it as a helper awaits it, and sync code cannot: it gets a coroutine.
 `test_decorated_sync_helper_is_awaited`
+A moving window remembers 5,000 calls at most, and a larger one is refused.
+`test_moving_window_of_more_calls_than_are_remembered_is_refused`
+Behind our middleware a call is metered once: of an endpoint and its dependency only one may be decorated.
+`test_decorated_dependency_of_a_decorated_endpoint_is_refused_behind_our_middleware`
+Generators that were decorated before cannot be adopted. `test_generator_that_was_decorated_before_fails_at_adoption`
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import NoCallError
 from asgi_metering.guards import NO_ARGUMENTS, Guard, Part, guard_of
 from asgi_metering.integrations.slowapi.asking import ASKING, Alone, Asking, LimitExceeded
+from asgi_metering.integrations.slowapi.generators import asked_first, with_parameters
 from asgi_metering.integrations.slowapi.rules import SCOPE, Counted, Rule, counted, driven, method_of, static_texts
 from asgi_metering.opening import CURRENT, SCOPE_KEY, Opening
 from asgi_metering.policies import EndpointPolicy, RatePolicy
@@ -240,8 +241,9 @@ def wrapped(limited: Limited, endpoint: Callable[..., Any]) -> Callable[..., Any
     if guard is None:
         raise AssertionError(f"{endpoint!r} was not guarded")
     if inspect.isgeneratorfunction(limited.endpoint) or inspect.isasyncgenfunction(limited.endpoint):
-        write_on(guarded, limited)
-        return guarded
+        asked = asked_first(guarded, endpoint, functools.partial(_asked_alone, limited, guard))
+        write_on(asked, limited)
+        return asked
     run: Callable[..., Any] = guarded
     signature = inspect.signature(guarded)
     added = _missing(signature, limited.limiter)
@@ -271,6 +273,25 @@ def wrapped(limited: Limited, endpoint: Callable[..., Any]) -> Callable[..., Any
     wrapper.__signature__ = _with(signature, added)  # type: ignore[attr-defined]
     write_on(wrapper, limited)
     return wrapper
+
+
+async def _asked_alone(limited: Limited, guard: Guard, request: Request, response: Response) -> bool:
+    """
+    Count *request*, which a generator will answer; False where the call of a middleware of ours does so.
+
+    What is written beside limits of slowapi's has to be asked for in one admission, which is that call's.
+    """
+    opening, policy = opening_of(request.scope), guard.policy
+    if opening is None:
+        counts = policy.charge is None and not policy.upstreams and all(each.asker for each in policy.rates)
+    else:
+        # Nothing is charged for a HEAD, but it runs the endpoint: slowapi counts it.
+        counts = request.method in COUNTED_THOUGH_FREE and _is_free(opening, request.scope)
+    if counts:
+        asking = Asking(limited, request, ASKING.get())
+        await limited.enforce(asking)
+        limited.limiter.show(response, asking.shown)
+    return counts and opening is None
 
 
 def _limits_alone(guard: Guard, limited: Limited) -> bool:
@@ -375,10 +396,8 @@ def _missing(signature: inspect.Signature, limiter: AdoptedLimiter) -> dict[str,
 
 def _with(signature: inspect.Signature, added: Mapping[str, type]) -> inspect.Signature:
     """*signature* with these parameters, by name alone."""
-    parameters = list(signature.parameters.values())
     more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind) for name, kind in added.items()]
-    at = next((n for n, each in enumerate(parameters) if each.kind is each.VAR_KEYWORD), len(parameters))
-    return signature.replace(parameters=[*parameters[:at], *more, *parameters[at:]])
+    return with_parameters(signature, *more)
 
 
 def _is_a(annotation: Any, kind: type) -> bool:

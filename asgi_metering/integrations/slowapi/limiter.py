@@ -222,7 +222,8 @@ def become_adopted(limiter: Limiter, metering: Metering | None) -> AdoptedLimite
     }
     counts = metering or metering_for(limiter)
     own = type(limiter)
-    found.__class__ = AdoptedLimiter if own is Limiter else type(own.__name__, (AdoptedLimiter, own), {})
+    # What a class of the application's own changes stays so, and its `super()` is ours.
+    found.__class__ = AdoptedLimiter if own is Limiter else type(own.__name__, (own, AdoptedLimiter), {})
     found.metering = counts
     found._own_metering = metering is None and storage_of(limiter).startswith("memory:")
     found.on_store_down = without_store(limiter)

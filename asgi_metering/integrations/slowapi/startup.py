@@ -40,7 +40,7 @@ def bind_endpoints(limiter: AdoptedLimiter, app: Any) -> None:
     Have the endpoints of *app* that slowapi has decorated ask us for their limits.
 
     Raises:
-        ConfigurationError: One is on none of its routes, so that nobody would ask.
+        ConfigurationError: One is on none of its routes, or a generator, so that nobody would ask.
     """
     known = decorated_before(limiter)
     bound: set[Any] = set()
@@ -74,6 +74,11 @@ def _bind(limiter: AdoptedLimiter, endpoint: Any) -> Iterator[Any]:
         # On several routes.
         return
     name = f"{below.__module__}.{below.__name__}"
+    if inspect.isgeneratorfunction(below) or inspect.isasyncgenfunction(below):
+        raise ConfigurationError(
+            f"slowapi has decorated the generator {name} before its Limiter was adopted, and nobody can ask for its "
+            f"limits before its response has begun. Put adopt() before the decorators."
+        )
     rules = [read_limit(each) for each in limiter._route_limits.get(name, ())]
     rules += [read_group(each) for each in limiter._dynamic_route_limits.get(name, ())]
     limited = Limited(limiter, below, rules)
