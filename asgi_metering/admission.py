@@ -17,6 +17,7 @@ from asgi_metering.asking import (
     REQUESTS,
     by_identity,
     distinct,
+    leveled,
     source_asks,
 )
 from asgi_metering.beside import Beside
@@ -156,7 +157,7 @@ def admit_now(call: Call, policy: EndpointPolicy, features: frozenset[str]) -> b
     if type(decision) is not Decision or decision.stale_calendar:
         return False
     if decision.refusal is not None:
-        raise call.refused(_leveled(call, decision.refusal), decision)
+        raise call.refused(leveled(decision.refusal, _rates_of(call)), decision)
     # As `_mark` does. What a plain plan asks is nothing that was answered before, and of its limits none is weighed.
     call.is_plain = True
     call.decision, call.held, call.ttl_s = decision, decision.held, asked.ttl_s
@@ -273,7 +274,7 @@ async def _decide(
 def _mark(call: Call, asked: Admit, decision: Decision) -> None:
     """Tell *call* what was decided; raises `CallRefused`."""
     if decision.refusal is not None:
-        raise call.refused(_leveled(call, decision.refusal), decision)
+        raise call.refused(leveled(decision.refusal, _rates_of(call)), decision)
     if decision.replay is not None:
         raise call.refused(Refusal(Reason.REPLAYED, "idempotency"), decision)
     call.decision = decision
@@ -285,16 +286,8 @@ def _mark(call: Call, asked: Admit, decision: Decision) -> None:
         call.payer = decision.payer
 
 
-def _leveled(call: Call, refusal: Refusal) -> Refusal:
-    """*refusal* with the level of the limit that refused, where its name says one (S0.42)."""
-    rates = call.policy.rates if call.policy is not None else ()
-    if refusal.reason not in _OF_RATES:
-        return refusal
-    levels = [rate.level for rate in rates if rate.level and refusal.name.startswith(f"{rate.level}-")]
-    return refusal._replace(level=max(levels, key=len)) if levels else refusal
-
-
-_OF_RATES = (Reason.RATE_LIMIT, Reason.EXCEEDS_LIMIT)
+def _rates_of(call: Call) -> tuple[RatePolicy, ...]:
+    return call.policy.rates if call.policy is not None else ()
 
 
 def leaves_hold(asked: Admit) -> bool:

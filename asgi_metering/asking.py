@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from ipaddress import IPv6Address
 from itertools import groupby
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.arguments import ATTRIBUTE, From, NamedKey
 from asgi_metering.chosen import ConfiguredLimits, LimitByPlan
+from asgi_metering.decisions import Reason, Refusal
 from asgi_metering.errors import MeteringError
 from asgi_metering.policies import ChargePolicy, RatePolicy
 from asgi_metering.rates import BUCKET, RateLimit
@@ -41,6 +43,7 @@ __all__ = [
     "hashed",
     "key_of",
     "lease_asks",
+    "leveled",
     "limit_ask",
     "limits_of",
     "method_of",
@@ -51,6 +54,9 @@ __all__ = [
 
 REQUESTS = "requests"
 DAY_S = 86_400.0
+
+NEVER_FITS: Final = MAX_AMOUNT + 1
+"""A cost that no limit ever has room for, and that every store computes with exactly."""
 
 
 def source_asks(call: Call, charge: ChargePolicy, now: float) -> tuple[SourceAsk, ...]:
@@ -108,6 +114,9 @@ def limit_ask(rate: RatePolicy, limit: RateLimit, key: str, cost: int, now: floa
     if limit.period:
         edges = boundaries(Period(limit.period), limit.zone, now)
         window_s = edges[2] - edges[1]
+    if cost > MAX_AMOUNT:
+        # A function may have it from the client: what no store can compute with must not look like one that is down.
+        cost = NEVER_FITS
     kind = _KINDS[limit.strategy]
     counted = f"{rate.scope}|{counted_as(rate, limit)}|{key}"
     if limit.burst:
@@ -166,6 +175,16 @@ def counted_as(rate: RatePolicy, limit: RateLimit) -> str:
         told = f"{told}:{limit.zone}"
     return f"{told} {'+'.join(sorted(rate.methods))}" if rate.methods else told
 
+
+def leveled(refusal: Refusal, rates: Iterable[RatePolicy]) -> Refusal:
+    """*refusal* with the level of that of *rates* which refused, where the name of its limit says one (S0.42)."""
+    if refusal.reason not in _OF_RATES:
+        return refusal
+    levels = [rate.level for rate in rates if rate.level and refusal.name.startswith(f"{rate.level}-")]
+    return refusal._replace(level=max(levels, key=len)) if levels else refusal
+
+
+_OF_RATES = (Reason.RATE_LIMIT, Reason.EXCEEDS_LIMIT)
 
 _TOLD_BY_NAME = ("fixed", BUCKET)
 """Strategies that the names of limits tell apart: those of buckets have their burst."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from asgi_metering.asking import distinct, limit_ask
+from asgi_metering.asking import distinct, leveled, limit_ask
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import StoreError
 from asgi_metering.policies import RatePolicy
@@ -59,7 +59,7 @@ class MessageLimits:
         if not metering.store.immediate or metering.has_new_units or not metering.runtime().is_open:
             return None
         decision = metering.store.run_now(self._ask(time.time()))
-        return decision if isinstance(decision, Decision) and not decision.stale_calendar else None
+        return self._leveled(decision) if isinstance(decision, Decision) and not decision.stale_calendar else None
 
     async def decided(self) -> Decision:
         """The same of any store; without an answer, what the routes' ``on_store_down`` say."""
@@ -75,13 +75,18 @@ class MessageLimits:
         except StoreError as failure:
             metering.meters.count("store_failures", line=self._call.line)
             metering.alarms.raised("store", f"The store decided on no message: {failure}", failure)
-            return self._without_store(ask)
-        return decision
+            return self._leveled(self._without_store(ask))
+        return self._leveled(decision)
 
     def on_excess(self, name: str) -> OnExcess:
         """What becomes of a message that the limit *name* does not let in; the strictest, where several have it."""
         chosen = [counted.rate.on_excess for counted in self._counted if counted.limit.name == name]
         return min(chosen, key=_STRICTNESS.index, default="close")
+
+    def _leveled(self, decision: Decision) -> Decision:
+        if decision.refusal is None:
+            return decision
+        return decision._replace(refusal=leveled(decision.refusal, [counted.rate for counted in self._counted]))
 
     def _ask(self, now: float) -> Admit:
         call = self._call

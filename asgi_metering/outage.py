@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from asgi_metering.asking import leveled
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import ConfigurationError, StoreAvoidedError, StoreError, StoreUnavailableError
 from asgi_metering.policies import ChargePolicy, EndpointPolicy, RatePolicy
@@ -224,7 +225,7 @@ def _decided_locally(call: Call, rates: list[RatePolicy], asked: Admit) -> Decis
     )
     decision = call.metering.local.decide(ask)
     if decision.refusal is not None:
-        raise call.refused(decision.refusal, decision)
+        raise call.refused(leveled(decision.refusal, rates), decision)
     call.local = ask.id
     return decision
 

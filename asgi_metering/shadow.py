@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.admission import leaves_hold, would_ask
+from asgi_metering.asking import leveled
 from asgi_metering.beside import is_cancellation
 from asgi_metering.billing import bill
 from asgi_metering.call import Call, CallRefused
@@ -132,7 +133,7 @@ async def _decide(call: Call, beside: Beside, asked: Admit, arguments: Mapping[s
     if refusal is None:
         _admitted(call, beside)
     else:
-        would_deny(call, beside, refusal)
+        would_deny(call, beside, leveled(refusal, beside.rates))
 
 
 async def _refusal(call: Call, beside: Beside, asked: Admit, arguments: Mapping[str, Any]) -> Refusal | None:

@@ -189,6 +189,23 @@ def test_count_a_named_key_apart_from_others() -> None:
     play(answers([200, 200, 429], ANN, {"key": "7"}, {"key": "7"}), limits, metering={"keys": keys})
 
 
+@pytest.mark.parametrize("text", ["9/minute", "9/minute burst 9"])
+@pytest.mark.parametrize("strategy", ["fixed", "calendar", "sliding"])
+def test_refuse_a_cost_that_nothing_counts(text: str, strategy: Any) -> None:
+    """DESIGN 4, 10: a cost of any number of digits is above every limit; a client's numbers let nobody in uncounted."""
+
+    async def scene(hall: Hall) -> None:
+        for digits in (17, 400, 5_000):
+            driven = await hall.ask(team=str(digits))
+            assert (status(driven.log), problem_of(driven)["code"]) == (429, "exceeds_limit")
+        assert await hall.each({"team": "0"}, {"team": "0"}) == [200, 200]
+
+    def cost(request: Request) -> int:
+        return 10 ** int(request.headers["x-team"])  # type: ignore[no-any-return]
+
+    play(scene, rate_limited(text, key="global", strategy=strategy, cost=cost))
+
+
 def test_refuse_a_call_whose_named_key_answers_nothing() -> None:
     """DESIGN 2: an empty key would put everybody together, so the endpoint does not run and nothing is counted."""
 

@@ -104,6 +104,23 @@ def test_refuse_nothing_and_tell_by_reason_what_would_be() -> None:
     asyncio.run(play())
 
 
+def test_name_the_level_that_would_have_refused() -> None:
+    """S0.42: of a hierarchy in the shadow it is told which level would have refused, as a live refusal says."""
+    seen: list[Any] = []
+
+    async def play() -> None:
+        async def work() -> None:
+            seen.append(current_call().would_deny)
+
+        async with house("memory://") as metering:
+            app = metered(metering, rate_limited(levels={"payer": "1/day", "caller": "9/day"}, shadow=True), work=work)
+            for _ in range(2):
+                assert status((await call(app)).log) == 200
+            assert [each and each.level for each in seen] == [None, "payer"]
+
+    asyncio.run(play())
+
+
 def test_promote_by_taking_the_flag_away() -> None:
     """What the shadow counted counts on when it is live: of 3 a minute two were used, so that one is left."""
 

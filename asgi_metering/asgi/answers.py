@@ -8,7 +8,7 @@ answer is spelled in a body, nor how it is sent; never reads a clock, never touc
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -269,11 +269,7 @@ def _facts(refusal: Refusal, decision: Decision | None, unit: Unit, row: _Row, j
     window = now = None
     if decision is not None:
         now = decision.now
-        for window in decision.windows:
-            if window.name == refusal.name:
-                break
-        else:
-            window = None
+        window = _refusing(refusal, decision.windows)
     case = _Case(refusal, window, now, jitter)
     numbers = _NO_NUMBERS
     # A pool of everybody's shows what the operator can carry and what others use of it: neither is the caller's.
@@ -294,6 +290,14 @@ _Numbers: TypeAlias = tuple[str | None, _Number, _Number, _Number, _Number, str 
 """Those of `Facts`, in its order: unit, required, available, held, limit, used."""
 
 _NO_NUMBERS: _Numbers = (None, None, None, None, None, None)
+
+
+def _refusing(refusal: Refusal, windows: Sequence[WindowState]) -> WindowState | None:
+    """The window that refused; of several of its name, such as a caller's and an address's, one with as little left."""
+    named = [window for window in windows if window.name == refusal.name]
+    if len(named) > 1:
+        named.sort(key=lambda window: (window.remaining != refusal.available, window.reset_after_s))
+    return named[0] if named else None
 
 
 def _counts(refusal: Refusal, window: WindowState | None) -> _Numbers:

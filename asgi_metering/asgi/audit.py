@@ -23,7 +23,7 @@ from asgi_metering.policies import ChargePolicy, EndpointPolicy, misplaced
 from asgi_metering.pricing import check_amounts
 from asgi_metering.sources import Allowance, what_differs
 
-__all__ = ["Layer", "Report", "Row", "audit", "has_routes", "routes_of"]
+__all__ = ["Layer", "Report", "Row", "audit", "has_routes", "layers_of", "routes_of"]
 
 WEBSOCKET = "WEBSOCKET"
 """What stands where an HTTP route has its methods."""
@@ -364,6 +364,17 @@ class _Place:
 def routes_of(app: Any) -> Iterator[Row]:
     """Every routed endpoint of *app*, class endpoints by method, mounted apps with what they mount."""
     return _walk(app, _Place())
+
+
+def layers_of(app: Any) -> tuple[Layer, ...]:
+    """Our layers around all that *app* answers, also where its routes cannot be read; the outermost first."""
+    found: tuple[Layer, ...] = ()
+    for _ in range(MAX_DEPTH):
+        found = (*found, *_layers_on(app))
+        if app is None or isinstance(getattr(app, "routes", None), list | tuple):
+            break
+        app = getattr(app, "app", None)
+    return found
 
 
 def has_routes(app: Any) -> bool:

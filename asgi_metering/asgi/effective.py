@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from asgi_metering.arguments import From, NamedKey
-from asgi_metering.asgi.audit import Layer, Row, routes_of
+from asgi_metering.asgi.audit import Layer, Row, layers_of, routes_of
 from asgi_metering.asgi.flat import FlatLimits
 from asgi_metering.chosen import ConfiguredLimits, LimitByPlan
 from asgi_metering.computed import name_of
@@ -72,11 +72,8 @@ def effective_limits(app: Any) -> list[EffectiveLimit]:
 
     Source: S2.30.
     """
-    rows = [row for row in routes_of(app) if not row.is_websocket]
-    found = [limit for row in rows for limit in limits_of_row(row)]
-    # What is around all of them, or around nothing that can be seen.
-    outer = rows[0].layers if rows else ()
-    return found + list(limits_of_row(Row(ANY_OTHER, (), None, None, outer), is_known=False))
+    found = [limit for row in routes_of(app) for limit in limits_of_row(row)]
+    return found + list(limits_of_row(Row(ANY_OTHER, (), None, None, layers_of(app)), is_known=False))
 
 
 def limits_of_row(row: Row, *, is_known: bool = True) -> Iterator[EffectiveLimit]:
@@ -87,9 +84,10 @@ def limits_of_row(row: Row, *, is_known: bool = True) -> Iterator[EffectiveLimit
         yield from _told(row, "decorator", policy.rates)
     if row.around is not None and row.around not in row.policies:
         yield from _told(row, "metered_app", row.around.rates)
-    # A middleware's own count requests, and no WebSockets.
-    for limits in () if row.is_websocket else _flat(row.layers):
-        yield from _told(row, "default", limits.default(row if is_known else None))
+    for limits in _flat(row.layers):
+        # Of a WebSocket the application's own count the handshake.
+        if not row.is_websocket:
+            yield from _told(row, "default", limits.default(row if is_known else None))
         yield from _told(row, "application", limits.application)
 
 

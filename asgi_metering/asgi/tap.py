@@ -27,9 +27,6 @@ Text costs ten times as much to read as all else of a stream, and one that repor
 MAX_WAITING = 1_048_576
 """Bytes of references that wait at most, and what passes between two checkpoints: beyond it the middle is dropped."""
 
-READ_AT_ONCE = 65_536
-"""About so many bytes are put together for reading: for each chunk alone a call would cost more than what it reads."""
-
 SLICE = 32_768
 """Bytes whose text is read in one turn of the event loop, which takes some 3 ms."""
 
@@ -137,7 +134,7 @@ class Tap:
             reader.feed(sample)
             reader.gap(lost)
         self._dropped.clear()
-        self._feed(reader, self._chunks[:count])
+        reader.feed_many(self._chunks[:count])
         del self._chunks[:count]
         self._usage_at = len(self._chunks)
         return reader
@@ -146,15 +143,8 @@ class Tap:
         return sum(map(len, self._chunks))
 
     def _read_usage(self) -> None:
-        self._feed(self._for_usage, self._chunks[self._usage_at :])
+        self._for_usage.feed_many(self._chunks[self._usage_at :])
         self._usage_at = len(self._chunks)
-
-    def _feed(self, reader: UsageReader, chunks: list[bytes]) -> None:
-        """Give *reader* these chunks, several at a time."""
-        size = sum(map(len, chunks))
-        step = max(1, READ_AT_ONCE * len(chunks) // max(1, size))
-        for start in range(0, len(chunks), step):
-            reader.feed(b"".join(chunks[start : start + step]))
 
     def _shed(self) -> None:
         """

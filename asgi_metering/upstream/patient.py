@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Sequence
 
 from asgi_metering.usage.reader import UsageReader
 from asgi_metering.usage.texts import Heard
@@ -87,6 +88,11 @@ class PatientReader(UsageReader):
         if self._size >= READ_AT_ONCE:
             self._read_on()
 
+    def feed_many(self, chunks: Sequence[bytes]) -> None:
+        """Take several chunks."""
+        for chunk in chunks:
+            self.feed(chunk)
+
     def _read_on(self) -> None:
         """Read what waits."""
         with self._lock:
@@ -98,19 +104,20 @@ class PatientReader(UsageReader):
             del self._waiting[:count]
             self._size = 0
             # Where a coding breaks is told by the chunk that it breaks in.
-            for data in chunks if self._inflate.active else [b"".join(chunks)]:
-                self._look_through(data)
+            for some in [[chunk] for chunk in chunks] if self._inflate.active else [chunks]:
+                self._look_through(some)
 
-    def _look_through(self, data: bytes) -> None:
+    def _look_through(self, chunks: Sequence[bytes]) -> None:
         if self._fails:
             return
         before = self._inflate.expanded
         try:
-            super().feed(data)
+            super().feed_many(chunks)
         except Exception as failure:  # noqa: BLE001 -- a dialect's, which may be one of the application's own
             self._failed(failure)
             return
         if self._wants_text:
+            data = b"".join(chunks)
             size = max(len(data), self._inflate.expanded - before)
             self._unheard.append(data)
             self._sizes.append(size)

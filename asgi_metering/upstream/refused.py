@@ -6,7 +6,7 @@ Knows how much of it is read. Never knows what it says, and holds back no byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from asgi_metering.quotas.bodies import MAX_BODY
@@ -71,6 +71,11 @@ class RefusalReader(UsageReader):
         if len(self._begin) < MAX_BODY:
             for piece in self._plain.feed(bytes(chunk)):
                 self._begin += piece[: MAX_BODY - len(self._begin)]
+
+    def feed_many(self, chunks: Sequence[bytes]) -> None:
+        """Take several chunks."""
+        for chunk in chunks:
+            self.feed(chunk)
 
     @property
     def body(self) -> bytes:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Sequence
 from decimal import Decimal
+from functools import partial
 from typing import Any, Final
 
+from asgi_metering.usage.boilerplate import Boilerplate, Search
 from asgi_metering.usage.dialects import DIALECTS, ERROR, detect, detect_usage, marks, named, sieves
 from asgi_metering.usage.frames import MAX_PAYLOAD, Payload
 from asgi_metering.usage.inflate import Inflate
@@ -35,6 +38,12 @@ RUN: Final = 8
 
 DENSE: Final = 4_096
 """Bytes that are then read without looking for marks first, which costs more than what it may pass over."""
+
+READ_AT_ONCE: Final = 65_536
+"""About so many bytes are put together for reading: for each chunk alone a call would cost more than what it reads."""
+
+LEAD: Final = 8
+"""Chunks that are read one by one, if they have to be, until dialect and model are known."""
 
 _DONE: Final = b"[DONE]"
 MAX_DONE: Final = 16
@@ -107,12 +116,14 @@ class UsageReader:
 
     __slots__ = (
         "_binary",
+        "_boilerplate",
         "_fixed",
         "_frames",
         "_gapped",
         "_guess",
         "_inflate",
         "_keep_text",
+        "_lead",
         "_lost_chars",
         "_notes",
         "_peeked",
@@ -135,9 +146,11 @@ class UsageReader:
         self._binary = media is Media.BINARY
         self._frames: SniffingFrames | None = SniffingFrames(media, prose=keep_text)
         self._inflate = Inflate(content_encoding)
+        self._boilerplate = Boilerplate()
         self._fixed = dialect is not None
         self._notes = Notes(dialect=named(dialect) if dialect is not None else None)
         self._keep_text = keep_text
+        self._lead = LEAD
         self._text = Text()
         self._guess = Text()
         self._read = self._unread = self._lost_chars = 0
@@ -157,6 +170,9 @@ class UsageReader:
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes of the body, as they went over the wire. Never raises on what they hold."""
+        self._feed(chunk)
+
+    def _feed(self, chunk: bytes) -> None:
         if self._frames is None:
             return
         self._peeked = None
@@ -183,6 +199,33 @@ class UsageReader:
             self._frames = None
         elif self._guess.parts and self.known:
             self._guess = Text()
+
+    def feed_many(self, chunks: Sequence[bytes]) -> None:
+        """Take several chunks, as `feed` takes one after the other, which costs more."""
+        at = 0
+        while at < len(chunks) and self._lead and not _is_introduced(self._notes):
+            # They show what the others are.
+            self._feed(chunks[at])
+            self._lead -= 1
+            at += 1
+        wanted = self._wanted(chunks[at:])
+        size = sum(map(len, wanted))
+        step = max(1, READ_AT_ONCE * len(wanted) // max(1, size))
+        for start in range(0, len(wanted), step):
+            self._feed(b"".join(wanted[start : start + step]))
+
+    def _wanted(self, chunks: Sequence[bytes]) -> Sequence[bytes]:
+        """Return those of *chunks* that have to be fed; the others are whole events of which none would be parsed."""
+        frames, inflate = self._frames, self._inflate
+        if frames is None or self._keep_text or inflate.active or inflate.failed or not frames.between:
+            return chunks
+        search = self._search()
+        if search is None:
+            return chunks
+        wanted = self._boilerplate.wanted(chunks, frames.ends, search)
+        if wanted is not chunks:
+            self._read += sum(map(len, chunks)) - sum(map(len, wanted))
+        return wanted
 
     def _frame(self, frames: SniffingFrames, data: bytes) -> None:
         for payload in frames.feed(data):
@@ -211,11 +254,16 @@ class UsageReader:
 
     def _next(self, data: bytes, at: int) -> int:
         """Return where in ``data[at:]`` a payload is first that `_worthwhile` may want, or -1."""
-        dialect = self._notes.dialect
+        search = self._search()
+        return at if search is None else search.find(data, at)
+
+    def _search(self) -> Search | None:
+        """Return what shows a payload that `_worthwhile` may want; None where each of them may be one."""
+        dialect, known = self._notes.dialect, sieves()
         if _is_introduced(self._notes):
-            wanted = sieves()
-            return find_mark(data, at, wanted.any if dialect is None else wanted.named[dialect.name])
-        return at if dialect is not None else _find_shown(data, at)
+            marks = known.any if dialect is None else known.named[dialect.name]
+            return Search(marks, partial(find_mark, marks=marks), escapes=False)
+        return Search(known.introducing, _find_shown, escapes=True) if dialect is None else None
 
     def end(self) -> None:
         """Note that the body came to its proper end, whether or not it said so itself (`ended`)."""

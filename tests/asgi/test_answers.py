@@ -365,6 +365,14 @@ def test_wait_no_shorter_than_the_limits_own_field_says() -> None:
     assert answered.retry_after_s == 30
 
 
+@pytest.mark.parametrize("last", [True, False])
+def test_wait_for_the_limit_that_refused_and_for_no_namesake(last: bool) -> None:
+    """DESIGN 4: Retry-After is exact also where limits of two keys have one name, and the other's window ends later."""
+    roomy, day = SPENT._replace(remaining=3, reset_after_s=59.0), SPENT._replace(remaining=1, reset_after_s=58.0)
+    windows = (roomy, day, SPENT) if last else (SPENT, roomy, day)
+    assert ask(RATE, Decision("c", NOW, RATE, windows=windows)).retry_after_s == 30
+
+
 def test_carry_the_limits_on_a_refusal() -> None:
     """A refusal carries the fields of all windows, those of the refusing one in the legacy names, and the plan."""
     other = WindowState("daily", 5000, 0, 80_000.0, 86_400.0, "requests")

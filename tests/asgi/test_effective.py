@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from starlette.applications import Starlette
-from starlette.routing import Mount, Route
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.websockets import WebSocket
 
 from asgi_metering import Metering, MeteringMiddleware, metered_app, rate_limited, unlimited
 from asgi_metering.asgi.effective import EffectiveLimit, effective_limits
@@ -94,8 +95,35 @@ def test_list_what_is_around_a_route() -> None:
 
 def test_list_what_counts_an_app_without_routes() -> None:
     """S2.30: of an app whose routes nobody can read the middleware's limits are listed, for any path."""
-    app = MeteringMiddleware(inner_app, Metering(sinks=()), default_limits=["5/minute"])
-    assert [told(limit) for limit in effective_limits(app)] == []
+    app = MeteringMiddleware(
+        inner_app, Metering(sinks=()), application_limits=["9/minute"], default_limits=["5/minute"]
+    )
+    assert [told(limit) for limit in effective_limits(app)] == [
+        ("*", "5/minute", "default", "caller", "", ""),
+        ("*", "9/minute", "application", "caller", "", ""),
+    ]
+
+
+def test_list_what_limits_a_websocket() -> None:
+    """S2.30, X.1: a WebSocket is listed with its own limits, and with those that its handshake is counted by."""
+
+    @rate_limited("9/minute", per="message")
+    @rate_limited("3/minute", concurrency=2)
+    async def socket(websocket: WebSocket) -> None: ...
+
+    app = Starlette(routes=[WebSocketRoute("/ws", socket)])
+    app.add_middleware(
+        MeteringMiddleware,
+        metering=Metering(sinks=()),
+        application_limits=["90/minute"],
+        default_limits=["5/minute"],
+    )
+    assert [told(limit) for limit in effective_limits(app) if limit.path == "/ws"] == [
+        ("/ws", "9/minute per message", "decorator", "caller", "", ""),
+        ("/ws", "3/minute", "decorator", "caller", "", ""),
+        ("/ws", "2 at once", "decorator", "caller", "", ""),
+        ("/ws", "90/minute", "application", "caller", "", ""),
+    ]
 
 
 # -- names -------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import json
 import pytest
 
 from asgi_metering.asgi.exchange import CHECKPOINT_BYTES
-from asgi_metering.asgi.tap import BLOCK, MAX_WAITING, PACKED_SLICE, READ_AT_ONCE, SAMPLE, SLICE, Tap
+from asgi_metering.asgi.tap import BLOCK, MAX_WAITING, PACKED_SLICE, SAMPLE, SLICE, Tap
 from asgi_metering.usage import TokenUsage, UsageReader
-from asgi_metering.usage.reader import MAX_TEXT
+from asgi_metering.usage.reader import MAX_TEXT, READ_AT_ONCE
 
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":2,"total_tokens":11}}\n\n'
 
@@ -213,7 +213,7 @@ def test_gives_the_loop_turns_while_much_text_is_read(encoding: str | None, monk
         other.keep(each)
     expected = other.text_reader().heard()
     read: list[int] = []
-    feed = UsageReader.feed
+    feed = UsageReader._feed
 
     def watch(reader: UsageReader, data: bytes) -> None:
         if reader is one._for_text:
@@ -226,7 +226,7 @@ def test_gives_the_loop_turns_while_much_text_is_read(encoding: str | None, monk
             read.append(0)
             await asyncio.sleep(0)
 
-    monkeypatch.setattr(UsageReader, "feed", watch)
+    monkeypatch.setattr(UsageReader, "_feed", watch)
     asyncio.run(play())
     most = SLICE if encoding is None else PACKED_SLICE
     assert max(read) <= most
@@ -265,13 +265,13 @@ def test_digests_a_slice_at_a_time() -> None:
 def test_looks_at_each_byte_once_however_often_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heartbeats may ask for usage and text after every chunk: no reader is fed a byte twice."""
     fed: dict[int, int] = {}
-    feed = UsageReader.feed
+    feed = UsageReader._feed
 
     def counted(reader: UsageReader, chunk: bytes) -> None:
         fed[id(reader)] = fed.get(id(reader), 0) + len(chunk)
         feed(reader, chunk)
 
-    monkeypatch.setattr(UsageReader, "feed", counted)
+    monkeypatch.setattr(UsageReader, "_feed", counted)
     watched = tap()
     chunk = delta("a")
     for number in range(300):

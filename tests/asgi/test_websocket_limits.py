@@ -49,6 +49,20 @@ def test_limit_messages(on_excess: Any) -> None:
     play(story)
 
 
+def test_name_the_level_that_refused_a_message() -> None:
+    """S0.42: of a hierarchy the answer to a message too many names the level, as that to a request does."""
+    route = rate_limited(levels={"payer": "1/minute", "caller": "9/minute"}, per="message", on_excess="answer")
+
+    async def story() -> None:
+        async with served(echo(route)) as scene, scene.socket() as socket:
+            socket.say(*"ab")
+            texts = await socket.heard(2)
+            assert json.loads(texts[1])["level"] == "payer"
+            socket.leave()
+
+    play(story)
+
+
 def test_answer_no_message_to_a_client_that_left() -> None:
     """An excess that cannot be answered is no error of whoever reads: the disconnect comes next, as of any client."""
     heard: list[int] = []

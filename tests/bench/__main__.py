@@ -85,10 +85,10 @@ async def chunks_table(rounds: int, requests: int, chunks: int) -> str:
     made = await s.metering(sinks=())
     streams = max(1, requests // REQUESTS_PER_STREAM)
     parts = []
-    for size, chunk in (("50 bytes", s.SMALL_CHUNK), ("4 KiB", s.BIG_CHUNK)):
-        app = s.streaming(chunk, chunks)
+    for size, events in (("50 bytes", s.SMALL_CHUNKS), ("300 bytes", s.USUAL_CHUNKS), ("4 KiB", s.BIG_CHUNKS)):
+        app = s.streaming(events, chunks)
         watched = metered_app(app, billable(s.TOKENS), rate_limited("1000000/minute"))
-        totals = metered_app(s.streaming(s.reporting(chunk), chunks), billable(s.TOKENS))
+        totals = metered_app(s.streaming([*map(s.reporting, events)], chunks), billable(s.TOKENS))
         subjects = [
             Subject("bare app", s.requests_to(app, "/hit")),
             Subject(NO_OP, s.requests_to(s.NoOp(app), "/hit"), "bare app"),
@@ -125,7 +125,7 @@ async def memory_table(counts: Sequence[int]) -> str:
         "|---:|---:|---:|---:|",
     ]
     for chunks in counts:
-        bare = s.streaming(s.SMALL_CHUNK, chunks)
+        bare = s.streaming(s.SMALL_CHUNKS, chunks)
         ours = s.MeteringMiddleware(metered_app(bare, billable(s.TOKENS)), metering=made)
         runs = RUNS if chunks <= MANY else 1
         # The first stream of all also fills caches, which no later one does.

@@ -15,7 +15,7 @@ from slowapi.middleware import SlowAPIASGIMiddleware, SlowAPIMiddleware
 from slowapi.util import get_remote_address
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from asgi_metering import Caller, Metering, MeteringMiddleware, billable, rate_limited
@@ -170,46 +170,55 @@ def slowapi_middleware(limits: tuple[str, ...], routes: int, *, pure: bool) -> S
 
 # -- streams -----------------------------------------------------------------------------------------------
 
-SMALL_CHUNK = b'data: {"choices":[{"delta":{"content":"word "}}]}\n\n'
-BIG_CHUNK = b'data: {"choices":[{"delta":{"content":"' + b"word " * 800 + b'"}}]}\n\n'
-USAGE_CHUNK = (
-    b"data: "
-    + json.dumps({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11}}).encode()
-    + b"\n\n"
-)
+WORDS = [f" word{number}" for number in range(64)]
+"""What events of a stream have: each of them another one, as a model's have."""
+
+SMALL_CHUNKS = [b'data: {"choices":[{"delta":{"content":"%s"}}]}\n\n' % word.encode() for word in WORDS]
+"""The least that an event of a chat can be."""
+
+BIG_CHUNKS = [b'data: {"choices":[{"delta":{"content":"%s"}}]}\n\n' % (word.encode() * 4_000)[:4_000] for word in WORDS]
+"""Events with long texts, such as a gateway makes that gathers them."""
+
+USAGE = {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11}
+USAGE_CHUNK = b"data: " + json.dumps({"choices": [], "usage": USAGE}).encode() + b"\n\n"
+
+
+def _completion(word: str) -> bytes:
+    chunk = {
+        "id": "chatcmpl-CZvsxXYsDMVdKVFGyGTZnEWN2Pw4b",
+        "object": "chat.completion.chunk",
+        "created": 1_763_900_000,
+        "model": "gpt-5.5-2026-04-23",
+        "service_tier": "default",
+        "system_fingerprint": "fp_560af6e559",
+        "choices": [{"index": 0, "delta": {"content": word}, "logprobs": None, "finish_reason": None}],
+        "usage": None,
+    }
+    return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
+
+
+USUAL_CHUNKS = [_completion(word) for word in WORDS]
+"""Events as OpenAI sends them, to whom says that it wants the usage."""
 
 
 def reporting(chunk: bytes) -> bytes:
     """*chunk* with running totals in it, as some servers put them into every one."""
-    usage = b',"usage":{"prompt_tokens":9,"completion_tokens":2,"total_tokens":11}}\n\n'
-    return chunk.removesuffix(b"}\n\n") + usage
+    start = chunk.removesuffix(b',"usage":null}\n\n').removesuffix(b"}\n\n")
+    return start + b',"usage":' + json.dumps(USAGE, separators=(",", ":")).encode() + b"}\n\n"
 
 
-def streaming(chunk: bytes, chunks: int) -> Any:
-    """An ASGI app that streams *chunks* chunks and a usage chunk, as fast as it may."""
+def streaming(events: Sequence[bytes], chunks: int) -> Any:
+    """An ASGI app that streams *chunks* of these events, in turn, and a usage chunk, as fast as it may."""
+    bodies = [{"type": "http.response.body", "body": event, "more_body": True} for event in events]
+    messages = (bodies * (chunks // len(bodies) + 1))[:chunks]
 
     async def app(_scope: Any, _receive: Any, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
-        body = {"type": "http.response.body", "body": chunk, "more_body": True}
-        for _ in range(chunks):
-            await send(body)
+        for message in messages:
+            await send(message)
         await send({"type": "http.response.body", "body": USAGE_CHUNK, "more_body": False})
 
     return app
-
-
-def streaming_response(chunk: bytes, chunks: int) -> Any:
-    """The same as an endpoint of Starlette."""
-
-    async def endpoint(_request: Request) -> StreamingResponse:
-        async def body() -> Any:
-            for _ in range(chunks):
-                yield chunk
-            yield USAGE_CHUNK
-
-        return StreamingResponse(body(), media_type="text/event-stream")
-
-    return endpoint
 
 
 TOKENS = per_million_tokens(input=3, output=15)

@@ -146,7 +146,7 @@ KEYS = (
     Mutation(
         0,
         "a refusal names no level",
-        ADMISSION,
+        ASKING,
         "    return refusal._replace(level=max(levels, key=len)) if levels else refusal\n",
         "    return refusal\n",
         _keys("test_decide_all_levels_at_once", "test_wait_for_the_last_of_the_failing_levels"),

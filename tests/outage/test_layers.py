@@ -149,6 +149,21 @@ def test_limit_locally() -> None:
     asyncio.run(play())
 
 
+def test_name_the_level_that_refused_locally() -> None:
+    """S0.42, X.6: a hierarchy names the level that refused without the store as with it."""
+
+    async def play() -> None:
+        store = Gated()
+        async with used(store, on_store_down={"rates": "local"}) as metering:
+            app = metered(metering, rate_limited(levels={"payer": "1/day", "caller": "9/day"}))
+            for store.down in (False, True):
+                ended = [await call(app) for _ in range(2)]
+                assert [status(each.log) for each in ended] == [200, 429]
+                assert json.loads(body(ended[1].log))["level"] == "payer"
+
+    asyncio.run(play())
+
+
 @pytest.mark.parametrize(
     ("limits", "policy"),
     [

@@ -44,6 +44,23 @@ def test_tell_what_a_reader_tells_that_reads_at_once(name: str, wants_text: bool
     assert told(patient) == told(eager)
 
 
+@pytest.mark.parametrize("wants_text", [False, True])
+def test_take_many_chunks_as_one_after_the_other(wants_text: bool) -> None:
+    """Of a stream of events as long as providers send them the same is told, however many come at a time."""
+    more = {"system_fingerprint": "fp_0123456789abcdef", "service_tier": "default", "obfuscation": "x" * 40}
+    chunks = [sse({**delta(content=f"word {number}"), **more}) for number in range(400)]
+    chunks.append(USAGE)
+    eager, patient, waiting = UsageReader("text/event-stream"), PatientReader(), PatientReader()
+    for reader in (eager, patient, waiting) if wants_text else ():
+        reader.keep_text()
+    for chunk in chunks:
+        eager.feed(chunk)
+        patient.feed(chunk)
+    waiting.feed_many(chunks)
+    assert told(patient) == told(waiting) == told(eager)
+    assert bool(eager.text()) is wants_text
+
+
 def test_read_no_text_that_nobody_asks_for() -> None:
     """A stream that reports its usage within the bound is never read for its text (DESIGN 9)."""
     reader = PatientReader("text/event-stream")

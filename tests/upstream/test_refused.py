@@ -22,6 +22,10 @@ def test_keep_the_beginning_of_a_body(coding: str | None) -> None:
     reader.end()
     assert reader.body == plain[:MAX_BODY]
     assert (reader.started_at, list(reader.headers)) == (7.0, [(b"a", b"b")])
+    at_once = RefusalReader(httpx2.Response(429), coding, None, 7.0)
+    at_once.feed_many([wire[at : at + 50_000] for at in range(0, len(wire), 50_000)])
+    assert at_once.body == reader.body
+    assert at_once.report() == reader.report()
 
 
 def test_keep_nothing_of_a_coding_that_is_not_known() -> None:

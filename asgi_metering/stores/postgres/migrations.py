@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 from asgi_metering.stores.postgres.link import Link, Statement
 
-__all__ = ["MIGRATIONS", "SCHEMA_VERSION", "Migration", "applied", "migrate", "pending", "script"]
+__all__ = ["MIGRATIONS", "SCHEMA_VERSION", "Migration", "applied", "migrate", "opening", "pending", "script"]
 
 _FILE: Final = re.compile(r"(\d{4})_(\w+)\.sql")
 
@@ -66,7 +66,7 @@ def script(schema: str, migrations: Sequence[Migration] = MIGRATIONS) -> str:
     """
     parts = [r"\set ON_ERROR_STOP on"]
     for migration in migrations:
-        parts.append(f"-- {migration.number:04} {migration.name}\nBEGIN;\n" + ";\n".join(_opening(schema)) + ";")
+        parts.append(f"-- {migration.number:04} {migration.name}\nBEGIN;\n" + ";\n".join(opening(schema)) + ";")
         parts.append(_note(schema, migration) + ";")
         parts.append(migration.text.strip())
         parts.append("COMMIT;")
@@ -112,7 +112,7 @@ async def migrate(
 async def _apply(link: Link, schema: str, answer_within_s: float, migration: Migration) -> bool:
     """Apply *migration* in one transaction; False where another has applied it meanwhile."""
     try:
-        await link.trip([Statement("BEGIN"), *map(Statement, _opening(schema))], answer_within_s)
+        await link.trip([Statement("BEGIN"), *map(Statement, opening(schema))], answer_within_s)
         # Behind the lock: another may have applied it while this one waited.
         if migration.number in await applied(link, schema, answer_within_s):
             return False
@@ -124,10 +124,14 @@ async def _apply(link: Link, schema: str, answer_within_s: float, migration: Mig
             await link.trip([Statement("ROLLBACK")], answer_within_s)
 
 
-def _opening(schema: str) -> list[str]:
+def opening(schema: str) -> list[str]:
+    """The statements that a migration's transaction begins with: behind them nobody else migrates this schema."""
     return [
         f"SELECT pg_advisory_xact_lock(hashtextextended('asgi_metering migrations of {schema}', 0))",
         f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'",
+        # A session that knows the catalogue, a pooler's say, looks for what others made while it waited only when it
+        # uses a table; else it would make the schema once more.
+        "SELECT FROM pg_catalog.pg_namespace LIMIT 0",
         f'CREATE SCHEMA IF NOT EXISTS "{schema}"',
         f'SET LOCAL search_path TO "{schema}"',
         (

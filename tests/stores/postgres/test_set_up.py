@@ -17,7 +17,15 @@ from asgi_metering.errors import ConfigurationError, MissingExtraError, StoreErr
 from asgi_metering.rules.operations import Admit, LimitAsk, PostGrant, WalletSource, WindowKind
 from asgi_metering.stores.postgres import PostgresStore
 from asgi_metering.stores.postgres.link import Statement, connect
-from asgi_metering.stores.postgres.migrations import MIGRATIONS, SCHEMA_VERSION, Migration, migrate, pending, script
+from asgi_metering.stores.postgres.migrations import (
+    MIGRATIONS,
+    SCHEMA_VERSION,
+    Migration,
+    migrate,
+    opening,
+    pending,
+    script,
+)
 from asgi_metering.stores.pump import Pump
 from asgi_metering.stores.urls import store_from_url
 from tests.harness.postgres import PostgresServer
@@ -86,6 +94,27 @@ def test_migrate_in_several_places_at_once(postgres: PostgresServer, schema: str
 
     done = asyncio.run(run())
     assert sorted(number for each in done for number, _ in each) == [each.number for each in MIGRATIONS]
+
+
+def test_migrate_by_a_session_that_has_migrated_before(postgres: PostgresServer, schema: str) -> None:
+    """A pooler's session that knew the schema as missing, and waited for who makes it, finds it made."""
+    one = Migration(1, "one", "CREATE TABLE account (id INT)")
+
+    async def run() -> list[Migration]:
+        first, second = await connect(postgres.url(), 10.0), await connect(postgres.url(), 10.0)
+        # By now it needs nothing of the catalogue for which the server would look whether anything is new.
+        await migrate(second, f"{schema}_before", 60.0, [one])
+        await first.trip([Statement("BEGIN"), *map(Statement, opening(schema))], 60.0)
+        migrating = asyncio.create_task(migrate(second, schema, 60.0, [one]))
+        waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        await asyncio.to_thread(wait_until, lambda: postgres.execute(waiting) == [(1,)])
+        await first.trip([Statement("COMMIT")], 60.0)
+        done = await migrating
+        first.close()
+        second.close()
+        return done
+
+    assert asyncio.run(run()) == [one]
 
 
 def test_migrate_under_load(postgres: PostgresServer, schema: str) -> None:
