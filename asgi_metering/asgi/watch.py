@@ -131,9 +131,9 @@ MOST_UNREAD = 1_000
 """Messages of a client that a server keeps before its disconnect: some dozens."""
 
 
-def unread_end(receive: Receive) -> Message | None:
+def unread_end(receive: Receive, kind: str = "websocket.disconnect") -> Message | None:
     """
-    The ``websocket.disconnect`` that the server has told and nobody read, if it is there at once; else None.
+    The disconnect, of that *kind*, which the server has told and nobody read, if it is there at once; else None.
 
     For an application that is over: daphne cancels one that has not looked for ten seconds after its client left.
     """
@@ -145,7 +145,7 @@ def unread_end(receive: Receive) -> Message | None:
             reading.send(None)
         except StopIteration as told:
             message: Message = told.value
-            if message["type"] == "websocket.disconnect":
+            if message["type"] == kind:
                 return message
         except BaseException:  # noqa: BLE001 -- whatever a server says to one reader too many, or to who is cancelled
             return None
