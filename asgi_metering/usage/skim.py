@@ -109,7 +109,7 @@ def find_mark(data: bytes, at: int, marks: Pattern[bytes], end: int | None = Non
         quote = find(b'"', at, at + MAX_LEAP)
         if quote < 0:
             quote = min(at + MAX_LEAP, size)
-        if quote > at + FAR and find(b"\n", at, quote) < 0:
+        if quote > at + FAR and find(b"\n", at, quote) < 0 and find(b"\r", at, quote) < 0:
             at, window = quote, WINDOW
         elif window < MAX_WINDOW:
             window += window
