@@ -197,7 +197,7 @@ class UsageReader:
         self._read += len(chunk)
         if self._frames.nothing:
             self._frames = None
-        elif self._guess.parts and self.known:
+        elif self._guess.parts and _known(self._notes, self._text):
             self._guess = Text()
 
     def feed_many(self, chunks: Sequence[bytes]) -> None:
