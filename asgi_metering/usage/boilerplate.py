@@ -34,14 +34,17 @@ LESSONS: Final = 8
 FEW: Final = 4
 """One event of so many that is wanted is one too many: then nothing is spared."""
 
+MAX_KEPT: Final = 65_536
+"""Bytes of what is repeated that are kept for the next events: nothing that a model says is said in more of them."""
+
 _BETWEEN: Final = b'"\n"'
 """Between two texts. No name has an end of a line, so nothing is found across it."""
 
-_QUOTE, _LF, _BACKSLASH = b'"\n\\'
+_QUOTE, _LF, _CR, _BACKSLASH = b'"\n\r\\'
 """Numbers, which are looked for in a fifth of the time."""
 
 _BYTES: Final = frozenset((bytes,))
-"""Applications also send other things that hold bytes."""
+"""Applications also send other things that hold bytes, which cannot be searched, or may hold others later."""
 
 
 class Search(NamedTuple):
@@ -74,9 +77,11 @@ class Boilerplate:
         self._lessons = LESSONS
         self._of: object = None
 
-    def wanted(self, chunks: Sequence[bytes], ends: tuple[bytes, ...], search: Search) -> Sequence[bytes]:
+    def wanted(self, chunks: Sequence[bytes], ends: tuple[bytes, ...], search: Search) -> list[int] | None:
         """
-        Return those of *chunks* in which something may matter; all of them, unless each is one or more whole events.
+        Return the places of those of *chunks* in which something may matter, in their order.
+
+        None where all of them have to be read: each was not one or more whole events, or too little is spared.
 
         Args:
             chunks: The next ones of the stream, of which the first begins an event.
@@ -84,33 +89,34 @@ class Boilerplate:
             search: What may matter.
         """
         size = sum(map(len, chunks))
-        if len(chunks) < SOME or size < SHORT * len(chunks) or not self._knows(chunks, size, search):
-            return chunks
-        if not _BYTES.issuperset(map(type, chunks)) or not all(map(bytes.endswith, chunks, repeat(ends))):
-            return chunks
+        if len(chunks) < SOME or size < SHORT * len(chunks) or not _BYTES.issuperset(map(type, chunks)):
+            return None
+        if not self._knows(chunks, size, search) or not all(map(bytes.endswith, chunks, repeat(ends))):
+            return None
         wanted = self._long(chunks, search) if size > LONG * len(chunks) else self._short(chunks, size, search)
-        if FEW * len(wanted) <= len(chunks):
-            return wanted
-        self._before = self._behind = b""
-        return chunks
+        if wanted is None or FEW * len(wanted) > len(chunks):
+            self._before = self._behind = b""
+            return None
+        return wanted
 
-    def _long(self, events: Sequence[bytes], search: Search) -> Sequence[bytes]:
+    def _long(self, events: Sequence[bytes], search: Search) -> list[int]:
         """Return all but those whose text is longer than any name, without a quotation mark, and of one line."""
         before, behind, escapes = self._before, self._behind, search.escapes
         wanted = []
-        for event in events:
+        for place, event in enumerate(events):
             text = event.removeprefix(before).removesuffix(behind)
             if not text:
                 continue
-            if len(text) <= MOST or _QUOTE in text or _LF in text or (escapes and _BACKSLASH in text):
-                wanted.append(event)
+            is_plain = len(text) > MOST and not (_QUOTE in text or _LF in text or _CR in text)
+            if not is_plain or (escapes and _BACKSLASH in text):
+                wanted.append(place)
         return wanted
 
-    def _short(self, events: Sequence[bytes], size: int, search: Search) -> Sequence[bytes]:
-        """Return those in whose texts something is found; all of them where their texts are most of these bytes."""
+    def _short(self, events: Sequence[bytes], size: int, search: Search) -> list[int] | None:
+        """Return those in whose texts something is found; None where their texts are most of these bytes."""
         behind = map(bytes.removeprefix, events, repeat(self._before))
         texts = [*map(bytes.removesuffix, behind, repeat(self._behind))]
-        return _found(events, texts, search) if 2 * sum(map(len, texts)) <= size else events
+        return _found(texts, search) if 2 * sum(map(len, texts)) <= size else None
 
     def _knows(self, events: Sequence[bytes], size: int, search: Search) -> bool:
         """Whether anything is known, or learned now, that is worth to be taken off so many bytes."""
@@ -120,7 +126,8 @@ class Boilerplate:
             self._lessons -= 1
             later = events[len(events) // 2 :]
             before, behind = _shared(later[0], next((event for event in later if event != later[0]), later[0]))
-            is_worth = size > LONG * len(events) or 2 * (len(before) + len(behind)) * len(events) > size
+            kept = len(before) + len(behind)
+            is_worth = kept <= MAX_KEPT and (size > LONG * len(events) or 2 * kept * len(events) > size)
             if is_worth and search.find(before, 0) < 0 and search.find(behind, 0) < 0:
                 self._before, self._behind = before, behind
         return bool(self._before or self._behind)
@@ -144,17 +151,17 @@ def _same(one: Sequence[bytes], other: Sequence[bytes], most: int) -> int:
     return next((at for at in range(most) if one[at] != other[at]), most)
 
 
-def _found(events: Sequence[bytes], texts: Sequence[bytes], search: Search) -> list[bytes]:
-    """Return the events in whose texts something is found; more than a few of them say only that there are many."""
+def _found(texts: Sequence[bytes], search: Search) -> list[int]:
+    """Return the places of texts in which something is found; more than a few of them say only that there are many."""
     joined = _BETWEEN.join([b"", *texts, b""])
     place = search.find(joined, 0)
     if place < 0:
         return []
     # Where the quotation mark before each of them stands.
     starts = [*accumulate(map(len(_BETWEEN).__add__, map(len, texts)), initial=len(_BETWEEN) - 1)]
-    found: list[bytes] = []
-    while place >= 0 and FEW * len(found) <= len(events):
+    found: list[int] = []
+    while place >= 0 and FEW * len(found) <= len(texts):
         at = bisect_right(starts, place) - 1
-        found.append(events[at])
+        found.append(at)
         place = search.find(joined, starts[at + 1])
     return found

@@ -15,7 +15,7 @@ from typing import Final
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.usage import anthropic, bedrock, cohere, gemini, live, ollama, openai, realtime, vercel
 from asgi_metering.usage.notes import Dialect, Json, as_object
-from asgi_metering.usage.skim import LEAST, MOST, Marks, sieve
+from asgi_metering.usage.skim import LEAST, MOST, Marks, is_searchable, sieve
 
 __all__ = [
     "COMMON",
@@ -105,13 +105,13 @@ def register_dialect(dialect: Dialect) -> None:
     may not see it. Again with the same dialect changes nothing.
 
     Raises:
-        ConfigurationError: There is another one of that name, or a name that it is found by is too short or too long.
+        ConfigurationError: There is another one of that name, or a name that it is found by is not `is_searchable`.
     """
     for name in (*dialect.telling.names, *dialect.telling.fields, *dialect.shows):
-        if not LEAST <= len(name) <= MOST:
+        if not is_searchable(name):
             raise ConfigurationError(
                 f"The name {name!r} of usage dialect {dialect.name!r} cannot be searched for. Use one of {LEAST} to "
-                f"{MOST} letters."
+                f"{MOST} letters that JSON writes as they are: of ASCII, and no quotation marks."
             )
     with _REGISTERING:
         if DIALECTS.get(dialect.name, dialect) is not dialect:

@@ -12,7 +12,7 @@ from typing import Any
 
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.usage.notes import Dialect, Json, Notes, as_object, compact
-from asgi_metering.usage.skim import LEAST, MOST, Marks
+from asgi_metering.usage.skim import LEAST, MOST, Marks, is_searchable
 from asgi_metering.usage.values import TokenUsage
 
 __all__ = ["dialect_of_fields"]
@@ -61,16 +61,19 @@ def dialect_of_fields(
         total: Its field for both sides together, which is checked against them.
         text: Where the text of a payload stands, as a path from its top; tool calls may stand there as objects.
         model: Where the model's name stands, as a path.
-        finish: Where the reason stands for which the answer ended, as a path; with one the answer is complete.
+        finish: Where the reason stands for which the answer ended, as a path; with one that is neither null, false nor
+            empty the answer is complete.
 
     Raises:
-        ConfigurationError: A name that is searched for has less than `LEAST` letters, or more than `MOST`.
+        ConfigurationError: A name that is searched for has less than `LEAST` letters, more than `MOST`, or some that
+            JSON may write in another way.
     """
     paths = [path for path in (usage, text, model, finish) if path is not None]
     for part in [shows, *(part for path in paths for part in path.split("."))]:
-        if not LEAST <= len(part) <= MOST:
+        if not is_searchable(part):
             raise ConfigurationError(
-                f"The field {part!r} of dialect {name!r} cannot be searched for. Use one of {LEAST} to {MOST} letters."
+                f"The field {part!r} of dialect {name!r} cannot be searched for. Use one of {LEAST} to {MOST} letters "
+                "that JSON writes as they are: of ASCII, and no quotation marks."
             )
 
     def claims(payload: Json) -> bool:
@@ -90,7 +93,7 @@ def dialect_of_fields(
         notes.identify({"model": _follow(payload, model), "id": payload.get("id")})
         reason = None if finish is None else _follow(payload, finish)
         notes.finish(reason)
-        notes.complete = notes.complete or reason is not None
+        notes.complete = notes.complete or not (reason is None or reason is False or reason == "")
         note_usage(notes, as_object(_follow(payload, usage)))
 
     def texts(payload: Json) -> Iterator[str]:
@@ -101,7 +104,7 @@ def dialect_of_fields(
             yield compact(said)
 
     key = usage.split(".")[-1]
-    ends = {} if finish is None else {finish.split(".")[-1]: r"[^\sn]"}
+    ends = {} if finish is None else {finish.split(".")[-1]: r"[^\snf]"}
     return Dialect(
         name=name,
         claims=claims,

@@ -24,6 +24,9 @@ MAX_INFLATED: Final = 64 << 20
 _PIECE: Final = 1 << 16
 """Bytes inflated at a time, so that what is inflated never has to be kept at once."""
 
+_TAKEN: Final = 1 << 13
+"""Bytes that a decoder is given at a time: what it leaves of them, behind each member and each piece, is copied."""
+
 _GZIP_OR_ZLIB: Final = zlib.MAX_WBITS | 32
 _RAW: Final = -zlib.MAX_WBITS
 
@@ -213,12 +216,13 @@ class Inflate:
             yield chunk
             return
         try:
-            yield from self._inflate(chunk, self._make)
+            for at in range(0, len(chunk), _TAKEN):
+                yield from self._inflate(chunk[at : at + _TAKEN], self._make)
         except self._error:
             self.failed = True
 
     def _inflate(self, chunk: bytes, make: Callable[[], _Decoder]) -> Iterator[bytes]:
-        while chunk:
+        while chunk and not self.failed:
             if self._decoder is None:
                 # RFC 1952, 2.2, and RFC 8878, 3.1: members follow one another; zeros may fill up the end of a file.
                 chunk = chunk.lstrip(b"\0")

@@ -197,7 +197,7 @@ class UsageReader:
         self._read += len(chunk)
         if self._frames.nothing:
             self._frames = None
-        elif self._guess.parts and self.known:
+        elif self._guess.parts and _known(self._notes, self._text):
             self._guess = Text()
 
     def feed_many(self, chunks: Sequence[bytes]) -> None:
@@ -208,24 +208,32 @@ class UsageReader:
             self._feed(chunks[at])
             self._lead -= 1
             at += 1
-        wanted = self._wanted(chunks[at:])
-        size = sum(map(len, wanted))
-        step = max(1, READ_AT_ONCE * len(wanted) // max(1, size))
-        for start in range(0, len(wanted), step):
-            self._feed(b"".join(wanted[start : start + step]))
+        left = chunks[at + self._pass_over(chunks[at:]) :]
+        step = max(1, READ_AT_ONCE * len(left) // max(1, sum(map(len, left))))
+        for start in range(0, len(left), step):
+            self._feed(b"".join(left[start : start + step]))
 
-    def _wanted(self, chunks: Sequence[bytes]) -> Sequence[bytes]:
-        """Return those of *chunks* that have to be fed; the others are whole events of which none would be parsed."""
+    def _pass_over(self, chunks: Sequence[bytes]) -> int:
+        """Read the first of *chunks*, of which whole events that would not be parsed are left out; return how many."""
         frames, inflate = self._frames, self._inflate
         if frames is None or self._keep_text or inflate.active or inflate.failed or not frames.between:
-            return chunks
+            return 0
         search = self._search()
-        if search is None:
-            return chunks
-        wanted = self._boilerplate.wanted(chunks, frames.ends, search)
-        if wanted is not chunks:
-            self._read += sum(map(len, chunks)) - sum(map(len, wanted))
-        return wanted
+        wanted = self._boilerplate.wanted(chunks, frames.ends, search) if search is not None else None
+        # Of what is too large the ends are searched for more than marks.
+        if search is None or wanted is None or max(map(len, chunks)) > MAX_PAYLOAD:
+            return 0
+        done = 0
+        for place in wanted:
+            self._read += sum(map(len, chunks[done:place]))
+            self._feed(chunks[place])
+            done = place + 1
+            now = self._search()
+            if now is None or now.of is not search.of:
+                # It told what those behind it are, which were searched for what matters in those before it.
+                return done
+        self._read += sum(map(len, chunks[done:]))
+        return len(chunks)
 
     def _frame(self, frames: SniffingFrames, data: bytes) -> None:
         for payload in frames.feed(data):

@@ -7,12 +7,23 @@ place too many, which costs its reader a look, and never one too few.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from re import Pattern
 from typing import Final
 
-__all__ = ["LEAST", "MAX_LEAP", "MOST", "Marks", "end_before", "end_behind", "find_mark", "sieve"]
+__all__ = [
+    "LEAST",
+    "MAX_LEAP",
+    "MOST",
+    "Marks",
+    "end_before",
+    "end_behind",
+    "find_mark",
+    "is_searchable",
+    "sieve",
+]
 
 WINDOW: Final = 128
 """Bytes that are searched behind a leap: the end of one large event and the beginning of the next."""
@@ -47,24 +58,38 @@ MOST: Final = 40
 _NOTHING: Final = rb'"(?!:\s?(?:null|false))'
 """Behind a name whose value decides: most events of most streams repeat it only to say that there is nothing yet."""
 
+_EMPTY: Final = ("null", "false")
+"""The values that it passes over."""
+
+
+def is_searchable(name: str) -> bool:
+    """Whether *name* has `LEAST` to `MOST` letters, and JSON writes them as they are."""
+    return LEAST <= len(name) <= MOST and json.dumps(name) == f'"{name}"'
+
 
 class Marks:
     """
     Names, one of which a payload must show to matter.
 
     Args:
-        names: As keys or values, each of `LEAST` to `MOST` letters.
-        fields: Keys that matter with a value that begins like this (a regular expression) only.
+        names: As keys or values, each of which `is_searchable`.
+        fields: Such keys that matter with a value that begins like this (a regular expression) only.
+
+    Attributes:
+        bare: Those that matter whatever their value, or with one that is empty.
+        pattern: What shows any of them.
     """
 
-    __slots__ = ("fields", "names", "pattern")
+    __slots__ = ("bare", "fields", "names", "pattern")
 
     def __init__(self, names: Iterable[str], fields: Mapping[str, str] | None = None) -> None:
         self.names = tuple(sorted(names))
         self.fields = dict(fields or {})
         shown = [f'"{re.escape(name)}"' for name in self.names]
-        shown += [rf'"{re.escape(name)}"\s*:\s*{begins}' for name, begins in self.fields.items()]
+        shown += [rf'"{re.escape(name)}"\s*:\s*(?:{begins})' for name, begins in self.fields.items()]
         self.pattern = re.compile("|".join(shown).encode())
+        empty = [name for name, begins in self.fields.items() if any(map(re.compile(begins).match, _EMPTY))]
+        self.bare = (*self.names, *empty)
 
 
 def sieve(*marks: Marks) -> Pattern[bytes]:
@@ -73,8 +98,8 @@ def sieve(*marks: Marks) -> Pattern[bytes]:
 
     It looks no further than `REACH` bytes, and may be shown a name that is cut there.
     """
-    names = {name.encode(): b'"' for each in marks for name in each.names}
-    names |= {name.encode(): _NOTHING for each in marks for name in each.fields}
+    names = {name.encode(): _NOTHING for each in marks for name in each.fields}
+    names |= {name.encode(): b'"' for each in marks for name in each.bare}
     sets = b"".join(b"[" + re.escape(bytes({name[at] for name in names})) + b"]" for at in range(_LETTERS))
     rests: dict[bytes, set[bytes]] = {}
     for name, behind in names.items():
@@ -109,7 +134,7 @@ def find_mark(data: bytes, at: int, marks: Pattern[bytes], end: int | None = Non
         quote = find(b'"', at, at + MAX_LEAP)
         if quote < 0:
             quote = min(at + MAX_LEAP, size)
-        if quote > at + FAR and find(b"\n", at, quote) < 0:
+        if quote > at + FAR and find(b"\n", at, quote) < 0 and find(b"\r", at, quote) < 0:
             at, window = quote, WINDOW
         elif window < MAX_WINDOW:
             window += window

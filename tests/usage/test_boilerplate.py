@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asgi_metering.usage import UsageReader
-from asgi_metering.usage.boilerplate import FEW, LESSONS, LONG, MANY, SHORT, Boilerplate, Search
+from asgi_metering.usage import UsageReader, UsageReport
+from asgi_metering.usage.boilerplate import FEW, LESSONS, LONG, MANY, MAX_KEPT, SHORT, SOME, Boilerplate, Search
 from asgi_metering.usage.dialects import sieves
-from asgi_metering.usage.frames import EventFrames
+from asgi_metering.usage.frames import MAX_PAYLOAD, EventFrames
+from asgi_metering.usage.reader import INTRODUCTION
 from asgi_metering.usage.skim import DONE, find_mark
 from tests.usage.test_skim import HOSTILE, Full
 
@@ -44,9 +45,10 @@ def words(count: int, start: int = 0) -> list[bytes]:
     return [chat(f" word{number}") for number in range(start, start + count)]
 
 
-def wanted(events: list[bytes], made: Boilerplate | None = None) -> list[bytes]:
+def wanted(events: list[bytes], made: Boilerplate | None = None, search: Search = CHAT) -> list[bytes]:
     """What is left of the events."""
-    return [*(made or Boilerplate()).wanted(events, EVENTS, CHAT)]
+    places = (made or Boilerplate()).wanted(events, EVENTS, search)
+    return events if places is None else [events[place] for place in places]
 
 
 # -- what is passed over -------------------------------------------------------------------------------------
@@ -99,7 +101,7 @@ def test_want_an_escape_where_one_may_hide_a_name() -> None:
     introducing = Search("any", lambda data, at: data.find(b"\\", at), escapes=True)
     long = [chat(f"{number} long text " * 200) for number in range(20)]
     hidden = chat("a line\n" + "and a long one" * 200)
-    assert [*Boilerplate().wanted([*long, hidden], EVENTS, introducing)] == [hidden]
+    assert wanted([*long, hidden], search=introducing) == [hidden]
     assert wanted([*long, hidden]) == []
 
 
@@ -113,6 +115,8 @@ def test_want_an_escape_where_one_may_hide_a_name() -> None:
         [b'data: {"a":"%d"}\n\n' % number for number in range(20)],
         [event.removesuffix(b"\n") for event in words(20)],
         [bytearray(event) for event in words(20)],
+        [memoryview(event) for event in words(20)],
+        [memoryview(event) for event in [chat("word")] * 20],
         [chat(f" word{number}", usage={"completion_tokens": number}) for number in range(20)],
         [b"data: " + bytes([65 + number]) * SHORT + b"\n\n" for number in range(20)],
         [chat('a "b" ' * MANY + str(number)) for number in range(20)],
@@ -125,6 +129,8 @@ def test_want_an_escape_where_one_may_hide_a_name() -> None:
         "short",
         "torn",
         "bytearrays",
+        "views",
+        "equal views",
         "totals",
         "nothing quoted",
         "many quoted",
@@ -135,13 +141,13 @@ def test_want_an_escape_where_one_may_hide_a_name() -> None:
 )
 def test_read_all_events_where_nothing_is_spared(events: list[bytes]) -> None:
     """Events that repeat too little, or all matter, or are cut anywhere, are all wanted, as they are."""
-    assert Boilerplate().wanted(events, EVENTS, CHAT) is events
+    assert Boilerplate().wanted(events, EVENTS, CHAT) is None
 
 
 def test_read_all_events_where_many_matter() -> None:
     """More than one event of a few that matters makes all of them wanted."""
     events = [*words(4 * FEW), *[USAGE] * (FEW + 2)]
-    assert Boilerplate().wanted(events, EVENTS, CHAT) is events
+    assert Boilerplate().wanted(events, EVENTS, CHAT) is None
 
 
 def test_learn_anew_when_a_stream_changes() -> None:
@@ -157,10 +163,8 @@ def test_forget_what_was_learned_for_another_search() -> None:
     """What matters decides what may be passed over: where something else matters, all is looked at anew."""
     made = Boilerplate()
     assert wanted(words(20), made) == []
-    events = words(20)
-    assert (
-        made.wanted(events, EVENTS, Search("logprobs", lambda data, at: data.find(b'"logprobs"', at), False)) is events
-    )
+    another = Search("logprobs", lambda data, at: data.find(b'"logprobs"', at), escapes=False)
+    assert made.wanted(words(20), EVENTS, another) is None
 
 
 def test_give_up_on_a_stream_that_repeats_nothing() -> None:
@@ -204,14 +208,12 @@ def test_never_pass_over_what_an_event_alone_shows(lists: list[list[list[bytes]]
     made = Boilerplate()
     for runs in lists:
         events = [event for run in runs for event in run]
-        left = [*made.wanted(events, EVENTS, CHAT)]
-        for event in events:
-            if left and left[0] is event:
-                left.pop(0)
-            else:
+        places = made.wanted(events, EVENTS, CHAT)
+        assert places is None or places == sorted({*places})
+        for place, event in enumerate(events):
+            if places is not None and place not in places:
                 assert MARKS.search(event) is None
                 assert DONE not in event or len(event) > LONG or b'"' in event.partition(DONE)[0]
-        assert not left
 
 
 @pytest.mark.uncounted
@@ -231,16 +233,83 @@ def test_read_many_chunks_as_one_after_the_other(lists: list[list[list[bytes]]],
         assert (made.text(), made.heard()) == (full.text(), full.heard())
 
 
+def agree(*lists: list[bytes]) -> UsageReport:
+    """What both readers report of lists of chunks, of which one reader takes many at once and the other each alone."""
+    made, full = UsageReader("text/event-stream"), Full("text/event-stream")
+    for chunks in lists:
+        made.feed_many(chunks)
+        for chunk in chunks:
+            full.feed(chunk)
+    report = made.report()
+    assert report == full.report()
+    assert made.heard() == full.heard()
+    assert report is not None
+    return report
+
+
+def event(**fields: Any) -> bytes:
+    """An event of any shape."""
+    return b"data: " + json.dumps(fields, separators=(",", ":")).encode() + b"\n\n"
+
+
+def strangers(count: int, size: int = 2 * SHORT) -> list[bytes]:
+    """Events that show no dialect."""
+    return [event(said=f" word{number}", pad="p" * size) for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    "before",
+    [strangers(2 * SOME), [b": PROCESSING\n\n"] * 20, [chat("a word")]],
+    ids=["strangers", "comments", "another"],
+)
+def test_look_for_what_an_event_in_the_midst_made_matter(before: list[bytes]) -> None:
+    """An event that tells the dialect, or another one, tells what matters in those behind it, of the same list too."""
+    tells = event(usageMetadata={}, modelVersion="g", error=None)
+    ends = event(candidates=[{"finishReason": "STOP"}])
+    counts = event(usageMetadata={"promptTokenCount": 3, "candidatesTokenCount": 4})
+    for lists in (
+        [[*before, tells, *strangers(20), ends, *strangers(60), counts]],
+        [before, [*strangers(20), tells, *strangers(20), ends, *strangers(60), counts, *strangers(20)]],
+    ):
+        report = agree(*lists)
+        assert report.usage is not None
+        assert (report.usage.input, report.usage.output, report.finish_reason) == (3, 4, "STOP")
+
+
+def test_pass_over_no_event_whose_ends_would_be_searched() -> None:
+    """An event above the bound of a payload names its model without any mark."""
+    huge = [event(model="huge", x=str(number) * MAX_PAYLOAD) for number in range(SOME)]
+    assert agree([event(type="mine")] * INTRODUCTION, huge).model == "huge"
+
+
+def test_see_an_end_mark_between_other_ends_of_lines() -> None:
+    """A lone carriage return ends a line, too: an end mark between two of them is seen within long texts."""
+    long = [chat(f"{number} long text " * 200) for number in range(20)]
+    words = b"7 long text " * 100
+    torn = chat("X").replace(b"X", words + b"\r\rdata: [DONE]\r\rdata: " + words)
+    assert agree([chat("")], [*long, torn, *long]).complete
+    assert agree([chat("")], [torn + long[0]]).complete
+
+
+def test_keep_no_more_than_a_bound_of_what_is_repeated() -> None:
+    """Chunks that are larger than what is kept are read, however equal they are."""
+    assert wanted([chat("w" * (MAX_KEPT // 2))] * 20) == []
+    assert wanted([chat("w" * MAX_KEPT)] * 20) == [chat("w" * MAX_KEPT)] * 20
+
+
 def test_count_what_was_passed_over_as_read() -> None:
     """What is dropped later counts as text as dense as all that was read, what was passed over included."""
     made, full = UsageReader("text/event-stream"), Full("text/event-stream")
-    events = words(200)
+    events = [*words(120), USAGE, *words(79)]
     made.feed_many(events)
-    for event in events:
-        full.feed(event)
-    made.gap(10_000)
-    full.gap(10_000)
+    for one in events:
+        full.feed(one)
+    for each in (made, full):
+        each.keep_text()
+        each.feed_many([*words(50), USAGE, *words(50)])
+        each.gap(10_000)
     assert made.heard() == full.heard()
+    assert made.heard().more_chars > 0
     assert made.report() == full.report()
 
 

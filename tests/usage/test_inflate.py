@@ -6,12 +6,14 @@ import gzip
 import random
 import sys
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import brotli
 import pytest
 from backports import zstd
 
+from asgi_metering.usage import inflate
 from asgi_metering.usage.inflate import MAX_INFLATED, Inflate
 
 NOISE = random.Random(5).randbytes(300_000)
@@ -132,6 +134,31 @@ def test_stop_at_a_bomb(header: str) -> None:
     assert decoder.failed
     assert sum(sizes) <= MAX_INFLATED
     assert max(sizes) <= 1 << 20
+
+
+@pytest.mark.parametrize("header", ["gzip", "zstd"])
+def test_hand_over_many_small_members_a_bounded_number_of_times(header: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many members one chunk holds, what follows each is handed on in pieces: the work grows with the bytes."""
+    handed = 0
+    kind = {"gzip": inflate._Zlib, "zstd": inflate._Zstd}[header]
+    decode = kind.decode
+
+    def counted(decoder: Any, data: bytes) -> Iterator[bytes]:
+        nonlocal handed
+        handed += len(data)
+        return decode(decoder, data)
+
+    monkeypatch.setattr(kind, "decode", counted)
+    looked = []
+    for size in (1 << 15, 1 << 17):
+        handed = 0
+        member = PACKERS[header](b"a")
+        decoder = Inflate(header)
+        assert b"".join(decoder.feed(member * (size // len(member)))) == b"a" * (size // len(member))
+        assert not decoder.failed
+        looked.append(handed / size)
+    # All that follows each of them would be four times as much of four times as many.
+    assert looked[1] <= 2 * looked[0]
 
 
 def test_stop_at_a_window_that_nobody_may_ask_for() -> None:

@@ -13,7 +13,7 @@ import pytest
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.usage import Dialect, TokenUsage, UsageReader, dialect_of_fields, dialects, register_dialect
 from asgi_metering.usage.notes import Json, Notes
-from asgi_metering.usage.skim import Marks
+from asgi_metering.usage.skim import Marks, find_mark
 from tests.usage import vectors
 from tests.usage.test_openai import sse
 from tests.usage.vectors import read
@@ -145,12 +145,53 @@ def test_believe_nothing_of_a_body_that_a_dialect_fails_on(caplog: pytest.LogCap
     assert {record.getMessage() for record in caplog.records} == {"An answer is not fully observed: its reader failed."}
 
 
-@pytest.mark.parametrize("marks", [Marks(["ab"]), Marks([], {"x" * 41: "1"})], ids=["short", "long"])
+@pytest.mark.parametrize(
+    "marks",
+    [
+        Marks(["ab"]),
+        Marks([], {"x" * 41: "1"}),
+        Marks(["zähler"]),
+        Marks(['object":"mine']),
+        Marks(["a\\b.c"]),
+        Marks(["two\nlines"]),
+    ],
+    ids=["short", "long", "letters", "marks", "escapes", "lines"],
+)
 def test_refuse_a_dialect_that_nothing_can_search_for(marks: Marks) -> None:
     """A mark that bytes are not searched for is told when its dialect is registered, which changes nothing."""
     with pytest.raises(ConfigurationError, match="cannot be searched for"):
         register_dialect(replace(ACME, telling=marks))
     assert "acme" not in dialects.DIALECTS
+
+
+@pytest.mark.parametrize("value", ["null", "false"])
+def test_find_a_field_whose_value_says_nothing_elsewhere(value: str) -> None:
+    """A field that matters with a value like null or false is found with it, whatever stands around it."""
+    register_dialect(replace(ACME, name="mine", telling=Marks([], {"still_going": "[fn]", "spent": r"\{"})))
+    register_dialect(replace(ACME, name="other", telling=Marks([], {"still_going": r"\{"})))
+    data = b'data: {"acme_job":1,"still_going":' + value.encode() + b"}\n\n"
+    assert find_mark(data, 0, dialects.sieves().named["mine"]) == data.index(b'"still')
+    assert find_mark(data, 0, dialects.sieves().any) == data.index(b'"still')
+
+
+def test_look_for_one_of_several_values_behind_their_field() -> None:
+    """Values that a bar parts are all those of their field: alone they are no mark."""
+    marks = Marks([], {"state": "1|2"})
+    assert marks.pattern.search(b'{"state": 2}')
+    assert not marks.pattern.search(b'{"words": 2}')
+
+
+@pytest.mark.parametrize("reason", [False, ""])
+def test_end_with_no_reason_that_says_nothing(reason: object) -> None:
+    """A field that is false or empty until the answer ends is no reason for its end, in one chunk as in many."""
+    register_dialect(ACME)
+    for pieces in ([sse(event(words="Hel", reason=reason))] * 9, [sse(event(words="Hel", reason=reason)) * 9]):
+        report = read(pieces, "text/event-stream").report()
+        assert report is not None
+        assert (report.complete, report.finish_reason) == (False, None)
+    ended = read([sse(event(words="Hel", reason=reason), event(reason=True))], "text/event-stream").report()
+    assert ended is not None
+    assert ended.complete
 
 
 def test_find_every_known_name() -> None:
@@ -176,6 +217,8 @@ def test_refuse_a_name_that_is_taken() -> None:
         {"shows": "mine", "usage": ""},
         {"shows": "mine", "usage": "usage", "text": "the..text"},
         {"shows": "m" * 41, "usage": "usage"},
+        {"shows": "mine", "usage": "größe"},
+        {"shows": 'mine":"', "usage": "usage"},
     ],
 )
 def test_refuse_names_that_nothing_can_search_for(names: dict[str, str]) -> None:

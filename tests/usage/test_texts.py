@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from asgi_metering.usage import UsageReader
+from asgi_metering.usage import UsageReader, reader
 from asgi_metering.usage.frames import MAX_PAYLOAD
 from asgi_metering.usage.reader import MAX_TEXT
 from asgi_metering.usage.texts import LOOSE, Heard, Text, join, words
@@ -152,6 +152,23 @@ def test_give_up_the_guess_once_the_dialect_is_known() -> None:
     assert (found.heard(), found.known) == (Heard("loading", 0, True), False)
     found.feed(sse(delta(content="a")))
     assert (found.heard(), found.known, found._guess.parts) == (Heard("a", 0, False), True, [])
+
+
+def test_parse_what_is_begun_when_it_is_whole_and_not_with_every_chunk_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event that comes in many pieces behind a guess is parsed once, when it ended."""
+    parsed: list[int] = []
+    parse = reader._parse
+
+    def counted(data: bytes) -> Any:
+        parsed.append(len(data))
+        return parse(data)
+
+    monkeypatch.setattr(reader, "_parse", counted)
+    found = UsageReader("text/event-stream", keep_text=True)
+    for piece in (sse({"said": "before"}), b'data: {"said":"', *[b"a word "] * 50, b'"}\n\n'):
+        found.feed(piece)
+    assert len(parsed) == 2
+    assert found.heard().text.startswith("beforea word ")
 
 
 def test_guess_where_the_dialect_of_the_route_finds_nothing() -> None:
