@@ -6,17 +6,21 @@ Imports a driver only for the URL that needs it.
 
 from __future__ import annotations
 
+import re
+from typing import Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.stores.contract import Store
 
-__all__ = ["store_from_url"]
+__all__ = ["masked", "store_from_url"]
 
 SCHEMES = ("memory", "sqlite", "postgresql", "postgres", "redis", "rediss", "redis+sentinel", "redis+cluster")
 """What this version has; the others come behind the same contract."""
 
 POSTGRES_SCHEMES = ("postgresql", "postgres")
+
+_PASSWORD: Final = re.compile(r"(password=)[^&]*", re.IGNORECASE)
 
 
 def store_from_url(url: str) -> Store:
@@ -38,7 +42,7 @@ def store_from_url(url: str) -> Store:
     parts = urlsplit(url)
     if parts.scheme not in SCHEMES:
         raise ConfigurationError(
-            f"The store URL {_shown(url)!r} has the scheme {parts.scheme!r}. Use one of: memory://, sqlite:///file.db, "
+            f"The store URL {masked(url)!r} has the scheme {parts.scheme!r}. Use one of: memory://, sqlite:///file.db, "
             f"postgresql://host/database, redis://host, rediss://host, redis+sentinel://hosts/master, "
             f"redis+cluster://hosts."
         )
@@ -47,16 +51,20 @@ def store_from_url(url: str) -> Store:
     if parts.scheme.startswith("redis"):
         from asgi_metering.stores.redis.urls import store_from_redis_url
 
-        return store_from_redis_url(url, _shown(url))
+        return store_from_redis_url(url, masked(url))
     options = dict(parse_qsl(parts.query))
     if parts.scheme == "memory":
         if parts.netloc or parts.path.strip("/") or options:
             raise ConfigurationError(
-                f"The store URL {_shown(url)!r} says more than memory can take. Write 'memory://'."
+                f"The store URL {masked(url)!r} says more than memory can take. Write 'memory://'."
             )
         from asgi_metering.stores.memory import MemoryStore
 
         return MemoryStore()
+    if parts.fragment:
+        raise ConfigurationError(
+            f"The store URL {url!r} has a '#', which ends the path of its file. Write %23 for one in its name."
+        )
     return _sqlite(url, parts.netloc, unquote(parts.path), options)
 
 
@@ -64,13 +72,13 @@ def _sqlite(url: str, host: str, path: str, options: dict[str, str]) -> Store:
     file = path[1:]
     if host or not file:
         raise ConfigurationError(
-            f"The store URL {_shown(url)!r} names no file. Write sqlite:///relative.db or sqlite:////absolute.db."
+            f"The store URL {masked(url)!r} names no file. Write sqlite:///relative.db or sqlite:////absolute.db."
         )
     if "\0" in file:
-        raise ConfigurationError(f"The store URL {_shown(url)!r} has a NUL, %00, in the name of its file. Take it out.")
+        raise ConfigurationError(f"The store URL {masked(url)!r} has a NUL, %00, in the name of its file. Take it out.")
     unknown = options.keys() - {"synchronous"}
     if unknown:
-        raise ConfigurationError(f"The store URL {_shown(url)!r} has unknown options: {', '.join(sorted(unknown))}.")
+        raise ConfigurationError(f"The store URL {masked(url)!r} has unknown options: {', '.join(sorted(unknown))}.")
     from asgi_metering.stores.sqlite import SQLiteStore
 
     return SQLiteStore(file, synchronous=options.get("synchronous", "FULL").upper())
@@ -83,7 +91,7 @@ def _postgres(url: str) -> Store:
     prepare = ours.get("prepare", "yes")
     if prepare not in ("yes", "no"):
         raise ConfigurationError(
-            f"The store URL {_shown(url)!r} says prepare={prepare}. Write prepare=no where a pooler loses prepared "
+            f"The store URL {masked(url)!r} says prepare={prepare}. Write prepare=no where a pooler loses prepared "
             f"statements, and nothing elsewhere."
         )
     rest = "&".join(each for each in query.split("&") if each and not each.startswith(("namespace=", "prepare=")))
@@ -94,9 +102,15 @@ def _postgres(url: str) -> Store:
     return PostgresStore(url, namespace=ours.get("namespace", DEFAULT_NAMESPACE), prepare=prepare == "yes")
 
 
-def _shown(url: str) -> str:
-    """The URL without what may be a password."""
-    parts = urlsplit(url)
-    if "@" in parts.netloc:
-        return url.replace(parts.netloc, "***@" + parts.netloc.rpartition("@")[2])
-    return url
+def masked(url: str) -> str:
+    """
+    *url* without what may be a password.
+
+    All before the last ``@`` is left out: a password that is written as it is, with a slash say, ends the part of the
+    URL where it should be.
+    """
+    scheme, between, rest = url.partition("://")
+    if scheme == "sqlite":
+        return url
+    _, at, address = rest.rpartition("@")
+    return scheme + between + _PASSWORD.sub(r"\1***", f"***@{address}" if at else rest)

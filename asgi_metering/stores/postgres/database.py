@@ -22,6 +22,7 @@ from asgi_metering.errors import (
 from asgi_metering.stores.postgres.link import CutError, Link, Statement, connect, driver
 from asgi_metering.stores.postgres.migrations import SCHEMA_VERSION, Migration, applied, migrate
 from asgi_metering.stores.postgres.prepared import CHANGED, FORGOTTEN
+from asgi_metering.stores.urls import masked
 
 __all__ = ["DEFAULT_NAMESPACE", "MAY_BEGIN_AGAIN", "Database", "check_namespace"]
 
@@ -322,6 +323,6 @@ def _sentence(error: BaseException) -> str:
 
 def shown(url: str) -> str:
     """Where *url* leads, without what may be a password."""
-    parts = urlsplit(url)
+    parts = urlsplit(masked(url))
     host = parts.netloc.rpartition("@")[2] or "the local server"
     return f"PostgreSQL at {host}{parts.path}"

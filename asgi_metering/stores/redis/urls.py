@@ -96,7 +96,11 @@ def _parsed(url: str, shown: str) -> dict[str, Any]:
     try:
         return dict(parse(url))
     except ValueError as error:
-        raise ConfigurationError(f"The store URL {shown!r} is none of a Redis server: {error}") from None
+        told = str(error)
+        if "@" in shown and "@" not in urlsplit(url).netloc:
+            # What the driver takes for a port is of the password.
+            told = "something before its '@' ends the address. Write %2F, %3F and %23 for '/', '?' and '#' there."
+        raise ConfigurationError(f"The store URL {shown!r} is none of a Redis server: {told}") from None
 
 
 def _many(options: dict[str, str], credentials: str, database: str, shown: str) -> dict[str, Any]:

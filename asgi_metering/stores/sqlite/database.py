@@ -220,6 +220,11 @@ class Database:
             return StoreUnavailableError(f"There is no room for the SQLite file {path!r} to grow. Free disk space.")
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return StoreUnavailableError(f"The SQLite file {path!r} is damaged ({error}). Restore it from a backup.")
+        if str(error).startswith("no such "):
+            return StoreUnavailableError(
+                f"The SQLite file {path!r} has not the tables of this version ({error}): somebody has changed them, or "
+                f"restored an older backup. Restart, which brings an older file up to date, or restore a newer one."
+            )
         return StoreUnavailableError(f"The SQLite file {path!r} could not be used: {error}. Look at its disk first.")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from asgi_metering.errors import StoreUnavailableError
-from asgi_metering.stores.contract import AccountRows
+from asgi_metering.stores.contract import AccountRows, ReadingsKept
 from asgi_metering.stores.sqlite import SQLiteStore
 from tests.stores.sqlite.support import available, grant, play
 
@@ -60,5 +61,23 @@ def test_go_on_when_the_file_is_back(path: Path) -> None:
         _move_back(path)
         await store.post([grant("more")])
         assert await available(store) == 200
+
+    play(path, scene)
+
+
+def test_tell_that_the_tables_are_others(path: Path) -> None:
+    """A file whose tables went away under the store is told as such, and not as a broken disk; restarted, it serves."""
+
+    async def scene(store: SQLiteStore) -> None:
+        await store.post([grant()])
+        with sqlite3.connect(path) as other:
+            other.execute("DROP TABLE reading")
+            other.execute("PRAGMA user_version = 2")
+        other.close()
+        with pytest.raises(StoreUnavailableError, match=r"has not the tables of this version .no such table: reading"):
+            await store.read(ReadingsKept())
+        await store.close()
+        await store.open()
+        assert not (await store.read(ReadingsKept())).state.readings
 
     play(path, scene)
