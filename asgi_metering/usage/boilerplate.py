@@ -35,7 +35,7 @@ FEW: Final = 4
 """One event of so many that is wanted is one too many: then nothing is spared."""
 
 MAX_KEPT: Final = 65_536
-"""Bytes of what is repeated that are kept for the next events; the frames of no provider's events are nearly as long."""
+"""Bytes of what is repeated that are kept for the next events; around no text do providers repeat nearly as much."""
 
 _BETWEEN: Final = b'"\n"'
 """Between two texts. No name has an end of a line, so nothing is found across it."""
