@@ -324,7 +324,20 @@ def _counted_answers(call: Call, known: Metered) -> list[Part] | None:
         if counted:
             return counted
     sent = answers_sent(call)
-    return None if sent is None else [part for part in sent if part.reported or (_begun(call) and part.wrote)]
+    return None if sent is None else [part for part in sent if part.reported or (_begun(call) and _spoke(part))]
+
+
+def _spoke(part: Part) -> bool:
+    """
+    The same as `Part.wrote` of one of a session's answers.
+
+    Where nothing shows a model, words count also behind a good end: nobody else tells of them, and a client that says
+    goodbye is no better off than one that vanishes.
+    """
+    if part.wrote or part.provider or part.reader is None or not part.reader.streams:
+        return part.wrote
+    heard = part.reader.heard()
+    return bool(heard.text or heard.more_chars)
 
 
 def _counted_body(call: Call) -> list[Part]:

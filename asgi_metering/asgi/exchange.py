@@ -535,7 +535,8 @@ class Exchange(Hearing):
         is_complete = self.whole or (self.finishing and (length == passed or 0 < self.last == passed))
         if self.draining is not None and not is_complete:
             self.draining.failed()
-        call.see(Cause.COMPLETED if is_complete else cause_of(failure, self.finishing))
+        cause = _COMPLETED if is_complete else cause_of(failure, self.finishing)
+        call.see(Cause.CLIENT_GONE if cause is _ABORTED and self.has_left_unread() else cause)
         # We raised it to stop the app. To the server it is news of nothing, and would fill its log with errors.
         is_ours = self.draining is not None or (self.watch is not None and self.watch.is_gone)
         return is_ours and is_departure(failure)

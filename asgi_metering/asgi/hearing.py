@@ -17,7 +17,7 @@ from asgi_metering.asgi.body import RequestBody, has_key, may_have_body
 from asgi_metering.asgi.draining import Draining, drain
 from asgi_metering.asgi.origin import HTTPOrigin
 from asgi_metering.asgi.types import Message, Receive, Scope, Send
-from asgi_metering.asgi.watch import Watch
+from asgi_metering.asgi.watch import Watch, unread_end
 from asgi_metering.call import Call
 from asgi_metering.holding import Slices
 from asgi_metering.opening import Opening
@@ -186,6 +186,11 @@ class Hearing(Opening):
     def _has_more(self) -> bool:
         """Whether there is more of the request than the app was given."""
         return self.hears or may_have_body(self.scope)
+
+    def has_left_unread(self) -> bool:
+        """Whether the client had left before the app was stopped, which it has not read; see `unread_end`."""
+        # A watch reads it by itself.
+        return self.watch is None and unread_end(self._receive, "http.disconnect") is not None
 
     def _gone(self) -> None:
         call = self.call

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 
 from asgi_metering.asgi.types import Message, Receive, Scope, Send
 
-__all__ = ["ClientGone", "Watch"]
+__all__ = ["ClientGone", "Watch", "unread_end"]
 
 STUCK_S = 0.05
 """
@@ -125,3 +125,32 @@ class Watch:
         """The request is over, or needs no watch any more: who has seen the client leave ends by itself."""
         if self._ahead is not None and not self.is_gone:
             self._ahead.cancel()
+
+
+MOST_UNREAD = 1_000
+"""Messages of a client that a server keeps before its disconnect: some dozens."""
+
+
+def unread_end(receive: Receive, kind: str = "websocket.disconnect") -> Message | None:
+    """
+    The disconnect, of that *kind*, which the server has told and nobody read, if it is there at once; else None.
+
+    For an application that is over: daphne cancels one that has not looked for ten seconds after its client left.
+    """
+    for _ in range(MOST_UNREAD):
+        reading = receive()
+        if not isinstance(reading, Coroutine):
+            return None
+        try:
+            reading.send(None)
+        except StopIteration as told:
+            message: Message = told.value
+            if message["type"] == kind:
+                return message
+        except BaseException:  # noqa: BLE001 -- whatever a server says to one reader too many, or to who is cancelled
+            return None
+        else:
+            # It would have to wait.
+            reading.close()
+            return None
+    return None

@@ -22,7 +22,7 @@ from asgi_metering.asgi.problems import close_frame
 from asgi_metering.asgi.refusals import message_error, refusal_answer, refusal_response
 from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_metering.asgi.utterances import Utterances, utterances_of
-from asgi_metering.asgi.watch import ClientGone
+from asgi_metering.asgi.watch import ClientGone, unread_end
 from asgi_metering.call import Call, CallCut, CallRefused
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.opening import CURRENT, Opening
@@ -451,9 +451,8 @@ class Session(Opening):
 
     def cut(self) -> None:
         """What the call holds is used up, and nothing more can be held: close the connection."""
-        call = self.call
-        if call is not None:
-            self._close(call, None)
+        if self.call is not None:
+            self._close(self.call, None)
 
     def _close(self, call: Call, verdict: _Verdict | None) -> None:
         """Close the connection by *verdict*, or because the call is cut; the application hears of a disconnect."""
@@ -531,7 +530,8 @@ class Session(Opening):
             if not self.ended:
                 await self._refuse(call)
             return is_refusal(failure)
-        self._end(call, cause_of(failure, finishing=False))
+        left = unread_end(self.server_receive) if stops(failure) and not (self.departed or self._reader) else None
+        self._end(call, cause_of(failure, finishing=False) if left is None else cause_of_close(left, self.scope))
         # Raised by us to stop a handler whose client has left meanwhile: news of nothing.
         return isinstance(failure, CallCut)
 

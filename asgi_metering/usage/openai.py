@@ -33,6 +33,9 @@ _CHAT_OBJECTS: Final = frozenset(
 SEARCHES: Final = "web_search_requests"
 """What gateways and Anthropic call searches of the web."""
 
+_TOTALS: Final = frozenset({"prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "total_tokens"})
+"""All that running totals are, which some servers send with each word."""
+
 _PLAIN: Final = frozenset({"role", "content"})
 _TERMINAL: Final = frozenset(
     {
@@ -57,6 +60,11 @@ def counted(notes: Notes, usage: Json, *, total_is_input: bool) -> TokenUsage | 
     Inclusive everywhere: cache reads and writes lie within the input, reasoning within the output, except where the
     provider's total shows that reasoning was counted beside it (xAI).
     """
+    asked = notes.count(usage.get("prompt_tokens"), usage.get("input_tokens"))
+    given = notes.count(usage.get("completion_tokens"), usage.get("output_tokens"))
+    total = notes.count(usage.get("total_tokens"))
+    if usage.keys() <= _TOTALS and asked is not None and given is not None:
+        return TokenUsage(asked, reconcile(notes, asked, given, None, total))
     into = as_object(
         first(usage.get("prompt_tokens_details"), usage.get("input_tokens_details"), usage.get("input_token_details"))
     )
@@ -67,9 +75,6 @@ def counted(notes: Notes, usage: Json, *, total_is_input: bool) -> TokenUsage | 
             usage.get("output_token_details"),
         )
     )
-    asked = notes.count(usage.get("prompt_tokens"), usage.get("input_tokens"))
-    given = notes.count(usage.get("completion_tokens"), usage.get("output_tokens"))
-    total = notes.count(usage.get("total_tokens"))
     # Azure's DeepSeek puts reasoning_tokens beside the totals, its details being null.
     reasoning = notes.count(out.get("reasoning_tokens"), usage.get("reasoning_tokens"))
     if asked is None and given is None and total is not None and total_is_input:
@@ -152,17 +157,23 @@ def _take(notes: Notes, usage: object, *, total_is_input: bool = False) -> bool:
     found = as_object(usage)
     if not found:
         return False
+    if not found.keys() <= _TOTALS:
+        _take_more(notes, found)
+    counts = counted(notes, found, total_is_input=total_is_input)
+    if counts is None:
+        return False
+    notes.take(counts)
+    return True
+
+
+def _take_more(notes: Notes, found: Json) -> None:
+    """What a usage object tells beside its tokens."""
     notes.charge(_cost(found))
     notes.charge(found.get("cost_in_usd_ticks"), TICKS_PER_USD)
     notes.serve(found.get("service_tier"))
     made = as_object(first(found.get("server_tool_use"), found.get("server_tool_use_details"))).get(SEARCHES)
     notes.search(first(made, found.get("num_search_queries")))
     notes.cite(found.get("citation_tokens"))
-    counts = counted(notes, found, total_is_input=total_is_input)
-    if counts is None:
-        return False
-    notes.take(counts)
-    return True
 
 
 # Chat completions, legacy completions, embeddings.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from operator import attrgetter
 from typing import Final
 
 from asgi_metering.errors import UsageError
@@ -37,6 +38,9 @@ AXES: Final = (
     "image_output",
 )
 """The fields of `TokenUsage`, in order."""
+
+_COUNTS: Final = attrgetter(*AXES)
+_TYPES: Final = frozenset({int, type(None)})
 
 REFUSING: Final = frozenset({"invalid_count", "part_exceeds_whole", "total_below_parts", "output_fell", "unreadable"})
 """Problems for which nothing of a report is believed: whoever contradicts himself may be wrong anywhere (S3.21)."""
@@ -97,8 +101,13 @@ class TokenUsage:
     image_output: int | None = None
 
     def __post_init__(self) -> None:
-        for axis in AXES:
-            _check(getattr(self, axis), axis)
+        counts = _COUNTS(self)
+        # Some servers report with each word. Of nearly all counts C says at once that they are usable.
+        if _TYPES.issuperset(map(type, counts)):
+            told = [count for count in counts if count]
+            if not told or (min(told) > 0 and max(told) <= MAX_TOKENS):
+                return
+        tuple(map(_check, counts, AXES))
 
     @property
     def total(self) -> int | None:

@@ -203,6 +203,69 @@ def test_take_no_clients_word_for_a_stop_of_the_server() -> None:
     play(story)
 
 
+class _Odd(Socket):
+    """A server whose `receive` does what it likes once it is asked one time too many."""
+
+    more: Any = None
+
+    async def _receive(self) -> Any:
+        if "accept" not in self.kinds:
+            return await super()._receive()
+        return await self.more()
+
+
+async def _says_the_same() -> Any:
+    return {"type": "websocket.receive", "text": "a"}
+
+
+async def _is_cancelled() -> Any:
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize("more", [_says_the_same, _is_cancelled, asyncio.Event().wait])
+def test_end_a_cancelled_session_of_any_server(more: Any) -> None:
+    """Where the server does not say at once that the client has left, it has ended the session itself."""
+
+    @billable(5)
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await asyncio.Event().wait()
+
+    async def story() -> None:
+        async with served(talk) as scene:
+            async with _Odd(scene.app, headers=[("x-api-key", "ann")]) as socket:
+                await socket.opened()
+                socket.more = more
+                socket.task.cancel()
+            assert await scene.books() == (5, 0)
+        assert [event.outcome for event in scene.events] == ["aborted"]
+
+    play(story)
+
+
+def test_charge_a_client_that_left_before_its_handler_was_cancelled() -> None:
+    """Ten seconds after a client has left daphne cancels a handler that has not looked: the server ends nothing."""
+
+    @billable(5, on_abort="none")
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await asyncio.Event().wait()
+
+    async def story() -> None:
+        async with served(talk) as scene:
+            for left in (True, False):
+                async with scene.socket() as socket:
+                    await socket.opened()
+                    socket.say("a")
+                    if left:
+                        socket.leave(1006)
+                    socket.task.cancel()
+            assert await scene.books() == (5, 0)
+        assert [event.outcome for event in scene.events] == ["client_gone", "aborted"]
+
+    play(story)
+
+
 @pytest.mark.parametrize(("policy", "charged"), [({}, 7), ({"on_cut": "hold"}, 7)])
 def test_cut_by_the_policy_of_the_route(policy: dict[str, Any], charged: int) -> None:
     """A session that runs dry is a cut."""

@@ -683,6 +683,23 @@ def test_afford_what_the_messages_have_left() -> None:
     assert left == [7, 70]
 
 
+@pytest.mark.parametrize("options", [{"hold": slices(50)}, {"hold": 50, "on_missing_usage": "observed"}])
+@pytest.mark.parametrize("end", [client_closes, client_vanishes])
+def test_count_bare_words_whoever_ends_the_session(end: Any, options: dict[str, Any]) -> None:
+    """Nothing else tells of them, so that a client which closes in good order pays what one does that vanishes."""
+    words = ["Once upon a time", " there was", " a meter."]
+
+    async def story() -> None:
+        async with served(obedient(billable(per_token(output=1), **options))) as scene:
+            async with scene.socket() as socket:
+                socket.say(*words)
+                await socket.heard(3)
+                await end(scene, socket)
+            assert await scene.books() == (count_tokens("".join(words)).tokens, 0)
+
+    play(story)
+
+
 @pytest.mark.parametrize("end", [client_closes, client_vanishes])
 def test_charge_nothing_for_a_model_that_nobody_asked(end: Any) -> None:
     """A session in slices that used nothing costs nothing."""

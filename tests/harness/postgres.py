@@ -164,9 +164,14 @@ class PostgresServer:
             leash.let_go(self._process.pid)
             self._process = None
 
-    def restart(self) -> None:
-        """Stop it and start it again."""
+    def restart(self, *, as_standby: bool = False) -> None:
+        """Stop it and start it again; as a standby it may only be read from, until it is promoted."""
         self.stop()
+        if as_standby:
+            signal_file = self._data / "standby.signal"
+            signal_file.touch()
+            if self._as:
+                os.chown(signal_file, self._as["user"], self._as["group"])
         self.start()
 
     @contextlib.contextmanager

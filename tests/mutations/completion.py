@@ -84,8 +84,8 @@ MUTATIONS = (
         24,
         "what breaks behind a whole answer makes it free",
         EXCHANGE,
-        "        call.see(Cause.COMPLETED if is_complete else cause_of(failure, self.finishing))\n",
-        "        call.see(cause_of(failure, self.finishing))\n",
+        "        cause = _COMPLETED if is_complete else cause_of(failure, self.finishing)\n",
+        "        cause = cause_of(failure, self.finishing)\n",
         _test("test_whole_response_is_charged_whatever_breaks_behind_it[sized]")
         + _test("test_whole_response_is_charged_whatever_breaks_behind_it[one-message]")
         + _test("test_whole_response_is_charged_whatever_breaks_behind_it[file]")

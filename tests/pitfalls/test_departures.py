@@ -229,6 +229,31 @@ def test_admission_whose_caller_was_cancelled_is_given_back() -> None:
     asyncio.run(play())
 
 
+@pytest.mark.parametrize(("has_left", "outcome", "basis"), [(True, "client_gone", ("hold",)), (False, "aborted", ())])
+def test_client_that_left_before_its_handler_was_cancelled(has_left: bool, outcome: str, basis: tuple[str]) -> None:
+    """Whom daphne cancels since it has not looked for ten seconds after its client left, no server has ended."""
+    says = asyncio.Queue[Any]()
+
+    @billable(2, on_abort="none", on_disconnect="hold")
+    async def endpoint(_request: Request) -> JSONResponse:
+        if has_left:
+            says.put_nowait({"type": "http.disconnect"})
+        raise asyncio.CancelledError
+
+    async def server_send(_message: Any) -> None:
+        raise AssertionError("There is nothing to be said.")
+
+    async def play() -> None:
+        async with staged(starlette(endpoint)) as stage:
+            with pytest.raises(asyncio.CancelledError):
+                await stage.app(http_scope("/"), says.get, server_send)
+            await stage.booked()
+            assert await stage.outcomes() == [outcome]
+            assert await stage.basis() == basis
+
+    asyncio.run(play())
+
+
 def test_ends_survive_the_cancellation_of_their_request() -> None:
     """Pitfall 30: a request that is cancelled in its last message, twice, is booked by tasks that are not its own."""
 

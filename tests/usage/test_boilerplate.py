@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from functools import partial
 from typing import Any
@@ -310,3 +311,28 @@ def test_count_what_was_passed_over_as_read() -> None:
     assert made.heard() == full.heard()
     assert made.heard().more_chars > 0
     assert made.report() == full.report()
+
+
+@pytest.mark.parametrize(
+    ("events", "options"),
+    [
+        (words(40), {"keep_text": True}),
+        ([gzip.compress(b"".join(words(40)))], {"content_encoding": "gzip"}),
+        (words(40), {"content_encoding": "none that is known"}),
+        ([b"data: nothing of the kind\n\n"] * 40, {"dialect": "openai-chat"}),
+        ([event.replace(b'"model"', b'"maker"') for event in words(40)], {}),
+        ([event[20:] + event[:20] for event in words(40)], {}),
+        ([b"<html>" * 40] * 40, {"content_type": "image/png"}),
+        ([b'data: {"object":"chat.completion.chunk","model":"m"}\n\n'] * 40, {}),
+    ],
+    ids=["text", "packed", "unknown coding", "fixed dialect", "no model", "cut", "no events", "short"],
+)
+def test_read_every_chunk_where_none_may_be_passed_over(events: list[bytes], options: dict[str, Any]) -> None:
+    """Text that is kept, codings, events cut anywhere and a model that is not known: every chunk is read."""
+    kind = {"content_type": "text/event-stream", **options}
+    made, full = UsageReader(**kind), Full(**kind)
+    made.feed_many(events)
+    for event in events:
+        full.feed(event)
+    assert (made.report(), made.heard(), made.text()) == (full.report(), full.heard(), full.text())
+    assert made._boilerplate._lessons == LESSONS

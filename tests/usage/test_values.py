@@ -58,6 +58,8 @@ def test_refuse_an_impossible_count(axis: str, value: object) -> None:
     with pytest.raises(UsageError, match=axis) as caught:
         TokenUsage(**{axis: value})  # type: ignore[arg-type]
     assert str(value) in str(caught.value)
+    with pytest.raises(UsageError, match=axis):
+        TokenUsage(**{**dict.fromkeys(AXES, 5), axis: value})  # type: ignore[arg-type]
 
 
 def test_accept_the_bound() -> None:

@@ -20,7 +20,7 @@ from asgi_metering.errors import (
     StoreUnavailableError,
 )
 from asgi_metering.stores.postgres.link import CutError, Link, Statement, connect, driver
-from asgi_metering.stores.postgres.migrations import SCHEMA_VERSION, applied, migrate
+from asgi_metering.stores.postgres.migrations import SCHEMA_VERSION, Migration, applied, migrate
 from asgi_metering.stores.postgres.prepared import CHANGED, FORGOTTEN
 
 __all__ = ["DEFAULT_NAMESPACE", "MAY_BEGIN_AGAIN", "Database", "check_namespace"]
@@ -46,8 +46,14 @@ MAY_BEGIN_AGAIN: Final = frozenset(
 )
 """Codes of failures that are nobody's mistake: the same batch, begun again, meets what the others have left."""
 
+_REFUSED_SETTING: Final = "call_bool_check_hook"
+"""
+Where a standby refuses a transaction that may write. The code, `CHANGED`, says only that something is not supported,
+and the text is translated.
+"""
+
 _FORBIDDEN: Final = """
-    SELECT c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    SELECT c.relname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = $1::text AND c.relkind IN ('r', 'p') AND c.relname <> 'migration' AND NOT (
         has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'INSERT')
         AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE')
@@ -96,7 +102,6 @@ class Database:
         self.prepares = prepares
         self.name = shown(url)
         psycopg = driver()
-        defaults = {"application_name": "asgi_metering", "client_encoding": "UTF8"}
         try:
             given = psycopg.conninfo.conninfo_to_dict(url)
         except psycopg.ProgrammingError as error:
@@ -104,8 +109,12 @@ class Database:
                 f"The store URL {self.name!r} is not one of PostgreSQL: {_sentence(error)}. Write "
                 f"postgresql://user:password@host:5432/database."
             ) from error
-        self._conninfo = psycopg.conninfo.make_conninfo(**{**defaults, **given})
+        # Texts go out as they are, in UTF-8: in any other encoding the keys of rows would not come back as they went.
+        kept = {"application_name": "asgi_metering", **given, "client_encoding": "UTF8"}
+        self._conninfo = psycopg.conninfo.make_conninfo(**kept)
         settings = {
+            # A function of somebody else, of the same name and made to fit better, would run in place of the server's.
+            "search_path": "pg_catalog, pg_temp",
             # Every query of the store looks rows up by keys; what the planner knows of a young table misleads it.
             "enable_seqscan": "off",
             "enable_bitmapscan": "off",
@@ -144,6 +153,25 @@ class Database:
         except driver().Error as error:
             raise self._refused(error) from error
 
+    async def migrate(self, link: Link, answer_within_s: float) -> list[Migration]:
+        """
+        Bring the schema up to date, and return what was applied.
+
+        Raises:
+            StoreContendedError: A table was in use for too long.
+            StoreUnavailableError: It cannot be done, or not by this user.
+        """
+        try:
+            return await migrate(link, self.namespace, answer_within_s)
+        except (CutError, driver().Error) as error:
+            if getattr(error, "sqlstate", None) == "42501":
+                raise StoreUnavailableError(
+                    f"{self.name} forbids what a migration does: {_sentence(error)}. Migrate as the user who owns the "
+                    f"schema {self.namespace!r} and its tables; where it is missing, as one who may CREATE in the "
+                    f"database."
+                ) from error
+            raise self.meaning(error) from error
+
     async def prepare(self, link: Link, is_migrating: bool) -> None:
         """
         Check that the schema is what this version works on.
@@ -156,9 +184,9 @@ class Database:
             ConfigurationError: It is missing, older or newer, or the database cannot keep every text.
             StoreUnavailableError: It cannot be used, or not by this user.
         """
+        if is_migrating:
+            await self.migrate(link, self.answer_within_s)
         try:
-            if is_migrating:
-                await migrate(link, self.namespace, self.answer_within_s)
             asked = [Statement("SHOW server_encoding"), Statement(_FORBIDDEN, (self.namespace,))]
             ((encoding,),), forbidden = await link.trip(asked, self.answer_within_s)
             version = max(await applied(link, self.namespace, self.answer_within_s), default=0)
@@ -195,9 +223,11 @@ class Database:
         elif code == "3D000" or ("database" in text and "does not exist" in text):
             mend = "Create the database, or name another in the store URL"
         elif code == "53300" or "too many" in text:
-            mend = "Raise max_connections, or put a pooler such as PgBouncer in front of it"
+            mend = "Raise max_connections or the role's CONNECTION LIMIT, or put a pooler such as PgBouncer before it"
         elif "ssl" in text or "certificate" in text:
             mend = "Check sslmode and sslrootcert of the store URL against what the server offers"
+        elif "not permitted to log in" in text:
+            mend = "Give the user LOGIN, or name another in the store URL"
         elif "permission denied" in text or code == "42501":
             mend = "Grant the user CONNECT on the database"
         return StoreUnavailableError(f"{self.name} cannot be connected to: {said}. {mend}.")
@@ -222,7 +252,7 @@ class Database:
             )
         if code == "42501":
             return self._forbids(said)
-        if code == "25006":
+        if self.is_of_standby(error):
             return StoreUnavailableError(
                 f"{self.name} is read-only: {said}. Add target_session_attrs=read-write to the store URL, so that a "
                 f"standby is passed over."
@@ -233,7 +263,18 @@ class Database:
             )
         if code == "53100":
             return StoreUnavailableError(f"{self.name} has no room to grow: {said}. Free disk space.")
+        if "statement pooling mode" in said:
+            return StoreUnavailableError(
+                f"The pooler {self.name} gives each statement to another connection: {said}. Set pool_mode = "
+                f"transaction for this database."
+            )
         return StoreUnavailableError(f"{self.name} could not be used: {said}. Look at its log first.")
+
+    @staticmethod
+    def is_of_standby(error: BaseException) -> bool:
+        """Whether the server may only be read from: another one has, or will have, its place."""
+        code, told = getattr(error, "sqlstate", None), getattr(error, "diag", None)
+        return code == "25006" or (code == CHANGED and getattr(told, "source_function", None) == _REFUSED_SETTING)
 
     def _forbids(self, said: str) -> StoreUnavailableError:
         return StoreUnavailableError(

@@ -204,17 +204,28 @@ class Link:
                     return results
                 else:
                     results.append(result)
-            await self._woken()
+            try:
+                await self._woken()
+            except CutError:
+                raise
+            except Exception as lost:
+                # What came before the end says more than that it ended.
+                raise self._goodbye(results, lost) from lost
 
-    def _goodbye(self, results: Sequence[PGresult]) -> Exception:
+    def _goodbye(self, results: list[PGresult], lost: Exception | None = None) -> Exception:
+        """What the server said before it closed the connection; *lost*, or what libpq says, where it said nothing."""
         from psycopg import OperationalError
         from psycopg.errors import error_from_result
-        from psycopg.pq import ExecStatus
+        from psycopg.pq import DiagnosticField, ExecStatus
 
+        if lost is not None:
+            while not self._pgconn.is_busy() and (result := self._pgconn.get_result()) is not None:
+                results.append(result)
         for result in results:
-            if result.status == ExecStatus.FATAL_ERROR:
+            # Without a code it is libpq's own.
+            if result.status == ExecStatus.FATAL_ERROR and result.error_field(DiagnosticField.SQLSTATE):
                 return error_from_result(result)
-        return OperationalError(self._pgconn.get_error_message())
+        return lost or OperationalError(self._pgconn.get_error_message())
 
     def _flush(self) -> None:
         if self._pgconn.flush():

@@ -21,6 +21,8 @@ _FILE: Final = re.compile(r"(\d{4})_(\w+)\.sql")
 _LOCK_TIMEOUT: Final = "3s"
 """Whoever waits for a table keeps everybody behind it waiting: better to fail, and to be run again."""
 
+_IDLE_TIMEOUT: Final = "60s"
+"""Between two trips of a migration milliseconds pass. A process that is stopped there keeps its locks so long."""
 
 _ATTEMPTS: Final = 10
 """
@@ -66,7 +68,7 @@ def script(schema: str, migrations: Sequence[Migration] = MIGRATIONS) -> str:
     """
     parts = [r"\set ON_ERROR_STOP on"]
     for migration in migrations:
-        parts.append(f"-- {migration.number:04} {migration.name}\nBEGIN;\n" + ";\n".join(opening(schema)) + ";")
+        parts.append(f"-- {migration.number:04} {migration.name}\n" + ";\n".join(opening(schema)) + ";")
         parts.append(_note(schema, migration) + ";")
         parts.append(migration.text.strip())
         parts.append("COMMIT;")
@@ -112,7 +114,7 @@ async def migrate(
 async def _apply(link: Link, schema: str, answer_within_s: float, migration: Migration) -> bool:
     """Apply *migration* in one transaction; False where another has applied it meanwhile."""
     try:
-        await link.trip([Statement("BEGIN"), *map(Statement, opening(schema))], answer_within_s)
+        await link.trip(list(map(Statement, opening(schema))), answer_within_s)
         # Behind the lock: another may have applied it while this one waited.
         if migration.number in await applied(link, schema, answer_within_s):
             return False
@@ -125,14 +127,25 @@ async def _apply(link: Link, schema: str, answer_within_s: float, migration: Mig
 
 
 def opening(schema: str) -> list[str]:
-    """The statements that a migration's transaction begins with: behind them nobody else migrates this schema."""
+    """The statements that begin a migration's transaction: behind them nobody else migrates this schema."""
     return [
+        # Said in full: by default it may be one that does not see what was committed while it waited, or may not write.
+        "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE",
+        # None of the limits that are meant for an application's transactions.
+        "SET LOCAL statement_timeout = 0",
+        "SET LOCAL lock_timeout = 0",
+        f"SET LOCAL idle_in_transaction_session_timeout = '{_IDLE_TIMEOUT}'",
+        # No function that somebody has made of the same name as one of the server's.
+        "SET LOCAL search_path TO pg_catalog",
+        # Known from version 17 on.
+        "SELECT set_config(name, '0', true) FROM pg_settings WHERE name = 'transaction_timeout'",
         f"SELECT pg_advisory_xact_lock(hashtextextended('asgi_metering migrations of {schema}', 0))",
         f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'",
         # A session that knows the catalogue, a pooler's say, looks for what others made while it waited only when it
         # uses a table; else it would make the schema once more.
-        "SELECT FROM pg_catalog.pg_namespace LIMIT 0",
-        f'CREATE SCHEMA IF NOT EXISTS "{schema}"',
+        "SELECT FROM pg_namespace LIMIT 0",
+        # Not with IF NOT EXISTS, which asks for the right to make schemas although there is one.
+        f"DO $$ BEGIN IF to_regnamespace('{schema}') IS NULL THEN CREATE SCHEMA \"{schema}\"; END IF; END $$",
         f'SET LOCAL search_path TO "{schema}"',
         (
             "CREATE TABLE IF NOT EXISTS migration ("

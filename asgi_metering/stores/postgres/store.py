@@ -23,7 +23,7 @@ from asgi_metering.stores.postgres.books import opened_books, opened_filling
 from asgi_metering.stores.postgres.database import DEFAULT_NAMESPACE, MAY_BEGIN_AGAIN, Database
 from asgi_metering.stores.postgres.link import CutError, Link, Statement, driver
 from asgi_metering.stores.postgres.loads import Loads
-from asgi_metering.stores.postgres.migrations import migrate, script
+from asgi_metering.stores.postgres.migrations import script
 from asgi_metering.stores.postgres.reading import Reading
 from asgi_metering.stores.postgres.working_copy import MovedError, WorkingCopy
 
@@ -183,9 +183,7 @@ class PostgresStore(Store):
         """
         link = await self._database.connect()
         try:
-            done = await migrate(link, self._database.namespace, MIGRATION_WITHIN_S)
-        except (CutError, driver().Error) as error:
-            raise self._database.meaning(error) from error
+            done = await self._database.migrate(link, MIGRATION_WITHIN_S)
         finally:
             link.close()
         return [(migration.number, migration.name) for migration in done]
@@ -263,6 +261,9 @@ class PostgresStore(Store):
             except MovedError as moved:
                 lost: Exception = moved
             except driver().Error as error:
+                if self._database.is_of_standby(error):
+                    # The address, or the pooler, may lead to its successor by now.
+                    link.close()
                 if not link.is_open or not await self._may_begin_again(link, error):
                     raise self._told(error) from error
                 lost = error

@@ -22,6 +22,8 @@ from asgi_metering.errors import (
     StoreError,
     StoreUnavailableError,
 )
+from asgi_metering.stores.sqlite.place import PlacedConnection, connected
+from asgi_metering.stores.sqlite.thread import LostConnectionError
 
 __all__ = ["SCHEMA_VERSION", "SYNCHRONOUS", "Database", "network_file_system"]
 
@@ -82,6 +84,11 @@ class Database:
         self.path = path
         self._synchronous = synchronous
         self._busy_timeout_s = busy_timeout_s
+        self._is_made = False
+
+    def begin_anew(self) -> None:
+        """From here on the file may be made, if it is missing, by the first connection; not by those behind it."""
+        self._is_made = False
 
     def connect_writer(self) -> sqlite3.Connection:
         """
@@ -89,9 +96,11 @@ class Database:
 
         Raises:
             ConfigurationError: The folder is missing, or the file cannot be written or is not one of ours.
+            LostConnectionError: It was there before.
             StoreContendedError: Others keep it locked.
             StoreUnavailableError: Anything else that SQLite says.
         """
+        self._check_there()
         self._check_place()
         connection = self._connect()
         try:
@@ -101,6 +110,7 @@ class Database:
             if isinstance(error, sqlite3.Error):
                 raise self._unusable(error) from error
             raise
+        self._is_made = True
         self._warn_of_network()
         return connection
 
@@ -111,22 +121,43 @@ class Database:
         Raises:
             StoreUnavailableError: It cannot be opened.
         """
+        self._check_there()
         connection = self._connect()
         connection.execute("PRAGMA query_only = ON")
         return connection
 
     def _connect(self) -> sqlite3.Connection:
-        # No waiting inside SQLite: its pauses grow to 100 ms, ours do not. No implicit transactions either.
         try:
-            return sqlite3.connect(self.path, timeout=0.0, isolation_level=None)
+            return connected(self.path)
         except sqlite3.Error as error:
             raise self.meaning(error) from error
+
+    def check_in_place(self, connection: sqlite3.Connection) -> None:
+        """
+        Check that what *connection* writes to is the file that others find.
+
+        Raises:
+            LostConnectionError: It was moved, removed or replaced.
+        """
+        if isinstance(connection, PlacedConnection) and not connection.is_in_place():
+            raise self._gone("was moved, removed or replaced while it was in use, so nothing was done")
+
+    def _gone(self, what: str) -> LostConnectionError:
+        return LostConnectionError(
+            f"The SQLite file {str(self.path)!r} {what}. Put it back, or a backup in its place; the store goes on with "
+            f"what it finds there. To begin with a new file, restart."
+        )
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         # First of all, so that making a file waits for the disk as little, or as much, as using it.
         connection.execute(f"PRAGMA synchronous = {self._synchronous}")
         connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_KEPT}")
         _make_ours(connection, self.path)
+
+    def _check_there(self) -> None:
+        if self._is_made and not self.path.exists():
+            # SQLite would make a new one, in which nobody has any credit.
+            raise self._gone("is gone")
 
     def _check_place(self) -> None:
         folder = self.path.parent

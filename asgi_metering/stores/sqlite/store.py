@@ -102,6 +102,7 @@ class SQLiteStore(Store):
             if self._threads is not None and self._pid == os.getpid():
                 return self._threads, False
             database = self._database
+            database.begin_anew()
             self._threads = (
                 ConnectionThread(f"asgi_metering writer of {database.path.name}", database.connect_writer),
                 ConnectionThread(f"asgi_metering reader of {database.path.name}", database.connect_reader),
@@ -191,6 +192,7 @@ class SQLiteStore(Store):
         connection, patiently = turn.connection, self._database.patiently
         try:
             patiently(lambda: connection.execute("BEGIN IMMEDIATE"), turn.sleep)
+            self._database.check_in_place(connection)
             copy = self._taken_copy(connection)
             copy.begin(self._clock())
             answers = _decided(copy, operations)
@@ -211,6 +213,7 @@ class SQLiteStore(Store):
 
     def _snapshot(self, turn: Turn[Snapshot], query: Query) -> Snapshot:
         connection = turn.connection
+        self._database.check_in_place(connection)
         try:
             return self._database.patiently(lambda: _at_one_instant(connection, query, self._clock))
         except sqlite3.Error as error:

@@ -19,7 +19,7 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from asgi_metering.errors import StoreUnavailableError
 
-__all__ = ["ConnectionThread", "Turn"]
+__all__ = ["ConnectionThread", "LostConnectionError", "Turn"]
 
 Result = TypeVar("Result")
 
@@ -34,6 +34,10 @@ STEP_ASIDE_S: Final = 0.002
 
 GLIMPSE_S: Final = 0.00005
 """How long it steps aside for one that waits: enough to take the interpreter, should the wait be over."""
+
+
+class LostConnectionError(StoreUnavailableError):
+    """What a job raises whose connection leads nowhere any more: the next job gets a fresh one."""
 
 
 class Turn(Generic[Result]):
@@ -206,7 +210,7 @@ class ConnectionThread:
             answer = turn.job(turn) if turn.job is not None else None
         except BaseException as error:  # noqa: BLE001 -- it is the caller's, whatever it is
             failure = error
-            if connection is not None and connection.in_transaction:
+            if connection is not None and (isinstance(error, LostConnectionError) or connection.in_transaction):
                 # Not even its rollback worked; the file's own recovery does that on the next connection.
                 connection.close()
                 connection = None

@@ -341,6 +341,71 @@ def test_keep_keys_of_every_kind(postgres: PostgresServer, schema: str) -> None:
     asyncio.run(run())
 
 
+def test_texts_are_as_they_were_whatever_the_url_says(postgres: PostgresServer, schema: str) -> None:
+    """An encoding in the URL does not come between keys and their rows: an account that is there is found."""
+
+    async def run() -> None:
+        store = PostgresStore(f"{postgres.url()}?client_encoding=latin1", namespace=schema, migrate=True)
+        await store.open()
+        try:
+            await store.post([PostGrant("é1", "é", "credits", 10)])
+            await store.post([PostGrant("é2", "é", "credits", 10)])
+            assert (await store.read(EverythingKept())).state.accounts["é", "credits"].granted == 20
+        finally:
+            await store.close()
+
+    asyncio.run(run())
+
+
+def test_tell_the_last_words_of_the_server(postgres: PostgresServer, schema: str) -> None:
+    """Why the server ended a connection in the middle of a batch is what the operator reads."""
+
+    async def run() -> None:
+        async with opened(postgres, schema) as store:
+            link = await store._database.connect()
+            last = Statement("SELECT pg_terminate_backend(pg_backend_pid())"), Statement("SELECT pg_sleep(10)")
+            with pytest.raises(psycopg.Error) as raised:
+                await link.trip(last, 10.0)
+            assert not link.is_open
+            assert "terminating connection due to administrator command" in str(store._database.meaning(raised.value))
+
+    asyncio.run(run())
+
+
+def test_write_again_when_a_standby_takes_over(
+    postgres: PostgresServer, schema: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A standby is told as what it is, at each batch on a new connection; promoted, it serves as the one before."""
+
+    async def run() -> None:
+        async with opened(postgres, schema) as store:
+            await store.run([call("a"), End("a", 4, Basis.USAGE)])
+            await asyncio.to_thread(postgres.restart, as_standby=True)
+            try:
+                with pytest.raises(StoreUnavailableError):
+                    await store.run([call("b")])
+                for _ in range(2):
+                    with pytest.raises(
+                        StoreUnavailableError, match=r"is read-only: .* target_session_attrs=read-write"
+                    ):
+                        await store.run([call("b")])
+                    link = store._lines[asyncio.get_running_loop()].writer._link
+                    assert link is not None
+                    assert not link.is_open
+                # What it has, it tells.
+                assert (await store.read(HoldRow("a"))).state.holds["a"].receipt is not None
+            finally:
+                postgres.execute("SELECT pg_promote()")
+            (decision,) = await store.run([call("b")])
+            assert isinstance(decision, Decision)
+            assert decision.admitted
+            assert_conserved((await store.read(EverythingKept())).state)
+
+    asyncio.run(run())
+    # Nothing was wrong with prepared statements.
+    assert not [record for record in caplog.records if record.name == "asgi_metering.stores"]
+
+
 def test_time_is_the_servers(postgres: PostgresServer, schema: str) -> None:
     """Without a clock of its own the store reads the server's, so that several machines agree."""
 

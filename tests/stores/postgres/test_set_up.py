@@ -104,7 +104,7 @@ def test_migrate_by_a_session_that_has_migrated_before(postgres: PostgresServer,
         first, second = await connect(postgres.url(), 10.0), await connect(postgres.url(), 10.0)
         # By now it needs nothing of the catalogue for which the server would look whether anything is new.
         await migrate(second, f"{schema}_before", 60.0, [one])
-        await first.trip([Statement("BEGIN"), *map(Statement, opening(schema))], 60.0)
+        await first.trip(list(map(Statement, opening(schema))), 60.0)
         migrating = asyncio.create_task(migrate(second, schema, 60.0, [one]))
         waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
         await asyncio.to_thread(wait_until, lambda: postgres.execute(waiting) == [(1,)])
@@ -115,6 +115,65 @@ def test_migrate_by_a_session_that_has_migrated_before(postgres: PostgresServer,
         return done
 
     assert asyncio.run(run()) == [one]
+
+
+def test_migrate_under_the_settings_of_another_application(postgres: PostgresServer, schema: str) -> None:
+    """What a role's transactions are by default, and how long they may take, is not what migrations and batches are."""
+    user = f"strict_{schema}"
+    postgres.execute(f"CREATE ROLE {user} SUPERUSER LOGIN PASSWORD 'strict'")
+    for setting in (
+        "default_transaction_isolation = 'serializable'",
+        "default_transaction_read_only = on",
+        "idle_in_transaction_session_timeout = 1",
+        "lock_timeout = 1",
+    ):
+        postgres.execute(f"ALTER ROLE {user} SET {setting}")
+
+    async def run() -> list[list[tuple[int, str]]]:
+        stores = [PostgresStore(postgres.url(user=user, password="strict"), namespace=schema) for _ in range(4)]
+        done = await asyncio.gather(*(store.migrate() for store in stores))
+        await _opens(stores[0])
+        return done
+
+    done = asyncio.run(run())
+    assert sorted(number for each in done for number, _ in each) == [each.number for each in MIGRATIONS]
+
+
+def test_migrate_a_schema_that_was_made_for_its_owner(postgres: PostgresServer, schema: str) -> None:
+    """Who owns the schema needs no right to make others; who does not is told who may migrate."""
+    for kind in ("owner", "guest"):
+        postgres.execute(f"CREATE ROLE {kind}_{schema} LOGIN PASSWORD '{kind}'")
+    postgres.execute(f'CREATE SCHEMA "{schema}" AUTHORIZATION owner_{schema}')
+    owner, guest = (
+        PostgresStore(postgres.url(user=f"{kind}_{schema}", password=kind), namespace=schema)
+        for kind in ("owner", "guest")
+    )
+    with pytest.raises(StoreError, match=r"forbids what a migration does: .* Migrate as the user who owns the schema"):
+        asyncio.run(guest.migrate())
+    assert [number for number, _ in asyncio.run(owner.migrate())] == [each.number for each in MIGRATIONS]
+    asyncio.run(_opens(owner))
+
+
+def test_functions_of_others_are_not_called(postgres: PostgresServer, schema: str) -> None:
+    """A function that somebody has put into the search path, and made to fit better than the server's, never runs."""
+    trap, user = f"trap_{schema}", f"caught_{schema}"
+    postgres.execute(f"CREATE SCHEMA {trap}")
+    for signature in ("hashtextextended(text, integer) RETURNS bigint", "unnest(text[]) RETURNS SETOF bigint"):
+        postgres.execute(f"CREATE FUNCTION {trap}.{signature} LANGUAGE sql AS 'SELECT (1 / 0)::bigint'")
+    postgres.execute(f"CREATE ROLE {user} SUPERUSER LOGIN PASSWORD 'caught'")
+    postgres.execute(f"ALTER ROLE {user} SET search_path = {trap}")
+
+    async def run() -> None:
+        store = PostgresStore(postgres.url(user=user, password="caught"), namespace=schema, migrate=True)
+        await store.open()
+        _, decision = await store.run(
+            [PostGrant("g", "p", "credits", 5), Admit("a", "p", "credits", 5, 5, (WalletSource(),))]
+        )
+        assert isinstance(decision, Decision)
+        assert decision.admitted
+        await store.close()
+
+    asyncio.run(run())
 
 
 def test_migrate_under_load(postgres: PostgresServer, schema: str) -> None:
@@ -309,6 +368,33 @@ def test_open_with_a_wrong_url(postgres: PostgresServer, schema: str) -> None:
         assert text.startswith(f"PostgreSQL at {HOST}:")
         assert "secret" not in text
         assert "only%20for" not in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "mend"),
+    [("NOLOGIN", "Give the user LOGIN"), ("LOGIN CONNECTION LIMIT 0", "or the role's CONNECTION LIMIT")],
+)
+def test_connect_as_a_role_that_may_not(postgres: PostgresServer, schema: str, setting: str, mend: str) -> None:
+    """What keeps a role out is told, with the setting of the role that does."""
+    postgres.execute(f"CREATE ROLE out_{schema} {setting} PASSWORD 'out'")
+    store = PostgresStore(postgres.url(user=f"out_{schema}", password="out"), namespace=schema)
+    assert mend in str(failure_to_open(store))
+
+
+def test_pooler_that_keeps_no_transaction_together(postgres: PostgresServer, schema: str) -> None:
+    """A pooler in statement mode, whose words these are, is told with its mend."""
+
+    async def run() -> None:
+        store = PostgresStore(postgres.url(), namespace=schema)
+        link = await store._database.connect()
+        said = "transaction blocks not allowed in statement pooling mode"
+        with pytest.raises(psycopg.Error) as raised:
+            await link.trip([Statement(f"DO 'BEGIN RAISE SQLSTATE ''08P01'' USING MESSAGE = ''{said}''; END'")], 10.0)
+        link.close()
+        told = str(store._database.meaning(raised.value))
+        assert told.endswith(f"another connection: {said}. Set pool_mode = transaction for this database.")
+
+    asyncio.run(run())
 
 
 def test_open_without_permission(postgres: PostgresServer, schema: str) -> None:
