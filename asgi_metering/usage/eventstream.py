@@ -54,8 +54,8 @@ class EventStreamFrames:
     """
     Cuts messages; one beyond `MAX_PAYLOAD` is passed over, for no such message of a model holds usage.
 
-    Behind a gap, or a message that breaks its checksum, the next prelude is looked for: JSON and base64 hold no bytes
-    that could be one.
+    Behind a gap the next prelude is looked for: JSON and base64 hold no bytes that could be one. A message that breaks
+    its checksum is passed over whole, for its length has a checksum of its own.
     """
 
     __slots__ = ("_begun", "_lost", "_skip")
@@ -89,8 +89,8 @@ class EventStreamFrames:
                     self._skip = size - (len(begun) - at)
                     at = len(begun)
                 break
-            payloads += self._read(bytes(begun[at : at + size]))
-            at += PRELUDE if self._lost else size
+            payloads += _read(bytes(begun[at : at + size]))
+            at += size
         del begun[:at]
         return payloads
 
@@ -106,16 +106,6 @@ class EventStreamFrames:
         self._lost = True
         return last + 1
 
-    def _read(self, message: bytes) -> list[Payload]:
-        if zlib.crc32(message[:-_CHECKSUM]) != int.from_bytes(message[-_CHECKSUM:], "big"):
-            self._lost = True
-            return []
-        body = PRELUDE + int.from_bytes(message[4:8], "big")
-        headers = _headers(message[PRELUDE:body])
-        kind = next((headers[name] for name in _NAMES if name in headers), None)
-        data = message[body:-_CHECKSUM]
-        return [] if kind is None else _payload(kind, data)
-
     def gap(self) -> list[Payload]:
         """Forget the message that was begun, and look for the next one."""
         self._lost = True
@@ -125,6 +115,16 @@ class EventStreamFrames:
 
     def pending(self) -> None:
         """Nothing: a message counts once its checksum proved it."""
+
+
+def _read(message: bytes) -> list[Payload]:
+    """Return the payload of a message, if its checksum proves it and it has a type."""
+    if zlib.crc32(message[:-_CHECKSUM]) != int.from_bytes(message[-_CHECKSUM:], "big"):
+        return []
+    body = PRELUDE + int.from_bytes(message[4:8], "big")
+    headers = _headers(message[PRELUDE:body])
+    kind = next((headers[name] for name in _NAMES if name in headers), None)
+    return [] if kind is None else _payload(kind, message[body:-_CHECKSUM])
 
 
 def _headers(data: bytes) -> dict[str, str]:

@@ -19,8 +19,13 @@ _LABELS: Final = frozenset({"type", "object", "id", "model", "role", "event", "f
 """Fields whose strings are marks, not words: in most formats each event repeats some of them."""
 
 _LONG: Final = 512
-_BLOB: Final = re.compile(rf"[A-Za-z0-9+/_=-]{{{_LONG},}}")
-"""A run that no language has without a blank: base64 of an image or a voice, which is not counted as text."""
+_CODES: Final = "[A-Za-z0-9+/_=-]"
+_BLOB: Final = re.compile(rf"(?<!{_CODES}){_CODES}{{{_LONG},}}")
+"""
+A run that no language has without a blank: base64 of an image or a voice, which is not counted as text.
+
+It is counted from its first letter alone: from each letter of one that is nearly as long it would take a second a MiB.
+"""
 
 
 class Heard(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from asgi_metering.usage import TokenUsage, UsageReader
+from asgi_metering.usage import TokenUsage, UsageReader, eventstream
 from asgi_metering.usage.eventstream import MAX_MESSAGE, PRELUDE, EventStreamFrames, is_prelude
 from asgi_metering.usage.frames import MAX_PAYLOAD, Payload
 from tests.usage import vectors
@@ -148,6 +148,24 @@ def test_believe_a_message_by_its_checksum_alone() -> None:
     broken[-20] ^= 0x55
     frames = EventStreamFrames()
     assert frames.feed(bytes(broken)) == []
+    assert frames.feed(event("messageStop", {})) == [Payload(b'{"messageStop":{}}')]
+
+
+def test_check_each_byte_of_messages_that_break_their_checksums_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many beginnings of messages lie in a broken one, the work grows with the bytes: its length was proved."""
+    checked: list[int] = []
+    read_one = eventstream._read
+
+    def counted(message: bytes) -> list[Payload]:
+        checked.append(len(message))
+        return read_one(message)
+
+    monkeypatch.setattr(eventstream, "_read", counted)
+    start = (6_000).to_bytes(4, "big") + bytes(4)
+    data = (start + zlib.crc32(start).to_bytes(4, "big")) * 5_000
+    frames = EventStreamFrames()
+    assert frames.feed(data) == []
+    assert sum(checked) == len(data)
     assert frames.feed(event("messageStop", {})) == [Payload(b'{"messageStop":{}}')]
 
 
