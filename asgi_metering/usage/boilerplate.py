@@ -77,7 +77,7 @@ class Boilerplate:
         self._lessons = LESSONS
         self._of: object = None
 
-    def wanted(self, chunks: Sequence[bytes], ends: tuple[bytes, ...], search: Search) -> list[int] | None:
+    def wanted(self, chunks: Sequence[bytes], size: int, ends: tuple[bytes, ...], search: Search) -> list[int] | None:
         """
         Return the places of those of *chunks* in which something may matter, in their order.
 
@@ -85,10 +85,10 @@ class Boilerplate:
 
         Args:
             chunks: The next ones of the stream, of which the first begins an event.
+            size: How many bytes they are.
             ends: Behind any of these an event is over.
             search: What may matter. Once an event changes that, the places behind it hold no longer.
         """
-        size = sum(map(len, chunks))
         if len(chunks) < SOME or size < SHORT * len(chunks) or not _BYTES.issuperset(map(type, chunks)):
             return None
         if not self._knows(chunks, size, search) or not all(map(bytes.endswith, chunks, repeat(ends))):

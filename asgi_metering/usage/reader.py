@@ -218,21 +218,23 @@ class UsageReader:
         frames, inflate = self._frames, self._inflate
         if frames is None or self._keep_text or inflate.active or inflate.failed or not frames.between:
             return 0
-        search = self._search()
-        wanted = self._boilerplate.wanted(chunks, frames.ends, search) if search is not None else None
+        search, left = self._search(), sum(map(len, chunks))
+        wanted = self._boilerplate.wanted(chunks, left, frames.ends, search) if search is not None else None
         # Of what is too large the ends are searched for more than marks.
-        if search is None or wanted is None or max(map(len, chunks)) > MAX_PAYLOAD:
+        if search is None or wanted is None or (left > MAX_PAYLOAD and max(map(len, chunks)) > MAX_PAYLOAD):
             return 0
         done = 0
         for place in wanted:
-            self._read += sum(map(len, chunks[done:place]))
+            passed = sum(map(len, chunks[done:place]))
+            self._read += passed
             self._feed(chunks[place])
+            left -= passed + len(chunks[place])
             done = place + 1
             now = self._search()
             if now is None or now.of is not search.of:
                 # It told what those behind it are, which were searched for what matters in those before it.
                 return done
-        self._read += sum(map(len, chunks[done:]))
+        self._read += left
         return len(chunks)
 
     def _frame(self, frames: SniffingFrames, data: bytes) -> None:

@@ -47,7 +47,7 @@ def words(count: int, start: int = 0) -> list[bytes]:
 
 def wanted(events: list[bytes], made: Boilerplate | None = None, search: Search = CHAT) -> list[bytes]:
     """What is left of the events."""
-    places = (made or Boilerplate()).wanted(events, EVENTS, search)
+    places = (made or Boilerplate()).wanted(events, sum(map(len, events)), EVENTS, search)
     return events if places is None else [events[place] for place in places]
 
 
@@ -141,13 +141,13 @@ def test_want_an_escape_where_one_may_hide_a_name() -> None:
 )
 def test_read_all_events_where_nothing_is_spared(events: list[bytes]) -> None:
     """Events that repeat too little, or all matter, or are cut anywhere, are all wanted, as they are."""
-    assert Boilerplate().wanted(events, EVENTS, CHAT) is None
+    assert Boilerplate().wanted(events, sum(map(len, events)), EVENTS, CHAT) is None
 
 
 def test_read_all_events_where_many_matter() -> None:
     """More than one event of a few that matters makes all of them wanted."""
     events = [*words(4 * FEW), *[USAGE] * (FEW + 2)]
-    assert Boilerplate().wanted(events, EVENTS, CHAT) is None
+    assert Boilerplate().wanted(events, sum(map(len, events)), EVENTS, CHAT) is None
 
 
 def test_learn_anew_when_a_stream_changes() -> None:
@@ -164,7 +164,7 @@ def test_forget_what_was_learned_for_another_search() -> None:
     made = Boilerplate()
     assert wanted(words(20), made) == []
     another = Search("logprobs", lambda data, at: data.find(b'"logprobs"', at), escapes=False)
-    assert made.wanted(words(20), EVENTS, another) is None
+    assert made.wanted(words(20), sum(map(len, words(20))), EVENTS, another) is None
 
 
 def test_give_up_on_a_stream_that_repeats_nothing() -> None:
@@ -208,7 +208,7 @@ def test_never_pass_over_what_an_event_alone_shows(lists: list[list[list[bytes]]
     made = Boilerplate()
     for runs in lists:
         events = [event for run in runs for event in run]
-        places = made.wanted(events, EVENTS, CHAT)
+        places = made.wanted(events, sum(map(len, events)), EVENTS, CHAT)
         assert places is None or places == sorted({*places})
         for place, event in enumerate(events):
             if places is not None and place not in places:
