@@ -89,9 +89,12 @@ class Boilerplate:
             ends: Behind any of these an event is over.
             search: What may matter. Once an event changes that, the places behind it hold no longer.
         """
-        if len(chunks) < SOME or size < SHORT * len(chunks) or not _BYTES.issuperset(map(type, chunks)):
+        if len(chunks) < SOME or size < SHORT * len(chunks) or not (self._lessons or self._before or self._behind):
             return None
-        if not self._knows(chunks, size, search) or not all(map(bytes.endswith, chunks, repeat(ends))):
+        # Whole ones, before anything is learned from them: a piece of one may end within a name.
+        if not (_BYTES.issuperset(map(type, chunks)) and all(map(bytes.endswith, chunks, repeat(ends)))):
+            return None
+        if not self._knows(chunks, size, search):
             return None
         wanted = self._long(chunks, search) if size > LONG * len(chunks) else self._short(chunks, size, search)
         if wanted is None or FEW * len(wanted) > len(chunks):

@@ -167,6 +167,15 @@ def test_forget_what_was_learned_for_another_search() -> None:
     assert made.wanted(words(20), sum(map(len, words(20))), EVENTS, another) is None
 
 
+def test_learn_nothing_from_equal_pieces_of_events() -> None:
+    """What begins many pieces alike may end within a name, which is then whole in none of its parts."""
+    made = Boilerplate()
+    piece = chat("word", usage={"prompt_tokens": 9}).partition(b"age")[0]
+    assert made.wanted([piece] * 20, 20 * len(piece), EVENTS, CHAT) is None
+    events = [chat("word", usage={"prompt_tokens": 9}) for _ in range(20)]
+    assert wanted(events, made) == events
+
+
 def test_give_up_on_a_stream_that_repeats_nothing() -> None:
     """After some lessons in vain nothing is learned any more."""
     made = Boilerplate()
