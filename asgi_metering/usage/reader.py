@@ -201,7 +201,12 @@ class UsageReader:
             self._guess = Text()
 
     def feed_many(self, chunks: Sequence[bytes]) -> None:
-        """Take several chunks, as `feed` takes one after the other, which costs more."""
+        """
+        Take the next chunks of the body as `feed` takes them one by one, for less: whole events that repeat what was
+        looked at before are passed over. Never raises on what they hold.
+
+        Who overrides `feed` overrides this as well.
+        """
         at = 0
         while at < len(chunks) and self._lead and not _is_introduced(self._notes):
             # They show what the others are.
