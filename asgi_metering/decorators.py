@@ -8,7 +8,7 @@ import, with the mend. Knows neither how an endpoint is guarded (`guards`) nor h
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from asgi_metering.amounts import Unit, exact_amount
@@ -29,6 +29,7 @@ from asgi_metering.checks import (
     check_shadow_per,
     check_slices,
     check_store_down,
+    read_callers,
     read_charge_key,
     read_end,
     read_idempotency,
@@ -103,6 +104,7 @@ def billable(
     skip_if: Callable[..., Any] | None = None,
     on_store_down: CreditsDown | None = None,
     per: Per = "call",
+    callers: Collection[str] | None = None,
     shadow: bool = False,
 ) -> Part:
     """
@@ -150,6 +152,9 @@ def billable(
             that it is open; ``"call"``, the default, once. Held in slices ahead of what is used: of ten messages, or a
             minute, unless ``hold=slices(...)`` says amounts. A session begins with one of them, and is closed with 4402
             before the first that cannot be paid.
+        callers: Types of callers that are charged (`Caller.type`, S2.10); everybody by default. For all others, and for
+            callers without a type, the endpoint is as if it had no price: nothing is computed, held or told, and keys
+            mean nothing. Its limits count them, and somebody has to be known.
         shadow: Charge and refuse nothing, and tell what it would have: see `asgi_metering.shadow` (S4.16). Not with
             keys: nothing is claimed, so that nobody could tell which of several calls pays.
 
@@ -220,6 +225,7 @@ def billable(
         skip_if=None if skip_if is None else From(skip_if, "skip_if"),
         on_store_down=on_store_down,
         per=per,
+        callers=read_callers(callers),
         shadow=shadow,
     )
     check_shadow(charge)
