@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from asgi_metering.breakdown import upstream_attributes
+from asgi_metering.breakdown import unit_attributes, upstream_attributes
 from asgi_metering.counting import usage_of
 from asgi_metering.errors import AmountError, UsageError
-from asgi_metering.itemised import DOUBTS, costed, costing_attributes
+from asgi_metering.itemised import DOUBTS, calls_of, costed, costing_attributes
 from asgi_metering.measuring import (
     Metered,
     failed_in_band,
@@ -408,8 +408,10 @@ def _event(call: Call, used: Metered, seen: Sighting, row: Situation) -> dict[st
     several = bool(call.exchanges) or call.witnesses is not None or len(call.reports) > 1
     several = several or (call.opening.is_session and call.observer is not None)
     upstream = upstream_attributes(call, used) if several else None
-    if upstream:
-        told["attributes"] = {**told.get("attributes", call.facts.get("attributes", {})), **upstream}
+    units = unit_attributes(calls_of(call, used)) if used.usage is not None else None
+    if upstream or units:
+        known = told.get("attributes", call.facts.get("attributes", {}))
+        told["attributes"] = {**known, **(upstream or {}), **(units or {})}
     return told
 
 

@@ -193,7 +193,8 @@ from asgi_metering import Idempotency, billable
 
 def owner(request): ...
 
-@billable(1, callers={"bot", "agent"}, idempotency=True, charge_key="X-Session", charge_zone="Europe/Berlin", charge_per="week")
+@billable(1, callers={"bot", "agent"}, idempotency=True, charge_key="X-Session", charge_per="week",
+          charge_zone="Europe/Berlin")
 async def once(request): ...
 
 @billable(1, idempotency=Idempotency(3_600, 10, True, owner), charge_key=owner, charge_per=90)
