@@ -48,7 +48,7 @@ UNITS = "metering.units."
 """Before the name of what a call used besides tokens: how much of it."""
 
 MAX_UNITS_TOLD = 32
-"""Units that an event tells of, the first that were reported: names come from handlers, and an event must stay small."""
+"""Units that an event tells of, the first that were reported: names are handlers', and an event must stay small."""
 
 MAX_MODELS = 32
 """Models that are told apart: names come from upstream, and an event must stay small. Others are summed as one."""

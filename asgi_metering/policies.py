@@ -218,6 +218,7 @@ class ChargePolicy:
         per: What the price is for; other than ``"call"`` a WebSocket alone can be charged by.
         shadow: Whether it only tells what it would have charged, or refused.
         callers: Types of callers that are charged; None is every caller.
+        count: Says how much of each unit was used, from what the endpoint returned as well.
         has_levels: Whether any source warns of its end, or lets its payer go beyond it.
     """
 
@@ -242,6 +243,7 @@ class ChargePolicy:
     per: Per = "call"
     shadow: bool = False
     callers: frozenset[str] | None = None
+    count: From | None = None
     has_levels: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -213,7 +213,7 @@ def test_refuse_a_hold_that_no_price_tells() -> None:
 
 @pytest.mark.parametrize("price", [per_unit(items=2), 7], ids=["priced", "fixed"])
 def test_tell_how_much_of_each_unit_was_used(price: Any) -> None:
-    """The event has the counts that were reported, beside tokens and whatever else the handler observed (S2.8, S2.19)."""
+    """The event has the counts that were reported, beside tokens and what else the handler saw (S2.8, S2.19)."""
 
     async def work(call: Any) -> None:
         call.attributes["raw_results"] = 9
