@@ -159,8 +159,8 @@ def billable(
             mean nothing. Its limits count them, and somebody has to be known.
         count: Says how much was used, for prices such as `per_unit` (S2.11): a sync or async function of ``result``,
             what the endpoint returned, and of the endpoint's arguments, that answers a mapping of units to numbers, or
-            the number alone where the price has one unit. Reported as by `Call.record`. Where it fails, the answer goes out
-            all the same, and the call is one of missing usage, with an alarm.
+            the number alone where the price has one unit. Reported as by `Call.record`. Where it fails, the answer goes
+            out all the same, and the call is one of missing usage, with an alarm.
         shadow: Charge and refuse nothing, and tell what it would have: see `asgi_metering.shadow` (S4.16). Not with
             keys: nothing is claimed, so that nobody could tell which of several calls pays.
 

@@ -219,6 +219,7 @@ class ChargePolicy:
         shadow: Whether it only tells what it would have charged, or refused.
         callers: Types of callers that are charged; None is every caller.
         count: Says how much of each unit was used, from what the endpoint returned as well.
+        has_payers: Whether any source names a `Payer`.
         has_levels: Whether any source warns of its end, or lets its payer go beyond it.
     """
 
@@ -245,9 +246,11 @@ class ChargePolicy:
     callers: frozenset[str] | None = None
     count: From | None = None
     has_levels: bool = field(init=False, repr=False, compare=False)
+    has_payers: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "has_levels", any(source.has_level for source in self.sources))
+        object.__setattr__(self, "has_payers", any(source.payer is not None for source in self.sources))
 
     @property
     def drains(self) -> bool:
