@@ -187,6 +187,7 @@ def _is_plain_charge(charge: ChargePolicy | None) -> bool:
         and all(source.payer is None for source in charge.sources)
         and charge.hold.at_least is None
         and charge.per == "call"
+        and charge.callers is None
     )
 
 
