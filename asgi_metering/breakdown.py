@@ -14,6 +14,7 @@ from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.errors import UsageError
 from asgi_metering.measuring import Metered, upstream_calls
 from asgi_metering.usage import TokenUsage
+from asgi_metering.usage.event import CALLS, MODELS
 from asgi_metering.usage.values import AXES
 
 if TYPE_CHECKING:
@@ -21,10 +22,7 @@ if TYPE_CHECKING:
     from asgi_metering.call import Call
     from asgi_metering.witnesses import Told
 
-__all__ = ["COST", "MAX_MODELS", "MODELS", "TRUNCATED", "upstream_attributes"]
-
-MODELS = "metering.models"
-"""JSON: ``[{"model", "provider", "calls", "usage": {...}, "cost_usd_micros"}]``, of calls that used several models."""
+__all__ = ["COST", "MAX_MODELS", "TRUNCATED", "upstream_attributes"]
 
 COST = "metering.cost.usd_micros"
 """What the providers, or LiteLLM, say that the call's upstream calls cost, in millionths of a US dollar."""
@@ -40,7 +38,7 @@ _OTHERS = ("_OTHER", None)
 
 def upstream_attributes(call: Call, used: Metered) -> dict[str, Scalar]:
     """
-    Return `MODELS`, `COST` and `TRUNCATED`, as far as there is something to say.
+    Return `MODELS` or `CALLS`, `COST` and `TRUNCATED`, as far as there is something to say.
 
     Only of the source that counted: sources are alternatives, never summed (S2.42). Source: S3.20, S3.27, S3.28.
     """
@@ -54,6 +52,8 @@ def upstream_attributes(call: Call, used: Metered) -> dict[str, Scalar]:
     rows = _by_model(calls)
     if len(rows) > 1:
         told[MODELS] = json.dumps(rows, separators=(",", ":"))
+    elif rows and rows[0]["calls"] > 1:
+        told[CALLS] = rows[0]["calls"]
     return told
 
 
