@@ -110,9 +110,9 @@ class UsageLog:
         path: Of the file; None in memory.
         batches: How many were counted by this object.
 
-    Each upstream call that an event tells of counts (S1.11), and of what the call cost each model has its share: by what
-    the provider says that it cost, else by its tokens. An event counts once, also when it is delivered again within a
-    day. Calls without a provider count nowhere.
+    Each upstream call that an event tells of counts (S1.11), and of what the call cost each model has its share: by
+    what the provider says that it cost, else by its tokens. An event counts once, also when it is delivered again
+    within a day. Calls without a provider count nowhere.
     """
 
     name = "usage_log"
