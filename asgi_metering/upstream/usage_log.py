@@ -30,7 +30,11 @@ log = logging.getLogger("asgi_metering.quotas")
 MEMORY: Final = ":memory:"
 
 KEEP_DAYS: Final = 35.0
-"""How long minutes are kept: a month of burn, with slack. A provider and model used all the time take 50,000 rows."""
+"""
+How long minutes are kept at least: a month of burn, with slack. A provider and model used all the time take 50,000 rows.
+"""
+
+_SLACK_DAYS: Final = 1.0
 
 SEEN_S: Final = 86_400.0
 """How long an event's id is remembered: delivered again after that, it would count twice."""
@@ -109,6 +113,7 @@ class UsageLog:
     Attributes:
         path: Of the file; None in memory.
         batches: How many were counted by this object.
+        keep_days: How long minutes are kept; as long as any tracker of the log looks back.
 
     Each upstream call that an event tells of counts (S1.11), and of what the call cost each model has its share: by
     what the provider says that it cost, else by its tokens. An event counts once, also when it is delivered again
@@ -138,6 +143,7 @@ class UsageLog:
         self._reader: sqlite3.Connection | None = None
         self._reader_of = 0
         self.batches = 0
+        self.keep_days = KEEP_DAYS
 
     async def deliver(self, events: Sequence[UsageEvent]) -> None:
         """Count *events*, all or none of them. Raises `sqlite3.Error` where the file cannot be written."""
@@ -153,8 +159,12 @@ class UsageLog:
                 self.batches += 1
                 if self.batches % _PRUNE_EVERY == 1:
                     now = self._clock()
-                    file.execute("DELETE FROM used WHERE minute < ?", (int((now - KEEP_DAYS * 86_400) // _MINUTE_S),))
+                    file.execute("DELETE FROM used WHERE minute < ?", (int((now - self.keep_days * 86_400) // _MINUTE_S),))
                     file.execute("DELETE FROM seen WHERE at < ?", (now - SEEN_S,))
+
+    def keep(self, days: float) -> None:
+        """Keep minutes for so many days at least, and a little longer: somebody looks back at them."""
+        self.keep_days = max(self.keep_days, days + _SLACK_DAYS)
 
     def counted(self, providers: Sequence[str], since: float, weights: Mapping[str, float]) -> Counted:
         """
