@@ -85,6 +85,9 @@ class Package:
         api_key_env: The environment variable with the key to ask with, instead of the kind's own.
         notes: For people.
         extras: Whatever else the entry holds, but what is named like a credential: extras are shown.
+
+    Raises:
+        ConfigurationError: A field has a value that it cannot have; the sentence begins with its name.
     """
 
     package_id: str
@@ -107,6 +110,15 @@ class Package:
     api_key_env: str | None = None
     notes: str | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.package_id:
+            raise ConfigurationError("package_id is empty. Write a name.")
+        for name, (field_name, read) in _FIELDS.items():
+            value = getattr(self, field_name)
+            if value is not None:
+                object.__setattr__(self, field_name, read(name, value))
+        object.__setattr__(self, "extras", _showable(self.extras))
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -230,6 +242,7 @@ def read_package(entry: object, package_id: str = "") -> Package:
     for key, (name, read) in _FIELDS.items():
         value = entry.get(key)
         if value is not None and value != "":
+            # Read here, whose sentences name the entry's own fields.
             fields[name] = read(key, value)
     kind = fields.setdefault("package_type", "credits")
     for key, name in ((total_key(kind), "total"), ("used_credits", "used")):

@@ -56,6 +56,7 @@ class QuotaReadings:
         on_reading: See `on_reading`.
 
     Attributes:
+        dialects: Of the header names that are understood.
         changes: How often a latest reading has changed: for whoever looks now and then.
     """
 
@@ -67,7 +68,7 @@ class QuotaReadings:
         on_reading: Iterable[Callable[[Reading], object]] = (),
     ) -> None:
         self._clock = clock
-        self._dialects = dialects
+        self.dialects = dialects
         self._callbacks = tuple(on_reading)
         self._lock = threading.Lock()
         self._latest: dict[str, Reading] = {}
@@ -105,9 +106,7 @@ class QuotaReadings:
         """
         series = _series(provider, label)
         now = self._clock() if body is None else self._received_at(series, started_at)
-        read = partial(
-            self._dialects.read, provider=provider, status=status, now=now, started_at=started_at, body=body
-        )
+        read = partial(self.dialects.read, provider=provider, status=status, now=now, started_at=started_at, body=body)
         try:
             # Nearly always from a client of ours, which has them as they came.
             reading = read(headers if type(headers) is list and _is_pair_of_bytes(headers[:1]) else _pairs(headers))

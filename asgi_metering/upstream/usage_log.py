@@ -31,7 +31,8 @@ MEMORY: Final = ":memory:"
 
 KEEP_DAYS: Final = 35.0
 """
-How long minutes are kept at least: a month of burn, with slack. A provider and model used all the time take 50,000 rows.
+How long minutes are kept at least: a month of burn, with slack. A provider and model used all the time take 50,000
+rows.
 """
 
 _SLACK_DAYS: Final = 1.0
@@ -159,7 +160,9 @@ class UsageLog:
                 self.batches += 1
                 if self.batches % _PRUNE_EVERY == 1:
                     now = self._clock()
-                    file.execute("DELETE FROM used WHERE minute < ?", (int((now - self.keep_days * 86_400) // _MINUTE_S),))
+                    file.execute(
+                        "DELETE FROM used WHERE minute < ?", (int((now - self.keep_days * 86_400) // _MINUTE_S),)
+                    )
                     file.execute("DELETE FROM seen WHERE at < ?", (now - SEEN_S,))
 
     def keep(self, days: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -29,6 +30,45 @@ def test_read_package_fills_in_what_is_not_told() -> None:
     assert read_package({"provider_id": "acme"}, "mine").package_id == "mine"
     assert read_package({"package_id": "own"}, "key").package_id == "own"
     assert (bare.api_key_env, read_package({"api_key_env": "ACME_KEY"}).api_key_env) == (None, "ACME_KEY")
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"package_type": "weird"}, "package_type is 'weird'. Use one of credits, rolling_window, daily"),
+        ({"source": "guess"}, "source is 'guess'"),
+        ({"confidence": 1}, "confidence is 1"),
+        ({"total": math.nan}, "total is nan, and no number from 0 up"),
+        ({"used": -1}, "used is -1"),
+        ({"total": True}, "total is True"),
+        ({"window_hours": 0}, "window_hours is 0"),
+        ({"zone": "Nowhere/At_all"}, "zone is 'Nowhere/At_all', and no zone"),
+        ({"expiry_date": 20300101}, "expiry_date is 20300101"),
+        ({"model_weights": {"m": "heavy"}}, "model_weights.m is 'heavy'"),
+        ({"extra_provider_ids": "acme"}, "extra_provider_ids is 'acme', and no list"),
+        ({"api_key_env": "sk-secret"}, "api_key_env is no name of a variable"),
+        ({"package_id": ""}, "package_id is empty"),
+    ],
+)
+def test_package_of_code_is_checked_as_one_of_a_file(fields: dict[str, Any], sentence: str) -> None:
+    """What cannot be is refused where it is written, and shown to nobody as a status (S1.3)."""
+    with pytest.raises(ConfigurationError, match=re.escape(sentence)) as refused:
+        Package(**{"package_id": "p", **fields})
+    assert "sk-secret" not in str(refused.value)
+
+
+def test_package_of_code_holds_what_can_be_shown() -> None:
+    """Dates and extras of code become what JSON can say, and what is named like a credential is left out (S1.1)."""
+    made = Package(
+        package_id="p",
+        total="25",  # type: ignore[arg-type]
+        expiry_date=date(2030, 1, 1),  # type: ignore[arg-type]
+        extra_provider_ids=["other"],  # type: ignore[arg-type]
+        extras={"bought": date(2029, 1, 1), "api_key": "secret"},
+    )
+    assert (made.total, made.expiry_date, made.providers) == (25, "2030-01-01", ("unknown", "other"))
+    assert made.extras == {"bought": "2029-01-01"}
+    json.dumps(status_of(made, NOW).to_dict(), allow_nan=False)
 
 
 def month(package: Package, now: float) -> tuple[float, float]:

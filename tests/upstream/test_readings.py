@@ -54,7 +54,12 @@ def remaining(reading: Reading | None) -> int | None:
 CREDIT = b'{"error": {"code": "insufficient_quota", "message": "pay"}}'
 
 
-TOLD = {"X-RateLimit-Limit-Requests": "60", "x-ratelimit-remaining-requests": "7", "Retry-After": "30", "Set-C\xe9": "\u2603"}
+TOLD = {
+    "X-RateLimit-Limit-Requests": "60",
+    "x-ratelimit-remaining-requests": "7",
+    "Retry-After": "30",
+    "Set-C\xe9": "\u2603",
+}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +86,9 @@ def test_record_headers_as_any_library_has_them(headers: Any) -> None:
     assert reading.retry_after_s == 30
 
 
-@pytest.mark.parametrize("headers", [None, 3, "retry-after: 30", [None], ["x"], [(1, 2)], [(b"retry-after", 30)], object()])
+@pytest.mark.parametrize(
+    "headers", [None, 3, "retry-after: 30", [None], ["x"], [(1, 2)], [(b"retry-after", 30)], object()]
+)
 def test_record_of_what_are_no_headers_raises_nothing(headers: Any) -> None:
     """An observer never disturbs who asks: what cannot be read says nothing (S1.39)."""
     assert make().record("openai", headers, 200) is None

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from asgi_metering.errors import ConfigurationError
+from asgi_metering.quotas import packages
 from asgi_metering.quotas.packages import Package, read_package
 from asgi_metering.upstream.catalogue import template, write_usage
 from asgi_metering.upstream.readings import QuotaReadings
@@ -179,14 +180,17 @@ def test_update_outlives_a_change_of_what_it_does_not_tell(tmp_path: Path) -> No
     assert (tracker.packages()["c"].used, tracker.packages()["c"].notes) == (12, "mine")
 
 
-def test_one_broken_package_costs_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_broken_package_costs_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An entry that cannot be read, and one that has no status, are logged; the others have theirs (S1.17)."""
     path = tmp_path / "q.json"
     path.write_text(json.dumps({"packages": {"good": {"total_credits": 1}, "bad": {"source": "?"}}}))
     tracker = QuotaTracker(path, clock=clock)
     assert [status.package_id for status in tracker.statuses()] == ["good"]
     assert len(tracker.problems()) == 1
-    broken = Package(package_id="zone", package_type="daily", zone="Nowhere/At_all")
+    monkeypatch.setitem(packages.WINDOWS, "leap", lambda package, now: 1 / 0)
+    broken = Package(package_id="zone", package_type="leap")
     with caplog.at_level(logging.ERROR):
         statuses = QuotaTracker([broken, package("c", total_credits=1)], clock=clock).statuses()
     assert [status.package_id for status in statuses] == ["c"]
