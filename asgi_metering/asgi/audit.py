@@ -49,6 +49,7 @@ class Layer(NamedTuple):
     metering: Any
     application_limits: tuple[Any, ...] = ()
     default_limits: tuple[Any, ...] = ()
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,13 +402,16 @@ def _walk(app: Any, place: _Place) -> Iterator[Row]:
 def _layers_on(app: Any) -> Iterator[Layer]:
     """What *app* is as one of our layers, or what an application has added of them."""
     said = ("metering", *LIMITS)
-    found = [(app, {name: getattr(app, name, None) for name in said})]
+    found = [(app, type(app), {name: getattr(app, name, None) for name in said})]
     for added in getattr(app, "user_middleware", ()):
-        found.append((getattr(added, "cls", None), getattr(added, "kwargs", {})))
-    for layer, kept in found:
+        # Of what stands there without a name only the metering comes first.
+        kept = {**dict(zip(said, getattr(added, "args", ())[:1], strict=False)), **getattr(added, "kwargs", {})}
+        found.append((getattr(added, "cls", None), getattr(added, "cls", None), kept))
+    for layer, kind, kept in found:
         features = getattr(layer, "features", None)
         if isinstance(features, frozenset) and features <= ALL_FEATURES:
-            yield Layer(features, kept.get("metering"), *(tuple(kept.get(name) or ()) for name in LIMITS))
+            limits = [tuple(kept.get(name) or ()) for name in LIMITS]
+            yield Layer(features, kept.get("metering"), *limits, name=getattr(kind, "__name__", ""))
 
 
 def _policy_of(app: Any) -> EndpointPolicy | None:

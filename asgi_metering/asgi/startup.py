@@ -62,7 +62,8 @@ def examined(scope: Scope, layers: Sequence[MeteringMiddleware]) -> Report:
     application = outermost.app if has_routes(outermost.app) else scope.get("app", outermost.app)
     report = audit(application, features, unenforced, outermost.metering)
     in_front = [
-        Layer(layer.features, layer.metering, layer.application_limits, layer.default_limits) for layer in layers
+        Layer(layer.features, layer.metering, layer.application_limits, layer.default_limits, type(layer).__name__)
+        for layer in layers
     ]
     errors, warnings = check_names(report.rows, in_front, outermost.metering)
     report.errors += errors
