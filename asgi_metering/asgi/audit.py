@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from asgi_metering.amounts import Unit
 from asgi_metering.errors import AmountError, ConfigurationError
-from asgi_metering.guards import BARE_MEND, Guard, Part, decorated, guard_of
+from asgi_metering.guards import Guard, Part, decorated, guard_of
 from asgi_metering.keying import check_shared
 from asgi_metering.metering import ALL_FEATURES, Metering
 from asgi_metering.outage import check_journal
@@ -120,7 +120,7 @@ def audit(app: Any, features: frozenset[str], unenforced: frozenset[str], meteri
         report.errors.extend(_other_meterings(report.rows, metering))
     for row in report.rows:
         if isinstance(row.endpoint, Part):
-            report.errors.append(f"{row.path} has a metering decorator for its endpoint. {BARE_MEND}")
+            report.errors.append(f"{row.path} has a metering decorator for its endpoint. {row.endpoint.mend}")
         else:
             _check_row(row, report, features | unenforced, metering)
     report.errors.extend(_other_scales(report.rows, metering))
