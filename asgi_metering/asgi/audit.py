@@ -402,7 +402,7 @@ def _walk(app: Any, place: _Place) -> Iterator[Row]:
 def _layers_on(app: Any) -> Iterator[Layer]:
     """What *app* is as one of our layers, or what an application has added of them."""
     said = ("metering", *LIMITS)
-    found = [(app, type(app), {name: getattr(app, name, None) for name in said})]
+    found: list[tuple[Any, Any, dict[str, Any]]] = [(app, type(app), {name: getattr(app, name, None) for name in said})]
     for added in getattr(app, "user_middleware", ()):
         # Of what stands there without a name only the metering comes first.
         kept = {**dict(zip(said, getattr(added, "args", ())[:1], strict=False)), **getattr(added, "kwargs", {})}
@@ -410,8 +410,8 @@ def _layers_on(app: Any) -> Iterator[Layer]:
     for layer, kind, kept in found:
         features = getattr(layer, "features", None)
         if isinstance(features, frozenset) and features <= ALL_FEATURES:
-            limits = [tuple(kept.get(name) or ()) for name in LIMITS]
-            yield Layer(features, kept.get("metering"), *limits, name=getattr(kind, "__name__", ""))
+            application, default = (tuple(kept.get(name) or ()) for name in LIMITS)
+            yield Layer(features, kept.get("metering"), application, default, getattr(kind, "__name__", ""))
 
 
 def _policy_of(app: Any) -> EndpointPolicy | None:

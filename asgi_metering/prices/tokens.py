@@ -421,7 +421,7 @@ def _token_price(
 ) -> TokenPrice:
     if not (prices or tiers or web_search is not None):
         raise ConfigurationError(
-            "A price of tokens prices nothing. Name a kind: per_million_tokens(input=3, output=15), say; input=0 is free."
+            "A price of tokens prices nothing. Name a kind: per_million_tokens(input=3, output=15), say. 0 is free."
         )
     read = {"input": Decimal(0), "output": Decimal(0), **_read(prices)}
     for tier in tiers:

@@ -66,7 +66,7 @@ def test_choose_falls_back_to_httpx(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_name_the_package_of_a_library_that_no_extra_brings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who chooses httpx is told to install that, for the extra brings httpx2."""
     monkeypatch.setitem(sys.modules, "httpx", None)
-    with pytest.raises(MissingExtraError, match="Run: pip install httpx$"):
+    with pytest.raises(MissingExtraError, match=r"Run: pip install httpx$"):
         choose_library("httpx")
 
 

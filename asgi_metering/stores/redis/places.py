@@ -188,8 +188,8 @@ class SentinelPlace(Place):
             # The driver shows its clients with all of their settings.
             told, _, _ = str(error).partition(" : <")
             raise StoreUnavailableError(
-                f"No sentinel names a master {self.master!r} now: {told}. Check the addresses of the sentinels, and the "
-                f"name of the master."
+                f"No sentinel names a master {self.master!r} now: {told}. Check the addresses of the sentinels, and "
+                f"the name of the master."
             ) from error
         finally:
             for client in asked.sentinels:

@@ -272,7 +272,7 @@ def test_no_sentinel_knows_the_master() -> None:
 
     async def run() -> None:
         with pytest.raises(
-            StoreUnavailableError, match="No sentinel names a master 'main' now: [^<>]*. Check the addresses"
+            StoreUnavailableError, match=r"No sentinel names a master 'main' now: [^<>]*\. Check the addresses"
         ):
             await store.open()
         await store.close()

@@ -511,7 +511,9 @@ def test_open_where_no_server_is() -> None:
 def test_option_that_no_connection_knows() -> None:
     """An option that the driver does not know is a mistake of the set-up."""
     store = RedisStore(ServerPlace({"host": HOST, "bananas": 1}, 5.0))
-    with pytest.raises(ConfigurationError, match="has the option 'bananas', which redis-py does not know. Look at its"):
+    with pytest.raises(
+        ConfigurationError, match=r"has the option 'bananas', which redis-py does not know\. Look at its"
+    ):
         asyncio.run(_opened(store))
 
 
