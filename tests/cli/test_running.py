@@ -52,26 +52,24 @@ def test_tell_how_to_use_a_command(run: Run, arguments: tuple[str, ...], sentenc
     assert sentence in errors
 
 
-COMMANDS = tuple(
-    [
-        "demo",
-        "routes",
-        "migrate",
-        "export",
-        "import",
-        "init",
-        "quotas",
-        "poll",
-        "journal",
-        "grant",
-        "balance",
-        "statement",
-        "refund",
-        "holds",
-        "reconcile",
-        "resolve",
-        "check",
-    ]
+COMMANDS = (
+    "demo",
+    "routes",
+    "migrate",
+    "export",
+    "import",
+    "init",
+    "quotas",
+    "poll",
+    "journal",
+    "grant",
+    "balance",
+    "statement",
+    "refund",
+    "holds",
+    "reconcile",
+    "resolve",
+    "check",
 )
 WITHOUT_JSON = (None, "demo", "init")
 
