@@ -206,7 +206,9 @@ class Allowance:
             begins it (S4.13).
 
 
-        payer: Whose allowance; None is the call's own payer.
+        payer: Whose allowance; None is the call's own payer. One that names an ``account`` has one allowance, which is
+            used up by whoever comes first; one that has a credential alone is each call's own payer, and so is the
+            allowance (S0.9).
         split: As of `Wallet`.
 
     Raises:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
@@ -307,6 +308,58 @@ def test_name_the_payer_of_a_session_that_was_counted() -> None:
 def test_name_the_payer_of_free_work() -> None:
     """Work that costs nothing runs on the first choice, and says so (S0.26)."""
     assert asked(b"a", sources=SOURCES, price=0) == [('"platform"', {PAID_BY: "platform"})]
+
+
+def test_give_each_user_an_allowance_on_the_shared_credential() -> None:
+    """A payer without an account is the call's own: its allowance is counted by user and plan (S0.9, S0.19, S0.23)."""
+    shared = Payer("platform", credential=lambda: "platform-key", headers={"x-bill-to": "acme"})
+    sources = [Allowance({"free": 1, "pro": 2}, payer=shared), Wallet(payer=OWN)]
+
+    async def scene(metering: Metering) -> None:
+        paid = []
+        for user, plan in (("ann", "free"), ("acme", "pro")):
+            for _ in range(3):
+                caller = Caller(user, plan=plan)
+                async with charging(metering, 1, payer=user, caller=caller, sources=sources) as call:
+                    paid.append((call.payer, call.paid_by.name, await call.credential()))
+        own = ("ann", "platform", "platform-key"), ("acme", "platform", "platform-key")
+        keys = ("ann", "own", "key of ann"), ("acme", "own", "key of acme")
+        assert paid == [own[0], keys[0], keys[0], own[1], own[1], keys[1]]
+        assert await spent(metering) == (2, 1)
+        used = [(await metering.allowances(user, sources=sources, plan="pro"))[0].used for user in ("ann", "acme")]
+        assert used == [CREDIT, 2 * CREDIT]
+
+    play(scene)
+
+
+def test_let_the_application_answer_for_a_missing_credential() -> None:
+    """What the user's branch runs on is not there: 401 by the application's own handler, free, and no hold (S0.25)."""
+    lost = Payer("own", credential=lambda call: None)
+    metering = Metering("memory://", identify=lambda connection: Caller("ann"), sinks=())
+    started: list[str] = []
+    api = FastAPI()
+    api.add_middleware(MeteringMiddleware, metering=metering)
+
+    @api.post("/chat")
+    @billable(1, sources=[Allowance(0, payer=PLATFORM), Wallet(payer=lost)])
+    async def chat() -> None:
+        await current_call().credential()
+        started.append("work")
+
+    @api.exception_handler(PayerError)
+    async def unpaid(request: Request, failure: PayerError) -> JSONResponse:
+        return JSONResponse({"detail": str(failure)}, 401)
+
+    async def scene() -> None:
+        async with metering:
+            await metering.grant("ann", 100, id="g")
+            ended = await drive(api, http_scope("/chat", "POST"))
+            assert (status(ended.log), started) == (401, [])
+            assert json.loads(body(ended.log))["detail"].endswith("and no other one may be used.")
+            await metering.runtime().booked()
+            assert (await spent(metering), await metering.holds()) == ((0, 0), [])
+
+    asyncio.run(scene())
 
 
 def test_name_no_payer_where_there_is_no_choice() -> None:
