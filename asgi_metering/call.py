@@ -15,6 +15,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from asgi_metering.amounts import exact_amount
+from asgi_metering.asking import limit_allowed
 from asgi_metering.call_state import CallState, Reported
 from asgi_metering.caller import Caller
 from asgi_metering.decisions import Decision, Reason, Refusal
@@ -24,7 +25,7 @@ from asgi_metering.prices import MAX_AFFORDABLE, FixedPrice, MeasuredPrice, Usag
 from asgi_metering.prices.costing import read_units
 from asgi_metering.prices.values import EXACT, FLOOR
 from asgi_metering.rules.ending import Cause
-from asgi_metering.sources import Wallet
+from asgi_metering.sources import Allowance, Wallet
 from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
@@ -364,9 +365,9 @@ class Call(CallState):
     def warning_level(self) -> int | None:
         """Smallest parts of the paying source below which what is left is worth a warning; None: never (S3.6)."""
         source = self._paying_source
-        if source is None:
-            return None
-        return source.warning_level(self.unit, self.caller.plan if self.caller is not None else None)
+        if isinstance(source, Allowance):
+            return source.warning_level_of(self.unit, limit_allowed(self, source))
+        return None if source is None else source.warning_level(self.unit)
 
     @property
     def _paying_source(self) -> PaymentSource | None:
