@@ -131,13 +131,15 @@ def _payer_call(metering: Metering, opening: Opening | None) -> Call | None:
 
 def _account_of(outer: Call, line: str, *, is_free: bool) -> str:
     """
-    Whose balance goes with `Call.paid_by`: of a call that nothing is held for, that of the first choice (S0.26).
+    Whose balance goes with `Call.paid_by`: of a call that nothing is held for, that of the first choice (S0.26). Of one
+    that an allowance of each payer pays, its payer's (S0.27).
 
     Nobody has asked for the accounts of an exempt caller's payers. Where somebody else acts inside of its call, that is
     found out here, or told: never another's balance than that of the credential (S0.25).
     """
     payer, decision = outer.bequeathed, outer.decision
-    if payer is None or (decision is not None and decision.payer):
+    is_counted_at_home = payer is not None and outer.counts_at_home(payer)
+    if payer is None or (decision is not None and decision.payer and not is_counted_at_home):
         return outer.payer or ""
     account = outer.accounts.get(payer.name)
     if account is None and callable(payer.account) and not is_free:

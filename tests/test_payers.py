@@ -332,6 +332,102 @@ def test_give_each_user_an_allowance_on_the_shared_credential() -> None:
     play(scene)
 
 
+def test_count_an_allowance_of_each_payer_at_the_expense_of_another() -> None:
+    """Each user has so many uses of its own, and what is done inside of them is the platform's (S0.9, S0.19, S0.27)."""
+    sources = [Allowance({"free": 1, "pro": 2}, payer=PLATFORM, each=True), Wallet(payer=OWN)]
+
+    async def scene(metering: Metering) -> None:
+        await metering.grant("eve", 100, id="g")
+        paid = []
+        for user, plan in (("ann", "free"), ("eve", "pro")):
+            for _ in range(3):
+                caller = Caller(user, plan=plan)
+                async with charging(metering, 1, payer=user, caller=caller, sources=sources) as outer:
+                    assert await outer.credential() == (
+                        "platform-key" if outer.paid_by is PLATFORM else f"key of {user}"
+                    )
+                    async with charging(metering, 10, payer=None, line="sub") as sub:
+                        assert (sub.paid_by, sub.caller.id) == (outer.paid_by, user)
+                        async with charging(metering, 5, payer=None, line="subsub") as innermost:
+                            assert innermost.paid_by is outer.paid_by
+                paid.append((outer.payer, outer.paid_by.name, sub.payer, innermost.payer, outer.payer_switched))
+        assert paid == [
+            ("ann", "platform", "acme", "acme", False),
+            ("ann", "own", "ann", "ann", True),
+            ("ann", "own", "ann", "ann", True),
+            ("eve", "platform", "acme", "acme", False),
+            ("eve", "platform", "acme", "acme", False),
+            ("eve", "own", "eve", "eve", True),
+        ]
+        # Of ann and eve the uses beyond their allowance, and what was done in these; the platform has the rest.
+        assert await spent(metering) == (32, 45)
+        assert (await metering.balance("eve")).settled == 16 * CREDIT
+        seen = [(await metering.allowances(user, sources=sources, plan="pro"))[0] for user in ("ann", "eve", "bob")]
+        assert [(each.payer, each.used // CREDIT) for each in seen] == [("ann", 1), ("eve", 2), ("bob", 0)]
+        notice = await metering.preview("bob", line="job", price=1, sources=sources, plan="free")
+        assert (notice.payer, notice.paid_by, notice.switched) == ("bob", PLATFORM, False)
+
+    play(scene)
+
+
+@pytest.mark.parametrize("price", [0, 1])
+def test_charge_the_platform_for_work_in_a_joined_or_free_call(price: int) -> None:
+    """What is done inside is the platform's also where a session was counted before, or the call costs nothing."""
+    sources = [Allowance(1, payer=PLATFORM, each=True), Wallet(payer=OWN)]
+
+    async def scene(metering: Metering) -> None:
+        for _ in range(2):
+            async with (
+                charging(metering, price, sources=sources, charge_key="s"),
+                charging(metering, 10, payer=None, line="sub") as sub,
+            ):
+                assert (sub.payer, await sub.credential()) == ("acme", "platform-key")
+        assert await spent(metering) == (0, 20)
+
+    play(scene)
+
+
+def test_compute_whose_expense_it_is() -> None:
+    """An account that is computed is asked for all the same, and one that cannot be resolved starts nothing (S0.25)."""
+    computed = Payer("team", account=lambda call: call.caller.attributes["team"])
+
+    async def scene(metering: Metering) -> None:
+        sources = [Allowance(1, payer=computed, each=True)]
+        caller = Caller("ann", attributes={"team": "acme"})
+        async with (
+            charging(metering, 1, caller=caller, sources=sources) as outer,
+            charging(metering, 10, payer=None, line="sub") as sub,
+        ):
+            assert (outer.payer, sub.payer) == ("ann", "acme")
+        with pytest.raises(CallRefused):
+            async with charging(metering, 1, sources=sources):
+                raise AssertionError("It ran.")
+
+    play(scene)
+
+
+@pytest.mark.parametrize(
+    ("sources", "mend"),
+    [
+        ([Allowance(1, payer=PLATFORM, each=True), Wallet(payer=PLATFORM)], "has other sources of its own account"),
+        ([Allowance(1, payer=PLATFORM, each=True), Allowance(2, payer=PLATFORM, name="b")], "of its own account"),
+    ],
+    ids=["wallet", "allowance"],
+)
+def test_refuse_sources_of_two_accounts_for_one_payer(sources: Any, mend: str) -> None:
+    """One call takes from one account of a payer: what grows or is split would not know where to go on."""
+    with pytest.raises(ConfigurationError, match=mend):
+        billable(1, sources=sources)
+    billable(1, sources=[sources[0], Allowance(5, payer=PLATFORM, name="monthly", per="month", each=True)])
+
+
+@pytest.mark.parametrize(("each", "payer"), [("yes", PLATFORM), (True, None)])
+def test_refuse_each_that_means_nothing(each: Any, payer: Payer | None) -> None:
+    """Without a payer an allowance is each payer's own, and what only looks like a bool is none."""
+    with pytest.raises(ConfigurationError, match="each="):
+        Allowance(1, payer=payer, each=each)
+
+
 def test_let_the_application_answer_for_a_missing_credential() -> None:
     """What the user's branch runs on is not there: 401 by the application's own handler, free, and no hold (S0.25)."""
     lost = Payer("own", credential=lambda call: None)

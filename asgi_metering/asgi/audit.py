@@ -205,14 +205,17 @@ def _torn_allowances(rows: list[Row], metering: Any) -> Iterator[str]:
 def _one_for_all(row: Row, policy: EndpointPolicy) -> Iterator[str]:
     """An allowance that differs by plan, and is one account's: the first who come use it up for all others."""
     for source in () if policy.charge is None else policy.charge.sources:
-        if not isinstance(source, Allowance) or not isinstance(source.limit, Mapping) or source.payer is None:
+        if source.each or not isinstance(source, Allowance) or not isinstance(source.limit, Mapping):
             continue
-        if isinstance(source.payer.account, str) and len(set(map(exact_amount, source.limit.values()))) > 1:
+        if (
+            source.payer is not None
+            and isinstance(source.payer.account, str)
+            and len(set(map(exact_amount, source.limit.values()))) > 1
+        ):
             yield (
-                f"{row.path} ({policy.name}) has an allowance {source.name!r} by plan. It is one count of the "
-                f"account {source.payer.account!r}, which callers of all plans use up together. If you mean one of each "
-                f"payer, on that credential, leave account= out of Payer({source.payer.name!r}): each payer has its own "
-                f"then."
+                f"{row.path} ({policy.name}) has an allowance {source.name!r} by plan. It is one count of the account "
+                f"{source.payer.account!r}, which callers of all plans use up together. If you mean one of each payer, "
+                f"say each=True."
             )
 
 
@@ -229,7 +232,7 @@ def _unclaimed(rows: list[Row]) -> Iterator[str]:
 
 def _whose(source: Allowance, charge: ChargePolicy) -> object:
     """Whose account the bucket is in, as far as that can be told before anybody calls."""
-    account = source.payer.account if source.payer is not None else None
+    account = source.payer.account if source.payer is not None and not source.each else None
     return account if account is not None else charge.payer and charge.payer.function
 
 

@@ -105,8 +105,8 @@ class HeaderNames:
     initials: frozenset[bytes] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        names = (self.policy, self.state, self.limit, self.remaining, self.reset, self.retry_after)
-        names = (*names, self.available, self.payer)
+        balance = (self.available, self.payer)
+        names = (self.policy, self.state, self.limit, self.remaining, self.reset, self.retry_after, *balance)
         seen: set[str] = set()
         for name in names:
             if name is None:
