@@ -7,7 +7,7 @@ Knows what may be left out inside another call. Never knows how a call is admitt
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from asgi_metering.call import Call
 from asgi_metering.caller import Caller
@@ -44,7 +44,8 @@ def prepared(
         price, hold = _price_of_hold(hold, line), None
     asked: dict[str, Any] = {**options}
     once, requires = asked.pop("idempotency_key", None), _requires(asked.pop("requires", None))
-    policy = gather((billable(price, hold=hold, line=line, **_with_charge_key(asked)), *requires), line, {})
+    parts = (*_limits(asked.pop("limits", None)), *requires)
+    policy = gather((billable(price, hold=hold, line=line, **_with_charge_key(asked)), *parts), line, {})
     if policy.charge is not None:
         check_amounts(policy.charge, metering.counted(policy.charge.unit))
         if once is not None:
@@ -69,6 +70,16 @@ def _requires(given: object) -> tuple[Part, ...]:
             f"requires={given!r} is nothing to require. Write requires=requires_upstream('openai')."
         )
     return tuple(parts)
+
+
+def _limits(given: object) -> tuple[Part, ...]:
+    """How often such work may be done, and how much of it at once."""
+    parts = () if given is None else (given,) if isinstance(given, Part) else given
+    is_list = isinstance(parts, list | tuple) and (bool(parts) or given is None)
+    if not is_list or any(not isinstance(each, Part) or each.rates is None for each in cast("tuple[Part]", parts)):
+        raise ConfigurationError(f"limits={given!r} is no limit. Write limits=rate_limited('60/minute'), say.")
+    # The last one is gathered first, as decorators are.
+    return tuple(reversed(cast("tuple[Part, ...]", parts)))
 
 
 def _with_charge_key(options: dict[str, Any]) -> dict[str, Any]:

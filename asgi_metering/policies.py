@@ -154,7 +154,8 @@ class ChargeOptions(TypedDict, total=False):
 
     Keys are the keys themselves here, 1 to 255 printable characters: ``charge_key`` counts the calls of payer and line
     that bring it once per window, requests included; work with an ``idempotency_key`` is done once in 24 hours per
-    payer and line, as `Idempotency` says. ``requires`` is what `requires_upstream` answers, one or several.
+    payer and line, as `Idempotency` says. ``requires`` is what `requires_upstream` answers, one or several;
+    ``limits`` what `rate_limited` answers, whose slots are taken for as long as the work lasts.
     """
 
     unit: Unit | None
@@ -174,6 +175,7 @@ class ChargeOptions(TypedDict, total=False):
     on_store_down: CreditsDown | None
     shadow: bool
     requires: Part | Sequence[Part] | None
+    limits: Part | Sequence[Part] | None
 
 
 def read_price(price: Any) -> FixedPrice | MeasuredPrice | From:
