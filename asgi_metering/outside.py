@@ -6,11 +6,13 @@ Knows what may be left out inside another call. Never knows how a call is admitt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from asgi_metering.call import Call
 from asgi_metering.caller import Caller
+from asgi_metering.correlating import IDS
 from asgi_metering.errors import ConfigurationError, PayerError
 from asgi_metering.guards import Part
 from asgi_metering.holding import HoldPolicy, HoldSize
@@ -83,12 +85,15 @@ def _limits(given: object) -> tuple[Part, ...]:
 
 
 def _with_charge_key(options: dict[str, Any]) -> dict[str, Any]:
-    """*options* as `billable` takes them: a charge key is said, and not looked for in a request."""
-    key = options.get("charge_key")
-    if key is None:
-        return options
-    check_key(key, "charge key")
-    return {**options, "charge_key": lambda: key}
+    """*options* as `billable` takes them: keys and ids are said, and not looked for in a request."""
+    said = {name: options[name] for name in ("charge_key", *IDS) if options.get(name) is not None}
+    for name, key in said.items():
+        check_key(key, name.replace("_", " "))
+    return {**options, **{name: _always(key) for name, key in said.items()}} if said else options
+
+
+def _always(key: Any) -> Callable[[], Any]:
+    return lambda: key
 
 
 def _call_for(metering: Metering, payer: str | None, caller: Caller | None, line: str, *, is_shadow: bool) -> Call:
