@@ -122,9 +122,11 @@ def test_generate_an_id_outside_of_requests() -> None:
     async def play() -> None:
         async with Metering(sinks=(CallbackSink(told.extend),)) as metering:
             await metering.grant("ann", 9, id="g")
-            async with metering.charge(payer="ann", line="job", price=1, session_id="s1"):
-                async with metering.charge(line="step", price=1):
-                    pass
+            async with (
+                metering.charge(payer="ann", line="job", price=1, session_id="s1"),
+                metering.charge(line="step", price=1),
+            ):
+                pass
             await metering.runtime().booked()
 
     asyncio.run(play())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,10 @@ from asgi_metering.prices import per_token
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, Operation
 from asgi_metering.sources import Payer
+from asgi_metering.stores.contract import EverythingKept
 from asgi_metering.stores.memory import MemoryStore
+from asgi_metering.stores.sqlite import SQLiteStore
+from asgi_metering.testing.clock import FakeClock
 from tests.harness.drive import body, drive, headers, http_scope, lifespan, status
 
 CREDIT = 1_000_000
@@ -426,6 +430,64 @@ def test_refuse_each_that_means_nothing(each: Any, payer: Payer | None) -> None:
     """Without a payer an allowance is each payer's own, and what only looks like a bool is none."""
     with pytest.raises(ConfigurationError, match="each="):
         Allowance(1, payer=payer, each=each)
+
+
+def test_keep_who_pays_before_the_paid_work_runs(tmp_path: Path) -> None:
+    """Decision, payer and session are one row that any process reads before the first line of the work (S0.30)."""
+    path = tmp_path / "m.db"
+    kept: list[tuple[str, str]] = []
+
+    async def play_both() -> None:
+        async with Metering(SQLiteStore(path), sinks=()) as metering, Metering(SQLiteStore(path), sinks=()) as other:
+            await metering.grant("ann", 100, id="g")
+            sources = [Allowance(1, payer=PLATFORM), Wallet(payer=OWN)]
+            for session in ("a", "b"):
+                async with charging(metering, 1, sources=sources, charge_key=session) as call:
+                    _, state = await other.store.read(EverythingKept())
+                    kept.extend((hold.payer, hold.group) for hold in state.holds.values() if hold.id == call.id)
+                    seen = await other.preview("ann", line="job", price=1, sources=sources, charge_key=session)
+                    assert (seen.joined, seen.payer, seen.paid_by) == (True, call.payer, call.paid_by)
+
+    asyncio.run(play_both())
+    assert kept == [("acme", "platform"), ("ann", "own")]
+
+
+@pytest.mark.parametrize(("per", "next_day"), [("day", "platform"), (30 * 86_400, "own")], ids=["window", "sticky"])
+def test_decide_anew_who_pays_a_session_or_stick_to_it(per: Any, next_day: str) -> None:
+    """On the next day a session is the platform's again, or as long as its window in seconds says the user's (S0.32)."""
+    clock = FakeClock()
+
+    async def scene(metering: Metering) -> None:
+        sources = [Allowance(1, payer=PLATFORM), Wallet(payer=OWN)]
+        said: dict[str, Any] = {"sources": sources, "charge_per": per}
+        for session in ("a", "b"):
+            async with charging(metering, 1, charge_key=session, **said):
+                pass
+        clock.advance(86_400)
+        async with charging(metering, 1, charge_key="b", **said) as call:
+            assert (call.paid_by.name, call.joined) == (next_day, next_day == "own")
+
+    play(scene, store=MemoryStore(clock))
+
+
+def test_run_nothing_unbilled_where_the_decision_cannot_be_kept() -> None:
+    """A store that cannot write the admission denies it, and no line of the work runs (S0.30, X.6)."""
+
+    class ReadOnly(MemoryStore):
+        """A store that keeps no admissions."""
+
+        def run_now(self, operation: Operation) -> Answer:
+            if isinstance(operation, Admit):
+                raise StoreUnavailableError("read-only")
+            return super().run_now(operation)
+
+    async def scene(metering: Metering) -> None:
+        with pytest.raises(CallRefused) as refused:
+            async with charging(metering, sources=SOURCES):
+                raise AssertionError("It ran.")
+        assert refused.value.refusal.reason is Reason.STORE_DOWN
+
+    play(scene, store=ReadOnly())
 
 
 def test_let_the_application_answer_for_a_missing_credential() -> None:
