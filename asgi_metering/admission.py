@@ -86,6 +86,11 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
     if not call.opening.is_flat or any(map(needs_caller, counted)):
         asking = (*rates, *messages) if messages else rates
         await _identify(call, asking, charged=charge is not None and not call.exempt)
+    if policy.charge is not None and not policy.charge.names(call.caller):
+        # Before anything is computed, for it is none of this line's calls (S2.12).
+        charge = None
+        if call.beside is not None:
+            call.beside.charge = None
     asked = _planned(call, call.metering.plans.of(policy, features))
     if asked is None:
         if call.caller is not None and call.caller.exempt:

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from asgi_metering.breakdown import upstream_attributes
+from asgi_metering.breakdown import unit_attributes, upstream_attributes
 from asgi_metering.counting import usage_of
 from asgi_metering.errors import AmountError, UsageError
-from asgi_metering.itemised import DOUBTS, costed, costing_attributes
+from asgi_metering.itemised import DOUBTS, calls_of, costed, costing_attributes
 from asgi_metering.measuring import (
     Metered,
     failed_in_band,
@@ -43,6 +43,11 @@ log = logging.getLogger("asgi_metering")
 
 PROBLEMS = "metering.usage.problems"
 """What a usage event says of reports that were odd: the codes of `UsageReport.problems`, with commas between them."""
+
+PAYER_NAME, PAYER_SWITCHED = "metering.payer.name", "metering.payer.switched"
+"""What it says of who pays, on routes that name payers."""
+
+_ONE_PAYER: Mapping[str, Any] = {}
 
 
 def sighting(call: Call, reported: bool) -> Sighting:
@@ -408,9 +413,21 @@ def _event(call: Call, used: Metered, seen: Sighting, row: Situation) -> dict[st
     several = bool(call.exchanges) or call.witnesses is not None or len(call.reports) > 1
     several = several or (call.opening.is_session and call.observer is not None)
     upstream = upstream_attributes(call, used) if several else None
-    if upstream:
-        told["attributes"] = {**told.get("attributes", call.facts.get("attributes", {})), **upstream}
+    units = unit_attributes(calls_of(call, used)) if used.usage is not None else None
+    payers = _payer_attributes(call)
+    if upstream or units or payers:
+        known = told.get("attributes", call.facts.get("attributes", {}))
+        told["attributes"] = {**known, **(upstream or {}), **(units or {}), **payers}
     return told
+
+
+def _payer_attributes(call: Call) -> Mapping[str, Any]:
+    """Which of its route's payers pays, and whether that is another than the first choice (S0.38)."""
+    name = call.payer_name
+    if name is None:
+        return _ONE_PAYER
+    told: dict[str, Any] = {PAYER_NAME: name} if name else {}
+    return {**told, PAYER_SWITCHED: True} if call.payer_switched else told
 
 
 def _price_attributes(call: Call, used: Metered) -> dict[str, Any]:

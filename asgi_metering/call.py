@@ -332,6 +332,17 @@ class Call(CallState):
             return False
         return not self._pays(self.charge.sources[0])
 
+    @property
+    def payer_name(self) -> str | None:
+        """By what name its route knows who pays; empty for the call's own payer, None where it names no `Payer`."""
+        charge, decision = self.charge, self.decision
+        if charge is None or not charge.has_payers or decision is None or not self.admitted or self.is_shadow:
+            return None
+        if decision.payer:
+            return decision.group
+        first = charge.sources[0].payer
+        return "" if first is None else first.name
+
     async def credential(self) -> Any:
         """
         Ask for the credential of whoever pays this call: what its work is done with, along with `paid_by.headers`.

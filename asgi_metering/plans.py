@@ -188,6 +188,7 @@ def _is_plain_charge(charge: ChargePolicy | None) -> bool:
         and not any(isinstance(source, Allowance) and source.is_computed for source in charge.sources)
         and charge.hold.at_least is None
         and charge.per == "call"
+        and charge.callers is None
     )
 
 

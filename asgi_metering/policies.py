@@ -25,6 +25,7 @@ from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call, CallRefused
+    from asgi_metering.caller import Caller
     from asgi_metering.decisions import Decision, Refusal
     from asgi_metering.guards import Part
     from asgi_metering.rules.operations import LimitAsk
@@ -216,6 +217,9 @@ class ChargePolicy:
         on_store_down: What happens without an answer of the store; None is what the metering says.
         per: What the price is for; other than ``"call"`` a WebSocket alone can be charged by.
         shadow: Whether it only tells what it would have charged, or refused.
+        callers: Types of callers that are charged; None is every caller.
+        count: Says how much of each unit was used, from what the endpoint returned as well.
+        has_payers: Whether any source names a `Payer`.
         has_levels: Whether any source warns of its end, or lets its payer go beyond it.
     """
 
@@ -239,15 +243,23 @@ class ChargePolicy:
     on_store_down: CreditsDown | None = None
     per: Per = "call"
     shadow: bool = False
+    callers: frozenset[str] | None = None
+    count: From | None = None
     has_levels: bool = field(init=False, repr=False, compare=False)
+    has_payers: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "has_levels", any(source.has_level for source in self.sources))
+        object.__setattr__(self, "has_payers", any(source.payer is not None for source in self.sources))
 
     @property
     def drains(self) -> bool:
         """Whether its handler may go on for a client that left."""
         return bool(getattr(self.end, "drains", ()))
+
+    def names(self, caller: Caller | None) -> bool:
+        """Whether *caller* is one of those whom it charges."""
+        return self.callers is None or (caller is not None and caller.type in self.callers)
 
     @property
     def measured(self) -> bool:

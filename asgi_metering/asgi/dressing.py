@@ -10,7 +10,7 @@ import time
 
 from asgi_metering.amounts import CREDITS
 from asgi_metering.asgi.answers import AnswerOptions
-from asgi_metering.asgi.fields import limit_fields
+from asgi_metering.asgi.fields import limit_fields, payer_field
 from asgi_metering.asgi.tap import Tap
 from asgi_metering.asgi.types import Headers, Message, Scope
 from asgi_metering.call import Call
@@ -53,6 +53,8 @@ def dressed(call: Call, message: Message, scope: Scope, options: AnswerOptions) 
             fields = limit_fields(decision, call.unit, names)
         else:
             fields = limit_fields(decision, call.unit, names, warn_below=call.warning_level, overdraft=call.overdraft)
+        if charge is not None and charge.has_payers and (payer := call.payer_name) is not None:
+            fields += payer_field(payer, names, switched=call.payer_switched)
         if concerns_us:
             given = _without(given, fields)
         given += fields
