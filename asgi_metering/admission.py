@@ -23,6 +23,7 @@ from asgi_metering.asking import (
 from asgi_metering.beside import Beside
 from asgi_metering.counting import count_by, counts, message_limits, needs_caller, of_everybody
 from asgi_metering.decisions import Decision, Reason, Refusal
+from asgi_metering.dropping import without
 from asgi_metering.errors import ConfigurationError, IdentityError, PayerError, StoreError
 from asgi_metering.events.span import current_trace
 from asgi_metering.keying import key_ask, once, shared_key
@@ -471,4 +472,5 @@ def _facts(call: Call) -> dict[str, Any]:
     origin = call.opening.origin
     request_id = origin.request_id if origin is not None else None
     told["request_id"] = request_id or call.id
-    return told
+    drops = call.metering.drops.get(call.line) if call.metering.drops else None
+    return told if drops is None else without(told, drops)
