@@ -454,7 +454,7 @@ def test_keep_who_pays_before_the_paid_work_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("per", "next_day"), [("day", "platform"), (30 * 86_400, "own")], ids=["window", "sticky"])
 def test_decide_anew_who_pays_a_session_or_stick_to_it(per: Any, next_day: str) -> None:
-    """On the next day a session is the platform's again, or as long as its window in seconds says the user's (S0.32)."""
+    """The next day a session is the platform's again, or as long as its window in seconds says the user's (S0.32)."""
     clock = FakeClock()
 
     async def scene(metering: Metering) -> None:
