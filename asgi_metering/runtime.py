@@ -177,7 +177,8 @@ class Runtime:
     def _start_exporter(self) -> None:
         metering = self._metering
         self._stop_exporting = asyncio.Event()
-        self._exporter = Exporter(self.submit, metering.sinks, read=metering.store.read, meters=metering.meters)
+        read, on_drop = metering.store.read, metering.on_event_dropped
+        self._exporter = Exporter(self.submit, metering.sinks, on_drop=on_drop, read=read, meters=metering.meters)
         self._exporting = self._spawn(self._exporter.run(self._stop_exporting), "events")
 
     def _spawn(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
