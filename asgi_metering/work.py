@@ -109,8 +109,11 @@ class Work(abc.ABC):
             return
         raise SettlementError(
             f"Call {call.id!r} of line {call.line!r} ran, but its end is not booked. Where the store is down it is "
-            f"retried, and its receipt will have this id; otherwise the log says what is wrong with it."
-        )
+            f"retried, and its receipt will have this id; otherwise the log says what is wrong with it.",
+            call.id,
+            call.line,
+            call.payer or "",
+        ) from call.unbooked
 
     def charged(
         self,
