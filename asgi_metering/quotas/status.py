@@ -205,7 +205,7 @@ def _captured(package: Package, limit: QuotaLimit, reading: Reading, now: float)
         used = total * float(limit.utilization)
     else:
         return None
-    if limit.reset_at is not None and limit.reset_at <= now:
+    if told_at < package.window_start(now) if limit.reset_at is None else limit.reset_at <= now:
         # Its units have returned, and nobody has called since.
         return _Used(total, 0.0, None, "estimated", told_at, is_fresh=True)
     return _Used(total, used, limit.reset_at, "high", told_at, is_fresh=not used)
