@@ -163,6 +163,13 @@ def test_captured_package_without_a_reset_returns_with_its_window(hours: float, 
     assert status_of(day, NOW, reading=said).used == 40
 
 
+def test_expiry_that_is_no_date_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Routers ask for each call: a mistake in a catalogue fills no log (S1.6)."""
+    for _ in range(3):
+        assert status_of(kilo(expiry_date="when it is over"), NOW).days_until_expiry is None
+    assert caplog.text.count("'when it is over' of the package 'c' is no date") == 1
+
+
 def test_captured_package_returns_with_its_reset() -> None:
     """Once the reset that was told has passed its units are back, which is an estimate until the next answer."""
     said = reading(QuotaLimit(resource="requests", limit=60, remaining=0, reset_at=NOW))
