@@ -74,6 +74,10 @@ READ_OFF: Final = 128
 """Entries of the journal that are under way at once: a batch of the pump."""
 
 
+def _ignore(_failure: StoreError) -> None:
+    """Whoever does not ask why."""
+
+
 class Delivery:
     """
     Brings ends to the store.
@@ -119,7 +123,7 @@ class Delivery:
         *,
         begun: bool = False,
         durable: bool = True,
-        failed: Callable[[StoreError], object] = lambda failure: None,
+        failed: Callable[[StoreError], object] = _ignore,
     ) -> Answer | None:
         """
         Do *steps* for *call*, however long the store takes; the last one's answer is returned.

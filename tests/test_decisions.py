@@ -72,15 +72,18 @@ def test_refusal_crosses_processes() -> None:
 def test_cut_crosses_processes() -> None:
     """A job that was cut says so in another process as well, by its call's id and line."""
 
+    async def write(metering: Metering) -> None:
+        price = per_million_tokens(output=1)
+        async with metering.charge(payer="ann", line="essay", price=price, hold=slices("2", step="1")) as call:
+            while True:
+                call.record(TokenUsage(output=1_000_000))
+                await asyncio.sleep(0)
+
     async def cut() -> CallCut:
         async with Metering(sinks=()) as metering:
             await metering.grant("ann", 5, id="g")
             with pytest.raises(CallCut) as found:
-                price = per_million_tokens(output=1)
-                async with metering.charge(payer="ann", line="essay", price=price, hold=slices("2", step="1")) as call:
-                    while True:
-                        call.record(TokenUsage(output=1_000_000))
-                        await asyncio.sleep(0)
+                await write(metering)
         return found.value
 
     here = asyncio.run(cut())
