@@ -457,8 +457,8 @@ class Runtime:
             except AmountError as failure:
                 receipt = await self._booked(call, beyond_count(call, end, failure))
         except Exception as failure:
-            call.unbooked = failure
             self._metering.meters.count("ends_lost", line=call.line)
+            call.unbooked = failure
             told = f"The end of call {call.id} could not be booked; what it holds is left to its policy, by its expiry."
             if isinstance(failure, StoreUnavailableError):
                 # More wait than there is room for: each would say the same.
