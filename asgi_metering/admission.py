@@ -21,6 +21,7 @@ from asgi_metering.asking import (
     source_asks,
 )
 from asgi_metering.beside import Beside
+from asgi_metering.correlating import ids_around, ids_of
 from asgi_metering.counting import count_by, counts, message_limits, needs_caller, of_everybody
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.dropping import without
@@ -258,6 +259,8 @@ async def _charge(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]
         call.shared = await shared_key(call, charge, arguments)
     call.trace = current_trace()
     call.facts = _facts(call)
+    if charge.correlates:
+        call.facts = {**call.facts, **await ids_of(call, charge, arguments)}
 
 
 async def _decide(
@@ -470,7 +473,9 @@ def _facts(call: Call) -> dict[str, Any]:
         if caller.attributes:
             told["attributes"] = dict(caller.attributes)
     origin = call.opening.origin
-    request_id = origin.request_id if origin is not None else None
-    told["request_id"] = request_id or call.id
+    if origin is None:
+        told.update(ids_around(call))
+    else:
+        told["request_id"] = origin.request_id or call.id
     drops = call.metering.drops.get(call.line) if call.metering.drops else None
     return told if drops is None else without(told, drops)

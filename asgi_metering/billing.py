@@ -330,9 +330,9 @@ async def _estimated(call: Call, price: MeasuredPrice, known: Metered) -> tuple[
     """
     (smallest parts, what is known of the usage): the estimate, which stands for what nobody reported.
 
-    It is never less than what was observed: what the call's answers reported, all of them or some, and the text of a
-    model that passed. Text of a shape that nobody knows is a guess like the estimate, and no better one. What
-    was observed is told as the usage where it is charged.
+    It is never more than what is held, and never less than what was observed: what the call's answers reported, all of
+    them or some, and the text of a model that passed. Text of a shape that nobody knows is a guess like the estimate,
+    and no better one. What was observed is told as the usage where it is charged.
     """
     estimate = call.estimate
     # A first slice estimates nothing of the whole.
@@ -341,7 +341,8 @@ async def _estimated(call: Call, price: MeasuredPrice, known: Metered) -> tuple[
     if not is_slice:
         amount = call.held
         if isinstance(estimate, TokenUsage):
-            amount = call.unit.round(EXACT.multiply(price.cost(estimate), call.dearer))
+            # Of `up_to` less may be held, and the work was capped to that: a guess makes no debt.
+            amount = min(amount, call.unit.round(EXACT.multiply(price.cost(estimate), call.dearer)))
     seen = await observed_usage(call, known, guesses=is_slice or known.usage is not None)
     if seen.usage is None:
         return amount, known

@@ -355,6 +355,11 @@ class Call(CallState):
             return False
         return not self._pays(self.charge.sources[0])
 
+    def counts_at_home(self, payer: Payer) -> bool:
+        """Whether what *payer* allows is counted for the call's own payer: see ``each`` of `Allowance`."""
+        sources = self.charge.sources if self.charge is not None else ()
+        return any(source.each and source.payer is payer for source in sources)
+
     @property
     def payer_name(self) -> str | None:
         """By what name its route knows who pays; empty for the call's own payer, None where it names no `Payer`."""

@@ -36,6 +36,7 @@ from asgi_metering.checks import (
     read_sources,
 )
 from asgi_metering.chosen import LimitReading
+from asgi_metering.correlating import read_id
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.guards import BARE_MEND, Part, guard_of, merged
 from asgi_metering.holding import HoldSize, read_hold
@@ -107,6 +108,8 @@ def billable(
     per: Per = "call",
     callers: Collection[str] | None = None,
     count: Callable[..., Any] | None = None,
+    request_id: str | Callable[..., Any] | None = None,
+    session_id: str | Callable[..., Any] | None = None,
     shadow: bool = False,
 ) -> Part:
     """
@@ -161,6 +164,9 @@ def billable(
             what the endpoint returned, and of the endpoint's arguments, that answers a mapping of units to numbers, or
             the number alone where the price has one unit. Reported as by `Call.record`. Where it fails, the answer goes
             out all the same, and the call is one of missing usage, with an alarm.
+        request_id: The application's own id of the request, for the usage event (S2.13): a callable of the endpoint's
+            arguments, or the name of a header field. ``X-Request-ID`` where it finds none, else the call's id.
+        session_id: The same of a session; None where it finds none. Charges inside of the call have both too.
         shadow: Charge and refuse nothing, and tell what it would have: see `asgi_metering.shadow` (S4.16). Not with
             keys: nothing is claimed, so that nobody could tell which of several calls pays.
 
@@ -235,6 +241,8 @@ def billable(
         per=per,
         callers=read_callers(callers),
         count=None if count is None else From(count, "count"),
+        request_id=read_id(request_id, "request_id"),
+        session_id=read_id(session_id, "session_id"),
         shadow=shadow,
     )
     check_shadow(charge)

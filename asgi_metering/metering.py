@@ -23,7 +23,7 @@ from asgi_metering.alarms import Alarms
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.call import Call
 from asgi_metering.caller import Caller
-from asgi_metering.checks import check_flag
+from asgi_metering.checks import check_asked, check_flag
 from asgi_metering.clients import UpstreamClients
 from asgi_metering.computed import check_sync, is_async
 from asgi_metering.decisions import Decision, Refusal
@@ -156,10 +156,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         drop_fields: Mapping[str, Collection[str]] | None = None,
         delivery_timeout_s: float = DELIVERY_TIMEOUT_S,
     ) -> None:
-        if identify is not None and not callable(identify):
-            raise ConfigurationError(f"identify={identify!r} cannot be called. Pass a function of the connection.")
-        if on_hold_lost is not None and not callable(on_hold_lost):
-            raise ConfigurationError(f"on_hold_lost={on_hold_lost!r} cannot be called. Pass a function of the call.")
+        check_asked("identify", identify, "connection")
+        check_asked("on_hold_lost", on_hold_lost, "call")
         if not isinstance(unit, Unit):
             raise ConfigurationError(f"unit={unit!r} is no Unit. Declare one: Unit('credits', scale=6).")
         if new_id is not None:

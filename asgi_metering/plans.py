@@ -189,6 +189,7 @@ def _is_plain_charge(charge: ChargePolicy | None) -> bool:
         and charge.hold.at_least is None
         and charge.per == "call"
         and charge.callers is None
+        and not charge.correlates
     )
 
 

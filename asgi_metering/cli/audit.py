@@ -14,7 +14,7 @@ import inspect
 import json
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ def run_routes(given: argparse.Namespace) -> int:
         )
     if not report.rows:
         report.warnings.append(f"{given.app} has no route table that can be read, so nothing was checked.")
+    report.errors += _ungated(app, report.rows)
     report.errors += _misnamed(report.rows)
     rows = [_route(row) for row in report.rows]
     rows += _others(app)
@@ -164,6 +165,28 @@ def _upstream(required: Any) -> str:
     models = required.models
     of_models = "" if not models else f"@{'+'.join(models) if isinstance(models, tuple) else _function(models)}"
     return f"{name}{of_models}{_shadow(required)}"
+
+
+def _ungated(app: Any, rows: Any) -> Iterator[str]:
+    """What makes every call of a decorated route fail: no middleware, or one without a metering."""
+    from asgi_metering.asgi.audit import layers_of
+    from asgi_metering.asgi.effective import distinct
+
+    layers = distinct((*layers_of(app), *(layer for row in rows for layer in row.layers)))
+    metered = [row for row in rows if row.policy is not None]
+    if metered and not layers:
+        yield (
+            f"Nothing gates {metered[0].path} ({metered[0].policy.name}): no middleware of ours is on the application "
+            f"or around it. Write app.add_middleware(MeteringMiddleware, metering=metering); or name here what the "
+            f"server runs."
+        )
+    for layer in layers:
+        if not isinstance(layer.metering, Metering):
+            told = "" if layer.metering is None else f"{layer.metering!r}, which is no Metering"
+            yield (
+                f"The {layer.name} has {f'metering={told}' if told else 'no metering='}. Make one, "
+                f"Metering('sqlite:///metering.db'), and pass it there."
+            )
 
 
 def _misnamed(rows: Any) -> list[str]:
