@@ -125,6 +125,8 @@ class CallState:
     pending: Mapping[str, Any] | None = None
     deferred = False
     cause: Cause | None = None
+    # What has kept its end from being booked so far.
+    unbooked: Exception | None = None
     status: int | None = None
     first_byte = False
     failure: str | None = None

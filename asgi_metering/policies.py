@@ -163,6 +163,7 @@ class ChargeOptions(TypedDict, total=False):
     on_missing_usage: OnMissingUsage | None
     on_error: OnError | None
     on_late_error: OnLateError | None
+    on_disconnect: Literal["observed", "none", "usage", "estimate", "hold"] | None
     on_cut: OnCut | None
     on_abort: OnAbort | None
     usage: str | None

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asgi_metering.admission import leaves_hold
@@ -458,6 +459,7 @@ class Runtime:
                 receipt = await self._booked(call, beyond_count(call, end, failure))
         except Exception as failure:
             self._metering.meters.count("ends_lost", line=call.line)
+            call.unbooked = failure
             told = f"The end of call {call.id} could not be booked; what it holds is left to its policy, by its expiry."
             if isinstance(failure, StoreUnavailableError):
                 # More wait than there is room for: each would say the same.
@@ -476,7 +478,9 @@ class Runtime:
         steps = self._steps(call, end)
         if not steps and call.queued is None:
             return None
-        answer = await self._delivery.book(call.id, steps, begun=call.queued is not None)
+        answer = await self._delivery.book(
+            call.id, steps, begun=call.queued is not None, failed=partial(setattr, call, "unbooked")
+        )
         self._tell_exporter()
         return answer if isinstance(answer, Receipt) else None
 

@@ -12,7 +12,7 @@ import pytest
 
 from asgi_metering import Metering, TokenUsage, current_call
 from asgi_metering.call import CallRefused
-from asgi_metering.errors import SettlementError, StoreUnavailableError
+from asgi_metering.errors import SettlementError, StoreUnavailableError, UnwritableError
 from asgi_metering.events import Dropped
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.opening import CURRENT
@@ -186,10 +186,12 @@ def test_tell_a_body_that_succeeded_of_a_store_that_is_down() -> None:
     async def play() -> None:
         store = Failing()
         metering = await opened(store)
-        with pytest.raises(SettlementError, match="its end is not booked"):
-            async with charging(metering):
+        with pytest.raises(SettlementError, match="its end is not booked") as told:
+            async with charging(metering) as call:
                 store.down = True
         store.down = False
+        assert (told.value.call, told.value.line, told.value.payer) == (call.id, "job", "ann")
+        assert isinstance(told.value.__cause__, StoreUnavailableError)
         await within(5, lambda: not metering.runtime().busy)
         assert await settled(metering) == (2 * CREDIT, 0)
         await metering.stop()
@@ -202,9 +204,12 @@ def test_tell_a_body_that_succeeded_of_an_end_that_cannot_be_booked() -> None:
 
     async def play() -> None:
         metering = await opened(Endless())
-        with pytest.raises(SettlementError, match="its end is not booked"):
+        with pytest.raises(SettlementError, match="its end is not booked") as told:
             async with charging(metering):
                 pass
+        # Caused by what kept the end from being booked, and not by what came of it (S3.10, S3.11).
+        assert isinstance(told.value.__cause__, UnwritableError)
+        assert isinstance(told.value.__cause__.__cause__, KeyError)
         assert await settled(metering) == (0, 2 * CREDIT)
         await metering.stop()
 
