@@ -26,6 +26,7 @@ from asgi_metering.errors import (
     StoreUnavailableError,
     UnwritableError,
 )
+from asgi_metering.events.outbox import Dropped, tell_of_drop
 from asgi_metering.receipts import Basis, Receipt
 from asgi_metering.rules.calendars import around
 from asgi_metering.rules.decide import Answer
@@ -196,6 +197,8 @@ class Delivery:
                 dict(step.event),
                 exc_info=failure,
             )
+            dropped = Dropped(step.id, dict(step.event), "unwritable")
+            await tell_of_drop(self._metering.on_event_dropped, dropped, self._metering.end_timeout_s)
             return self.looked_at(step, await self._submit(step._replace(event=None), within_s))
 
     def looked_at(self, step: Step, answer: Answer) -> Answer:

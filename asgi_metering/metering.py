@@ -31,6 +31,7 @@ from asgi_metering.dropping import read_drops
 from asgi_metering.errors import ConfigurationError, IdentityError, StoreAvoidedError, StoreError
 from asgi_metering.events.exporter import DELIVERY_TIMEOUT_S, MAX_DELIVERY_S
 from asgi_metering.events.metrics import Meters
+from asgi_metering.events.outbox import OnDrop
 from asgi_metering.events.records import whole_units
 from asgi_metering.events.sinks import Sink
 from asgi_metering.events.span import annotate_span, is_recording
@@ -104,6 +105,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         on_hold_lost: Gets a `Call` that runs on although its policy has ended its hold and freed its slots, because no
             heartbeat came through for so long: time to stop what relies on them (S0.57). Sync or async, on the event
             loop of the call, once per call.
+        on_event_dropped: Gets a `Dropped` for each usage event that no sink gets, or not all: the last chance to keep
+            it elsewhere (S2.7). Sync or async; it is also counted, as ``metering.events.dropped``, and logged.
         keys: Functions that compute what is counted together, for ``rate_limited(key="named:tenant")``; each may be
             replaced while the application runs: ``metering.keys["tenant"] = other`` (S2.32).
         limits: Limits of requests by name, for ``rate_limited(configured="search")``, replaced in the same way: a text,
@@ -148,6 +151,7 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         run_sync: Callable[[Callable[[], Any]], Coroutine[Any, Any, Any]] | None = None,
         new_id: Callable[[], str] | None = None,
         on_hold_lost: Callable[[Call], Any] | None = None,
+        on_event_dropped: OnDrop | None = None,
         keys: Mapping[str, Callable[..., Any]] | None = None,
         limits: Mapping[str, Any] | None = None,
         shadow: bool = False,
@@ -158,6 +162,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
     ) -> None:
         check_asked("identify", identify, "connection")
         check_asked("on_hold_lost", on_hold_lost, "call")
+        if on_event_dropped is not None and not callable(on_event_dropped):
+            raise ConfigurationError(f"on_event_dropped={on_event_dropped!r} cannot be called. Pass a function.")
         if not isinstance(unit, Unit):
             raise ConfigurationError(f"unit={unit!r} is no Unit. Declare one: Unit('credits', scale=6).")
         if new_id is not None:
@@ -206,6 +212,7 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         self.sinks: tuple[Sink, ...] = with_log(given, self.tracker)
         self._identify = identify
         self._on_hold_lost = on_hold_lost
+        self.on_event_dropped = on_event_dropped
         self._units = {unit.name: unit}
         self._declared: set[str] = set()
         self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()

@@ -182,6 +182,7 @@ class Runtime:
         self._exporter = Exporter(
             self.submit,
             metering.sinks,
+            on_drop=metering.on_event_dropped,
             read=metering.store.read,
             meters=metering.meters,
             timeout_s=seconds,

@@ -93,7 +93,7 @@ def test_routes_of_an_application(run: Run, audited: str) -> None:
     assert [re.split(r" {2,}", line) for line in output.splitlines()[:4]] == [
         head,
         ["/search", "POST", "search", "0.5", "messages:1", "60/minute, 5000/day", "4, 9 of everybody"],
-        ["/chat", "GET,HEAD", "chat", "TokenPrice"],
+        ["/chat", "GET,HEAD", "chat", "output 1 per token"],
         ["/health", "GET,HEAD"],
     ]
     reach, told = output.splitlines()[4:]
@@ -130,6 +130,10 @@ def test_routes_tell_what_calls_used_of_their_holds(run: Run, audited: str, stor
                 async with metering.charge(payer="ann", line="chat", price=per_token(output=1), hold=4) as call:
                     call.record(TokenUsage(output=1 + used // 19))
 
+    assert (
+        "! Nothing is told of the holds of /chat: no call of 'chat' in that store was charged by what it used.\n"
+        in (run("routes", f"{audited}:app", "--store", _granted(run, store))[1])
+    )
     asyncio.run(calls())
     code, output, _ = run("routes", f"{audited}:app", "--store", store)
     told = "holds are 3.81 x what is used, by 20 calls: p50 uses 0.25 of its hold, p95 0.25; suggestion: hold 0.28 x"
@@ -139,6 +143,12 @@ def test_routes_tell_what_calls_used_of_their_holds(run: Run, audited: str, stor
     assert [(row["hold_use"]["calls"], row["hold_use"]["suggestion"]) for row in found if "hold_use" in row] == [
         (20, "0.28")
     ]
+
+
+def _granted(run: Run, store: str) -> str:
+    """A store in which nobody has called yet."""
+    run("grant", "bob", "1", "--id", "g", "--store", store)
+    return store
 
 
 SOCKETS = """
