@@ -30,12 +30,13 @@ from asgi_metering.usage import TokenUsage
 if TYPE_CHECKING:
     from asgi_metering.call import Call
 
-__all__ = ["amounts_of", "check_amounts", "find_payer", "find_price", "pin"]
+__all__ = ["FREE", "amounts_of", "check_amounts", "find_payer", "find_price", "pin"]
 
 
 log = logging.getLogger("asgi_metering")
 
 FREE = FixedPrice(Decimal(0))
+"""The price of a call that skips its charge, known by this very object."""
 
 
 async def find_payer(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
