@@ -375,7 +375,7 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         return await self.runtime().submit(operation, self.end_timeout_s)
 
     async def decide(self, ask: Admit | Preview) -> Decision:
-        """Ask the store for an admission, or a look at one, within the deadline, if worth asking. Raises `StoreError`."""
+        """Ask the store for an admission, or a look at one, within the deadline, if worth it. Raises `StoreError`."""
         runtime = self.runtime()
         if self.store.immediate and not self.has_new_units:
             answer = await runtime.submit(ask, self.store_timeout_s)
