@@ -25,6 +25,7 @@ from asgi_metering.continuing import continued, go_on
 from asgi_metering.correlating import ids_around, ids_of
 from asgi_metering.counting import count_by, counts, message_limits, needs_caller, of_everybody
 from asgi_metering.decisions import Decision, Reason, Refusal
+from asgi_metering.dropping import without
 from asgi_metering.errors import ConfigurationError, IdentityError, PayerError, StoreError
 from asgi_metering.events.span import current_trace
 from asgi_metering.keying import key_ask, once, shared_key
@@ -478,6 +479,8 @@ def _facts(call: Call) -> dict[str, Any]:
             told["attributes"] = dict(caller.attributes)
     origin = call.opening.origin
     if origin is None:
-        return {**told, **ids_around(call)}
-    told["request_id"] = origin.request_id or call.id
-    return told
+        told.update(ids_around(call))
+    else:
+        told["request_id"] = origin.request_id or call.id
+    drops = call.metering.drops.get(call.line) if call.metering.drops else None
+    return told if drops is None else without(told, drops)

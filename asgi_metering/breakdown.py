@@ -17,6 +17,7 @@ from asgi_metering.measuring import Metered, upstream_calls
 from asgi_metering.prices.costing import ModelCall
 from asgi_metering.prices.values import EXACT
 from asgi_metering.usage import TokenUsage
+from asgi_metering.usage.event import CALLS, MODELS
 from asgi_metering.usage.values import AXES
 
 if TYPE_CHECKING:
@@ -24,19 +25,7 @@ if TYPE_CHECKING:
     from asgi_metering.call import Call
     from asgi_metering.witnesses import Told
 
-__all__ = [
-    "COST",
-    "MAX_MODELS",
-    "MAX_UNITS_TOLD",
-    "MODELS",
-    "TRUNCATED",
-    "UNITS",
-    "unit_attributes",
-    "upstream_attributes",
-]
-
-MODELS = "metering.models"
-"""JSON: ``[{"model", "provider", "calls", "usage": {...}, "cost_usd_micros"}]``, of calls that used several models."""
+__all__ = ["COST", "MAX_MODELS", "MAX_UNITS_TOLD", "TRUNCATED", "UNITS", "unit_attributes", "upstream_attributes"]
 
 COST = "metering.cost.usd_micros"
 """What the providers, or LiteLLM, say that the call's upstream calls cost, in millionths of a US dollar."""
@@ -58,7 +47,7 @@ _OTHERS = ("_OTHER", None)
 
 def upstream_attributes(call: Call, used: Metered) -> dict[str, Scalar]:
     """
-    Return `MODELS`, `COST` and `TRUNCATED`, as far as there is something to say.
+    Return `MODELS` or `CALLS`, `COST` and `TRUNCATED`, as far as there is something to say.
 
     Only of the source that counted: sources are alternatives, never summed (S2.42). Source: S3.20, S3.27, S3.28.
     """
@@ -72,6 +61,9 @@ def upstream_attributes(call: Call, used: Metered) -> dict[str, Scalar]:
     rows = _by_model(calls)
     if len(rows) > 1:
         told[MODELS] = json.dumps(rows, separators=(",", ":"))
+    elif rows and rows[0]["calls"] > 1 and (rows[0]["model"] or rows[0]["usage"]):
+        # What reports no tokens of any model is a count of something else, however often it is reported.
+        told[CALLS] = rows[0]["calls"]
     return told
 
 

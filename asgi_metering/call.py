@@ -51,6 +51,12 @@ class CallRefused(Exception):  # noqa: N818 -- a refusal is an answer on its way
 
     A plain `Exception`, so that every framework unwinds its dependencies on the way (pitfalls 13, 14). Its message
     says what the payer's own balance or allowance lacks, in whole units: a job's log has nothing else to tell by.
+
+    Attributes:
+        call: Which.
+        refusal: Why, and what was lacking, in smallest parts; ``refusal.reason`` is a `Reason`.
+        decision: The store's whole answer, with the receipt of a replay (``decision.replay``); None where it was not
+            asked.
     """
 
     def __init__(self, call: Call, refusal: Refusal, decision: Decision | None = None) -> None:
@@ -74,6 +80,9 @@ class CallCut(OSError):  # noqa: N818 -- an end, not an error
 
     Raised from ``send``, and by `Call.record`. An `OSError`, as from a client that left: what frameworks end a stream
     for. What was observed is charged.
+
+    Attributes:
+        call: Which.
     """
 
     def __init__(self, call: Call) -> None:
@@ -113,6 +122,7 @@ class Call(CallState):
         held: Smallest parts set aside.
         unit: What is counted.
         line: The billing line; empty on routes that are not billable.
+        decision: What the store answered to its admission; None until then, and where nothing was asked of it.
         receipt: What the end did; None until the ledger answered.
         hold_lost: Its heartbeats did not come through for so long that its policy has ended its hold while it runs.
         attributes: What else the usage event says, for the handler to set: str, int, finite float or bool. What is none

@@ -135,8 +135,10 @@ def billable(
         on_cut: We cut the stream: ``observed`` or ``hold``.
         on_abort: The process stopped or died: ``observed``, ``none`` or ``hold``.
         errors: Shape of refusals: ``problem``, ``openai`` or ``anthropic``.
-        customise: Rewrites a refusal's body and adds header fields, for clients that expect others (S4.4). Not async:
-            nobody waits while a refusal is written.
+        customise: Rewrites a refusal's body and adds header fields, for clients that expect others (S4.4): a function
+            of the problem's members (``code``, ``unit``, ``required``...) that answers a tuple of the body and a
+            mapping of fields. Not async: nobody waits while a refusal is written. Where it fails the log says so, and
+            the standard body is sent.
         usage: Names the dialect of the response body, where its shape alone would mislead.
         forward_quota_headers: Let a provider's own quota fields pass to the client. ``X-RateLimit-Limit``,
             ``-Remaining`` and ``-Reset`` that come alone are the endpoint's own and pass, unless *usage* is named.

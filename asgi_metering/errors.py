@@ -47,15 +47,18 @@ class MissingExtraError(ConfigurationError, ImportError):
     Args:
         feature: What was asked for.
         extra: The extra of this package that brings what it needs.
+        package: The package to install, where the extra brings another one for it.
     """
 
-    def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(f"{feature} needs a package that is not installed. Run: pip install 'asgi-metering[{extra}]'")
+    def __init__(self, feature: str, extra: str, package: str = "") -> None:
+        wanted = package or f"'asgi-metering[{extra}]'"
+        super().__init__(f"{feature} needs a package that is not installed. Run: pip install {wanted}")
         self.feature = feature
         self.extra = extra
+        self.package = package
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.feature, self.extra)
+        return type(self), (self.feature, self.extra, self.package)
 
 
 class AmountError(MeteringError, ValueError):
@@ -108,8 +111,8 @@ class IdempotencyConflictError(MeteringError, ValueError):
 
     def __init__(self, what: str, key: str, field: str, stored: object, given: object) -> None:
         super().__init__(
-            f"The {what} {key!r} exists with {field}={stored!r}, and came again with {field}={given!r}. "
-            f"Use a new id for a new {what}."
+            f"The {what} {key!r} exists with {field}={stored!r}, and came again with {field}={given!r}"
+            f"{', in smallest parts' if field == 'amount' else ''}. Use a new id for a new {what}."
         )
         self.what = what
         self.key = key

@@ -14,7 +14,7 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
@@ -23,11 +23,13 @@ from asgi_metering.alarms import Alarms
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.call import Call
 from asgi_metering.caller import Caller
-from asgi_metering.checks import check_flag
+from asgi_metering.checks import check_asked, check_flag
 from asgi_metering.clients import UpstreamClients
 from asgi_metering.computed import check_sync, is_async
 from asgi_metering.decisions import Decision, Refusal
+from asgi_metering.dropping import read_drops
 from asgi_metering.errors import ConfigurationError, IdentityError, StoreAvoidedError, StoreError
+from asgi_metering.events.exporter import DELIVERY_TIMEOUT_S, MAX_DELIVERY_S
 from asgi_metering.events.metrics import Meters
 from asgi_metering.events.outbox import OnDrop
 from asgi_metering.events.records import whole_units
@@ -117,6 +119,9 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
             quotas: `quotas` of each then has the newest of all, a second or two later, and so have `requires_upstream`
             and `tracker`. Off the path of any response, while it is open; not on the memory store, which is of one
             process.
+        drop_fields: What usage events of a line leave out: names of attributes, or of fields that say who and where
+            (`dropping.DROPPABLE`), by line (S3.36): ``{"podcast": ["thread_id"]}``. It is never written.
+        delivery_timeout_s: For one delivery to one sink, off the path of any response (S3.35).
 
     Raises:
         ConfigurationError: An argument or URL that cannot work; the sentence says what can.
@@ -152,11 +157,11 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         shadow: bool = False,
         packages: str | os.PathLike[str] | Iterable[Package] | QuotaTracker | None = None,
         share_readings: bool = True,
+        drop_fields: Mapping[str, Collection[str]] | None = None,
+        delivery_timeout_s: float = DELIVERY_TIMEOUT_S,
     ) -> None:
-        if identify is not None and not callable(identify):
-            raise ConfigurationError(f"identify={identify!r} cannot be called. Pass a function of the connection.")
-        if on_hold_lost is not None and not callable(on_hold_lost):
-            raise ConfigurationError(f"on_hold_lost={on_hold_lost!r} cannot be called. Pass a function of the call.")
+        check_asked("identify", identify, "connection")
+        check_asked("on_hold_lost", on_hold_lost, "call")
         if on_event_dropped is not None and not callable(on_event_dropped):
             raise ConfigurationError(f"on_event_dropped={on_event_dropped!r} cannot be called. Pass a function.")
         if not isinstance(unit, Unit):
@@ -177,6 +182,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         }.items():
             if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not seconds >= 0:
                 raise ConfigurationError(f"{name}={seconds!r} is not a number of seconds from 0 up.")
+        if not isinstance(delivery_timeout_s, int | float) or not 0 < delivery_timeout_s <= MAX_DELIVERY_S:
+            raise ConfigurationError(f"delivery_timeout_s={delivery_timeout_s!r} is outside 0 to {MAX_DELIVERY_S} s.")
         if type(max_draining) is not int or max_draining < 0:
             raise ConfigurationError(f"max_draining={max_draining!r} is no int from 0 up. 0 lets no handler go on.")
         self.keys = NamedKeys(keys)
@@ -196,6 +203,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         self.max_draining = max_draining
         self.run_sync = run_sync or _run_in_thread
         self.new_id = new_id or _new_id
+        self.drops = read_drops(drop_fields)
+        self.delivery_timeout_s = delivery_timeout_s
         self.tracker = None if packages is None else tracked(packages, unit)
         self.quotas = QuotaReadings() if self.tracker is None else self.tracker.readings
         self.meters = Meters()

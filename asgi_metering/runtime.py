@@ -22,7 +22,7 @@ from asgi_metering.attributes import plain_attributes
 from asgi_metering.billing import beyond_count, bill, bill_now
 from asgi_metering.delivery import Delivery
 from asgi_metering.errors import AmountError, MeteringError, StoreError, StoreUnavailableError
-from asgi_metering.events.exporter import Exporter
+from asgi_metering.events.exporter import LEASE_S, Exporter
 from asgi_metering.growing import growth_of
 from asgi_metering.heartbeats import Heartbeats
 from asgi_metering.overdue import Overdue
@@ -177,8 +177,16 @@ class Runtime:
     def _start_exporter(self) -> None:
         metering = self._metering
         self._stop_exporting = asyncio.Event()
-        read, on_drop = metering.store.read, metering.on_event_dropped
-        self._exporter = Exporter(self.submit, metering.sinks, on_drop=on_drop, read=read, meters=metering.meters)
+        seconds = metering.delivery_timeout_s
+        self._exporter = Exporter(
+            self.submit,
+            metering.sinks,
+            on_drop=metering.on_event_dropped,
+            read=metering.store.read,
+            meters=metering.meters,
+            timeout_s=seconds,
+            lease_s=max(LEASE_S, 3 * seconds),
+        )
         self._exporting = self._spawn(self._exporter.run(self._stop_exporting), "events")
 
     def _spawn(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:

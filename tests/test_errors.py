@@ -80,7 +80,8 @@ def test_name_the_first_field_that_differs() -> None:
     error = IdempotencyConflictError("grant", "inv-1", "amount", 5, 7)
     assert (error.what, error.key, error.field, error.stored, error.given) == ("grant", "inv-1", "amount", 5, 7)
     assert str(error) == (
-        "The grant 'inv-1' exists with amount=5, and came again with amount=7. Use a new id for a new grant."
+        "The grant 'inv-1' exists with amount=5, and came again with amount=7, in smallest parts. Use a new id for a "
+        "new grant."
     )
 
 

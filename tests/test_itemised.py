@@ -225,7 +225,7 @@ def test_tell_how_much_of_each_unit_was_used(price: Any) -> None:
     assert found.settled == (8 if price != 7 else 7) * CREDIT
     assert found.events[0].usage == TokenUsage(input=1_000)
     counts = {"metering.units.items": 4, "metering.units.seconds": 93.5}
-    assert found.attributes == {"raw_results": 9, **counts}
+    assert found.attributes == {"raw_results": 9, "metering.upstream.calls": 2, **counts}
     assert type(found.attributes["metering.units.items"]) is int
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from asgi_metering.amounts import Unit, exact_amount
 from asgi_metering.errors import AmountError, ConfigurationError
-from asgi_metering.guards import BARE_MEND, Guard, Part, decorated, guard_of
+from asgi_metering.guards import Guard, Part, decorated, guard_of
 from asgi_metering.keying import check_shared
 from asgi_metering.metering import ALL_FEATURES, Metering
 from asgi_metering.outage import check_journal
@@ -49,6 +49,7 @@ class Layer(NamedTuple):
     metering: Any
     application_limits: tuple[Any, ...] = ()
     default_limits: tuple[Any, ...] = ()
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ def audit(app: Any, features: frozenset[str], unenforced: frozenset[str], meteri
         report.errors.extend(_other_meterings(report.rows, metering))
     for row in report.rows:
         if isinstance(row.endpoint, Part):
-            report.errors.append(f"{row.path} has a metering decorator for its endpoint. {BARE_MEND}")
+            report.errors.append(f"{row.path} has a metering decorator for its endpoint. {row.endpoint.mend}")
         else:
             _check_row(row, report, features | unenforced, metering)
     report.errors.extend(_other_scales(report.rows, metering))
@@ -419,13 +420,16 @@ def _walk(app: Any, place: _Place) -> Iterator[Row]:
 def _layers_on(app: Any) -> Iterator[Layer]:
     """What *app* is as one of our layers, or what an application has added of them."""
     said = ("metering", *LIMITS)
-    found = [(app, {name: getattr(app, name, None) for name in said})]
+    found: list[tuple[Any, Any, dict[str, Any]]] = [(app, type(app), {name: getattr(app, name, None) for name in said})]
     for added in getattr(app, "user_middleware", ()):
-        found.append((getattr(added, "cls", None), getattr(added, "kwargs", {})))
-    for layer, kept in found:
+        # Of what stands there without a name only the metering comes first.
+        kept = {**dict(zip(said, getattr(added, "args", ())[:1], strict=False)), **getattr(added, "kwargs", {})}
+        found.append((getattr(added, "cls", None), getattr(added, "cls", None), kept))
+    for layer, kind, kept in found:
         features = getattr(layer, "features", None)
         if isinstance(features, frozenset) and features <= ALL_FEATURES:
-            yield Layer(features, kept.get("metering"), *(tuple(kept.get(name) or ()) for name in LIMITS))
+            application, default = (tuple(kept.get(name) or ()) for name in LIMITS)
+            yield Layer(features, kept.get("metering"), application, default, getattr(kind, "__name__", ""))
 
 
 def _policy_of(app: Any) -> EndpointPolicy | None:

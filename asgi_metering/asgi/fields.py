@@ -105,8 +105,8 @@ class HeaderNames:
     initials: frozenset[bytes] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        balance = (self.available, self.payer)
-        names = (self.policy, self.state, self.limit, self.remaining, self.reset, self.retry_after, *balance)
+        rates = (self.policy, self.state, self.limit, self.remaining, self.reset, self.retry_after)
+        names = (*rates, self.available, self.payer)
         seen: set[str] = set()
         for name in names:
             if name is None:

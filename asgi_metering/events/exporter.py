@@ -31,6 +31,9 @@ log = logging.getLogger("asgi_metering.events")
 DELIVERY_TIMEOUT_S: Final = 10.0
 """For one delivery to one sink (S3.35)."""
 
+MAX_DELIVERY_S: Final = 3_600.0
+"""More is no bound: events would wait behind a sink that hangs for as long."""
+
 LEASE_S: Final = 60.0
 """How long claimed events are ours: a killed process's events wait this long for another."""
 

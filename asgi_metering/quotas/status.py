@@ -20,7 +20,7 @@ from asgi_metering.quotas.alerts import (
     days_left,
     window_alert,
 )
-from asgi_metering.quotas.packages import Confidence, Package, PackageSource, PackageType, midnight
+from asgi_metering.quotas.packages import Confidence, Package, PackageSource
 from asgi_metering.quotas.reading import QuotaLimit, Reading
 
 __all__ = ["Counted", "QuotaStatus", "iso_time", "status_line", "status_of"]
@@ -53,7 +53,7 @@ class QuotaStatus:
 
     provider_id: str
     package_id: str
-    package_type: PackageType
+    package_type: str
     total: float
     used: float
     remaining: float
@@ -186,8 +186,9 @@ def _local(package: Package, counted: Counted | None, now: float) -> _Used:
     used = package.used if counted is None else counted.used
     first_at = None if counted is None else counted.first_at
     is_fresh = not used
-    if package.package_type == "daily":
-        return _Used(package.total, used, midnight(now, package.zone, 1), package.confidence, is_fresh=is_fresh)
+    window = package.window(now)
+    if window is not None:
+        return _Used(package.total, used, window[1], package.confidence, is_fresh=is_fresh)
     begun = now if first_at is None else first_at
     # Counts are kept by the minute, so the first may be a moment older than the window.
     reset_at = max(now, begun + package.window_hours * 3600)
@@ -217,10 +218,8 @@ def _pace(package: Package, known: _Used, now: float) -> float | None:
         return 0.0
     if known.reset_at is None:
         return None
-    if package.package_type == "daily":
-        length = midnight(now, package.zone, 1) - midnight(now, package.zone)
-    else:
-        length = package.window_hours * 3600
+    window = package.window(now)
+    length = package.window_hours * 3600 if window is None else window[1] - window[0]
     elapsed = min(1.0, max(0.0, 1 - (known.reset_at - now) / length))
     return known.used / known.total - elapsed
 
