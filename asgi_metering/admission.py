@@ -263,9 +263,7 @@ async def _charge(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]
     if call.price is FREE and "credits" in call.opening.features:
         await continued(call, charge)
     call.trace = current_trace()
-    call.facts = _facts(call)
-    if charge.correlates:
-        call.facts = {**call.facts, **await ids_of(call, charge, arguments)}
+    call.facts = _facts(call, await ids_of(call, charge, arguments) if charge.correlates else None)
 
 
 async def _decide(
@@ -467,7 +465,7 @@ def _is_measured(call: Call) -> bool:
     return call.price is not None and not isinstance(call.price, FixedPrice) and not call.exempt
 
 
-def _facts(call: Call) -> dict[str, Any]:
+def _facts(call: Call, ids: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What the usage event says of the admission: enough to write it when this process is gone."""
     caller = call.caller
     told: dict[str, Any] = {"line": call.line, "started_at": call.started_at, **call.trace}
@@ -482,5 +480,7 @@ def _facts(call: Call) -> dict[str, Any]:
         told.update(ids_around(call))
     else:
         told["request_id"] = origin.request_id or call.id
+    if ids is not None:
+        told.update(ids)
     drops = call.metering.drops.get(call.line) if call.metering.drops else None
     return told if drops is None else without(told, drops)
