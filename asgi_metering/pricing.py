@@ -61,7 +61,8 @@ async def _find_limits(call: Call, charge: ChargePolicy) -> None:
     plan = call.caller.plan if call.caller is not None else None
     for source in charge.sources:
         if isinstance(source, Allowance) and source.is_computed:
-            account = call.accounts.get(source.payer.name, "") if source.payer is not None else ""
+            payer = None if source.each else source.payer
+            account = "" if payer is None else call.accounts.get(payer.name, "")
             limit = await source.limit_of(call, account or call.payer or "", plan)
             call.allowed = {**call.allowed, id(source): limit}
 

@@ -143,6 +143,23 @@ def test_count_an_allowance_of_each_payer_at_the_expense_of_another() -> None:
     play(scene)
 
 
+def test_compute_the_limit_of_each_payer() -> None:
+    """A limit that is computed is asked for whom it is counted for, and not for whose expense it is (S0.1, S0.9)."""
+    limits = {"ann": 2, "acme": 0}
+
+    async def scene(metering: Metering) -> None:
+        sources = [Allowance(lambda payer: limits[payer], payer=PLATFORM, each=True), Wallet(payer=OWN)]
+        paid = []
+        for _ in range(3):
+            async with charging(metering, 1, sources=sources) as call:
+                paid.append(call.paid_by.name)
+        assert paid == ["platform", "platform", "own"]
+        (seen,) = await metering.allowances("ann", sources=sources)
+        assert (seen.payer, seen.limit // CREDIT) == ("ann", 2)
+
+    play(scene)
+
+
 @pytest.mark.parametrize("price", [0, 1])
 def test_charge_the_platform_for_work_in_a_joined_or_free_call(price: int) -> None:
     """What is done inside is the platform's also where a session was counted before, or the call costs nothing."""
