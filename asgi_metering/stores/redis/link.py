@@ -199,7 +199,7 @@ class Link:
             await self._drop(wire)
         if time.monotonic() < self._not_before:
             raise StoreUnavailableError(
-                f"The Redis server at {self._place} cannot be reached: {self._failure}. It is tried again soon."
+                f"The Redis server at {self._place} cannot be reached: {str(self._failure).removesuffix('.')}. It is tried again soon."
             )
         try:
             async with asyncio.timeout(self._timeout_s):
