@@ -7,7 +7,7 @@ Knows single arguments and pairs of them that contradict each other. Never puts 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -52,6 +52,7 @@ __all__ = [
     "check_shadow_per",
     "check_slices",
     "check_store_down",
+    "read_callers",
     "read_charge_key",
     "read_end",
     "read_idempotency",
@@ -150,6 +151,19 @@ def check_slices(first: Any, slices: Slices, price: Any, sources: Sequence[Payme
 def _cost(size: Amount | TokenUsage, price: Any) -> Decimal:
     """Whole units of a slice; tokens are of measured prices alone."""
     return price.cost(size) if isinstance(size, TokenUsage) else exact_amount(size, "slice")
+
+
+def read_callers(callers: Collection[str] | None) -> frozenset[str] | None:
+    """The types of callers that were written; None is everybody."""
+    if callers is None:
+        return None
+    is_list = isinstance(callers, list | tuple | set | frozenset) and bool(callers)
+    if not is_list or not all(isinstance(each, str) and each for each in callers):
+        raise ConfigurationError(
+            f"callers={callers!r} names no types of callers. Write ['production_agent'], say, or leave it out to "
+            f"charge everybody."
+        )
+    return frozenset(callers)
 
 
 def read_idempotency(given: Idempotency | bool | None) -> Idempotency | None:

@@ -33,6 +33,7 @@ from asgi_metering.policies import (
 )
 from asgi_metering.prices.values import reads_request
 from asgi_metering.rates import RateLimit
+from asgi_metering.returned import check_count
 from asgi_metering.wrappers import wrap
 
 __all__ = ["BARE_MEND", "Guard", "Part", "counters_of", "decorated", "guard_of", "merged"]
@@ -97,6 +98,7 @@ class Guard:
     Attributes:
         endpoint: The function that was decorated first.
         policy: What has been written so far.
+        count: Counts what the endpoint returns; None for most.
     """
 
     def __init__(self, endpoint: Callable[..., Any]) -> None:
@@ -104,6 +106,7 @@ class Guard:
         self.endpoint = endpoint
         self.signature = _signature(endpoint)
         self.policy = EndpointPolicy(_free_name(endpoint))
+        self.count: From | None = None
         self._needs_arguments = False
         rest = (each.name for each in self.signature.parameters.values() if each.kind is each.VAR_KEYWORD)
         self._rest = next(rest, None)
@@ -113,12 +116,17 @@ class Guard:
         """Write one more decorator down; raises `ConfigurationError` for the same line twice."""
         self.policy = merged(self.policy, part, self.signature.parameters, _plain(self.endpoint).__name__)
         charge = self.policy.charge
+        self.count = None if charge is None else charge.count
+        if self.count is not None:
+            check_count(self.count, self.policy.name, self.endpoint, self.signature.parameters)
         # Also where the hold is an amount: what a hang-up pays for its input is estimated from the request.
         estimated = charge is not None and charge.measured and charge.hold.reads_request
         estimated = estimated or (charge is not None and reads_request(charge.price))
         estimated = estimated or any(each.tokens == ESTIMATE for each in self.policy.upstreams)
         asked = any(rate.asker is not None for rate in self.policy.rates)
-        self._needs_arguments = bool(self.policy.callables()) or estimated or self.policy.weighs or asked
+        self._needs_arguments = (
+            bool(self.policy.callables()) or self.count is not None or estimated or self.policy.weighs or asked
+        )
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
         """The endpoint's arguments by name, if the policy asks for any."""

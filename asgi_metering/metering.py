@@ -14,7 +14,7 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
@@ -27,8 +27,11 @@ from asgi_metering.checks import check_asked, check_flag
 from asgi_metering.clients import UpstreamClients
 from asgi_metering.computed import check_sync, is_async
 from asgi_metering.decisions import Decision, Refusal
+from asgi_metering.dropping import read_drops
 from asgi_metering.errors import ConfigurationError, IdentityError, StoreAvoidedError, StoreError
+from asgi_metering.events.exporter import DELIVERY_TIMEOUT_S, MAX_DELIVERY_S
 from asgi_metering.events.metrics import Meters
+from asgi_metering.events.outbox import OnDrop
 from asgi_metering.events.records import whole_units
 from asgi_metering.events.sinks import Sink
 from asgi_metering.events.span import annotate_span, is_recording
@@ -103,6 +106,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         on_hold_lost: Gets a `Call` that runs on although its policy has ended its hold and freed its slots, because no
             heartbeat came through for so long: time to stop what relies on them (S0.57). Sync or async, on the event
             loop of the call, once per call.
+        on_event_dropped: Gets a `Dropped` for each usage event that no sink gets, or not all: the last chance to keep
+            it elsewhere (S2.7). Sync or async; it is also counted, as ``metering.events.dropped``, and logged.
         keys: Functions that compute what is counted together, for ``rate_limited(key="named:tenant")``; each may be
             replaced while the application runs: ``metering.keys["tenant"] = other`` (S2.32).
         limits: Limits of requests by name, for ``rate_limited(configured="search")``, replaced in the same way: a text,
@@ -115,6 +120,9 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
             quotas: `quotas` of each then has the newest of all, a second or two later, and so have `requires_upstream`
             and `tracker`. Off the path of any response, while it is open; not on the memory store, which is of one
             process.
+        drop_fields: What usage events of a line leave out: names of attributes, or of fields that say who and where
+            (`dropping.DROPPABLE`), by line (S3.36): ``{"podcast": ["thread_id"]}``. It is never written.
+        delivery_timeout_s: For one delivery to one sink, off the path of any response (S3.35).
 
     Raises:
         ConfigurationError: An argument or URL that cannot work; the sentence says what can.
@@ -144,14 +152,19 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         run_sync: Callable[[Callable[[], Any]], Coroutine[Any, Any, Any]] | None = None,
         new_id: Callable[[], str] | None = None,
         on_hold_lost: Callable[[Call], Any] | None = None,
+        on_event_dropped: OnDrop | None = None,
         keys: Mapping[str, Callable[..., Any]] | None = None,
         limits: Mapping[str, Any] | None = None,
         shadow: bool = False,
         packages: str | os.PathLike[str] | Iterable[Package] | QuotaTracker | None = None,
         share_readings: bool = True,
+        drop_fields: Mapping[str, Collection[str]] | None = None,
+        delivery_timeout_s: float = DELIVERY_TIMEOUT_S,
     ) -> None:
         check_asked("identify", identify, "connection")
         check_asked("on_hold_lost", on_hold_lost, "call")
+        if on_event_dropped is not None and not callable(on_event_dropped):
+            raise ConfigurationError(f"on_event_dropped={on_event_dropped!r} cannot be called. Pass a function.")
         if not isinstance(unit, Unit):
             raise ConfigurationError(f"unit={unit!r} is no Unit. Declare one: Unit('credits', scale=6).")
         if new_id is not None:
@@ -170,6 +183,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         }.items():
             if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not seconds >= 0:
                 raise ConfigurationError(f"{name}={seconds!r} is not a number of seconds from 0 up.")
+        if not isinstance(delivery_timeout_s, int | float) or not 0 < delivery_timeout_s <= MAX_DELIVERY_S:
+            raise ConfigurationError(f"delivery_timeout_s={delivery_timeout_s!r} is outside 0 to {MAX_DELIVERY_S} s.")
         if type(max_draining) is not int or max_draining < 0:
             raise ConfigurationError(f"max_draining={max_draining!r} is no int from 0 up. 0 lets no handler go on.")
         self.keys = NamedKeys(keys)
@@ -189,6 +204,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         self.max_draining = max_draining
         self.run_sync = run_sync or _run_in_thread
         self.new_id = new_id or _new_id
+        self.drops = read_drops(drop_fields)
+        self.delivery_timeout_s = delivery_timeout_s
         self.tracker = None if packages is None else tracked(packages, unit)
         self.quotas = QuotaReadings() if self.tracker is None else self.tracker.readings
         self.meters = Meters()
@@ -196,6 +213,7 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         self.sinks: tuple[Sink, ...] = with_log(given, self.tracker)
         self._identify = identify
         self._on_hold_lost = on_hold_lost
+        self.on_event_dropped = on_event_dropped
         self._units = {unit.name: unit}
         self._declared: set[str] = set()
         self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asgi_metering.admission import leaves_hold
@@ -22,7 +23,7 @@ from asgi_metering.attributes import plain_attributes
 from asgi_metering.billing import beyond_count, bill, bill_now
 from asgi_metering.delivery import Delivery
 from asgi_metering.errors import AmountError, MeteringError, StoreError, StoreUnavailableError
-from asgi_metering.events.exporter import Exporter
+from asgi_metering.events.exporter import LEASE_S, Exporter
 from asgi_metering.growing import growth_of
 from asgi_metering.heartbeats import Heartbeats
 from asgi_metering.overdue import Overdue
@@ -177,7 +178,16 @@ class Runtime:
     def _start_exporter(self) -> None:
         metering = self._metering
         self._stop_exporting = asyncio.Event()
-        self._exporter = Exporter(self.submit, metering.sinks, read=metering.store.read, meters=metering.meters)
+        seconds = metering.delivery_timeout_s
+        self._exporter = Exporter(
+            self.submit,
+            metering.sinks,
+            on_drop=metering.on_event_dropped,
+            read=metering.store.read,
+            meters=metering.meters,
+            timeout_s=seconds,
+            lease_s=max(LEASE_S, 3 * seconds),
+        )
         self._exporting = self._spawn(self._exporter.run(self._stop_exporting), "events")
 
     def _spawn(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
@@ -449,6 +459,7 @@ class Runtime:
                 receipt = await self._booked(call, beyond_count(call, end, failure))
         except Exception as failure:
             self._metering.meters.count("ends_lost", line=call.line)
+            call.unbooked = failure
             told = f"The end of call {call.id} could not be booked; what it holds is left to its policy, by its expiry."
             if isinstance(failure, StoreUnavailableError):
                 # More wait than there is room for: each would say the same.
@@ -467,7 +478,9 @@ class Runtime:
         steps = self._steps(call, end)
         if not steps and call.queued is None:
             return None
-        answer = await self._delivery.book(call.id, steps, begun=call.queued is not None)
+        answer = await self._delivery.book(
+            call.id, steps, begun=call.queued is not None, failed=partial(setattr, call, "unbooked")
+        )
         self._tell_exporter()
         return answer if isinstance(answer, Receipt) else None
 

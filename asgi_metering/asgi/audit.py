@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from asgi_metering.amounts import Unit
+from asgi_metering.amounts import Unit, exact_amount
 from asgi_metering.errors import AmountError, ConfigurationError
 from asgi_metering.guards import Guard, Part, decorated, guard_of
 from asgi_metering.keying import check_shared
@@ -149,6 +149,7 @@ def _check_row(row: Row, report: Report, covered: frozenset[str], metering: Any)
         if metering is not None:
             report.errors.extend(_uncountable(row, policy, metering.unit))
             report.errors.extend(_unkept(row, policy, metering))
+        report.warnings.extend(_one_for_all(row, policy))
     if row.policy is not None and row.policy.charge is not None and {"GET", "HEAD"} <= set(row.methods):
         report.warnings.append(
             f"{row.path} ({row.policy.name}) is billable, and answers HEAD by running the same handler, free of charge."
@@ -202,6 +203,23 @@ def _torn_allowances(rows: list[Row], metering: Any) -> Iterator[str]:
                 )
 
 
+def _one_for_all(row: Row, policy: EndpointPolicy) -> Iterator[str]:
+    """An allowance that differs by plan, and is one account's: the first who come use it up for all others."""
+    for source in () if policy.charge is None else policy.charge.sources:
+        if source.each or not isinstance(source, Allowance) or not isinstance(source.limit, Mapping):
+            continue
+        if (
+            source.payer is not None
+            and isinstance(source.payer.account, str)
+            and len(set(map(exact_amount, source.limit.values()))) > 1
+        ):
+            yield (
+                f"{row.path} ({policy.name}) has an allowance {source.name!r} by plan. It is one count of the account "
+                f"{source.payer.account!r}, which callers of all plans use up together. If you mean one of each payer, "
+                f"say each=True."
+            )
+
+
 def _unclaimed(rows: list[Row]) -> Iterator[str]:
     """A warning of each route whose keys mean nothing while all is in the shadow."""
     for row in rows:
@@ -215,7 +233,7 @@ def _unclaimed(rows: list[Row]) -> Iterator[str]:
 
 def _whose(source: Allowance, charge: ChargePolicy) -> object:
     """Whose account the bucket is in, as far as that can be told before anybody calls."""
-    account = source.payer.account if source.payer is not None else None
+    account = source.payer.account if source.payer is not None and not source.each else None
     return account if account is not None else charge.payer and charge.payer.function
 
 

@@ -157,6 +157,7 @@ def _route(row: Any) -> dict[str, Any]:
         shown["measured"] = charge.measured
         shown["sources"] = ", ".join(_source(source) for source in charge.sources)
         shown["payer"] = "the caller's" if charge.payer is None else _function(charge.payer)
+        shown["callers"] = ", ".join(sorted(charge.callers or ()))
         shown["idempotency"] = _idempotency(charge.idempotency)
         shown["charge_key"] = _charge_key(charge.key)
         basis = charge.end.session_basis if row.is_websocket else charge.end.basis
@@ -284,7 +285,7 @@ def _details(rows: Iterable[dict[str, Any]]) -> None:
         if not ("end" in row or row["effective"]):
             continue
         print(f"\n{row['path']}  {row['methods']}".rstrip())
-        for name in ("hold", "sources", "payer", "idempotency", "charge_key"):
+        for name in ("hold", "sources", "payer", "callers", "idempotency", "charge_key"):
             if row.get(name):
                 print(f"  {name.replace('_', ' ')}: {row[name]}")
         for situation, basis in row.get("end", {}).items():

@@ -213,7 +213,8 @@ from asgi_metering import Idempotency, Metering, MeteringMiddleware, billable
 
 def owner(request): ...
 
-@billable(1, idempotency=True, charge_key="X-Session", charge_zone="Europe/Berlin", charge_per="week")
+@billable(1, callers={"bot", "agent"}, idempotency=True, charge_key="X-Session", charge_per="week",
+          charge_zone="Europe/Berlin")
 async def once(request): ...
 
 @billable(1, idempotency=Idempotency(3_600, 10, True, owner), charge_key=owner, charge_per=90)
@@ -225,12 +226,13 @@ keyed.add_middleware(MeteringMiddleware, metering=Metering())
 
 
 def test_routes_with_their_keys(run: Run, audited: str, tmp_path: Path) -> None:
-    """What runs once, and what is charged once, is shown with all that was chosen for it."""
+    """What runs once, what is charged once, and whom, is shown with all that was chosen for it (S2.28)."""
     (tmp_path / f"{audited}.py").write_text(KEYED)
     code, output, _ = run("routes", f"{audited}:keyed", "--verbose")
     assert code == 0
     once, twice = output.split("\n\n")[1:]
-    assert once.splitlines()[4:6] == [
+    assert once.splitlines()[4:7] == [
+        "  callers: agent, bot",
         "  idempotency: taken, for 86400 s, answers not kept",
         "  charge key: x-session per week in Europe/Berlin",
     ]
