@@ -216,7 +216,9 @@ class Work(abc.ABC):
         ending = call.expects_ending()
         self.runtime().finish(call)
         try:
-            receipt = await asyncio.wait_for(asyncio.shield(ending), self.end_timeout_s)
+            # Not wait_for(), which on Python 3.11 swallows a cancellation that comes together with the answer.
+            async with asyncio.timeout(self.end_timeout_s):
+                receipt = await asyncio.shield(ending)
         except TimeoutError:
             return False
         return receipt is not None or not call.has_hold
