@@ -77,7 +77,8 @@ class CallRefused(Exception):  # noqa: N818 -- a refusal is an answer on its way
     """
 
     def __init__(self, call: Call, refusal: Refusal, decision: Decision | None = None) -> None:
-        super().__init__()
+        # What it is made of is no part of its message, nor of its repr.
+        self.args = ()
         self.call = call
         self.refusal = refusal
         self.decision = decision
