@@ -79,7 +79,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
     One metering: a store, who calls, in what unit, and where events go.
 
     Args:
-        store: A URL (``memory://``, ``sqlite:///metering.db``) or a `Store`.
+        store: A URL (``memory://``, ``sqlite:///metering.db``, ``postgresql://host/database``, ``redis://host`` and its
+            relatives, whose schemes an error lists) or a `Store`.
         identify: Gets the connection (headers, path, client) and answers a `Caller`, or None for nobody; sync or
             async. Runs lazily, once per call, never on unmetered routes.
         unit: What routes count that name no unit.
