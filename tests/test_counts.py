@@ -204,7 +204,7 @@ def _raises(result: Any) -> int:
         lambda result: 0.5,
         lambda result: {"items": -1},
         lambda: [0],
-        lambda: {},
+        lambda result: {},
     ],
     ids=["raises", "none", "negative", "float", "negative unit", "list", "nothing"],
 )
