@@ -151,36 +151,35 @@ def admit_now(call: Call, policy: EndpointPolicy, features: frozenset[str]) -> b
     by the same id. Raises as that does.
     """
     metering = call.metering
-    if not metering.store.immediate:
-        return False
     runtime = metering.runtime()
-    if not runtime.is_open:
+    store = runtime.at_hand
+    if store is None:
         return False
     asked = _planned(call, metering.plans.of(policy, features))
     # Asked behind the plan, which may be the first to name its unit: the store has to be told of its scale before.
-    if asked is None or metering.has_new_units:
+    if asked is None or metering.new_units:
         return False
     try:
-        decision = metering.store.run_now(asked)
+        decision = store.run_now(asked)
     except Exception:  # noqa: BLE001 -- what is wrong is found and told on the way for everything else
         return False
     if type(decision) is not Decision or decision.stale_calendar:
         return False
     if decision.refusal is not None:
         raise call.refused(leveled(decision.refusal, _rates_of(call)), decision)
-    # As `_mark` does. What a plain plan asks is nothing that was answered before, and of its limits none is weighed.
+    # As `_mark` does. What a plain plan asks is nothing that was answered before, nobody but the call's own payer pays
+    # it, and of its limits none is weighed.
     call.is_plain = True
     call.decision, call.held, call.ttl_s = decision, decision.held, asked.ttl_s
-    if decision.payer:
-        call.payer = decision.payer
     if asked.sources or asked.leases:
         call.has_hold = True
-    is_charged = call.charge is not None
-    # As `needs_end` says: what else it looks at, no plain call has.
-    if call.has_hold or is_charged:
         runtime.register(call)
-    if is_charged:
-        metering.tell_span(call)
+    if call.charge is not None:
+        # As `needs_end` says: what else it looks at, no plain call has.
+        if not call.has_hold:
+            runtime.register(call)
+        if call.trace:
+            metering.tell_span(call)
     return True
 
 
@@ -198,7 +197,7 @@ def _planned(call: Call, plan: Plan) -> Admit | None:
         call.price, call.estimate = price, price.amount
         call.trace = current_trace()
         call.facts = _facts(call)
-    return plan.asked(call, call.started_at)
+    return plan.asked(call, caller, call.started_at)
 
 
 def _free(call: Call, charge: ChargePolicy) -> None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Awaitable, Coroutine, Mapping
 from decimal import Decimal
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from asgi_metering.amounts import exact_amount
 from asgi_metering.asking import limit_allowed
@@ -29,7 +29,7 @@ from asgi_metering.sources import Allowance, Wallet
 from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
-    from asgi_metering.amounts import Amount
+    from asgi_metering.amounts import Amount, Unit
     from asgi_metering.guards import Part
     from asgi_metering.sources import Payer, PaymentSource
 
@@ -45,12 +45,29 @@ Affordable: TypeAlias = Literal["input", "output", "reasoning", "seconds", "imag
 """What a call can be asked about: tokens by their kind, and units by names that prices usually have."""
 
 
+class CallFacts(NamedTuple):
+    """What another process learns of a call, where its refusal or its cut has been sent there (pickled)."""
+
+    id: str
+    line: str
+    payer: str | None
+    unit: Unit
+    held: int
+
+    @classmethod
+    def of(cls, call: Call) -> CallFacts:
+        """Those of *call*."""
+        return cls(call.id, call.line, call.payer, call.unit, call.held)
+
+
 class CallRefused(Exception):  # noqa: N818 -- a refusal is an answer on its way to the edge, not an error
     """
     The call may not run. Carries the decision to the edge, which answers it; nothing was consumed.
 
     A plain `Exception`, so that every framework unwinds its dependencies on the way (pitfalls 13, 14). Its message
     says what the payer's own balance or allowance lacks, in whole units: a job's log has nothing else to tell by.
+
+    It can be pickled, as whoever runs jobs in other processes does; there `call` is a `CallFacts`.
 
     Attributes:
         call: Which.
@@ -60,7 +77,8 @@ class CallRefused(Exception):  # noqa: N818 -- a refusal is an answer on its way
     """
 
     def __init__(self, call: Call, refusal: Refusal, decision: Decision | None = None) -> None:
-        super().__init__()
+        # What it is made of is no part of its message, nor of its repr.
+        self.args = ()
         self.call = call
         self.refusal = refusal
         self.decision = decision
@@ -72,6 +90,9 @@ class CallRefused(Exception):  # noqa: N818 -- a refusal is an answer on its way
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self)!r})"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (CallFacts.of(self.call), self.refusal, self.decision)
 
 
 class CallCut(OSError):  # noqa: N818 -- an end, not an error
@@ -89,6 +110,9 @@ class CallCut(OSError):  # noqa: N818 -- an end, not an error
         held = f"{call.unit.whole(call.held):f} {call.unit.name}"
         super().__init__(f"Call {call.id!r} was cut: it has used up the {held} that could be held for it.")
         self.call = call
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (CallFacts.of(self.call),)
 
 
 def _lack(call: Call, refusal: Refusal) -> str:

@@ -8,6 +8,8 @@ Not enough balance, over a limit, already settled: these are answers, not errors
 
 from __future__ import annotations
 
+from typing import Final
+
 __all__ = [
     "AmountError",
     "BalanceError",
@@ -130,8 +132,28 @@ class SettlementError(MeteringError):
     The work was done, but its end is not booked.
 
     Where the store is down it is queued and retried (S3.10); an end that cannot be booked at all is logged, and its
-    hold is ended by its policy when it expires.
+    hold is ended by its policy when it expires. What kept it from being booked is its cause, as far as that is known.
+
+    Args:
+        message: The sentence.
+        call: The call's id, by which its receipt and its usage event will be found.
+        line: The billing line.
+        payer: Whose balance it is.
+
+    Attributes:
+        reason: For programs, beside the reasons of refusals (S3.42).
     """
+
+    reason: Final = "settlement_failed"
+
+    def __init__(self, message: str, call: str = "", line: str = "", payer: str = "") -> None:
+        super().__init__(message)
+        self.call = call
+        self.line = line
+        self.payer = payer
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (*self.args, self.call, self.line, self.payer)
 
 
 class JournalError(MeteringError):

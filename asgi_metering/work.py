@@ -73,7 +73,8 @@ class Work(abc.ABC):
 
         Raises:
             CallRefused: The payer cannot afford it, or its key was used before (`Reason.REPLAYED`, and
-                ``decision.replay`` is the receipt; or it runs still, or for other work); the body did not run.
+                ``decision.replay`` is the receipt; or it runs still, or for other work); the body did not run. Where a
+                handler lets it rise before its first byte, its request is answered by it.
             CallCut: The body used up what can be held for it (``hold=slices(...)``): raised by `Call.record` inside of
                 it, and charged as the end of call says (``on_cut``), not released.
             ConfigurationError: An argument that cannot work, such as an estimate without a price to charge by.
@@ -99,6 +100,8 @@ class Work(abc.ABC):
         except BaseException:
             call.see(Cause.ERROR)
             leave(opening, outer)
+            if call.refusal is not None:
+                opening.refused_inside()
             if call.admitted and not await self._is_booked(call):
                 log.warning("Call %s of line %s failed, and its hold is not released yet.", call.id, call.line)
             raise
@@ -109,8 +112,11 @@ class Work(abc.ABC):
             return
         raise SettlementError(
             f"Call {call.id!r} of line {call.line!r} ran, but its end is not booked. Where the store is down it is "
-            f"retried, and its receipt will have this id; otherwise the log says what is wrong with it."
-        )
+            f"retried, and its receipt will have this id; otherwise the log says what is wrong with it.",
+            call.id,
+            call.line,
+            call.payer or "",
+        ) from call.unbooked
 
     def charged(
         self,
@@ -129,7 +135,8 @@ class Work(abc.ABC):
 
         ``metering.charged(AsyncOpenAI(http_client=...), "chat.completions.create", line="podcast", price=PRICE)``. The
         method is not called where the charge is refused. A stream that it answers is charged when that is exhausted,
-        fails or is closed. What the method uses is told by an upstream client, or by what it calls itself.
+        fails or is closed; if it is left early, what was observed by then (``on_disconnect``). What the method uses is
+        told by an upstream client, or by what it calls itself.
 
         Args:
             client: Any object. What it answers elsewhere, a copy with other options for instance, is not charged.
@@ -212,7 +219,9 @@ class Work(abc.ABC):
         ending = call.expects_ending()
         self.runtime().finish(call)
         try:
-            receipt = await asyncio.wait_for(asyncio.shield(ending), self.end_timeout_s)
+            # Not wait_for(), which on Python 3.11 swallows a cancellation that comes together with the answer.
+            async with asyncio.timeout(self.end_timeout_s):
+                receipt = await asyncio.shield(ending)
         except TimeoutError:
             return False
         return receipt is not None or not call.has_hold

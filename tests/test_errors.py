@@ -85,6 +85,13 @@ def test_name_the_first_field_that_differs() -> None:
     )
 
 
+def test_say_whose_end_is_not_booked() -> None:
+    """S3.10: an end that is not booked names its call, line and payer, also to another process."""
+    for error in (found := SettlementError("It ran.", "c1", "podcast", "ann"), pickle.loads(pickle.dumps(found))):
+        assert (str(error), error.call, error.line, error.payer) == ("It ran.", "c1", "podcast", "ann")
+        assert error.reason == "settlement_failed"
+
+
 def test_name_the_extra_that_is_missing() -> None:
     """A missing package is an error with the command that installs it."""
     error = MissingExtraError("The Redis store", "redis")
