@@ -17,6 +17,7 @@ from asgi_metering.asgi.exchange import Exchange, run
 from asgi_metering.asgi.flat import FlatLimits, counted, counted_session
 from asgi_metering.asgi.hearing import FREE_METHODS, ExchangeOptions
 from asgi_metering.asgi.lifespan import LAYERS_KEY, Lifespan
+from asgi_metering.asgi.native import framework_of
 from asgi_metering.asgi.overridden import Overridden
 from asgi_metering.asgi.startup import check_stack, examined
 from asgi_metering.asgi.types import ASGIApp, Receive, Scope, Send
@@ -104,7 +105,7 @@ class MeteringMiddleware:
         self.app = app
         self.metering = metering
         self.unenforced = ALL_FEATURES - self.features if unenforced == "allow" else frozenset[str]()
-        self.options = ExchangeOptions(answers, stop_on_disconnect)
+        self.options = ExchangeOptions(answers, stop_on_disconnect, framework_of(app))
         self.limits = FlatLimits(application_limits, default_limits) if application_limits or default_limits else None
         self.application_limits = () if self.limits is None else self.limits.application_limits
         self.default_limits = () if self.limits is None else self.limits.default_limits

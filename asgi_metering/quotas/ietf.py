@@ -2,7 +2,8 @@
 The fields of the IETF RateLimit draft, as a provider sends them (Hugging Face, other gateways of this kind).
 
 Knows ``RateLimit`` and ``RateLimit-Policy`` of the current draft, read leniently, the three fields of its early
-revisions, and the one dictionary that stood between them. Never knows our own fields: what we send to our clients is made elsewhere.
+revisions, and the one dictionary that stood between them. Never knows our own fields: what we send to our clients is
+made elsewhere.
 """
 
 from __future__ import annotations
