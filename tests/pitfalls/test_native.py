@@ -111,7 +111,7 @@ def test_rise_as_what_a_loaded_framework_knows(
     assert app.raised.status == 500  # type: ignore[attr-defined]
     assert "insufficient_credits" in str(app.raised)
     # Another process, of whoever runs jobs, has joined nothing.
-    assert type(pickle.loads(pickle.dumps(app.raised))) is CallRefused  # noqa: S301 -- made here
+    assert type(pickle.loads(pickle.dumps(app.raised))) is CallRefused
 
 
 def test_set_the_status_where_a_compiled_framework_looks_for_it(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
