@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
 
@@ -43,11 +43,11 @@ class Caller:
     """
 
     id: str
-    payer: str
-    plan: str | None
-    type: str | None
-    attributes: Mapping[str, Scalar | None]
-    exempt: bool
+    payer: str = ""
+    plan: str | None = None
+    type: str | None = None
+    attributes: Mapping[str, Scalar | None] = field(default_factory=dict)
+    exempt: bool = False
 
     # Not generated: one is made for every request, and to check what was written already takes half as long again.
     def __init__(
@@ -74,6 +74,10 @@ class Caller:
         _write(self, "type", type)
         _write(self, "attributes", {} if attributes is _NONE else _checked(attributes, id))
         _write(self, "exempt", exempt)
+
+    def __post_init__(self) -> None:
+        # Called by what is generated for a dataclass that adds fields, and by nothing else: as strict with it.
+        Caller.__init__(self, self.id, self.payer, self.plan, self.type, self.attributes, self.exempt)
 
 
 def _check_names(caller: str, **names: object) -> None:

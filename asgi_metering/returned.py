@@ -69,6 +69,9 @@ async def count_returned(opening: Opening, count: From, result: object, argument
         )
         if not units:
             raise ConfigurationError("It named no unit.")
+        if isinstance(call.price, UnitPrice) and units.keys().isdisjoint(call.price.prices):
+            # A name that is misspelt would make every call free.
+            raise ConfigurationError(f"It named no unit of the price, which are {', '.join(call.price.prices)}.")
     except Exception as failure:  # noqa: BLE001 -- whatever the application's function raises, its answer is whole
         endpoint = call.line if call.policy is None else call.policy.name
         call.metering.alarms.raised(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -208,3 +209,19 @@ def test_refuse_types_that_nobody_could_have(callers: Any) -> None:
     """One text is not a list of types, and a line that names nobody charges nobody: both are mistakes at import."""
     with pytest.raises(ConfigurationError, match=r"names no types of callers. Write \['production_agent'\], say"):
         billable(2, callers=callers)
+
+
+@dataclass(frozen=True)
+class Employee(Caller):
+    """A caller of an application that knows more of it."""
+
+    team: str = "research"
+
+
+def test_check_callers_of_a_kind_of_ones_own() -> None:
+    """A dataclass that adds fields leaves out what `Caller` does, and is refused what that is refused (S3.37)."""
+    assert Employee("bob") == Employee("bob", payer="bob", attributes={}, team="research")
+    assert replace(Employee("bob", attributes={"desk": 4}), team="sales").attributes == {"desk": 4}
+    for exempt, attributes in (("false", {}), (False, {"desk": []})):
+        with pytest.raises(ConfigurationError, match="bob"):
+            Employee("bob", exempt=exempt, attributes=attributes)  # type: ignore[arg-type]

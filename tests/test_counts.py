@@ -218,6 +218,16 @@ def test_a_count_that_fails_breaks_no_response(count: Any, caplog: pytest.LogCap
     assert "charged as missing" in caplog.text
 
 
+def test_a_count_of_what_has_no_price_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    """A unit that is misspelt makes no call free; one that has no price is told beside one that has (S2.5, S2.8)."""
+    misspelt = search(unified, hold=8, count=lambda: {"item": 3})
+    assert misspelt.settled == "8"
+    assert "no unit of the price, which are items" in caplog.text
+    beside = search(unified, count=lambda: {"items": 3, "pages": 7})
+    assert (beside.settled, beside.counted) == ("6", [3])
+    assert beside.events[0].attributes["metering.units.pages"] == 7
+
+
 def test_a_number_counts_one_unit() -> None:
     """Of a price that has several units a number could be any: the alarm says what to answer instead."""
     said = search(unified, price=per_unit(items=2, pages=1), hold=8, count=lambda: 3)

@@ -6,6 +6,7 @@ Puts together what a call knows and what its route chose. Never sends anything, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from asgi_metering.asgi.answers import Answer, AnswerOptions, answer
@@ -27,9 +28,6 @@ __all__ = [
     "refusal_response",
     "refusal_within",
 ]
-
-MONEY = frozenset({Reason.CREDITS, Reason.ALLOWANCE})
-"""Reasons whose numbers are of an account."""
 
 LINES = frozenset({b"application/jsonl", b"application/jsonlines", b"application/ndjson", b"application/x-ndjson"})
 """Media types of a JSON value per line; none is registered, so all of these are met."""
@@ -99,14 +97,28 @@ def answer_within(inner: Call, outer: Call | None, options: AnswerOptions) -> An
         options: The application's choices.
 
     Its numbers are told where they are of the account of whoever asks: any other payer is the handler's choice, and
-    what that has is nobody else's (DESIGN 10).
+    what that has, or has done within its limits, is nobody else's (DESIGN 10). How long to wait is told.
     """
-    refusal = inner.lack
+    told = refusal_answer(inner, options)
     own = () if outer is None else (outer.payer, outer.caller.payer if outer.caller is not None else None)
-    if refusal is not None and refusal.reason in MONEY and inner.payer not in own:
-        told = "What this would cost is more than there is for it."
-        refusal = refusal._replace(required=None, available=None, held=None, limit=None, detail=told)
-    return refusal_answer(inner, options, refusal)
+    words = _OTHERS.get(told.reason)
+    if words is None or inner.payer in own:
+        return told
+    facts = told.facts._replace(required=None, available=None, held=None, limit=None, used=None)
+    kept = (options.names.retry_after or "").lower()
+    hidden = {name.encode("ascii") for name in options.names.exposed if name != kept}
+    headers = tuple([field for field in told.headers if field[0] not in hidden])
+    return told._replace(detail=words, facts=facts, plan=None, headers=headers)
+
+
+_OTHERS: Mapping[Reason, str] = {
+    Reason.CREDITS: "What this would cost is more than there is for it.",
+    Reason.ALLOWANCE: "What this would cost is more than there is for it.",
+    Reason.RATE_LIMIT: "As much of this has been done as may be for now.",
+    Reason.EXCEEDS_LIMIT: "This is more than may be done at all.",
+    Reason.CONCURRENCY: "As much of this is going on as may be at once.",
+}
+"""What is said of somebody else's account, for the reasons whose numbers are of one."""
 
 
 def in_band_error(call: Call, options: AnswerOptions, start: Message | None, latest: Message | None) -> bytes | None:

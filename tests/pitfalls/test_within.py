@@ -12,7 +12,7 @@ from fastapi import Depends, FastAPI
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from asgi_metering import Allowance, CallRefused, Metering, billable, rate_limited
@@ -76,6 +76,37 @@ def test_tell_no_numbers_of_another_payer(decorated: bool, how: How, scene: Scen
     assert told["code"] == "insufficient_credits"
     assert not {"required", "available", "held"} & told.keys()
     assert POOR not in json.dumps(told)
+
+
+@pytest.mark.parametrize(
+    ("inner", "code"),
+    [
+        ({"limits": rate_limited("1/hour", "50/day")}, "rate_limit"),
+        ({"limits": rate_limited("50/day"), "price": 2}, "insufficient_credits"),
+    ],
+)
+def test_tell_no_limits_of_another_payer(inner: dict[str, Any], code: str, scene: Scene) -> None:
+    """Nor is told what that has left of its limits; how long to wait is, where that helps (DESIGN 10)."""
+    scene.grant(POOR, 2)
+
+    async def endpoint(request: Request) -> PlainTextResponse:
+        async with scene.metering.charge(**{"payer": POOR, "line": "inner", "price": 1, **inner}):
+            return PlainTextResponse("ok")
+
+    own = app_of(billable(0, payer=lambda: POOR)(endpoint))
+    *_, told_others, told_itself = visit(
+        installed(Starlette(routes=[Route("/", endpoint), Mount("/own", own)]), scene.metering, "added"),
+        Visit(),
+        Visit(),
+        Visit(path="/own/"),
+    )
+    told = answered(told_others, status(told_others.log))
+    assert told["code"] == code
+    assert not {"required", "available", "held", "limit", "used"} & told.keys()
+    assert not {"ratelimit", "ratelimit-policy"} & {name for name, _ in headers(told_others.log)}
+    assert (field_of(told_others, "retry-after") is None) is (code != "rate_limit")
+    assert {"ratelimit", "ratelimit-policy"} < {name for name, _ in headers(told_itself.log)}
+    assert "available" in problem(told_itself)
 
 
 def test_answer_by_a_spent_allowance_as_it_says(scene: Scene) -> None:
