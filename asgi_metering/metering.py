@@ -209,12 +209,12 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         self.tracker = None if packages is None else tracked(packages, unit)
         self.quotas = QuotaReadings() if self.tracker is None else self.tracker.readings
         self.meters = Meters()
-        given: tuple[Sink, ...] = _default_sinks(unit) if sinks is None else _checked_sinks(sinks)
+        self._units = {unit.name: unit}
+        given: tuple[Sink, ...] = _default_sinks(self._units.values()) if sinks is None else _checked_sinks(sinks)
         self.sinks: tuple[Sink, ...] = with_log(given, self.tracker)
         self._identify = identify
         self._on_hold_lost = on_hold_lost
         self.on_event_dropped = on_event_dropped
-        self._units = {unit.name: unit}
         # Those that the store has not been told of.
         self.new_units = dict(self._units)
         self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()
@@ -540,11 +540,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _default_sinks(unit: Unit) -> tuple[Sink, ...]:
+def _default_sinks(units: Iterable[Unit]) -> tuple[Sink, ...]:
     # OpenTelemetry is imported only where events go to it.
     from asgi_metering.events.otel import OTelSink
 
-    return (OTelSink(units=(unit,)),)
+    return (OTelSink(units=units),)
 
 
 def _checked_sinks(sinks: Sequence[Sink]) -> tuple[Sink, ...]:

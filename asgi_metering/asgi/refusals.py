@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from asgi_metering.asgi.answers import Answer, AnswerOptions, answer
+from asgi_metering.asgi.discretion import discreet, own_accounts
 from asgi_metering.asgi.dressing import with_windows
 from asgi_metering.asgi.problems import Customise, Rendered, ndjson_error, render, sse_error
 from asgi_metering.asgi.replay import replay_response
@@ -54,7 +55,7 @@ def refusal_answer(
     decision = call.decision if decision is None else decision
     before = call.opening.before
     return answer(
-        refusal,
+        discreet(call, refusal),
         decision if decision is None or before is None else with_windows(decision, before),
         unit=call.unit,
         line=call.line,
@@ -100,11 +101,10 @@ def answer_within(inner: Call, outer: Call | None, options: AnswerOptions) -> An
     what that has, or has done within its limits, is nobody else's (DESIGN 10). How long to wait is told.
     """
     told = refusal_answer(inner, options)
-    own = () if outer is None else (outer.payer, outer.caller.payer if outer.caller is not None else None)
     words = _OTHERS.get(told.reason)
-    if words is None or inner.payer in own:
+    if words is None or (outer is not None and inner.payer in own_accounts(outer)):
         return told
-    facts = told.facts._replace(required=None, available=None, held=None, limit=None, used=None)
+    facts = told.facts._replace(available=None, held=None, limit=None, used=None)
     kept = (options.names.retry_after or "").lower()
     hidden = {name.encode("ascii") for name in options.names.exposed if name != kept}
     headers = tuple([field for field in told.headers if field[0] not in hidden])
