@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from asgi_metering.call import Call
 from asgi_metering.decisions import Reason, Refusal
+from asgi_metering.errors import PayerError
 from asgi_metering.sources import Payer, PaymentSource, Wallet
 
 __all__ = ["discreet", "own_accounts", "tells_balance"]
@@ -19,7 +20,13 @@ MONEY = frozenset({Reason.CREDITS, Reason.ALLOWANCE})
 
 def tells_balance(call: Call) -> bool:
     """Whether what is left to the payer of *call*, which was admitted, may be told to its caller."""
-    return call.charge is None or not call.charge.has_payers or _is_told(call, call.paid_by)
+    if call.charge is None or not call.charge.has_payers:
+        return True
+    try:
+        return _is_told(call, call.paid_by)
+    except PayerError:
+        # Of another route, whose charge key this one shares: nobody here says that it is told.
+        return False
 
 
 def own_accounts(call: Call) -> set[str | None]:

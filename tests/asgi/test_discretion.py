@@ -134,3 +134,33 @@ def test_refuse_a_payer_that_may_or_may_not_be_told() -> None:
     """Whether numbers are told is said by True or False (S0.40)."""
     with pytest.raises(ConfigurationError, match="is no bool"):
         Payer("owner", account="owner-7", told="no")  # type: ignore[arg-type]
+
+
+def test_answer_by_a_refusal_inside_a_session_that_another_route_counted() -> None:
+    """Who pays it is none of this route's payers, and what that has stays untold (S0.35, S0.40, pitfall 15)."""
+    metering = Metering("memory://", identify=lambda _: Caller("visitor-1"), sinks=())
+    key: dict[str, Any] = {"line": "turn", "charge_key": lambda: "session"}
+
+    @billable(2, sources=[Wallet(payer=OWNER)], **key)
+    async def begin(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("ok")
+
+    @billable(2, sources=[Wallet(payer=Payer("other", account="other-9"))], **key)
+    async def go_on(request: Request) -> PlainTextResponse:
+        async with metering.charge(payer="owner-7", line="inner", price=60):
+            return PlainTextResponse("ok")
+
+    app = Starlette(routes=[Route("/", begin, methods=["POST"]), Route("/on", go_on, methods=["POST"])])
+    app.add_middleware(MeteringMiddleware, metering=metering)
+
+    async def story() -> Drive:
+        async with lifespan(app):
+            await metering.grant("owner-7", 47, id="g")
+            assert status((await drive(app, http_scope("/", "POST"), body=b"{}")).log) == 200
+            return await drive(app, http_scope("/on", "POST"), body=b"{}")
+
+    ended = asyncio.run(story())
+    assert (status(ended.log), ended.exception) == (402, None)
+    told = json.loads(body(ended.log))
+    assert (told["line"], told["required"]) == ("inner", "60")
+    assert not NUMBERS & told.keys()
