@@ -144,7 +144,8 @@ class ChargedStream:
     async def __aexit__(
         self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if failure is not None:
+        # A generator around the block that is closed has lost its reader: nothing has failed.
+        if failure is not None and not isinstance(failure, GeneratorExit):
             await self._leave(failure)
         await self.aclose()
 

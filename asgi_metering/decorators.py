@@ -165,8 +165,8 @@ def billable(
             mean nothing. Its limits count them, and somebody has to be known.
         count: Says how much was used, for prices such as `per_unit` (S2.11): a sync or async function of ``result``,
             what the endpoint returned, and of the endpoint's arguments, that answers a mapping of units to numbers, or
-            the number alone where the price has one unit. Reported as by `Call.record`. Where it fails, the answer goes
-            out all the same, and the call is one of missing usage, with an alarm.
+            the number alone where the price has one unit. Reported as by `Call.record`. Where it fails, or names no
+            unit of `per_unit`, the answer goes out all the same, and the call is one of missing usage, with an alarm.
         request_id: The application's own id of the request, for the usage event (S2.13): a callable of the endpoint's
             arguments, or the name of a header field. ``X-Request-ID`` where it finds none, else the call's id.
         session_id: The same of a session; None where it finds none. Charges inside of the call have both too.

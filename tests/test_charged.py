@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -204,7 +204,7 @@ def test_charge_a_stream_that_is_not_awaited() -> None:
     play(scene)
 
 
-@pytest.mark.parametrize("how", ["aclose", "close", "block"])
+@pytest.mark.parametrize("how", ["aclose", "close", "block", "generator"])
 def test_charge_a_stream_that_is_left(how: str) -> None:
     """A stream that is closed early is closed itself, and charged for what it has used until then, once."""
 
@@ -213,6 +213,17 @@ def test_charge_a_stream_that_is_left(how: str) -> None:
         if how == "block":
             async with stream:
                 assert [await anext(stream) for _ in range(2)] == ["word 0", "word 1"]
+        elif how == "generator":
+
+            async def passed_on() -> AsyncGenerator[str, None]:
+                async with stream:
+                    async for word in stream:
+                        yield word
+
+            # As a framework closes the body of a response whose client left.
+            words = passed_on()
+            assert [await anext(words) for _ in range(2)] == ["word 0", "word 1"]
+            await words.aclose()
         else:
             assert [await anext(stream) for _ in range(2)] == ["word 0", "word 1"]
             await getattr(stream, how)()
