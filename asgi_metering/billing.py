@@ -124,7 +124,7 @@ def _whole(call: Call, status: int | None) -> End:
     holds, which nobody shares and nothing changed.
     """
     event = None
-    if call.charge is not None and "events" in call.opening.features and call.metering.sinks:
+    if "events" in call.opening.features and call.metering.sinks:
         event = {**_TOLD_WHOLE, "status": status}
     return build(End, (call.id, call.held, _USAGE, False, _BY_CALL, {}, event, False, None))
 

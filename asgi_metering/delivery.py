@@ -113,9 +113,8 @@ class Delivery:
 
     @property
     def takes_now(self) -> bool:
-        """Whether what the store is asked goes to it at once, and not to the journal first."""
-        metering = self._metering
-        return metering.journal is None or metering.breaker.state is BreakerState.CLOSED
+        """Whether what the store is asked goes to it at once, where there is a journal that it could go to first."""
+        return self._metering.breaker.state is BreakerState.CLOSED
 
     async def book(
         self,

@@ -79,7 +79,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
     One metering: a store, who calls, in what unit, and where events go.
 
     Args:
-        store: A URL (``memory://``, ``sqlite:///metering.db``) or a `Store`.
+        store: A URL (``memory://``, ``sqlite:///metering.db``, ``postgresql://host/database``, ``redis://host`` and its
+            relatives, whose schemes an error lists) or a `Store`.
         identify: Gets the connection (headers, path, client) and answers a `Caller`, or None for nobody; sync or
             async. Runs lazily, once per call, never on unmetered routes.
         unit: What routes count that name no unit.
@@ -208,13 +209,14 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         self.tracker = None if packages is None else tracked(packages, unit)
         self.quotas = QuotaReadings() if self.tracker is None else self.tracker.readings
         self.meters = Meters()
-        given: tuple[Sink, ...] = _default_sinks(unit) if sinks is None else _checked_sinks(sinks)
+        self._units = {unit.name: unit}
+        given: tuple[Sink, ...] = _default_sinks(self._units.values()) if sinks is None else _checked_sinks(sinks)
         self.sinks: tuple[Sink, ...] = with_log(given, self.tracker)
         self._identify = identify
         self._on_hold_lost = on_hold_lost
         self.on_event_dropped = on_event_dropped
-        self._units = {unit.name: unit}
-        self._declared: set[str] = set()
+        # Those that the store has not been told of.
+        self.new_units = dict(self._units)
         self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()
         self._latest: Runtime | None = None
         self._lock = threading.Lock()
@@ -333,7 +335,7 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
             return self.unit
         if not isinstance(unit, Unit):
             raise ConfigurationError(f"unit={unit!r} is no Unit. Declare one: Unit('credits', scale=6).")
-        known = self._units.setdefault(unit.name, unit)
+        known = self._units.get(unit.name) or self._learned(unit)
         if known.scale != unit.scale:
             raise ConfigurationError(
                 f"The unit {unit.name!r} has scale {unit.scale} here, and is known to this Metering with scale "
@@ -351,10 +353,13 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         """Whether anybody wants usage events."""
         return bool(self.sinks)
 
-    @property
-    def has_new_units(self) -> bool:
-        """Whether the store has not been told of all units that are known here."""
-        return len(self._declared) < len(self._units)
+    def _learned(self, unit: Unit) -> Unit:
+        """What is known by the name of *unit* from here on: *unit* itself, unless another thread was faster."""
+        with self._lock:
+            if unit.name not in self._units:
+                # First: whoever finds it known must not ask a store that was not told of it.
+                self.new_units[unit.name] = self._units[unit.name] = unit
+            return self._units[unit.name]
 
     async def declare_units(self, deadline_s: float) -> None:
         """
@@ -364,10 +369,11 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
             ConfigurationError: One is counted with another scale there.
             StoreError: No answer came.
         """
-        new = {name: unit.scale for name, unit in self._units.items() if name not in self._declared}
+        new = [(unit.name, unit.scale) for unit in tuple(self.new_units.values())]
         if new:
-            await self.runtime().pump.submit(Declare(tuple(new.items())), deadline_s)
-            self._declared.update(new)
+            await self.runtime().pump.submit(Declare(tuple(new)), deadline_s)
+            for name, _ in new:
+                self.new_units.pop(name, None)
 
     async def foresee(self, ask: Admit) -> Decision:
         """Ask the store what it would decide on *ask* now. Raises `StoreError`."""
@@ -378,15 +384,15 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         return await self._ask(ask, Decision)
 
     async def _submit(self, operation: Operation) -> Answer:
-        if self.has_new_units:
+        if self.new_units:
             await self.runtime().opened()
             await self.declare_units(self.end_timeout_s)
         return await self.runtime().submit(operation, self.end_timeout_s)
 
-    async def decide(self, ask: Admit) -> Decision:
-        """Ask the store for one admission, within the deadline, if it is worth asking. Raises `StoreError`."""
+    async def decide(self, ask: Admit | Preview) -> Decision:
+        """Ask the store for an admission, or a look at one, within the deadline, if worth it. Raises `StoreError`."""
         runtime = self.runtime()
-        if self.store.immediate and not self.has_new_units:
+        if self.store.immediate and not self.new_units:
             answer = await runtime.submit(ask, self.store_timeout_s)
         else:
             with self.breaker.attempt(self.store.name):
@@ -534,11 +540,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _default_sinks(unit: Unit) -> tuple[Sink, ...]:
+def _default_sinks(units: Iterable[Unit]) -> tuple[Sink, ...]:
     # OpenTelemetry is imported only where events go to it.
     from asgi_metering.events.otel import OTelSink
 
-    return (OTelSink(units=(unit,)),)
+    return (OTelSink(units=units),)
 
 
 def _checked_sinks(sinks: Sequence[Sink]) -> tuple[Sink, ...]:
@@ -591,7 +597,7 @@ def _new_id() -> str:
     except IndexError:
         part, *others = _PART.findall(os.urandom(10 * RANDOM_PARTS).hex())
         _random_parts.extend(others)
-    return f"{time.time_ns() // 1_000_000:012x}{part}"
+    return (time.time_ns() // 1_000_000).to_bytes(6).hex() + part
 
 
 async def _run_in_thread(work: Callable[[], Any]) -> Any:

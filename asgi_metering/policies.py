@@ -439,6 +439,8 @@ class EndpointPolicy:
         messages: Those that each message of a WebSocket is let in by.
         needs: ``"websocket"`` or ``"http"``, where it means nothing to the other one; else empty.
         has_beside: Whether anything goes on beside its calls: shadow parts, or a provider's headroom.
+        errors: The shape of refusals: the charge's, else that of the first limits, or of what a provider must have
+            left.
     """
 
     name: str
@@ -451,6 +453,7 @@ class EndpointPolicy:
     messages: tuple[RatePolicy, ...] = field(init=False, repr=False, compare=False)
     needs: str = field(init=False, repr=False, compare=False)
     has_beside: bool = field(init=False, repr=False, compare=False)
+    errors: ErrorShape = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         fixed = [limit.meter for rates in self.rates for limit in rates.limits]
@@ -469,14 +472,8 @@ class EndpointPolicy:
         object.__setattr__(self, "needs", needs)
         shadows = (self.charge is not None and self.charge.shadow) or any(rates.shadow for rates in self.rates)
         object.__setattr__(self, "has_beside", shadows or bool(self.upstreams))
-
-    @property
-    def errors(self) -> ErrorShape:
-        """The shape of refusals: the charge's, else that of the first limits, or of what a provider must have left."""
-        if self.charge is not None:
-            return self.charge.errors
-        parts: tuple[RatePolicy | UpstreamPolicy, ...] = (*self.rates, *self.upstreams)
-        return parts[0].errors if parts else "problem"
+        parts = [part for part in (self.charge, *self.rates, *self.upstreams) if part is not None]
+        object.__setattr__(self, "errors", parts[0].errors if parts else "problem")
 
     def callables(self) -> tuple[From, ...]:
         """Everything that is computed from the endpoint's arguments."""

@@ -72,7 +72,8 @@ class Work(abc.ABC):
 
         Raises:
             CallRefused: The payer cannot afford it, or its key was used before (`Reason.REPLAYED`, and
-                ``decision.replay`` is the receipt; or it runs still, or for other work); the body did not run.
+                ``decision.replay`` is the receipt; or it runs still, or for other work); the body did not run. Where a
+                handler lets it rise before its first byte, its request is answered by it.
             CallCut: The body used up what can be held for it (``hold=slices(...)``): raised by `Call.record` inside of
                 it, and charged as the end of call says (``on_cut``), not released.
             ConfigurationError: An argument that cannot work, such as an estimate without a price to charge by.
@@ -112,6 +113,8 @@ class Work(abc.ABC):
         except BaseException:
             call.see(Cause.ERROR)
             leave(opening, outer)
+            if call.refusal is not None:
+                opening.refused_inside()
             if call.admitted and not await self._is_booked(call):
                 log.warning("Call %s of line %s failed, and its hold is not released yet.", call.id, call.line)
             raise

@@ -14,14 +14,16 @@ from typing import Any, ClassVar, Literal
 
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.audit import MAX_DEPTH
+from asgi_metering.asgi.denials import deny_mistaken
 from asgi_metering.asgi.exchange import Exchange, run
 from asgi_metering.asgi.flat import FlatLimits, counted, counted_session
 from asgi_metering.asgi.hearing import FREE_METHODS, ExchangeOptions
 from asgi_metering.asgi.lifespan import LAYERS_KEY, Lifespan, refuse_startup
+from asgi_metering.asgi.native import framework_of
 from asgi_metering.asgi.overridden import Overridden
 from asgi_metering.asgi.startup import check_stack, examined
 from asgi_metering.asgi.types import ASGIApp, Receive, Scope, Send
-from asgi_metering.asgi.websocket import Session, attend, deny_mistaken
+from asgi_metering.asgi.websocket import Session, attend
 from asgi_metering.asgi.workers import check_workers
 from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.guards import Part
@@ -95,12 +97,13 @@ class MeteringMiddleware:
         self.app = app
         self.metering = metering
         self.unenforced = ALL_FEATURES - self.features if unenforced == "allow" else frozenset[str]()
-        self.options = ExchangeOptions(DEFAULT_OPTIONS, stop_on_disconnect)
+        framework = framework_of(app)
+        self.options = ExchangeOptions(DEFAULT_OPTIONS, stop_on_disconnect, framework)
         self.limits: FlatLimits | None = None
         self.mistake: ConfigurationError | None = None
         try:
             self._check(metering, unenforced, answers)
-            self.options = ExchangeOptions(answers, stop_on_disconnect)
+            self.options = ExchangeOptions(answers, stop_on_disconnect, framework)
             self.limits = self._flat(application_limits, default_limits)
         except ConfigurationError as mistake:
             if not _is_serving():

@@ -92,6 +92,7 @@ class Exporter:
     Attributes:
         listening: Whether any sink was enabled at the last pass; while none is, events are forgotten unread, and need
             not be written at all.
+        notify: Says that the outbox has something new. Costs next to nothing; call it from the exporter's own loop.
 
     Used from one event loop. Processes that share a store share its outbox, so give all of them the same sinks.
     """
@@ -142,6 +143,8 @@ class Exporter:
         self._alone: set[Courier] = set()
         self._drops: deque[Dropped] = deque()
         self._wake = asyncio.Event()
+        # The very function: one more around it would cost every call.
+        self.notify = self._wake.set
         self._halt = asyncio.Event()
         self._ended_run: asyncio.Future[None] | None = None
         self._claimed_all = True
@@ -252,10 +255,6 @@ class Exporter:
         return forgotten
 
     # -- the worker ----------------------------------------------------------------------------------------
-
-    def notify(self) -> None:
-        """Say that the outbox has something new. Costs next to nothing; call it from the exporter's own loop."""
-        self._wake.set()
 
     async def run(self, stop: asyncio.Event) -> None:
         """
