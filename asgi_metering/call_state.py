@@ -238,6 +238,10 @@ class CallState:
             self._endings = (*self._endings, future)
         return future
 
+    def waits_for(self, failure: Exception) -> None:
+        """Note what keeps its end from being booked so far."""
+        self.unbooked = failure
+
     def ended(self, receipt: Receipt | None) -> None:
         """The ledger has answered."""
         self.receipt = receipt

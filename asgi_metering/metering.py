@@ -23,9 +23,9 @@ from asgi_metering.alarms import Alarms
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.call import Call
 from asgi_metering.caller import Caller
-from asgi_metering.checks import check_asked, check_flag
+from asgi_metering.checks import check_asked, check_flag, check_new_id
 from asgi_metering.clients import UpstreamClients
-from asgi_metering.computed import check_sync, is_async
+from asgi_metering.computed import is_async
 from asgi_metering.decisions import Decision, Refusal
 from asgi_metering.dropping import read_drops
 from asgi_metering.errors import ConfigurationError, IdentityError, StoreAvoidedError, StoreError
@@ -168,7 +168,7 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         if not isinstance(unit, Unit):
             raise ConfigurationError(f"unit={unit!r} is no Unit. Declare one: Unit('credits', scale=6).")
         if new_id is not None:
-            _check_new_id(new_id)
+            check_new_id(new_id)
         if run_sync is not None and not is_async(run_sync):
             raise ConfigurationError(
                 f"run_sync={run_sync!r} is no async function. Write one: async def run_sync(work): ..., and await in "
@@ -558,14 +558,6 @@ def _checked_sinks(sinks: Sequence[Sink]) -> tuple[Sink, ...]:
                 f"CallbackSink(function)."
             )
     return checked
-
-
-def _check_new_id(new_id: Callable[[], str]) -> None:
-    if not callable(new_id):
-        raise ConfigurationError(
-            f"new_id={new_id!r} cannot be called. Pass a function that answers a new id each time."
-        )
-    check_sync(new_id, "new_id=")
 
 
 def _journal(given: str | os.PathLike[str] | Journal | None) -> Journal | None:

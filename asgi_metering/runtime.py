@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asgi_metering.admission import leaves_hold
@@ -23,7 +22,7 @@ from asgi_metering.attributes import plain_attributes
 from asgi_metering.billing import beyond_count, bill, bill_now
 from asgi_metering.delivery import Delivery
 from asgi_metering.errors import AmountError, MeteringError, StoreError, StoreUnavailableError
-from asgi_metering.events.exporter import LEASE_S, Exporter
+from asgi_metering.events.exporter import Exporter
 from asgi_metering.growing import growth_of
 from asgi_metering.heartbeats import Heartbeats
 from asgi_metering.overdue import Overdue
@@ -183,15 +182,13 @@ class Runtime:
     def _start_exporter(self) -> None:
         metering = self._metering
         self._stop_exporting = asyncio.Event()
-        seconds = metering.delivery_timeout_s
         self._exporter = Exporter(
             self.submit,
             metering.sinks,
             on_drop=metering.on_event_dropped,
             read=metering.store.read,
             meters=metering.meters,
-            timeout_s=seconds,
-            lease_s=max(LEASE_S, 3 * seconds),
+            timeout_s=metering.delivery_timeout_s,
         )
         self._exporting = self._spawn(self._exporter.run(self._stop_exporting), "events")
 
@@ -485,9 +482,7 @@ class Runtime:
         steps = self._steps(call, end)
         if not steps and call.queued is None:
             return None
-        answer = await self._delivery.book(
-            call.id, steps, begun=call.queued is not None, failed=partial(setattr, call, "unbooked")
-        )
+        answer = await self._delivery.book(call.id, steps, begun=call.queued is not None, failed=call.waits_for)
         self._tell_exporter()
         return answer if isinstance(answer, Receipt) else None
 

@@ -76,7 +76,8 @@ class Exporter:
         submit: Runs an operation on the store.
         sinks: Where events go; without any they stay in the outbox.
         batch: Events in one claim.
-        lease_s: How long a claim lasts; at least three times *timeout_s*. Longer while a sink is backing off.
+        lease_s: How long a claim lasts; at least three times *timeout_s*, and a minute by default. Longer while a sink
+            is backing off.
         timeout_s: For one delivery to one sink (S3.35).
         on_drop: Called, or awaited, with each `Dropped` event (S2.7). It is also counted and logged.
         read: Reads rows of the store, for the backlog.
@@ -103,7 +104,7 @@ class Exporter:
         sinks: Sequence[Sink],
         *,
         batch: int = BATCH,
-        lease_s: float = LEASE_S,
+        lease_s: float | None = None,
         timeout_s: float = DELIVERY_TIMEOUT_S,
         on_drop: OnDrop | None = None,
         read: Read | None = None,
@@ -113,6 +114,7 @@ class Exporter:
         linger_s: float = LINGER_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        lease_s = max(LEASE_S, 3 * timeout_s) if lease_s is None else lease_s
         _check(sinks, lease_s, timeout_s)
         self._outbox = Outbox(submit, read, timeout_s=timeout_s)
         self._batch = batch
