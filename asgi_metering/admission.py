@@ -21,8 +21,10 @@ from asgi_metering.asking import (
     source_asks,
 )
 from asgi_metering.beside import Beside
+from asgi_metering.correlating import ids_around, ids_of
 from asgi_metering.counting import count_by, counts, message_limits, needs_caller, of_everybody
 from asgi_metering.decisions import Decision, Reason, Refusal
+from asgi_metering.dropping import without
 from asgi_metering.errors import ConfigurationError, IdentityError, PayerError, StoreError
 from asgi_metering.events.span import current_trace
 from asgi_metering.keying import key_ask, once, shared_key
@@ -86,6 +88,11 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
     if not call.opening.is_flat or any(map(needs_caller, counted)):
         asking = (*rates, *messages) if messages else rates
         await _identify(call, asking, charged=charge is not None and not call.exempt)
+    if policy.charge is not None and not policy.charge.names(call.caller):
+        # Before anything is computed, for it is none of this line's calls (S2.12).
+        charge = None
+        if call.beside is not None:
+            call.beside.charge = None
     asked = _planned(call, call.metering.plans.of(policy, features))
     if asked is None:
         if call.caller is not None and call.caller.exempt:
@@ -251,6 +258,8 @@ async def _charge(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]
         call.shared = await shared_key(call, charge, arguments)
     call.trace = current_trace()
     call.facts = _facts(call)
+    if charge.correlates:
+        call.facts = {**call.facts, **await ids_of(call, charge, arguments)}
 
 
 async def _decide(
@@ -463,6 +472,9 @@ def _facts(call: Call) -> dict[str, Any]:
         if caller.attributes:
             told["attributes"] = dict(caller.attributes)
     origin = call.opening.origin
-    request_id = origin.request_id if origin is not None else None
-    told["request_id"] = request_id or call.id
-    return told
+    if origin is None:
+        told.update(ids_around(call))
+    else:
+        told["request_id"] = origin.request_id or call.id
+    drops = call.metering.drops.get(call.line) if call.metering.drops else None
+    return told if drops is None else without(told, drops)

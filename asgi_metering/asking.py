@@ -29,6 +29,7 @@ from asgi_metering.rules.state import build
 from asgi_metering.sources import Allowance
 
 if TYPE_CHECKING:
+    from asgi_metering.amounts import Amount
     from asgi_metering.attributes import Scalar
     from asgi_metering.call import Call
     from asgi_metering.caller import Caller
@@ -44,6 +45,7 @@ __all__ = [
     "key_of",
     "lease_asks",
     "leveled",
+    "limit_allowed",
     "limit_ask",
     "limits_of",
     "method_of",
@@ -62,14 +64,16 @@ NEVER_FITS: Final = MAX_AMOUNT + 1
 def source_asks(call: Call, charge: ChargePolicy, now: float) -> tuple[SourceAsk, ...]:
     """What *call* asks of the sources of *charge* around *now*."""
     asks: list[SourceAsk] = []
-    plan = call.caller.plan if call.caller is not None else None
     for payer, members in groupby(charge.sources, key=attrgetter("payer")):
         group = list(members)
         split = any(source.split for source in group)
-        place = ("", "", split) if payer is None else (call.accounts.get(payer.name, ""), payer.name, split)
+        place = ("", "", split)
+        if payer is not None:
+            # Of each payer: counted at home, at somebody's expense.
+            place = ("" if group[0].each else call.accounts.get(payer.name, ""), payer.name, split)
         for source in group:
             if isinstance(source, Allowance):
-                limit = call.unit.parts(source.limit_for(plan), f"allowance {source.name!r}")
+                limit = call.unit.parts(limit_allowed(call, source), f"allowance {source.name!r}")
                 if source.days is not None:
                     asks.append(AllowanceSource(source.name, limit, (), source.days * DAY_S, *place))
                     continue
@@ -79,6 +83,13 @@ def source_asks(call: Call, charge: ChargePolicy, now: float) -> tuple[SourceAsk
                 overdraft = call.unit.parts(source.overdraft, "overdraft") if source.overdraft else 0
                 asks.append(WalletSource(overdraft, *place))
     return tuple(asks)
+
+
+def limit_allowed(call: Call, source: Allowance) -> Amount:
+    """What a window of *source* allows to *call*, in whole units, once its payer is known."""
+    if source.is_computed:
+        return call.allowed[id(source)]
+    return source.limit_for(call.caller.plan if call.caller is not None else None)
 
 
 def lease_asks(rate: RatePolicy, key: str, root: str) -> list[LeaseAsk]:

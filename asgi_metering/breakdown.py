@@ -7,13 +7,17 @@ Knows how sums by model are written where only plain values may stand. Never dec
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from decimal import ROUND_HALF_UP, Decimal
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.errors import UsageError
 from asgi_metering.measuring import Metered, upstream_calls
+from asgi_metering.prices.costing import ModelCall
+from asgi_metering.prices.values import EXACT
 from asgi_metering.usage import TokenUsage
+from asgi_metering.usage.event import CALLS, MODELS
 from asgi_metering.usage.values import AXES
 
 if TYPE_CHECKING:
@@ -21,16 +25,19 @@ if TYPE_CHECKING:
     from asgi_metering.call import Call
     from asgi_metering.witnesses import Told
 
-__all__ = ["COST", "MAX_MODELS", "MODELS", "TRUNCATED", "upstream_attributes"]
-
-MODELS = "metering.models"
-"""JSON: ``[{"model", "provider", "calls", "usage": {...}, "cost_usd_micros"}]``, of calls that used several models."""
+__all__ = ["COST", "MAX_MODELS", "MAX_UNITS_TOLD", "TRUNCATED", "UNITS", "unit_attributes", "upstream_attributes"]
 
 COST = "metering.cost.usd_micros"
 """What the providers, or LiteLLM, say that the call's upstream calls cost, in millionths of a US dollar."""
 
 TRUNCATED = "metering.truncated"
 """True where a token limit cut an answer."""
+
+UNITS = "metering.units."
+"""Before the name of what a call used besides tokens: how much of it."""
+
+MAX_UNITS_TOLD = 32
+"""Units that an event tells of, the first that were reported: names are handlers', and an event must stay small."""
 
 MAX_MODELS = 32
 """Models that are told apart: names come from upstream, and an event must stay small. Others are summed as one."""
@@ -40,7 +47,7 @@ _OTHERS = ("_OTHER", None)
 
 def upstream_attributes(call: Call, used: Metered) -> dict[str, Scalar]:
     """
-    Return `MODELS`, `COST` and `TRUNCATED`, as far as there is something to say.
+    Return `MODELS` or `CALLS`, `COST` and `TRUNCATED`, as far as there is something to say.
 
     Only of the source that counted: sources are alternatives, never summed (S2.42). Source: S3.20, S3.27, S3.28.
     """
@@ -54,7 +61,24 @@ def upstream_attributes(call: Call, used: Metered) -> dict[str, Scalar]:
     rows = _by_model(calls)
     if len(rows) > 1:
         told[MODELS] = json.dumps(rows, separators=(",", ":"))
+    elif rows and rows[0]["calls"] > 1 and (rows[0]["model"] or rows[0]["usage"]):
+        # What reports no tokens of any model is a count of something else, however often it is reported.
+        told[CALLS] = rows[0]["calls"]
     return told
+
+
+def unit_attributes(calls: Iterable[ModelCall]) -> dict[str, Scalar]:
+    """
+    How much *calls* used of each unit, by its name behind `UNITS`: an int where it is whole, else a float.
+
+    What is charged is exact, and may be what nobody charges: the count is told as it was reported (S2.8, S2.19).
+    """
+    counts: dict[str, Decimal] = {}
+    for each in calls:
+        for name, count in each.units.items():
+            if name in counts or len(counts) < MAX_UNITS_TOLD:
+                counts[name] = EXACT.add(counts.get(name, Decimal(0)), count)
+    return {f"{UNITS}{name}": int(count) if count == int(count) else float(count) for name, count in counts.items()}
 
 
 def _micros(cost: Decimal | None) -> int | None:

@@ -27,6 +27,7 @@ from asgi_metering.rules.operations import Admit, IdempotencyAsk
 from asgi_metering.usage import TokenUsage, UsageReader, UsageReport
 
 if TYPE_CHECKING:
+    from asgi_metering.amounts import Amount
     from asgi_metering.beside import Beside
     from asgi_metering.caller import Caller
     from asgi_metering.growing import Growth
@@ -103,6 +104,8 @@ class CallState:
     payer: str | None = None
     # Accounts of the payers that the sources name, by their names.
     accounts: Mapping[str, str] = MappingProxyType({})
+    # What allowances allow that ask a function, by their ids: the same for all of one decision.
+    allowed: Mapping[int, Amount] = MappingProxyType({})
     policy: EndpointPolicy | None = None
     charge: ChargePolicy | None = None
     price: FixedPrice | MeasuredPrice | None = None
@@ -127,6 +130,8 @@ class CallState:
     pending: Mapping[str, Any] | None = None
     deferred = False
     cause: Cause | None = None
+    # What has kept its end from being booked so far.
+    unbooked: Exception | None = None
     status: int | None = None
     first_byte = False
     failure: str | None = None

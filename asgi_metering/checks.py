@@ -7,13 +7,13 @@ Knows single arguments and pairs of them that contradict each other. Never puts 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
 from asgi_metering.amounts import Amount, exact_amount
 from asgi_metering.arguments import From
-from asgi_metering.computed import check_sync
+from asgi_metering.computed import check_sync, name_of
 from asgi_metering.errors import ConfigurationError, InvalidKeyError
 from asgi_metering.holding import HoldPolicy, Slices
 from asgi_metering.names import check_key, is_field_name
@@ -36,6 +36,7 @@ from asgi_metering.sources import PERIODS, Allowance, PaymentSource, Wallet, che
 from asgi_metering.usage import TokenUsage
 
 __all__ = [
+    "check_asked",
     "check_customise",
     "check_drain",
     "check_errors",
@@ -51,6 +52,7 @@ __all__ = [
     "check_shadow_per",
     "check_slices",
     "check_store_down",
+    "read_callers",
     "read_charge_key",
     "read_end",
     "read_idempotency",
@@ -151,6 +153,19 @@ def _cost(size: Amount | TokenUsage, price: Any) -> Decimal:
     return price.cost(size) if isinstance(size, TokenUsage) else exact_amount(size, "slice")
 
 
+def read_callers(callers: Collection[str] | None) -> frozenset[str] | None:
+    """The types of callers that were written; None is everybody."""
+    if callers is None:
+        return None
+    is_list = isinstance(callers, list | tuple | set | frozenset) and bool(callers)
+    if not is_list or not all(isinstance(each, str) and each for each in callers):
+        raise ConfigurationError(
+            f"callers={callers!r} names no types of callers. Write ['production_agent'], say, or leave it out to "
+            f"charge everybody."
+        )
+    return frozenset(callers)
+
+
 def read_idempotency(given: Idempotency | bool | None) -> Idempotency | None:
     """The idempotency that was written; True is all of its defaults."""
     if given is None or isinstance(given, Idempotency):
@@ -202,15 +217,31 @@ def read_charge_key(
 def check_customise(customise: Callable[..., Any]) -> None:
     """Refuse a hook that cannot be asked."""
     check_sync(customise, "customise=")
-    try:
-        inspect.signature(customise).bind({})
-    except TypeError:
+    if not _takes_one(customise):
         raise ConfigurationError(
             f"customise={customise!r} does not take one argument. Pass a function of the refusal's members."
-        ) from None
-    except ValueError:
-        # Without a signature to read, the first refusal tells.
+        )
+
+
+def check_asked(name: str, function: Any, of: str) -> None:
+    """Refuse as *name* what is no function of one argument, *of* what it is asked; None is none."""
+    if function is None:
         return
+    if not callable(function):
+        raise ConfigurationError(f"{name}={function!r} cannot be called. Pass a function of the {of}.")
+    if not _takes_one(function):
+        raise ConfigurationError(f"{name}={name_of(function)}() takes no one argument. Pass a function of the {of}.")
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    """Whether *function* can be called with one argument; without a signature to read the first call tells."""
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 def check_measured(price: MeasuredPrice) -> None:

@@ -8,7 +8,7 @@ import, with the mend. Knows neither how an endpoint is guarded (`guards`) nor h
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from asgi_metering.amounts import Unit, exact_amount
@@ -29,12 +29,14 @@ from asgi_metering.checks import (
     check_shadow_per,
     check_slices,
     check_store_down,
+    read_callers,
     read_charge_key,
     read_end,
     read_idempotency,
     read_sources,
 )
 from asgi_metering.chosen import LimitReading
+from asgi_metering.correlating import read_id
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.guards import BARE_MEND, Part, guard_of, merged
 from asgi_metering.holding import HoldSize, read_hold
@@ -64,6 +66,7 @@ from asgi_metering.policies import (
 from asgi_metering.prices import MeasuredPrice
 from asgi_metering.pricing import check_amounts
 from asgi_metering.rates import Strategy
+from asgi_metering.returned import check_count
 from asgi_metering.rules.calendars import zone as find_zone
 from asgi_metering.rules.ending import Drain, Situation
 from asgi_metering.sources import PaymentSource, check_zone
@@ -103,6 +106,10 @@ def billable(
     skip_if: Callable[..., Any] | None = None,
     on_store_down: CreditsDown | None = None,
     per: Per = "call",
+    callers: Collection[str] | None = None,
+    count: Callable[..., Any] | None = None,
+    request_id: str | Callable[..., Any] | None = None,
+    session_id: str | Callable[..., Any] | None = None,
     shadow: bool = False,
 ) -> Part:
     """
@@ -128,8 +135,10 @@ def billable(
         on_cut: We cut the stream: ``observed`` or ``hold``.
         on_abort: The process stopped or died: ``observed``, ``none`` or ``hold``.
         errors: Shape of refusals: ``problem``, ``openai`` or ``anthropic``.
-        customise: Rewrites a refusal's body and adds header fields, for clients that expect others (S4.4). Not async:
-            nobody waits while a refusal is written.
+        customise: Rewrites a refusal's body and adds header fields, for clients that expect others (S4.4): a function
+            of the problem's members (``code``, ``unit``, ``required``...) that answers a tuple of the body and a
+            mapping of fields. Not async: nobody waits while a refusal is written. Where it fails the log says so, and
+            the standard body is sent.
         usage: Names the dialect of the response body, where its shape alone would mislead.
         forward_quota_headers: Let a provider's own quota fields pass to the client. ``X-RateLimit-Limit``,
             ``-Remaining`` and ``-Reset`` that come alone are the endpoint's own and pass, unless *usage* is named.
@@ -150,6 +159,16 @@ def billable(
             that it is open; ``"call"``, the default, once. Held in slices ahead of what is used: of ten messages, or a
             minute, unless ``hold=slices(...)`` says amounts. A session begins with one of them, and is closed with 4402
             before the first that cannot be paid.
+        callers: Types of callers that are charged (`Caller.type`, S2.10); everybody by default. For all others, and for
+            callers without a type, the endpoint is as if it had no price: nothing is computed, held or told, and keys
+            mean nothing. Its limits count them, and somebody has to be known.
+        count: Says how much was used, for prices such as `per_unit` (S2.11): a sync or async function of ``result``,
+            what the endpoint returned, and of the endpoint's arguments, that answers a mapping of units to numbers, or
+            the number alone where the price has one unit. Reported as by `Call.record`. Where it fails, the answer goes
+            out all the same, and the call is one of missing usage, with an alarm.
+        request_id: The application's own id of the request, for the usage event (S2.13): a callable of the endpoint's
+            arguments, or the name of a header field. ``X-Request-ID`` where it finds none, else the call's id.
+        session_id: The same of a session; None where it finds none. Charges inside of the call have both too.
         shadow: Charge and refuse nothing, and tell what it would have: see `asgi_metering.shadow` (S4.16). Not with
             keys: nothing is claimed, so that nobody could tell which of several calls pays.
 
@@ -178,13 +197,15 @@ def billable(
     check_per("billable", per, ("call", "message", "second"))
     if per != "call":
         check_session(read, hold, charge_key, idempotency, per)
+        if count is not None:
+            check_count(From(count, "count"), f"billable(per={per!r})", None, {})
     elif hold is not None and not isinstance(read, MeasuredPrice):
         what = "price that a function computes" if isinstance(read, From) else "fixed price"
         raise ConfigurationError(f"A {what} holds itself. Leave out hold=, or use a measured price.")
     check_errors(errors)
     check_store_down("credits", on_store_down)
     check_seconds(ttl_s=ttl_s, grace_s=grace_s)
-    for name, function in {"payer": payer, "customise": customise, "skip_if": skip_if}.items():
+    for name, function in {"payer": payer, "customise": customise, "skip_if": skip_if, "count": count}.items():
         if function is not None and not callable(function):
             raise ConfigurationError(f"{name}={function!r} cannot be called. Pass a function.")
     if customise is not None:
@@ -220,6 +241,10 @@ def billable(
         skip_if=None if skip_if is None else From(skip_if, "skip_if"),
         on_store_down=on_store_down,
         per=per,
+        callers=read_callers(callers),
+        count=None if count is None else From(count, "count"),
+        request_id=read_id(request_id, "request_id"),
+        session_id=read_id(session_id, "session_id"),
         shadow=shadow,
     )
     check_shadow(charge)
@@ -402,4 +427,6 @@ def gather(
     parameters = {each: inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY) for each in offered}
     for part in parts:
         policy = merged(policy, part if isinstance(part, Part) else billable(part), parameters, line or name)
+    if policy.charge is not None and policy.charge.count is not None:
+        check_count(policy.charge.count, name, None, parameters)
     return policy

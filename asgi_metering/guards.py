@@ -33,6 +33,7 @@ from asgi_metering.policies import (
 )
 from asgi_metering.prices.values import reads_request
 from asgi_metering.rates import RateLimit
+from asgi_metering.returned import check_count
 from asgi_metering.wrappers import wrap
 
 __all__ = ["BARE_MEND", "Guard", "Part", "counters_of", "decorated", "guard_of", "merged"]
@@ -46,7 +47,7 @@ _DECORATED: weakref.WeakValueDictionary[str, Guard] = weakref.WeakValueDictionar
 """Live guards by endpoint name: for the startup audit, and so that no two endpoints share a name by accident."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Part:
     """What one decorator says. Used as a decorator, or handed to `metered_app` and `Call.admit`."""
 
@@ -63,7 +64,18 @@ class Part:
         Raises:
             ConfigurationError: Always, and so at import; `inspect.signature` says a ValueError where there is none.
         """
-        raise ConfigurationError(f"A metering decorator is no endpoint. {BARE_MEND}")
+        raise ConfigurationError(f"A metering decorator is no endpoint. {self.mend}")
+
+    @property
+    def mend(self) -> str:
+        """What to write where this stands for an endpoint, which it took for its price or limit."""
+        return BARE_MEND if self.charge is not None else BARE_LIMIT_MEND
+
+    def __repr__(self) -> str:
+        # By the names that users know it under: all of its policies would fill a page of every error.
+        if self.charge is not None:
+            return "billable(...)"
+        return "requires_upstream(...)" if self.rates is None else "rate_limited(...)"
 
     def __call__(self, endpoint: Endpoint) -> Endpoint:
         """Guard *endpoint*: a function, async function, generator function or async generator function."""
@@ -86,6 +98,7 @@ class Guard:
     Attributes:
         endpoint: The function that was decorated first.
         policy: What has been written so far.
+        count: Counts what the endpoint returns; None for most.
     """
 
     def __init__(self, endpoint: Callable[..., Any]) -> None:
@@ -93,6 +106,7 @@ class Guard:
         self.endpoint = endpoint
         self.signature = _signature(endpoint)
         self.policy = EndpointPolicy(_free_name(endpoint))
+        self.count: From | None = None
         self._needs_arguments = False
         rest = (each.name for each in self.signature.parameters.values() if each.kind is each.VAR_KEYWORD)
         self._rest = next(rest, None)
@@ -102,12 +116,17 @@ class Guard:
         """Write one more decorator down; raises `ConfigurationError` for the same line twice."""
         self.policy = merged(self.policy, part, self.signature.parameters, _plain(self.endpoint).__name__)
         charge = self.policy.charge
+        self.count = None if charge is None else charge.count
+        if self.count is not None:
+            check_count(self.count, self.policy.name, self.endpoint, self.signature.parameters)
         # Also where the hold is an amount: what a hang-up pays for its input is estimated from the request.
         estimated = charge is not None and charge.measured and charge.hold.reads_request
         estimated = estimated or (charge is not None and reads_request(charge.price))
         estimated = estimated or any(each.tokens == ESTIMATE for each in self.policy.upstreams)
         asked = any(rate.asker is not None for rate in self.policy.rates)
-        self._needs_arguments = bool(self.policy.callables()) or estimated or self.policy.weighs or asked
+        self._needs_arguments = (
+            bool(self.policy.callables()) or self.count is not None or estimated or self.policy.weighs or asked
+        )
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
         """The endpoint's arguments by name, if the policy asks for any."""
@@ -175,6 +194,7 @@ class Guard:
 
 
 BARE_MEND = "Write @billable(2), with its price in parentheses, and not @billable alone."
+BARE_LIMIT_MEND = "Write @rate_limited('60/minute'), with its limit in parentheses, and not @rate_limited alone."
 """What to do where a decorator stands for the endpoint that it should have decorated."""
 
 NO_ARGUMENTS: Mapping[str, Any] = {}
@@ -333,7 +353,7 @@ def _line_of(name: str) -> str:
 
 def _check_endpoint(endpoint: Any) -> None:
     if isinstance(endpoint, Part):
-        raise ConfigurationError(f"A metering decorator is no endpoint. {BARE_MEND}")
+        raise ConfigurationError(f"A metering decorator is no endpoint. {endpoint.mend}")
     if isinstance(endpoint, staticmethod | classmethod):
         raise ConfigurationError(
             f"{endpoint!r} is no plain function yet. Put the decorator below @{type(endpoint).__name__}."

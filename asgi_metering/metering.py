@@ -10,25 +10,27 @@ import asyncio
 import inspect
 import logging
 import os
-import re
 import threading
-import time
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
+from asgi_metering import ids
 from asgi_metering.admission import admit, admit_now
 from asgi_metering.alarms import Alarms
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.call import Call
 from asgi_metering.caller import Caller
-from asgi_metering.checks import check_flag
+from asgi_metering.checks import check_asked, check_flag
 from asgi_metering.clients import UpstreamClients
 from asgi_metering.computed import check_sync, is_async
 from asgi_metering.decisions import Decision, Refusal
+from asgi_metering.dropping import read_drops
 from asgi_metering.errors import ConfigurationError, IdentityError, StoreAvoidedError, StoreError
+from asgi_metering.events.exporter import DELIVERY_TIMEOUT_S, MAX_DELIVERY_S
 from asgi_metering.events.metrics import Meters
+from asgi_metering.events.outbox import OnDrop
 from asgi_metering.events.records import whole_units
 from asgi_metering.events.sinks import Sink
 from asgi_metering.events.span import annotate_span, is_recording
@@ -102,6 +104,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         on_hold_lost: Gets a `Call` that runs on although its policy has ended its hold and freed its slots, because no
             heartbeat came through for so long: time to stop what relies on them (S0.57). Sync or async, on the event
             loop of the call, once per call.
+        on_event_dropped: Gets a `Dropped` for each usage event that no sink gets, or not all: the last chance to keep
+            it elsewhere (S2.7). Sync or async; it is also counted, as ``metering.events.dropped``, and logged.
         keys: Functions that compute what is counted together, for ``rate_limited(key="named:tenant")``; each may be
             replaced while the application runs: ``metering.keys["tenant"] = other`` (S2.32).
         limits: Limits of requests by name, for ``rate_limited(configured="search")``, replaced in the same way: a text,
@@ -114,6 +118,9 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
             quotas: `quotas` of each then has the newest of all, a second or two later, and so have `requires_upstream`
             and `tracker`. Off the path of any response, while it is open; not on the memory store, which is of one
             process.
+        drop_fields: What usage events of a line leave out: names of attributes, or of fields that say who and where
+            (`dropping.DROPPABLE`), by line (S3.36): ``{"podcast": ["thread_id"]}``. It is never written.
+        delivery_timeout_s: For one delivery to one sink, off the path of any response (S3.35).
 
     Raises:
         ConfigurationError: An argument or URL that cannot work; the sentence says what can.
@@ -143,16 +150,19 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         run_sync: Callable[[Callable[[], Any]], Coroutine[Any, Any, Any]] | None = None,
         new_id: Callable[[], str] | None = None,
         on_hold_lost: Callable[[Call], Any] | None = None,
+        on_event_dropped: OnDrop | None = None,
         keys: Mapping[str, Callable[..., Any]] | None = None,
         limits: Mapping[str, Any] | None = None,
         shadow: bool = False,
         packages: str | os.PathLike[str] | Iterable[Package] | QuotaTracker | None = None,
         share_readings: bool = True,
+        drop_fields: Mapping[str, Collection[str]] | None = None,
+        delivery_timeout_s: float = DELIVERY_TIMEOUT_S,
     ) -> None:
-        if identify is not None and not callable(identify):
-            raise ConfigurationError(f"identify={identify!r} cannot be called. Pass a function of the connection.")
-        if on_hold_lost is not None and not callable(on_hold_lost):
-            raise ConfigurationError(f"on_hold_lost={on_hold_lost!r} cannot be called. Pass a function of the call.")
+        check_asked("identify", identify, "connection")
+        check_asked("on_hold_lost", on_hold_lost, "call")
+        if on_event_dropped is not None and not callable(on_event_dropped):
+            raise ConfigurationError(f"on_event_dropped={on_event_dropped!r} cannot be called. Pass a function.")
         if not isinstance(unit, Unit):
             raise ConfigurationError(f"unit={unit!r} is no Unit. Declare one: Unit('credits', scale=6).")
         if new_id is not None:
@@ -171,6 +181,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         }.items():
             if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not seconds >= 0:
                 raise ConfigurationError(f"{name}={seconds!r} is not a number of seconds from 0 up.")
+        if not isinstance(delivery_timeout_s, int | float) or not 0 < delivery_timeout_s <= MAX_DELIVERY_S:
+            raise ConfigurationError(f"delivery_timeout_s={delivery_timeout_s!r} is outside 0 to {MAX_DELIVERY_S} s.")
         if type(max_draining) is not int or max_draining < 0:
             raise ConfigurationError(f"max_draining={max_draining!r} is no int from 0 up. 0 lets no handler go on.")
         self.keys = NamedKeys(keys)
@@ -189,7 +201,9 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         self.ttl_s, self.grace_s, self.max_call_s, self.drain_s = ttl_s, grace_s, max_call_s, drain_s
         self.max_draining = max_draining
         self.run_sync = run_sync or _run_in_thread
-        self.new_id = new_id or _new_id
+        self.new_id = new_id or ids.new_id
+        self.drops = read_drops(drop_fields)
+        self.delivery_timeout_s = delivery_timeout_s
         self.tracker = None if packages is None else tracked(packages, unit)
         self.quotas = QuotaReadings() if self.tracker is None else self.tracker.readings
         self.meters = Meters()
@@ -197,6 +211,7 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         self.sinks: tuple[Sink, ...] = with_log(given, self.tracker)
         self._identify = identify
         self._on_hold_lost = on_hold_lost
+        self.on_event_dropped = on_event_dropped
         self._units = {unit.name: unit}
         # Those that the store has not been told of.
         self.new_units = dict(self._units)
@@ -510,11 +525,7 @@ _living: weakref.WeakSet[Metering] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """
-    A child has none of its parent's event loops, a lock that one of them held would never be free, and what the parent
-    has drawn for its ids is the parent's.
-    """
-    _random_parts.clear()
+    """A child has none of its parent's event loops, and a lock that one of them held would never be free."""
     for metering in list(_living):
         metering.forked()
 
@@ -562,25 +573,6 @@ def _journal(given: str | os.PathLike[str] | Journal | None) -> Journal | None:
     if not isinstance(given, str | os.PathLike):
         raise ConfigurationError(f"journal={given!r} is no path. Name a file on a local disk.")
     return Journal(given)
-
-
-RANDOM_PARTS = 256
-"""Of ids that are drawn at once: to ask the system for each takes longer than all else that makes an id."""
-
-_random_parts: list[str] = []
-
-_PART = re.compile(".{20}")
-
-
-def _new_id() -> str:
-    """128 bits, milliseconds first as in UUIDv7 (RFC 9562): rows of one time are neighbours in a store's index."""
-    try:
-        # In one step, so that no two threads get the same.
-        part = _random_parts.pop()
-    except IndexError:
-        part, *others = _PART.findall(os.urandom(10 * RANDOM_PARTS).hex())
-        _random_parts.extend(others)
-    return (time.time_ns() // 1_000_000).to_bytes(6).hex() + part
 
 
 async def _run_in_thread(work: Callable[[], Any]) -> Any:

@@ -183,8 +183,11 @@ def _is_plain_charge(charge: ChargePolicy | None) -> bool:
         isinstance(charge.price, FixedPrice)
         and all(each is None for each in (charge.skip_if, charge.payer, charge.idempotency, charge.key, charge.once))
         and all(source.payer is None for source in charge.sources)
+        and not any(isinstance(source, Allowance) and source.is_computed for source in charge.sources)
         and charge.hold.at_least is None
         and charge.per == "call"
+        and charge.callers is None
+        and not charge.correlates
     )
 
 

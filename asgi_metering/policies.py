@@ -25,6 +25,7 @@ from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
     from asgi_metering.call import Call, CallRefused
+    from asgi_metering.caller import Caller
     from asgi_metering.decisions import Decision, Refusal
     from asgi_metering.guards import Part
     from asgi_metering.rules.operations import LimitAsk
@@ -151,9 +152,10 @@ class ChargeOptions(TypedDict, total=False):
     """
     What `billable` takes and means something outside HTTP too.
 
-    Keys are the keys themselves here, 1 to 255 printable characters: ``charge_key`` counts the calls of payer and line
-    that bring it once per window, requests included; work with an ``idempotency_key`` is done once in 24 hours per
-    payer and line, as `Idempotency` says. ``requires`` is what `requires_upstream` answers, one or several.
+    Keys and ids are these themselves here, 1 to 255 printable characters: ``charge_key`` counts the calls of payer and
+    line that bring it once per window, requests included; work with an ``idempotency_key`` is done once in 24 hours per
+    payer and line, as `Idempotency` says. ``requires`` is what `requires_upstream` answers, one or several;
+    ``limits`` what `rate_limited` answers, whose slots are taken for as long as the work lasts.
     """
 
     unit: Unit | None
@@ -161,6 +163,7 @@ class ChargeOptions(TypedDict, total=False):
     on_missing_usage: OnMissingUsage | None
     on_error: OnError | None
     on_late_error: OnLateError | None
+    on_disconnect: Literal["observed", "none", "usage", "estimate", "hold"] | None
     on_cut: OnCut | None
     on_abort: OnAbort | None
     usage: str | None
@@ -170,9 +173,12 @@ class ChargeOptions(TypedDict, total=False):
     charge_per: ChargePer | float
     charge_zone: str
     idempotency_key: str | None
+    request_id: str | None
+    session_id: str | None
     on_store_down: CreditsDown | None
     shadow: bool
     requires: Part | Sequence[Part] | None
+    limits: Part | Sequence[Part] | None
 
 
 def read_price(price: Any) -> FixedPrice | MeasuredPrice | From:
@@ -216,6 +222,10 @@ class ChargePolicy:
         on_store_down: What happens without an answer of the store; None is what the metering says.
         per: What the price is for; other than ``"call"`` a WebSocket alone can be charged by.
         shadow: Whether it only tells what it would have charged, or refused.
+        callers: Types of callers that are charged; None is every caller.
+        count: Says how much of each unit was used, from what the endpoint returned as well.
+        request_id, session_id: What tells the application's own ids: computed, or the name of a header field.
+        has_payers: Whether any source names a `Payer`.
         has_levels: Whether any source warns of its end, or lets its payer go beyond it.
     """
 
@@ -239,15 +249,30 @@ class ChargePolicy:
     on_store_down: CreditsDown | None = None
     per: Per = "call"
     shadow: bool = False
+    callers: frozenset[str] | None = None
+    count: From | None = None
+    request_id: From | str | None = None
+    session_id: From | str | None = None
     has_levels: bool = field(init=False, repr=False, compare=False)
+    has_payers: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "has_levels", any(source.has_level for source in self.sources))
+        object.__setattr__(self, "has_payers", any(source.payer is not None for source in self.sources))
 
     @property
     def drains(self) -> bool:
         """Whether its handler may go on for a client that left."""
         return bool(getattr(self.end, "drains", ()))
+
+    @property
+    def correlates(self) -> bool:
+        """Whether it finds ids of the application's own."""
+        return self.request_id is not None or self.session_id is not None
+
+    def names(self, caller: Caller | None) -> bool:
+        """Whether *caller* is one of those whom it charges."""
+        return self.callers is None or (caller is not None and caller.type in self.callers)
 
     @property
     def measured(self) -> bool:
@@ -259,7 +284,7 @@ class ChargePolicy:
         """Everything that is computed from the endpoint's arguments."""
         fingerprint = self.idempotency.fingerprint if self.idempotency is not None else None
         key = self.key.key if self.key is not None else None
-        asked = (self.price, self.payer, self.skip_if, key, fingerprint)
+        asked = (self.price, self.payer, self.skip_if, key, fingerprint, self.request_id, self.session_id)
         payers = [source.payer for source in self.sources if source.payer is not None]
         computed = [part for payer in payers for part in payer.callables()]
         return (*(value for value in asked if isinstance(value, From)), *self.hold.callables(), *computed)

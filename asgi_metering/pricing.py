@@ -23,7 +23,7 @@ from asgi_metering.names import check_key
 from asgi_metering.policies import ChargePolicy
 from asgi_metering.prices import FixedPrice
 from asgi_metering.prices.values import EXACT, reads_request
-from asgi_metering.sources import Wallet, check_payers
+from asgi_metering.sources import Allowance, Wallet, check_payers
 from asgi_metering.tally import first_slice
 from asgi_metering.usage import TokenUsage
 
@@ -51,6 +51,18 @@ async def find_payer(call: Call, charge: ChargePolicy, arguments: Mapping[str, A
         # Never somebody else's money, and never for free (S0.25, S3.38).
         log.error("The payer of %s could not be resolved.", charge.line, exc_info=failure)
         raise PayerError(f"The payer of {charge.line!r} could not be resolved: {failure!r}.") from failure
+    if not call.exempt:
+        await _find_limits(call, charge)
+
+
+async def _find_limits(call: Call, charge: ChargePolicy) -> None:
+    """What allowances allow whose limits are computed, pinned for the one decision (S4.17)."""
+    plan = call.caller.plan if call.caller is not None else None
+    for source in charge.sources:
+        if isinstance(source, Allowance) and source.is_computed:
+            account = call.accounts.get(source.payer.name, "") if source.payer is not None else ""
+            limit = await source.limit_of(call, account or call.payer or "", plan)
+            call.allowed = {**call.allowed, id(source): limit}
 
 
 def pin(call: Call, charge: ChargePolicy) -> None:
@@ -161,11 +173,11 @@ def check_amounts(charge: ChargePolicy, unit: Unit) -> None:
         _check_slices(charge.hold.slices, unit)
     check_payers(charge.sources)
     for source in charge.sources:
-        source.warning_level(unit)
         if isinstance(source, Wallet):
+            source.warning_level(unit)
             unit.parts(source.overdraft, "overdraft")
-        else:
-            limits = source.limit.values() if isinstance(source.limit, Mapping) else (source.limit,)
+        elif not source.is_computed:
+            limits = source.limit.values() if isinstance(source.limit, Mapping) else (source.limit_for(None),)
             for limit in limits:
                 unit.parts(limit, f"allowance {source.name!r}")
 

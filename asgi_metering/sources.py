@@ -6,13 +6,16 @@ Plain declarations that a route names in order. Knows nothing of balances.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import Parameter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from asgi_metering.amounts import Amount, Unit, exact_amount
-from asgi_metering.errors import ConfigurationError, PayerError
+from asgi_metering.errors import AmountError, ConfigurationError, PayerError
 from asgi_metering.names import check_key, check_name, is_field_name
 
 if TYPE_CHECKING:
@@ -27,8 +30,11 @@ __all__ = [
     "check_allowances",
     "check_payers",
     "check_zone",
+    "from_environment",
     "what_differs",
 ]
+
+log = logging.getLogger("asgi_metering")
 
 WALLET = "wallet"
 """What decisions and header fields call the payer's grants."""
@@ -165,6 +171,8 @@ class Wallet:
     """
 
     name: ClassVar[str] = WALLET
+    each: ClassVar[bool] = False
+    """Grants are of whom they were given to: see `Allowance`."""
 
     warn_below: Amount | None = None
     overdraft: Amount = 0
@@ -194,7 +202,9 @@ class Allowance:
 
     Args:
         limit: Whole units per window: one amount for everybody, or a mapping from plan to amount. 0 grants nothing;
-            an unknown, empty or missing plan gets the smallest amount of the mapping (S0.2).
+            an unknown, empty or missing plan gets the smallest amount of the mapping (S0.2). Or a sync or async
+            function of any of ``payer``, ``plan`` and ``call`` that answers the amount: asked at each decision, and
+            whenever it is shown (S4.2, S4.17). What it raises rises, and an answer that is no amount is an error.
         per: ``"day"``, ``"week"`` (from Monday) or ``"month"``.
         name: Names the bucket; routes that use the same name share it (S0.9, S4.11), and say the same of it: other
             windows or limits are refused at startup.
@@ -204,20 +214,23 @@ class Allowance:
         anchor: Day on which months begin, 1 to 31, such as a billing day; a month without it begins on its last day.
         days: Instead of a calendar's, a window of so many times 24 hours: the first use after the last one's end
             begins it (S4.13).
-
-
-        payer: Whose allowance; None is the call's own payer.
+        payer: Whose allowance; None is the call's own payer. One that names an ``account`` has one allowance, which is
+            used up by whoever comes first; one that has a credential alone is each call's own payer, and so is the
+            allowance (S0.9).
         split: As of `Wallet`.
+        each: True counts for each of the calls' own payers, though *payer* is somebody else: so many uses of each user
+            run on the platform's credential, and work inside of them is paid from its account (S0.9, S0.27).
 
     Raises:
         ConfigurationError: Another period or status, a zone that is no text, an empty mapping, a name with other
-            characters, a percentage that is not an int from 1 to 100, a *payer* that is no `Payer`.
+            characters, a percentage that is not an int from 1 to 100, a *payer* that is no `Payer`, a function that
+            asks for something else.
         AmountError: An amount that is not usable.
 
-    Source: S0.1, S0.2, S0.5, S0.9, S3.6, S4.1, S4.13.
+    Source: S0.1, S0.2, S0.5, S0.9, S3.6, S4.1, S4.13, S4.17.
     """
 
-    limit: Amount | Mapping[str, Amount]
+    limit: Amount | Mapping[str, Amount] | Callable[..., Any]
     per: Literal["day", "week", "month"] = "day"
     name: str = "allowance"
     zone: str = "UTC"
@@ -225,12 +238,19 @@ class Allowance:
     warn_at: int = 80
     anchor: int = 1
     days: int | None = None
-
     payer: Payer | None = None
     split: bool = False
+    each: bool = False
+    _limit: From | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         _check_payer(self.payer)
+        if type(self.each) is not bool:
+            raise ConfigurationError(f"each={self.each!r} of allowance {self.name!r} is no bool. Use True or False.")
+        if self.each and self.payer is None:
+            raise ConfigurationError(
+                f"Allowance {self.name!r} names no payer, and is each payer's own. Leave each= out."
+            )
         if check_name(self.name, "allowance name") == WALLET:
             raise ConfigurationError(f"An allowance cannot be named {WALLET!r}: answers call the grants so. Rename it.")
         if type(self.warn_at) is not int or not 1 <= self.warn_at <= 100:
@@ -248,6 +268,8 @@ class Allowance:
                 raise ConfigurationError(f"Allowance {self.name!r} has no plans. Give at least one.")
             for plan, amount in self.limit.items():
                 exact_amount(amount, f"allowance of plan {plan!r}")
+        elif callable(self.limit):
+            object.__setattr__(self, "_limit", _computed_limit(self.limit, f"limit of allowance {self.name!r}"))
         else:
             exact_amount(self.limit, "allowance")
 
@@ -269,8 +291,29 @@ class Allowance:
                 f"and anchor, or leave out days."
             )
 
+    @property
+    def is_computed(self) -> bool:
+        """Whether a function says what it allows; `limit_of` asks it, and `limit_for` cannot."""
+        return self._limit is not None
+
+    async def limit_of(self, call: object, payer: str, plan: str | None) -> Amount:
+        """
+        What one window allows to *payer* with *plan* now, in whole units: by the function, where one says it.
+
+        Raises:
+            AmountError: It answered what is no amount.
+            Exception: Whatever it raises.
+        """
+        if self._limit is None:
+            return self.limit_for(plan)
+        found: Amount = await self._limit.compute(call, {"payer": payer, "plan": plan})
+        exact_amount(found, f"limit of allowance {self.name!r}")
+        return found
+
     def limit_for(self, plan: str | None) -> Amount:
         """What one window allows to *plan*, in whole units."""
+        if callable(self.limit):
+            raise ConfigurationError(f"The limit of allowance {self.name!r} is computed. Ask limit_of() for it.")
         if not isinstance(self.limit, Mapping):
             return self.limit
         if plan is not None and plan in self.limit:
@@ -283,18 +326,57 @@ class Allowance:
         return self.warn_at != 100
 
     def warning_level(self, unit: Unit, plan: str | None = None) -> int | None:
+        """Smallest parts below which what is left to *plan* is worth a warning; None: never."""
+        return self.warning_level_of(unit, self.limit_for(plan))
+
+    def warning_level_of(self, unit: Unit, limit: Amount) -> int | None:
         """
-        Smallest parts below which what is left to *plan* is worth a warning; None: never.
+        The same, of *limit*.
 
         Used and held reach the whole part of `warn_at` percent of the limit there (S3.6: ``int(limit * 0.8)``).
         """
         if self.warn_at == 100:
             return None
-        limit = unit.parts(self.limit_for(plan), f"allowance {self.name!r}")
-        return limit - limit * self.warn_at // 100 + 1
+        parts = unit.parts(limit, f"allowance {self.name!r}")
+        return parts - parts * self.warn_at // 100 + 1
 
 
 PaymentSource: TypeAlias = Wallet | Allowance
+
+
+def _computed_limit(function: Callable[..., Any], what: str) -> From:
+    # Policies know sources; what computes an argument is theirs.
+    from asgi_metering.arguments import From
+
+    computed = From(function, what)
+    computed.check("an allowance", dict.fromkeys(("payer", "plan"), Parameter("_", Parameter.KEYWORD_ONLY)))
+    return computed
+
+
+def from_environment(variable: str, default: Amount, *, environ: Mapping[str, str] = os.environ) -> Amount:
+    """
+    Read a limit, a price or any other amount that operators may change: ``from_environment("MONTHLY_LIMIT", 999_999)``.
+
+    Args:
+        variable: Its name.
+        default: Whole units where it is unset, empty, negative or no number; each of the last two is logged.
+        environ: Where it is looked for.
+
+    0 is an amount like any other: nothing is allowed then (S4.1). A process has the environment that it was started
+    with; what changes later is a function's to answer (`Allowance`).
+
+    Raises:
+        AmountError: The *default* is no usable amount.
+    """
+    exact_amount(default, f"default of {variable}")
+    written = environ.get(variable, "").strip()
+    if not written:
+        return default
+    try:
+        return exact_amount(written, f"value of {variable}")
+    except AmountError as wrong:
+        log.warning("%s counts as %s: %s", variable, default, wrong)
+        return default
 
 
 def _check_payer(payer: object) -> None:
@@ -305,16 +387,24 @@ def _check_payer(payer: object) -> None:
         )
 
 
-def check_payers(sources: Iterable[PaymentSource]) -> None:
+def check_payers(sources: Sequence[PaymentSource]) -> None:
     """
-    Refuse two payers of one name: decisions, and the calls that come back to them, know payers by name.
+    Refuse two payers of one name: decisions, and the calls that come back to them, know payers by name. And one payer
+    whose sources are of several accounts.
 
     Raises:
         ConfigurationError: With the name.
     """
     known: dict[str, Payer] = {}
     for source in sources:
-        if source.payer is not None and known.setdefault(source.payer.name, source.payer) is not source.payer:
+        if source.payer is None:
+            continue
+        if any(other.payer is source.payer and other.each is not source.each for other in sources):
+            raise ConfigurationError(
+                f"The payer {source.payer.name!r} has an allowance of each payer, and has other sources of its own "
+                f"account. A call takes from one account: say each=True of all its allowances, or of none."
+            )
+        if known.setdefault(source.payer.name, source.payer) is not source.payer:
             raise ConfigurationError(
                 f"Two payers are called {source.payer.name!r}. Declare it once and name that object in all of its "
                 f"sources, or rename one."
@@ -348,6 +438,9 @@ def what_differs(first: Allowance, other: Allowance) -> str | None:
     """
     if _window(first) != _window(other):
         return "window"
+    if first.is_computed or other.is_computed:
+        # What two functions answer cannot be told before they are asked.
+        return None if first.limit is other.limit else "limit"
     plans = {plan for each in (first, other) if isinstance(each.limit, Mapping) for plan in each.limit}
     limits = ((first.limit_for(plan), other.limit_for(plan)) for plan in (None, *plans))
     return "limit" if any(exact_amount(one) != exact_amount(two) for one, two in limits) else None

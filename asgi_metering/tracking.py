@@ -23,7 +23,8 @@ from asgi_metering.quotas.alerts import (
     days_left,
     window_alert,
 )
-from asgi_metering.quotas.packages import Package
+from asgi_metering.quotas.balances import Endpoint, Found
+from asgi_metering.quotas.packages import Package, register_package_type
 from asgi_metering.quotas.scoring import Score, ScoreWeights
 from asgi_metering.quotas.status import QuotaStatus, iso_time, status_line
 from asgi_metering.receipts import Balance
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AlertThresholds",
+    "Endpoint",
+    "Found",
     "Package",
     "Polled",
     "QuotaPoller",
@@ -46,6 +49,7 @@ __all__ = [
     "ScoreWeights",
     "UsageLog",
     "budget_status",
+    "register_package_type",
     "status_line",
 ]
 

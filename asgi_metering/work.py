@@ -109,8 +109,11 @@ class Work(abc.ABC):
             return
         raise SettlementError(
             f"Call {call.id!r} of line {call.line!r} ran, but its end is not booked. Where the store is down it is "
-            f"retried, and its receipt will have this id; otherwise the log says what is wrong with it."
-        )
+            f"retried, and its receipt will have this id; otherwise the log says what is wrong with it.",
+            call.id,
+            call.line,
+            call.payer or "",
+        ) from call.unbooked
 
     def charged(
         self,
@@ -129,7 +132,8 @@ class Work(abc.ABC):
 
         ``metering.charged(AsyncOpenAI(http_client=...), "chat.completions.create", line="podcast", price=PRICE)``. The
         method is not called where the charge is refused. A stream that it answers is charged when that is exhausted,
-        fails or is closed. What the method uses is told by an upstream client, or by what it calls itself.
+        fails or is closed; if it is left early, what was observed by then (``on_disconnect``). What the method uses is
+        told by an upstream client, or by what it calls itself.
 
         Args:
             client: Any object. What it answers elsewhere, a copy with other options for instance, is not charged.

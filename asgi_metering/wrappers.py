@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from asgi_metering.call import Call
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.opening import CURRENT, Opening
+from asgi_metering.returned import count_returned
 
 if TYPE_CHECKING:
     from asgi_metering.guards import Guard
@@ -47,9 +48,15 @@ def _async_function(endpoint: Callable[..., Any], guard: Guard) -> Callable[...,
             if not call.passes(guard.policy, guard.arguments(args, kwargs)):
                 await call.ensure()
         if CURRENT.get() is opening:
-            return await endpoint(*args, **kwargs)
-        with _inside(opening):
-            return await endpoint(*args, **kwargs)
+            if guard.count is None:
+                return await endpoint(*args, **kwargs)
+            result = await endpoint(*args, **kwargs)
+        else:
+            with _inside(opening):
+                result = await endpoint(*args, **kwargs)
+        if guard.count is not None:
+            await count_returned(opening, guard.count, result, guard.arguments(args, kwargs))
+        return result
 
     return wrapper
 
@@ -66,7 +73,10 @@ def _sync_function(endpoint: Callable[..., Any], guard: Guard) -> Callable[..., 
         with _inside(opening):
             result = await opening.metering.run_sync(functools.partial(endpoint, *args, **kwargs))
             # A plain function may return what its framework awaits.
-            return await result if inspect.isawaitable(result) else result
+            result = await result if inspect.isawaitable(result) else result
+        if guard.count is not None:
+            await count_returned(opening, guard.count, result, guard.arguments(args, kwargs))
+        return result
 
     return wrapper
 

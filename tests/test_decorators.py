@@ -26,7 +26,7 @@ from asgi_metering.policies import EndpointPolicy
 from asgi_metering.prices import FixedPrice, per_token
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.ending import Situation
-from asgi_metering.testing.unmetered import unmetered
+from asgi_metering.testing import unmetered
 from asgi_metering.usage import TokenUsage
 from tests.harness.drive import status
 from tests.pitfalls.scene import Scene, Visit, visit

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from asgi_metering import Metering, TokenUsage, billable, metered_app, slices, up_to
+from asgi_metering.breakdown import MAX_UNITS_TOLD
 from asgi_metering.errors import AmountError, ConfigurationError, UsageError
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.itemised import counted_call, model_call
@@ -208,6 +209,51 @@ def test_refuse_a_hold_that_no_price_tells() -> None:
     for known in (2, up_to(2, at_least=1), lambda: 1, slices(2, step=1)):
         assert billable(price, hold=known).charge is not None
     assert billable(by_usage(lambda usage: 1)).charge is not None
+
+
+@pytest.mark.parametrize("price", [per_unit(items=2), 7], ids=["priced", "fixed"])
+def test_tell_how_much_of_each_unit_was_used(price: Any) -> None:
+    """The event has the counts that were reported, beside tokens and what else the handler saw (S2.8, S2.19)."""
+
+    async def work(call: Any) -> None:
+        call.attributes["raw_results"] = 9
+        call.record(TokenUsage(input=900), units={"items": 3})
+        call.record(TokenUsage(input=100), units={"items": 1, "seconds": "93.5"})
+
+    hold: dict[str, Any] = {"hold": 8} if price != 7 else {"hold": None}
+    found = spent(work, price=price, **hold)
+    assert found.settled == (8 if price != 7 else 7) * CREDIT
+    assert found.events[0].usage == TokenUsage(input=1_000)
+    counts = {"metering.units.items": 4, "metering.units.seconds": 93.5}
+    assert found.attributes == {"raw_results": 9, "metering.upstream.calls": 2, **counts}
+    assert type(found.attributes["metering.units.items"]) is int
+
+
+def test_tell_that_nothing_of_a_unit_was_used() -> None:
+    """A count of zero is told as zero, and charged as that; one that nobody reported is not told (S2.9, S2.41)."""
+
+    async def none_found(call: Any) -> None:
+        call.record(units={"items": 0})
+
+    found = spent(none_found, price=per_unit(items=2), hold=8)
+    assert (found.settled, found.events[0].amount, found.attributes) == (0, 0, {"metering.units.items": 0})
+
+    async def silent(call: Any) -> None: ...
+
+    assert spent(silent, price=per_unit(items=2), hold=8).attributes == {}
+
+
+def test_tell_of_as_many_units_as_an_event_has_room_for() -> None:
+    """Names come from handlers: an event tells of the first `MAX_UNITS_TOLD`, and all of them are charged."""
+
+    async def work(call: Any) -> None:
+        call.record(units={f"unit-{number}": 1 for number in range(MAX_UNITS_TOLD)})
+        call.record(units={"one-more": 1})
+
+    found = spent(work, price=per_unit({"one-more": 2, "unit-0": 1}), hold=8)
+    assert found.settled == 3 * CREDIT
+    assert len(found.attributes) == MAX_UNITS_TOLD
+    assert "metering.units.one-more" not in found.attributes
 
 
 def test_record_the_encoding_that_was_counted_by() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from asgi_metering import Allowance, Unit, Wallet
 from asgi_metering.errors import AmountError, ConfigurationError, InvalidKeyError, MeteringError, PayerError
-from asgi_metering.sources import Payer, check_payers, what_differs
+from asgi_metering.sources import Payer, check_payers, from_environment, what_differs
 
 PLANS = Allowance({"free": 1, "pro": "20", "team": 5})
 
@@ -51,6 +52,8 @@ def test_one_amount_is_everybodys() -> None:
         ({"limit": 1, "days": 30, "zone": "Europe/Berlin"}, ConfigurationError, "or leave out days"),
         ({"limit": 1, "zone": ""}, ConfigurationError, "The time zone '' is no name"),
         ({"limit": 1, "zone": 1}, ConfigurationError, "Use an IANA name such as 'Europe/Berlin'"),
+        ({"limit": lambda body: 1}, ConfigurationError, "asks for 'body'.* It can have 'payer', 'plan', 'call'"),
+        ({"limit": lambda *plans: 1}, ConfigurationError, "by position"),
         ({"limit": 1, "payer": "acme"}, ConfigurationError, "payer='acme' is no Payer"),
     ],
 )
@@ -65,6 +68,68 @@ def test_rolling_window_of_any_days_up_to_ten_years(days: int) -> None:
     """An allowance may roll over its last days instead of following a calendar, up to the bound and with it."""
     rolling = Allowance(100, days=days)
     assert (rolling.days, rolling.limit_for(None)) == (days, 100)
+
+
+@pytest.mark.parametrize(
+    ("written", "limit"),
+    [
+        (None, 999_999),
+        ("", 999_999),
+        ("  ", 999_999),
+        ("many", 999_999),
+        ("-5", 999_999),
+        ("nan", 999_999),
+        ("Infinity", 999_999),
+        ("1" * 30, 999_999),
+        ("0", 0),
+        (" 250 ", 250),
+        ("12.5", Decimal("12.5")),
+    ],
+)
+def test_limit_of_the_environment(written: str | None, limit: object, caplog: pytest.LogCaptureFixture) -> None:
+    """Unset, empty, no number or negative is the default, told in the log if it was a mistake; 0 is a limit (S4.1)."""
+    environ = {} if written is None else {"MONTHLY_MESSAGE_CREDIT_LIMIT": written}
+    assert from_environment("MONTHLY_MESSAGE_CREDIT_LIMIT", 999_999, environ=environ) == limit
+    is_mistaken = bool((written or "").strip()) and limit == 999_999
+    assert ("MONTHLY_MESSAGE_CREDIT_LIMIT counts as 999999" in caplog.text) is is_mistaken
+    plans = {"free": from_environment("FREE", 1, environ={}), "pro": from_environment("PRO", 20, environ={"PRO": "50"})}
+    assert Allowance(plans).limit_for("pro") == 50
+
+
+def test_default_of_the_environment_is_checked_where_it_is_written() -> None:
+    """A default that is no amount is refused even where the variable is set (S4.1)."""
+    with pytest.raises(AmountError, match="default of LIMIT"):
+        from_environment("LIMIT", -1, environ={"LIMIT": "5"})
+
+
+def test_limit_that_a_function_answers() -> None:
+    """A limit may be a function of payer, plan and call, sync or async; what it answers has to be an amount (S4.17)."""
+
+    async def limit(payer: str, plan: str | None) -> object:
+        return {"pro": "20"}.get(plan or "", -1 if payer == "bob" else 1)
+
+    computed = Allowance(limit)
+    assert (computed.is_computed, PLANS.is_computed) == (True, False)
+    assert asyncio.run(computed.limit_of(None, "ann", "pro")) == "20"
+    assert asyncio.run(computed.limit_of(None, "ann", None)) == 1
+    assert asyncio.run(PLANS.limit_of(None, "ann", "team")) == 5
+    assert asyncio.run(Allowance(lambda call: call).limit_of(7, "ann", None)) == 7
+    with pytest.raises(AmountError, match="limit of allowance 'allowance' -1 is negative"):
+        asyncio.run(computed.limit_of(None, "bob", None))
+    with pytest.raises(ConfigurationError, match=r"is computed\. Ask limit_of"):
+        computed.limit_for("pro")
+    assert computed.warning_level_of(Unit("parts", 0), "20") == 5
+
+
+def test_limits_of_two_functions_are_two_limits() -> None:
+    """Two allowances of one name are one bucket only where one function says both limits (S0.9, S4.17)."""
+
+    def limit() -> int:
+        return 1
+
+    assert what_differs(Allowance(limit), Allowance(limit)) is None
+    assert what_differs(Allowance(limit), Allowance(lambda: 1)) == "limit"
+    assert what_differs(Allowance(limit), Allowance(1)) == "limit"
 
 
 def test_wallets_are_alike() -> None:

@@ -60,6 +60,34 @@ def test_metering_counts_its_own_calls_for_its_packages() -> None:
     asyncio.run(play())
 
 
+def test_packages_count_each_upstream_call_of_a_call() -> None:
+    """One request that asks models several times is as many calls to their providers, each by its weight (S1.11)."""
+    both = [
+        *packages(),
+        read_package({"provider_id": "other", "package_type": "rolling_window", "limit_per_window": 10}, "w"),
+        read_package({"provider_id": "other", "total_credits": 10}, "o"),
+    ]
+
+    async def play() -> None:
+        async with Metering(sinks=[], packages=both) as metering:
+            await metering.grant("ann", 100, id="g")
+            async with metering.charge(payer="ann", line="agent", price=per_million_tokens(input=1), hold=7) as call:
+                for provider, model in (("acme", "m"), ("acme", "m"), ("acme", "n"), ("other", "m")):
+                    call.record(TokenUsage(input=7_000_000), provider=provider, model=model)
+            await settled(metering, 5)
+            async with metering.charge(payer="ann", line="agent", price=per_million_tokens(input=1), hold=7) as call:
+                for _ in range(3):
+                    call.record(TokenUsage(input=7_000_000), provider="acme", model="m")
+            await settled(metering, 11)
+            assert metering.tracker is not None
+            used = {each.package_id: each.used for each in metering.tracker.statuses()}
+            assert (used["d"], used["w"]) == (2 + 2 + 1 + 6, 1)
+            burns = {each.package_id: each.burn_per_day for each in metering.tracker.statuses()}
+            assert (burns["c"], burns["o"]) == ((21 + 21) / 7, 7 / 7)
+
+    asyncio.run(play())
+
+
 def test_metering_takes_a_tracker_with_a_log_of_its_own(tmp_path: Path) -> None:
     """A tracker's log is one more sink beside others, once; its readings are those of the metering (S1.41)."""
     log = UsageLog(tmp_path / "log.db")

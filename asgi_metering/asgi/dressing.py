@@ -11,14 +11,13 @@ from collections.abc import Iterable
 
 from asgi_metering.amounts import CREDITS
 from asgi_metering.asgi.answers import AnswerOptions
-from asgi_metering.asgi.fields import HeaderNames, limit_fields
+from asgi_metering.asgi.fields import limit_fields, payer_field
 from asgi_metering.asgi.tap import Tap
 from asgi_metering.asgi.types import Headers, Message, Scope
 from asgi_metering.call import Call
 from asgi_metering.decisions import Decision
 from asgi_metering.opening import Before
-from asgi_metering.policies import ChargePolicy
-from asgi_metering.quotas import is_quota_header, read_quota
+from asgi_metering.quotas import DIALECTS, DialectRegistry
 from asgi_metering.quotas.dialects import UNKNOWN
 
 __all__ = ["dressed", "tap_of", "told", "with_windows"]
@@ -38,11 +37,14 @@ def dressed(call: Call, decision: Decision, message: Message, options: AnswerOpt
     """
     names = options.names
     given: Headers = [*message.get("headers", ())]
-    concerns_us = _concerns_us(given, names)
+    dialects = call.metering.quotas.dialects
+    # Names of ours and of the dialects that are shipped have been put together before.
+    initials = names.initials if dialects is DIALECTS else names.initials | dialects.private_initials
+    concerns_us = _concerns_us(given, initials)
     if concerns_us:
         given = [(bytes(name), bytes(value)) for name, value in given]
         if call.policy is not None and "quotas" in call.opening.features:
-            given = _capture(call, call.policy.charge, given, message["status"])
+            given = _capture(call, dialects, given, message["status"])
     if call.opening.before is not None:
         decision = with_windows(decision, call.opening.before)
     charge = call.charge
@@ -50,15 +52,16 @@ def dressed(call: Call, decision: Decision, message: Message, options: AnswerOpt
         fields = limit_fields(decision, call.unit, names)
     else:
         fields = limit_fields(decision, call.unit, names, warn_below=call.warning_level, overdraft=call.overdraft)
+    if charge is not None and charge.has_payers and (payer := call.payer_name) is not None:
+        fields += payer_field(payer, names, switched=call.payer_switched)
     if concerns_us:
         given = _without(given, fields)
     given += fields
     return {**message, "headers": given}
 
 
-def _concerns_us(given: Headers, names: HeaderNames) -> bool:
+def _concerns_us(given: Headers, initials: frozenset[bytes]) -> bool:
     """Whether any field of *given* may be a provider's quota, or have a name of ours: nearly always none does."""
-    initials = names.initials
     try:
         for name, _ in given:
             if name[:1] in initials:
@@ -89,22 +92,24 @@ def with_windows(decision: Decision, before: Before) -> Decision:
     return decision._replace(windows=(*decision.windows, *before.windows))
 
 
-def _capture(call: Call, charge: ChargePolicy | None, given: Headers, status: int) -> Headers:
+def _capture(call: Call, dialects: DialectRegistry, given: Headers, status: int) -> Headers:
+    is_quota_header = dialects.is_quota_header
     quotas = [field for field in given if is_quota_header(field[0])]
     if not quotas:
         return given
+    charge = None if call.policy is None else call.policy.charge
     if (charge is None or charge.dialect is None) and all(name.lower() in CUSTOMARY for name, _ in quotas):
         return given
-    provider = (charge.dialect if charge is not None else None) or _provider_of(quotas, status)
+    provider = (charge.dialect if charge is not None else None) or _provider_of(dialects, quotas, status)
     call.metering.quotas.record(provider, given, status=status, started_at=call.started_at)
     if charge is not None and charge.forward_quota_headers:
         return given
     return [field for field in given if not is_quota_header(field[0])]
 
 
-def _provider_of(quotas: Headers, status: int) -> str:
+def _provider_of(dialects: DialectRegistry, quotas: Headers, status: int) -> str:
     """Nobody named the provider, so it is called by the dialect of its header fields."""
-    reading = read_quota(quotas, provider=None, status=status, now=time.time())
+    reading = dialects.read(quotas, provider=None, status=status, now=time.time())
     return UNKNOWN if reading is None else reading.dialect
 
 

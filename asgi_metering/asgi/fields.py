@@ -79,6 +79,7 @@ class HeaderNames:
         limit, remaining, reset: The X-RateLimit custom, off by default; see `with_legacy`.
         retry_after: Whole seconds until a retry may pass.
         available: What the paying source has left after this call's hold.
+        payer: Which of the payers that the route names pays.
 
     Attributes:
         initials: What they begin with, or the fields that tell a provider's quota do, in either case: a field that
@@ -98,12 +99,14 @@ class HeaderNames:
     reset: str | None = None
     retry_after: str | None = "Retry-After"
     available: str | None = "Metering-Available"
+    payer: str | None = "Metering-Payer"
     _wire: tuple[bytes | None, ...] = field(init=False, repr=False, compare=False)
     _has_custom: bool = field(init=False, repr=False, compare=False)
     initials: frozenset[bytes] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        names = (self.policy, self.state, self.limit, self.remaining, self.reset, self.retry_after, self.available)
+        rates = (self.policy, self.state, self.limit, self.remaining, self.reset, self.retry_after)
+        names = (*rates, self.available, self.payer)
         seen: set[str] = set()
         for name in names:
             if name is None:
@@ -172,7 +175,7 @@ def limit_fields(
     Source: draft-ietf-httpapi-ratelimit-headers-10, RFC 9651, S2.33, S3.6.
     """
     fields: Fields = []
-    policy, state, limit, remaining, reset, _, available = names._wire
+    policy, state, limit, remaining, reset, _, available, _ = names._wire
     windows = decision.windows
     if windows:
         spelled = _spelled(*map(_WRITTEN, windows))
@@ -294,6 +297,19 @@ def _available(parts: int, unit: Unit, source: str | None, warn_below: int | Non
 def _account(unit: str, source: str | None) -> str:
     text = f";unit={sf_string(unit)}"
     return text if source is None or source == "wallet" else f"{text};source={sf_string(source)}"
+
+
+def payer_field(name: str, names: HeaderNames = DEFAULT_NAMES, *, switched: bool = False) -> Fields:
+    """
+    Return ``Metering-Payer``: an Item, the String *name*, or the Token ``caller`` for the call's own payer (S0.38).
+
+    ``switched`` says that this is another one than the first choice of the route.
+    """
+    wire = names._wire[7]
+    if wire is None:
+        return []
+    text = sf_string(name) if name else "caller"
+    return [(wire, f"{text}{';switched' if switched else ''}".encode("ascii"))]
 
 
 def retry_after_field(seconds: int, names: HeaderNames = DEFAULT_NAMES) -> Fields:

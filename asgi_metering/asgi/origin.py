@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from typing import Any
 
 from asgi_metering.asgi.types import Scope
+from asgi_metering.correlating import clean_id
 
 __all__ = ["HTTPOrigin"]
-
-_NOT_IN_IDS = re.compile(r"[^\x21-\x7e]")
-MAX_REQUEST_ID = 128
-"""Characters of a client's request id that are kept: it goes on every event."""
 
 
 class HTTPOrigin:
@@ -61,7 +57,7 @@ class HTTPOrigin:
         # Of several the first counts. To put all of them into a dict takes three times as long.
         for name, value in self.scope.get("headers", ()):
             if name == b"x-request-id":
-                return _NOT_IN_IDS.sub("", value.decode("latin-1"))[:MAX_REQUEST_ID] or None
+                return clean_id(value.decode("latin-1"))
         return None
 
 

@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
 from asgi_metering.asgi.types import Receive, Scope, Send
 from asgi_metering.errors import ConfigurationError
@@ -73,7 +73,7 @@ class QuotasApp:
         import anyio.to_thread
 
         # It looks into files.
-        return 200, _JSON, json.dumps(await anyio.to_thread.run_sync(self._snapshot)).encode()
+        return 200, _JSON, await anyio.to_thread.run_sync(self._snapshot)
 
     async def _may_look(self, scope: Scope) -> bool:
         from starlette.requests import HTTPConnection
@@ -81,22 +81,23 @@ class QuotasApp:
         answer = self._authorize(HTTPConnection(scope))
         return bool(await answer if inspect.isawaitable(answer) else answer)
 
-    def _snapshot(self) -> dict[str, Any]:
-        """The snapshot; one that fails is empty, and logged (S1.49)."""
+    def _snapshot(self) -> bytes:
+        """The snapshot as JSON; one that fails is empty, and logged (S1.49)."""
         try:
-            return self.tracker.snapshot()
+            return json.dumps(self.tracker.snapshot(), allow_nan=False).encode()
         except Exception:
             log.exception("The quotas cannot be shown.")
-            return {
-                "packages": [],
-                "count": 0,
-                "by_alert": {},
-                "has_use_or_lose": False,
-                "has_exhausted": False,
-                "header_snapshots": {},
-            }
+            return json.dumps(_NOTHING).encode()
 
 
+_NOTHING: Final = {
+    "packages": [],
+    "count": 0,
+    "by_alert": {},
+    "has_use_or_lose": False,
+    "has_exhausted": False,
+    "header_snapshots": {},
+}
 _JSON = b"application/json"
 _HTML = b"text/html; charset=utf-8"
 

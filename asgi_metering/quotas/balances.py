@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from asgi_metering.errors import BalanceError
 
-__all__ = ["ENDPOINTS", "Endpoint", "Found", "Parser", "read_generic"]
+__all__ = ["ENDPOINTS", "Endpoint", "Found", "Parser", "read_generic", "read_with"]
 
 _LARGEST: Final = Decimal(10) ** 15
 """No account holds more, in any unit; what says so is no balance."""
@@ -56,7 +56,7 @@ class Endpoint(NamedTuple):
 
     Attributes:
         urls: Asked in this order, until one answers what is understood (S1.25).
-        parse: Reads its JSON. Raises `BalanceError` and nothing else.
+        parse: Reads its JSON. Those of `ENDPOINTS` raise `BalanceError` and nothing else; `read_with` takes any.
         key_env: Environment variable of the key.
         header: The field that carries the key, after *prefix*.
     """
@@ -66,6 +66,31 @@ class Endpoint(NamedTuple):
     key_env: str
     header: str = "authorization"
     prefix: str = "Bearer "
+
+
+def read_with(endpoint: Endpoint, payload: Any) -> Found:
+    """
+    What *endpoint* says, whoever wrote its parser.
+
+    Raises:
+        BalanceError: The parser raised, or answered no balance (S1.28).
+    """
+    try:
+        found: object = endpoint.parse(payload)
+    except BalanceError:
+        raise
+    except Exception as failure:
+        raise BalanceError(f"The answer could not be read: {failure!r:.120}.") from failure
+    if not isinstance(found, Found):
+        raise BalanceError(f"The parser answered {found!r:.60}, and no Found(total=..., used=...).")
+    if found.used is None and found.remaining is None:
+        raise BalanceError("The parser tells neither what is used nor what is left. Answer one of them.")
+    numbers = {name: _number(told) for name, told in found._asdict().items()}
+    for name, told in found._asdict().items():
+        least = numbers[name]
+        if told is not None and (least is None or (least < 0 and name != "remaining")):
+            raise BalanceError(f"The parser tells the {name} {told!s:.40}, which is no number from 0 up.")
+    return Found(**numbers)
 
 
 def _number(value: object) -> Decimal | None:

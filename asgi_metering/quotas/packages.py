@@ -12,10 +12,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, get_args
 from zoneinfo import ZoneInfo
 
 from asgi_metering.errors import ConfigurationError
+from asgi_metering.names import check_name
 from asgi_metering.quotas.dialects import UNKNOWN
 
 __all__ = [
@@ -28,9 +30,13 @@ __all__ = [
     "PackageType",
     "read_catalogue",
     "read_package",
+    "register_package_type",
+    "total_key",
 ]
 
 PackageType: TypeAlias = Literal["credits", "rolling_window", "daily"]
+"""The types that are known here; `register_package_type` adds others."""
+
 PackageSource: TypeAlias = Literal["api_poll", "header_capture", "local_count", "manual"]
 Confidence: TypeAlias = Literal["high", "medium", "low", "estimated"]
 
@@ -62,7 +68,8 @@ class Package:
         package_id: Its name; ``"PROVIDER-TYPE"`` where none is told (S1.5).
         provider_id: Whose it is, as `Metering.upstream_client` names the provider.
         extra_provider_ids: Other names that use it too; counts are summed (S1.20).
-        package_type: ``credits`` are spent once, a ``rolling_window`` and a ``daily`` package come back.
+        package_type: ``credits`` are spent once, a ``rolling_window`` and a ``daily`` package come back; or the name of
+            a registered type, which comes back as its function says (S1.2).
         total: Credits, or calls in a window or a day, in whatever unit the provider sells.
         used: Of it, as last told.
         source: Who tells what is used.
@@ -78,12 +85,15 @@ class Package:
         api_key_env: The environment variable with the key to ask with, instead of the kind's own.
         notes: For people.
         extras: Whatever else the entry holds, but what is named like a credential: extras are shown.
+
+    Raises:
+        ConfigurationError: A field has a value that it cannot have; the sentence begins with its name.
     """
 
     package_id: str
     provider_id: str = UNKNOWN
     extra_provider_ids: tuple[str, ...] = ()
-    package_type: PackageType = "credits"
+    package_type: str = "credits"
     total: float = 0.0
     used: float = 0.0
     source: PackageSource = "manual"
@@ -101,16 +111,29 @@ class Package:
     notes: str | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.package_id:
+            raise ConfigurationError("package_id is empty. Write a name.")
+        for name, (field_name, read) in _FIELDS.items():
+            value = getattr(self, field_name)
+            if value is not None:
+                object.__setattr__(self, field_name, read(name, value))
+        object.__setattr__(self, "extras", _showable(self.extras))
+
     @property
     def providers(self) -> tuple[str, ...]:
         """Every name that uses it."""
         return (self.provider_id, *self.extra_provider_ids)
 
+    def window(self, now: float) -> tuple[float, float] | None:
+        """When its window at *now* began, and when it ends; None where it rolls, and of credits."""
+        told = WINDOWS.get(self.package_type)
+        return None if told is None else told(self, now)
+
     def window_start(self, now: float) -> float:
         """Epoch seconds from which calls count at *now*: midnight of its zone, or so many hours ago (S1.11, S1.13)."""
-        if self.package_type == "daily":
-            return midnight(now, self.zone)
-        return now - self.window_hours * 3600
+        window = self.window(now)
+        return now - self.window_hours * 3600 if window is None else window[0]
 
 
 class Catalogue(NamedTuple):
@@ -130,6 +153,41 @@ def midnight(now: float, zone: str, days: int = 0) -> float:
     """Epoch seconds of the midnight of *zone* that began the day of *now*, or so many days later."""
     today = datetime.fromtimestamp(now, UTC).astimezone(ZoneInfo(zone)).date().toordinal()
     return datetime.fromordinal(today + days).replace(tzinfo=ZoneInfo(zone)).timestamp()
+
+
+Window: TypeAlias = Callable[[Package, float], tuple[float, float]]
+"""Answers when the window of a package that a moment lies in began, and when it ends: epoch seconds, all three."""
+
+WINDOWS: Final[dict[str, Window]] = {
+    "daily": lambda package, now: (midnight(now, package.zone), midnight(now, package.zone, 1))
+}
+"""Types whose windows a calendar says."""
+
+
+def register_package_type(name: str, window: Window) -> None:
+    """
+    Make *name* a type of packages, whose units come back when a window ends: a month of a calendar, say (S1.2).
+
+    Args:
+        name: As catalogues write it in ``package_type``; ``limit_per_window`` is its total.
+        window: Answers for a package and epoch seconds when the window of that moment began, and when it ends.
+
+    Everything else is as of a day: what is counted, captured headers, alerts, pace and points. A function that raises
+    costs its own packages their status, and no other. Register before a catalogue is read.
+
+    Raises:
+        ConfigurationError: The name is known for something else, or is none; the function is none.
+    """
+    check_name(name, "package type")
+    if not callable(window):
+        raise ConfigurationError(f"window={window!r} cannot be called. Pass a function of a package and a moment.")
+    if name in get_args(PackageType) or WINDOWS.get(name, window) is not window:
+        raise ConfigurationError(f"The package type {name!r} is known already. Choose another name.")
+    WINDOWS[name] = window
+
+
+def _types() -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*get_args(PackageType), *WINDOWS)))
 
 
 def read_catalogue(payload: object, name: str) -> Catalogue:
@@ -184,16 +242,21 @@ def read_package(entry: object, package_id: str = "") -> Package:
     for key, (name, read) in _FIELDS.items():
         value = entry.get(key)
         if value is not None and value != "":
+            # Read here, whose sentences name the entry's own fields.
             fields[name] = read(key, value)
     kind = fields.setdefault("package_type", "credits")
-    total = {"rolling_window": "limit_per_window", "daily": "limit_per_day"}.get(kind, "total_credits")
-    for key, name in ((total, "total"), ("used_credits", "used")):
+    for key, name in ((total_key(kind), "total"), ("used_credits", "used")):
         if entry.get(key) is not None:
             fields[name] = _number(key, entry[key])
     fields.setdefault("provider_id", UNKNOWN)
     fields["package_id"] = fields.get("package_id") or package_id or f"{fields['provider_id']}-{kind}"
     fields["extras"] = _showable({key: value for key, value in entry.items() if key not in _KNOWN})
     return Package(**fields)
+
+
+def total_key(package_type: str) -> str:
+    """What catalogues call the total of such a package."""
+    return {"credits": "total_credits", "daily": "limit_per_day"}.get(package_type, "limit_per_window")
 
 
 def _showable(value: Any, depth: int = 0) -> Any:
@@ -265,10 +328,10 @@ def _zone(key: str, value: object) -> str:
     return name
 
 
-def _one_of(choices: tuple[str, ...]) -> Callable[[str, object], str]:
+def _one_of(choices: Callable[[], tuple[str, ...]]) -> Callable[[str, object], str]:
     def read(key: str, value: object) -> str:
-        if value not in choices:
-            raise ConfigurationError(f"{key} is {_shown(value)}. Use one of {', '.join(choices)}.")
+        if value not in choices():
+            raise ConfigurationError(f"{key} is {_shown(value)}. Use one of {', '.join(choices())}.")
         return str(value)
 
     return read
@@ -282,11 +345,11 @@ _FIELDS: Final[Mapping[str, tuple[str, Callable[[str, object], Any]]]] = {
     "package_id": ("package_id", _text),
     "provider_id": ("provider_id", _text),
     "extra_provider_ids": ("extra_provider_ids", _texts),
-    "package_type": ("package_type", _one_of(get_args(PackageType))),
+    "package_type": ("package_type", _one_of(_types)),
     "total": ("total", _number),
     "used": ("used", _number),
-    "source": ("source", _one_of(get_args(PackageSource))),
-    "confidence": ("confidence", _one_of(get_args(Confidence))),
+    "source": ("source", _one_of(partial(get_args, PackageSource))),
+    "confidence": ("confidence", _one_of(partial(get_args, Confidence))),
     "last_updated": ("last_updated", _date),
     "window_hours": ("window_hours", _hours),
     "zone": ("zone", _zone),

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, date, datetime
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from asgi_metering.quotas.alerts import (
@@ -20,7 +21,7 @@ from asgi_metering.quotas.alerts import (
     days_left,
     window_alert,
 )
-from asgi_metering.quotas.packages import Confidence, Package, PackageSource, PackageType, midnight
+from asgi_metering.quotas.packages import MAX_PACKAGES, Confidence, Package, PackageSource
 from asgi_metering.quotas.reading import QuotaLimit, Reading
 
 __all__ = ["Counted", "QuotaStatus", "iso_time", "status_line", "status_of"]
@@ -53,7 +54,7 @@ class QuotaStatus:
 
     provider_id: str
     package_id: str
-    package_type: PackageType
+    package_type: str
     total: float
     used: float
     remaining: float
@@ -186,8 +187,9 @@ def _local(package: Package, counted: Counted | None, now: float) -> _Used:
     used = package.used if counted is None else counted.used
     first_at = None if counted is None else counted.first_at
     is_fresh = not used
-    if package.package_type == "daily":
-        return _Used(package.total, used, midnight(now, package.zone, 1), package.confidence, is_fresh=is_fresh)
+    window = package.window(now)
+    if window is not None:
+        return _Used(package.total, used, window[1], package.confidence, is_fresh=is_fresh)
     begun = now if first_at is None else first_at
     # Counts are kept by the minute, so the first may be a moment older than the window.
     reset_at = max(now, begun + package.window_hours * 3600)
@@ -204,7 +206,7 @@ def _captured(package: Package, limit: QuotaLimit, reading: Reading, now: float)
         used = total * float(limit.utilization)
     else:
         return None
-    if limit.reset_at is not None and limit.reset_at <= now:
+    if told_at < package.window_start(now) if limit.reset_at is None else limit.reset_at <= now:
         # Its units have returned, and nobody has called since.
         return _Used(total, 0.0, None, "estimated", told_at, is_fresh=True)
     return _Used(total, used, limit.reset_at, "high", told_at, is_fresh=not used)
@@ -217,10 +219,8 @@ def _pace(package: Package, known: _Used, now: float) -> float | None:
         return 0.0
     if known.reset_at is None:
         return None
-    if package.package_type == "daily":
-        length = midnight(now, package.zone, 1) - midnight(now, package.zone)
-    else:
-        length = package.window_hours * 3600
+    window = package.window(now)
+    length = package.window_hours * 3600 if window is None else window[1] - window[0]
     elapsed = min(1.0, max(0.0, 1 - (known.reset_at - now) / length))
     return known.used / known.total - elapsed
 
@@ -231,14 +231,18 @@ def _ratio(remaining: float, total: float) -> float:
 
 def _days_until(package: Package, now: float) -> int | None:
     """Whole days in UTC; what cannot be read is told of and unknown (S1.6)."""
-    if package.expiry_date is None:
-        return None
+    expiry = None if package.expiry_date is None else _expiry(package.expiry_date, package.package_id)
+    return None if expiry is None else (expiry - datetime.fromtimestamp(now, UTC).date()).days
+
+
+@lru_cache(maxsize=MAX_PACKAGES)
+def _expiry(written: str, package_id: str) -> date | None:
+    """The date that is written; what is none is told of once, for routers ask again and again."""
     try:
-        expiry = date.fromisoformat(package.expiry_date[:10])
+        return date.fromisoformat(written[:10])
     except ValueError:
-        log.warning("The expiry_date %r of the package %r is no date.", package.expiry_date, package.package_id)
+        log.warning("The expiry_date %r of the package %r is no date.", written, package_id)
         return None
-    return (expiry - datetime.fromtimestamp(now, UTC).date()).days
 
 
 def iso_time(epoch_s: float) -> str:

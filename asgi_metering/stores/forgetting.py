@@ -7,7 +7,7 @@ still proves their account. Knows rows; nothing of operations, and never how lon
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -73,17 +73,17 @@ class _Ring(Generic[Key, Row]):
     Rows of one kind that are looked at in turn, a few for every new one.
 
     Args:
-        rows: The state's own; the row at its front is looked at next.
+        rows: The state's own.
         bound: As long as there are no more, nothing is looked at.
         is_over: Whether a row no longer matters at a time.
         drop: Forgets one.
     """
 
-    __slots__ = ("_bound", "_drop", "_is_over", "known", "rows")
+    __slots__ = ("_bound", "_drop", "_is_over", "_round", "known", "rows")
 
     def __init__(
         self,
-        rows: OrderedDict[Key, Row],
+        rows: dict[Key, Row],
         bound: int,
         is_over: Callable[[Key, Row, float], bool],
         drop: Callable[[Key], object],
@@ -93,18 +93,21 @@ class _Ring(Generic[Key, Row]):
         self._bound = bound
         self._is_over = is_over
         self._drop = drop
+        self._round: deque[Key] = deque()
 
     def turn(self, now: float, looks: int) -> None:
-        """Look at up to *looks* rows, those first that were not looked at for longest."""
+        """Look at up to *looks* rows: at each of them once in a round, the oldest first."""
         rows = self.rows
         for _ in range(looks):
             if len(rows) <= self._bound:
                 break
-            key = next(iter(rows))
-            if self._is_over(key, rows[key], now):
+            if not self._round:
+                # Some milliseconds for a million, once in so many looks: an ordered dict makes each write dearer.
+                self._round.extend(rows)
+            key = self._round.popleft()
+            row = rows.get(key)
+            if row is not None and self._is_over(key, row, now):
                 self._drop(key)
-            else:
-                rows.move_to_end(key)
         self.known = len(rows)
 
 
@@ -113,7 +116,7 @@ class Forgetting:
     Keeps one state bounded, a little after every operation.
 
     Args:
-        state: Empty. Its tables are replaced by ones that can be looked at in turn.
+        state: Empty.
         bounds: How much of each kind stays.
     """
 
@@ -124,17 +127,14 @@ class Forgetting:
         # Halving seldom costs less than folding one line each time.
         self._most_entries = 2 * bounds.entries
         self._ended: OrderedDict[str, None] = OrderedDict()
-        counters: OrderedDict[str, Counter] = OrderedDict()
-        windows: OrderedDict[Any, AllowanceWindow] = OrderedDict()
-        accounts: OrderedDict[AccountKey, Account] = OrderedDict()
-        state.counters, state.allowances, state.accounts = counters, windows, accounts
+        counters = state.counters
         self._adding: tuple[_Ring[Any, Any], _Ring[Any, Any]] = (
             _Ring(counters, bounds.counters, _is_past, counters.__delitem__),
-            _Ring(windows, bounds.windows, _is_settled, self._drop_window),
+            _Ring(state.allowances, bounds.windows, _is_settled, self._drop_window),
         )
         self._rings = (
             *self._adding,
-            _Ring(accounts, bounds.strangers, self._is_stranger, self._drop_account),
+            _Ring(state.accounts, bounds.strangers, self._is_stranger, self._drop_account),
         )
 
     def after(self, written: list[Change], now: float) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from asgi_metering.errors import ConfigurationError
-from asgi_metering.quotas.packages import Catalogue, Package, read_catalogue
+from asgi_metering.quotas.packages import Catalogue, Package, read_catalogue, total_key
 
 __all__ = ["CatalogueFile", "back_up", "load_catalogue", "put_in_place", "template", "write_usage"]
 
@@ -31,8 +31,6 @@ MAX_BYTES: Final = 4 << 20
 """Of a catalogue: a person keeps it."""
 
 _TEMPLATE: Final = "packages.template.json"
-
-_TOTAL_KEYS: Final = {"credits": "total_credits", "rolling_window": "limit_per_window", "daily": "limit_per_day"}
 
 
 def template() -> str:
@@ -72,7 +70,7 @@ def write_usage(path: str | os.PathLike[str], changes: Mapping[str, Package]) ->
         entry = _entry(entries, package_id)
         if entry is not None:
             for key, value in (
-                (_TOTAL_KEYS[package.package_type], package.total),
+                (total_key(package.package_type), package.total),
                 ("used_credits", package.used),
                 ("source", package.source),
                 ("confidence", package.confidence),

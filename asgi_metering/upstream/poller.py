@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 from urllib.parse import urlsplit
 
 from asgi_metering.errors import BalanceError, ConfigurationError
-from asgi_metering.quotas.balances import ENDPOINTS, Endpoint, Found
+from asgi_metering.quotas.balances import ENDPOINTS, Endpoint, Found, read_with
 from asgi_metering.quotas.packages import Package
 from asgi_metering.upstream.catalogue import write_usage
 from asgi_metering.upstream.libraries import choose_library, library_of
@@ -97,6 +97,8 @@ class QuotaPoller:
         interval_s: Between polls of a package.
         fast_lane_interval_s: Between those of one that expires within 14 days (S1.23).
         keys: Keys by kind or package id, for those that the environment does not have (S1.27).
+        endpoints: Kinds of one's own by name, looked for before the known ones: addresses, a parser of their JSON, the
+            variable of the key (S1.21). ``{"acme": Endpoint(("https://acme.example/balance",), parse, "ACME_KEY")}``.
         environ: Where keys are looked for first.
         library: ``"httpx2"`` or ``"httpx"``; the first one installed by default.
         clock: Steady seconds.
@@ -104,7 +106,8 @@ class QuotaPoller:
         client_options: Any option of the library's ``AsyncClient`` besides timeouts and redirects, such as ``proxy``.
 
     Raises:
-        ConfigurationError: An interval is none; or packages of a catalogue in TOML are polled, which has no writer.
+        ConfigurationError: An interval is none, or an endpoint; or packages of a catalogue in TOML are polled, which
+            has no writer.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class QuotaPoller:
         interval_s: float = INTERVAL_S,
         fast_lane_interval_s: float = FAST_LANE_INTERVAL_S,
         keys: Mapping[str, str] | None = None,
+        endpoints: Mapping[str, Endpoint] | None = None,
         environ: Mapping[str, str] = os.environ,
         library: str | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -131,6 +135,7 @@ class QuotaPoller:
         self._interval_s = interval_s
         self._fast_lane_interval_s = fast_lane_interval_s
         self._keys = dict(keys or {})
+        self._endpoints = {**ENDPOINTS, **_checked(endpoints)}
         self._environ = environ
         self._client_options = client_options
         self._library = library
@@ -184,7 +189,7 @@ class QuotaPoller:
         return results
 
     async def _poll(self, client: AsyncClient, places: asyncio.Semaphore, package: Package) -> Polled:
-        endpoint = ENDPOINTS.get(_kind(package))
+        endpoint = self._endpoints.get(_kind(package))
         if endpoint is not None and self._key(package, endpoint) is None:
             if package.package_id not in self._warned:
                 self._warned.add(package.package_id)
@@ -212,7 +217,7 @@ class QuotaPoller:
         """The first of the addresses that tells; else the failure of the last (S1.25)."""
         if endpoint is None:
             raise BalanceError(
-                f"{_kind(package)!r} is no kind of balance endpoint. Set poll to one of {', '.join(ENDPOINTS)}."
+                f"{_kind(package)!r} is no kind of balance endpoint. Set poll to one of {', '.join(self._endpoints)}."
             )
         urls = (package.url,) if package.url else endpoint.urls
         failure = BalanceError(f"The kind {_kind(package)!r} has no address of its own. Set the package's url.")
@@ -220,7 +225,7 @@ class QuotaPoller:
         fields = {endpoint.header: key, "accept": "application/json", "accept-encoding": "gzip"}
         for url in urls:
             try:
-                return endpoint.parse(await _answer(client, url, fields))
+                return read_with(endpoint, await _answer(client, url, fields))
             except BalanceError as wrong:
                 failure = wrong
         raise failure
@@ -284,6 +289,18 @@ class QuotaPoller:
             await asyncio.wait([task])
         if self._turn is not None:
             self._turn.give_back()
+
+
+def _checked(endpoints: Mapping[str, Endpoint] | None) -> Mapping[str, Endpoint]:
+    known = {} if endpoints is None else endpoints
+    if not isinstance(known, Mapping) or any(
+        not isinstance(kind, str) or not isinstance(each, Endpoint) or not callable(each.parse)
+        for kind, each in known.items()
+    ):
+        raise ConfigurationError(
+            f"endpoints={endpoints!r} are no kinds of balance endpoints. Write endpoints={{'acme': Endpoint(...)}}."
+        )
+    return known
 
 
 def _kind(package: Package) -> str:

@@ -10,8 +10,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from asgi_metering.names import check_name
 from asgi_metering.quotas import DIALECTS, DialectRegistry, Reading
@@ -53,6 +56,7 @@ class QuotaReadings:
         on_reading: See `on_reading`.
 
     Attributes:
+        dialects: Of the header names that are understood.
         changes: How often a latest reading has changed: for whoever looks now and then.
     """
 
@@ -64,7 +68,7 @@ class QuotaReadings:
         on_reading: Iterable[Callable[[Reading], object]] = (),
     ) -> None:
         self._clock = clock
-        self._dialects = dialects
+        self.dialects = dialects
         self._callbacks = tuple(on_reading)
         self._lock = threading.Lock()
         self._latest: dict[str, Reading] = {}
@@ -75,7 +79,7 @@ class QuotaReadings:
     def record(
         self,
         provider: str,
-        headers: Iterable[tuple[bytes, bytes]],
+        headers: Mapping[Any, Any] | Iterable[tuple[Any, Any]],
         status: int | None = None,
         started_at: float | None = None,
         *,
@@ -87,7 +91,8 @@ class QuotaReadings:
 
         Args:
             provider: Its name.
-            headers: Pairs as they came, any case.
+            headers: As they came, in any case: pairs of bytes or texts, or a mapping, such as ``response.headers`` of
+                any library.
             status: HTTP status.
             started_at: Epoch seconds at which the request was started; `None` means now.
             label: Tells apart keys of one provider with quotas of their own. A name, never the key itself.
@@ -101,9 +106,12 @@ class QuotaReadings:
         """
         series = _series(provider, label)
         now = self._clock() if body is None else self._received_at(series, started_at)
-        reading = self._dialects.read(
-            headers, provider=provider, status=status, now=now, started_at=started_at, body=body
-        )
+        read = partial(self.dialects.read, provider=provider, status=status, now=now, started_at=started_at, body=body)
+        try:
+            # Nearly always from a client of ours, which has them as they came.
+            reading = read(headers if type(headers) is list and _is_pair_of_bytes(headers[:1]) else _pairs(headers))
+        except (AttributeError, LookupError, TypeError, ValueError):
+            reading = read(_pairs(headers))
         if reading is None:
             if series in self._latest and status is not None and status < _REFUSED_FROM:
                 self._let_in(series, status, now if started_at is None else started_at)
@@ -204,6 +212,26 @@ class QuotaReadings:
                 callback(reading)
             except Exception:
                 _logger.exception("The callback %r failed on a reading of %r.", callback, reading.provider)
+
+
+def _is_pair_of_bytes(first: list[Any]) -> bool:
+    return not first or (type(first[0]) is tuple and type(first[0][0]) is bytes)
+
+
+def _pairs(headers: Any) -> list[tuple[bytes, bytes]]:
+    """Headers of any library as pairs of bytes, without what is none (S1.39)."""
+    items = getattr(headers, "items", None)
+    found = []
+    with suppress(TypeError):
+        for pair in headers if items is None else items():
+            with suppress(TypeError, ValueError):
+                name, value = pair
+                found.append((_bytes(name), _bytes(value)))
+    return found
+
+
+def _bytes(text: object) -> bytes:
+    return text.encode("latin-1", "replace") if isinstance(text, str) else bytes(memoryview(text))  # type: ignore[arg-type]
 
 
 OF_MODEL = "@"

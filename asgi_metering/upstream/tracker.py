@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -92,17 +93,28 @@ class QuotaTracker:
         self._shared = None if path is None else SharedReadings(path, self.readings, clock=clock)
         self._looked_at = -FOUND_S
         self._lock = threading.Lock()
-        self._changed: dict[str, Package] = {}
+        # By id, what stood there, and what it was changed into.
+        self._changed: dict[str, tuple[Package, Package]] = {}
+        if isinstance(self.log, UsageLog):
+            # Before its first batch, which throws away what nobody looks at.
+            self.log.keep(burn_days)
+            for package in self.packages().values():
+                if package.package_type == "rolling_window":
+                    self.log.keep(package.window_hours * 3_600 / _DAY_S)
         self._found: dict[str, tuple[Package, int, float, tuple[Counted | None, float | None]]] = {}
 
     # -- packages ------------------------------------------------------------------------------------------
 
     def packages(self) -> dict[str, Package]:
         """All packages by their ids, with what updates changed since the file was written."""
-        known = self._given if self.file is None else self.file.read().packages
+        known = self._written()
         with self._lock:
-            changed = {name: _over(known[name], each) for name, each in self._changed.items() if name in known}
+            changed = {name: _over(known[name], *each) for name, each in self._changed.items() if name in known}
         return {**known, **changed}
+
+    def _written(self) -> Mapping[str, Package]:
+        """All packages as they were given, or stand in the file."""
+        return self._given if self.file is None else self.file.read().packages
 
     def problems(self) -> tuple[str, ...]:
         """A sentence for each entry of the catalogue that is broken, and left out (S1.17)."""
@@ -131,8 +143,9 @@ class QuotaTracker:
 
         Returns whether there is such a package.
         """
+        known = self._written()
         package = self.packages().get(package_id)
-        if package is None:
+        if package is None or package_id not in known:
             logger.warning("There is no package %r to update.", package_id)
             return False
         changes: dict[str, Any] = {"used": used, "total": total, "source": source, "confidence": confidence}
@@ -140,7 +153,7 @@ class QuotaTracker:
         if is_told_now:
             changes["last_updated"] = iso_time(self._clock())
         with self._lock:
-            self._changed[package_id] = replace(package, **changes)
+            self._changed[package_id] = known[package_id], replace(package, **changes)
         return True
 
     # -- what they still allow -----------------------------------------------------------------------------
@@ -187,6 +200,8 @@ class QuotaTracker:
 
     def _look_up(self, log: UsageLog, package: Package, now: float) -> tuple[Counted | None, float | None]:
         start = package.window_start(now)
+        if isinstance(log, UsageLog):
+            log.keep((now - start) / _DAY_S)
         try:
             if package.package_type == "credits":
                 cost = log.cost(package.providers, now - self._burn_days * _DAY_S)
@@ -217,8 +232,11 @@ class QuotaTracker:
             statuses = self.statuses()
         except Exception:
             logger.exception("Providers are scored by the catalogue alone.")
-            packages = dict(self._given)
-            statuses = [status_of(package, self._clock()) for package in packages.values()]
+            packages = dict(self._written())
+            statuses = []
+            for package in packages.values():
+                with suppress(Exception):
+                    statuses.append(status_of(package, self._clock()))
         users = {name: package.providers for name, package in packages.items()}
         return [
             score_of(name, [each for each in statuses if name in users.get(each.package_id, ())], self._weights)
@@ -271,10 +289,16 @@ def header_snapshot(reading: Reading) -> dict[str, Any]:
     return shown
 
 
-def _over(written: Package, changed: Package) -> Package:
-    """What an update changed, unless the file was written since with numbers that are as new."""
-    if (written.last_updated or "") > (changed.last_updated or ""):
-        return written
+def _over(written: Package, before: Package, changed: Package) -> Package:
+    """
+    What an update *changed* of what stood there *before*, unless the file was *written* since.
+
+    By a poll that is newer, or by a person, who leaves the time of the last poll as it is.
+    """
+    if _told(written) != _told(before):
+        at = written.last_updated or ""
+        if at >= (changed.last_updated or "") or at == (before.last_updated or ""):
+            return written
     return replace(
         written,
         used=changed.used,
@@ -283,6 +307,10 @@ def _over(written: Package, changed: Package) -> Package:
         confidence=changed.confidence,
         last_updated=changed.last_updated,
     )
+
+
+def _told(package: Package) -> tuple[object, ...]:
+    return package.used, package.total, package.source, package.confidence, package.last_updated
 
 
 def _by_id(packages: Iterable[Package]) -> Mapping[str, Package]:

@@ -8,6 +8,7 @@ never blocks who writes, and a log that is missing or broken counts nothing (S1.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import sqlite3
@@ -15,12 +16,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.quotas.status import Counted
-from asgi_metering.usage.event import UsageEvent
+from asgi_metering.usage.event import CALLS, MODELS, UsageEvent
 
 __all__ = ["KEEP_DAYS", "UsageLog"]
 
@@ -29,7 +30,12 @@ log = logging.getLogger("asgi_metering.quotas")
 MEMORY: Final = ":memory:"
 
 KEEP_DAYS: Final = 35.0
-"""How long minutes are kept: a month of burn, with slack. A provider and model used all the time take 50,000 rows."""
+"""
+How long minutes are kept at least: a month of burn, with slack. A provider and model used all the time take 50,000
+rows.
+"""
+
+_SLACK_DAYS: Final = 1.0
 
 SEEN_S: Final = 86_400.0
 """How long an event's id is remembered: delivered again after that, it would count twice."""
@@ -48,9 +54,50 @@ _TABLES: Final = (
     "CREATE INDEX IF NOT EXISTS used_by_minute ON used (minute)",
 )
 _ADD: Final = (
-    "INSERT INTO used VALUES (?, ?, ?, 1, ?, ?) ON CONFLICT (provider, model, minute) DO UPDATE SET"
-    " calls = calls + 1, cost = cost + excluded.cost, first_at = min(first_at, excluded.first_at)"
+    "INSERT INTO used VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (provider, model, minute) DO UPDATE SET"
+    " calls = calls + excluded.calls, cost = cost + excluded.cost, first_at = min(first_at, excluded.first_at)"
 )
+
+
+class _Used(NamedTuple):
+    """What one call used of one model: so many upstream calls, and its share of the cost."""
+
+    provider: str
+    model: str
+    calls: int
+    share: float
+
+
+def _used_by(event: UsageEvent) -> list[_Used]:
+    """What *event* tells of upstream calls, by provider and model; nothing where nobody named a provider."""
+    try:
+        rows = json.loads(str(event.attributes[MODELS]))
+        weights = _weights(rows)
+        used = [
+            _Used(
+                str(row["provider"] or event.provider or ""),
+                str(row["model"] or ""),
+                int(row["calls"]),
+                weight / sum(weights),
+            )
+            for row, weight in zip(rows, weights, strict=True)
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError):
+        # Of one model; or an attribute that is not ours, which must not keep the batch from being counted.
+        used = []
+    if not used and event.provider:
+        calls = event.attributes.get(CALLS)
+        used = [_Used(event.provider, event.model or "", calls if type(calls) is int and calls > 0 else 1, 1.0)]
+    return [each for each in used if each.provider]
+
+
+def _weights(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """How the cost of a call divides: by what providers charge where all of them say it, else by tokens, or calls."""
+    costs = [row.get("cost_usd_micros") for row in rows]
+    if all(costs):
+        return [float(cost) for cost in costs if cost]
+    tokens = [sum(row["usage"].get(axis) or 0 for axis in ("input", "output")) for row in rows]
+    return [float(count) for count in (tokens if any(tokens) else [row["calls"] for row in rows])]
 
 
 class UsageLog:
@@ -67,8 +114,11 @@ class UsageLog:
     Attributes:
         path: Of the file; None in memory.
         batches: How many were counted by this object.
+        keep_days: How long minutes are kept; as long as any tracker of the log looks back.
 
-    Each event counts once, also when it is delivered again within a day. Calls without a provider count nowhere.
+    Each upstream call that an event tells of counts (S1.11), and of what the call cost each model has its share: by
+    what the provider says that it cost, else by its tokens. An event counts once, also when it is delivered again
+    within a day. Calls without a provider count nowhere.
     """
 
     name = "usage_log"
@@ -94,6 +144,7 @@ class UsageLog:
         self._reader: sqlite3.Connection | None = None
         self._reader_of = 0
         self.batches = 0
+        self.keep_days = KEEP_DAYS
 
     async def deliver(self, events: Sequence[UsageEvent]) -> None:
         """Count *events*, all or none of them. Raises `sqlite3.Error` where the file cannot be written."""
@@ -109,8 +160,14 @@ class UsageLog:
                 self.batches += 1
                 if self.batches % _PRUNE_EVERY == 1:
                     now = self._clock()
-                    file.execute("DELETE FROM used WHERE minute < ?", (int((now - KEEP_DAYS * 86_400) // _MINUTE_S),))
+                    file.execute(
+                        "DELETE FROM used WHERE minute < ?", (int((now - self.keep_days * 86_400) // _MINUTE_S),)
+                    )
                     file.execute("DELETE FROM seen WHERE at < ?", (now - SEEN_S,))
+
+    def keep(self, days: float) -> None:
+        """Keep minutes for so many days at least, and a little longer: somebody looks back at them."""
+        self.keep_days = max(self.keep_days, days + _SLACK_DAYS)
 
     def counted(self, providers: Sequence[str], since: float, weights: Mapping[str, float]) -> Counted:
         """
@@ -143,14 +200,16 @@ class UsageLog:
                 connection.close()
 
     def _count(self, file: sqlite3.Connection, event: UsageEvent) -> None:
-        if event.provider is None:
+        used = _used_by(event)
+        if not used:
             return
         if not file.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (event.id, self._clock())).rowcount:
             return
         cost = self._cost(event)
+        whole = 0.0 if cost is None else float(cost)
         minute = int(event.started_at // _MINUTE_S)
-        row = (event.provider, event.model or "", minute, 0.0 if cost is None else float(cost), event.started_at)
-        file.execute(_ADD, row)
+        for provider, model, calls, share in used:
+            file.execute(_ADD, (provider, model, minute, calls, whole * share, event.started_at))
 
     def _charged(self, event: UsageEvent) -> float | None:
         return event.amount / 10**self._unit.scale if event.unit == self._unit.name else None

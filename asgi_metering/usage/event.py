@@ -21,13 +21,19 @@ from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.errors import UsageError
 from asgi_metering.usage.values import AXES, TokenUsage
 
-__all__ = ["EVENT_VERSION", "AttributeValue", "UsageEvent", "ordinary_events"]
+__all__ = ["CALLS", "EVENT_VERSION", "MODELS", "AttributeValue", "UsageEvent", "ordinary_events"]
 
 AttributeValue: TypeAlias = str | int | float | bool
 """What an attribute may hold: JSON and OpenTelemetry both know these."""
 
 EVENT_VERSION: Final = 1
 """Version of the stored form. A later one may add fields; readers pass over those that they do not know."""
+
+MODELS: Final = "metering.models"
+"""JSON: ``[{"model", "provider", "calls", "usage": {...}, "cost_usd_micros"}]``, of calls that used several models."""
+
+CALLS: Final = "metering.upstream.calls"
+"""How many upstream calls there were, where one model answered several."""
 
 _TRACE: Final = {"trace_id": 32, "span_id": 16, "trace_flags": 2}
 """Hex digits of each identifier (W3C Trace Context, 3.2.2)."""
@@ -56,14 +62,14 @@ class UsageEvent:
         line: The billing line.
         payer: Whose balance it was; never a metric attribute.
         caller: Who authenticated, if anybody did.
-        caller_type: The caller's type, for lines that name `callers=`.
+        caller_type: The `Caller`'s type, if it has one.
         unit: Name of the unit of `amount` and `held`.
         amount: Charged, in the unit's smallest parts; negative for a correction downwards.
         held: Set aside at admission, in smallest parts.
         outcome: How the call ended: completed, client_gone, error, ...
         basis: What the amount was taken from: usage, observed, estimate, hold, none, ...
         usage: Tokens, as far as anything reported them.
-        usage_source: Who reported them: handler, upstream, telemetry, body, tokenizer.
+        usage_source: Who reported them: handler, upstream, litellm, telemetry, body, tokenizer.
         model: The model that answered.
         provider: Whose model it was.
         estimated: The amount rests on an estimate.

@@ -215,7 +215,13 @@ def test_show_legacy_fields_of_the_tightest_window_that_counts_requests() -> Non
 
 def test_send_no_legacy_field_unless_asked() -> None:
     """The default names are those of the draft, with Retry-After and what is left."""
-    assert HeaderNames().exposed == ("ratelimit-policy", "ratelimit", "retry-after", "metering-available")
+    assert HeaderNames().exposed == (
+        "ratelimit-policy",
+        "ratelimit",
+        "retry-after",
+        "metering-available",
+        "metering-payer",
+    )
 
 
 def test_name_and_switch_off_each_field() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +98,10 @@ def test_answer_is_never_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def fails() -> object:
         raise RuntimeError("what now?")
 
-    monkeypatch.setattr(app.tracker, "snapshot", fails)
-    answer = get(app)
-    assert (answer.status_code, answer.json()) == (200, empty)
+    for broken in (fails, lambda: {"packages": [date(2030, 1, 1)]}, lambda: {"packages": [math.nan]}):
+        monkeypatch.setattr(app.tracker, "snapshot", broken)
+        answer = get(app)
+        assert (answer.status_code, answer.json()) == (200, empty)
 
 
 def test_only_who_is_authorized_may_look() -> None:

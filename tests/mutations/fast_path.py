@@ -30,8 +30,8 @@ MUTATIONS = (
         0,
         "the fast path sees no grant lapse",
         ADMISSION,
-        "    if available < 0 or now >= changes_at or",
-        "    if available < 0 or",
+        "            if available < 0 or overdraft < 0 or now >= changes_at or",
+        "            if available < 0 or overdraft < 0 or",
         _test("leave_a_call_of_an_account_that_is_not_plain[grant lapses]"),
     ),
     Mutation(

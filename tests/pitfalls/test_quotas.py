@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 from asgi_metering import billable, metered_app, rate_limited
-from asgi_metering.quotas import Reading
+from asgi_metering.quotas import DIALECTS as SHIPPED
+from asgi_metering.quotas import Dialect, DialectRegistry, QuotaLimit, Reading
+from asgi_metering.tracking import QuotaTracker
+from asgi_metering.upstream import QuotaReadings
 from tests.harness.drive import Drive, drive, headers, http_scope
 from tests.harness.drive import status as status_of
 from tests.pitfalls.stage import staged
@@ -97,6 +101,27 @@ def test_capture_and_remove_the_fields_of_a_provider(provider: str, fields: Fiel
     assert not lower(fields) & received(ended)
     assert not {name for name, _ in lower(fields)} & {name for name, _ in received(ended)}
     assert lower(KEPT) <= received(ended)
+
+
+def test_capture_and_remove_the_fields_of_a_dialect_of_ones_own() -> None:
+    """S1.34, S1.46: a dialect that the metering's readings know is captured here too, and kept from the client."""
+
+    def read_acme(lines: Iterable[tuple[bytes, bytes]], _now: float) -> tuple[QuotaLimit, ...]:
+        told = dict(lines)
+        return (QuotaLimit(resource="requests", limit=60, remaining=int(told[b"quux-left"])),)
+
+    acme = Dialect(name="acme", marks=(b"quux-",), read=read_acme, private=(b"quux-",))
+    readings = QuotaReadings(dialects=DialectRegistry(acme, *SHIPPED.dialects))
+    fields = ((b"Quux-Left", b"7"), (b"quux-account", b"secret"))
+
+    async def play() -> tuple[Drive, dict[str, Reading]]:
+        app = metered_app(proxy((*fields, *OPENAI)), billable(1))
+        async with staged(app, packages=QuotaTracker(readings=readings)) as stage:
+            return await stage.drive(), stage.metering.quotas.all()
+
+    ended, told = asyncio.run(play())
+    assert counts(told["acme"]) == {"requests": (60, 7)}
+    assert not {name for name, _ in lower((*fields, *OPENAI))} & {name for name, _ in received(ended)}
 
 
 @pytest.mark.parametrize(("provider", "fields"), DIALECTS)

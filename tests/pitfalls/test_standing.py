@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -9,9 +12,10 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from asgi_metering import Allowance, MeteringMiddleware, Wallet, billable, current_call
+from asgi_metering.errors import AmountError
 from asgi_metering.sources import PaymentSource
 from tests.harness.drive import body, status
-from tests.pitfalls.scene import Scene, Visit, field_of, visit
+from tests.pitfalls.scene import ANN, CREDIT, Scene, Visit, field_of, visit
 
 SOURCES: dict[str, PaymentSource] = {
     "wallet": Wallet(warn_below=21),
@@ -79,3 +83,58 @@ def test_ask_for_what_a_plan_is_allowed_by_now() -> None:
 
     app = MeteringMiddleware(Starlette(routes=[Route("/", endpoint)]), metering=scene.metering)
     assert [status(ended.log) for ended in visit(app, Visit(), Visit())] == [200, 429]
+
+
+@pytest.mark.parametrize("price", [1, lambda call: 1], ids=["fixed", "computed"])
+def test_ask_a_function_for_the_limit_at_each_decision(price: Any) -> None:
+    """S4.2, S4.17: one function of payer and plan is the source of the limit for gate, warning, preview and gauge."""
+    scene, limits, asked = Scene(), {ANN: 2}, []
+
+    async def limit(payer: str, plan: str | None) -> int:
+        asked.append((payer, plan))
+        return limits[payer]
+
+    sources = [Allowance(limit, per="month")]
+
+    @billable(price, line="messages", sources=sources)
+    async def endpoint(_request: Request) -> PlainTextResponse:
+        return PlainTextResponse(current_call().balance_status)
+
+    app = MeteringMiddleware(Starlette(routes=[Route("/", endpoint)]), metering=scene.metering)
+    ended = visit(app, Visit(), Visit(), Visit())
+    assert [status(each.log) for each in ended] == [200, 200, 429]
+    assert [body(each.log).decode() for each in ended[:2]] == ["ok", "blocked"]
+    assert set(asked) == {(ANN, None)}
+
+    async def looked() -> tuple[int, int, int, bool]:
+        (gauge,) = await scene.metering.allowances(ANN, sources=sources, plan="pro")
+        notice = await scene.metering.preview(ANN, line="messages", price=1, sources=sources, plan="pro")
+        return gauge.used // CREDIT, gauge.limit // CREDIT, gauge.remaining // CREDIT, notice.admitted
+
+    assert asyncio.run(looked()) == (2, 2, 0, False)
+    limits[ANN] = 3
+    assert asyncio.run(looked()) == (2, 3, 1, True)
+    assert [status(each.log) for each in visit(app, Visit(), Visit())] == [200, 429]
+    limits[ANN] = 1
+    # Cut below what is used, which is told as it is (S4.4).
+    assert asyncio.run(looked()) == (3, 1, 0, False)
+
+
+def test_let_nobody_in_by_a_limit_that_cannot_be_told() -> None:
+    """S4.17: a function that raises, or answers no amount, lets nobody in, and no other source pays instead."""
+    scene, answers = Scene(), iter([-1, "many", RuntimeError("no database")])
+
+    def limit() -> Any:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    @billable(1, sources=[Allowance(limit), Wallet()])
+    async def endpoint(_request: Request) -> PlainTextResponse:
+        raise AssertionError("It ran.")
+
+    app = MeteringMiddleware(Starlette(routes=[Route("/", endpoint)]), metering=scene.metering)
+    ended = visit(app, Visit(), Visit(), Visit())
+    assert [type(each.exception) for each in ended] == [AmountError, AmountError, RuntimeError]
+    assert scene.settled() == 0

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from datetime import date
+import re
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import pytest
 
 from asgi_metering.errors import ConfigurationError
-from asgi_metering.quotas.packages import Package, midnight, read_catalogue, read_package
+from asgi_metering.quotas import packages
+from asgi_metering.quotas.packages import Package, midnight, read_catalogue, read_package, register_package_type
+from asgi_metering.quotas.scoring import score_of
+from asgi_metering.quotas.status import Counted, status_of
 from tests.quotas.captures import NOW
 
 DAY_S = 86_400
@@ -26,6 +30,90 @@ def test_read_package_fills_in_what_is_not_told() -> None:
     assert read_package({"provider_id": "acme"}, "mine").package_id == "mine"
     assert read_package({"package_id": "own"}, "key").package_id == "own"
     assert (bare.api_key_env, read_package({"api_key_env": "ACME_KEY"}).api_key_env) == (None, "ACME_KEY")
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"package_type": "weird"}, "package_type is 'weird'. Use one of credits, rolling_window, daily"),
+        ({"source": "guess"}, "source is 'guess'"),
+        ({"confidence": 1}, "confidence is 1"),
+        ({"total": math.nan}, "total is nan, and no number from 0 up"),
+        ({"used": -1}, "used is -1"),
+        ({"total": True}, "total is True"),
+        ({"window_hours": 0}, "window_hours is 0"),
+        ({"zone": "Nowhere/At_all"}, "zone is 'Nowhere/At_all', and no zone"),
+        ({"expiry_date": 20300101}, "expiry_date is 20300101"),
+        ({"model_weights": {"m": "heavy"}}, "model_weights.m is 'heavy'"),
+        ({"extra_provider_ids": "acme"}, "extra_provider_ids is 'acme', and no list"),
+        ({"api_key_env": "sk-secret"}, "api_key_env is no name of a variable"),
+        ({"package_id": ""}, "package_id is empty"),
+    ],
+)
+def test_package_of_code_is_checked_as_one_of_a_file(fields: dict[str, Any], sentence: str) -> None:
+    """What cannot be is refused where it is written, and shown to nobody as a status (S1.3)."""
+    with pytest.raises(ConfigurationError, match=re.escape(sentence)) as refused:
+        Package(**{"package_id": "p", **fields})
+    assert "sk-secret" not in str(refused.value)
+
+
+def test_package_of_code_holds_what_can_be_shown() -> None:
+    """Dates and extras of code become what JSON can say, and what is named like a credential is left out (S1.1)."""
+    made = Package(
+        package_id="p",
+        total="25",  # type: ignore[arg-type]
+        expiry_date=date(2030, 1, 1),  # type: ignore[arg-type]
+        extra_provider_ids=["other"],  # type: ignore[arg-type]
+        extras={"bought": date(2029, 1, 1), "api_key": "secret"},
+    )
+    assert (made.total, made.expiry_date, made.providers) == (25, "2030-01-01", ("unknown", "other"))
+    assert made.extras == {"bought": "2029-01-01"}
+    json.dumps(status_of(made, NOW).to_dict(), allow_nan=False)
+
+
+def month(package: Package, now: float) -> tuple[float, float]:
+    """The calendar month of UTC."""
+    first = datetime.fromtimestamp(now, UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    return first.timestamp(), (first + timedelta(days=32)).replace(day=1).timestamp()
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A type of one's own, for one test."""
+    monkeypatch.setattr(packages, "WINDOWS", dict(packages.WINDOWS))
+    register_package_type("test-month", month)
+
+
+@pytest.mark.usefixtures("registered")
+def test_register_a_type_of_ones_own() -> None:
+    """A type is a window that a function tells; a package of it is read and shown as any other window (S1.2)."""
+    now = datetime(2026, 11, 16, tzinfo=UTC).timestamp()
+    package = read_package({"provider_id": "acme", "package_type": "test-month", "limit_per_window": 100})
+    assert (package.package_id, package.total) == ("acme-test-month", 100)
+    assert package.window_start(now) == datetime(2026, 11, 1, tzinfo=UTC).timestamp()
+    found = status_of(package, now, counted=Counted(75, now - 60))
+    assert (found.package_type, found.used, found.alert) == ("test-month", 75, "watch")
+    assert (found.reset_at, found.window_hours) == ("2026-12-01T00:00:00Z", None)
+    assert found.pace == pytest.approx(0.25)
+    assert score_of("acme", [found]).points == 1
+    register_package_type("test-month", month)
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("name", "window", "sentence"),
+    [
+        ("daily", month, "'daily' is known already"),
+        ("credits", month, "'credits' is known already"),
+        ("test-month", lambda package, now: (0, 1), "'test-month' is known already"),
+        ("a b", month, "Choose another"),
+        ("other", 3, "window=3 cannot be called"),
+    ],
+)
+def test_refuse_a_type_that_is_none(name: str, window: Any, sentence: str) -> None:
+    """A type has a name of its own, and a function (S1.2)."""
+    with pytest.raises(ConfigurationError, match=sentence):
+        register_package_type(name, window)
 
 
 @pytest.mark.parametrize(

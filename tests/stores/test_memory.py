@@ -337,6 +337,21 @@ def test_forget_again_after_a_sweep_has_forgotten() -> None:
     assert len(store._state.counters) <= 21
 
 
+def test_look_on_where_a_sweep_has_forgotten_meanwhile() -> None:
+    """Counters that a sweep takes away in the midst of a round are passed over, and the round goes on behind them."""
+    store = MemoryStore(clock := FakeClock(), bounds=FEW)
+    for address in range(20):
+        store.run_now(hit(address, window_s=10.0 if address % 2 else 1e6))
+    clock.advance(100.0)
+    # Ten are over: the sweep takes the first five, of which some were looked at and some were to come.
+    store.run_now(Sweep(limit=5))
+    for address in range(1_000, 1_300):
+        clock.advance(1.0)
+        store.run_now(hit(address, window_s=1.0))
+    assert len(store._state.counters) <= 2 * 10 + 1
+    assert {f"address {address}" for address in range(0, 20, 2)} <= store._state.counters.keys()
+
+
 # -- windows and accounts ----------------------------------------------------------------------------------
 
 

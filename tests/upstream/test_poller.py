@@ -10,6 +10,7 @@ import os
 import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from asgi_metering.errors import ConfigurationError
 from asgi_metering.quotas.balances import ENDPOINTS
 from asgi_metering.testing import FakeClock
 from asgi_metering.testing.provider.balances import Balances
+from asgi_metering.tracking import Endpoint, Found
 from asgi_metering.upstream.poller import MAX_ANSWER, QuotaPoller
 from asgi_metering.upstream.tracker import QuotaTracker
 from asgi_metering.upstream.turns import Turn
@@ -261,6 +263,58 @@ def test_poll_tries_addresses_in_order(house: House, monkeypatch: pytest.MonkeyP
     (result,) = asyncio.run(poller.poll())
     assert "/api/v1/key answered 500" in str(result.error)
     assert [path for path, _ in house.app.seen] == ["/api/v1/credits", "/api/v1/key"] * 2
+
+
+def told_by_acme(payload: Any) -> Found:
+    """A parser of one's own."""
+    return Found(total=Decimal(payload["balance_infos"][1]["granted_balance"]), used=3.0)
+
+
+def test_poll_asks_kinds_of_ones_own(house: House) -> None:
+    """A kind with addresses, parser and key of one's own is polled as any other, before a known one (S1.21, S1.24)."""
+    urls = (house.url + "/nowhere", house.url + "/user/balance")
+    mine = {"acme": Endpoint(urls, told_by_acme, "ACME_KEY"), "deepseek": Endpoint((), told_by_acme, "OTHER_KEY")}
+    packages = {
+        "a": house.package("", provider_id="acme", poll=None, url=None),
+        "d": house.package("/user/balance"),
+    }
+    poller = house.poller(packages, environ={"ACME_KEY": KEY}, keys={"deepseek": KEY}, endpoints=mine)
+    results = asyncio.run(poller.poll())
+    assert [(each.is_ok, each.used, each.error) for each in results] == [(True, 3, None)] * 2
+    (result,) = asyncio.run(house.poller({"z": house.package("", poll="zeta", url=None)}, endpoints=mine).poll())
+    assert "'zeta' is no kind of balance endpoint" in str(result.error)
+    assert "acme" in str(result.error)
+
+
+@pytest.mark.parametrize(
+    ("parse", "error"),
+    [
+        (lambda payload: payload["no such field"], "could not be read: KeyError('no such field')"),
+        (lambda payload: 12, "answered 12, and no Found"),
+        (lambda payload: Found(), "neither what is used nor what is left"),
+        (lambda payload: Found(total=Decimal(12)), "neither what is used nor what is left"),
+        (lambda payload: Found(total=Decimal("NaN"), used=Decimal(1)), "the total NaN, which is no number"),
+        (lambda payload: Found(used=-1), "the used -1, which is no number"),
+        (lambda payload: Found(remaining="much"), "the remaining much, which is no number"),
+    ],
+    ids=["raises", "else", "empty", "total alone", "nan", "negative", "text"],
+)
+def test_poll_outlives_a_parser_of_ones_own(house: House, parse: Any, error: str) -> None:
+    """Whatever such a parser raises or answers, its package keeps its numbers and no other is disturbed (S1.28)."""
+    mine = {"acme": Endpoint((house.url + "/user/balance",), parse, "ACME_KEY")}
+    packages = {"a": house.package("", poll="acme", url=None, used_credits=7), "d": house.package("/user/balance")}
+    poller = house.poller(packages, keys={"acme": KEY}, endpoints=mine)
+    failed, other = asyncio.run(poller.poll())
+    assert other.is_ok
+    assert (failed.is_ok, failed.total, failed.used) == (False, 20, 7)
+    assert error in str(failed.error)
+
+
+@pytest.mark.parametrize("endpoints", [{"acme": "https://acme.example"}, ["acme"], {3: None}])
+def test_refuse_kinds_that_are_none(house: House, endpoints: Any) -> None:
+    """A sentence says what may be passed (S1.21)."""
+    with pytest.raises(ConfigurationError, match="Write endpoints="):
+        house.poller({}, endpoints=endpoints)
 
 
 def test_poll_without_a_key_is_skipped_with_one_warning(house: House, caplog: pytest.LogCaptureFixture) -> None:

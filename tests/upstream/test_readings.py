@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
+from email.message import Message
+from typing import Any
 
+import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,6 +52,53 @@ def remaining(reading: Reading | None) -> int | None:
 
 
 CREDIT = b'{"error": {"code": "insufficient_quota", "message": "pay"}}'
+
+
+TOLD = {
+    "X-RateLimit-Limit-Requests": "60",
+    "x-ratelimit-remaining-requests": "7",
+    "Retry-After": "30",
+    "Set-C\xe9": "\u2603",
+}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        TOLD,
+        list(TOLD.items()),
+        [(name.encode("latin-1", "replace"), value.encode("latin-1", "replace")) for name, value in TOLD.items()],
+        tuple((name, value.encode("latin-1", "replace")) for name, value in TOLD.items()),
+        (pair for pair in TOLD.items()),
+        httpx2.Headers({name: value for name, value in TOLD.items() if name.isascii()}),
+        Message(),
+    ],
+    ids=["dict", "texts", "bytes", "mixed", "iterator", "httpx", "http.client"],
+)
+def test_record_headers_as_any_library_has_them(headers: Any) -> None:
+    """A response's own headers can be told as they are: a mapping, or pairs of texts or bytes, in any case (S1.46)."""
+    if isinstance(headers, Message):
+        for name, value in TOLD.items():
+            headers[name] = value
+    reading = make().record("openai", headers, 200)
+    assert remaining(reading) == 7
+    assert reading is not None
+    assert reading.retry_after_s == 30
+
+
+@pytest.mark.parametrize(
+    "headers", [None, 3, "retry-after: 30", [None], ["x"], [(1, 2)], [(b"retry-after", 30)], object()]
+)
+def test_record_of_what_are_no_headers_raises_nothing(headers: Any) -> None:
+    """An observer never disturbs who asks: what cannot be read says nothing (S1.39)."""
+    assert make().record("openai", headers, 200) is None
+
+
+@pytest.mark.parametrize("broken", [None, (), (b"x",), (b"x", 3), (3, b"x"), "xy z"])
+def test_record_loses_no_header_for_a_broken_one(broken: Any) -> None:
+    """What is no pair of texts costs no other field (S1.39)."""
+    for headers in ([*left(5), broken], [broken, *left(5)]):
+        assert remaining(make().record("openai", headers, 200)) == 5
 
 
 def test_record_of_a_body_belongs_to_the_headers_of_its_answer() -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from asgi_metering.errors import ConfigurationError
+from asgi_metering.quotas import packages
 from asgi_metering.quotas.packages import Package, read_package
-from asgi_metering.upstream.catalogue import template
+from asgi_metering.upstream.catalogue import template, write_usage
 from asgi_metering.upstream.readings import QuotaReadings
 from asgi_metering.upstream.tracker import QuotaTracker
 from asgi_metering.upstream.usage_log import UsageLog
@@ -89,6 +90,29 @@ def test_status_of_a_captured_package_follows_the_readings() -> None:
     log.close()
 
 
+def test_log_keeps_what_packages_and_the_burn_look_back_at(tmp_path: Path) -> None:
+    """A burn over 90 days and a window of 60 are taken of all of these days, however long a log keeps (S1.7, S1.11)."""
+    catalogue, day = tmp_path / "quotas.json", 86_400.0
+    entry = {"provider_id": "acme", "package_type": "rolling_window", "limit_per_window": 100, "window_hours": 60 * 24}
+    catalogue.write_text(json.dumps({"packages": {"w": entry, "c": {"provider_id": "acme", "total_credits": 900}}}))
+    log = UsageLog(tmp_path / "log.db", clock=lambda: NOW)
+    tracker = QuotaTracker(catalogue, log=log, burn_days=90, clock=lambda: NOW)
+    log.add([event(number, at=NOW - days * day) for number, days in enumerate((89, 59, 1))])
+    # As a process that starts anew, whose first batch throws away what is too old.
+    log.close()
+    again = UsageLog(tmp_path / "log.db", clock=lambda: NOW)
+    later = QuotaTracker(catalogue, log=again, burn_days=90, clock=lambda: NOW)
+    again.add([event(9, at=NOW)])
+    window, prepaid = later.statuses()
+    assert (window.used, prepaid.burn_per_day) == (3, pytest.approx(8 / 90))
+    # A catalogue that asks for more from now on is heard as well.
+    catalogue.write_text(json.dumps({"packages": {"w": {**entry, "window_hours": 200 * 24}}}))
+    assert later.status("w") is not None
+    assert again.keep_days >= 200
+    assert tracker.log is log
+    again.close()
+
+
 def test_update_changes_a_package_that_is_there(caplog: pytest.LogCaptureFixture) -> None:
     """Used, source, confidence and the moment change; a package that is not there is told of and not made (S1.16)."""
     tracker = QuotaTracker([package("c", total_credits=10)], clock=clock)
@@ -120,14 +144,53 @@ def test_update_gives_way_to_a_newer_file(tmp_path: Path) -> None:
     assert tracker.packages() == {}
 
 
-def test_one_broken_package_costs_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_update_gives_way_to_what_a_person_writes(tmp_path: Path) -> None:
+    """Who edits a catalogue is heard, also if the time of the last poll still stands in it (S1.16, S1.30)."""
+    path = tmp_path / "quotas.json"
+
+    def write(**fields: object) -> None:
+        path.write_text(json.dumps({"packages": {"c": {"provider_id": "acme", **fields}}}))
+
+    told = {"total_credits": 25, "used_credits": 10, "source": "api_poll", "last_updated": "2025-08-01T00:00:00Z"}
+    write(**told)
+    tracker = QuotaTracker(path, clock=clock)
+    assert tracker.update("c", used=12, total=25, confidence="high")
+    # Not yet in the file; then the poller's own write, which changes nothing.
+    assert tracker.packages()["c"].used == 12
+    write_usage(path, tracker.packages())
+    assert tracker.packages()["c"].used == 12
+    written = json.loads(path.read_text())["packages"]["c"]
+    # A top-up and a new source, noted by hand.
+    write(**{**written, "total_credits": 100, "source": "manual", "notes": "paid"})
+    found = tracker.packages()["c"]
+    assert (found.total, found.used, found.source, found.notes) == (100, 12, "manual", "paid")
+    # What is told after that counts again.
+    assert tracker.update("c", used=13)
+    assert (tracker.packages()["c"].used, tracker.packages()["c"].total) == (13, 100)
+
+
+def test_update_outlives_a_change_of_what_it_does_not_tell(tmp_path: Path) -> None:
+    """Notes, weights and dates are the catalogue's own: to edit them takes back nothing that was told (S1.16)."""
+    path = tmp_path / "quotas.json"
+    entry = {"provider_id": "acme", "total_credits": 25, "used_credits": 10}
+    path.write_text(json.dumps({"packages": {"c": entry}}))
+    tracker = QuotaTracker(path, clock=clock)
+    assert tracker.update("c", used=12)
+    path.write_text(json.dumps({"packages": {"c": {**entry, "notes": "mine"}}}))
+    assert (tracker.packages()["c"].used, tracker.packages()["c"].notes) == (12, "mine")
+
+
+def test_one_broken_package_costs_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An entry that cannot be read, and one that has no status, are logged; the others have theirs (S1.17)."""
     path = tmp_path / "q.json"
     path.write_text(json.dumps({"packages": {"good": {"total_credits": 1}, "bad": {"source": "?"}}}))
     tracker = QuotaTracker(path, clock=clock)
     assert [status.package_id for status in tracker.statuses()] == ["good"]
     assert len(tracker.problems()) == 1
-    broken = Package(package_id="zone", package_type="daily", zone="Nowhere/At_all")
+    monkeypatch.setitem(packages.WINDOWS, "leap", lambda package, now: 1 / 0)
+    broken = Package(package_id="zone", package_type="leap")
     with caplog.at_level(logging.ERROR):
         statuses = QuotaTracker([broken, package("c", total_credits=1)], clock=clock).statuses()
     assert [status.package_id for status in statuses] == ["c"]
@@ -190,6 +253,25 @@ def test_score_goes_on_where_the_tracker_fails(
         assert tracker.score("acme") == whole == ("acme", 2 + 5, whole.packages)
     assert "by the catalogue alone" in caplog.text
     assert QuotaTracker([mine], log=BrokenLog(), clock=clock).score("acme").points == 7
+
+
+def test_score_goes_on_by_the_file_where_the_tracker_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A catalogue file is scored by its raw fields as well, and a package that fails costs no other (S1.55, S1.17)."""
+    path = tmp_path / "quotas.json"
+    entry = {"provider_id": "acme", "total_credits": 100, "used_credits": 50, "expiry_date": "2025-08-25"}
+    monkeypatch.setitem(packages.WINDOWS, "leap", lambda package, now: 1 / 0)
+    path.write_text(json.dumps({"packages": {"c": entry, "w": {"provider_id": "acme", "package_type": "leap"}}}))
+    tracker = QuotaTracker(path, clock=clock)
+    whole = tracker.score("acme")
+    assert whole.points == 7
+
+    def fails() -> object:
+        raise RuntimeError("no statuses today")
+
+    monkeypatch.setattr(tracker, "statuses", fails)
+    assert tracker.score("acme") == whole
+    monkeypatch.setattr(tracker, "packages", fails)
+    assert tracker.score("acme") == whole
 
 
 def test_rank_sends_calls_to_what_would_expire() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 from pathlib import Path
 
@@ -76,6 +77,49 @@ def test_cost_is_what_calls_were_charged(log: UsageLog) -> None:
     """Whole units of the log's unit are the costs; other units have none (S1.7)."""
     log.add([event(1), event(2, unit="messages"), event(3, "other", at=NOW - 86_400 * 8)])
     assert log.cost(("acme", "other"), NOW - 86_400 * 7) == 2
+    log.close()
+
+
+def test_cost_of_a_call_divides_among_its_models(log: UsageLog) -> None:
+    """By what providers charge where all of them say it, else by tokens, else by calls (S1.7, S1.11)."""
+
+    def several(*rows: tuple[str | None, int, dict[str, int], int | None]) -> dict[str, str]:
+        told = [
+            {"model": "m", "provider": provider, "calls": calls, "usage": usage}
+            | ({} if cost is None else {"cost_usd_micros": cost})
+            for provider, calls, usage, cost in rows
+        ]
+        return {"metering.models": json.dumps(told)}
+
+    log.add(
+        [
+            event(1, attributes=several(("acme", 2, {"input": 9}, 1), ("other", 1, {"input": 1}, 3))),
+            event(2, attributes=several(("acme", 1, {"input": 2, "output": 1}, 1), ("third", 1, {"input": 1}, None))),
+            event(3, attributes=several(("fourth", 3, {}, None), (None, 1, {}, None))),
+        ]
+    )
+    names = ("acme", "other", "third", "fourth")
+    assert [log.counted((name,), 0, {}).used for name in names] == [2 + 1 + 1, 1, 1, 3]
+    assert [log.cost((name,), 0) for name in names] == [0.5 + 1.5 + 0.5, 1.5, 0.5, 1.5]
+    log.close()
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"metering.models": "no JSON"},
+        {"metering.models": "[]"},
+        {"metering.models": "[1, 2]"},
+        {"metering.models": '{"a": 1}'},
+        {"metering.models": '[{"model": "m", "provider": "acme", "calls": 0, "usage": {}}]'},
+        {"metering.upstream.calls": -3},
+        {"metering.upstream.calls": "many"},
+    ],
+)
+def test_attributes_of_somebody_else_count_one_call(attributes: dict[str, object], log: UsageLog) -> None:
+    """What is not written by us keeps no batch from being counted (S1.15)."""
+    log.add([event(1, attributes=attributes)])
+    assert (log.counted(("acme",), 0, {}).used, log.cost(("acme",), 0)) == (1, 2)
     log.close()
 
 
