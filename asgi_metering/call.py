@@ -511,10 +511,8 @@ class Call(CallState):
         if opening.free and opening.stays_free():
             opening.check()
             return True
-        self._bind(policy, arguments)
-        if self._asking or self.decision is not None or self.refusal is not None:
-            return False
-        return self.metering.admit_now(self, policy, opening.features)
+        # Whoever came second finds by `ensure` how far the first one is.
+        return self._bind(policy, arguments) and self.metering.admit_now(self, policy, opening.features)
 
     def expect(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> None:
         """
@@ -525,7 +523,8 @@ class Call(CallState):
         self._bind(policy, arguments)
         self.deferred = True
 
-    def _bind(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> None:
+    def _bind(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> bool:
+        """Bind *policy*; False where it was bound before."""
         if self.closed or self.opening.closed:
             raise CallClosedError(f"Call {self.id!r} has ended; it can admit nothing more.")
         if self.policy is not None:
@@ -534,11 +533,12 @@ class Call(CallState):
                     f"Endpoint {policy.name!r} was called inside a call that is metered as {self.policy.name!r} "
                     f"already. Use metering.charge() for work inside a call that has a price of its own."
                 )
-            return
+            return False
         if policy.needs or self.opening.features is not ALL_FEATURES:
             self.metering.check_features(policy, self.opening)
         self.policy = policy
         self.pending = arguments
+        return True
 
     async def ensure(self) -> None:
         """
