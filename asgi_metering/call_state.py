@@ -241,9 +241,10 @@ class CallState:
         """The ledger has answered."""
         self.receipt = receipt
         endings, self._endings = self._endings, None
-        for future in endings or ():
-            if not future.done():
-                future.set_result(receipt)
+        if endings:
+            for future in endings:
+                if not future.done():
+                    future.set_result(receipt)
         self.opening.let_go()
 
     @property
