@@ -21,6 +21,7 @@ from asgi_metering.asking import (
     source_asks,
 )
 from asgi_metering.beside import Beside
+from asgi_metering.continuing import continued, go_on
 from asgi_metering.correlating import ids_around, ids_of
 from asgi_metering.counting import count_by, counts, message_limits, needs_caller, of_everybody
 from asgi_metering.decisions import Decision, Reason, Refusal
@@ -31,7 +32,7 @@ from asgi_metering.keying import key_ask, once, shared_key
 from asgi_metering.outage import in_doubt_of, without_store
 from asgi_metering.policies import ChargePolicy, EndpointPolicy, RatePolicy
 from asgi_metering.prices import FixedPrice
-from asgi_metering.pricing import amounts_of, find_payer, find_price, pin
+from asgi_metering.pricing import FREE, amounts_of, find_payer, find_price, pin
 from asgi_metering.receipts import Basis
 from asgi_metering.reserving import reserve
 from asgi_metering.rules.operations import (
@@ -118,6 +119,8 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
         if call.beside is not None:
             call.beside.release(call.metering.headroom)
         raise
+    if call.continues is not None and call.decision is not None:
+        go_on(call, call.decision)
     call.metering.admitted(call)
 
 
@@ -256,10 +259,10 @@ async def _charge(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]
         call.once = await once(call, charge, arguments)
     if not call.exempt:
         call.shared = await shared_key(call, charge, arguments)
+    if call.price is FREE and "credits" in call.opening.features:
+        await continued(call, charge)
     call.trace = current_trace()
-    call.facts = _facts(call)
-    if charge.correlates:
-        call.facts = {**call.facts, **await ids_of(call, charge, arguments)}
+    call.facts = _facts(call, await ids_of(call, charge, arguments) if charge.correlates else None)
 
 
 async def _decide(
@@ -461,7 +464,7 @@ def _is_measured(call: Call) -> bool:
     return call.price is not None and not isinstance(call.price, FixedPrice) and not call.exempt
 
 
-def _facts(call: Call) -> dict[str, Any]:
+def _facts(call: Call, ids: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What the usage event says of the admission: enough to write it when this process is gone."""
     caller = call.caller
     told: dict[str, Any] = {"line": call.line, "started_at": call.started_at, **call.trace}
@@ -476,5 +479,7 @@ def _facts(call: Call) -> dict[str, Any]:
         told.update(ids_around(call))
     else:
         told["request_id"] = origin.request_id or call.id
+    if ids is not None:
+        told.update(ids)
     drops = call.metering.drops.get(call.line) if call.metering.drops else None
     return told if drops is None else without(told, drops)

@@ -18,6 +18,7 @@ from asgi_metering.errors import AmountError, UsageError
 from asgi_metering.itemised import DOUBTS, calls_of, costed, costing_attributes
 from asgi_metering.measuring import (
     Metered,
+    asked_upstream,
     failed_in_band,
     metered_usage,
     observed_usage,
@@ -407,6 +408,10 @@ def _event(call: Call, used: Metered, seen: Sighting, row: Situation) -> dict[st
     several = bool(call.exchanges) or call.witnesses is not None or len(call.reports) > 1
     if several or (call.opening.is_session and call.observer is not None):
         more.update(upstream_attributes(call, used))
+    if call.exchanges and used.provider is None:
+        # Nobody told what they used; whose calls they were is known all the same.
+        _, model, told["provider"] = asked_upstream(call, used.source)
+        told["model"] = used.model or model
     if used.usage is not None:
         more.update(unit_attributes(calls_of(call, used)))
     more.update(_payer_attributes(call))

@@ -150,6 +150,8 @@ class CallState:
     is_beating = False
     trace: Mapping[str, str] = MappingProxyType({})
     facts: Mapping[str, Any] = MappingProxyType({})
+    # How the session stands that it continues, of which it is not charged: whose it is.
+    continues: Decision | None = None
     has_hold = False
     hold_lost = False
     # Admitted at once by a plain plan (`plans`): its price is fixed, if it has one, and each call is charged by itself;

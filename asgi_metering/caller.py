@@ -28,8 +28,9 @@ class Caller:
         id: The caller: a key's id or a user's; never a credential. 1 to 255 printable characters.
         payer: Whose balance pays; the caller itself by default (S3.37: they often differ).
         plan: Chooses allowances by plan.
-        type: What kind of caller: it goes on the usage event, and a route may charge one kind alone, by
-            ``skip_if=lambda call: call.caller.type != "agent"``. None is an ordinary caller.
+        type: What kind of caller: it goes on the usage event, and a route may charge some kinds alone:
+            ``billable(2, callers=["agent"])`` tells of no others, ``skip_if=lambda call: call.caller.type != "agent"``
+            tells of them as free work. None is an ordinary caller.
         exempt: Is charged nothing, and not counted by limits and slots per caller or payer; those per address, by a
             computed key or of everybody count it (S0.18). Its calls are audited as free work. Only for who you know to
             be one of you: an identity of development, a probe.

@@ -152,7 +152,8 @@ def billable(
         charge_per: The window of a charge key: ``"day"``, ``"week"``, ``"month"``, or seconds from its first call on.
         charge_zone: Where the days of that window begin.
         skip_if: Answers True, from the endpoint's arguments, for a call that is not charged: the continuation of a
-            turn that was (S0.16). It is counted by limits, and audited with an amount of 0.
+            turn that was (S0.16). It is counted by limits, and audited with an amount of 0. With a *charge_key*, on a
+            route that names payers, it goes on with whoever pays its session, and is looked up for that.
         on_store_down: The store gives no answer: ``deny`` with 503, ``queue`` (let in, and charged later out of the
             metering's journal) or ``allow`` (let in for nothing); what the `Metering` says by default (X.6).
         per: ``"message"`` charges a WebSocket the price for each message that comes in, ``"second"`` for each second

@@ -387,8 +387,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
             await self.declare_units(self.end_timeout_s)
         return await self.runtime().submit(operation, self.end_timeout_s)
 
-    async def decide(self, ask: Admit) -> Decision:
-        """Ask the store for one admission, within the deadline, if it is worth asking. Raises `StoreError`."""
+    async def decide(self, ask: Admit | Preview) -> Decision:
+        """Ask the store for an admission, or a look at one, within the deadline, if worth it. Raises `StoreError`."""
         runtime = self.runtime()
         if self.store.immediate and not self.new_units:
             answer = await runtime.submit(ask, self.store_timeout_s)

@@ -73,7 +73,8 @@ class Work(abc.ABC):
 
         Raises:
             CallRefused: The payer cannot afford it, or its key was used before (`Reason.REPLAYED`, and
-                ``decision.replay`` is the receipt; or it runs still, or for other work); the body did not run.
+                ``decision.replay`` is the receipt; or it runs still, or for other work); the body did not run. Where a
+                handler lets it rise before its first byte, its request is answered by it.
             CallCut: The body used up what can be held for it (``hold=slices(...)``): raised by `Call.record` inside of
                 it, and charged as the end of call says (``on_cut``), not released.
             ConfigurationError: An argument that cannot work, such as an estimate without a price to charge by.
@@ -99,6 +100,8 @@ class Work(abc.ABC):
         except BaseException:
             call.see(Cause.ERROR)
             leave(opening, outer)
+            if call.refusal is not None:
+                opening.refused_inside()
             if call.admitted and not await self._is_booked(call):
                 log.warning("Call %s of line %s failed, and its hold is not released yet.", call.id, call.line)
             raise
@@ -216,7 +219,9 @@ class Work(abc.ABC):
         ending = call.expects_ending()
         self.runtime().finish(call)
         try:
-            receipt = await asyncio.wait_for(asyncio.shield(ending), self.end_timeout_s)
+            # Not wait_for(), which on Python 3.11 swallows a cancellation that comes together with the answer.
+            async with asyncio.timeout(self.end_timeout_s):
+                receipt = await asyncio.shield(ending)
         except TimeoutError:
             return False
         return receipt is not None or not call.has_hold

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -401,6 +402,50 @@ def test_refusal_ends_and_tells_nothing() -> None:
     asyncio.run(play())
     assert store.kinds == ["Admit"]
     assert told == []
+
+
+class Slow(MemoryStore):
+    """A store that is asked as those are that take a while."""
+
+    immediate = False
+
+
+@pytest.mark.parametrize("store", [MemoryStore, Slow])
+def test_end_once_wherever_it_is_cancelled(store: type[MemoryStore]) -> None:
+    """
+    Cancelled at any step of its life, a hold is settled or released, once and in time (S3.12).
+
+    Between the answer to its admission and its body, in the body, and while it is settled.
+    """
+
+    async def run(steps: int) -> tuple[int, bool]:
+        async with Metering(store(), sinks=()) as metering:
+            await metering.grant("ann", 100, id="g")
+
+            async def work() -> None:
+                async with charging(metering, price=2, hold=None):
+                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)
+
+            task = asyncio.create_task(work())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            was_done = task.done()
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            await metering.runtime().booked()
+            spent, held = await settled(metering)
+            assert (held, task.cancelled()) == (0, not was_done)
+            assert await metering.check() == []
+            return spent, was_done
+
+    found = [asyncio.run(run(steps)) for steps in range(40)]
+    # Until the body is over nothing is charged, and from then on all of it.
+    assert [spent for spent, _ in found] == sorted(spent for spent, _ in found)
+    assert {spent for spent, _ in found} == {0, 2 * CREDIT}
+    assert found[0] == (0, False)
+    assert found[-1] == (2 * CREDIT, True)
 
 
 def test_free_a_hold_by_time_that_nothing_could_end() -> None:

@@ -29,12 +29,13 @@ class Search(BaseModel):
 class Desk:
     """An application with one endpoint, its events, and what its store had of a call that ran."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, drop_fields: Any = None, **options: Any) -> None:
         self.told: list[UsageEvent] = []
         self.facts: list[Any] = []
         self.metering = Metering(
             identify=lambda connection: Caller("ann"),
             sinks=(CallbackSink(self.told.extend),),
+            drop_fields=drop_fields,
             new_id=iter(f"call-{number}" for number in range(99)).__next__,
         )
         api = FastAPI()
@@ -91,6 +92,13 @@ def test_tell_the_ids_that_a_body_has(body: bytes, fields: list[tuple[str, str]]
     assert desk.play(body, *fields)["search"] == told
     # With the hold, so that a call whose worker dies is told of by them too.
     assert (desk.facts[0]["request_id"], desk.facts[0].get("session_id")) == told
+
+
+def test_leave_out_ids_that_a_line_does_not_carry() -> None:
+    """What events of a line leave out is neither on them nor with the hold, wherever it came from (S3.36)."""
+    desk = Desk(drop_fields={"search": ["session_id"], "rank": ["request_id"]}, **OF_BODY)
+    told = desk.play(b'{"request_id": "r1", "session_id": "s1"}')
+    assert (told["search"], told["rank"], "session_id" in desk.facts[0]) == (("r1", None), (None, None), False)
 
 
 def test_tell_the_ids_of_header_fields() -> None:

@@ -22,7 +22,7 @@ from asgi_metering.decisions import Reason
 from asgi_metering.errors import ConfigurationError, PayerError, StoreUnavailableError
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.rules.decide import Answer
-from asgi_metering.rules.operations import Admit, Operation
+from asgi_metering.rules.operations import Admit, Operation, Preview
 from asgi_metering.sources import Payer
 from asgi_metering.stores.contract import EverythingKept
 from asgi_metering.stores.memory import MemoryStore
@@ -139,6 +139,23 @@ def test_count_an_allowance_of_each_payer_at_the_expense_of_another() -> None:
         assert [(each.payer, each.used // CREDIT) for each in seen] == [("ann", 1), ("eve", 2), ("bob", 0)]
         notice = await metering.preview("bob", line="job", price=1, sources=sources, plan="free")
         assert (notice.payer, notice.paid_by, notice.switched) == ("bob", PLATFORM, False)
+
+    play(scene)
+
+
+def test_compute_the_limit_of_each_payer() -> None:
+    """A limit that is computed is asked for whom it is counted for, and not for whose expense it is (S0.1, S0.9)."""
+    limits = {"ann": 2, "acme": 0}
+
+    async def scene(metering: Metering) -> None:
+        sources = [Allowance(lambda payer: limits[payer], payer=PLATFORM, each=True), Wallet(payer=OWN)]
+        paid = []
+        for _ in range(3):
+            async with charging(metering, 1, sources=sources) as call:
+                paid.append(call.paid_by.name)
+        assert paid == ["platform", "platform", "own"]
+        (seen,) = await metering.allowances("ann", sources=sources)
+        assert (seen.payer, seen.limit // CREDIT) == ("ann", 2)
 
     play(scene)
 
@@ -294,3 +311,78 @@ def test_name_no_payer_where_there_is_no_choice() -> None:
     assert asked(b"a", sources=[Allowance(0), Wallet()]) == [(None, {})]
     names = AnswerOptions(names=HeaderNames(payer=None))
     assert asked(b"a", sources=SOURCES, answers=names) == [(None, {PAID_BY: "platform"})]
+
+
+@pytest.mark.parametrize("sources", ["payers", "none"])
+def test_continue_a_session_with_its_payer(sources: str) -> None:
+    """What continues a turn is free and goes on with whoever pays its session, and its credential (S0.16, S0.27)."""
+    chosen = [Allowance(1, payer=PLATFORM), Wallet(payer=OWN)] if sources == "payers" else [Wallet()]
+    reads: list[Preview] = []
+
+    class Read(MemoryStore):
+        """A store that notes what is only looked at."""
+
+        def run_now(self, operation: Operation) -> Answer:
+            if isinstance(operation, Preview):
+                reads.append(operation)
+            return super().run_now(operation)
+
+    metering = Metering(Read(), identify=lambda connection: Caller("ann"), sinks=())
+    api = FastAPI()
+    api.add_middleware(MeteringMiddleware, metering=metering)
+
+    @api.post("/{session}/{what}")
+    @billable(1, sources=chosen, charge_key=lambda session: session, skip_if=lambda what: what == "approve")
+    async def turn(session: str, what: str) -> dict[str, Any]:
+        call = current_call()
+        async with metering.charge(line="sub", price=10) as sub:
+            pass
+        return {"paid": call.paid_by and call.paid_by.name, "joined": call.joined, "held": call.held, "sub": sub.payer}
+
+    async def scene() -> list[Any]:
+        async with metering:
+            for payer in ("ann", "acme"):
+                await metering.grant(payer, 100, id="g")
+            paths = ("/a/say", "/b/say", "/b/approve", "/a/approve", "/new/approve")
+            told = [json.loads(body((await drive(api, http_scope(path, "POST"))).log)) for path in paths]
+            await metering.runtime().booked()
+            assert await metering.check() == []
+            return [(each["paid"], each["joined"], each["sub"]) for each in told]
+
+    found = asyncio.run(scene())
+    if sources == "none":
+        # Nobody else could pay, so that nothing has to be looked up.
+        assert ({paid for paid, _, _ in found}, reads) == ({None}, [])
+        return
+    platform, own = ("platform", False, "acme"), ("own", False, "ann")
+    assert found == [platform, own, ("own", True, "ann"), ("platform", True, "acme"), platform]
+
+
+@pytest.mark.parametrize(("down", "said"), [("deny", 503), ("allow", 200)])
+def test_continue_no_session_whose_payer_cannot_be_told(down: Any, said: int) -> None:
+    """Without an answer who pays a session is unknown: what continues it is denied, or as the route says otherwise."""
+
+    class Blind(MemoryStore):
+        """A store that answers no previews."""
+
+        def run_now(self, operation: Operation) -> Answer:
+            if isinstance(operation, Preview):
+                raise StoreUnavailableError("down")
+            return super().run_now(operation)
+
+    metering = Metering(Blind(), identify=lambda connection: Caller("ann"), sinks=())
+
+    @billable(1, sources=SOURCES, charge_key="x-session", skip_if=lambda request: True, on_store_down=down)
+    async def turn(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(str(current_call().paid_by.name))
+
+    app = MeteringMiddleware(Starlette(routes=[Route("/", turn, methods=["POST"])]), metering=metering)
+
+    async def scene() -> None:
+        async with metering:
+            ended = await drive(app, http_scope("/", "POST", headers=[("x-session", "a")]))
+            assert status(ended.log) == said
+            if said == 200:
+                assert body(ended.log) == b"platform"
+
+    asyncio.run(scene())

@@ -23,11 +23,11 @@ from asgi_metering.asgi.endings import (
     is_whole,
     stops,
 )
-from asgi_metering.asgi.hearing import Hearing
 from asgi_metering.asgi.refusals import in_band_error, refusal_response
 from asgi_metering.asgi.replay import keeper
 from asgi_metering.asgi.types import ASGIApp, Message, Scope, Send
 from asgi_metering.asgi.watch import ClientGone
+from asgi_metering.asgi.within import Within
 from asgi_metering.call import Call, CallCut, CallRefused
 from asgi_metering.growing import LEAST_ROOM
 from asgi_metering.opening import CURRENT
@@ -96,7 +96,8 @@ async def run(app: ASGIApp, exchange: Exchange) -> None:
             await exchange.returned(call)
     except BaseException as failure:
         call = exchange.call
-        if call is None or not await exchange.answers(call, failure):
+        is_answered = call is not None and await exchange.answers(call, failure)
+        if not (is_answered or await exchange.answers_within(failure)):
             raise
     finally:
         CURRENT.reset(token)
@@ -114,12 +115,10 @@ async def run(app: ASGIApp, exchange: Exchange) -> None:
                     exchange.let_go()
 
 
-class Exchange(Hearing):
+class Exchange(Within):
     """One request and its response; arguments and attributes as of `Hearing`."""
 
     # Defaults stand here and not in `__init__`: most requests need none of them, and none pays for what it has not.
-    started = False  # the app's response, or ours instead of it, has begun
-    swapped = False  # ours instead of the app's: what the app still sends goes nowhere
     trailers = False
     sent = unchecked = 0  # bytes of the body that the server took: before the loop last had a turn, and since
     whole = False  # the server took the whole body in one message of another kind
@@ -128,7 +127,6 @@ class Exchange(Hearing):
     stuck: Entry | None = None  # in which the server should have taken it
     waited = False  # for an app that goes on behind it
     dressed: Message | None = None  # the start of an admitted response, as it went out
-    begun: Message | None = None  # the start of the app's response, if it passed before an admission
     latest: Message | None = None  # what passed after it, the last of them, before an admission
     spoke = False  # the app has sent something since its call was refused
     keep: Callable[[bytes], None] | None = None  # sees every chunk that the server took

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.audit import MAX_DEPTH
+from asgi_metering.asgi.denials import deny_mistaken
 from asgi_metering.asgi.exchange import Exchange, run
 from asgi_metering.asgi.flat import FlatLimits, counted, counted_session
 from asgi_metering.asgi.hearing import FREE_METHODS, ExchangeOptions
@@ -21,7 +22,7 @@ from asgi_metering.asgi.lifespan import LAYERS_KEY, Lifespan, refuse_startup
 from asgi_metering.asgi.overridden import Overridden
 from asgi_metering.asgi.startup import check_stack, examined
 from asgi_metering.asgi.types import ASGIApp, Receive, Scope, Send
-from asgi_metering.asgi.websocket import Session, attend, deny_mistaken
+from asgi_metering.asgi.websocket import Session, attend
 from asgi_metering.asgi.workers import check_workers
 from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.guards import Part

@@ -19,7 +19,17 @@ from asgi_metering.errors import MeteringError
 from asgi_metering.policies import ChargePolicy, EndpointPolicy, ErrorShape
 from asgi_metering.sources import Allowance
 
-__all__ = ["in_band_error", "message_error", "refusal_answer", "refusal_response"]
+__all__ = [
+    "answer_within",
+    "in_band_error",
+    "message_error",
+    "refusal_answer",
+    "refusal_response",
+    "refusal_within",
+]
+
+MONEY = frozenset({Reason.CREDITS, Reason.ALLOWANCE})
+"""Reasons whose numbers are of an account."""
 
 LINES = frozenset({b"application/jsonl", b"application/jsonlines", b"application/ndjson", b"application/x-ndjson"})
 """Media types of a JSON value per line; none is registered, so all of these are met."""
@@ -72,6 +82,31 @@ def refusal_response(call: Call, options: AnswerOptions) -> Rendered:
     if call.decision is not None and call.decision.replay is not None:
         return replay_response(call, call.decision.replay)
     return render(refusal_answer(call, options), *_spelling(call))
+
+
+def refusal_within(inner: Call, outer: Call | None, options: AnswerOptions) -> Rendered:
+    """As `answer_within`, the whole response, in the shape of the request's route."""
+    return render(answer_within(inner, outer, options), *_spelling(outer or inner))
+
+
+def answer_within(inner: Call, outer: Call | None, options: AnswerOptions) -> Answer:
+    """
+    What is answered to a connection inside of which the charge *inner* was refused.
+
+    Args:
+        inner: The refused call.
+        outer: That of the connection, if it has one.
+        options: The application's choices.
+
+    Its numbers are told where they are of the account of whoever asks: any other payer is the handler's choice, and
+    what that has is nobody else's (DESIGN 10).
+    """
+    refusal = inner.lack
+    own = () if outer is None else (outer.payer, outer.caller.payer if outer.caller is not None else None)
+    if refusal is not None and refusal.reason in MONEY and inner.payer not in own:
+        told = "What this would cost is more than there is for it."
+        refusal = refusal._replace(required=None, available=None, held=None, limit=None, detail=told)
+    return refusal_answer(inner, options, refusal)
 
 
 def in_band_error(call: Call, options: AnswerOptions, start: Message | None, latest: Message | None) -> bytes | None:

@@ -80,6 +80,8 @@ class QuotaTracker:
         if isinstance(packages, str | os.PathLike):
             self.file: CatalogueFile | None = CatalogueFile(packages)
             self._given: Mapping[str, Package] = {}
+            # What is wrong with it shall be told when the application starts.
+            self.file.read()
         else:
             self.file, self._given = None, _by_id(packages)
         self.readings = QuotaReadings() if readings is None else readings

@@ -62,7 +62,7 @@ class UsageEvent:
         line: The billing line.
         payer: Whose balance it was; never a metric attribute.
         caller: Who authenticated, if anybody did.
-        caller_type: The `Caller`'s type, if it has one.
+        caller_type: The `Caller`'s type, if it has one; see `billable(callers=)`.
         unit: Name of the unit of `amount` and `held`.
         amount: Charged, in the unit's smallest parts; negative for a correction downwards.
         held: Set aside at admission, in smallest parts.

@@ -303,6 +303,19 @@ def test_snapshot_of_the_template_and_of_nothing(tmp_path: Path) -> None:
     assert QuotaTracker(tmp_path / "missing.json").snapshot() == QuotaTracker().snapshot() == nothing
 
 
+def test_tell_at_once_what_is_wrong_with_the_catalogue(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A catalogue that is missing or broken is told of when the tracker is made, once, with the mend (DESIGN 2)."""
+    tracker = QuotaTracker(tmp_path / "missing.json")
+    tracker.statuses()
+    (told,) = caplog.messages
+    assert told.startswith(f"There is no catalogue '{tmp_path}/missing.json', so that no package is tracked.")
+    assert told.endswith("asgi-metering init missing.json")
+    (tmp_path / "broken.json").write_text("{")
+    caplog.clear()
+    QuotaTracker(tmp_path / "broken.json")
+    assert "broken.json" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [({"packages": [3]}, "3 is no Package"), ({"burn_days": 0}, "burn_days=0 is no number of days")],
