@@ -76,7 +76,8 @@ class CallRefused(Exception):  # noqa: N818 -- a refusal is an answer on its way
     """
 
     def __init__(self, call: Call, refusal: Refusal, decision: Decision | None = None) -> None:
-        # What it is made of is no part of its message, nor of its repr.
+        # What it is made of is no part of its message, nor of its repr. Not by `super`: what a framework joins to it
+        # has arguments of its own.
         self.args = ()
         self.call = call
         self.refusal = refusal
@@ -581,7 +582,7 @@ class Call(CallState):
             told = None if rate.asker is None else rate.asker.refused(self, refusal, self.decision)
             if told is not None:
                 return told
-        return CallRefused(self, refusal, self.decision)
+        return self.opening.refusal_of(self, refusal)
 
     def cut(self) -> CallCut:
         """End the call here, unless it has ended otherwise; answers what stops its work."""

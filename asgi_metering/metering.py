@@ -78,7 +78,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
     One metering: a store, who calls, in what unit, and where events go.
 
     Args:
-        store: A URL (``memory://``, ``sqlite:///metering.db``) or a `Store`.
+        store: A URL (``memory://``, ``sqlite:///metering.db``, ``postgresql://host/database``, ``redis://host`` and its
+            relatives, whose schemes an error lists) or a `Store`.
         identify: Gets the connection (headers, path, client) and answers a `Caller`, or None for nobody; sync or
             async. Runs lazily, once per call, never on unmetered routes.
         unit: What routes count that name no unit.
@@ -207,12 +208,12 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         self.tracker = None if packages is None else tracked(packages, unit)
         self.quotas = QuotaReadings() if self.tracker is None else self.tracker.readings
         self.meters = Meters()
-        given: tuple[Sink, ...] = _default_sinks(unit) if sinks is None else _checked_sinks(sinks)
+        self._units = {unit.name: unit}
+        given: tuple[Sink, ...] = _default_sinks(self._units.values()) if sinks is None else _checked_sinks(sinks)
         self.sinks: tuple[Sink, ...] = with_log(given, self.tracker)
         self._identify = identify
         self._on_hold_lost = on_hold_lost
         self.on_event_dropped = on_event_dropped
-        self._units = {unit.name: unit}
         # Those that the store has not been told of.
         self.new_units = dict(self._units)
         self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()
@@ -534,11 +535,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _default_sinks(unit: Unit) -> tuple[Sink, ...]:
+def _default_sinks(units: Iterable[Unit]) -> tuple[Sink, ...]:
     # OpenTelemetry is imported only where events go to it.
     from asgi_metering.events.otel import OTelSink
 
-    return (OTelSink(units=(unit,)),)
+    return (OTelSink(units=units),)
 
 
 def _checked_sinks(sinks: Sequence[Sink]) -> tuple[Sink, ...]:

@@ -70,6 +70,8 @@ class Payer:
         credential: Such a function, which answers what work that this payer pays for is done with: an API key, say. A
             function, so that no credential stands in a declaration. Asked when `Call.credential` is.
         headers: Go with that credential and with no other (S0.24): a bill-to header, say.
+        told: Whether callers are told what the *account* has, in refusals and ``Metering-Available``. Of their own
+            account they always are; of another one no number is told unless this says so (S0.40).
 
     Raises:
         ConfigurationError: The name has other characters; what should be a function is none, or takes parameters by
@@ -83,6 +85,7 @@ class Payer:
     account: str | Callable[..., Any] | None = None
     credential: Callable[..., Any] | None = field(default=None, repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    told: bool = field(default=False, repr=False)
     _account: From | None = field(init=False, repr=False, default=None)
     _credential: From | None = field(init=False, repr=False, default=None)
 
@@ -91,6 +94,8 @@ class Payer:
         from asgi_metering.arguments import From
 
         check_name(self.name, "payer's name")
+        if type(self.told) is not bool:
+            raise ConfigurationError(f"told={self.told!r} of payer {self.name!r} is no bool. Pass True or False.")
         if callable(self.account):
             object.__setattr__(self, "_account", From(self.account, f"account of payer {self.name!r}"))
         elif self.account is not None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from asgi_metering.amounts import CREDITS
 from asgi_metering.asgi.answers import AnswerOptions
+from asgi_metering.asgi.discretion import tells_balance
 from asgi_metering.asgi.fields import limit_fields, payer_field
 from asgi_metering.asgi.tap import Tap
 from asgi_metering.asgi.types import Headers, Message, Scope
@@ -48,6 +49,8 @@ def dressed(call: Call, decision: Decision, message: Message, options: AnswerOpt
     if call.opening.before is not None:
         decision = with_windows(decision, call.opening.before)
     charge = call.charge
+    if charge is not None and charge.has_payers and decision.available is not None and not tells_balance(call):
+        decision = decision._replace(available=None)
     if charge is None or not charge.has_levels:
         fields = limit_fields(decision, call.unit, names)
     else:

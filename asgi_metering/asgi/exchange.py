@@ -170,7 +170,7 @@ class Exchange(Within):
             # app has unwound: the framework may cancel the task that sends, and would tear the answer in two.
             await call.ensure()
         if call.refusal is not None:
-            if (message["status"] >= 500 and not call.told_by_app) or call.is_repeat:
+            if (self.options.replaces(message["status"]) and not call.told_by_app) or call.is_repeat:
                 # The framework made a 500 of it; a handler's own 402, or its degraded 200, stays (pitfall 15). A repeat
                 # is no refusal: what was answered before stands, and nothing that takes it for one.
                 await self._refuse(call)

@@ -19,6 +19,7 @@ from asgi_metering.asgi.exchange import Exchange, run
 from asgi_metering.asgi.flat import FlatLimits, counted, counted_session
 from asgi_metering.asgi.hearing import FREE_METHODS, ExchangeOptions
 from asgi_metering.asgi.lifespan import LAYERS_KEY, Lifespan, refuse_startup
+from asgi_metering.asgi.native import framework_of
 from asgi_metering.asgi.overridden import Overridden
 from asgi_metering.asgi.startup import check_stack, examined
 from asgi_metering.asgi.types import ASGIApp, Receive, Scope, Send
@@ -96,12 +97,13 @@ class MeteringMiddleware:
         self.app = app
         self.metering = metering
         self.unenforced = ALL_FEATURES - self.features if unenforced == "allow" else frozenset[str]()
-        self.options = ExchangeOptions(DEFAULT_OPTIONS, stop_on_disconnect)
+        framework = framework_of(app)
+        self.options = ExchangeOptions(DEFAULT_OPTIONS, stop_on_disconnect, framework)
         self.limits: FlatLimits | None = None
         self.mistake: ConfigurationError | None = None
         try:
             self._check(metering, unenforced, answers)
-            self.options = ExchangeOptions(answers, stop_on_disconnect)
+            self.options = ExchangeOptions(answers, stop_on_disconnect, framework)
             self.limits = self._flat(application_limits, default_limits)
         except ConfigurationError as mistake:
             if not _is_serving():

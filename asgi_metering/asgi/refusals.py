@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from asgi_metering.asgi.answers import Answer, AnswerOptions, answer
+from asgi_metering.asgi.discretion import MONEY, discreet, own_accounts, without_numbers
 from asgi_metering.asgi.dressing import with_windows
 from asgi_metering.asgi.problems import Customise, Rendered, ndjson_error, render, sse_error
 from asgi_metering.asgi.replay import replay_response
@@ -27,9 +28,6 @@ __all__ = [
     "refusal_response",
     "refusal_within",
 ]
-
-MONEY = frozenset({Reason.CREDITS, Reason.ALLOWANCE})
-"""Reasons whose numbers are of an account."""
 
 LINES = frozenset({b"application/jsonl", b"application/jsonlines", b"application/ndjson", b"application/x-ndjson"})
 """Media types of a JSON value per line; none is registered, so all of these are met."""
@@ -56,7 +54,7 @@ def refusal_answer(
     decision = call.decision if decision is None else decision
     before = call.opening.before
     return answer(
-        refusal,
+        discreet(call, refusal),
         decision if decision is None or before is None else with_windows(decision, before),
         unit=call.unit,
         line=call.line,
@@ -102,10 +100,8 @@ def answer_within(inner: Call, outer: Call | None, options: AnswerOptions) -> An
     what that has is nobody else's (DESIGN 10).
     """
     refusal = inner.lack
-    own = () if outer is None else (outer.payer, outer.caller.payer if outer.caller is not None else None)
-    if refusal is not None and refusal.reason in MONEY and inner.payer not in own:
-        told = "What this would cost is more than there is for it."
-        refusal = refusal._replace(required=None, available=None, held=None, limit=None, detail=told)
+    if refusal is not None and refusal.reason in MONEY and (outer is None or inner.payer not in own_accounts(outer)):
+        refusal = without_numbers(refusal, "What this would cost is more than there is for it.")
     return refusal_answer(inner, options, refusal)
 
 

@@ -97,6 +97,7 @@ class QuotaTracker:
         self._lock = threading.Lock()
         # By id, what stood there, and what it was changed into.
         self._changed: dict[str, tuple[Package, Package]] = {}
+        self._merged: dict[str, tuple[Package, Package, Package]] = {}
         if isinstance(self.log, UsageLog):
             # Before its first batch, which throws away what nobody looks at.
             self.log.keep(burn_days)
@@ -111,8 +112,17 @@ class QuotaTracker:
         """All packages by their ids, with what updates changed since the file was written."""
         known = self._written()
         with self._lock:
-            changed = {name: _over(known[name], *each) for name, each in self._changed.items() if name in known}
+            changed = {
+                name: self._current(name, known[name], *each) for name, each in self._changed.items() if name in known
+            }
         return {**known, **changed}
+
+    def _current(self, name: str, written: Package, before: Package, changed: Package) -> Package:
+        """`_over`, worked out once: routers ask for each call."""
+        found = self._merged.get(name)
+        if found is None or found[0] is not written or found[1] is not changed:
+            found = self._merged[name] = (written, changed, _over(written, before, changed))
+        return found[2]
 
     def _written(self) -> Mapping[str, Package]:
         """All packages as they were given, or stand in the file."""
@@ -142,6 +152,9 @@ class QuotaTracker:
             source: Who tells it.
             confidence: How far it is to be believed.
             is_told_now: Whether this is news of the numbers themselves, of which ``last_updated`` tells.
+
+        Raises:
+            ConfigurationError: A value that the package cannot have.
 
         Returns whether there is such a package.
         """

@@ -10,12 +10,14 @@ import threading
 from typing import Any
 
 import pytest
+from opentelemetry import trace
 from opentelemetry._logs import NoOpLoggerProvider
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk._logs.export import BatchLogRecordProcessor, InMemoryLogRecordExporter
 from opentelemetry.sdk.metrics.export import HistogramDataPoint
 
+from asgi_metering import Metering
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.events import conventions as names
 from asgi_metering.events import metrics, otel
@@ -78,6 +80,33 @@ def test_count_amounts_of_unknown_scale_in_parts() -> None:
         assert seen.points("metering.amount") == []
 
 
+def test_count_every_unit_of_a_metering_in_whole_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sink of a metering that was given none tells amounts of all of its units, also of one that is named later."""
+
+    async def scene() -> None:
+        async with Metering("memory://") as metering:
+            await metering.grant("ann", 9, id="c")
+            async with metering.charge(payer="ann", line="chat", price=2):
+                pass
+            await metering.grant("ann", 9, id="m", unit=Unit("messages", scale=1))
+            async with metering.charge(payer="ann", line="chat", price=3, unit=Unit("messages", scale=1)):
+                pass
+
+    with telemetry() as seen:
+        for api in ("opentelemetry.metrics", "opentelemetry.metrics._internal"):
+            monkeypatch.setattr(f"{api}.get_meter_provider", lambda: seen.meters)
+        for api in ("opentelemetry._logs", "opentelemetry._logs._internal"):
+            monkeypatch.setattr(f"{api}.get_logger_provider", lambda: seen.loggers)
+        asyncio.run(scene())
+        amounts = {(point.unit, point.data.value) for point in seen.points("metering.amount")}
+        assert amounts == {("{credits}", 2.0), ("{messages}", 3.0)}
+        told = [record.log_record.attributes or {} for record in seen.records()]
+        assert {(each["metering.unit"], each["metering.amount"], each["metering.held"]) for each in told} == {
+            ("credits", 2.0, 2.0),
+            ("messages", 3.0, 3.0),
+        }
+
+
 def test_count_a_correction_downwards_as_returned_and_not_as_a_call() -> None:
     """A counter cannot go down: what a late end gives back is its own counter, and no further call."""
     correction = make_event(2, id="call-1:late", amount=-500_000, attributes={names.CORRECTS: "call-1"})
@@ -119,6 +148,19 @@ def test_record_the_duration_by_line_outcome_and_status() -> None:
         assert with_status.data.explicit_bounds[:3] == (0.01, 0.02, 0.04)
         assert "http.response.status_code" not in without.attributes
         assert without.data.sum == 0.0
+
+
+@pytest.mark.parametrize("generation", [GenAI.STABLE_SET, GenAI.LATEST])
+def test_lead_from_a_histogram_to_the_trace_of_the_call(generation: GenAI) -> None:
+    """Exemplars of all histograms are of the call's own trace if it was sampled, and never of the worker's (X.10)."""
+    span = trace.NonRecordingSpan(trace.SpanContext(7, 7, is_remote=False, trace_flags=trace.TraceFlags(1)))
+    with telemetry() as seen, trace.use_span(span):
+        untraced = make_event(2, trace_id=None, span_id=None, trace_flags=None)
+        deliver(seen, make_event(1), untraced, make_event(3, trace_flags="00"), generation=generation)
+        points = [point for point in seen.points() if isinstance(point.data, HistogramDataPoint)]
+        led = {point.name: [f"{found.trace_id:032x}" for found in point.data.exemplars] for point in points}
+    assert len(led) == (3 if generation is GenAI.STABLE_SET else 4)
+    assert all(found == [TRACE["trace_id"]] for found in led.values())
 
 
 def test_record_what_measured_calls_used_of_their_holds() -> None:
@@ -202,7 +244,14 @@ def test_take_operation_and_requested_model_from_the_event() -> None:
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
-    [("openai", "openai"), ("gemini", "gcp.gemini"), ("xai", "x_ai"), ("openrouter", "openrouter"), (None, "_OTHER")],
+    [
+        ("openai", "openai"),
+        ("gemini", "gcp.gemini"),
+        ("xai", "x_ai"),
+        ("az.ai.openai", "azure.ai.openai"),
+        ("openrouter", "openrouter"),
+        (None, "_OTHER"),
+    ],
 )
 def test_name_providers_as_the_convention_does(ours: str | None, theirs: str) -> None:
     """Well-known providers get their well-known names, others keep theirs."""
@@ -399,8 +448,6 @@ def test_name_cache_writes_by_generation(generation: GenAI, written: set[str]) -
 
 def test_give_a_record_without_a_trace_no_trace() -> None:
     """An event without trace ids does not inherit those of whatever the worker runs in."""
-    from opentelemetry import trace
-
     span = trace.NonRecordingSpan(trace.SpanContext(7, 7, is_remote=False))
     with telemetry() as seen, trace.use_span(span):
         deliver(seen, make_event(trace_id=None, span_id=None, trace_flags=None))

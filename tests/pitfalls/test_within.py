@@ -74,7 +74,8 @@ def test_tell_no_numbers_of_another_payer(decorated: bool, how: How, scene: Scen
     (ended,) = visit(app, Visit())
     told = answered(ended)
     assert told["code"] == "insufficient_credits"
-    assert not {"required", "available", "held"} & told.keys()
+    assert told["required"] == "1"
+    assert not {"available", "held"} & told.keys()
     assert POOR not in json.dumps(told)
 
 
