@@ -227,8 +227,14 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
     # -- life ----------------------------------------------------------------------------------------------
 
     def runtime(self) -> Runtime:
-        """The background of the running event loop."""
-        loop = asyncio.get_running_loop()
+        """The background of the running event loop; `ConfigurationError` where asyncio runs none (pitfall 34)."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise ConfigurationError(
+                "No event loop of asyncio runs here. Serve the application by a worker of asyncio or uvloop, not of "
+                "trio; in code without a loop use metering.charge_sync()."
+            ) from None
         latest = self._latest
         if latest is not None and latest.loop is loop:
             return latest
