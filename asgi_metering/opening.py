@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from asgi_metering.call import Call
+from asgi_metering.call import Call, CallRefused
 from asgi_metering.caller import Caller
-from asgi_metering.decisions import WindowState
+from asgi_metering.decisions import Refusal, WindowState
 from asgi_metering.errors import CallClosedError, NoCallError
 from asgi_metering.policies import ALL_FEATURES
 
@@ -140,6 +140,10 @@ class Opening:
         """Note that a charge inside of it was refused: it is the request's to answer, if there is one."""
         if self.around is not None:
             self.around.refused_inside()
+
+    def refusal_of(self, call: Call, refusal: Refusal) -> CallRefused:
+        """The exception that says that *call* may not run."""
+        return CallRefused(call, refusal, call.decision)
 
     def cut(self) -> None:
         """Stop the work of the call and its answer, on the loop of the request; outside HTTP nothing can be stopped."""

@@ -112,8 +112,11 @@ class Work(abc.ABC):
             return
         raise SettlementError(
             f"Call {call.id!r} of line {call.line!r} ran, but its end is not booked. Where the store is down it is "
-            f"retried, and its receipt will have this id; otherwise the log says what is wrong with it."
-        )
+            f"retried, and its receipt will have this id; otherwise the log says what is wrong with it.",
+            call.id,
+            call.line,
+            call.payer or "",
+        ) from call.unbooked
 
     def charged(
         self,
@@ -132,7 +135,8 @@ class Work(abc.ABC):
 
         ``metering.charged(AsyncOpenAI(http_client=...), "chat.completions.create", line="podcast", price=PRICE)``. The
         method is not called where the charge is refused. A stream that it answers is charged when that is exhausted,
-        fails or is closed. What the method uses is told by an upstream client, or by what it calls itself.
+        fails or is closed; if it is left early, what was observed by then (``on_disconnect``). What the method uses is
+        told by an upstream client, or by what it calls itself.
 
         Args:
             client: Any object. What it answers elsewhere, a copy with other options for instance, is not charged.
@@ -215,7 +219,9 @@ class Work(abc.ABC):
         ending = call.expects_ending()
         self.runtime().finish(call)
         try:
-            receipt = await asyncio.wait_for(asyncio.shield(ending), self.end_timeout_s)
+            # Not wait_for(), which on Python 3.11 swallows a cancellation that comes together with the answer.
+            async with asyncio.timeout(self.end_timeout_s):
+                receipt = await asyncio.shield(ending)
         except TimeoutError:
             return False
         return receipt is not None or not call.has_hold

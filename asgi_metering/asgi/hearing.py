@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.body import RequestBody, has_key, may_have_body
 from asgi_metering.asgi.draining import Draining, drain
+from asgi_metering.asgi.native import DJANGO, FORBIDDEN, known_refusal
 from asgi_metering.asgi.origin import HTTPOrigin
+from asgi_metering.asgi.refusals import message_error
 from asgi_metering.asgi.types import Message, Receive, Scope, Send
 from asgi_metering.asgi.watch import Watch, unread_end
-from asgi_metering.call import Call
+from asgi_metering.call import Call, CallRefused
+from asgi_metering.decisions import Refusal
 from asgi_metering.holding import Slices
 from asgi_metering.opening import Opening
 from asgi_metering.rules.ending import Cause
@@ -42,10 +45,16 @@ class ExchangeOptions:
         answers: How refusals look.
         stop_on_disconnect: Watch for a client that left and raise `OSError` from ``send`` (pitfalls 27, 28). The
             server does not hear of it.
+        framework: Whose the application is; see `known_refusal`.
     """
 
     answers: AnswerOptions = DEFAULT_OPTIONS
     stop_on_disconnect: bool = False
+    framework: str | None = None
+
+    def replaces(self, status: int) -> bool:
+        """Whether the framework made an answer of *status* out of a refusal; others are an application's own."""
+        return status >= 500 or (status == FORBIDDEN and self.framework == DJANGO)
 
 
 _DEFAULTS = ExchangeOptions()
@@ -60,9 +69,9 @@ MARKED = 3
 """References to the mark of a scope that nobody has copied: of the scope, the exchange, and whoever counts."""
 
 
-class Hearing(Opening):
+class Hearing(Opening, HTTPOrigin):
     """
-    One request, as its application hears it.
+    One request, as its application hears it, and where it came from.
 
     Args:
         metering: Of the layer that opens it.
@@ -77,7 +86,6 @@ class Hearing(Opening):
     """
 
     # Defaults stand here and not in `__init__`: most requests need none of them, and none pays for what it has not.
-    _origin: HTTPOrigin | None = None
     passing: Send | None = None
     finishing = False  # the last message was handed over
     incoming: RequestBody | None = None  # of a request with an idempotency key
@@ -140,9 +148,18 @@ class Hearing(Opening):
     @property
     def origin(self) -> HTTPOrigin:
         """Where the request came from."""
-        if self._origin is None:
-            self._origin = HTTPOrigin(self.scope)
-        return self._origin
+        return self
+
+    def refusal_of(self, call: Call, refusal: Refusal) -> CallRefused:
+        """As of `Opening`, of the kinds that frameworks know."""
+        decision = call.decision
+        return known_refusal(
+            call,
+            refusal,
+            decision,
+            framework=self.options.framework,
+            told=lambda: message_error(call, self.options.answers, refusal, decision),
+        )
 
     # -- what the app reads --------------------------------------------------------------------------------
 

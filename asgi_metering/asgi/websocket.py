@@ -107,9 +107,9 @@ async def attend(app: ASGIApp, session: Session) -> None:
             session.let_go()
 
 
-class Session(Opening):
+class Session(Opening, HTTPOrigin):
     """
-    One WebSocket, from its handshake to its end.
+    One WebSocket, from its handshake to its end, and where it came from.
 
     Args:
         metering, features, unenforced: As of `Opening`.
@@ -143,7 +143,6 @@ class Session(Opening):
     """
 
     is_session = True
-    _origin: HTTPOrigin | None = None
     heard = False
     departed = False
     reading = 0
@@ -180,9 +179,7 @@ class Session(Opening):
     @property
     def origin(self) -> HTTPOrigin:
         """Where the connection came from."""
-        if self._origin is None:
-            self._origin = HTTPOrigin(self.scope)
-        return self._origin
+        return self
 
     # -- what the application reads ------------------------------------------------------------------------
 
@@ -565,7 +562,7 @@ class Session(Opening):
         """Forget what refers to this connection in turn, such as the scope that it stands in."""
         if not self.closed:
             return
-        self.scope, self._origin = _OVER, None
+        self.scope, self._connection = _OVER, None
         if not self.swapped and self.call is not None and self.call.has_ended:
             super().let_go()
 

@@ -127,7 +127,10 @@ REASONING_TOKENS: Final = "gen_ai.usage.reasoning.output_tokens"
 
 _PROVIDERS: Final[Mapping[str, str]] = MappingProxyType(
     {
+        "az.ai.inference": "azure.ai.inference",
+        "az.ai.openai": "azure.ai.openai",
         "azure": "azure.ai.openai",
+        "azure_ai": "azure.ai.inference",
         "azure_openai": "azure.ai.openai",
         "bedrock": "aws.bedrock",
         "gemini": "gcp.gemini",

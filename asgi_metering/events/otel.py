@@ -18,7 +18,7 @@ from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.events import conventions as names
 from asgi_metering.events.conventions import SCOPE, GenAI, Instrument, provider_name, schema_url
 from asgi_metering.events.metrics import Attributes, Bounds, Value, create_instrument, get_meter
-from asgi_metering.events.records import KnownUnits, Records, whole_units
+from asgi_metering.events.records import KnownUnits, Records, Traces, whole_units
 from asgi_metering.usage.event import UsageEvent
 from asgi_metering.usage.values import TokenUsage
 
@@ -55,6 +55,8 @@ class OTelSink:
     - ``metering.call.duration`` s, by line, outcome and HTTP status;
     - ``gen_ai.client.token.usage`` {token}, or the counters that follow it, by provider, model and operation. Counts of
       the tokenizer are left out, as the convention wants, unless *counted_tokens*.
+
+    Histograms are recorded in the call's own trace, so that exemplars lead to it where it was sampled.
 
     And one log record for each event, named ``asgi_metering.usage``, in the call's own trace, with the payer and exact
     amounts (``metering.amount_parts``).
@@ -199,19 +201,21 @@ class _Metrics:
         self._operation = operation
         self._counted_tokens = counted_tokens
         self._bounds = Bounds()
+        self._traces = Traces()
         self._meter = get_meter(provider, generation)
         self._instruments: dict[tuple[Instrument, str | None], Any] = {}
 
     def record(self, event: UsageEvent) -> None:
-        """Record what has no bulk form: each value of a histogram."""
+        """Record what has no bulk form: each value of a histogram, in its call's trace, to which exemplars lead."""
+        trace = self._traces.of(event)
         if names.CORRECTS not in event.attributes:
             place: dict[str, Value | None] = {names.LINE: event.line, names.OUTCOME: event.outcome}
             if event.status is not None:
                 place[names.STATUS] = event.status
-            self._get(names.CALL_DURATION).record(event.duration_s, dict(self._bounds.attributes(place)))
+            self._get(names.CALL_DURATION).record(event.duration_s, dict(self._bounds.attributes(place)), trace)
             if event.usage is not None and event.held > 0:
                 line = self._bounds.attributes({names.LINE: event.line})
-                self._get(names.HOLD_USED).record(event.amount / event.held, dict(line))
+                self._get(names.HOLD_USED).record(event.amount / event.held, dict(line), trace)
         usage = self._tokens(event)
         if usage is None:
             return
@@ -224,9 +228,9 @@ class _Metrics:
                 continue
             if self._generation is not GenAI.LATEST:
                 attributes = self._bounds.attributes({**model, names.TOKEN_TYPE: side})
-                self._get(names.TOKEN_USAGE).record(count, dict(attributes))
+                self._get(names.TOKEN_USAGE).record(count, dict(attributes), trace)
             if self._generation is not GenAI.STABLE_SET:
-                self._get(per_operation).record(count, dict(self._bounds.attributes(model)))
+                self._get(per_operation).record(count, dict(self._bounds.attributes(model)), trace)
 
     def add(self, events: Sequence[UsageEvent]) -> None:
         """Add up *events* by attribute set, then call each counter once for each set."""

@@ -16,7 +16,7 @@ from asgi_metering.events.conventions import GenAI
 from asgi_metering.events.metrics import sendable
 from asgi_metering.usage.event import UsageEvent
 
-__all__ = ["KnownUnits", "Records", "whole_units"]
+__all__ = ["KnownUnits", "Records", "Traces", "whole_units"]
 
 _NS: Final = 1_000_000_000
 
@@ -51,6 +51,32 @@ class KnownUnits:
         return self._by_name.get(name)
 
 
+class Traces:
+    """Rebuilds the trace of the call that an event tells of. Imports the OpenTelemetry API when constructed."""
+
+    def __init__(self) -> None:
+        from opentelemetry import trace
+        from opentelemetry.context import Context
+
+        self._trace = trace
+        self._none = trace.set_span_in_context(trace.INVALID_SPAN, Context())
+
+    def of(self, event: UsageEvent) -> Any:
+        """The context of the call: its own is gone, and the worker's is another's (X.10)."""
+        if event.trace_id is None or event.span_id is None:
+            # Not an empty context, which would be taken for none, and replaced by whatever is current.
+            return self._none
+        span = self._trace.NonRecordingSpan(
+            self._trace.SpanContext(
+                int(event.trace_id, 16),
+                int(event.span_id, 16),
+                is_remote=True,
+                trace_flags=self._trace.TraceFlags(int(event.trace_flags or "00", 16)),
+            )
+        )
+        return self._trace.set_span_in_context(span, self._none)
+
+
 class Records:
     """
     Turns events into the arguments of ``Logger.emit``.
@@ -63,12 +89,9 @@ class Records:
     """
 
     def __init__(self, generation: GenAI, units: KnownUnits) -> None:
-        from opentelemetry import trace
         from opentelemetry._logs import SeverityNumber
-        from opentelemetry.context import Context
 
-        self._trace = trace
-        self._context = Context
+        self._traces = Traces()
         self._severity = SeverityNumber.INFO
         self._units = units
         self._tokens = _token_names(generation)
@@ -77,27 +100,12 @@ class Records:
         """Return the arguments of ``Logger.emit``: the record is dated by the call's end, and in the call's trace."""
         return {
             "timestamp": int(min(max(0.0, event.ended_at), _LATEST_S) * _NS),
-            "context": self._trace_of(event),
+            "context": self._traces.of(event),
             "severity_number": self._severity,
             "severity_text": "INFO",
             "attributes": self._attributes(event),
             "event_name": names.USAGE_EVENT,
         }
-
-    def _trace_of(self, event: UsageEvent) -> Any:
-        """Rebuild the context of the call: its own is gone, and the worker's is another's (X.10)."""
-        span = self._trace.INVALID_SPAN
-        if event.trace_id is not None and event.span_id is not None:
-            span = self._trace.NonRecordingSpan(
-                self._trace.SpanContext(
-                    int(event.trace_id, 16),
-                    int(event.span_id, 16),
-                    is_remote=True,
-                    trace_flags=self._trace.TraceFlags(int(event.trace_flags or "00", 16)),
-                )
-            )
-        # Also without a trace: an empty context would be taken for none, and replaced by whatever is current.
-        return self._trace.set_span_in_context(span, self._context())
 
     def _attributes(self, event: UsageEvent) -> dict[str, Any]:
         told: dict[str, Any] = {

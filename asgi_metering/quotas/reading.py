@@ -208,8 +208,13 @@ class LimitTable:
         Args:
             resource: Its normal form; a resource above `MAX_LIMITS` is dropped.
             field: ``"limit"``, ``"remaining"``, ``"reset"``, ``"utilization"`` or ``"status"``.
-            value: The header's value as it came.
+            value: The header's value as it came. A limit may be followed by policies, as in ``10, 10;w=1, 50;w=60``.
+
+        Source: draft-ietf-httpapi-ratelimit-headers-05 section 3.1; Envoy's ``x-ratelimit-limit``.
         """
+        if field == "limit" and b";" in value:
+            # A list, whose first item is the limit that is nearest, and whose others are the policies with parameters.
+            value = value.partition(b";")[0].partition(b",")[0]
         text = decode_value(value)
         if field == "reset":
             self._keep(resource, "reset_at", parse_reset_at(text, self._now))

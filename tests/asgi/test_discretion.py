@@ -66,6 +66,17 @@ def test_tell_who_pays_and_not_what_that_has(payer: Payer, available: str | None
     assert fields["metering-payer"].startswith(f'"{payer.name}"')
 
 
+@pytest.mark.parametrize("price", [2, 6])
+def test_tell_what_is_left_of_ones_own_allowance_of_another_payer(price: int) -> None:
+    """What somebody else allows to each payer is counted for the caller, who is told of it (S0.9, S0.40)."""
+    ended = ask(price, sources=[Allowance(5, payer=OWNER, each=True, warn_at=100)])
+    if price == 2:
+        assert dict(headers(ended.log))[AVAILABLE] == '"3";unit="credits";source="allowance"'
+    else:
+        told = json.loads(body(ended.log))
+        assert (status(ended.log), told["available"], told["limit"], told["used"]) == (429, "5", "5", "0")
+
+
 @pytest.mark.parametrize("shape", ["problem", "openai", "anthropic"])
 @pytest.mark.parametrize(
     "sources",

@@ -10,6 +10,7 @@ import threading
 from typing import Any
 
 import pytest
+from opentelemetry import trace
 from opentelemetry._logs import NoOpLoggerProvider
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk._logs import LoggerProvider
@@ -149,6 +150,19 @@ def test_record_the_duration_by_line_outcome_and_status() -> None:
         assert without.data.sum == 0.0
 
 
+@pytest.mark.parametrize("generation", [GenAI.STABLE_SET, GenAI.LATEST])
+def test_lead_from_a_histogram_to_the_trace_of_the_call(generation: GenAI) -> None:
+    """Exemplars of all histograms are of the call's own trace if it was sampled, and never of the worker's (X.10)."""
+    span = trace.NonRecordingSpan(trace.SpanContext(7, 7, is_remote=False, trace_flags=trace.TraceFlags(1)))
+    with telemetry() as seen, trace.use_span(span):
+        untraced = make_event(2, trace_id=None, span_id=None, trace_flags=None)
+        deliver(seen, make_event(1), untraced, make_event(3, trace_flags="00"), generation=generation)
+        points = [point for point in seen.points() if isinstance(point.data, HistogramDataPoint)]
+        led = {point.name: [f"{found.trace_id:032x}" for found in point.data.exemplars] for point in points}
+    assert len(led) == (3 if generation is GenAI.STABLE_SET else 4)
+    assert all(found == [TRACE["trace_id"]] for found in led.values())
+
+
 def test_record_what_measured_calls_used_of_their_holds() -> None:
     """metering.hold.used has one share for each call with usage that held something, and none for corrections."""
     events = [
@@ -230,7 +244,14 @@ def test_take_operation_and_requested_model_from_the_event() -> None:
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
-    [("openai", "openai"), ("gemini", "gcp.gemini"), ("xai", "x_ai"), ("openrouter", "openrouter"), (None, "_OTHER")],
+    [
+        ("openai", "openai"),
+        ("gemini", "gcp.gemini"),
+        ("xai", "x_ai"),
+        ("az.ai.openai", "azure.ai.openai"),
+        ("openrouter", "openrouter"),
+        (None, "_OTHER"),
+    ],
 )
 def test_name_providers_as_the_convention_does(ours: str | None, theirs: str) -> None:
     """Well-known providers get their well-known names, others keep theirs."""
@@ -427,8 +448,6 @@ def test_name_cache_writes_by_generation(generation: GenAI, written: set[str]) -
 
 def test_give_a_record_without_a_trace_no_trace() -> None:
     """An event without trace ids does not inherit those of whatever the worker runs in."""
-    from opentelemetry import trace
-
     span = trace.NonRecordingSpan(trace.SpanContext(7, 7, is_remote=False))
     with telemetry() as seen, trace.use_span(span):
         deliver(seen, make_event(trace_id=None, span_id=None, trace_flags=None))

@@ -90,7 +90,7 @@ ANSWERS = (
         15,
         "a 500 stays",
         EXCHANGE,
-        '            if (message["status"] >= 500 and not call.told_by_app) or call.is_repeat:\n',
+        '            if (self.options.replaces(message["status"]) and not call.told_by_app) or call.is_repeat:\n',
         "            if False:\n",
         _tests(
             "test_answer_instead_of_a_frameworks_500[bare-wrapped]",
@@ -103,8 +103,8 @@ ANSWERS = (
         15,
         "an own answer stands for a repeat",
         EXCHANGE,
-        '            if (message["status"] >= 500 and not call.told_by_app) or call.is_repeat:\n',
-        '            if message["status"] >= 500 and not call.told_by_app:\n',
+        '            if (self.options.replaces(message["status"]) and not call.told_by_app) or call.is_repeat:\n',
+        '            if self.options.replaces(message["status"]) and not call.told_by_app:\n',
         (
             "tests/test_idempotency.py::test_answer_a_repeat_although_refusals_have_an_own_handler[handler]",
             "tests/test_idempotency.py::test_answer_a_repeat_although_refusals_have_an_own_handler[dependency]",
@@ -114,7 +114,7 @@ ANSWERS = (
         15,
         "an own answer does not stay",
         EXCHANGE,
-        '            if (message["status"] >= 500 and not call.told_by_app) or call.is_repeat:\n',
+        '            if (self.options.replaces(message["status"]) and not call.told_by_app) or call.is_repeat:\n',
         "            if True:\n",
         _tests(
             "test_keep_the_answer_of_an_own_handler[402-added]",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from asgi_metering.quotas import QuotaLimit
+from asgi_metering.quotas import QuotaLimit, openai
 from asgi_metering.quotas.ietf import read_limits
 from tests.quotas.captures import NOW, parse_block
 
@@ -34,18 +34,23 @@ from tests.quotas.captures import NOW, parse_block
             "ratelimit-limit: 100\nratelimit-remaining: 50\nratelimit-reset: 50",
             [QuotaLimit(resource="requests", limit=100, remaining=50, reset_at=NOW + 50)],
         ),
+        (
+            "ratelimit: limit=10, remaining=1, reset=7\nratelimit-policy: 10;w=10",
+            [QuotaLimit(resource="requests", limit=10, remaining=1, reset_at=NOW + 7)],
+        ),
     ],
 )
 def test_read_fields_of_every_revision(block: str, limits: list[QuotaLimit]) -> None:
-    """The vectors of drafts -06 and -10, also split over lines, give limits by policy name."""
+    """The vectors of drafts -06, -07 and -10, also split over lines, give limits by policy name."""
     assert list(read_limits(parse_block(block), NOW)) == limits
 
 
 @pytest.mark.parametrize(
     "block",
     [
-        "ratelimit: limit=10, remaining=1, reset=7",
+        'ratelimit: "two words";limit=5',
         'ratelimit: "<script>";r=1',
+        r'ratelimit: "not \"b";r=5;t=1',
         'ratelimit: "two words";r=1',
         'ratelimit: "a";r=-1;t=x',
         'ratelimit: "a", r=5',
@@ -59,6 +64,20 @@ def test_read_fields_of_every_revision(block: str, limits: list[QuotaLimit]) -> 
 def test_read_malformed_fields_are_ignored(block: str) -> None:
     """A field that is not of the draft's form, or whose policy has no plain name, gives nothing."""
     assert read_limits(parse_block(block), NOW) == ()
+
+
+def test_read_parameters_beside_a_text_of_any_kind() -> None:
+    """What a quoted text says, with commas and escaped quotes, belongs to no limit and hides none (RFC 9651)."""
+    block = r'ratelimit: "default";note="so, \"b\";r=0";r=50, "c";pk=:a,b=:;r=2'
+    limits = (QuotaLimit(resource="default", remaining=50), QuotaLimit(resource="c", remaining=2))
+    assert read_limits(parse_block(block), NOW) == limits
+
+
+@pytest.mark.parametrize("value", [b"100, 100;w=60", b"100;w=60", b'100, 100;w=60;name="of each address", 5000;w=3600'])
+def test_read_a_limit_that_lists_its_policies(value: bytes) -> None:
+    """Drafts before -06, and Envoy still, list the policies behind the limit that is nearest: that one is told."""
+    assert read_limits([(b"ratelimit-limit", value)], NOW) == (QuotaLimit(resource="requests", limit=100),)
+    assert openai.read_limits([(b"x-ratelimit-limit", value)], NOW) == (QuotaLimit(resource="requests", limit=100),)
 
 
 def test_read_overlong_field_is_cut() -> None:
