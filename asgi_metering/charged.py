@@ -10,7 +10,7 @@ import asyncio
 import functools
 import logging
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from inspect import isawaitable
 from types import TracebackType
@@ -25,8 +25,8 @@ __all__ = ["Charge", "ChargedClient", "ChargedStream"]
 
 log = logging.getLogger("asgi_metering")
 
-Charge = Callable[[], AbstractAsyncContextManager[Call]]
-"""Begins the charge of one call."""
+Charge = Callable[[Mapping[str, Any]], AbstractAsyncContextManager[Call]]
+"""Begins the charge of one call of the method, by the keywords that it is called with."""
 
 
 class ChargedClient:
@@ -67,7 +67,7 @@ def _charged(method: Callable[..., Any], charge: Charge) -> Callable[..., Any]:
     async def charged(*args: Any, **kwargs: Any) -> Any:
         outer = CURRENT.get()
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(charge())
+            await stack.enter_async_context(charge(kwargs))
             answer = method(*args, **kwargs)
             if isawaitable(answer):
                 answer = await answer

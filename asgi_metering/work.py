@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
@@ -47,8 +47,7 @@ class Work(abc.ABC):
     def runtime(self) -> Runtime:
         """The background of the running event loop."""
 
-    @asynccontextmanager
-    async def charge(
+    def charge(
         self,
         *,
         line: str,
@@ -57,7 +56,7 @@ class Work(abc.ABC):
         price: Price | None = None,
         caller: Caller | None = None,
         **options: Unpack[ChargeOptions],
-    ) -> AsyncIterator[Call]:
+    ) -> AbstractAsyncContextManager[Call]:
         """
         Run one metered call outside HTTP: ``async with metering.charge(payer=..., line=..., hold="0.2") as call:``.
 
@@ -90,12 +89,26 @@ class Work(abc.ABC):
         The call ends wherever the block is left, also in another task than it was entered in: that of a generator whose
         reader went away (pitfall 38). Such a block has the call at hand; `current_call` follows the task.
         """
+        return self._charging({}, payer, caller, line, hold, price, options)
+
+    @asynccontextmanager
+    async def _charging(
+        self,
+        given: Mapping[str, Any],
+        payer: str | None,
+        caller: Caller | None,
+        line: str,
+        hold: HoldSize | None,
+        price: Price | None,
+        options: ChargeOptions,
+    ) -> AsyncIterator[Call]:
+        """`charge`, of work whose arguments are *given*: what looks like a request to a model is what it asks for."""
         outer = CURRENT.get()
         policy, call = prepared(_root(self), payer, caller, line, hold, price, options)
         opening = call.opening
         CURRENT.set(opening)
         try:
-            await call.gate(policy, {})
+            await call.gate(policy, given)
             yield call
         except BaseException:
             call.see(Cause.ERROR)
@@ -143,7 +156,7 @@ class Work(abc.ABC):
             method: Its name, with dots for a part of a part.
             line: As of `charge`, for each call; as are:
             payer: Who pays.
-            hold: What is set aside.
+            hold: What is set aside; by default what the method is asked for, by its keywords, as of an endpoint.
             price: What is charged.
             caller: Who acts.
             options: The rest.
@@ -161,8 +174,8 @@ class Work(abc.ABC):
         if not callable(found):
             raise ConfigurationError(f"{client!r} has no method {method!r}. Name one that it has.")
 
-        def charge() -> AbstractAsyncContextManager[Call]:
-            return self.charge(line=line, payer=payer, hold=hold, price=price, caller=caller, **options)
+        def charge(given: Mapping[str, Any]) -> AbstractAsyncContextManager[Call]:
+            return self._charging({"request": given}, payer, caller, line, hold, price, options)
 
         return ChargedClient(client, tuple(method.split(".")), charge)
 

@@ -309,6 +309,30 @@ def test_charge_what_was_observed_of_a_real_stream_that_is_left(how: str) -> Non
         asyncio.run(run(server.url))
 
 
+def test_know_what_a_call_of_a_method_asks_for() -> None:
+    """What the method is given is the request: its prompt and bound are held; who leaves pays the prompt (S3.41)."""
+    provider = Provider()
+
+    async def run(url: str) -> None:
+        async with Metering(sinks=()) as metering:
+            await metering.grant("ann", 10_000, id="g")
+            http = metering.upstream_client("openai", verify=False)
+            async with openai.AsyncOpenAI(api_key="sk-any", base_url=url + "/v1", http_client=http) as sdk:
+                client = charged(metering, sdk, "chat.completions.create", hold=None)
+                messages = [{"role": "user", "content": "word " * 500}]
+                stream = await client.chat.completions.create(
+                    model="words-200", messages=messages, stream=True, max_tokens=300
+                )
+                (hold,) = await metering.holds()
+                assert 800 < hold.amount / CREDIT < 850
+                await anext(aiter(stream))
+                await stream.close()
+                assert 500 < await spent(metering) < 600
+
+    with serve_in_thread(provider) as server:
+        asyncio.run(run(server.url))
+
+
 @pytest.mark.parametrize(("on_disconnect", "cost"), [("none", 0), ("hold", 9), ("observed", 2)])
 def test_choose_what_a_stream_costs_that_is_left(on_disconnect: Any, cost: int) -> None:
     """Outside HTTP it is the reader who leaves: what that costs is chosen as of a client (S3.41)."""

@@ -327,7 +327,8 @@ def test_continue_a_session_with_its_payer(sources: str) -> None:
                 reads.append(operation)
             return super().run_now(operation)
 
-    metering = Metering(Read(), identify=lambda connection: Caller("ann"), sinks=())
+    # By a store whose day is another one than ours.
+    metering = Metering(Read(FakeClock()), identify=lambda connection: Caller("ann"), sinks=())
     api = FastAPI()
     api.add_middleware(MeteringMiddleware, metering=metering)
 
