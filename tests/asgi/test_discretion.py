@@ -13,7 +13,6 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
 from asgi_metering import Allowance, Caller, Metering, MeteringMiddleware, TokenUsage, Wallet, billable, slices
-from asgi_metering.errors import ConfigurationError
 from asgi_metering.prices import per_token
 from asgi_metering.sources import Payer
 from tests.harness.drive import Drive, body, drive, headers, http_scope, lifespan, status
@@ -132,9 +131,3 @@ def test_cut_without_the_numbers_of_another_payer() -> None:
     error = json.loads(told.rsplit("data: ", 1)[1])
     assert error["code"] == "insufficient_credits"
     assert not NUMBERS & error.keys()
-
-
-def test_refuse_a_payer_that_may_or_may_not_be_told() -> None:
-    """Whether numbers are told is said by True or False (S0.40)."""
-    with pytest.raises(ConfigurationError, match="is no bool"):
-        Payer("owner", account="owner-7", told="no")  # type: ignore[arg-type]
