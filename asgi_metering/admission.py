@@ -21,15 +21,18 @@ from asgi_metering.asking import (
     source_asks,
 )
 from asgi_metering.beside import Beside
+from asgi_metering.continuing import continued, go_on
+from asgi_metering.correlating import ids_around, ids_of
 from asgi_metering.counting import count_by, counts, message_limits, needs_caller, of_everybody
 from asgi_metering.decisions import Decision, Reason, Refusal
+from asgi_metering.dropping import without
 from asgi_metering.errors import ConfigurationError, IdentityError, PayerError, StoreError
 from asgi_metering.events.span import current_trace
 from asgi_metering.keying import key_ask, once, shared_key
 from asgi_metering.outage import in_doubt_of, without_store
 from asgi_metering.policies import ChargePolicy, EndpointPolicy, RatePolicy
 from asgi_metering.prices import FixedPrice
-from asgi_metering.pricing import amounts_of, find_payer, find_price, pin
+from asgi_metering.pricing import FREE, amounts_of, find_payer, find_price, pin
 from asgi_metering.receipts import Basis
 from asgi_metering.reserving import reserve
 from asgi_metering.rules.operations import (
@@ -116,6 +119,8 @@ async def admit(call: Call, arguments: Mapping[str, Any]) -> None:
         if call.beside is not None:
             call.beside.release(call.metering.headroom)
         raise
+    if call.continues is not None and call.decision is not None:
+        go_on(call, call.decision)
     call.metering.admitted(call)
 
 
@@ -146,36 +151,35 @@ def admit_now(call: Call, policy: EndpointPolicy, features: frozenset[str]) -> b
     by the same id. Raises as that does.
     """
     metering = call.metering
-    if not metering.store.immediate:
-        return False
     runtime = metering.runtime()
-    if not runtime.is_open:
+    store = runtime.at_hand
+    if store is None:
         return False
     asked = _planned(call, metering.plans.of(policy, features))
     # Asked behind the plan, which may be the first to name its unit: the store has to be told of its scale before.
-    if asked is None or metering.has_new_units:
+    if asked is None or metering.new_units:
         return False
     try:
-        decision = metering.store.run_now(asked)
+        decision = store.run_now(asked)
     except Exception:  # noqa: BLE001 -- what is wrong is found and told on the way for everything else
         return False
     if type(decision) is not Decision or decision.stale_calendar:
         return False
     if decision.refusal is not None:
         raise call.refused(leveled(decision.refusal, _rates_of(call)), decision)
-    # As `_mark` does. What a plain plan asks is nothing that was answered before, and of its limits none is weighed.
+    # As `_mark` does. What a plain plan asks is nothing that was answered before, nobody but the call's own payer pays
+    # it, and of its limits none is weighed.
     call.is_plain = True
     call.decision, call.held, call.ttl_s = decision, decision.held, asked.ttl_s
-    if decision.payer:
-        call.payer = decision.payer
     if asked.sources or asked.leases:
         call.has_hold = True
-    is_charged = call.charge is not None
-    # As `needs_end` says: what else it looks at, no plain call has.
-    if call.has_hold or is_charged:
         runtime.register(call)
-    if is_charged:
-        metering.tell_span(call)
+    if call.charge is not None:
+        # As `needs_end` says: what else it looks at, no plain call has.
+        if not call.has_hold:
+            runtime.register(call)
+        if call.trace:
+            metering.tell_span(call)
     return True
 
 
@@ -193,7 +197,7 @@ def _planned(call: Call, plan: Plan) -> Admit | None:
         call.price, call.estimate = price, price.amount
         call.trace = current_trace()
         call.facts = _facts(call)
-    return plan.asked(call, call.started_at)
+    return plan.asked(call, caller, call.started_at)
 
 
 def _free(call: Call, charge: ChargePolicy) -> None:
@@ -255,8 +259,10 @@ async def _charge(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]
         call.once = await once(call, charge, arguments)
     if not call.exempt:
         call.shared = await shared_key(call, charge, arguments)
+    if call.price is FREE and "credits" in call.opening.features:
+        await continued(call, charge)
     call.trace = current_trace()
-    call.facts = _facts(call)
+    call.facts = _facts(call, await ids_of(call, charge, arguments) if charge.correlates else None)
 
 
 async def _decide(
@@ -458,7 +464,7 @@ def _is_measured(call: Call) -> bool:
     return call.price is not None and not isinstance(call.price, FixedPrice) and not call.exempt
 
 
-def _facts(call: Call) -> dict[str, Any]:
+def _facts(call: Call, ids: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What the usage event says of the admission: enough to write it when this process is gone."""
     caller = call.caller
     told: dict[str, Any] = {"line": call.line, "started_at": call.started_at, **call.trace}
@@ -469,6 +475,11 @@ def _facts(call: Call) -> dict[str, Any]:
         if caller.attributes:
             told["attributes"] = dict(caller.attributes)
     origin = call.opening.origin
-    request_id = origin.request_id if origin is not None else None
-    told["request_id"] = request_id or call.id
-    return told
+    if origin is None:
+        told.update(ids_around(call))
+    else:
+        told["request_id"] = origin.request_id or call.id
+    if ids is not None:
+        told.update(ids)
+    drops = call.metering.drops.get(call.line) if call.metering.drops else None
+    return told if drops is None else without(told, drops)

@@ -67,7 +67,10 @@ def source_asks(call: Call, charge: ChargePolicy, now: float) -> tuple[SourceAsk
     for payer, members in groupby(charge.sources, key=attrgetter("payer")):
         group = list(members)
         split = any(source.split for source in group)
-        place = ("", "", split) if payer is None else (call.accounts.get(payer.name, ""), payer.name, split)
+        place = ("", "", split)
+        if payer is not None:
+            # Of each payer: counted at home, at somebody's expense.
+            place = ("" if group[0].each else call.accounts.get(payer.name, ""), payer.name, split)
         for source in group:
             if isinstance(source, Allowance):
                 limit = call.unit.parts(limit_allowed(call, source), f"allowance {source.name!r}")

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from asgi_metering.breakdown import unit_attributes, upstream_attributes
 from asgi_metering.counting import usage_of
+from asgi_metering.dropping import without
 from asgi_metering.errors import AmountError, UsageError
 from asgi_metering.itemised import DOUBTS, calls_of, costed, costing_attributes
 from asgi_metering.measuring import (
     Metered,
+    asked_upstream,
     failed_in_band,
     metered_usage,
     observed_usage,
@@ -122,7 +124,7 @@ def _whole(call: Call, status: int | None) -> End:
     holds, which nobody shares and nothing changed.
     """
     event = None
-    if call.charge is not None and "events" in call.opening.features and call.metering.sinks:
+    if "events" in call.opening.features and call.metering.sinks:
         event = {**_TOLD_WHOLE, "status": status}
     return build(End, (call.id, call.held, _USAGE, False, _BY_CALL, {}, event, False, None))
 
@@ -329,9 +331,9 @@ async def _estimated(call: Call, price: MeasuredPrice, known: Metered) -> tuple[
     """
     (smallest parts, what is known of the usage): the estimate, which stands for what nobody reported.
 
-    It is never less than what was observed: what the call's answers reported, all of them or some, and the text of a
-    model that passed. Text of a shape that nobody knows is a guess like the estimate, and no better one. What
-    was observed is told as the usage where it is charged.
+    It is never more than what is held, and never less than what was observed: what the call's answers reported, all of
+    them or some, and the text of a model that passed. Text of a shape that nobody knows is a guess like the estimate,
+    and no better one. What was observed is told as the usage where it is charged.
     """
     estimate = call.estimate
     # A first slice estimates nothing of the whole.
@@ -340,7 +342,8 @@ async def _estimated(call: Call, price: MeasuredPrice, known: Metered) -> tuple[
     if not is_slice:
         amount = call.held
         if isinstance(estimate, TokenUsage):
-            amount = call.unit.round(EXACT.multiply(price.cost(estimate), call.dearer))
+            # Of `up_to` less may be held, and the work was capped to that: a guess makes no debt.
+            amount = min(amount, call.unit.round(EXACT.multiply(price.cost(estimate), call.dearer)))
     seen = await observed_usage(call, known, guesses=is_slice or known.usage is not None)
     if seen.usage is None:
         return amount, known
@@ -390,35 +393,33 @@ def _event(call: Call, used: Metered, seen: Sighting, row: Situation) -> dict[st
     }
     if used.usage is not None:
         told["usage"] = usage_dict(used.usage)
-    if call.attributes or call.tally is not None:
-        told["attributes"] = dict(call.attributes)
+    more: dict[str, Any] = dict(call.attributes)
     if call.tally is not None:
-        told["attributes"].setdefault(f"{call.tally.per}s", call.tally.count)
+        more.setdefault(f"{call.tally.per}s", call.tally.count)
     # Of most calls there is nothing to say: their price is fixed, and nobody counted.
-    may_be = used.usage is not None or type(call.price) is not FixedPrice
-    priced = _price_attributes(call, used) if may_be else None
-    if priced:
-        told["attributes"] = {
-            **(call.attributes or call.facts.get("attributes", {})),
-            **told.get("attributes", {}),
-            **priced,
-        }
-    shadow = None if call.beside is None else call.beside.told()
-    if shadow:
-        known = call.attributes or call.facts.get("attributes", {})
-        told["attributes"] = {**known, **told.get("attributes", {}), **shadow}
-    problems = problems_of(call) if call.observer is not None or call.exchanges else None
-    if problems:
-        told["attributes"] = {**told.get("attributes", call.facts.get("attributes", {})), PROBLEMS: ",".join(problems)}
+    if used.usage is not None or type(call.price) is not FixedPrice:
+        more.update(_price_attributes(call, used))
+    if call.beside is not None:
+        more.update(call.beside.told())
+    if call.observer is not None or call.exchanges:
+        problems = problems_of(call)
+        if problems:
+            more[PROBLEMS] = ",".join(problems)
     several = bool(call.exchanges) or call.witnesses is not None or len(call.reports) > 1
-    several = several or (call.opening.is_session and call.observer is not None)
-    upstream = upstream_attributes(call, used) if several else None
-    units = unit_attributes(calls_of(call, used)) if used.usage is not None else None
-    payers = _payer_attributes(call)
-    if upstream or units or payers:
-        known = told.get("attributes", call.facts.get("attributes", {}))
-        told["attributes"] = {**known, **(upstream or {}), **(units or {}), **payers}
-    return told
+    if several or (call.opening.is_session and call.observer is not None):
+        more.update(upstream_attributes(call, used))
+    if call.exchanges and used.provider is None:
+        # Nobody told what they used; whose calls they were is known all the same.
+        _, model, told["provider"] = asked_upstream(call, used.source)
+        told["model"] = used.model or model
+    if used.usage is not None:
+        more.update(unit_attributes(calls_of(call, used)))
+    more.update(_payer_attributes(call))
+    if more:
+        # Beside what the caller brought along, which the admission has told.
+        told["attributes"] = {**call.facts.get("attributes", {}), **more}
+    drops = call.metering.drops.get(call.line) if call.metering.drops else None
+    return told if drops is None else without(told, drops)
 
 
 def _payer_attributes(call: Call) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from asgi_metering.amounts import MAX_AMOUNT
 from asgi_metering.errors import UsageError
-from asgi_metering.measuring import Metered, upstream_calls
+from asgi_metering.measuring import Metered, asked_upstream, upstream_calls
 from asgi_metering.prices.costing import ModelCall
 from asgi_metering.prices.values import EXACT
 from asgi_metering.usage import TokenUsage
@@ -61,9 +61,12 @@ def upstream_attributes(call: Call, used: Metered) -> dict[str, Scalar]:
     rows = _by_model(calls)
     if len(rows) > 1:
         told[MODELS] = json.dumps(rows, separators=(",", ":"))
-    elif rows and rows[0]["calls"] > 1 and (rows[0]["model"] or rows[0]["usage"]):
-        # What reports no tokens of any model is a count of something else, however often it is reported.
-        told[CALLS] = rows[0]["calls"]
+        return told
+    # What reports no tokens of any model is a count of something else, however often it is reported.
+    count = rows[0]["calls"] if rows and (rows[0]["model"] or rows[0]["usage"]) else 0
+    count = max(count, asked_upstream(call, used.source)[0])
+    if count > 1:
+        told[CALLS] = count
     return told
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Awaitable, Coroutine, Mapping
 from decimal import Decimal
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from asgi_metering.amounts import exact_amount
 from asgi_metering.asking import limit_allowed
@@ -29,7 +29,7 @@ from asgi_metering.sources import Allowance, Wallet
 from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
-    from asgi_metering.amounts import Amount
+    from asgi_metering.amounts import Amount, Unit
     from asgi_metering.guards import Part
     from asgi_metering.sources import Payer, PaymentSource
 
@@ -45,17 +45,41 @@ Affordable: TypeAlias = Literal["input", "output", "reasoning", "seconds", "imag
 """What a call can be asked about: tokens by their kind, and units by names that prices usually have."""
 
 
+class CallFacts(NamedTuple):
+    """What another process learns of a call, where its refusal or its cut has been sent there (pickled)."""
+
+    id: str
+    line: str
+    payer: str | None
+    unit: Unit
+    held: int
+
+    @classmethod
+    def of(cls, call: Call) -> CallFacts:
+        """Those of *call*."""
+        return cls(call.id, call.line, call.payer, call.unit, call.held)
+
+
 class CallRefused(Exception):  # noqa: N818 -- a refusal is an answer on its way to the edge, not an error
     """
     The call may not run. Carries the decision to the edge, which answers it; nothing was consumed.
 
     A plain `Exception`, so that every framework unwinds its dependencies on the way (pitfalls 13, 14). Its message
     says what the payer's own balance or allowance lacks, in whole units: a job's log has nothing else to tell by.
+
+    It can be pickled, as whoever runs jobs in other processes does; there `call` is a `CallFacts`.
+
+    Attributes:
+        call: Which.
+        refusal: Why, and what was lacking, in smallest parts; ``refusal.reason`` is a `Reason`.
+        decision: The store's whole answer, with the receipt of a replay (``decision.replay``); None where it was not
+            asked.
     """
 
     def __init__(self, call: Call, refusal: Refusal, decision: Decision | None = None) -> None:
-        # Not `super`: what a framework joins to it has arguments of its own.
-        Exception.__init__(self)
+        # What it is made of is no part of its message, nor of its repr. Not by `super`: what a framework joins to it
+        # has arguments of its own.
+        self.args = ()
         self.call = call
         self.refusal = refusal
         self.decision = decision
@@ -68,6 +92,9 @@ class CallRefused(Exception):  # noqa: N818 -- a refusal is an answer on its way
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self)!r})"
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (CallFacts.of(self.call), self.refusal, self.decision)
+
 
 class CallCut(OSError):  # noqa: N818 -- an end, not an error
     """
@@ -75,12 +102,18 @@ class CallCut(OSError):  # noqa: N818 -- an end, not an error
 
     Raised from ``send``, and by `Call.record`. An `OSError`, as from a client that left: what frameworks end a stream
     for. What was observed is charged.
+
+    Attributes:
+        call: Which.
     """
 
     def __init__(self, call: Call) -> None:
         held = f"{call.unit.whole(call.held):f} {call.unit.name}"
         super().__init__(f"Call {call.id!r} was cut: it has used up the {held} that could be held for it.")
         self.call = call
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (CallFacts.of(self.call),)
 
 
 def _lack(call: Call, refusal: Refusal) -> str:
@@ -114,6 +147,7 @@ class Call(CallState):
         held: Smallest parts set aside.
         unit: What is counted.
         line: The billing line; empty on routes that are not billable.
+        decision: What the store answered to its admission; None until then, and where nothing was asked of it.
         receipt: What the end did; None until the ledger answered.
         hold_lost: Its heartbeats did not come through for so long that its policy has ended its hold while it runs.
         attributes: What else the usage event says, for the handler to set: str, int, finite float or bool. What is none
@@ -332,6 +366,11 @@ class Call(CallState):
         if not self.admitted or self.charge is None or self.decision is None or not self.decision.payer:
             return False
         return not self._pays(self.charge.sources[0])
+
+    def counts_at_home(self, payer: Payer) -> bool:
+        """Whether what *payer* allows is counted for the call's own payer: see ``each`` of `Allowance`."""
+        sources = self.charge.sources if self.charge is not None else ()
+        return any(source.each and source.payer is payer for source in sources)
 
     @property
     def payer_name(self) -> str | None:

@@ -95,6 +95,8 @@ class CallState:
         runtime: The background that looks after it, of its event loop; None until it is admitted.
     """
 
+    __slots__ = ("__dict__", "attributes", "exchanges", "id", "metering", "opening", "reports", "started_at")
+
     # On the class: what a call never has costs it nothing, and most have little of this.
     runtime: Runtime | None = None
     caller: Caller | None = None
@@ -109,6 +111,8 @@ class CallState:
     unit: Unit = CREDITS
     line = ""
     held = 0
+    # How long its hold lives without a heartbeat.
+    ttl_s = 0.0
     estimate: TokenUsage | Decimal | None = None
     # What the request asks for in tokens, also where the hold is an amount; None for a fixed price.
     asked: TokenUsage | None = None
@@ -125,6 +129,8 @@ class CallState:
     pending: Mapping[str, Any] | None = None
     deferred = False
     cause: Cause | None = None
+    # What has kept its end from being booked so far.
+    unbooked: Exception | None = None
     status: int | None = None
     first_byte = False
     failure: str | None = None
@@ -143,6 +149,8 @@ class CallState:
     is_beating = False
     trace: Mapping[str, str] = MappingProxyType({})
     facts: Mapping[str, Any] = MappingProxyType({})
+    # How the session stands that it continues, of which it is not charged: whose it is.
+    continues: Decision | None = None
     has_hold = False
     hold_lost = False
     # Admitted at once by a plain plan (`plans`): its price is fixed, if it has one, and each call is charged by itself;
@@ -170,7 +178,6 @@ class CallState:
         self.opening = opening
         self.id = metering.new_id()
         self.started_at = time.time()
-        self.ttl_s = metering.ttl_s
         self.reports: list[Reported] = []
         self.exchanges = Exchanges()
         self.attributes: dict[str, Scalar] = {}

@@ -10,7 +10,7 @@ import asyncio
 import functools
 import logging
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from inspect import isawaitable
 from types import TracebackType
@@ -19,13 +19,14 @@ from typing import Any, Self
 from asgi_metering.call import Call
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.opening import CURRENT, Opening
+from asgi_metering.rules.ending import Cause
 
 __all__ = ["Charge", "ChargedClient", "ChargedStream"]
 
 log = logging.getLogger("asgi_metering")
 
-Charge = Callable[[], AbstractAsyncContextManager[Call]]
-"""Begins the charge of one call."""
+Charge = Callable[[Mapping[str, Any]], AbstractAsyncContextManager[Call]]
+"""Begins the charge of one call of the method, by the keywords that it is called with."""
 
 
 class ChargedClient:
@@ -50,6 +51,13 @@ class ChargedClient:
             return ChargedClient(found, self._path[1:], self._charge)
         return _charged(found, self._charge)
 
+    async def __aenter__(self) -> ChargedClient:
+        # Of the class, where Python looks for it: clients are opened by a block.
+        return ChargedClient(await self._client.__aenter__(), self._path, self._charge)
+
+    async def __aexit__(self, *raised: Any) -> Any:
+        return await self._client.__aexit__(*raised)
+
     def __repr__(self) -> str:
         return f"<{'.'.join(self._path)} charged of {self._client!r}>"
 
@@ -59,7 +67,7 @@ def _charged(method: Callable[..., Any], charge: Charge) -> Callable[..., Any]:
     async def charged(*args: Any, **kwargs: Any) -> Any:
         outer = CURRENT.get()
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(charge())
+            await stack.enter_async_context(charge(kwargs))
             answer = method(*args, **kwargs)
             if isawaitable(answer):
                 answer = await answer
@@ -81,8 +89,9 @@ class ChargedStream:
     """
     A stream whose charge ends when it is exhausted, fails, or is closed; everything else is the stream's own.
 
-    Close one that you leave early, as you would the stream itself: until then its hold is kept. One that is dropped
-    instead, as by a response whose client left, is closed when it is collected.
+    Close one that you leave early, as you would the stream itself: until then its hold is kept. It is charged what was
+    observed of it then, as of a client that left (``on_disconnect``). One that is dropped instead, as by a response
+    whose client left, is closed when it is collected.
     """
 
     __slots__ = ("__weakref__", "_charge", "_items", "_opening", "_stream")
@@ -93,7 +102,7 @@ class ChargedStream:
         self._opening = opening
         self._charge: AsyncExitStack | None = charge
         # Keeps the charge alive for it: were both collected together, the charge would end as one that failed.
-        weakref.finalize(self, _dropped, asyncio.get_running_loop(), charge).atexit = False
+        weakref.finalize(self, _dropped, asyncio.get_running_loop(), opening, charge).atexit = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -117,7 +126,9 @@ class ChargedStream:
             CURRENT.set(outer)
 
     async def aclose(self) -> None:
-        """Close the stream, and end its charge with what it has used."""
+        """Close the stream, and end its charge with what it has used: its reader is gone, if it has not ended."""
+        if self._charge is not None:
+            _left(self._opening)
         try:
             close = getattr(self._stream, "aclose", None) or getattr(self._stream, "close", None)
             if close is not None:
@@ -155,13 +166,20 @@ _ENDING: set[asyncio.Task[None]] = set()
 """Ends of streams that were dropped: nobody else refers to them."""
 
 
-def _dropped(loop: asyncio.AbstractEventLoop, charge: AsyncExitStack) -> None:
+def _left(opening: Opening | None) -> None:
+    """What came until then is charged, and not what was held for all of it; the first cause seen counts."""
+    if opening is not None and opening.call is not None:
+        opening.call.see(Cause.CLIENT_GONE)
+
+
+def _dropped(loop: asyncio.AbstractEventLoop, opening: Opening | None, charge: AsyncExitStack) -> None:
     """End *charge*, whose stream is gone, on its loop; again, of one that has ended, does nothing. From any thread."""
     if not loop.is_closed():
-        loop.call_soon_threadsafe(_end, charge)
+        loop.call_soon_threadsafe(_end, opening, charge)
 
 
-def _end(charge: AsyncExitStack) -> None:
+def _end(opening: Opening | None, charge: AsyncExitStack) -> None:
+    _left(opening)
     task = asyncio.get_running_loop().create_task(charge.aclose())
     _ENDING.add(task)
     task.add_done_callback(_ended)

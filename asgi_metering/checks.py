@@ -13,7 +13,7 @@ from typing import Any
 
 from asgi_metering.amounts import Amount, exact_amount
 from asgi_metering.arguments import From
-from asgi_metering.computed import check_sync
+from asgi_metering.computed import check_sync, name_of
 from asgi_metering.errors import ConfigurationError, InvalidKeyError
 from asgi_metering.holding import HoldPolicy, Slices
 from asgi_metering.names import check_key, is_field_name
@@ -36,6 +36,7 @@ from asgi_metering.sources import PERIODS, Allowance, PaymentSource, Wallet, che
 from asgi_metering.usage import TokenUsage
 
 __all__ = [
+    "check_asked",
     "check_customise",
     "check_drain",
     "check_errors",
@@ -216,15 +217,31 @@ def read_charge_key(
 def check_customise(customise: Callable[..., Any]) -> None:
     """Refuse a hook that cannot be asked."""
     check_sync(customise, "customise=")
-    try:
-        inspect.signature(customise).bind({})
-    except TypeError:
+    if not _takes_one(customise):
         raise ConfigurationError(
             f"customise={customise!r} does not take one argument. Pass a function of the refusal's members."
-        ) from None
-    except ValueError:
-        # Without a signature to read, the first refusal tells.
+        )
+
+
+def check_asked(name: str, function: Any, of: str) -> None:
+    """Refuse as *name* what is no function of one argument, *of* what it is asked; None is none."""
+    if function is None:
         return
+    if not callable(function):
+        raise ConfigurationError(f"{name}={function!r} cannot be called. Pass a function of the {of}.")
+    if not _takes_one(function):
+        raise ConfigurationError(f"{name}={name_of(function)}() takes no one argument. Pass a function of the {of}.")
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    """Whether *function* can be called with one argument; without a signature to read the first call tells."""
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 def check_measured(price: MeasuredPrice) -> None:

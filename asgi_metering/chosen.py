@@ -6,7 +6,7 @@ Values and how their texts are read. Knows nobody's plan, nor who configured wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -32,7 +32,9 @@ class LimitReading:
 
     def read(self, text: str | RateLimitItem) -> RateLimit:
         """The limit that *text* says, read once; raises as `parse_limit`."""
-        return _read(text, self.strategy, self.zone, self.level)
+        # A list, say, is refused in words, and not for what a cache needs.
+        read = _read if isinstance(text, Hashable) else _read.__wrapped__
+        return read(text, self.strategy, self.zone, self.level)
 
     def read_all(self, text: str | RateLimitItem) -> tuple[RateLimit, ...]:
         """The limits that *text* says, as `parse_limits` divides it, read once."""

@@ -111,6 +111,8 @@ def bound_charge(charge: ChargePolicy, endpoint: str) -> ChargePolicy:
         idempotency=None if once is None else replace(once, fingerprint=_bound(once.fingerprint, endpoint)),
         key=None if key is None else replace(key, key=_bound(key.key, endpoint)),
         skip_if=_bound(charge.skip_if, endpoint),
+        request_id=_bound(charge.request_id, endpoint),
+        session_id=_bound(charge.session_id, endpoint),
     )
 
 
@@ -236,6 +238,11 @@ def _check_charge_key(_: Any, key: Any) -> None:
         )
 
 
+def _check_id(_: Any, found: Any) -> None:
+    if found is not None and (isinstance(found, bool) or not isinstance(found, str | int)):
+        raise ConfigurationError(f"The id is a {type(found).__name__}. It has to be a str, an int, or None for none.")
+
+
 def _check_fingerprint(_: Any, fingerprint: Any) -> None:
     if isinstance(fingerprint, bool) or not isinstance(fingerprint, str | bytes | int):
         raise ConfigurationError(
@@ -307,6 +314,8 @@ _CHECKS: Mapping[str, Callable[[Any, Any], None]] = {
     "cost": _check_cost,
     "charge key": _check_charge_key,
     "fingerprint": _check_fingerprint,
+    "request id": _check_id,
+    "session id": _check_id,
     "skip_if": _check_skip,
     "upstream tokens": _check_tokens,
     "upstream label": _check_label,

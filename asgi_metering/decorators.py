@@ -36,6 +36,7 @@ from asgi_metering.checks import (
     read_sources,
 )
 from asgi_metering.chosen import LimitReading
+from asgi_metering.correlating import read_id
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.guards import BARE_MEND, Part, guard_of, merged
 from asgi_metering.holding import HoldSize, read_hold
@@ -107,6 +108,8 @@ def billable(
     per: Per = "call",
     callers: Collection[str] | None = None,
     count: Callable[..., Any] | None = None,
+    request_id: str | Callable[..., Any] | None = None,
+    session_id: str | Callable[..., Any] | None = None,
     shadow: bool = False,
 ) -> Part:
     """
@@ -132,8 +135,10 @@ def billable(
         on_cut: We cut the stream: ``observed`` or ``hold``.
         on_abort: The process stopped or died: ``observed``, ``none`` or ``hold``.
         errors: Shape of refusals: ``problem``, ``openai`` or ``anthropic``.
-        customise: Rewrites a refusal's body and adds header fields, for clients that expect others (S4.4). Not async:
-            nobody waits while a refusal is written.
+        customise: Rewrites a refusal's body and adds header fields, for clients that expect others (S4.4): a function
+            of the problem's members (``code``, ``unit``, ``required``...) that answers a tuple of the body and a
+            mapping of fields. Not async: nobody waits while a refusal is written. Where it fails the log says so, and
+            the standard body is sent.
         usage: Names the dialect of the response body, where its shape alone would mislead.
         forward_quota_headers: Let a provider's own quota fields pass to the client. ``RateLimit``, and
             ``X-RateLimit-Limit``, ``-Remaining`` and ``-Reset`` that come alone, are the endpoint's own and pass,
@@ -148,7 +153,8 @@ def billable(
         charge_per: The window of a charge key: ``"day"``, ``"week"``, ``"month"``, or seconds from its first call on.
         charge_zone: Where the days of that window begin.
         skip_if: Answers True, from the endpoint's arguments, for a call that is not charged: the continuation of a
-            turn that was (S0.16). It is counted by limits, and audited with an amount of 0.
+            turn that was (S0.16). It is counted by limits, and audited with an amount of 0. With a *charge_key*, on a
+            route that names payers, it goes on with whoever pays its session, and is looked up for that.
         on_store_down: The store gives no answer: ``deny`` with 503, ``queue`` (let in, and charged later out of the
             metering's journal) or ``allow`` (let in for nothing); what the `Metering` says by default (X.6).
         per: ``"message"`` charges a WebSocket the price for each message that comes in, ``"second"`` for each second
@@ -162,6 +168,9 @@ def billable(
             what the endpoint returned, and of the endpoint's arguments, that answers a mapping of units to numbers, or
             the number alone where the price has one unit. Reported as by `Call.record`. Where it fails, the answer goes
             out all the same, and the call is one of missing usage, with an alarm.
+        request_id: The application's own id of the request, for the usage event (S2.13): a callable of the endpoint's
+            arguments, or the name of a header field. ``X-Request-ID`` where it finds none, else the call's id.
+        session_id: The same of a session; None where it finds none. Charges inside of the call have both too.
         shadow: Charge and refuse nothing, and tell what it would have: see `asgi_metering.shadow` (S4.16). Not with
             keys: nothing is claimed, so that nobody could tell which of several calls pays.
 
@@ -236,6 +245,8 @@ def billable(
         per=per,
         callers=read_callers(callers),
         count=None if count is None else From(count, "count"),
+        request_id=read_id(request_id, "request_id"),
+        session_id=read_id(session_id, "session_id"),
         shadow=shadow,
     )
     check_shadow(charge)

@@ -26,6 +26,7 @@ from asgi_metering.errors import (
     StoreUnavailableError,
     UnwritableError,
 )
+from asgi_metering.events.outbox import Dropped, tell_of_drop
 from asgi_metering.receipts import Basis, Receipt
 from asgi_metering.rules.calendars import around
 from asgi_metering.rules.decide import Answer
@@ -74,6 +75,10 @@ READ_OFF: Final = 128
 """Entries of the journal that are under way at once: a batch of the pump."""
 
 
+def _ignore(_failure: StoreError) -> None:
+    """Whoever does not ask why."""
+
+
 class Delivery:
     """
     Brings ends to the store.
@@ -108,11 +113,18 @@ class Delivery:
 
     @property
     def takes_now(self) -> bool:
-        """Whether what the store is asked goes to it at once, and not to the journal first."""
-        metering = self._metering
-        return metering.journal is None or metering.breaker.state is BreakerState.CLOSED
+        """Whether what the store is asked goes to it at once, where there is a journal that it could go to first."""
+        return self._metering.breaker.state is BreakerState.CLOSED
 
-    async def book(self, call: str, steps: Steps, *, begun: bool = False, durable: bool = True) -> Answer | None:
+    async def book(
+        self,
+        call: str,
+        steps: Steps,
+        *,
+        begun: bool = False,
+        durable: bool = True,
+        failed: Callable[[StoreError], object] = _ignore,
+    ) -> Answer | None:
         """
         Do *steps* for *call*, however long the store takes; the last one's answer is returned.
 
@@ -123,6 +135,7 @@ class Delivery:
             steps: What its end asks of the store.
             begun: The journal keeps something of the call already, which these replace.
             durable: Whether it is worth the journal: what a hold's expiry does as well is not.
+            failed: Called with the first reason why they wait.
 
         Raises:
             StoreUnavailableError: Too many wait already.
@@ -132,7 +145,7 @@ class Delivery:
         if journal is not None and begun:
             if await self.keep(call, steps):
                 return None
-            answer = await self.book(call, steps, durable=False) if steps else None
+            answer = await self.book(call, steps, durable=False, failed=failed) if steps else None
             # What the journal says of it is what was to be done if its end had not been seen.
             await self.keep(call, ())
             return answer
@@ -147,6 +160,7 @@ class Delivery:
         except UnwritableError:
             raise
         except StoreError as failure:
+            failed(failure)
             self._metering.meters.count("ends_queued")
             self._metering.alarms.raised("ends", f"The store takes no ends; they wait: {failure}", failure)
         if journal is not None and await self.keep(call, steps):
@@ -182,6 +196,8 @@ class Delivery:
                 dict(step.event),
                 exc_info=failure,
             )
+            dropped = Dropped(step.id, dict(step.event), "unwritable")
+            await tell_of_drop(self._metering.on_event_dropped, dropped, self._metering.end_timeout_s)
             return self.looked_at(step, await self._submit(step._replace(event=None), within_s))
 
     def looked_at(self, step: Step, answer: Answer) -> Answer:

@@ -8,6 +8,8 @@ Not enough balance, over a limit, already settled: these are answers, not errors
 
 from __future__ import annotations
 
+from typing import Final
+
 __all__ = [
     "AmountError",
     "BalanceError",
@@ -47,15 +49,18 @@ class MissingExtraError(ConfigurationError, ImportError):
     Args:
         feature: What was asked for.
         extra: The extra of this package that brings what it needs.
+        package: The package to install, where the extra brings another one for it.
     """
 
-    def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(f"{feature} needs a package that is not installed. Run: pip install 'asgi-metering[{extra}]'")
+    def __init__(self, feature: str, extra: str, package: str = "") -> None:
+        wanted = package or f"'asgi-metering[{extra}]'"
+        super().__init__(f"{feature} needs a package that is not installed. Run: pip install {wanted}")
         self.feature = feature
         self.extra = extra
+        self.package = package
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.feature, self.extra)
+        return type(self), (self.feature, self.extra, self.package)
 
 
 class AmountError(MeteringError, ValueError):
@@ -108,8 +113,8 @@ class IdempotencyConflictError(MeteringError, ValueError):
 
     def __init__(self, what: str, key: str, field: str, stored: object, given: object) -> None:
         super().__init__(
-            f"The {what} {key!r} exists with {field}={stored!r}, and came again with {field}={given!r}. "
-            f"Use a new id for a new {what}."
+            f"The {what} {key!r} exists with {field}={stored!r}, and came again with {field}={given!r}"
+            f"{', in smallest parts' if field == 'amount' else ''}. Use a new id for a new {what}."
         )
         self.what = what
         self.key = key
@@ -127,8 +132,28 @@ class SettlementError(MeteringError):
     The work was done, but its end is not booked.
 
     Where the store is down it is queued and retried (S3.10); an end that cannot be booked at all is logged, and its
-    hold is ended by its policy when it expires.
+    hold is ended by its policy when it expires. What kept it from being booked is its cause, as far as that is known.
+
+    Args:
+        message: The sentence.
+        call: The call's id, by which its receipt and its usage event will be found.
+        line: The billing line.
+        payer: Whose balance it is.
+
+    Attributes:
+        reason: For programs, beside the reasons of refusals (S3.42).
     """
+
+    reason: Final = "settlement_failed"
+
+    def __init__(self, message: str, call: str = "", line: str = "", payer: str = "") -> None:
+        super().__init__(message)
+        self.call = call
+        self.line = line
+        self.payer = payer
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (*self.args, self.call, self.line, self.payer)
 
 
 class JournalError(MeteringError):

@@ -47,7 +47,7 @@ _DECORATED: weakref.WeakValueDictionary[str, Guard] = weakref.WeakValueDictionar
 """Live guards by endpoint name: for the startup audit, and so that no two endpoints share a name by accident."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Part:
     """What one decorator says. Used as a decorator, or handed to `metered_app` and `Call.admit`."""
 
@@ -64,7 +64,18 @@ class Part:
         Raises:
             ConfigurationError: Always, and so at import; `inspect.signature` says a ValueError where there is none.
         """
-        raise ConfigurationError(f"A metering decorator is no endpoint. {BARE_MEND}")
+        raise ConfigurationError(f"A metering decorator is no endpoint. {self.mend}")
+
+    @property
+    def mend(self) -> str:
+        """What to write where this stands for an endpoint, which it took for its price or limit."""
+        return BARE_MEND if self.charge is not None else BARE_LIMIT_MEND
+
+    def __repr__(self) -> str:
+        # By the names that users know it under: all of its policies would fill a page of every error.
+        if self.charge is not None:
+            return "billable(...)"
+        return "requires_upstream(...)" if self.rates is None else "rate_limited(...)"
 
     def __call__(self, endpoint: Endpoint) -> Endpoint:
         """Guard *endpoint*: a function, async function, generator function or async generator function."""
@@ -183,6 +194,7 @@ class Guard:
 
 
 BARE_MEND = "Write @billable(2), with its price in parentheses, and not @billable alone."
+BARE_LIMIT_MEND = "Write @rate_limited('60/minute'), with its limit in parentheses, and not @rate_limited alone."
 """What to do where a decorator stands for the endpoint that it should have decorated."""
 
 NO_ARGUMENTS: Mapping[str, Any] = {}
@@ -341,7 +353,7 @@ def _line_of(name: str) -> str:
 
 def _check_endpoint(endpoint: Any) -> None:
     if isinstance(endpoint, Part):
-        raise ConfigurationError(f"A metering decorator is no endpoint. {BARE_MEND}")
+        raise ConfigurationError(f"A metering decorator is no endpoint. {endpoint.mend}")
     if isinstance(endpoint, staticmethod | classmethod):
         raise ConfigurationError(
             f"{endpoint!r} is no plain function yet. Put the decorator below @{type(endpoint).__name__}."

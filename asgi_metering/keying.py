@@ -140,7 +140,7 @@ def check_shared(policy: EndpointPolicy, store: Store) -> None:
         return
     for source in charge.sources:
         # A payer object without an account is the call's own payer, on another credential.
-        if source.payer is not None and source.payer.account is not None:
+        if source.payer is not None and source.payer.account is not None and not source.each:
             raise ConfigurationError(
                 f"{policy.name} has a charge_key, and {source.payer.name!r} may pay for it. On this {store.name} store "
                 f"payers are kept apart, and a key has one place: it could be charged to each of them. Leave the "

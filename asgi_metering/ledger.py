@@ -8,14 +8,24 @@ background: whoever owns a store gives it the way to run operations.
 from __future__ import annotations
 
 import abc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from datetime import datetime
 from typing import Any, TypeVar
 
 from asgi_metering.amounts import Amount, Unit
 from asgi_metering.errors import AmountError, ConfigurationError, UnknownHoldError
 from asgi_metering.names import check_key, check_text
-from asgi_metering.receipts import Balance, Basis, EndedBy, Entry, GrantReceipt, Posting, Receipt
+from asgi_metering.receipts import (
+    Balance,
+    Basis,
+    EndedBy,
+    Entry,
+    GrantLeft,
+    GrantReceipt,
+    Posting,
+    Receipt,
+    WindowUsed,
+)
 from asgi_metering.rules.book import Book
 from asgi_metering.rules.conservation import discrepancies
 from asgi_metering.rules.decide import Answer
@@ -29,7 +39,7 @@ from asgi_metering.rules.operations import (
     ReverseGrant,
     Sweep,
 )
-from asgi_metering.rules.state import NEVER, Account, Hold
+from asgi_metering.rules.state import NEVER, Account, AllowanceWindow, Grant, Hold
 from asgi_metering.stores.contract import AccountRows, AccountsAfter, EntriesAfter, HoldRow, LiveHolds, Store
 
 __all__ = ["Checked", "Ledger"]
@@ -408,7 +418,8 @@ class Ledger(abc.ABC):
         """
         What *payer* has, in smallest parts of the unit; zeros for an unknown account. Changes nothing.
 
-        A grant whose time has come or gone since the last operation is counted as of now.
+        With what is left of its grants, and when that lapses, and what it used of its allowances, and when these begin
+        anew. A grant whose time has come or gone since the last operation is counted as of now.
         """
         counted = self.counted(unit)
         await self.start()
@@ -425,6 +436,8 @@ class Ledger(abc.ABC):
             book.available,
             book.debt,
             now,
+            tuple(_left(grant) for grant in book.grants_left),
+            _running(state.allowances.values(), book.now),
         )
 
     async def statement(self, payer: str, *, unit: Unit | None = None, after: int = 0) -> AsyncIterator[Entry]:
@@ -478,6 +491,29 @@ def _above_zero(unit: Unit, amount: Amount, what: str, posting: str) -> int:
     if not parts:
         raise AmountError(f"The {what} {posting!r} of {amount!r} moves nothing. Use an amount above 0.")
     return parts
+
+
+def _left(grant: Grant) -> GrantLeft:
+    expires_at = None if grant.expires_at == NEVER else grant.expires_at
+    return GrantLeft(
+        grant.id,
+        grant.kind,
+        grant.amount,
+        grant.free,
+        grant.held,
+        grant.priority,
+        grant.effective_at,
+        expires_at,
+    )
+
+
+def _running(windows: Iterable[AllowanceWindow], now: float) -> tuple[WindowUsed, ...]:
+    used = [
+        WindowUsed(window.name, window.settled, window.held, window.start, window.end)
+        for window in windows
+        if window.start <= now < window.end and (window.settled or window.held)
+    ]
+    return tuple(sorted(used))
 
 
 def _check_count(count: int, what: str, least: int) -> None:

@@ -251,6 +251,22 @@ def upstream_calls(call: Call, source: str | None) -> Iterator[Told]:
                 yield Told(part.usage, report.model, part.provider, report.cost, truncated=cut, count=count)
 
 
+def asked_upstream(call: Call, source: str | None) -> tuple[int, str | None, str | None]:
+    """
+    How many answers a call's upstream clients have had, and whose the last one was: (count, model, provider).
+
+    Also of those that told no usage. Nothing where *source* is somebody else, who tells of the same calls.
+    """
+    if source == "handler" or source in WITNESSES:
+        return 0, None, None
+    parts = parts_of(call)
+    if not parts:
+        return 0, None, None
+    count = sum(part.reader.call.count if isinstance(part.reader, Sum) else 1 for part in parts)
+    models = [part.report.model for part in parts if part.report is not None and part.report.model is not None]
+    return count, models[-1] if models else None, parts[-1].provider
+
+
 def _from_body(call: Call) -> Metered | None:
     sent = answers_sent(call)
     if sent is not None:

@@ -56,9 +56,10 @@ class MessageLimits:
     def decided_now(self) -> Decision | None:
         """What the store decides on one more message, where it answers at once; None where not."""
         metering = self._call.metering
-        if not metering.store.immediate or metering.has_new_units or not metering.runtime().is_open:
+        store = metering.runtime().at_hand
+        if store is None or metering.new_units:
             return None
-        decision = metering.store.run_now(self._ask(time.time()))
+        decision = store.run_now(self._ask(time.time()))
         return self._leveled(decision) if isinstance(decision, Decision) and not decision.stale_calendar else None
 
     async def decided(self) -> Decision:

@@ -14,7 +14,7 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
@@ -23,12 +23,15 @@ from asgi_metering.alarms import Alarms
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.call import Call
 from asgi_metering.caller import Caller
-from asgi_metering.checks import check_flag
+from asgi_metering.checks import check_asked, check_flag
 from asgi_metering.clients import UpstreamClients
 from asgi_metering.computed import check_sync, is_async
 from asgi_metering.decisions import Decision, Refusal
+from asgi_metering.dropping import read_drops
 from asgi_metering.errors import ConfigurationError, IdentityError, StoreAvoidedError, StoreError
+from asgi_metering.events.exporter import DELIVERY_TIMEOUT_S, MAX_DELIVERY_S
 from asgi_metering.events.metrics import Meters
+from asgi_metering.events.outbox import OnDrop
 from asgi_metering.events.records import whole_units
 from asgi_metering.events.sinks import Sink
 from asgi_metering.events.span import annotate_span, is_recording
@@ -76,7 +79,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
     One metering: a store, who calls, in what unit, and where events go.
 
     Args:
-        store: A URL (``memory://``, ``sqlite:///metering.db``) or a `Store`.
+        store: A URL (``memory://``, ``sqlite:///metering.db``, ``postgresql://host/database``, ``redis://host`` and its
+            relatives, whose schemes an error lists) or a `Store`.
         identify: Gets the connection (headers, path, client) and answers a `Caller`, or None for nobody; sync or
             async. Runs lazily, once per call, never on unmetered routes.
         unit: What routes count that name no unit.
@@ -102,6 +106,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         on_hold_lost: Gets a `Call` that runs on although its policy has ended its hold and freed its slots, because no
             heartbeat came through for so long: time to stop what relies on them (S0.57). Sync or async, on the event
             loop of the call, once per call.
+        on_event_dropped: Gets a `Dropped` for each usage event that no sink gets, or not all: the last chance to keep
+            it elsewhere (S2.7). Sync or async; it is also counted, as ``metering.events.dropped``, and logged.
         keys: Functions that compute what is counted together, for ``rate_limited(key="named:tenant")``; each may be
             replaced while the application runs: ``metering.keys["tenant"] = other`` (S2.32).
         limits: Limits of requests by name, for ``rate_limited(configured="search")``, replaced in the same way: a text,
@@ -114,6 +120,9 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
             quotas: `quotas` of each then has the newest of all, a second or two later, and so have `requires_upstream`
             and `tracker`. Off the path of any response, while it is open; not on the memory store, which is of one
             process.
+        drop_fields: What usage events of a line leave out: names of attributes, or of fields that say who and where
+            (`dropping.DROPPABLE`), by line (S3.36): ``{"podcast": ["thread_id"]}``. It is never written.
+        delivery_timeout_s: For one delivery to one sink, off the path of any response (S3.35).
 
     Raises:
         ConfigurationError: An argument or URL that cannot work; the sentence says what can.
@@ -143,16 +152,19 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         run_sync: Callable[[Callable[[], Any]], Coroutine[Any, Any, Any]] | None = None,
         new_id: Callable[[], str] | None = None,
         on_hold_lost: Callable[[Call], Any] | None = None,
+        on_event_dropped: OnDrop | None = None,
         keys: Mapping[str, Callable[..., Any]] | None = None,
         limits: Mapping[str, Any] | None = None,
         shadow: bool = False,
         packages: str | os.PathLike[str] | Iterable[Package] | QuotaTracker | None = None,
         share_readings: bool = True,
+        drop_fields: Mapping[str, Collection[str]] | None = None,
+        delivery_timeout_s: float = DELIVERY_TIMEOUT_S,
     ) -> None:
-        if identify is not None and not callable(identify):
-            raise ConfigurationError(f"identify={identify!r} cannot be called. Pass a function of the connection.")
-        if on_hold_lost is not None and not callable(on_hold_lost):
-            raise ConfigurationError(f"on_hold_lost={on_hold_lost!r} cannot be called. Pass a function of the call.")
+        check_asked("identify", identify, "connection")
+        check_asked("on_hold_lost", on_hold_lost, "call")
+        if on_event_dropped is not None and not callable(on_event_dropped):
+            raise ConfigurationError(f"on_event_dropped={on_event_dropped!r} cannot be called. Pass a function.")
         if not isinstance(unit, Unit):
             raise ConfigurationError(f"unit={unit!r} is no Unit. Declare one: Unit('credits', scale=6).")
         if new_id is not None:
@@ -171,6 +183,8 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         }.items():
             if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not seconds >= 0:
                 raise ConfigurationError(f"{name}={seconds!r} is not a number of seconds from 0 up.")
+        if not isinstance(delivery_timeout_s, int | float) or not 0 < delivery_timeout_s <= MAX_DELIVERY_S:
+            raise ConfigurationError(f"delivery_timeout_s={delivery_timeout_s!r} is outside 0 to {MAX_DELIVERY_S} s.")
         if type(max_draining) is not int or max_draining < 0:
             raise ConfigurationError(f"max_draining={max_draining!r} is no int from 0 up. 0 lets no handler go on.")
         self.keys = NamedKeys(keys)
@@ -190,15 +204,19 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         self.max_draining = max_draining
         self.run_sync = run_sync or _run_in_thread
         self.new_id = new_id or _new_id
+        self.drops = read_drops(drop_fields)
+        self.delivery_timeout_s = delivery_timeout_s
         self.tracker = None if packages is None else tracked(packages, unit)
         self.quotas = QuotaReadings() if self.tracker is None else self.tracker.readings
         self.meters = Meters()
-        given: tuple[Sink, ...] = _default_sinks(unit) if sinks is None else _checked_sinks(sinks)
+        self._units = {unit.name: unit}
+        given: tuple[Sink, ...] = _default_sinks(self._units.values()) if sinks is None else _checked_sinks(sinks)
         self.sinks: tuple[Sink, ...] = with_log(given, self.tracker)
         self._identify = identify
         self._on_hold_lost = on_hold_lost
-        self._units = {unit.name: unit}
-        self._declared: set[str] = set()
+        self.on_event_dropped = on_event_dropped
+        # Those that the store has not been told of.
+        self.new_units = dict(self._units)
         self._runtimes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()
         self._latest: Runtime | None = None
         self._lock = threading.Lock()
@@ -323,7 +341,7 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
             return self.unit
         if not isinstance(unit, Unit):
             raise ConfigurationError(f"unit={unit!r} is no Unit. Declare one: Unit('credits', scale=6).")
-        known = self._units.setdefault(unit.name, unit)
+        known = self._units.get(unit.name) or self._learned(unit)
         if known.scale != unit.scale:
             raise ConfigurationError(
                 f"The unit {unit.name!r} has scale {unit.scale} here, and is known to this Metering with scale "
@@ -341,10 +359,13 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         """Whether anybody wants usage events."""
         return bool(self.sinks)
 
-    @property
-    def has_new_units(self) -> bool:
-        """Whether the store has not been told of all units that are known here."""
-        return len(self._declared) < len(self._units)
+    def _learned(self, unit: Unit) -> Unit:
+        """What is known by the name of *unit* from here on: *unit* itself, unless another thread was faster."""
+        with self._lock:
+            if unit.name not in self._units:
+                # First: whoever finds it known must not ask a store that was not told of it.
+                self.new_units[unit.name] = self._units[unit.name] = unit
+            return self._units[unit.name]
 
     async def declare_units(self, deadline_s: float) -> None:
         """
@@ -354,10 +375,11 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
             ConfigurationError: One is counted with another scale there.
             StoreError: No answer came.
         """
-        new = {name: unit.scale for name, unit in self._units.items() if name not in self._declared}
+        new = [(unit.name, unit.scale) for unit in tuple(self.new_units.values())]
         if new:
-            await self.runtime().pump.submit(Declare(tuple(new.items())), deadline_s)
-            self._declared.update(new)
+            await self.runtime().pump.submit(Declare(tuple(new)), deadline_s)
+            for name, _ in new:
+                self.new_units.pop(name, None)
 
     async def foresee(self, ask: Admit) -> Decision:
         """Ask the store what it would decide on *ask* now. Raises `StoreError`."""
@@ -368,15 +390,15 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         return await self._ask(ask, Decision)
 
     async def _submit(self, operation: Operation) -> Answer:
-        if self.has_new_units:
+        if self.new_units:
             await self.runtime().opened()
             await self.declare_units(self.end_timeout_s)
         return await self.runtime().submit(operation, self.end_timeout_s)
 
-    async def decide(self, ask: Admit) -> Decision:
-        """Ask the store for one admission, within the deadline, if it is worth asking. Raises `StoreError`."""
+    async def decide(self, ask: Admit | Preview) -> Decision:
+        """Ask the store for an admission, or a look at one, within the deadline, if worth it. Raises `StoreError`."""
         runtime = self.runtime()
-        if self.store.immediate and not self.has_new_units:
+        if self.store.immediate and not self.new_units:
             answer = await runtime.submit(ask, self.store_timeout_s)
         else:
             with self.breaker.attempt(self.store.name):
@@ -524,11 +546,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _default_sinks(unit: Unit) -> tuple[Sink, ...]:
+def _default_sinks(units: Iterable[Unit]) -> tuple[Sink, ...]:
     # OpenTelemetry is imported only where events go to it.
     from asgi_metering.events.otel import OTelSink
 
-    return (OTelSink(units=(unit,)),)
+    return (OTelSink(units=units),)
 
 
 def _checked_sinks(sinks: Sequence[Sink]) -> tuple[Sink, ...]:
@@ -581,7 +603,7 @@ def _new_id() -> str:
     except IndexError:
         part, *others = _PART.findall(os.urandom(10 * RANDOM_PARTS).hex())
         _random_parts.extend(others)
-    return f"{time.time_ns() // 1_000_000:012x}{part}"
+    return (time.time_ns() // 1_000_000).to_bytes(6).hex() + part
 
 
 async def _run_in_thread(work: Callable[[], Any]) -> Any:

@@ -136,6 +136,11 @@ class Opening:
         inner = self.before or Before(None, (), 0)
         self.before = Before(call.caller or inner.caller, (*windows, *inner.windows), inner.layers + 1)
 
+    def refused_inside(self) -> None:
+        """Note that a charge inside of it was refused: it is the request's to answer, if there is one."""
+        if self.around is not None:
+            self.around.refused_inside()
+
     def refusal_of(self, call: Call, refusal: Refusal) -> CallRefused:
         """The exception that says that *call* may not run."""
         return CallRefused(call, refusal, call.decision)

@@ -6,11 +6,13 @@ Knows what may be left out inside another call. Never knows how a call is admitt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from asgi_metering.call import Call
 from asgi_metering.caller import Caller
+from asgi_metering.correlating import IDS
 from asgi_metering.errors import ConfigurationError, PayerError
 from asgi_metering.guards import Part
 from asgi_metering.holding import HoldPolicy, HoldSize
@@ -44,7 +46,8 @@ def prepared(
         price, hold = _price_of_hold(hold, line), None
     asked: dict[str, Any] = {**options}
     once, requires = asked.pop("idempotency_key", None), _requires(asked.pop("requires", None))
-    policy = gather((billable(price, hold=hold, line=line, **_with_charge_key(asked)), *requires), line, {})
+    parts = (*_limits(asked.pop("limits", None)), *requires)
+    policy = gather((billable(price, hold=hold, line=line, **_with_charge_key(asked)), *parts), line, {})
     if policy.charge is not None:
         check_amounts(policy.charge, metering.counted(policy.charge.unit))
         if once is not None:
@@ -71,13 +74,26 @@ def _requires(given: object) -> tuple[Part, ...]:
     return tuple(parts)
 
 
+def _limits(given: object) -> tuple[Part, ...]:
+    """How often such work may be done, and how much of it at once."""
+    parts = () if given is None else (given,) if isinstance(given, Part) else given
+    is_list = isinstance(parts, list | tuple) and (bool(parts) or given is None)
+    if not is_list or any(not isinstance(each, Part) or each.rates is None for each in cast("tuple[Part]", parts)):
+        raise ConfigurationError(f"limits={given!r} is no limit. Write limits=rate_limited('60/minute'), say.")
+    # The last one is gathered first, as decorators are.
+    return tuple(reversed(cast("tuple[Part, ...]", parts)))
+
+
 def _with_charge_key(options: dict[str, Any]) -> dict[str, Any]:
-    """*options* as `billable` takes them: a charge key is said, and not looked for in a request."""
-    key = options.get("charge_key")
-    if key is None:
-        return options
-    check_key(key, "charge key")
-    return {**options, "charge_key": lambda: key}
+    """*options* as `billable` takes them: keys and ids are said, and not looked for in a request."""
+    said = {name: options[name] for name in ("charge_key", *IDS) if options.get(name) is not None}
+    for name, key in said.items():
+        check_key(key, name.replace("_", " "))
+    return {**options, **{name: _always(key) for name, key in said.items()}} if said else options
+
+
+def _always(key: Any) -> Callable[[], Any]:
+    return lambda: key
 
 
 def _call_for(metering: Metering, payer: str | None, caller: Caller | None, line: str, *, is_shadow: bool) -> Call:
@@ -131,13 +147,15 @@ def _payer_call(metering: Metering, opening: Opening | None) -> Call | None:
 
 def _account_of(outer: Call, line: str, *, is_free: bool) -> str:
     """
-    Whose balance goes with `Call.paid_by`: of a call that nothing is held for, that of the first choice (S0.26).
+    Whose balance goes with `Call.paid_by`: of a call that nothing is held for, that of the first choice (S0.26). Of one
+    that an allowance of each payer pays, its payer's (S0.27).
 
     Nobody has asked for the accounts of an exempt caller's payers. Where somebody else acts inside of its call, that is
     found out here, or told: never another's balance than that of the credential (S0.25).
     """
     payer, decision = outer.bequeathed, outer.decision
-    if payer is None or (decision is not None and decision.payer):
+    is_counted_at_home = payer is not None and outer.counts_at_home(payer)
+    if payer is None or (decision is not None and decision.payer and not is_counted_at_home):
         return outer.payer or ""
     account = outer.accounts.get(payer.name)
     if account is None and callable(payer.account) and not is_free:

@@ -38,20 +38,20 @@ class Overdue:
 
     def expect(self, delay_s: float, act: Callable[[], None]) -> Entry:
         """Do *act* after so many seconds, unless `over` comes first."""
-        loop = self._loop
-        entry: Entry = [loop.time() + delay_s, act]
+        entry: Entry = [self._loop.time() + delay_s, act]
         self._waiting.append(entry)
         if self._timer is None:
-            self._timer = loop.call_at(entry[_DUE], self._look)
+            self._timer = self._loop.call_at(entry[_DUE], self._look)
         return entry
 
     def over(self, entry: Entry) -> None:
         """Nothing is to be done any more. Again changes nothing."""
-        entry[_ACT] = None
         waiting = self._waiting
         # Nearly everything is over before the next one comes, and then nothing is kept of it.
         if waiting and waiting[-1] is entry:
             waiting.pop()
+        else:
+            entry[_ACT] = None
 
     def _look(self) -> None:
         self._timer = None

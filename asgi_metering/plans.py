@@ -138,10 +138,8 @@ class Plan:
         if not self.is_plain:
             self.charge, self.price, self.rates, self._varying = None, None, (), []
 
-    def asked(self, call: Call, now: float) -> Admit:
-        """What *call*, whose caller and payer are known, asks around *now*."""
-        caller = call.caller
-        assert caller is not None  # noqa: S101 -- asked before
+    def asked(self, call: Call, caller: Caller, now: float) -> Admit:
+        """What *call* of *caller*, whose payer is known, asks around *now*."""
         place: _Place = (caller.id, caller.payer, caller.plan)
         for each in self._varying:
             place += (each(caller),)
@@ -189,6 +187,7 @@ def _is_plain_charge(charge: ChargePolicy | None) -> bool:
         and charge.hold.at_least is None
         and charge.per == "call"
         and charge.callers is None
+        and not charge.correlates
     )
 
 

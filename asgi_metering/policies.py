@@ -152,9 +152,10 @@ class ChargeOptions(TypedDict, total=False):
     """
     What `billable` takes and means something outside HTTP too.
 
-    Keys are the keys themselves here, 1 to 255 printable characters: ``charge_key`` counts the calls of payer and line
-    that bring it once per window, requests included; work with an ``idempotency_key`` is done once in 24 hours per
-    payer and line, as `Idempotency` says. ``requires`` is what `requires_upstream` answers, one or several.
+    Keys and ids are these themselves here, 1 to 255 printable characters: ``charge_key`` counts the calls of payer and
+    line that bring it once per window, requests included; work with an ``idempotency_key`` is done once in 24 hours per
+    payer and line, as `Idempotency` says. ``requires`` is what `requires_upstream` answers, one or several;
+    ``limits`` what `rate_limited` answers, whose slots are taken for as long as the work lasts.
     """
 
     unit: Unit | None
@@ -162,6 +163,7 @@ class ChargeOptions(TypedDict, total=False):
     on_missing_usage: OnMissingUsage | None
     on_error: OnError | None
     on_late_error: OnLateError | None
+    on_disconnect: Literal["observed", "none", "usage", "estimate", "hold"] | None
     on_cut: OnCut | None
     on_abort: OnAbort | None
     usage: str | None
@@ -171,9 +173,12 @@ class ChargeOptions(TypedDict, total=False):
     charge_per: ChargePer | float
     charge_zone: str
     idempotency_key: str | None
+    request_id: str | None
+    session_id: str | None
     on_store_down: CreditsDown | None
     shadow: bool
     requires: Part | Sequence[Part] | None
+    limits: Part | Sequence[Part] | None
 
 
 def read_price(price: Any) -> FixedPrice | MeasuredPrice | From:
@@ -219,6 +224,7 @@ class ChargePolicy:
         shadow: Whether it only tells what it would have charged, or refused.
         callers: Types of callers that are charged; None is every caller.
         count: Says how much of each unit was used, from what the endpoint returned as well.
+        request_id, session_id: What tells the application's own ids: computed, or the name of a header field.
         has_payers: Whether any source names a `Payer`.
         has_levels: Whether any source warns of its end, or lets its payer go beyond it.
     """
@@ -245,6 +251,8 @@ class ChargePolicy:
     shadow: bool = False
     callers: frozenset[str] | None = None
     count: From | None = None
+    request_id: From | str | None = None
+    session_id: From | str | None = None
     has_levels: bool = field(init=False, repr=False, compare=False)
     has_payers: bool = field(init=False, repr=False, compare=False)
 
@@ -256,6 +264,11 @@ class ChargePolicy:
     def drains(self) -> bool:
         """Whether its handler may go on for a client that left."""
         return bool(getattr(self.end, "drains", ()))
+
+    @property
+    def correlates(self) -> bool:
+        """Whether it finds ids of the application's own."""
+        return self.request_id is not None or self.session_id is not None
 
     def names(self, caller: Caller | None) -> bool:
         """Whether *caller* is one of those whom it charges."""
@@ -271,7 +284,7 @@ class ChargePolicy:
         """Everything that is computed from the endpoint's arguments."""
         fingerprint = self.idempotency.fingerprint if self.idempotency is not None else None
         key = self.key.key if self.key is not None else None
-        asked = (self.price, self.payer, self.skip_if, key, fingerprint)
+        asked = (self.price, self.payer, self.skip_if, key, fingerprint, self.request_id, self.session_id)
         payers = [source.payer for source in self.sources if source.payer is not None]
         computed = [part for payer in payers for part in payer.callables()]
         return (*(value for value in asked if isinstance(value, From)), *self.hold.callables(), *computed)
@@ -426,6 +439,8 @@ class EndpointPolicy:
         messages: Those that each message of a WebSocket is let in by.
         needs: ``"websocket"`` or ``"http"``, where it means nothing to the other one; else empty.
         has_beside: Whether anything goes on beside its calls: shadow parts, or a provider's headroom.
+        errors: The shape of refusals: the charge's, else that of the first limits, or of what a provider must have
+            left.
     """
 
     name: str
@@ -438,6 +453,7 @@ class EndpointPolicy:
     messages: tuple[RatePolicy, ...] = field(init=False, repr=False, compare=False)
     needs: str = field(init=False, repr=False, compare=False)
     has_beside: bool = field(init=False, repr=False, compare=False)
+    errors: ErrorShape = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         fixed = [limit.meter for rates in self.rates for limit in rates.limits]
@@ -456,14 +472,8 @@ class EndpointPolicy:
         object.__setattr__(self, "needs", needs)
         shadows = (self.charge is not None and self.charge.shadow) or any(rates.shadow for rates in self.rates)
         object.__setattr__(self, "has_beside", shadows or bool(self.upstreams))
-
-    @property
-    def errors(self) -> ErrorShape:
-        """The shape of refusals: the charge's, else that of the first limits, or of what a provider must have left."""
-        if self.charge is not None:
-            return self.charge.errors
-        parts: tuple[RatePolicy | UpstreamPolicy, ...] = (*self.rates, *self.upstreams)
-        return parts[0].errors if parts else "problem"
+        parts = [part for part in (self.charge, *self.rates, *self.upstreams) if part is not None]
+        object.__setattr__(self, "errors", parts[0].errors if parts else "problem")
 
     def callables(self) -> tuple[From, ...]:
         """Everything that is computed from the endpoint's arguments."""

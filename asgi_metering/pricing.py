@@ -30,12 +30,13 @@ from asgi_metering.usage import TokenUsage
 if TYPE_CHECKING:
     from asgi_metering.call import Call
 
-__all__ = ["amounts_of", "check_amounts", "find_payer", "find_price", "pin"]
+__all__ = ["FREE", "amounts_of", "check_amounts", "find_payer", "find_price", "pin"]
 
 
 log = logging.getLogger("asgi_metering")
 
 FREE = FixedPrice(Decimal(0))
+"""The price of a call that skips its charge, known by this very object."""
 
 
 async def find_payer(call: Call, charge: ChargePolicy, arguments: Mapping[str, Any]) -> None:
@@ -60,7 +61,8 @@ async def _find_limits(call: Call, charge: ChargePolicy) -> None:
     plan = call.caller.plan if call.caller is not None else None
     for source in charge.sources:
         if isinstance(source, Allowance) and source.is_computed:
-            account = call.accounts.get(source.payer.name, "") if source.payer is not None else ""
+            payer = None if source.each else source.payer
+            account = "" if payer is None else call.accounts.get(payer.name, "")
             limit = await source.limit_of(call, account or call.payer or "", plan)
             call.allowed = {**call.allowed, id(source): limit}
 

@@ -9,7 +9,20 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import NamedTuple
 
-__all__ = ["Balance", "Basis", "EndedBy", "Entry", "EntryKind", "GrantReceipt", "Part", "Posting", "Receipt", "Source"]
+__all__ = [
+    "Balance",
+    "Basis",
+    "EndedBy",
+    "Entry",
+    "EntryKind",
+    "GrantLeft",
+    "GrantReceipt",
+    "Part",
+    "Posting",
+    "Receipt",
+    "Source",
+    "WindowUsed",
+]
 
 
 class Basis(StrEnum):
@@ -201,6 +214,49 @@ class Posting(NamedTuple):
     applied: bool = True
 
 
+class GrantLeft(NamedTuple):
+    """
+    A grant that is not used up, as a balance shows it.
+
+    Attributes:
+        id: As it was given.
+        kind: The word for it.
+        amount: Smallest parts that were given.
+        left: What is neither spent nor held of it.
+        held: What live calls hold of it; what they give back behind its expiry lapses.
+        priority: Lower burns first.
+        effective_at: When it begins, epoch seconds; what is left of one that has not begun is not available yet.
+        expires_at: When what is left lapses; None for never.
+    """
+
+    id: str
+    kind: str
+    amount: int
+    left: int
+    held: int
+    priority: int
+    effective_at: float
+    expires_at: float | None
+
+
+class WindowUsed(NamedTuple):
+    """
+    What was used of one allowance in the window that runs. Its limit is the routes': see `Metering.allowances`.
+
+    Attributes:
+        name: The allowance's.
+        settled: Smallest parts spent.
+        held: Held by live calls.
+        starts_at, resets_at: Of the window, epoch seconds.
+    """
+
+    name: str
+    settled: int
+    held: int
+    starts_at: float
+    resets_at: float
+
+
 class Balance(NamedTuple):
     """
     One account, in smallest parts: always ``granted - settled - expired - held == available``.
@@ -214,6 +270,8 @@ class Balance(NamedTuple):
         available: May be negative, by debt.
         debt: Settled beyond what was granted.
         at: The store's time, epoch seconds.
+        grants: Those that are not used up, those that begin later too, in the order in which they burn.
+        allowances: Their windows that run and were used, by name; beside the account, and in none of its sums.
     """
 
     payer: str
@@ -225,3 +283,5 @@ class Balance(NamedTuple):
     available: int
     debt: int
     at: float
+    grants: tuple[GrantLeft, ...] = ()
+    allowances: tuple[WindowUsed, ...] = ()

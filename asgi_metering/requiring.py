@@ -13,7 +13,7 @@ from asgi_metering.arguments import From
 from asgi_metering.checks import check_flag
 from asgi_metering.computed import check_models
 from asgi_metering.errors import ConfigurationError
-from asgi_metering.guards import BARE_MEND, Part
+from asgi_metering.guards import Part
 from asgi_metering.names import check_name
 from asgi_metering.policies import ERROR_SHAPES, ESTIMATE, ErrorShape, UpstreamPolicy
 from asgi_metering.usage import TokenUsage
@@ -63,7 +63,9 @@ def requires_upstream(
     Source: DESIGN 4 "Admission" and 6; S1.45 (older readings never over newer ones).
     """
     if not isinstance(provider, str):
-        raise ConfigurationError(f"provider={provider!r} is no name. Write requires_upstream('openai'). {BARE_MEND}")
+        raise ConfigurationError(
+            f"provider={provider!r} is no name. Write @requires_upstream('openai'), with the provider in parentheses."
+        )
     check_name(provider, "provider")
     if label is not None and not callable(label):
         check_name(label, "quota label")

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asgi_metering.admission import leaves_hold
@@ -22,7 +23,7 @@ from asgi_metering.attributes import plain_attributes
 from asgi_metering.billing import beyond_count, bill, bill_now
 from asgi_metering.delivery import Delivery
 from asgi_metering.errors import AmountError, MeteringError, StoreError, StoreUnavailableError
-from asgi_metering.events.exporter import Exporter
+from asgi_metering.events.exporter import LEASE_S, Exporter
 from asgi_metering.growing import growth_of
 from asgi_metering.heartbeats import Heartbeats
 from asgi_metering.overdue import Overdue
@@ -32,6 +33,7 @@ from asgi_metering.rules.ending import Cause
 from asgi_metering.rules.operations import Admit, Emit, End, Operation, Undo
 from asgi_metering.shadow import end_shadow, settle_shadow
 from asgi_metering.stores.breaker import BreakerState
+from asgi_metering.stores.contract import Store
 from asgi_metering.stores.pump import Pump
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ class Runtime:
         last_sends, graces: Where the edge waits for servers to take last messages, and for apps to end behind them.
         busy: How many ends are not booked yet.
         is_open: The store was opened.
+        at_hand: The store, while it is open and if it answers at once; else None.
         draining: How many handlers go on for a client that left.
         managed: A lifespan holds the shutdown until calls are drained.
         lifespans: How many applications have begun theirs and use this; the last of them stops it.
@@ -107,6 +110,7 @@ class Runtime:
         self._stop_exporting = asyncio.Event()
         self._opened: asyncio.Future[None] | None = None
         self.is_open = False
+        self.at_hand: Store | None = None
         self._opening: asyncio.Task[None] | None = None
         self._delivery = Delivery(metering, self._submit_again, self._tell_exporter)
         self._replaying: asyncio.Task[None] | None = None
@@ -155,6 +159,8 @@ class Runtime:
                 raise
             self._opened.set_result(None)
             self.is_open = True
+            if self._metering.store.immediate:
+                self.at_hand = self._metering.store
             self._begin()
             if self._metering.sinks and self._exporter is None:
                 self._start_exporter()
@@ -177,7 +183,16 @@ class Runtime:
     def _start_exporter(self) -> None:
         metering = self._metering
         self._stop_exporting = asyncio.Event()
-        self._exporter = Exporter(self.submit, metering.sinks, read=metering.store.read, meters=metering.meters)
+        seconds = metering.delivery_timeout_s
+        self._exporter = Exporter(
+            self.submit,
+            metering.sinks,
+            on_drop=metering.on_event_dropped,
+            read=metering.store.read,
+            meters=metering.meters,
+            timeout_s=seconds,
+            lease_s=max(LEASE_S, 3 * seconds),
+        )
         self._exporting = self._spawn(self._exporter.run(self._stop_exporting), "events")
 
     def _spawn(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
@@ -245,7 +260,7 @@ class Runtime:
             await self._closed(self._metering.journal_use.close(), "journal")
         self._opened = self._worker = self._ticker = self._exporter = self._exporting = None
         self.is_open = False
-        self._replaying = self._opening = None
+        self.at_hand = self._replaying = self._opening = None
 
     async def _stop_asking(self) -> None:
         """Nobody asks the store from here on: that would open it again. One that says nothing is not waited for."""
@@ -339,7 +354,7 @@ class Runtime:
         """The same, after the store was told of the units that it does not know: all of it within the deadline."""
         if self._opened is None or not self._opened.done():
             deadline_s = await self._opened_within(deadline_s)
-        if self._metering.has_new_units:
+        if self._metering.new_units:
             began = self.loop.time()
             await self._metering.declare_units(deadline_s)
             deadline_s = max(0.0, deadline_s - (self.loop.time() - began))
@@ -394,25 +409,27 @@ class Runtime:
 
     def _ends_now(self, call: Call) -> bool:
         """End *call* here, where its store answers at once and nothing is to be read for it; False where not."""
-        store = self._metering.store
-        if not store.immediate or not self.is_open or call.queued is not None or call.attributes:
+        store = self.at_hand
+        if store is None or call.queued is not None or call.attributes:
             return False
-        answer: Answer | None = None
+        receipt: Receipt | None = None
         try:
             end = bill_now(call)
-            if end is None or not self._delivery.takes_now:
+            if end is None or not (self._metering.journal is None or self._delivery.takes_now):
                 return False
             for step in (end,) if call.has_hold else self._steps(call, end):
                 answer = store.run_now(step)
-                if type(answer) is not Receipt or not answer.known:
-                    answer = self._delivery.looked_at(step, answer)
+                if type(answer) is Receipt:
+                    receipt = answer
+                    if not receipt.known:
+                        self._delivery.looked_at(step, receipt)
                 if self._exporter is not None:
                     self._exporter.notify()
         except Exception:  # noqa: BLE001 -- what is wrong is found and told on the way for everything else
             return False
         if call.local:
             self._metering.local.end(call, end.actual)
-        call.ended(answer if type(answer) is Receipt else None)
+        call.ended(receipt)
         return True
 
     async def _work(self) -> None:
@@ -449,6 +466,7 @@ class Runtime:
                 receipt = await self._booked(call, beyond_count(call, end, failure))
         except Exception as failure:
             self._metering.meters.count("ends_lost", line=call.line)
+            call.unbooked = failure
             told = f"The end of call {call.id} could not be booked; what it holds is left to its policy, by its expiry."
             if isinstance(failure, StoreUnavailableError):
                 # More wait than there is room for: each would say the same.
@@ -467,7 +485,9 @@ class Runtime:
         steps = self._steps(call, end)
         if not steps and call.queued is None:
             return None
-        answer = await self._delivery.book(call.id, steps, begun=call.queued is not None)
+        answer = await self._delivery.book(
+            call.id, steps, begun=call.queued is not None, failed=partial(setattr, call, "unbooked")
+        )
         self._tell_exporter()
         return answer if isinstance(answer, Receipt) else None
 

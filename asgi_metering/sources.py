@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import Parameter
 from types import MappingProxyType
@@ -70,6 +70,8 @@ class Payer:
         credential: Such a function, which answers what work that this payer pays for is done with: an API key, say. A
             function, so that no credential stands in a declaration. Asked when `Call.credential` is.
         headers: Go with that credential and with no other (S0.24): a bill-to header, say.
+        told: Whether callers are told what the *account* has, in refusals and ``Metering-Available``. Of their own
+            account they always are; of another one no number is told unless this says so (S0.40).
 
     Raises:
         ConfigurationError: The name has other characters; what should be a function is none, or takes parameters by
@@ -83,6 +85,7 @@ class Payer:
     account: str | Callable[..., Any] | None = None
     credential: Callable[..., Any] | None = field(default=None, repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    told: bool = field(default=False, repr=False)
     _account: From | None = field(init=False, repr=False, default=None)
     _credential: From | None = field(init=False, repr=False, default=None)
 
@@ -91,6 +94,8 @@ class Payer:
         from asgi_metering.arguments import From
 
         check_name(self.name, "payer's name")
+        if type(self.told) is not bool:
+            raise ConfigurationError(f"told={self.told!r} of payer {self.name!r} is no bool. Pass True or False.")
         if callable(self.account):
             object.__setattr__(self, "_account", From(self.account, f"account of payer {self.name!r}"))
         elif self.account is not None:
@@ -171,6 +176,8 @@ class Wallet:
     """
 
     name: ClassVar[str] = WALLET
+    each: ClassVar[bool] = False
+    """Grants are of whom they were given to: see `Allowance`."""
 
     warn_below: Amount | None = None
     overdraft: Amount = 0
@@ -212,8 +219,12 @@ class Allowance:
         anchor: Day on which months begin, 1 to 31, such as a billing day; a month without it begins on its last day.
         days: Instead of a calendar's, a window of so many times 24 hours: the first use after the last one's end
             begins it (S4.13).
-        payer: Whose allowance; None is the call's own payer.
+        payer: Whose allowance; None is the call's own payer. One that names an ``account`` has one allowance, which is
+            used up by whoever comes first; one that has a credential alone is each call's own payer, and so is the
+            allowance (S0.9).
         split: As of `Wallet`.
+        each: True counts for each of the calls' own payers, though *payer* is somebody else: so many uses of each user
+            run on the platform's credential, and work inside of them is paid from its account (S0.9, S0.27).
 
     Raises:
         ConfigurationError: Another period or status, a zone that is no text, an empty mapping, a name with other
@@ -234,10 +245,17 @@ class Allowance:
     days: int | None = None
     payer: Payer | None = None
     split: bool = False
+    each: bool = False
     _limit: From | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         _check_payer(self.payer)
+        if type(self.each) is not bool:
+            raise ConfigurationError(f"each={self.each!r} of allowance {self.name!r} is no bool. Use True or False.")
+        if self.each and self.payer is None:
+            raise ConfigurationError(
+                f"Allowance {self.name!r} names no payer, and is each payer's own. Leave each= out."
+            )
         if check_name(self.name, "allowance name") == WALLET:
             raise ConfigurationError(f"An allowance cannot be named {WALLET!r}: answers call the grants so. Rename it.")
         if type(self.warn_at) is not int or not 1 <= self.warn_at <= 100:
@@ -374,16 +392,24 @@ def _check_payer(payer: object) -> None:
         )
 
 
-def check_payers(sources: Iterable[PaymentSource]) -> None:
+def check_payers(sources: Sequence[PaymentSource]) -> None:
     """
-    Refuse two payers of one name: decisions, and the calls that come back to them, know payers by name.
+    Refuse two payers of one name: decisions, and the calls that come back to them, know payers by name. And one payer
+    whose sources are of several accounts.
 
     Raises:
         ConfigurationError: With the name.
     """
     known: dict[str, Payer] = {}
     for source in sources:
-        if source.payer is not None and known.setdefault(source.payer.name, source.payer) is not source.payer:
+        if source.payer is None:
+            continue
+        if any(other.payer is source.payer and other.each is not source.each for other in sources):
+            raise ConfigurationError(
+                f"The payer {source.payer.name!r} has an allowance of each payer, and has other sources of its own "
+                f"account. A call takes from one account: say each=True of all its allowances, or of none."
+            )
+        if known.setdefault(source.payer.name, source.payer) is not source.payer:
             raise ConfigurationError(
                 f"Two payers are called {source.payer.name!r}. Declare it once and name that object in all of its "
                 f"sources, or rename one."

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
@@ -47,8 +47,7 @@ class Work(abc.ABC):
     def runtime(self) -> Runtime:
         """The background of the running event loop."""
 
-    @asynccontextmanager
-    async def charge(
+    def charge(
         self,
         *,
         line: str,
@@ -57,7 +56,7 @@ class Work(abc.ABC):
         price: Price | None = None,
         caller: Caller | None = None,
         **options: Unpack[ChargeOptions],
-    ) -> AsyncIterator[Call]:
+    ) -> AbstractAsyncContextManager[Call]:
         """
         Run one metered call outside HTTP: ``async with metering.charge(payer=..., line=..., hold="0.2") as call:``.
 
@@ -73,7 +72,8 @@ class Work(abc.ABC):
 
         Raises:
             CallRefused: The payer cannot afford it, or its key was used before (`Reason.REPLAYED`, and
-                ``decision.replay`` is the receipt; or it runs still, or for other work); the body did not run.
+                ``decision.replay`` is the receipt; or it runs still, or for other work); the body did not run. Where a
+                handler lets it rise before its first byte, its request is answered by it.
             CallCut: The body used up what can be held for it (``hold=slices(...)``): raised by `Call.record` inside of
                 it, and charged as the end of call says (``on_cut``), not released.
             ConfigurationError: An argument that cannot work, such as an estimate without a price to charge by.
@@ -89,16 +89,32 @@ class Work(abc.ABC):
         The call ends wherever the block is left, also in another task than it was entered in: that of a generator whose
         reader went away (pitfall 38). Such a block has the call at hand; `current_call` follows the task.
         """
+        return self._charging({}, payer, caller, line, hold, price, options)
+
+    @asynccontextmanager
+    async def _charging(
+        self,
+        given: Mapping[str, Any],
+        payer: str | None,
+        caller: Caller | None,
+        line: str,
+        hold: HoldSize | None,
+        price: Price | None,
+        options: ChargeOptions,
+    ) -> AsyncIterator[Call]:
+        """`charge`, of work whose arguments are *given*: what looks like a request to a model is what it asks for."""
         outer = CURRENT.get()
         policy, call = prepared(_root(self), payer, caller, line, hold, price, options)
         opening = call.opening
         CURRENT.set(opening)
         try:
-            await call.gate(policy, {})
+            await call.gate(policy, given)
             yield call
         except BaseException:
             call.see(Cause.ERROR)
             leave(opening, outer)
+            if call.refusal is not None:
+                opening.refused_inside()
             if call.admitted and not await self._is_booked(call):
                 log.warning("Call %s of line %s failed, and its hold is not released yet.", call.id, call.line)
             raise
@@ -109,8 +125,11 @@ class Work(abc.ABC):
             return
         raise SettlementError(
             f"Call {call.id!r} of line {call.line!r} ran, but its end is not booked. Where the store is down it is "
-            f"retried, and its receipt will have this id; otherwise the log says what is wrong with it."
-        )
+            f"retried, and its receipt will have this id; otherwise the log says what is wrong with it.",
+            call.id,
+            call.line,
+            call.payer or "",
+        ) from call.unbooked
 
     def charged(
         self,
@@ -129,14 +148,15 @@ class Work(abc.ABC):
 
         ``metering.charged(AsyncOpenAI(http_client=...), "chat.completions.create", line="podcast", price=PRICE)``. The
         method is not called where the charge is refused. A stream that it answers is charged when that is exhausted,
-        fails or is closed. What the method uses is told by an upstream client, or by what it calls itself.
+        fails or is closed; if it is left early, what was observed by then (``on_disconnect``). What the method uses is
+        told by an upstream client, or by what it calls itself.
 
         Args:
             client: Any object. What it answers elsewhere, a copy with other options for instance, is not charged.
             method: Its name, with dots for a part of a part.
             line: As of `charge`, for each call; as are:
             payer: Who pays.
-            hold: What is set aside.
+            hold: What is set aside; by default what the method is asked for, by its keywords, as of an endpoint.
             price: What is charged.
             caller: Who acts.
             options: The rest.
@@ -154,8 +174,8 @@ class Work(abc.ABC):
         if not callable(found):
             raise ConfigurationError(f"{client!r} has no method {method!r}. Name one that it has.")
 
-        def charge() -> AbstractAsyncContextManager[Call]:
-            return self.charge(line=line, payer=payer, hold=hold, price=price, caller=caller, **options)
+        def charge(given: Mapping[str, Any]) -> AbstractAsyncContextManager[Call]:
+            return self._charging({"request": given}, payer, caller, line, hold, price, options)
 
         return ChargedClient(client, tuple(method.split(".")), charge)
 
@@ -212,7 +232,9 @@ class Work(abc.ABC):
         ending = call.expects_ending()
         self.runtime().finish(call)
         try:
-            receipt = await asyncio.wait_for(asyncio.shield(ending), self.end_timeout_s)
+            # Not wait_for(), which on Python 3.11 swallows a cancellation that comes together with the answer.
+            async with asyncio.timeout(self.end_timeout_s):
+                receipt = await asyncio.shield(ending)
         except TimeoutError:
             return False
         return receipt is not None or not call.has_hold

@@ -19,14 +19,16 @@ from starlette.requests import HTTPConnection
 from asgi_metering import Caller, Metering, MeteringMiddleware, billable
 from asgi_metering.integrations.slowapi import adopt
 
-
-def user(connection: HTTPConnection) -> Caller | None:
-    """Who calls: yours looks up what it has authenticated."""
-    name = connection.headers.get("x-user")
-    return Caller(name) if name else None
+KEYS = {"key-of-ada": "ada"}  # yours are in a database
 
 
-metering = Metering("memory://", identify=user)
+def by_key(connection: HTTPConnection) -> Caller | None:
+    """Who calls: whoever the key belongs to."""
+    owner = KEYS.get(connection.headers.get("x-api-key", ""))
+    return Caller(owner) if owner else None
+
+
+metering = Metering("memory://", identify=by_key)
 limiter = adopt(  # changed: adopted, before the decorators
     Limiter(key_func=get_remote_address, default_limits=["3/minute"], headers_enabled=True), metering
 )

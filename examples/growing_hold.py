@@ -22,9 +22,11 @@ from pydantic import BaseModel
 from asgi_metering import CallCut, Caller, Metering, MeteringMiddleware, TokenUsage, billable, slices
 from asgi_metering.prices import per_million_tokens
 
+KEYS = {"key-of-ada": "ada", "key-of-bob": "bob"}  # yours are in a database
+
 metering = Metering(
     os.environ.get("METERING_STORE", "sqlite:///metering.db"),
-    identify=lambda connection: Caller(owner) if (owner := connection.headers.get("x-user")) else None,
+    identify=lambda connection: Caller(owner) if (owner := KEYS.get(connection.headers.get("x-api-key", ""))) else None,
 )
 
 openai = AsyncOpenAI(

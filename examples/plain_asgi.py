@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from asgi_metering import Caller, Metering, MeteringMiddleware, billable, current_call, metered_app, rate_limited
 
-
-def by_header(connection):
-    """Who calls; a real application looks a credential up."""
-    user = connection.headers.get("x-user")
-    return Caller(user) if user else None
+KEYS = {"key-of-ada": "ada"}  # yours are in a database
 
 
-metering = Metering("memory://", identify=by_header)
+def by_key(connection):
+    """Who calls: whoever the key belongs to."""
+    owner = KEYS.get(connection.headers.get("x-api-key", ""))
+    return Caller(owner) if owner else None
+
+
+metering = Metering("memory://", identify=by_key)
 
 
 async def thumbnails(scope, receive, send):

@@ -21,9 +21,11 @@ from asgi_metering import Caller, Metering, MeteringMiddleware, billable, curren
 from asgi_metering.estimates import clamp, openai_chat
 from asgi_metering.prices import above, model_prices, per_image, per_million_tokens
 
+KEYS = {"key-of-ada": "ada", "key-of-bob": "bob"}  # yours are in a database
+
 metering = Metering(
     os.environ.get("METERING_STORE", "sqlite:///metering.db"),
-    identify=lambda connection: Caller(owner) if (owner := connection.headers.get("x-user")) else None,
+    identify=lambda connection: Caller(owner) if (owner := KEYS.get(connection.headers.get("x-api-key", ""))) else None,
 )
 
 PRICES = model_prices(

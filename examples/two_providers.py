@@ -25,9 +25,11 @@ from asgi_metering.usage import UsageEvent
 
 events: list[UsageEvent] = []
 
+KEYS = {"key-of-ada": "ada", "key-of-bob": "bob"}  # yours are in a database
+
 metering = Metering(
     os.environ.get("METERING_STORE", "sqlite:///metering.db"),
-    identify=lambda connection: Caller(owner) if (owner := connection.headers.get("x-user")) else None,
+    identify=lambda connection: Caller(owner) if (owner := KEYS.get(connection.headers.get("x-api-key", ""))) else None,
     sinks=[CallbackSink(events.extend, "kept")],
 )
 

@@ -29,9 +29,11 @@ tracker = QuotaTracker(
     os.environ.get("QUOTAS", "quotas.json"),
     log=UsageLog(os.environ.get("USAGE_LOG", "usage.db")),  # several workers may share both files
 )
+KEYS = {"key-of-ada": "ada", "key-of-bob": "bob"}  # yours are in a database
+
 metering = Metering(
     os.environ.get("METERING_STORE", "sqlite:///metering.db"),
-    identify=lambda connection: Caller(owner) if (owner := connection.headers.get("x-user")) else None,
+    identify=lambda connection: Caller(owner) if (owner := KEYS.get(connection.headers.get("x-api-key", ""))) else None,
     packages=tracker,
 )
 

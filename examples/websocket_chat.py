@@ -16,10 +16,12 @@ from fastapi import FastAPI, WebSocket
 
 from asgi_metering import Caller, Metering, MeteringMiddleware, billable, rate_limited
 
+KEYS = {"key-of-ada": "ada"}  # yours are in a database
+
 metering = Metering(
     os.environ.get("METERING_STORE", "sqlite:///metering.db"),
     # A browser sets no header fields of a WebSocket: a cookie of your session does as well, connection.cookies.
-    identify=lambda connection: Caller(owner) if (owner := connection.query_params.get("user")) else None,
+    identify=lambda connection: Caller(owner) if (owner := KEYS.get(connection.query_params.get("key", ""))) else None,
 )
 
 

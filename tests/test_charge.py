@@ -6,13 +6,15 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from asgi_metering import Metering, TokenUsage, current_call
 from asgi_metering.call import CallRefused
-from asgi_metering.errors import SettlementError, StoreUnavailableError
+from asgi_metering.errors import SettlementError, StoreUnavailableError, UnwritableError
+from asgi_metering.events import Dropped
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.opening import CURRENT
 from asgi_metering.prices import per_token
@@ -185,10 +187,12 @@ def test_tell_a_body_that_succeeded_of_a_store_that_is_down() -> None:
     async def play() -> None:
         store = Failing()
         metering = await opened(store)
-        with pytest.raises(SettlementError, match="its end is not booked"):
-            async with charging(metering):
+        with pytest.raises(SettlementError, match="its end is not booked") as told:
+            async with charging(metering) as call:
                 store.down = True
         store.down = False
+        assert (told.value.call, told.value.line, told.value.payer) == (call.id, "job", "ann")
+        assert isinstance(told.value.__cause__, StoreUnavailableError)
         await within(5, lambda: not metering.runtime().busy)
         assert await settled(metering) == (2 * CREDIT, 0)
         await metering.stop()
@@ -201,9 +205,12 @@ def test_tell_a_body_that_succeeded_of_an_end_that_cannot_be_booked() -> None:
 
     async def play() -> None:
         metering = await opened(Endless())
-        with pytest.raises(SettlementError, match="its end is not booked"):
+        with pytest.raises(SettlementError, match="its end is not booked") as told:
             async with charging(metering):
                 pass
+        # Caused by what kept the end from being booked, and not by what came of it (S3.10, S3.11).
+        assert isinstance(told.value.__cause__, UnwritableError)
+        assert isinstance(told.value.__cause__.__cause__, KeyError)
         assert await settled(metering) == (0, 2 * CREDIT)
         await metering.stop()
 
@@ -291,6 +298,48 @@ def test_keep_a_charge_whose_event_cannot_be_written(caplog: pytest.LogCaptureFi
     assert "charged without its usage event" in caplog.text
 
 
+@pytest.mark.parametrize("how", ["sync", "async", "raises"])
+def test_hand_on_an_event_that_nobody_gets(how: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Each usage event that is given up is handed to on_event_dropped, whatever drops it (S2.7)."""
+    lost: list[Dropped] = []
+
+    class Picky(MemoryStore):
+        """It writes no event of an end."""
+
+        def run_now(self, operation: Operation) -> Answer:
+            if isinstance(operation, End) and operation.event is not None:
+                raise TypeError("is not JSON-safe")
+            return super().run_now(operation)
+
+    def told(dropped: Dropped) -> None:
+        lost.append(dropped)
+        if how == "raises":
+            raise RuntimeError("no")
+
+    async def told_later(dropped: Dropped) -> None:
+        await asyncio.sleep(0)
+        lost.append(dropped)
+
+    async def play() -> None:
+        hook = told_later if how == "async" else told
+        async with Metering(Picky(), sinks=[Deaf()], on_event_dropped=hook) as metering:
+            await metering.grant("ann", 100, id="g")
+            async with charging(metering) as call:
+                call.attributes["count"] = 3
+            await metering.runtime().pump.submit(Emit((("broken", {"amount": "many"}),)))
+            async with metering.charge(payer="ann", line="free", price=0):
+                pass
+            await within(5, lambda: len(lost) == 2)
+            assert await settled(metering) == (2 * CREDIT, 0)
+            assert lost[0].id == call.id
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(play())
+    assert [each.cause for each in lost] == ["unwritable", "undecodable"]
+    assert lost[0].payload["attributes"] == {"count": 3}
+    assert caplog.text.count("on_event_dropped failed") == (2 if how == "raises" else 0)
+
+
 class Deaf:
     """A sink that takes everything."""
 
@@ -353,6 +402,50 @@ def test_refusal_ends_and_tells_nothing() -> None:
     asyncio.run(play())
     assert store.kinds == ["Admit"]
     assert told == []
+
+
+class Slow(MemoryStore):
+    """A store that is asked as those are that take a while."""
+
+    immediate = False
+
+
+@pytest.mark.parametrize("store", [MemoryStore, Slow])
+def test_end_once_wherever_it_is_cancelled(store: type[MemoryStore]) -> None:
+    """
+    Cancelled at any step of its life, a hold is settled or released, once and in time (S3.12).
+
+    Between the answer to its admission and its body, in the body, and while it is settled.
+    """
+
+    async def run(steps: int) -> tuple[int, bool]:
+        async with Metering(store(), sinks=()) as metering:
+            await metering.grant("ann", 100, id="g")
+
+            async def work() -> None:
+                async with charging(metering, price=2, hold=None):
+                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)
+
+            task = asyncio.create_task(work())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            was_done = task.done()
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            await metering.runtime().booked()
+            spent, held = await settled(metering)
+            assert (held, task.cancelled()) == (0, not was_done)
+            assert await metering.check() == []
+            return spent, was_done
+
+    found = [asyncio.run(run(steps)) for steps in range(40)]
+    # Until the body is over nothing is charged, and from then on all of it.
+    assert [spent for spent, _ in found] == sorted(spent for spent, _ in found)
+    assert {spent for spent, _ in found} == {0, 2 * CREDIT}
+    assert found[0] == (0, False)
+    assert found[-1] == (2 * CREDIT, True)
 
 
 def test_free_a_hold_by_time_that_nothing_could_end() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
@@ -274,6 +275,77 @@ def test_refuse_what_cannot_be_charged() -> None:
     play(scene)
 
 
+@pytest.mark.parametrize("how", ["close", "block", "drop"])
+def test_charge_what_was_observed_of_a_real_stream_that_is_left(how: str) -> None:
+    """Left behind five of 200 words it costs what came until then, not all that was held for it (S3.41, S3.7)."""
+    provider = Provider()
+
+    async def run(url: str) -> None:
+        async with Metering(sinks=()) as metering:
+            await metering.grant("ann", 10_000, id="g")
+            http = metering.upstream_client("openai", verify=False)
+            async with openai.AsyncOpenAI(api_key="sk-any", base_url=url + "/v1", http_client=http) as sdk:
+                client = charged(metering, sdk, "chat.completions.create", hold=5_000)
+                messages = [{"role": "user", "content": "Hi"}]
+                stream = await client.chat.completions.create(model="words-200", messages=messages, stream=True)
+                read = 0
+                async with stream if how == "block" else contextlib.nullcontext():
+                    async for event in stream:
+                        read += bool(event.choices and event.choices[0].delta.content)
+                        if read == 5:
+                            break
+                if how == "close":
+                    await stream.close()
+                del stream, event
+                gc.collect()
+                async with asyncio.timeout(5):
+                    while await metering.holds():
+                        await asyncio.sleep(0)
+                assert 5 <= await spent(metering) < 1_000
+                lines = [line async for line in metering.statement("ann") if line.line == "speech"]
+                assert [line.basis for line in lines] == [Basis.OBSERVED]
+
+    with serve_in_thread(provider) as server:
+        asyncio.run(run(server.url))
+
+
+def test_know_what_a_call_of_a_method_asks_for() -> None:
+    """What the method is given is the request: its prompt and bound are held; who leaves pays the prompt (S3.41)."""
+    provider = Provider()
+
+    async def run(url: str) -> None:
+        async with Metering(sinks=()) as metering:
+            await metering.grant("ann", 10_000, id="g")
+            http = metering.upstream_client("openai", verify=False)
+            async with openai.AsyncOpenAI(api_key="sk-any", base_url=url + "/v1", http_client=http) as sdk:
+                client = charged(metering, sdk, "chat.completions.create", hold=None)
+                messages = [{"role": "user", "content": "word " * 500}]
+                stream = await client.chat.completions.create(
+                    model="words-200", messages=messages, stream=True, max_tokens=300
+                )
+                (hold,) = await metering.holds()
+                assert 800 < hold.amount / CREDIT < 850
+                await anext(aiter(stream))
+                await stream.close()
+                assert 500 < await spent(metering) < 600
+
+    with serve_in_thread(provider) as server:
+        asyncio.run(run(server.url))
+
+
+@pytest.mark.parametrize(("on_disconnect", "cost"), [("none", 0), ("hold", 9), ("observed", 2)])
+def test_choose_what_a_stream_costs_that_is_left(on_disconnect: Any, cost: int) -> None:
+    """Outside HTTP it is the reader who leaves: what that costs is chosen as of a client (S3.41)."""
+
+    async def scene(metering: Metering, studio: Studio) -> None:
+        stream = await charged(metering, studio, "listen", on_disconnect=on_disconnect).listen(9)
+        assert [await anext(stream) for _ in range(2)] == ["word 0", "word 1"]
+        await stream.aclose()
+        assert await spent(metering) == cost
+
+    play(scene)
+
+
 @pytest.mark.parametrize("streams", [False, True])
 def test_charge_a_real_client(streams: bool) -> None:
     """The openai SDK's own client is charged what the provider reported, whole or as a stream (S3.41)."""
@@ -283,8 +355,10 @@ def test_charge_a_real_client(streams: bool) -> None:
         async with Metering(sinks=()) as metering:
             await metering.grant("ann", 1_000, id="g")
             http = metering.upstream_client("openai", verify=False)
-            async with openai.AsyncOpenAI(api_key="sk-any", base_url=url + "/v1", http_client=http) as sdk:
-                client = charged(metering, sdk, "chat.completions.create", hold=500)
+            sdk = openai.AsyncOpenAI(api_key="sk-any", base_url=url + "/v1", http_client=http)
+            # The block of a charged client is the client's own.
+            async with contextlib.AsyncExitStack() as stack:
+                client = await stack.enter_async_context(charged(metering, sdk, "chat.completions.create", hold=500))
                 options: dict[str, Any] = {"stream_options": {"include_usage": True}} if streams else {}
                 messages = [{"role": "user", "content": "Hi"}]
                 answer = await client.chat.completions.create(
@@ -299,6 +373,7 @@ def test_charge_a_real_client(streams: bool) -> None:
                 assert await spent(metering) == counts.input + counts.output
                 lines = [line async for line in metering.statement("ann") if line.line == "speech"]
                 assert [line.basis for line in lines] == [Basis.USAGE]
+            assert sdk.is_closed()
 
     with serve_in_thread(provider) as server:
         asyncio.run(run(server.url))

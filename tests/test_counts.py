@@ -197,8 +197,16 @@ def _raises(result: Any) -> int:
 
 @pytest.mark.parametrize(
     "count",
-    [_raises, lambda result: None, lambda result: -1, lambda result: 0.5, lambda result: {"items": -1}, lambda: [0]],
-    ids=["raises", "none", "negative", "float", "negative unit", "list"],
+    [
+        _raises,
+        lambda result: None,
+        lambda result: -1,
+        lambda result: 0.5,
+        lambda result: {"items": -1},
+        lambda: [0],
+        lambda result: {},
+    ],
+    ids=["raises", "none", "negative", "float", "negative unit", "list", "nothing"],
 )
 def test_a_count_that_fails_breaks_no_response(count: Any, caplog: pytest.LogCaptureFixture) -> None:
     """The answer goes out, the call is charged as one of missing usage, and there is an alarm (S2.5, S2.7)."""

@@ -26,7 +26,7 @@ from asgi_metering.policies import EndpointPolicy
 from asgi_metering.prices import FixedPrice, per_token
 from asgi_metering.receipts import Basis
 from asgi_metering.rules.ending import Situation
-from asgi_metering.testing.unmetered import unmetered
+from asgi_metering.testing import unmetered
 from asgi_metering.usage import TokenUsage
 from tests.harness.drive import status
 from tests.pitfalls.scene import Scene, Visit, visit
@@ -242,7 +242,7 @@ def test_take_a_static_method_from_below() -> None:
 
 @pytest.mark.parametrize("between", [[], [wraps]], ids=["adjacent", "between"])
 def test_refuse_to_charge_twice(between: list[Decorator]) -> None:
-    """DESIGN 2: two prices on one endpoint are an import error that names both lines."""
+    """DESIGN 2, S2.26: two prices on one endpoint are an import error that names both lines."""
     with pytest.raises(ConfigurationError) as caught:
         decorated_by([billable(1, line="one"), *between, billable(2, line="two")])
     assert "is billable twice, as 'one' and as 'two'." in str(caught.value)

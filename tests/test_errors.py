@@ -80,8 +80,16 @@ def test_name_the_first_field_that_differs() -> None:
     error = IdempotencyConflictError("grant", "inv-1", "amount", 5, 7)
     assert (error.what, error.key, error.field, error.stored, error.given) == ("grant", "inv-1", "amount", 5, 7)
     assert str(error) == (
-        "The grant 'inv-1' exists with amount=5, and came again with amount=7. Use a new id for a new grant."
+        "The grant 'inv-1' exists with amount=5, and came again with amount=7, in smallest parts. Use a new id for a "
+        "new grant."
     )
+
+
+def test_say_whose_end_is_not_booked() -> None:
+    """S3.10: an end that is not booked names its call, line and payer, also to another process."""
+    for error in (found := SettlementError("It ran.", "c1", "podcast", "ann"), pickle.loads(pickle.dumps(found))):
+        assert (str(error), error.call, error.line, error.payer) == ("It ran.", "c1", "podcast", "ann")
+        assert error.reason == "settlement_failed"
 
 
 def test_name_the_extra_that_is_missing() -> None:

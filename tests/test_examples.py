@@ -107,14 +107,15 @@ def test_llm_gateway_charges_what_the_provider_reported(
         with running(module.app) as server, httpx2.Client(base_url=server.url, timeout=20) as client:
             server.run(lambda: module.metering.grant("ada", 1, id="g"))
             body = {"model": "echo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 20}
-            answer = client.post("/chat", json=body, headers={"x-user": "ada"})
-            refused = client.post("/chat", json=body, headers={"x-user": "bob"})
+            answer = client.post("/chat", json=body, headers={"x-api-key": "key-of-ada"})
+            refused = client.post("/chat", json=body, headers={"x-api-key": "key-of-bob"})
+            stranger = client.post("/chat", json=body, headers={"x-api-key": "ada", "x-user": "ada"})
             quota = client.get("/quota").json()
             server.run(lambda: settled(module.metering))
             lines = server.run(lambda: _statement(module.metering, "ada"))
     assert answer.status_code == 200
     assert len(answer.text.split()) == 20
-    assert refused.status_code == 402
+    assert (refused.status_code, stranger.status_code) == (402, 401)
     assert refused.json()["error"]["code"] == "insufficient_quota"
     assert [line.basis for line in lines] == [None, "usage"]
     assert lines[1].amount >= 20 * 15
@@ -139,7 +140,7 @@ def test_use_or_lose_moves_calls_to_credits_that_would_expire(
         monkeypatch.setenv("STAFF_KEY", "staff")
         module = example("use_or_lose")
         body = {"model": "echo:words-2:no-quota", "messages": [{"role": "user", "content": "Hi"}]}
-        user = {"x-user": "ada"}
+        user = {"x-api-key": "key-of-ada"}
         with running(module.app) as server, httpx2.Client(base_url=server.url, timeout=20) as client:
             server.run(lambda: module.metering.grant("ada", 1, id="g"))
             asked = [client.post("/chat", json=body, headers=user).json()["provider"] for _ in range(2)]
@@ -177,7 +178,7 @@ def test_two_providers_are_charged_as_one_call(example: Callable[[str], Any], mo
         module = example("two_providers")
         with running(module.app) as server, httpx2.Client(base_url=server.url, timeout=20) as client:
             server.run(lambda: module.metering.grant("ada", 1, id="g"))
-            answer = client.post("/essays", json={"text": "rivers"}, headers={"x-user": "ada"})
+            answer = client.post("/essays", json={"text": "rivers"}, headers={"x-api-key": "key-of-ada"})
             server.run(lambda: settled(module.metering))
     assert answer.status_code == 200
     counts = [seen.counts for seen in provider.requests if seen.counts is not None]
@@ -206,7 +207,7 @@ def test_growing_hold_streams_until_nothing_is_left(
                         model="echo:endless:slow-1",
                         messages=[{"role": "user", "content": "Hi"}],
                         stream=True,
-                        extra_headers={"x-user": "ada"},
+                        extra_headers={"x-api-key": "key-of-ada"},
                     )
                 )
             (seen,) = provider.requests
@@ -232,7 +233,7 @@ def test_plain_asgi_is_metered_as_a_whole_and_at_a_point_of_its_choosing(example
     module = example("plain_asgi")
     with running(module.app) as server, httpx2.Client(base_url=server.url) as client:
         server.run(lambda: module.metering.grant("ada", 4, id="g"))
-        user = {"x-user": "ada"}
+        user = {"x-api-key": "key-of-ada"}
         statuses = [
             client.get(path, headers=user).status_code for path in ("/thumbnails/1", "/reports?3", "/reports?2")
         ]
@@ -247,7 +248,7 @@ def test_websocket_chat_charges_each_message_and_closes_who_runs_dry(example: Ca
     module = example("websocket_chat")
     with running(module.app, ws="websockets-sansio") as server:
         url = server.url.replace("http://", "ws://")
-        with connect(f"{url}/chat?user=ada", proxy=None) as chat:
+        with connect(f"{url}/chat?key=key-of-ada", proxy=None) as chat:
             for text in "abc":
                 chat.send(text)
                 assert chat.recv(10) == f"You said {text!r}."
@@ -296,14 +297,17 @@ def test_topup_webhook_grants_each_payment_once(example: Callable[[str], Any]) -
 def test_from_slowapi_limits_as_before_and_charges_beside_it(example: Callable[[str], Any]) -> None:
     """Adopted limits count old, new, included and streamed routes; what a limit refuses is not charged."""
     module = example("from_slowapi")
-    with running(module.app) as server, httpx2.Client(base_url=server.url, headers={"x-user": "ada"}) as client:
+    with (
+        running(module.app) as server,
+        httpx2.Client(base_url=server.url, headers={"x-api-key": "key-of-ada"}) as client,
+    ):
         server.run(lambda: module.metering.grant("ada", 100, id="g"))
         statuses = {
             path: [client.get(path).status_code for _ in range(4)]
             for path in ("/old", "/answers?q=tea", "/v1/words", "/v1/health")
         }
         module.limiter.reset()
-        answer, stranger = client.get("/old"), client.get("/answers?q=tea", headers={"x-user": ""})
+        answer, stranger = client.get("/old"), client.get("/answers?q=tea", headers={"x-api-key": ""})
         streamed = client.get("/v1/words").text
         server.run(lambda: settled(module.metering))
         balance = server.run(lambda: module.metering.balance("ada"))
@@ -337,10 +341,12 @@ def test_priced_by_model_charges_each_model_its_own_price(
         with running(module.app) as server, httpx2.Client(base_url=server.url, timeout=20) as client:
             server.run(lambda: module.metering.grant("ada", "0.3", id="g"))
             body = {"model": "echo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 15}
-            answer = client.post("/v1/chat/completions", json=body, headers={"x-user": "ada"})
+            answer = client.post("/v1/chat/completions", json=body, headers={"x-api-key": "key-of-ada"})
             server.run(lambda: settled(module.metering))
             image = {"prompt": "a cat", "size": "1024x1024", "n": 2}
-            drawn = [client.post("/v1/images/generations", json=image, headers={"x-user": "ada"}) for _ in range(2)]
+            drawn = [
+                client.post("/v1/images/generations", json=image, headers={"x-api-key": "key-of-ada"}) for _ in range(2)
+            ]
             server.run(lambda: settled(module.metering))
             lines = server.run(lambda: _statement(module.metering, "ada"))
     usage = answer.json()["usage"]

@@ -20,7 +20,11 @@ from asgi_metering.prices import per_token
 from asgi_metering.usage import UsageEvent
 from tests.harness.drive import Drive, body, drive, headers, http_scope, status
 
-CALLERS = {"dev": Caller("dev", "acme", exempt=True), "ann": Caller("ann", "acme")}
+CALLERS = {
+    "dev": Caller("dev", "acme", exempt=True),
+    "ann": Caller("ann", "acme"),
+    "bot": Caller("bot", "acme", type="agent"),
+}
 PRICE = per_token(input=1, output=1)
 
 
@@ -100,6 +104,17 @@ def test_charge_an_exempt_caller_nothing(price: Any, credit: int) -> None:
     size: dict[str, Any] = {"hold": 7} if price is PRICE else {}
     told = play(scene, billable(price, **size), credit=credit)
     assert (told[0].caller, told[0].payer, told[0].amount, told[0].usage) == ("dev", "acme", 0, TokenUsage(3, 4))
+
+
+def test_charge_one_type_of_caller_alone() -> None:
+    """A route that skips other types charges nobody else, and each event says of what type its caller was (S2.10)."""
+
+    async def scene(desk: Desk) -> None:
+        assert await desk.statuses("ann", "bot") == [200, 200]
+        assert await spent(desk) == ("2", "0")
+
+    told = play(scene, billable(2, skip_if=lambda call: call.caller.type != "agent"))
+    assert {(each.caller_type, each.amount) for each in told} == {(None, 0), ("agent", 2_000_000)}
 
 
 @pytest.mark.parametrize("key", ["caller", "payer"])

@@ -543,6 +543,47 @@ def test_balances_in_every_unit(play: Play) -> None:
     play(scene)
 
 
+def test_balance_shows_what_is_left_of_grants(play: Play) -> None:
+    """A balance names the grants that are not used up, as they burn, and when they lapse (DESIGN 2)."""
+
+    async def scene(books: Books) -> None:
+        metering, start = books.metering, books.clock()
+        await metering.grant("ann", 7, id="gift", priority=-1, kind="promotional", expires_at=start + DAY_S)
+        await metering.grant("ann", 3, id="later", effective_at=start + 2 * DAY_S)
+        await metering.grant("ann", 1, id="spent", priority=-2)
+        await books.charge(2)
+        async with metering.charge(payer="ann", line="search", price=4):
+            found = await metering.balance("ann")
+        gift = ("gift", "promotional", 7 * CREDIT, 2 * CREDIT, 4 * CREDIT, -1, start, start + DAY_S)
+        paid = ("paid", "purchased", 100 * CREDIT, 100 * CREDIT, 0, 0, start, None)
+        later = ("later", "purchased", 3 * CREDIT, 3 * CREDIT, 0, 0, start + 2 * DAY_S, None)
+        assert found.grants == (gift, paid, later)
+        assert sum(grant.left for grant in found.grants[:2]) == found.available
+        books.clock.advance(DAY_S)
+        assert [grant.id for grant in (await metering.balance("ann")).grants] == ["paid", "later"]
+        assert (await metering.balance("nobody")).grants == ()
+
+    play(scene)
+
+
+def test_balance_shows_what_was_used_of_allowances(play: Play) -> None:
+    """A balance tells what was used of the windows that run, and when they begin anew (DESIGN 2)."""
+
+    async def scene(books: Books) -> None:
+        metering = books.metering
+        daily = [Allowance(5, name="daily")]
+        assert (await metering.balance("ann")).allowances == ()
+        await books.charge(2, sources=daily)
+        async with metering.charge(payer="ann", line="search", price=1, sources=daily):
+            (window,) = (await metering.balance("ann")).allowances
+        (status,) = await metering.allowances("ann", sources=daily)
+        assert window == ("daily", 2 * CREDIT, CREDIT, status.starts_at, status.resets_at)
+        books.clock.advance(DAY_S)
+        assert (await metering.balance("ann")).allowances == ()
+
+    play(scene)
+
+
 def test_charge_nobody_for_a_call_that_nobody_pays(play: Play) -> None:
     """A call that has a slot alone belongs to no account: a person can end it, and charge nobody for it."""
 

@@ -261,10 +261,10 @@ class Models(httpx2.AsyncBaseTransport):
         return httpx2.Response(200, headers={"content-type": media}, stream=Stream(chunks))
 
 
-def agent(*paths: str, seen: bytes = b"made of it", **policy: Any) -> Any:
+def agent(*paths: str, seen: bytes = b"made of it", price: Any = PRICE, **policy: Any) -> Any:
     """An endpoint that reads an answer of each path, the last one of two or more broken off, and sends its own."""
 
-    @billable(PRICE, **{"hold": HOLD, **policy})
+    @billable(price, **{"hold": HOLD, **policy})
     async def endpoint(_request: Request) -> Any:
         return sent
 
@@ -344,6 +344,20 @@ def test_estimate_never_less_than_the_text_of_a_model(paths: tuple[str, ...], se
     assert [(entry.amount, str(entry.basis), entry.estimated) for entry in entries] == [
         (amount * MILLI, "estimate", True)
     ]
+
+
+@pytest.mark.parametrize(
+    ("paths", "amount"),
+    [
+        pytest.param((), 1_000 * CREDIT, id="nothing was seen"),
+        pytest.param(("/stream",), 10 * FIFTY * CREDIT, id="more was observed"),
+    ],
+)
+def test_estimate_no_more_than_was_held(paths: tuple[str, ...], amount: int) -> None:
+    """DESIGN "A hold's size": who was let in by `up_to` with less owes no guess beyond it, but all that was seen."""
+    hold = up_to(TokenUsage(input=0, output=5_000), at_least=1)
+    entries = asyncio.run(charged(agent(*paths, price=per_token(input=0, output=10), hold=hold)))
+    assert [(entry.amount, str(entry.basis)) for entry in entries] == [(amount, "estimate")]
 
 
 def test_charge_a_completed_call_by_the_reports_of_all_its_exchanges() -> None:

@@ -18,14 +18,16 @@ from asgi_metering import (
     Unit,
     Wallet,
     billable,
+    metered_app,
     policies,
     rate_limited,
+    requires_upstream,
     up_to,
 )
 from asgi_metering.asgi.answers import AnswerOptions
 from asgi_metering.errors import AmountError, ConfigurationError, MeteringError
 from asgi_metering.events.sinks import CallbackSink
-from asgi_metering.prices import per_million_tokens
+from asgi_metering.prices import per_million_tokens, per_token
 from asgi_metering.rules.ending import DRAIN, DRAINABLE, END_OF_CALL, Situation
 
 PRICE = per_million_tokens(input=3)
@@ -83,6 +85,15 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "answers": (lambda: middleware(answers="legacy"), "answers='legacy' is no AnswerOptions. Make one: "),
     "names": (lambda: AnswerOptions(names="x"), "names='x' are no HeaderNames. Make them, such as "),  # type: ignore[arg-type]
     "unit": (lambda: Metering(unit="credits"), "unit='credits' is no Unit. Declare one: Unit('credits', scale=6)."),  # type: ignore[arg-type]
+    "identify": (
+        lambda: Metering(identify=new_id_later),
+        "new_id_later() takes no one argument. Pass a function of the",
+    ),  # type: ignore[arg-type]
+    "identify-two": (
+        lambda: Metering(identify=lambda a, b: None),
+        "takes no one argument. Pass a function of the conn",
+    ),  # type: ignore[arg-type,misc]
+    "hold-lost": (lambda: Metering(on_hold_lost=lambda: None), "takes no one argument. Pass a function of the call."),  # type: ignore[arg-type,misc]
     "new-id": (lambda: Metering(new_id="x"), "new_id='x' cannot be called. Pass a function that "),  # type: ignore[arg-type]
     "new-id-async": (lambda: Metering(new_id=new_id_later), "new_id= is tests.test_misuse.new_id_later, an async "),  # type: ignore[arg-type]
     "new-id-generator": (
@@ -116,6 +127,32 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "scope": (lambda: rate_limited("60/minute", scope=3), "The scope of the limits 3 is a int, not a str."),  # type: ignore[arg-type]
     "scope-line": (lambda: rate_limited("60/minute", scope="a\n"), "has characters that are not printable. Encode it"),
     "scope-long": (lambda: rate_limited("60/minute", scope="a" * 256), "has 256 characters; 1 to 255 are allowed."),
+    "limits-list": (lambda: rate_limited(["60/minute"]), "The limit ['60/minute'] is neither a str nor an item of the"),  # type: ignore[arg-type]
+    "bare-billable": (
+        lambda: rate_limited("9/day")(billable(endpoint)),  # type: ignore[type-var]
+        "A metering decorator is no endpoint. Write @billable(2), with its price in parentheses, and not @billable",
+    ),
+    "bare-limited": (
+        lambda: billable(2)(rate_limited(endpoint)),  # type: ignore[arg-type]
+        "A metering decorator is no endpoint. Write @rate_limited('60/minute'), with its limit in parentheses, and not",
+    ),
+    "bare-required": (
+        lambda: requires_upstream(endpoint),  # type: ignore[arg-type]
+        "is no name. Write @requires_upstream('openai'), with the provider in parentheses.",
+    ),
+    "app-second": (
+        lambda: metered_app(billable(2), endpoint),  # type: ignore[arg-type]
+        "metered_app() has a policy for its app. Write the app first: metered_app(app, billable(2)).",
+    ),
+    "option": (
+        lambda: Metering("sqlite:///m.db?synchronus=FULL"),
+        "has unknown options: synchronus. Use synchronous=FULL or synchronous=NORMAL.",
+    ),
+    "no-prices": (lambda: per_token(), "A price of tokens prices nothing. Name a kind: per_million_tokens(input=3, "),
+    "flat-charge": (
+        lambda: middleware(default_limits=[billable(1)]),
+        "default_limits= has billable(...), which is no ",
+    ),
     "pools": (
         lambda: rate_limited(concurrency=1)(rate_limited(concurrency=2)(endpoint)),
         "has two caller concurrency limits, 1 and 2, on the same slots. Remove one.",

@@ -86,3 +86,10 @@ def test_version_is_the_distributions() -> None:
     from importlib.metadata import version
 
     assert asgi_metering.__version__ == version("asgi-metering")
+
+
+@pytest.mark.parametrize("package", ["asgi_metering", "asgi_metering.testing"])
+def test_offers_nothing_by_the_name_of_a_module(package: str) -> None:
+    """A function that is imported late from a module of its own name would come out as that module."""
+    module = importlib.import_module(package)
+    assert {each.name for each in pkgutil.iter_modules(module.__path__)} & set(module._HOMES) == set()

@@ -10,22 +10,19 @@ from typing import Any
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from asgi_metering import Allowance, Caller, Metering, MeteringMiddleware, TokenUsage, Wallet, billable, current_call
-from asgi_metering.asgi.answers import AnswerOptions
-from asgi_metering.asgi.fields import HeaderNames
 from asgi_metering.call import Call, CallRefused
 from asgi_metering.decisions import Decision, Reason
 from asgi_metering.errors import ConfigurationError, PayerError, StoreUnavailableError
-from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.prices import per_token
 from asgi_metering.rules.decide import Answer
 from asgi_metering.rules.operations import Admit, Operation
 from asgi_metering.sources import Payer
 from asgi_metering.stores.memory import MemoryStore
-from tests.harness.drive import body, drive, headers, http_scope, lifespan, status
+from tests.harness.drive import body, drive, http_scope, lifespan, status
 
 CREDIT = 1_000_000
 PLATFORM = Payer("platform", account="acme", credential=lambda: "platform-key", headers={"x-bill-to": "acme"})
@@ -255,65 +252,6 @@ def test_payers_over_http() -> None:
             assert await spent(metering) == (0, 1)
 
     asyncio.run(scene())
-
-
-Asked = list[tuple[str | None, dict[str, Any]]]
-
-
-def asked(*bodies: bytes, sources: Any, answers: AnswerOptions | None = None, **options: Any) -> Asked:
-    """Requests one after the other: ``Metering-Payer`` of each answer, and what its event says of who pays."""
-    told: list[Any] = []
-    metering = Metering("memory://", identify=lambda connection: Caller("ann"), sinks=(CallbackSink(told.extend),))
-
-    @billable(options.pop("price", 1), line="chat", sources=sources, **options)
-    async def chat(request: Request) -> PlainTextResponse:
-        return PlainTextResponse("ok")
-
-    routes = [Route("/chat", chat, methods=["POST"])]
-    app = MeteringMiddleware(Starlette(routes=routes), metering=metering, **({"answers": answers} if answers else {}))
-
-    async def scene() -> Asked:
-        async with metering:
-            await metering.grant("ann", 100, id="g")
-            fields = []
-            for session in bodies:
-                ended = await drive(app, http_scope("/chat", "POST", headers=[("x-session", session.decode())]))
-                assert status(ended.log) == 200
-                fields.append(dict(headers(ended.log)).get("metering-payer"))
-            await metering.runtime().booked()
-        return list(zip(fields, [dict(event.attributes) for event in told], strict=True))
-
-    return asyncio.run(scene())
-
-
-PAID_BY, SWITCHED = "metering.payer.name", "metering.payer.switched"
-
-
-def test_name_the_payer_on_the_wire() -> None:
-    """Each answer, and each event, names who pays, and says where that is another than the first choice (S0.38)."""
-    assert asked(b"a", b"b", sources=SOURCES, price=2) == [
-        ('"platform"', {PAID_BY: "platform"}),
-        ('"own";switched', {PAID_BY: "own", SWITCHED: True}),
-    ]
-
-
-def test_name_the_payer_of_a_session_that_was_counted() -> None:
-    """Requests that join a session hold nothing, and are told its payer all the same (S0.27, S0.38)."""
-    found = asked(b"a", b"b", b"b", b"a", sources=[Allowance(1, payer=PLATFORM), Wallet()], charge_key="x-session")
-    own = ("caller;switched", {SWITCHED: True})
-    assert found == [('"platform"', {PAID_BY: "platform"}), own, own, ('"platform"', {PAID_BY: "platform"})]
-
-
-def test_name_the_payer_of_free_work() -> None:
-    """Work that costs nothing runs on the first choice, and says so (S0.26)."""
-    assert asked(b"a", sources=SOURCES, price=0) == [('"platform"', {PAID_BY: "platform"})]
-
-
-def test_name_no_payer_where_there_is_no_choice() -> None:
-    """A route that names no payer says nothing of them, nor does one whose application wants no such field."""
-    assert asked(b"a", sources=[Allowance(0), Wallet()]) == [(None, {})]
-    names = AnswerOptions(names=HeaderNames(payer=None))
-    assert asked(b"a", sources=SOURCES, answers=names) == [(None, {PAID_BY: "platform"})]
 
 
 # -- what is inherited -------------------------------------------------------------------------------------

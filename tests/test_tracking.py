@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import openai
 import pytest
 
 from asgi_metering import CREDITS, Allowance, Metering, TokenUsage, tracking
@@ -12,7 +13,10 @@ from asgi_metering.errors import ConfigurationError
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.prices import per_million_tokens
 from asgi_metering.quotas.packages import read_package
+from asgi_metering.testing.provider import Provider
 from asgi_metering.tracking import Package, QuotaTracker, UsageLog, budget_status
+from asgi_metering.usage import UsageEvent
+from tests.harness.servers import serve_in_thread
 
 
 async def forget(events: object) -> None:
@@ -86,6 +90,37 @@ def test_packages_count_each_upstream_call_of_a_call() -> None:
             assert (burns["c"], burns["o"]) == ((21 + 21) / 7, 7 / 7)
 
     asyncio.run(play())
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "unreported"])
+def test_packages_count_calls_that_told_no_usage(left: bool) -> None:
+    """A stream that is left, or whose usage nobody asked for, is a call to its provider too (S1.11, S3.27)."""
+    told: list[UsageEvent] = []
+
+    async def play(url: str) -> None:
+        mine = [read_package({"provider_id": "openai", "package_type": "daily", "limit_per_day": 10}, "d")]
+        async with Metering(sinks=[CallbackSink(told.extend)], packages=mine) as metering:
+            await metering.grant("ann", 100, id="g")
+            http = metering.upstream_client("openai", verify=False)
+            async with openai.AsyncOpenAI(api_key="sk-any", base_url=url + "/v1", http_client=http) as sdk:
+                price = per_million_tokens(input=1)
+                async with metering.charge(payer="ann", line="chat", price=price, hold=7, on_missing_usage="none"):
+                    for _ in range(2):
+                        stream = await sdk.chat.completions.create(
+                            model="words-30", messages=[{"role": "user", "content": "Hi"}], stream=True
+                        )
+                        async for _event in stream:
+                            if left:
+                                break
+                        await stream.close()
+            await settled(metering, 2)
+
+    with serve_in_thread(Provider()) as server:
+        asyncio.run(play(server.url))
+    (event,) = told
+    assert (event.provider, event.amount) == ("openai", 0)
+    assert event.model in ("words-30", None)
+    assert event.attributes["metering.upstream.calls"] == 2
 
 
 def test_metering_takes_a_tracker_with_a_log_of_its_own(tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ def _facts(refusal: Refusal, decision: Decision | None, unit: Unit, row: _Row, j
     if decision is not None:
         now = decision.now
         window = _refusing(refusal, decision.windows)
-    case = _Case(refusal, window, now, jitter)
+    case: _Case = build(_Case, (refusal, window, now, jitter))
     numbers = _NO_NUMBERS
     # A pool of everybody's shows what the operator can carry and what others use of it: neither is the caller's.
     if reason in _MONEY:
@@ -294,7 +294,8 @@ _NO_NUMBERS: _Numbers = (None, None, None, None, None, None)
 
 def _refusing(refusal: Refusal, windows: Sequence[WindowState]) -> WindowState | None:
     """The window that refused; of several of its name, such as a caller's and an address's, one with as little left."""
-    named = [window for window in windows if window.name == refusal.name]
+    name = refusal.name
+    named = [window for window in windows if window.name == name]
     if len(named) > 1:
         named.sort(key=lambda window: (window.remaining != refusal.available, window.reset_after_s))
     return named[0] if named else None

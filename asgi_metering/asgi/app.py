@@ -26,6 +26,10 @@ class MeteredApp:
     """
 
     def __init__(self, app: ASGIApp, *parts: Part | Amount, name: str | None = None) -> None:
+        if isinstance(app, Part):
+            raise ConfigurationError(
+                "metered_app() has a policy for its app. Write the app first: metered_app(app, billable(2))."
+            )
         if not callable(app):
             raise ConfigurationError(f"{app!r} is no ASGI app. Pass a callable of scope, receive and send.")
         self.app = app

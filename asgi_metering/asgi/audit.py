@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from asgi_metering.amounts import Unit
+from asgi_metering.amounts import Unit, exact_amount
 from asgi_metering.errors import AmountError, ConfigurationError
-from asgi_metering.guards import BARE_MEND, Guard, Part, decorated, guard_of
+from asgi_metering.guards import Guard, Part, decorated, guard_of
 from asgi_metering.keying import check_shared
 from asgi_metering.metering import ALL_FEATURES, Metering
 from asgi_metering.outage import check_journal
@@ -49,6 +49,7 @@ class Layer(NamedTuple):
     metering: Any
     application_limits: tuple[Any, ...] = ()
     default_limits: tuple[Any, ...] = ()
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ def audit(app: Any, features: frozenset[str], unenforced: frozenset[str], meteri
         report.errors.extend(_other_meterings(report.rows, metering))
     for row in report.rows:
         if isinstance(row.endpoint, Part):
-            report.errors.append(f"{row.path} has a metering decorator for its endpoint. {BARE_MEND}")
+            report.errors.append(f"{row.path} has a metering decorator for its endpoint. {row.endpoint.mend}")
         else:
             _check_row(row, report, features | unenforced, metering)
     report.errors.extend(_other_scales(report.rows, metering))
@@ -148,6 +149,7 @@ def _check_row(row: Row, report: Report, covered: frozenset[str], metering: Any)
         if metering is not None:
             report.errors.extend(_uncountable(row, policy, metering.unit))
             report.errors.extend(_unkept(row, policy, metering))
+        report.warnings.extend(_one_for_all(row, policy))
     if row.policy is not None and row.policy.charge is not None and {"GET", "HEAD"} <= set(row.methods):
         report.warnings.append(
             f"{row.path} ({row.policy.name}) is billable, and answers HEAD by running the same handler, free of charge."
@@ -201,6 +203,23 @@ def _torn_allowances(rows: list[Row], metering: Any) -> Iterator[str]:
                 )
 
 
+def _one_for_all(row: Row, policy: EndpointPolicy) -> Iterator[str]:
+    """An allowance that differs by plan, and is one account's: the first who come use it up for all others."""
+    for source in () if policy.charge is None else policy.charge.sources:
+        if source.each or not isinstance(source, Allowance) or not isinstance(source.limit, Mapping):
+            continue
+        if (
+            source.payer is not None
+            and isinstance(source.payer.account, str)
+            and len(set(map(exact_amount, source.limit.values()))) > 1
+        ):
+            yield (
+                f"{row.path} ({policy.name}) has an allowance {source.name!r} by plan. It is one count of the account "
+                f"{source.payer.account!r}, which callers of all plans use up together. If you mean one of each payer, "
+                f"say each=True."
+            )
+
+
 def _unclaimed(rows: list[Row]) -> Iterator[str]:
     """A warning of each route whose keys mean nothing while all is in the shadow."""
     for row in rows:
@@ -214,7 +233,7 @@ def _unclaimed(rows: list[Row]) -> Iterator[str]:
 
 def _whose(source: Allowance, charge: ChargePolicy) -> object:
     """Whose account the bucket is in, as far as that can be told before anybody calls."""
-    account = source.payer.account if source.payer is not None else None
+    account = source.payer.account if source.payer is not None and not source.each else None
     return account if account is not None else charge.payer and charge.payer.function
 
 
@@ -401,13 +420,16 @@ def _walk(app: Any, place: _Place) -> Iterator[Row]:
 def _layers_on(app: Any) -> Iterator[Layer]:
     """What *app* is as one of our layers, or what an application has added of them."""
     said = ("metering", *LIMITS)
-    found = [(app, {name: getattr(app, name, None) for name in said})]
+    found: list[tuple[Any, Any, dict[str, Any]]] = [(app, type(app), {name: getattr(app, name, None) for name in said})]
     for added in getattr(app, "user_middleware", ()):
-        found.append((getattr(added, "cls", None), getattr(added, "kwargs", {})))
-    for layer, kept in found:
+        # Of what stands there without a name only the metering comes first.
+        kept = {**dict(zip(said, getattr(added, "args", ())[:1], strict=False)), **getattr(added, "kwargs", {})}
+        found.append((getattr(added, "cls", None), getattr(added, "cls", None), kept))
+    for layer, kind, kept in found:
         features = getattr(layer, "features", None)
         if isinstance(features, frozenset) and features <= ALL_FEATURES:
-            yield Layer(features, kept.get("metering"), *(tuple(kept.get(name) or ()) for name in LIMITS))
+            application, default = (tuple(kept.get(name) or ()) for name in LIMITS)
+            yield Layer(features, kept.get("metering"), application, default, getattr(kind, "__name__", ""))
 
 
 def _policy_of(app: Any) -> EndpointPolicy | None:

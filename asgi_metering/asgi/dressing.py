@@ -7,9 +7,11 @@ A provider's quota fields are captured and removed, ours are added. Decides noth
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 from asgi_metering.amounts import CREDITS
 from asgi_metering.asgi.answers import AnswerOptions
+from asgi_metering.asgi.discretion import tells_balance
 from asgi_metering.asgi.fields import limit_fields, payer_field
 from asgi_metering.asgi.tap import Tap
 from asgi_metering.asgi.types import Headers, Message, Scope
@@ -31,13 +33,13 @@ DRAFT = frozenset((b"ratelimit", b"ratelimit-policy"))
 """What the IETF's draft names them: an application's own likewise, and a provider's (Hugging Face) on such a route."""
 
 
-def dressed(call: Call, message: Message, scope: Scope, options: AnswerOptions) -> tuple[Message, Tap | None]:
+def dressed(call: Call, decision: Decision, message: Message, options: AnswerOptions) -> Message:
     """
-    The start of an admitted call's response: a provider's quota fields captured and removed, ours added.
+    The start of an admitted call's response: a provider's quota fields captured and removed, those of *decision* added.
 
     Always a new list: frameworks may reuse a response object, whose own list must not grow.
     """
-    decision, names = call.decision, options.names
+    names = options.names
     given: Headers = [*message.get("headers", ())]
     dialects = call.metering.quotas.dialects
     # Names of ours and of the dialects that are shipped have been put together before.
@@ -47,21 +49,21 @@ def dressed(call: Call, message: Message, scope: Scope, options: AnswerOptions) 
         given = [(bytes(name), bytes(value)) for name, value in given]
         if call.policy is not None and "quotas" in call.opening.features:
             given = _capture(call, dialects, given, message["status"])
-    tap = None if call.is_plain else tap_of(call, given, scope)
-    if decision is not None:
-        if call.opening.before is not None:
-            decision = with_windows(decision, call.opening.before)
-        charge = call.charge
-        if charge is None or not charge.has_levels:
-            fields = limit_fields(decision, call.unit, names)
-        else:
-            fields = limit_fields(decision, call.unit, names, warn_below=call.warning_level, overdraft=call.overdraft)
-        if charge is not None and charge.has_payers and (payer := call.payer_name) is not None:
-            fields += payer_field(payer, names, switched=call.payer_switched)
-        if concerns_us:
-            given = _without(given, fields)
-        given += fields
-    return {**message, "headers": given}, tap
+    if call.opening.before is not None:
+        decision = with_windows(decision, call.opening.before)
+    charge = call.charge
+    if charge is not None and charge.has_payers and decision.available is not None and not tells_balance(call):
+        decision = decision._replace(available=None)
+    if charge is None or not charge.has_levels:
+        fields = limit_fields(decision, call.unit, names)
+    else:
+        fields = limit_fields(decision, call.unit, names, warn_below=call.warning_level, overdraft=call.overdraft)
+    if charge is not None and charge.has_payers and (payer := call.payer_name) is not None:
+        fields += payer_field(payer, names, switched=call.payer_switched)
+    if concerns_us:
+        given = _without(given, fields)
+    given += fields
+    return {**message, "headers": given}
 
 
 def _concerns_us(given: Headers, initials: frozenset[bytes]) -> bool:
@@ -121,7 +123,7 @@ def _provider_of(dialects: DialectRegistry, quotas: Headers, status: int) -> str
     return UNKNOWN if reading is None else reading.dialect
 
 
-def tap_of(call: Call, given: Headers, scope: Scope) -> Tap | None:
+def tap_of(call: Call, given: Iterable[tuple[bytes, bytes]], scope: Scope) -> Tap | None:
     """Only calls whose price or limits depend on usage have their bodies watched."""
     charge = call.charge
     if not call.counts_usage or scope["method"] == "HEAD":

@@ -21,7 +21,7 @@ from asgi_metering.limiting import FREE_METHODS
 from asgi_metering.named import NamedLimits
 from asgi_metering.policies import RatePolicy
 
-__all__ = ["ANY_OTHER", "EffectiveLimit", "Origin", "check_names", "effective_limits", "limits_of_row"]
+__all__ = ["ANY_OTHER", "EffectiveLimit", "Origin", "check_names", "distinct", "effective_limits", "limits_of_row"]
 
 Origin: TypeAlias = Literal["decorator", "metered_app", "default", "application"]
 """Where a limit was said: on the endpoint or a dependency of it, around an app, or in a middleware."""
@@ -174,13 +174,21 @@ def check_names(rows: Sequence[Row], layers: Iterable[Layer], metering: Any) -> 
     belong to another application.
     """
     used = [(f"{row.path} ({policy.name})", rate) for row in rows for policy in _all(row) for rate in policy.rates]
-    seen = list(dict.fromkeys((*layers, *(layer for row in rows for layer in row.layers))))
-    for limits in _flat(seen):
+    for limits in _flat(distinct((*layers, *(layer for row in rows for layer in row.layers)))):
         told = "The middleware's limit"
         used += [(told, rate) for rate in (*limits.application, *limits.default(None))]
     others = [(guard.policy.name, rate) for guard in decorated() for rate in guard.policy.rates]
     errors = [*_unknown(used, metering), *_torn(used), *(_unused([*used, *others], metering.limits) if rows else ())]
     return errors, [] if rows else list(_unknown(others, metering))
+
+
+def distinct(layers: Iterable[Layer]) -> list[Layer]:
+    """Each of *layers* once; compared, for what a user wrote into one may have no hash."""
+    seen: list[Layer] = []
+    for layer in layers:
+        if layer not in seen:
+            seen.append(layer)
+    return seen
 
 
 def _all(row: Row) -> Iterator[Any]:

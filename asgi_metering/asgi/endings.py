@@ -22,6 +22,7 @@ __all__ = [
     "is_last",
     "is_refusal",
     "is_whole",
+    "refusal_in",
     "stops",
 ]
 
@@ -92,13 +93,19 @@ def _asgi_of(scope: Scope) -> tuple[int, ...]:
 
 def is_refusal(failure: BaseException | None) -> bool:
     """Whether *failure* is a refusal, was raised from one, or is a group of nothing else (pitfall 13)."""
+    return refusal_in(failure) is not None
+
+
+def refusal_in(failure: BaseException | None) -> CallRefused | None:
+    """The refusal that *failure* is, or was raised from; the first one of a group of nothing else."""
     while failure is not None:
         if isinstance(failure, BaseExceptionGroup):
-            return all(is_refusal(inner) for inner in failure.exceptions)
+            found = [refusal_in(inner) for inner in failure.exceptions]
+            return found[0] if all(found) else None
         if isinstance(failure, CallRefused):
-            return True
+            return failure
         failure = failure.__cause__
-    return False
+    return None
 
 
 def is_departure(failure: BaseException) -> bool:

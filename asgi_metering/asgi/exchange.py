@@ -23,11 +23,11 @@ from asgi_metering.asgi.endings import (
     is_whole,
     stops,
 )
-from asgi_metering.asgi.hearing import Hearing
 from asgi_metering.asgi.refusals import in_band_error, refusal_response
 from asgi_metering.asgi.replay import keeper
 from asgi_metering.asgi.types import ASGIApp, Message, Scope, Send
 from asgi_metering.asgi.watch import ClientGone
+from asgi_metering.asgi.within import Within
 from asgi_metering.call import Call, CallCut, CallRefused
 from asgi_metering.growing import LEAST_ROOM
 from asgi_metering.opening import CURRENT
@@ -96,14 +96,15 @@ async def run(app: ASGIApp, exchange: Exchange) -> None:
             await exchange.returned(call)
     except BaseException as failure:
         call = exchange.call
-        if call is None or not await exchange.answers(call, failure):
+        is_answered = call is not None and await exchange.answers(call, failure)
+        if not (is_answered or await exchange.answers_within(failure)):
             raise
     finally:
         CURRENT.reset(token)
         exchange.closed = True
         if exchange.call is None and exchange.watch is None:
             # As `let_go` does, of a request that nobody asked for a call.
-            exchange.scope, exchange._origin = _OVER, None
+            exchange.scope, exchange._connection = _OVER, None
         else:
             try:
                 waiting = exchange.over()
@@ -114,21 +115,18 @@ async def run(app: ASGIApp, exchange: Exchange) -> None:
                     exchange.let_go()
 
 
-class Exchange(Hearing):
+class Exchange(Within):
     """One request and its response; arguments and attributes as of `Hearing`."""
 
     # Defaults stand here and not in `__init__`: most requests need none of them, and none pays for what it has not.
-    started = False  # the app's response, or ours instead of it, has begun
-    swapped = False  # ours instead of the app's: what the app still sends goes nowhere
     trailers = False
     sent = unchecked = 0  # bytes of the body that the server took: before the loop last had a turn, and since
     whole = False  # the server took the whole body in one message of another kind
-    last = 0  # bytes of the last message, once the server took it
+    last = b""  # the last of them, behind these, once the server took it
     sending: tuple[bytes, bool] | None = None  # the last body, and whether it reaches anybody, until then
     stuck: Entry | None = None  # in which the server should have taken it
     waited = False  # for an app that goes on behind it
     dressed: Message | None = None  # the start of an admitted response, as it went out
-    begun: Message | None = None  # the start of the app's response, if it passed before an admission
     latest: Message | None = None  # what passed after it, the last of them, before an admission
     spoke = False  # the app has sent something since its call was refused
     keep: Callable[[bytes], None] | None = None  # sees every chunk that the server took
@@ -147,10 +145,9 @@ class Exchange(Hearing):
             self._catch_up(call, self.begun)
         kind = message["type"]
         if kind == "http.response.body":
-            if not message.get("more_body", False) and call.is_plain and not self.trailers:
+            if call.is_plain and not self.trailers and not message.get("more_body", False):
                 # As `_send_body` does with it, but for a step: most answers have one chunk, which is the last.
-                body = message.get("body", b"")
-                return self._send_last(call, message, body, bool(body))
+                return self._send_last(call, message, message.get("body", b""))
             return self._send_body(call, message)
         if kind == "http.response.start" and not self.started:
             return self._send_start(call, message)
@@ -179,14 +176,11 @@ class Exchange(Hearing):
                 await self._refuse(call)
                 return
         elif call.decision is not None:
-            message, tap = dressed(call, message, self.scope, self.options.answers)
-            self.dressed = message
-            if tap is not None or call.once is not None:
-                call.observer, self.keep = tap, keeper(call, message, tap)
+            self.dressed = message = dressed(call, call.decision, message, self.options.answers)
             call.status = message["status"]
             if "trailers" in message:
                 self.trailers = bool(message["trailers"])
-            if call.growth is not None or self.watch is not None:
+            if not call.is_plain or self.watch is not None:
                 self._follow(call, message)
         else:
             if self.before is not None:
@@ -205,6 +199,9 @@ class Exchange(Hearing):
 
     def _follow(self, call: Call, start: Message) -> None:
         """Look after the body that comes."""
+        tap = tap_of(call, start.get("headers", ()), self.scope)
+        if tap is not None or call.once is not None:
+            call.observer, self.keep = tap, keeper(call, start, tap)
         if call.growth is not None:
             self.cutting = self.cutting or Cutting(call)
             self.keep, self.room = self.cutting.follow(start, self.keep), LEAST_ROOM
@@ -216,11 +213,12 @@ class Exchange(Hearing):
         self.begun = None
         call.status = start["status"]
         self.trailers = bool(start.get("trailers"))
-        tap = call.observer = tap_of(call, list(start.get("headers", ())), self.scope)
-        self.keep = None if tap is None else tap.keep
+        self._follow(call, start)
+        if call.reply is not None:
+            # Nobody looked at what has passed.
+            call.reply.lose()
         if self.latest is not None:
             call.first_byte = True
-        self._follow(call, start)
 
     async def _send_body(self, call: Call, message: Message) -> None:
         if call.decision is None or call.refusal is not None:
@@ -228,7 +226,7 @@ class Exchange(Hearing):
             return
         body = message.get("body", b"")
         if not self.trailers and not message.get("more_body", False):
-            await self._send_last(call, message, body, bool(body))
+            await self._send_last(call, message, body)
             return
         # What is sent to a client that was seen to leave reaches nobody: a framework's own 500, say.
         reaches = call.cause is None
@@ -352,11 +350,11 @@ class Exchange(Hearing):
         self.latest = message
         await self.server_send(message)
 
-    async def _send_last(self, call: Call, message: Message, body: bytes, shows: bool) -> None:
+    async def _send_last(self, call: Call, message: Message, body: bytes, *, is_file: bool = False) -> None:
         """
         The last message: the runtime ends the call when the app returns, or when the grace after it is over.
 
-        What it *shows* of the answer reaches the client, unless that was seen to leave.
+        What it shows of the answer, by a body or by a file, reaches the client, unless that was seen to leave.
 
         The grace begins when the server has taken the message: a slow client may hold that up for long, and what it
         reads is charged by what it says. A server that raises `OSError` from it says that the client is gone.
@@ -365,7 +363,7 @@ class Exchange(Hearing):
             await self._deliver(call, message)
             return
         self.finishing = True
-        reaches = shows and call.cause is None
+        reaches = call.cause is None if body or is_file else False
         self.sending = (body, reaches)
         runtime = call.runtime
         if runtime is not None:
@@ -401,8 +399,7 @@ class Exchange(Hearing):
 
     def _took_last(self, call: Call, body: bytes, reaches: bool) -> None:
         self.sending = None
-        self.last = size = len(body)
-        self.unchecked += size
+        self.last = body
         if self.draining is not None:
             self.draining.finished()
         if not call.closed:
@@ -430,7 +427,7 @@ class Exchange(Hearing):
         if call.reply is not None and is_body:
             call.reply.lose()
         if last and call.admitted:
-            await self._send_last(call, message, b"", is_body)
+            await self._send_last(call, message, b"", is_file=is_body)
             self.whole = kind == "http.response.pathsend"
             return
         await self._deliver(call, message)
@@ -530,9 +527,10 @@ class Exchange(Hearing):
             # wrapped ones raise the refusal again after they answered it (pitfall 14).
             return not stops(failure) and await self._answer_refusal(call) and is_refusal(failure)
         length = None if self.dressed is None else announced(self.dressed)
-        passed = self.sent + self.unchecked
+        last = len(self.last)
+        passed = self.sent + self.unchecked + last
         # In one message, or as long as was announced.
-        is_complete = self.whole or (self.finishing and (length == passed or 0 < self.last == passed))
+        is_complete = self.whole or (self.finishing and (length == passed or 0 < last == passed))
         if self.draining is not None and not is_complete:
             self.draining.failed()
         cause = _COMPLETED if is_complete else cause_of(failure, self.finishing)
@@ -554,26 +552,25 @@ class Exchange(Hearing):
             # Admitted for work after the response, or at its very end.
             self._catch_up(call, self.begun)
             self.finishing = self.finishing or (self.latest is not None and is_last(self.latest))
-        runtime = call.runtime
-        if runtime is not None and self.grace is not None:
-            runtime.graces.over(self.grace)
         if not self.finishing:
             # It returned without an end: the server cancelled, or a framework noticed that the client left.
             call.see(_ABORTED)
-        if runtime is not None:
-            self._close(call)
-            if not (runtime.managed or call.receipt is not None or not call.has_hold):
-                return booked(call, runtime)
-        return None
+        runtime = call.runtime
+        if runtime is None:
+            return None
+        if self.grace is not None:
+            runtime.graces.over(self.grace)
+        self._close(call)
+        return None if runtime.managed or call.receipt is not None or not call.has_hold else booked(call, runtime)
 
     def let_go(self) -> None:
         """Forget what refers to this exchange in turn, such as the scope that it stands in."""
-        if not self.closed:
-            return
-        self.scope, self._origin, self.passing = _OVER, None, None
-        # What the app of a refused call still sends goes nowhere, however late.
-        if not self.swapped and self.call is not None and self.call.has_ended:
-            self.call = None
+        if self.closed:
+            self.scope, self._connection, self.passing = _OVER, None, None
+            call = self.call
+            # What the app of a refused call still sends goes nowhere, however late.
+            if call is not None and not self.swapped and call.has_ended:
+                self.call = None
 
     def _close(self, call: Call) -> None:
         """Hand the call to the runtime; the first cause seen wins."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil, isfinite
 from operator import itemgetter
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from asgi_metering.amounts import Unit
 from asgi_metering.decisions import Decision, WindowState
@@ -200,11 +200,6 @@ _WRITTEN = itemgetter(*map(WindowState._fields.index, ("name", "limit", "window_
 """What of a window does not change from call to call."""
 
 
-_LEFT: Final = 2
-_SECONDS: Final = 3
-"""What of it does, by the places in a `WindowState`: names cost more, and every response tells it of each window."""
-
-
 class _Spelled(NamedTuple):
     """
     What of some windows' fields is the same on every response.
@@ -243,14 +238,11 @@ def _spelled(*written: tuple[Any, ...]) -> _Spelled:
 
 def _states(windows: Sequence[WindowState], spelled: _Spelled) -> bytes:
     numbers: list[int] = []
-    try:
-        for window in windows:
-            left, wait = window[_LEFT], ceil(window[_SECONDS] - _CLOCK_NOISE_S)
-            if not 0 <= left <= MAX_SF_INTEGER >= wait >= 0:
-                return _odd_states(windows, spelled.quoted)
-            numbers += left, wait
-    except (OverflowError, ValueError):
-        return _odd_states(windows, spelled.quoted)
+    # By their places: names cost more, and every response tells it of each window.
+    for _, _, left, seconds, _, _ in windows:
+        if not (0 <= left <= MAX_SF_INTEGER and 0.0 <= seconds <= MAX_SF_INTEGER):
+            return _odd_states(windows, spelled.quoted)
+        numbers += left, ceil(seconds - _CLOCK_NOISE_S)
     return spelled.states % (*numbers,)
 
 

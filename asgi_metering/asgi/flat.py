@@ -13,11 +13,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from asgi_metering.asgi.audit import Row, has_routes, routes_of
+from asgi_metering.asgi.denials import deny_refused
 from asgi_metering.asgi.exchange import Exchange
 from asgi_metering.asgi.refusals import refusal_response
 from asgi_metering.asgi.table import RouteTable, runs
 from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
-from asgi_metering.asgi.websocket import Session, deny_refused
+from asgi_metering.asgi.websocket import Session
 from asgi_metering.call import Call, CallRefused
 from asgi_metering.decorators import gather, is_unlimited, rate_limited
 from asgi_metering.errors import ConfigurationError

@@ -69,9 +69,9 @@ MARKED = 3
 """References to the mark of a scope that nobody has copied: of the scope, the exchange, and whoever counts."""
 
 
-class Hearing(Opening):
+class Hearing(Opening, HTTPOrigin):
     """
-    One request, as its application hears it.
+    One request, as its application hears it, and where it came from.
 
     Args:
         metering: Of the layer that opens it.
@@ -86,7 +86,6 @@ class Hearing(Opening):
     """
 
     # Defaults stand here and not in `__init__`: most requests need none of them, and none pays for what it has not.
-    _origin: HTTPOrigin | None = None
     passing: Send | None = None
     finishing = False  # the last message was handed over
     incoming: RequestBody | None = None  # of a request with an idempotency key
@@ -149,9 +148,7 @@ class Hearing(Opening):
     @property
     def origin(self) -> HTTPOrigin:
         """Where the request came from."""
-        if self._origin is None:
-            self._origin = HTTPOrigin(self.scope)
-        return self._origin
+        return self
 
     def refusal_of(self, call: Call, refusal: Refusal) -> CallRefused:
         """As of `Opening`, of the kinds that frameworks know."""

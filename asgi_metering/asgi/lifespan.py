@@ -8,7 +8,7 @@ held too.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NoReturn
 
 from asgi_metering.asgi.audit import Report
 from asgi_metering.asgi.startup import check_stack, examined
@@ -18,7 +18,7 @@ from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.metering import Metering
 from asgi_metering.tokens import warm_up
 
-__all__ = ["LAYERS_KEY", "Lifespan"]
+__all__ = ["LAYERS_KEY", "Lifespan", "refuse_startup"]
 
 log = logging.getLogger("asgi_metering")
 
@@ -188,6 +188,19 @@ class Lifespan:
                 await self._stop()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
+
+
+async def refuse_startup(mistake: ConfigurationError, receive: Receive, send: Send) -> NoReturn:
+    """
+    Be the lifespan of an application that must not start, of which nothing is asked.
+
+    Raises:
+        ConfigurationError: The *mistake*, once the server has heard of it, as `Lifespan.run` does.
+    """
+    await receive()
+    log.error("The application cannot start: %s", mistake)
+    await send({"type": "lifespan.startup.failed", "message": str(mistake)})
+    raise mistake.with_traceback(None) from None
 
 
 def _may_count_tokens(report: Report) -> bool:

@@ -6,6 +6,7 @@ Keeps configuration only; a request's state lives in its exchange. Scopes that i
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Iterator, Sequence
@@ -13,15 +14,16 @@ from typing import Any, ClassVar, Literal
 
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.audit import MAX_DEPTH
+from asgi_metering.asgi.denials import deny_mistaken
 from asgi_metering.asgi.exchange import Exchange, run
 from asgi_metering.asgi.flat import FlatLimits, counted, counted_session
 from asgi_metering.asgi.hearing import FREE_METHODS, ExchangeOptions
-from asgi_metering.asgi.lifespan import LAYERS_KEY, Lifespan
+from asgi_metering.asgi.lifespan import LAYERS_KEY, Lifespan, refuse_startup
 from asgi_metering.asgi.native import framework_of
 from asgi_metering.asgi.overridden import Overridden
 from asgi_metering.asgi.startup import check_stack, examined
 from asgi_metering.asgi.types import ASGIApp, Receive, Scope, Send
-from asgi_metering.asgi.websocket import Session, attend, deny_mistaken
+from asgi_metering.asgi.websocket import Session, attend
 from asgi_metering.asgi.workers import check_workers
 from asgi_metering.errors import ConfigurationError, MeteringError
 from asgi_metering.guards import Part
@@ -63,7 +65,8 @@ class MeteringMiddleware:
 
     Raises:
         ConfigurationError: *metering* is no `Metering`, *unenforced* is another word, or *answers* no `AnswerOptions`;
-            limits that are no list, count tokens, or belong to a layer that enforces none.
+            limits that are no list, count tokens, or belong to a layer that enforces none. Where an event loop runs,
+            as when ``add_middleware`` makes its layers, the startup fails by it instead.
 
     Both kinds of limits are one admission of their own, before the application sees the request and before a byte of
     its body is read: one more round trip than the endpoint's, on stores that have any. What they count stays counted
@@ -91,6 +94,29 @@ class MeteringMiddleware:
         application_limits: Sequence[Part | str] = (),
         default_limits: Sequence[Part | str] = (),
     ) -> None:
+        self.app = app
+        self.metering = metering
+        self.unenforced = ALL_FEATURES - self.features if unenforced == "allow" else frozenset[str]()
+        framework = framework_of(app)
+        self.options = ExchangeOptions(DEFAULT_OPTIONS, stop_on_disconnect, framework)
+        self.limits: FlatLimits | None = None
+        self.mistake: ConfigurationError | None = None
+        try:
+            self._check(metering, unenforced, answers)
+            self.options = ExchangeOptions(answers, stop_on_disconnect, framework)
+            self.limits = self._flat(application_limits, default_limits)
+        except ConfigurationError as mistake:
+            if not _is_serving():
+                raise
+            self.mistake = mistake
+        self.application_limits = () if self.limits is None else self.limits.application_limits
+        self.default_limits = () if self.limits is None else self.limits.default_limits
+        # Of the outermost layer: whether the application was audited and may serve, and why not.
+        self.proven = False
+        self.fault: MeteringError | None = None
+        self._proving = threading.Lock()
+
+    def _check(self, metering: object, unenforced: str, answers: object) -> None:
         if not isinstance(metering, Metering):
             raise ConfigurationError(
                 f"metering={metering!r} is no Metering. Make one, Metering('sqlite:///metering.db'), and pass it here."
@@ -102,22 +128,17 @@ class MeteringMiddleware:
                 f"answers={answers!r} is no AnswerOptions. Make one: "
                 f"AnswerOptions(names=HeaderNames.with_legacy()), say."
             )
-        self.app = app
-        self.metering = metering
-        self.unenforced = ALL_FEATURES - self.features if unenforced == "allow" else frozenset[str]()
-        self.options = ExchangeOptions(answers, stop_on_disconnect, framework_of(app))
-        self.limits = FlatLimits(application_limits, default_limits) if application_limits or default_limits else None
-        self.application_limits = () if self.limits is None else self.limits.application_limits
-        self.default_limits = () if self.limits is None else self.limits.default_limits
-        if self.limits is not None and "rates" not in self.features:
+
+    def _flat(self, application: Sequence[Part | str], default: Sequence[Part | str]) -> FlatLimits | None:
+        if not (application or default):
+            return None
+        limits = FlatLimits(application, default)
+        if "rates" not in self.features:
             raise ConfigurationError(
                 f"{type(self).__name__} enforces no limits, so application_limits= and default_limits= would mean "
                 f"nothing here. Give them to RateLimitMiddleware or MeteringMiddleware."
             )
-        # Of the outermost layer: whether the application was audited and may serve, and why not.
-        self.proven = False
-        self.fault: MeteringError | None = None
-        self._proving = threading.Lock()
+        return limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Meter HTTP requests and WebSockets; look after the lifespan; pass everything else on."""
@@ -194,6 +215,8 @@ class MeteringMiddleware:
 
     async def _join(self, opening: Opening, scope: Scope, receive: Receive, send: Send) -> None:
         """An outer layer opened the call; this one adds what it enables (X.1)."""
+        if self.mistake is not None:
+            raise self.mistake
         if opening.metering is not self.metering:
             raise ConfigurationError(
                 f"{type(self).__name__} has another Metering than the layer outside it. Pass the same object to both."
@@ -220,6 +243,8 @@ class MeteringMiddleware:
             await self.app(scope, receive, send)
             return
         layers = scope[LAYERS_KEY] = [self]
+        if self.mistake is not None:
+            await refuse_startup(self.mistake, receive, send)
         await Lifespan(self.app, self.metering, layers).run(scope, receive, send)
 
 
@@ -231,6 +256,20 @@ def layers_of(app: Any) -> Iterator[MeteringMiddleware]:
         if isinstance(app, MeteringMiddleware):
             yield app
         app = getattr(app, "app", None)
+
+
+def _is_serving() -> bool:
+    """
+    Whether an event loop runs here: then a framework makes its layers for the first scope that a server has sent.
+
+    That is its lifespan, and a server takes an exception there for "this application has none", and serves. So a
+    mistake waits for the startup, and is told as any other.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 async def _answer_mistaken(send: Send) -> None:

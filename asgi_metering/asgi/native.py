@@ -61,6 +61,10 @@ class _KnownRefusal(CallRefused):
     def __str__(self) -> str:
         return super().__str__() if self.told is None else self.told
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # In another process nobody has joined anything.
+        return CallRefused, super().__reduce__()[1]
+
 
 def known_refusal(
     call: Call, refusal: Refusal, decision: Decision | None, *, framework: str | None, told: Callable[[], str]

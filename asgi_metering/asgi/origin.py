@@ -2,50 +2,46 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from typing import Any
 
 from asgi_metering.asgi.types import Scope
+from asgi_metering.correlating import clean_id
 
 __all__ = ["HTTPOrigin"]
-
-_NOT_IN_IDS = re.compile(r"[^\x21-\x7e]")
-MAX_REQUEST_ID = 128
-"""Characters of a client's request id that are kept: it goes on every event."""
 
 
 class HTTPOrigin:
     """
-    The origin of one request.
+    The origin of one request: of itself, where what is made for a request is one.
 
     Args:
         scope: The connection's scope; read only.
     """
 
-    __slots__ = ("_connection", "_scope")
+    scope: Scope
+    _connection: Any = None
 
     def __init__(self, scope: Scope) -> None:
-        self._scope = scope
-        self._connection: Any = None
+        self.scope = scope
 
     @property
     def connection(self) -> Any:
         """A Starlette ``HTTPConnection``: headers, path, query, cookies, client, state."""
         if self._connection is None:
-            self._connection = _connection_class()(self._scope)
+            self._connection = _connection_class()(self.scope)
         return self._connection
 
     @property
     def address(self) -> str | None:
         """The client's address as the server reports it: behind a proxy only what the server was told to trust."""
-        client = self._scope.get("client")
+        client = self.scope.get("client")
         return str(client[0]) if client else None
 
     @property
     def target(self) -> tuple[bytes, bytes, bytes]:
         """Method, path and query, as the client sent them."""
-        scope = self._scope
+        scope = self.scope
         path = scope.get("raw_path") or scope["path"].encode("utf-8", "surrogatepass")
         # A WebSocket begins as a GET, and its scope does not say so (RFC 6455, section 4.1).
         return scope.get("method", "GET").encode("latin-1"), path, scope.get("query_string", b"")
@@ -53,15 +49,15 @@ class HTTPOrigin:
     def fields(self, name: str) -> list[str]:
         """The lines of the header field *name*, in lower case."""
         wanted = name.encode("latin-1")
-        return [value.decode("latin-1") for key, value in self._scope.get("headers", ()) if key == wanted]
+        return [value.decode("latin-1") for key, value in self.scope.get("headers", ()) if key == wanted]
 
     @property
     def request_id(self) -> str | None:
         """``X-Request-ID``, cleaned; None if the client sent none (S2.13)."""
         # Of several the first counts. To put all of them into a dict takes three times as long.
-        for name, value in self._scope.get("headers", ()):
+        for name, value in self.scope.get("headers", ()):
             if name == b"x-request-id":
-                return _NOT_IN_IDS.sub("", value.decode("latin-1"))[:MAX_REQUEST_ID] or None
+                return clean_id(value.decode("latin-1"))
         return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from asgi_metering.asgi.answers import Answer, AnswerOptions, answer
+from asgi_metering.asgi.discretion import MONEY, discreet, own_accounts, without_numbers
 from asgi_metering.asgi.dressing import with_windows
 from asgi_metering.asgi.problems import Customise, Rendered, ndjson_error, render, sse_error
 from asgi_metering.asgi.replay import replay_response
@@ -20,7 +21,14 @@ from asgi_metering.policies import ChargePolicy, EndpointPolicy, ErrorShape
 from asgi_metering.sources import Allowance
 from asgi_metering.usage.inflate import codings_of
 
-__all__ = ["in_band_error", "message_error", "refusal_answer", "refusal_response"]
+__all__ = [
+    "answer_within",
+    "in_band_error",
+    "message_error",
+    "refusal_answer",
+    "refusal_response",
+    "refusal_within",
+]
 
 LINES = frozenset({b"application/jsonl", b"application/jsonlines", b"application/ndjson", b"application/x-ndjson"})
 """Media types of a JSON value per line; none is registered, so all of these are met."""
@@ -47,7 +55,7 @@ def refusal_answer(
     decision = call.decision if decision is None else decision
     before = call.opening.before
     return answer(
-        refusal,
+        discreet(call, refusal),
         decision if decision is None or before is None else with_windows(decision, before),
         unit=call.unit,
         line=call.line,
@@ -73,6 +81,29 @@ def refusal_response(call: Call, options: AnswerOptions) -> Rendered:
     if call.decision is not None and call.decision.replay is not None:
         return replay_response(call, call.decision.replay)
     return render(refusal_answer(call, options), *_spelling(call))
+
+
+def refusal_within(inner: Call, outer: Call | None, options: AnswerOptions) -> Rendered:
+    """As `answer_within`, the whole response, in the shape of the request's route."""
+    return render(answer_within(inner, outer, options), *_spelling(outer or inner))
+
+
+def answer_within(inner: Call, outer: Call | None, options: AnswerOptions) -> Answer:
+    """
+    What is answered to a connection inside of which the charge *inner* was refused.
+
+    Args:
+        inner: The refused call.
+        outer: That of the connection, if it has one.
+        options: The application's choices.
+
+    Its numbers are told where they are of the account of whoever asks: any other payer is the handler's choice, and
+    what that has is nobody else's (DESIGN 10).
+    """
+    refusal = inner.lack
+    if refusal is not None and refusal.reason in MONEY and (outer is None or inner.payer not in own_accounts(outer)):
+        refusal = without_numbers(refusal, "What this would cost is more than there is for it.")
+    return refusal_answer(inner, options, refusal)
 
 
 def in_band_error(call: Call, options: AnswerOptions, start: Message | None, latest: Message | None) -> bytes | None:

@@ -29,8 +29,11 @@ def check_stack(layers: Sequence[MeteringMiddleware]) -> None:
     Refuse a stack of layers that do not share one object, or of which an inner one says what the outermost decides.
 
     Raises:
-        ConfigurationError: With the layers' names.
+        ConfigurationError: With the layers' names; or what is wrong with one of them by itself.
     """
+    for layer in layers:
+        if layer.mistake is not None:
+            raise layer.mistake
     if any(layer.metering is not layers[0].metering for layer in layers):
         names = ", ".join(type(layer).__name__ for layer in layers)
         raise ConfigurationError(
@@ -59,7 +62,8 @@ def examined(scope: Scope, layers: Sequence[MeteringMiddleware]) -> Report:
     application = outermost.app if has_routes(outermost.app) else scope.get("app", outermost.app)
     report = audit(application, features, unenforced, outermost.metering)
     in_front = [
-        Layer(layer.features, layer.metering, layer.application_limits, layer.default_limits) for layer in layers
+        Layer(layer.features, layer.metering, layer.application_limits, layer.default_limits, type(layer).__name__)
+        for layer in layers
     ]
     errors, warnings = check_names(report.rows, in_front, outermost.metering)
     report.errors += errors

@@ -9,9 +9,7 @@ and what it keeps is bounded.
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_left
 from collections.abc import Callable
-from itertools import accumulate
 
 from asgi_metering.usage import UsageReader, UsageReport
 
@@ -52,7 +50,7 @@ class Tap:
         keep: Keeps a reference to a chunk that was sent: all that happens for each of them.
     """
 
-    __slots__ = ("_chunks", "_dropped", "_for_text", "_for_usage", "_kind", "_passed", "_sheds", "_usage_at", "keep")
+    __slots__ = ("_chunks", "_dropped", "_for_text", "_for_usage", "_kind", "_noted", "_sheds", "_usage_at", "keep")
 
     answers = None
 
@@ -64,7 +62,8 @@ class Tap:
         # One list for good, which is emptied and never replaced: `keep` is its own method.
         self._chunks: list[bytes] = []
         self.keep: Callable[[bytes], None] = self._chunks.append
-        self._passed = 0
+        # Bytes that wait, as far as they were noted: below zero where some were read before.
+        self._noted = 0
         self._usage_at = 0
         self._sheds = 0
         # Of what was dropped and whose text is not read yet: a sample, and how much more there was.
@@ -77,12 +76,9 @@ class Tap:
         Usage is read here, since at the bound it has to be: of so many bytes in a millisecond or two, never of more.
         """
         self._read_usage()
-        self._passed += count
-        if self._passed > MAX_WAITING:
-            # Some of them may have been read in between.
-            self._passed = self._waiting()
-            if self._passed > MAX_WAITING:
-                self._shed()
+        self._noted += count
+        if self._noted > MAX_WAITING:
+            self._shed()
 
     def digest(self) -> bool:
         """Read a slice of what waits beyond a block, the oldest first; whether more of it waits."""
@@ -124,7 +120,6 @@ class Tap:
     def text_reader(self) -> UsageReader:
         """The reader that has seen every chunk and keeps its text."""
         self._read_usage()
-        self._passed = 0
         return self._read_text(len(self._chunks))
 
     def _read_text(self, count: int) -> UsageReader:
@@ -134,8 +129,10 @@ class Tap:
             reader.feed(sample)
             reader.gap(lost)
         self._dropped.clear()
-        reader.feed_many(self._chunks[:count])
+        chunks = self._chunks[:count]
+        reader.feed_many(chunks)
         del self._chunks[:count]
+        self._noted -= sum(map(len, chunks))
         self._usage_at = len(self._chunks)
         return reader
 
@@ -153,9 +150,12 @@ class Tap:
         Of the text that is dropped a sample is read, and the rest counts by its bytes as equally dense: past the bound
         the observation is an estimate from bytes (DESIGN 4), which nothing that passes later makes less.
         """
-        sizes = [*accumulate(map(len, self._chunks))]
-        at = bisect_left(sizes, sizes[-1] - MAX_WAITING // 2) + 1
-        dropped = sizes[at - 1]
+        surplus = self._noted - MAX_WAITING // 2
+        at = dropped = 0
+        for chunk in self._chunks:
+            if dropped >= surplus:
+                break
+            at, dropped = at + 1, dropped + len(chunk)
         self._sheds += 1
         if self._sheds & (self._sheds - 1) == 0:
             # The first time, the second, the fourth, the eighth: of a stream without end no more than a few samples.
@@ -166,7 +166,7 @@ class Tap:
             self._dropped.append((sample, lost + dropped))
         del self._chunks[:at]
         self._usage_at = len(self._chunks)
-        self._passed = sizes[-1] - dropped
+        self._noted -= dropped
 
     def _sample(self, end: int) -> bytes:
         """The first of the chunks before *end*: whole ones if possible, since most servers send an event in each."""

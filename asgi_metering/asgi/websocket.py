@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from asgi_metering.asgi.answers import DEFAULT_OPTIONS, AnswerOptions
 from asgi_metering.asgi.cutting import TELL_S, Cutting, let_go
+from asgi_metering.asgi.denials import DENIAL, INTERNAL_ERROR, deny
 from asgi_metering.asgi.endings import cause_of, cause_of_close, is_departure, is_refusal, stops
 from asgi_metering.asgi.exchange import booked
 from asgi_metering.asgi.origin import HTTPOrigin
 from asgi_metering.asgi.problems import close_frame
-from asgi_metering.asgi.refusals import message_error, refusal_answer, refusal_response
+from asgi_metering.asgi.refusals import answer_within, message_error, refusal_answer, refusal_within
 from asgi_metering.asgi.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_metering.asgi.utterances import Utterances, utterances_of
 from asgi_metering.asgi.watch import ClientGone, unread_end
+from asgi_metering.asgi.within import refused_within
 from asgi_metering.call import Call, CallCut, CallRefused
 from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.opening import CURRENT, Opening
@@ -33,21 +35,15 @@ from asgi_metering.sessions import SessionGrowth
 if TYPE_CHECKING:
     from asgi_metering.metering import Metering
 
-__all__ = ["Session", "attend", "deny_mistaken", "deny_refused"]
+__all__ = ["Session", "attend"]
 
 log = logging.getLogger("asgi_metering")
-
-DENIAL = "websocket.http.response"
-"""The extension by which a server answers a WebSocket with an HTTP response, before it is accepted."""
 
 LAST = ("websocket.close", "websocket.http.response.start")
 """What ends a connection, before it is accepted or after."""
 
 GOING_AWAY = 1001
 """What an application hears whose call has ended before its connection (RFC 6455, section 7.4.1)."""
-
-INTERNAL_ERROR = 1011
-"""The close code of a handler that failed (RFC 6455, section 7.4.1)."""
 
 FORBIDDEN = 403
 """What servers make of a close before the accept (ASGI, "Close")."""
@@ -98,7 +94,8 @@ async def attend(app: ASGIApp, session: Session) -> None:
             await session.returned(session.call)
     except BaseException as failure:
         call = session.call
-        if call is None or not await session.answers(call, failure):
+        is_answered = call is not None and await session.answers(call, failure)
+        if not (is_answered or await session.answers_within(failure)):
             raise
     finally:
         CURRENT.reset(token)
@@ -110,9 +107,9 @@ async def attend(app: ASGIApp, session: Session) -> None:
             session.let_go()
 
 
-class Session(Opening):
+class Session(Opening, HTTPOrigin):
     """
-    One WebSocket, from its handshake to its end.
+    One WebSocket, from its handshake to its end, and where it came from.
 
     Args:
         metering, features, unenforced: As of `Opening`.
@@ -146,7 +143,6 @@ class Session(Opening):
     """
 
     is_session = True
-    _origin: HTTPOrigin | None = None
     heard = False
     departed = False
     reading = 0
@@ -183,9 +179,7 @@ class Session(Opening):
     @property
     def origin(self) -> HTTPOrigin:
         """Where the connection came from."""
-        if self._origin is None:
-            self._origin = HTTPOrigin(self.scope)
-        return self._origin
+        return self
 
     # -- what the application reads ------------------------------------------------------------------------
 
@@ -501,7 +495,7 @@ class Session(Opening):
             if self.accepted or DENIAL not in (self.scope.get("extensions") or ()):
                 await self.server_send({"type": "websocket.close", "code": code, "reason": reason})
             else:
-                rendered = refusal_response(call, self.options)
+                rendered = refusal_within(call, self.call, self.options)
                 await deny(self.server_send, rendered.status, rendered.headers, rendered.body)
         except OSError:
             log.debug("The client of call %s left before it could be told why.", call.id)
@@ -535,6 +529,16 @@ class Session(Opening):
         # Raised by us to stop a handler whose client has left meanwhile: news of nothing.
         return isinstance(failure, CallCut)
 
+    async def answers_within(self, failure: BaseException) -> bool:
+        """Whether *failure*, which the application raised, is the refusal of a charge inside of it, which closes it."""
+        inner = None if self.ended else refused_within(self, failure)
+        if inner is None:
+            return False
+        self.swapped = self.ended = True
+        code, reason = close_frame(answer_within(inner, self.call, self.options))
+        await self._tell(inner, code, reason)
+        return True
+
     async def over(self, call: Call) -> None:
         """The connection is over, however."""
         self._catch_up(call)
@@ -558,7 +562,7 @@ class Session(Opening):
         """Forget what refers to this connection in turn, such as the scope that it stands in."""
         if not self.closed:
             return
-        self.scope, self._origin = _OVER, None
+        self.scope, self._connection = _OVER, None
         if not self.swapped and self.call is not None and self.call.has_ended:
             super().let_go()
 
@@ -566,35 +570,3 @@ class Session(Opening):
 def has_ended(call: Call) -> bool:
     """Whether *call* is over for the ledger: nothing that comes from now on is charged."""
     return call.closed
-
-
-async def deny(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-    """Answer a WebSocket with an HTTP response, where the server has the extension for it."""
-    await send({"type": "websocket.http.response.start", "status": status, "headers": headers})
-    await send({"type": "websocket.http.response.body", "body": body})
-
-
-async def deny_refused(call: Call, options: AnswerOptions, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a handshake that was refused before the application ran, by the denial response or a close."""
-    if (await receive())["type"] == "websocket.disconnect":
-        return
-    # A client that left meanwhile is no error of the application.
-    with suppress(OSError):
-        if DENIAL in (scope.get("extensions") or ()):
-            rendered = refusal_response(call, options)
-            await deny(send, rendered.status, rendered.headers, rendered.body)
-        else:
-            code, reason = close_frame(refusal_answer(call, options))
-            await send({"type": "websocket.close", "code": code, "reason": reason})
-
-
-async def deny_mistaken(scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
-    """Let nobody in to an application that must not serve; *body* says so, as problem details."""
-    if (await receive())["type"] == "websocket.disconnect":
-        return
-    with suppress(OSError):
-        if DENIAL in (scope.get("extensions") or ()):
-            fields = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(body))]
-            await deny(send, 500, fields, body)
-        else:
-            await send({"type": "websocket.close", "code": INTERNAL_ERROR, "reason": "misconfigured"})

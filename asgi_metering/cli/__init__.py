@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
+from asgi_metering._version import __version__
 from asgi_metering.amounts import CREDITS
 from asgi_metering.cli.accounts import (
     run_balance,
@@ -44,8 +45,6 @@ exit codes:
   141  whoever read the output left
 """
 
-STORE_HELP = "store URL; ASGI_METERING_STORE by default"
-
 MAX_PORT = 65_535
 
 
@@ -74,10 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="asgi-metering",
-        description=__doc__.splitlines()[1],
+        description="Look after what an application charges: payers, calls, limits, and the store that keeps them.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"asgi-metering {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command_of(name: str, help_text: str) -> argparse.ArgumentParser:
@@ -99,12 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     routes.add_argument(
         "-v", "--verbose", action="store_true", help="show all of each policy, and the traceback of a failing import"
     )
-    routes.add_argument("--store", help="URL of the application's store: tell what its calls used of their holds")
+    routes.add_argument(
+        "--store", metavar="URL", help="the application's store: tell what its calls used of their holds"
+    )
     routes.set_defaults(run=run_routes)
-    migrate = commands.add_parser("migrate", help="make the tables of a PostgreSQL store, or bring them up to date")
-    migrate.add_argument("--store", default=os.environ.get("ASGI_METERING_STORE"), help="store URL")
+    migrate = command_of("migrate", "make the tables of a PostgreSQL store, or bring them up to date")
+    _store_option(migrate)
     migrate.add_argument("--sql", action="store_true", help="print what would be done, for psql, and do nothing")
-    migrate.add_argument("--json", action="store_true")
+    migrate.add_argument("--json", action="store_true", help="print JSON")
     migrate.set_defaults(run=run_migrate)
     for name, run, help_text, file_text in (
         (
@@ -117,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = command_of(name, help_text)
         command.add_argument("file", metavar="FILE", help=file_text)
-        command.add_argument("--store", default=os.environ.get("ASGI_METERING_STORE"), help=STORE_HELP)
+        _store_option(command)
         command.add_argument("--json", action="store_true", help="print JSON")
         if name == "import":
             command.add_argument("--resume", action="store_true", help="go on with an import of this file that was cut")
@@ -149,20 +151,20 @@ def _parser() -> argparse.ArgumentParser:
         _store_options(command)
         command.set_defaults(run=run)
         if name in ("grant", "balance", "statement"):
-            command.add_argument("payer")
+            command.add_argument("payer", help="whose account: as the application names it, Caller(payer=...)")
         if name == "grant":
             command.add_argument("amount", help="whole units, such as 12.5")
             command.add_argument("--id", required=True, help="the payment's id: the same id grants once")
-            command.add_argument("--priority", type=int, default=0)
+            command.add_argument("--priority", type=int, default=0, help="lower burns first; 0 by default")
             command.add_argument("--expires", type=_moment, help="when what is left lapses: ISO 8601 with a zone")
-            command.add_argument("--actor", default="cli")
+            command.add_argument("--actor", default="cli", help="who did it, for the statement; cli by default")
         if name in ("refund", "resolve"):
-            command.add_argument("call", help="the call's id: of its hold, its receipt and its event")
+            command.add_argument("call", help="the call's id: ref of its line in the statement, and the id of its hold")
         if name == "refund":
             command.add_argument("--id", required=True, help="the refund's id: the same id refunds once")
             command.add_argument("--amount", help="whole units; all that is left of the charge by default")
             command.add_argument("--payer", help="whose account paid; needed once the call's hold is forgotten")
-            command.add_argument("--actor", default="cli")
+            command.add_argument("--actor", default="cli", help="who did it, for the statement; cli by default")
         if name == "resolve":
             decision = command.add_mutually_exclusive_group(required=True)
             decision.add_argument("--charge", metavar="AMOUNT", help="charge so many whole units")
@@ -195,9 +197,17 @@ def _quota_commands(command_of: Callable[[str, str], argparse.ArgumentParser]) -
             )
 
 
+def _store_option(command: argparse.ArgumentParser) -> None:
+    told = "the store, such as sqlite:///metering.db; ASGI_METERING_STORE by default"
+    command.add_argument("--store", metavar="URL", default=os.environ.get("ASGI_METERING_STORE"), help=told)
+
+
 def _store_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--store", default=os.environ.get("ASGI_METERING_STORE"), help=STORE_HELP)
-    command.add_argument("--unit", default=f"{CREDITS.name}:{CREDITS.scale}", help="name:scale of the unit")
+    _store_option(command)
+    unit = f"{CREDITS.name}:{CREDITS.scale}"
+    command.add_argument(
+        "--unit", metavar="NAME:SCALE", default=unit, help=f"the unit as the application declares it; {unit} by default"
+    )
     command.add_argument("--json", action="store_true", help="print JSON")
 
 

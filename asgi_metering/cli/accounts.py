@@ -46,6 +46,9 @@ def run_migrate(given: argparse.Namespace) -> int:
         print(script(), end="")
         return 0
     done = asyncio.run(apply())
+    if not (done or given.json):
+        print("The tables are up to date.")
+        return 0
     show(given, ("number", "name"), [{"number": number, "name": name} for number, name in done])
     return 0
 

@@ -14,7 +14,7 @@ import inspect
 import json
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from asgi_metering.cli.showing import print_table
 from asgi_metering.cli.stores import check_usable
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.metering import ALL_FEATURES, Metering
+from asgi_metering.prices import TokenPrice
+from asgi_metering.prices.tokens import TokenPrices
 
 __all__ = ["run_routes"]
 
@@ -54,11 +56,12 @@ def run_routes(given: argparse.Namespace) -> int:
         )
     if not report.rows:
         report.warnings.append(f"{given.app} has no route table that can be read, so nothing was checked.")
+    report.errors += _ungated(app, report.rows)
     report.errors += _misnamed(report.rows)
     rows = [_route(row) for row in report.rows]
     rows += _others(app)
     if given.store:
-        _calibrate(rows, given)
+        report.warnings += _calibrate(rows, given)
     if given.json:
         print(json.dumps({"routes": rows, "errors": report.errors, "warnings": report.warnings}, indent=2))
     else:
@@ -73,8 +76,12 @@ def run_routes(given: argparse.Namespace) -> int:
     return 1 if report.errors else 0
 
 
-def _calibrate(rows: Iterable[dict[str, Any]], given: argparse.Namespace) -> None:
-    """Tell what the latest calls of each measured route used of their holds, out of the store: here nobody calls."""
+def _calibrate(rows: Iterable[dict[str, Any]], given: argparse.Namespace) -> list[str]:
+    """
+    Tell what the latest calls of each measured route used of their holds, out of the store: here nobody calls.
+
+    Returns a sentence for each route of which nothing can be told.
+    """
     metering = Metering(given.store, sinks=(), share_readings=False)
     check_usable(metering.store, given.store, makes=False)
 
@@ -83,6 +90,7 @@ def _calibrate(rows: Iterable[dict[str, Any]], given: argparse.Namespace) -> Non
             return await read_hold_use(metering.store)
 
     uses = {(use.line, use.unit): use for use in asyncio.run(run())}
+    silent = []
     for row in rows:
         if not row.get("measured"):
             continue
@@ -91,6 +99,12 @@ def _calibrate(rows: Iterable[dict[str, Any]], given: argparse.Namespace) -> Non
         if found:
             use = found[0]
             row["hold_use"] = {**use._asdict(), "suggestion": str(use.suggestion or ""), "told": use.sentence}
+        else:
+            silent.append(
+                f"Nothing is told of the holds of {row['path']}: no call of {row['line']!r} in that store was charged "
+                f"by what it used."
+            )
+    return silent
 
 
 def _columns(rows: Iterable[dict[str, Any]]) -> tuple[str, ...]:
@@ -164,6 +178,28 @@ def _upstream(required: Any) -> str:
     models = required.models
     of_models = "" if not models else f"@{'+'.join(models) if isinstance(models, tuple) else _function(models)}"
     return f"{name}{of_models}{_shadow(required)}"
+
+
+def _ungated(app: Any, rows: Any) -> Iterator[str]:
+    """What makes every call of a decorated route fail: no middleware, or one without a metering."""
+    from asgi_metering.asgi.audit import layers_of
+    from asgi_metering.asgi.effective import distinct
+
+    layers = distinct((*layers_of(app), *(layer for row in rows for layer in row.layers)))
+    metered = [row for row in rows if row.policy is not None]
+    if metered and not layers:
+        yield (
+            f"Nothing gates {metered[0].path} ({metered[0].policy.name}): no middleware of ours is on the application "
+            f"or around it. Write app.add_middleware(MeteringMiddleware, metering=metering); or name here what the "
+            f"server runs."
+        )
+    for layer in layers:
+        if not isinstance(layer.metering, Metering):
+            told = "" if layer.metering is None else f"{layer.metering!r}, which is no Metering"
+            yield (
+                f"The {layer.name} has {f'metering={told}' if told else 'no metering='}. Make one, "
+                f"Metering('sqlite:///metering.db'), and pass it there."
+            )
 
 
 def _misnamed(rows: Any) -> list[str]:
@@ -266,7 +302,16 @@ def _price(charge: Any) -> str:
     price = charge.price
     if isinstance(price, From):
         return f"{_function(price)}{_per(charge)}"
-    return f"{price.amount:f}{_per(charge)}" if isinstance(price, FixedPrice) else type(price).__name__
+    if isinstance(price, FixedPrice):
+        return f"{price.amount:f}{_per(charge)}"
+    return _tokens(price) if isinstance(price, TokenPrice) else type(price).__name__
+
+
+def _tokens(price: TokenPrice) -> str:
+    """A price of tokens by its kinds, as they were written."""
+    kinds = [f"{kind} {amount:f}" for kind in TokenPrices.__annotations__ if (amount := getattr(price, kind))]
+    per = {1: "token", 1_000_000: "million tokens"}.get(price.per, f"{price.per} tokens")
+    return f"{', '.join(kinds) or '0'} per {per}{', by tiers' if price.tiers else ''}"
 
 
 def _per(policy: Any) -> str:

@@ -20,7 +20,7 @@ from asgi_metering.errors import ConfigurationError, StoreError
 from asgi_metering.events.courier import Courier
 from asgi_metering.events.custody import Custody
 from asgi_metering.events.metrics import Meters
-from asgi_metering.events.outbox import Backlog, Dropped, Outbox, Read, Submit, read_events
+from asgi_metering.events.outbox import Backlog, Dropped, OnDrop, Outbox, Read, Submit, read_events, tell_of_drop
 from asgi_metering.events.sinks import Sink, is_enabled
 from asgi_metering.names import check_name
 from asgi_metering.usage.event import UsageEvent
@@ -31,6 +31,9 @@ log = logging.getLogger("asgi_metering.events")
 
 DELIVERY_TIMEOUT_S: Final = 10.0
 """For one delivery to one sink (S3.35)."""
+
+MAX_DELIVERY_S: Final = 3_600.0
+"""More is no bound: events would wait behind a sink that hangs for as long."""
 
 LEASE_S: Final = 60.0
 """How long claimed events are ours: a killed process's events wait this long for another."""
@@ -93,6 +96,7 @@ class Exporter:
     Attributes:
         listening: Whether any sink was enabled at the last pass; while none is, events are forgotten unread, and need
             not be written at all.
+        notify: Says that the outbox has something new. Costs next to nothing; call it from the exporter's own loop.
 
     Used from one event loop. Processes that share a store share its outbox, so give all of them the same sinks.
     """
@@ -105,7 +109,7 @@ class Exporter:
         batch: int = BATCH,
         lease_s: float = LEASE_S,
         timeout_s: float = DELIVERY_TIMEOUT_S,
-        on_drop: Callable[[Dropped], object] | None = None,
+        on_drop: OnDrop | None = None,
         read: Read | None = None,
         meters: Meters | None = None,
         max_rejections: int | None = MAX_REJECTIONS,
@@ -143,6 +147,8 @@ class Exporter:
         self._alone: set[Courier] = set()
         self._drops: deque[Dropped] = deque()
         self._wake = asyncio.Event()
+        # The very function: one more around it would cost every call.
+        self.notify = self._wake.set
         self._halt = asyncio.Event()
         self._ended_run: asyncio.Future[None] | None = None
         self._claimed_all = True
@@ -241,15 +247,7 @@ class Exporter:
         while self._drops:
             dropped = self._drops.popleft()
             self._meters.count("events_dropped", sink=dropped.sink or "all", cause=dropped.cause)
-            if self._on_drop is None:
-                continue
-            try:
-                answer = self._on_drop(dropped)
-                if inspect.isawaitable(answer):
-                    async with asyncio.timeout(self._timeout_s):
-                        await answer
-            except Exception:
-                log.exception("on_drop failed for the usage event %r.", dropped.id)
+            await tell_of_drop(self._on_drop, dropped, self._timeout_s)
 
     async def _acknowledge(self) -> int:
         ids = self._custody.finished
@@ -261,10 +259,6 @@ class Exporter:
         return forgotten
 
     # -- the worker ----------------------------------------------------------------------------------------
-
-    def notify(self) -> None:
-        """Say that the outbox has something new. Costs next to nothing; call it from the exporter's own loop."""
-        self._wake.set()
 
     async def run(self, stop: asyncio.Event) -> None:
         """

@@ -20,7 +20,7 @@ from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.events import conventions as names
 from asgi_metering.events.conventions import SCOPE, GenAI, Instrument, provider_name, schema_url
 from asgi_metering.events.metrics import Attributes, Bounds, Value, create_instrument, get_meter
-from asgi_metering.events.records import Records, Traces, whole_units
+from asgi_metering.events.records import KnownUnits, Records, Traces, whole_units
 from asgi_metering.usage.event import UsageEvent
 from asgi_metering.usage.values import TokenUsage
 
@@ -71,7 +71,7 @@ class OTelSink:
         meter_provider: The application's by default, also if it is installed later.
         logger_provider: The application's by default, also if it is installed later.
         generation: Which GenAI names; by default `GenAI.from_environment`.
-        units: Units whose scale is known.
+        units: Units whose scale is known; the sink of a `Metering` that is given none knows all of its units.
         operation: ``gen_ai.operation.name`` of events that do not say theirs in ``attributes``.
         counted_tokens: Report also tokens that were counted offline.
         logs: Write log records.
@@ -92,7 +92,7 @@ class OTelSink:
     ) -> None:
         self.name = name
         self._generation = GenAI.from_environment() if generation is None else generation
-        self._units = tuple(units)
+        self._units = KnownUnits(units)
         self._meter_provider = meter_provider
         self._logger_provider = logger_provider
         self._operation = operation
@@ -236,13 +236,13 @@ class _Metrics:
         self,
         provider: MeterProvider | None,
         generation: GenAI,
-        units: Sequence[Unit],
+        units: KnownUnits,
         operation: str,
         counted_tokens: bool,
     ) -> None:
         self._provider = provider
         self._generation = generation
-        self._units = {unit.name: unit for unit in units}
+        self._units = units
         self._operation = operation
         self._counted_tokens = counted_tokens
         self._bounds = Bounds()
@@ -284,7 +284,8 @@ class _Metrics:
             for key, amount in self._counts(event):
                 tally[key] += amount
         for (instrument, unit, attributes), amount in tally.items():
-            value = amount if unit is None else whole_units(amount, self._units[unit])
+            known = None if unit is None else self._units.get(unit)
+            value = amount if known is None else whole_units(amount, known)
             self._get(instrument, unit).add(value, dict(attributes))
 
     def _counts(self, event: UsageEvent) -> Iterator[tuple[tuple[Instrument, str | None, Attributes], int]]:
@@ -298,7 +299,7 @@ class _Metrics:
         )
         if names.CORRECTS not in event.attributes:
             yield (names.CALLS, None, place), 1
-        if event.unit not in self._units:
+        if self._units.get(event.unit) is None:
             yield (names.CHARGED_PARTS, None, place), max(event.amount, 0)
         elif event.amount >= 0:
             yield (names.CHARGED, event.unit, place), event.amount

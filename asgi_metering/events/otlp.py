@@ -14,7 +14,7 @@ from asgi_metering._version import __version__
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.errors import MissingExtraError
 from asgi_metering.events.conventions import SCOPE, GenAI, schema_url
-from asgi_metering.events.records import Records
+from asgi_metering.events.records import KnownUnits, Records
 from asgi_metering.events.sinks import OneCall
 from asgi_metering.usage.event import UsageEvent
 
@@ -64,7 +64,7 @@ class OTLPLogSink:
         generation = GenAI.from_environment() if generation is None else generation
         self.name = name
         self._exporter = exporter
-        self._records = Records(generation, units)
+        self._records = Records(generation, KnownUnits(units))
         self._resource = Resource.create() if resource is None else resource
         self._scope = InstrumentationScope(SCOPE, __version__, schema_url(generation))
         self._thread = OneCall(name)

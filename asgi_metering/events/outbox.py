@@ -7,6 +7,8 @@ Knows the store's operations for events and the form of a stored event. Never kn
 from __future__ import annotations
 
 import asyncio
+import inspect
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import repeat
 from operator import contains, methodcaller
@@ -20,7 +22,20 @@ from asgi_metering.rules.state import Event
 from asgi_metering.stores.contract import PendingEvents, Query, Snapshot
 from asgi_metering.usage.event import UsageEvent, ordinary_events
 
-__all__ = ["COUNTED", "Backlog", "Dropped", "Outbox", "Read", "Submit", "read_event", "read_events"]
+__all__ = [
+    "COUNTED",
+    "Backlog",
+    "Dropped",
+    "OnDrop",
+    "Outbox",
+    "Read",
+    "Submit",
+    "read_event",
+    "read_events",
+    "tell_of_drop",
+]
+
+log = logging.getLogger("asgi_metering.events")
 
 COUNTED: Final = 1_000
 """Events that a look at the backlog counts at most."""
@@ -34,12 +49,13 @@ Read: TypeAlias = Callable[[Query], Awaitable[Snapshot]]
 
 class Dropped(NamedTuple):
     """
-    A usage event that is given up: what `on_drop` gets, the last chance to keep it elsewhere.
+    A usage event that is given up: what ``Metering(on_event_dropped=)`` gets, the last chance to keep it elsewhere.
 
     Attributes:
         id: The event's id.
         payload: As it was in the outbox, or the event's `to_dict`.
-        cause: ``"undecodable"``, or ``"rejected"`` by one sink while that sink took others.
+        cause: ``"undecodable"``; ``"rejected"`` by one sink while that sink took others; or ``"unwritable"``: the store
+            took the charge without it, and the payload is what the end would have said.
         sink: The sink that does not get it; None if none does.
     """
 
@@ -47,6 +63,23 @@ class Dropped(NamedTuple):
     payload: Mapping[str, Any]
     cause: str
     sink: str | None = None
+
+
+OnDrop: TypeAlias = Callable[[Dropped], object]
+"""Called, or awaited, with each event that is given up."""
+
+
+async def tell_of_drop(on_drop: OnDrop | None, dropped: Dropped, timeout_s: float) -> None:
+    """Hand *dropped* to *on_drop*, which may break nothing: what it raises, or takes too long for, is logged."""
+    if on_drop is None:
+        return
+    try:
+        answer = on_drop(dropped)
+        if inspect.isawaitable(answer):
+            async with asyncio.timeout(timeout_s):
+                await answer
+    except Exception:
+        log.exception("on_event_dropped failed for the usage event %r.", dropped.id)
 
 
 class Backlog(NamedTuple):

@@ -7,7 +7,7 @@ A record names the payer and the caller, which a metric never does; it has no cr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Final
 
 from asgi_metering.amounts import Unit
@@ -16,7 +16,7 @@ from asgi_metering.events.conventions import GenAI
 from asgi_metering.events.metrics import sendable
 from asgi_metering.usage.event import UsageEvent
 
-__all__ = ["Records", "Traces", "whole_units"]
+__all__ = ["KnownUnits", "Records", "Traces", "whole_units"]
 
 _NS: Final = 1_000_000_000
 
@@ -30,6 +30,25 @@ MAX_TEXT: Final = 1_024
 def whole_units(parts: int, unit: Unit) -> int | float:
     """Convert smallest parts to whole units for eyes and dashboards: an int where the unit has no fraction."""
     return parts if unit.scale == 0 else parts / 10**unit.scale
+
+
+class KnownUnits:
+    """
+    Units by their names.
+
+    Args:
+        units: May grow: a metering gets to know those of its routes one by one.
+    """
+
+    def __init__(self, units: Iterable[Unit]) -> None:
+        self._units = units if isinstance(units, Collection) else tuple(units)
+        self._by_name: dict[str, Unit] = {}
+
+    def get(self, name: str) -> Unit | None:
+        """The unit called *name*; None where nobody has named it yet."""
+        if name not in self._by_name:
+            self._by_name = {unit.name: unit for unit in tuple(self._units)}
+        return self._by_name.get(name)
 
 
 class Traces:
@@ -69,12 +88,12 @@ class Records:
     Imports the OpenTelemetry API when constructed.
     """
 
-    def __init__(self, generation: GenAI, units: Iterable[Unit]) -> None:
+    def __init__(self, generation: GenAI, units: KnownUnits) -> None:
         from opentelemetry._logs import SeverityNumber
 
         self._traces = Traces()
         self._severity = SeverityNumber.INFO
-        self._units = {unit.name: unit for unit in units}
+        self._units = units
         self._tokens = _token_names(generation)
 
     def fields(self, event: UsageEvent) -> dict[str, Any]:

@@ -419,6 +419,10 @@ def _token_price(
     services: Mapping[str, Amount] | None,
     prices: TokenPrices,
 ) -> TokenPrice:
+    if not (prices or tiers or web_search is not None):
+        raise ConfigurationError(
+            "A price of tokens prices nothing. Name a kind: per_million_tokens(input=3, output=15), say. 0 is free."
+        )
     read = {"input": Decimal(0), "output": Decimal(0), **_read(prices)}
     for tier in tiers:
         if not isinstance(tier, TokenTier):
@@ -445,7 +449,7 @@ def per_million_tokens(
 
     Raises:
         AmountError: A price that is no amount.
-        ConfigurationError: No such kind, or tiers that do not rise.
+        ConfigurationError: No kind, none of that name, or tiers that do not rise.
     """
     return _token_price(1_000_000, tiers, web_search, services, prices)
 

@@ -78,7 +78,8 @@ class Package:
         window_hours: Of a rolling window.
         zone: Whose midnight begins a day.
         expiry_date: The last day of credits, ``YYYY-MM-DD``.
-        model_weights: How many calls one call of a model counts as; 1 where it is not named (S1.11).
+        model_weights: How many calls one call of a model counts as; 1 where it is not named (S1.11). A name without a
+            date behind it is that of all dates.
         resource, label: Which limit of which readings a package with ``source: header_capture`` shows.
         poll: Which kind of balance endpoint to ask; the provider's own by default.
         url: Where, instead of the kind's own address.

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, date, datetime
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from asgi_metering.quotas.alerts import (
@@ -20,7 +21,7 @@ from asgi_metering.quotas.alerts import (
     days_left,
     window_alert,
 )
-from asgi_metering.quotas.packages import Confidence, Package, PackageSource
+from asgi_metering.quotas.packages import MAX_PACKAGES, Confidence, Package, PackageSource
 from asgi_metering.quotas.reading import QuotaLimit, Reading
 
 __all__ = ["Counted", "QuotaStatus", "iso_time", "status_line", "status_of"]
@@ -205,7 +206,7 @@ def _captured(package: Package, limit: QuotaLimit, reading: Reading, now: float)
         used = total * float(limit.utilization)
     else:
         return None
-    if limit.reset_at is not None and limit.reset_at <= now:
+    if told_at < package.window_start(now) if limit.reset_at is None else limit.reset_at <= now:
         # Its units have returned, and nobody has called since.
         return _Used(total, 0.0, None, "estimated", told_at, is_fresh=True)
     return _Used(total, used, limit.reset_at, "high", told_at, is_fresh=not used)
@@ -230,14 +231,18 @@ def _ratio(remaining: float, total: float) -> float:
 
 def _days_until(package: Package, now: float) -> int | None:
     """Whole days in UTC; what cannot be read is told of and unknown (S1.6)."""
-    if package.expiry_date is None:
-        return None
+    expiry = None if package.expiry_date is None else _expiry(package.expiry_date, package.package_id)
+    return None if expiry is None else (expiry - datetime.fromtimestamp(now, UTC).date()).days
+
+
+@lru_cache(maxsize=MAX_PACKAGES)
+def _expiry(written: str, package_id: str) -> date | None:
+    """The date that is written; what is none is told of once, for routers ask again and again."""
     try:
-        expiry = date.fromisoformat(package.expiry_date[:10])
+        return date.fromisoformat(written[:10])
     except ValueError:
-        log.warning("The expiry_date %r of the package %r is no date.", package.expiry_date, package.package_id)
+        log.warning("The expiry_date %r of the package %r is no date.", written, package_id)
         return None
-    return (expiry - datetime.fromtimestamp(now, UTC).date()).days
 
 
 def iso_time(epoch_s: float) -> str:

@@ -90,6 +90,11 @@ class Book:
         return len(self._open_grants())
 
     @property
+    def grants_left(self) -> list[Grant]:
+        """Grants of which something is left or held, those that begin later included, in burn order."""
+        return sorted(self._open_grants(), key=burn_order)
+
+    @property
     def promised(self) -> int:
         """What was given so far, grants that begin later included."""
         return self.granted + sum(grant.amount for grant in self._open_grants() if not grant.begun)

@@ -78,7 +78,10 @@ def _sqlite(url: str, host: str, path: str, options: dict[str, str]) -> Store:
         raise ConfigurationError(f"The store URL {masked(url)!r} has a NUL, %00, in the name of its file. Take it out.")
     unknown = options.keys() - {"synchronous"}
     if unknown:
-        raise ConfigurationError(f"The store URL {masked(url)!r} has unknown options: {', '.join(sorted(unknown))}.")
+        raise ConfigurationError(
+            f"The store URL {masked(url)!r} has unknown options: {', '.join(sorted(unknown))}. Use "
+            f"synchronous=FULL or synchronous=NORMAL."
+        )
     from asgi_metering.stores.sqlite import SQLiteStore
 
     return SQLiteStore(file, synchronous=options.get("synchronous", "FULL").upper())

@@ -11,11 +11,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from asgi_metering.testing.alone import unmetered
     from asgi_metering.testing.clock import FakeClock
     from asgi_metering.testing.conformance import StoreConformance
     from asgi_metering.testing.faults import crash_after, disconnect_at, store_down, until_killed
     from asgi_metering.testing.provider import Provider, SeenRequest
-    from asgi_metering.testing.unmetered import unmetered
 
 __all__ = [
     "FakeClock",
@@ -37,7 +37,7 @@ _HOMES = {
     "crash_after": "asgi_metering.testing.faults",
     "disconnect_at": "asgi_metering.testing.faults",
     "store_down": "asgi_metering.testing.faults",
-    "unmetered": "asgi_metering.testing.unmetered",
+    "unmetered": "asgi_metering.testing.alone",
     "until_killed": "asgi_metering.testing.faults",
 }
 

@@ -113,6 +113,7 @@ class CatalogueFile:
         self.path = Path(path)
         self._lock = threading.Lock()
         self._seen: tuple[int, int] | None = None
+        self._told = False
         self._latest = Catalogue({})
 
     def read(self) -> Catalogue:
@@ -123,7 +124,13 @@ class CatalogueFile:
             seen = (found.st_mtime_ns, found.st_size)
         with self._lock:
             if seen is None:
-                self._seen, self._latest = None, Catalogue({})
+                if self._seen is not None or not self._told:
+                    log.warning(
+                        "There is no catalogue %r, so that no package is tracked. Write one: asgi-metering init %s",
+                        str(self.path),
+                        self.path.name,
+                    )
+                self._seen, self._latest, self._told = None, Catalogue({}), True
             elif seen != self._seen:
                 self._seen = seen
                 try:

@@ -56,4 +56,6 @@ def choose_library(name: str | None, wrap: object = None) -> ModuleType:
             return importlib.import_module(candidate)
         except ImportError:
             continue
+    if name == "httpx":
+        raise MissingExtraError("The upstream client on httpx", "upstream", "httpx")
     raise MissingExtraError("The upstream client", "upstream")

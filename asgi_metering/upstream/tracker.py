@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -79,6 +80,8 @@ class QuotaTracker:
         if isinstance(packages, str | os.PathLike):
             self.file: CatalogueFile | None = CatalogueFile(packages)
             self._given: Mapping[str, Package] = {}
+            # What is wrong with it shall be told when the application starts.
+            self.file.read()
         else:
             self.file, self._given = None, _by_id(packages)
         self.readings = QuotaReadings() if readings is None else readings
@@ -94,6 +97,7 @@ class QuotaTracker:
         self._lock = threading.Lock()
         # By id, what stood there, and what it was changed into.
         self._changed: dict[str, tuple[Package, Package]] = {}
+        self._merged: dict[str, tuple[Package, Package, Package]] = {}
         if isinstance(self.log, UsageLog):
             # Before its first batch, which throws away what nobody looks at.
             self.log.keep(burn_days)
@@ -106,10 +110,23 @@ class QuotaTracker:
 
     def packages(self) -> dict[str, Package]:
         """All packages by their ids, with what updates changed since the file was written."""
-        known = self._given if self.file is None else self.file.read().packages
+        known = self._written()
         with self._lock:
-            changed = {name: _over(known[name], *each) for name, each in self._changed.items() if name in known}
+            changed = {
+                name: self._current(name, known[name], *each) for name, each in self._changed.items() if name in known
+            }
         return {**known, **changed}
+
+    def _current(self, name: str, written: Package, before: Package, changed: Package) -> Package:
+        """`_over`, worked out once: routers ask for each call."""
+        found = self._merged.get(name)
+        if found is None or found[0] is not written or found[1] is not changed:
+            found = self._merged[name] = (written, changed, _over(written, before, changed))
+        return found[2]
+
+    def _written(self) -> Mapping[str, Package]:
+        """All packages as they were given, or stand in the file."""
+        return self._given if self.file is None else self.file.read().packages
 
     def problems(self) -> tuple[str, ...]:
         """A sentence for each entry of the catalogue that is broken, and left out (S1.17)."""
@@ -136,9 +153,12 @@ class QuotaTracker:
             confidence: How far it is to be believed.
             is_told_now: Whether this is news of the numbers themselves, of which ``last_updated`` tells.
 
+        Raises:
+            ConfigurationError: A value that the package cannot have.
+
         Returns whether there is such a package.
         """
-        known = self._given if self.file is None else self.file.read().packages
+        known = self._written()
         package = self.packages().get(package_id)
         if package is None or package_id not in known:
             logger.warning("There is no package %r to update.", package_id)
@@ -227,8 +247,11 @@ class QuotaTracker:
             statuses = self.statuses()
         except Exception:
             logger.exception("Providers are scored by the catalogue alone.")
-            packages = dict(self._given)
-            statuses = [status_of(package, self._clock()) for package in packages.values()]
+            packages = dict(self._written())
+            statuses = []
+            for package in packages.values():
+                with suppress(Exception):
+                    statuses.append(status_of(package, self._clock()))
         users = {name: package.providers for name, package in packages.items()}
         return [
             score_of(name, [each for each in statuses if name in users.get(each.package_id, ())], self._weights)

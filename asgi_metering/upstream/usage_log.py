@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.errors import ConfigurationError
+from asgi_metering.prices.aliases import candidates
 from asgi_metering.quotas.status import Counted
 from asgi_metering.usage.event import CALLS, MODELS, UsageEvent
 
@@ -173,11 +174,12 @@ class UsageLog:
         """
         The weighted calls to *providers* from *since*, epoch seconds; the minute that it lies in counts whole.
 
-        *weights* has those of models; others weigh 1 (S1.11). Nothing where the log cannot be read (S1.15).
+        *weights* has those of models, by their names or, as for prices, without provider and date; others weigh 1
+        (S1.11). Nothing where the log cannot be read (S1.15).
         """
         used, first_at = 0.0, None
         for model, calls, _, first in self._rows(providers, since):
-            used += calls * weights.get(model, 1.0)
+            used += calls * next((weights[name] for name in candidates(model) if name in weights), 1.0)
             first_at = first if first_at is None else min(first_at, first)
         return Counted(used, first_at)
 

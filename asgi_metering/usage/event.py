@@ -62,14 +62,14 @@ class UsageEvent:
         line: The billing line.
         payer: Whose balance it was; never a metric attribute.
         caller: Who authenticated, if anybody did.
-        caller_type: The caller's type, for lines that name `callers=`.
+        caller_type: The `Caller`'s type, if it has one; see `billable(callers=)`.
         unit: Name of the unit of `amount` and `held`.
         amount: Charged, in the unit's smallest parts; negative for a correction downwards.
         held: Set aside at admission, in smallest parts.
         outcome: How the call ended: completed, client_gone, error, ...
         basis: What the amount was taken from: usage, observed, estimate, hold, none, ...
         usage: Tokens, as far as anything reported them.
-        usage_source: Who reported them: handler, upstream, telemetry, body, tokenizer.
+        usage_source: Who reported them: handler, upstream, litellm, telemetry, body, tokenizer.
         model: The model that answered.
         provider: Whose model it was.
         estimated: The amount rests on an estimate.

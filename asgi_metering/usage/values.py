@@ -63,7 +63,7 @@ def _check(value: int | None, axis: str) -> None:
         raise UsageError(f"The {axis} count {value} is outside 0 to {MAX_TOKENS}. Pass what one call really used.")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TokenUsage:
     """
     Tokens consumed. `None` means not reported, which is never zero (S2.41).
@@ -108,6 +108,10 @@ class TokenUsage:
             if not told or (min(told) > 0 and max(told) <= MAX_TOKENS):
                 return
         tuple(map(_check, counts, AXES))
+
+    def __repr__(self) -> str:
+        told = ", ".join(f"{axis}={count}" for axis in AXES if (count := getattr(self, axis)) is not None)
+        return f"TokenUsage({told})"
 
     @property
     def total(self) -> int | None:

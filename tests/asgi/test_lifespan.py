@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,9 +28,10 @@ from asgi_metering import (
     tokens,
     up_to,
 )
+from asgi_metering.errors import ConfigurationError
 from asgi_metering.prices import per_token
 from asgi_metering.stores.memory import MemoryStore
-from tests.harness.drive import lifespan
+from tests.harness.drive import body, drive, http_scope, lifespan, status
 
 
 def endpoint(*decorators: Callable[[Any], Any]) -> Any:
@@ -152,3 +155,65 @@ def test_end_at_once_after_the_servers_exception() -> None:
         other.cancel()
 
     asyncio.run(scene())
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "metering": ({"metering": "memory://"}, "metering='memory://' is no Metering."),
+    "limits": ({"default_limits": [billable(1)]}, "which is no limit. Write rate_limited('100/minute'), say."),
+}
+"""Arguments that cannot work, with what is said of them."""
+
+
+def mistaken(name: str, outer: Any = None) -> tuple[FastAPI, str]:
+    """An application that adds a layer in a way that cannot work, behind *outer* if given; and what is said of it."""
+    arguments, said = MISTAKES[name]
+    found = FastAPI()
+    found.add_middleware(MeteringMiddleware, **{"metering": Metering(sinks=()), **arguments})
+    if outer is not None:
+        found.add_middleware(RateLimitMiddleware, metering=outer)
+    return found, said
+
+
+@pytest.mark.parametrize("behind", ["alone", "behind another"])
+@pytest.mark.parametrize("name", MISTAKES)
+def test_refuse_the_startup_for_a_mistake_in_add_middleware(
+    name: str, behind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """
+    Starlette makes its layers when the lifespan begins, where servers take what is raised for "no lifespan", and serve.
+
+    DESIGN 2: misuse fails at startup, with a sentence; never on the first paying request.
+    """
+    outer = None if behind == "alone" else Metering(sinks=())
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "lifespan.startup"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    app, said = mistaken(name, outer)
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        asyncio.run(app({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, receive, send))
+    (told,) = sent
+    assert told["type"] == "lifespan.startup.failed"
+    assert said in told["message"]
+    assert "The application cannot start" in caplog.text
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_serve_nothing_after_a_mistake_in_add_middleware(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Where no lifespan comes each request is answered 500, and the log has the sentence."""
+    app, said = mistaken(name)
+    log = asyncio.run(drive(app, http_scope("/"))).log
+    assert (status(log), json.loads(body(log))["code"]) == (500, "misconfigured")
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_refuse_a_mistaken_layer_where_no_server_runs(name: str) -> None:
+    """A layer that an application is wrapped in is refused at import."""
+    arguments, said = MISTAKES[name]
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
+        MeteringMiddleware(inner, **{"metering": Metering(sinks=()), **arguments})

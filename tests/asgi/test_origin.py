@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from asgi_metering import Caller, Metering, MeteringMiddleware, billable, rate_limited
+from asgi_metering import Caller, Metering, MeteringMiddleware, TokenUsage, billable, current_call, rate_limited
 from asgi_metering.events.sinks import CallbackSink
 from asgi_metering.stores.contract import EverythingKept
 from tests.harness.drive import drive, http_scope, lifespan, status
@@ -61,5 +61,37 @@ def test_count_an_address_by_its_hash_whatever_it_calls_itself() -> None:
             state = (await metering.store.read(EverythingKept())).state
         assert len(state.counters) == 1
         assert "192.0.2.7" not in str(state.counters)
+
+    asyncio.run(play())
+
+
+def test_hold_tokens_of_somebody_unknown_by_two_keys_at_once() -> None:
+    """S3.44, S3.45: tokens of a session and of its address are held together; where one refuses, none has counted."""
+
+    @rate_limited("500 per 30 days of tokens", key="address", scope="anonymous-address")
+    @rate_limited("300 per 30 days of tokens", key=lambda request: request.headers["x-session"], scope="anonymous")
+    async def endpoint(request: Request) -> PlainTextResponse:
+        current_call().record(TokenUsage(input=40, output=60))
+        return PlainTextResponse("ok")
+
+    async def play() -> None:
+        metering = Metering(identify=lambda _: None, sinks=())
+        app = MeteringMiddleware(Starlette(routes=[Route("/", endpoint, methods=["POST"])]), metering=metering)
+
+        async def asked(session: str, address: str, agent: str = "a") -> int:
+            fields = [("x-session", session), ("user-agent", agent)]
+            body = b'{"max_tokens": 100, "messages": []}'
+            scope = http_scope("/", method="POST", headers=fields, client=(address, 1))
+            found = status((await drive(app, scope, body=body)).log)
+            await metering.runtime().booked()
+            return found
+
+        async with lifespan(app):
+            assert [await asked("one", "192.0.2.1") for _ in range(4)] == [200, 200, 200, 429]
+            # Another agent is nobody else (S3.48), and what was refused took nothing from the address.
+            assert await asked("one", "192.0.2.1", "b") == 429
+            assert [await asked("two", "192.0.2.1") for _ in range(3)] == [200, 200, 429]
+            # What the address refused took nothing from the session.
+            assert [await asked("two", "192.0.2.2") for _ in range(2)] == [200, 429]
 
     asyncio.run(play())

@@ -135,6 +135,29 @@ def test_spell_an_allowance_with_everything_that_is_known() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("plan", "message"), [("free", "Upgrade to Pro for 20 a day."), ("pro", "Come back tomorrow.")]
+)
+def test_word_a_spent_allowance_by_plan(plan: str, message: str) -> None:
+    """An application's hook knows plan, cap, what was used and the reset, and may answer as it always did (S0.21)."""
+    words = {"free": "Upgrade to Pro for 20 a day.", "pro": "Come back tomorrow."}
+
+    def worded(members: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+        told = {name: members[name] for name in ("plan", "limit", "used", "resets_at")}
+        return {"error": "premium_model_daily_cap", "message": words[members["plan"]], **told}, {"x-plan": plan}
+
+    rendered = render(ask(allowance_spent(), plan=plan), "problem", worded)
+    assert (rendered.status, dict(rendered.headers)[b"x-plan"]) == (429, plan.encode())
+    assert json.loads(rendered.body) == {
+        "error": "premium_model_daily_cap",
+        "message": message,
+        "plan": plan,
+        "limit": "10",
+        "used": "10",
+        "resets_at": "2026-11-22T00:00:00Z",
+    }
+
+
 def test_name_the_level_of_a_full_pool() -> None:
     """A full pool says whether it is the caller's or everybody's, and of everybody's no numbers (S0.42)."""
     assert problem(ask(POOL))["level"] == "caller"

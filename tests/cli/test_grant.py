@@ -48,5 +48,5 @@ def test_tell_a_grant_that_conflicts(run: Run) -> None:
     run(*GRANT)
     code, output, errors = run("grant", "ann", "13", "--id", "payment-1")
     assert (code, output) == (2, "")
-    assert "'payment-1' exists with amount=12500000, and came again with amount=13000000." in errors
+    assert "'payment-1' exists with amount=12500000, and came again with amount=13000000, in smallest parts." in errors
     assert rows(run("balance", "ann", "--json"))[0]["granted"] == "12.5"

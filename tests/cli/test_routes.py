@@ -18,7 +18,7 @@ MAIN = """
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
-from asgi_metering import Allowance, Unit, Wallet, billable, rate_limited, up_to
+from asgi_metering import Allowance, Metering, MeteringMiddleware, Unit, Wallet, billable, rate_limited, up_to
 from asgi_metering.prices import per_token
 from asgi_metering.sources import Payer
 
@@ -46,14 +46,23 @@ number = 3
 gated = billable(2)(plain)
 
 app = Starlette(routes=[Route("/search", search, methods=["POST"]), Route("/chat", chat), Route("/health", health)])
+app.add_middleware(MeteringMiddleware, metering=Metering())
 wrong = Starlette(routes=[Route("/plain", plain)])
+bare = Starlette(routes=[Route("/health", health), Route("/search", search)])
+around = MeteringMiddleware(bare, Metering())
+text = Starlette(routes=[Route("/search", search)])
+text.add_middleware(MeteringMiddleware, "memory://")
+none = Starlette(routes=[Route("/search", search)])
+none.add_middleware(MeteringMiddleware)
+charge = Starlette(routes=[Route("/health", health)])
+charge.add_middleware(MeteringMiddleware, metering=Metering(), default_limits=[billable(1)])
 """
 
 
 TRYING = """
 from starlette.applications import Starlette
 from starlette.routing import Route
-from asgi_metering import billable, rate_limited, requires_upstream
+from asgi_metering import Metering, MeteringMiddleware, billable, rate_limited, requires_upstream
 
 @requires_upstream("openai", label="eu", model=["gpt-5.5", "gpt-5.5-mini"])
 @requires_upstream("acme", label=lambda request: "x", shadow=True)
@@ -62,7 +71,7 @@ from asgi_metering import billable, rate_limited, requires_upstream
 @billable(2, shadow=True)
 async def tried(request): ...
 
-app = Starlette(routes=[Route("/tried", tried, methods=["POST"])])
+app = MeteringMiddleware(Starlette(routes=[Route("/tried", tried, methods=["POST"])]), Metering())
 """
 
 
@@ -84,7 +93,7 @@ def test_routes_of_an_application(run: Run, audited: str) -> None:
     assert [re.split(r" {2,}", line) for line in output.splitlines()[:4]] == [
         head,
         ["/search", "POST", "search", "0.5", "messages:1", "60/minute, 5000/day", "4, 9 of everybody"],
-        ["/chat", "GET,HEAD", "chat", "TokenPrice"],
+        ["/chat", "GET,HEAD", "chat", "output 1 per token"],
         ["/health", "GET,HEAD"],
     ]
     reach, told = output.splitlines()[4:]
@@ -121,6 +130,10 @@ def test_routes_tell_what_calls_used_of_their_holds(run: Run, audited: str, stor
                 async with metering.charge(payer="ann", line="chat", price=per_token(output=1), hold=4) as call:
                     call.record(TokenUsage(output=1 + used // 19))
 
+    assert (
+        "! Nothing is told of the holds of /chat: no call of 'chat' in that store was charged by what it used.\n"
+        in (run("routes", f"{audited}:app", "--store", _granted(run, store))[1])
+    )
     asyncio.run(calls())
     code, output, _ = run("routes", f"{audited}:app", "--store", store)
     told = "holds are 3.81 x what is used, by 20 calls: p50 uses 0.25 of its hold, p95 0.25; suggestion: hold 0.28 x"
@@ -132,10 +145,16 @@ def test_routes_tell_what_calls_used_of_their_holds(run: Run, audited: str, stor
     ]
 
 
+def _granted(run: Run, store: str) -> str:
+    """A store in which nobody has called yet."""
+    run("grant", "bob", "1", "--id", "g", "--store", store)
+    return store
+
+
 SOCKETS = """
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
-from asgi_metering import billable, rate_limited, slices
+from asgi_metering import Metering, MeteringMiddleware, billable, rate_limited, slices
 
 def tariff(websocket): ...
 
@@ -148,6 +167,7 @@ async def talk(websocket): ...
 async def voice(websocket): ...
 
 app = Starlette(routes=[WebSocketRoute("/talk", talk), WebSocketRoute("/voice", voice)])
+app.add_middleware(MeteringMiddleware, Metering())
 """
 
 
@@ -189,7 +209,7 @@ def test_routes_with_all_of_each_policy(run: Run, audited: str) -> None:
 KEYED = """
 from starlette.applications import Starlette
 from starlette.routing import Route
-from asgi_metering import Idempotency, billable
+from asgi_metering import Idempotency, Metering, MeteringMiddleware, billable
 
 def owner(request): ...
 
@@ -201,6 +221,7 @@ async def once(request): ...
 async def twice(request): ...
 
 keyed = Starlette(routes=[Route("/once", once), Route("/twice", twice, methods=["POST"])])
+keyed.add_middleware(MeteringMiddleware, metering=Metering())
 """
 
 
@@ -261,6 +282,29 @@ def test_routes_that_are_decorated_in_vain(run: Run, audited: str) -> None:
     code, output, _ = run("routes", f"{audited}:wrong")
     assert code == 1
     assert f"! /plain runs {audited}.plain ungated: its metering decorators stand above the route's own." in output
+
+
+@pytest.mark.parametrize(
+    ("attribute", "sentence"),
+    [
+        ("bare", "Nothing gates /search ({name}.search): no middleware of ours is on the application or around it."),
+        ("text", "The MeteringMiddleware has metering='memory://', which is no Metering. Make one, "),
+        ("none", "The MeteringMiddleware has no metering=. Make one, "),
+    ],
+)
+def test_routes_that_nothing_gates(run: Run, audited: str, attribute: str, sentence: str) -> None:
+    """An application whose routes are decorated, and whose middleware is missing or cannot work, is a mistake."""
+    code, output, _ = run("routes", f"{audited}:{attribute}")
+    assert code == 1
+    assert f"! {sentence.format(name=audited)}" in output
+    assert run("routes", f"{audited}:around")[0] == 0
+
+
+def test_routes_of_limits_that_are_none(run: Run, audited: str) -> None:
+    """What a middleware was given for its limits is told as its startup tells it."""
+    code, output, errors = run("routes", f"{audited}:charge")
+    assert (code, output) == (2, "")
+    assert errors.endswith("which is no limit. Write rate_limited('100/minute'), say.\n")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from asgi_metering import __version__
 from tests.cli.commands import GRANT, Run
 
 
@@ -51,12 +52,31 @@ def test_tell_how_to_use_a_command(run: Run, arguments: tuple[str, ...], sentenc
     assert sentence in errors
 
 
-COMMANDS = ("demo", "routes", "grant", "balance", "statement", "holds", "check", "journal", "export", "import")
+COMMANDS = (
+    "demo",
+    "routes",
+    "migrate",
+    "export",
+    "import",
+    "init",
+    "quotas",
+    "poll",
+    "journal",
+    "grant",
+    "balance",
+    "statement",
+    "refund",
+    "holds",
+    "reconcile",
+    "resolve",
+    "check",
+)
+WITHOUT_JSON = (None, "demo", "init")
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
 def test_help_says_how_commands_end(run: Run, command: str | None) -> None:
-    """The help of every command lists the exit codes, and that of all but the demo has --json (DESIGN 8)."""
+    """The help of every command says what each argument is, and the exit codes; nearly all have --json (DESIGN 8)."""
     code, output, errors = run(*filter(None, (command, "--help")))
     assert (code, errors) == (0, "")
     assert re.findall(r"^  (\d+) +\S", output.partition("exit codes:")[2], re.MULTILINE) == [
@@ -66,9 +86,29 @@ def test_help_says_how_commands_end(run: Run, command: str | None) -> None:
         "130",
         "141",
     ]
-    if command not in (None, "demo"):
-        assert "--json" in output
+    assert ("--json" in output) is (command not in WITHOUT_JSON)
     assert "_moment" not in output
+    assert "`" not in output
+    listed = output.partition("exit codes:")[0]
+    assert [
+        line for line in listed.splitlines() if re.fullmatch(r"  \S+( [A-Z]+)?", line) and not _goes_on(listed, line)
+    ] == []
+
+
+def _goes_on(listed: str, line: str) -> bool:
+    """Whether what *line* lists is explained in the next."""
+    return listed.partition(f"{line}\n")[2].startswith("   ")
+
+
+def test_tell_the_version(run: Run) -> None:
+    """A report of a mistake can name the version."""
+    assert run("--version") == (0, f"asgi-metering {__version__}\n", "")
+
+
+def test_help_names_every_command(run: Run) -> None:
+    """The list that the help is tested for is that of the program."""
+    _, output, _ = run("--help")
+    assert set(re.findall(r"^    (\w+)", output, re.MULTILINE)) == set(COMMANDS)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

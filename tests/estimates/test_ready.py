@@ -106,7 +106,7 @@ MICROS = per_token(input="0.000015", output="0.000075")
         (True, MICROS, "0.72"),
         (1, MICROS, "0.0001"),
         (10**9, MICROS, "1"),
-        (4_000, per_token(), "0.0001"),
+        (4_000, per_token(input=0), "0.0001"),
         (4_000, model_prices(units_per_usd=1, published=False).pin(NOW, "nobody's"), "0.0001"),
         (lambda depth: depth * 1_000, MICROS, "0.36"),
     ],

@@ -259,7 +259,7 @@ def test_await_an_async_on_drop_and_survive_a_failing_one(caplog: pytest.LogCapt
         assert heard == ["a", "b", "c"]
 
     asyncio.run(main())
-    assert "on_drop failed for the usage event 'a'" in caplog.text
+    assert "on_event_dropped failed for the usage event 'a'" in caplog.text
 
 
 def test_charge_a_late_end_by_its_difference_alone() -> None:

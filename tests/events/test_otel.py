@@ -17,6 +17,7 @@ from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk._logs.export import BatchLogRecordProcessor, InMemoryLogRecordExporter
 from opentelemetry.sdk.metrics.export import HistogramDataPoint
 
+from asgi_metering import Metering
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.events import conventions as names
 from asgi_metering.events import metrics, otel
@@ -77,6 +78,33 @@ def test_count_amounts_of_unknown_scale_in_parts() -> None:
         ((point),) = seen.points("metering.amount_parts")
         assert (point.unit, point.data.value, point.attributes["metering.unit"]) == ("{part}", 12, "gems")
         assert seen.points("metering.amount") == []
+
+
+def test_count_every_unit_of_a_metering_in_whole_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sink of a metering that was given none tells amounts of all of its units, also of one that is named later."""
+
+    async def scene() -> None:
+        async with Metering("memory://") as metering:
+            await metering.grant("ann", 9, id="c")
+            async with metering.charge(payer="ann", line="chat", price=2):
+                pass
+            await metering.grant("ann", 9, id="m", unit=Unit("messages", scale=1))
+            async with metering.charge(payer="ann", line="chat", price=3, unit=Unit("messages", scale=1)):
+                pass
+
+    with telemetry() as seen:
+        for api in ("opentelemetry.metrics", "opentelemetry.metrics._internal"):
+            monkeypatch.setattr(f"{api}.get_meter_provider", lambda: seen.meters)
+        for api in ("opentelemetry._logs", "opentelemetry._logs._internal"):
+            monkeypatch.setattr(f"{api}.get_logger_provider", lambda: seen.loggers)
+        asyncio.run(scene())
+        amounts = {(point.unit, point.data.value) for point in seen.points("metering.amount")}
+        assert amounts == {("{credits}", 2.0), ("{messages}", 3.0)}
+        told = [record.log_record.attributes or {} for record in seen.records()]
+        assert {(each["metering.unit"], each["metering.amount"], each["metering.held"]) for each in told} == {
+            ("credits", 2.0, 2.0),
+            ("messages", 3.0, 3.0),
+        }
 
 
 def test_count_a_correction_downwards_as_returned_and_not_as_a_call() -> None:

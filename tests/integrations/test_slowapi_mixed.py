@@ -26,8 +26,7 @@ from asgi_metering.guards import guard_of
 from asgi_metering.integrations.slowapi import adopt
 from asgi_metering.metering import ALL_FEATURES
 from asgi_metering.stores.memory import MemoryStore
-from asgi_metering.testing import FakeClock
-from asgi_metering.testing.unmetered import unmetered
+from asgi_metering.testing import FakeClock, unmetered
 from tests.integrations.scenes import ask, codes, install
 
 

@@ -176,8 +176,8 @@ MUTATIONS = (
         30,
         "a cancelled request is not ended",
         EXCHANGE,
-        "        if runtime is not None:\n            self._close(call)\n",
-        "        if runtime is not None and call.cause is not Cause.ABORTED:\n            self._close(call)\n",
+        "        self._close(call)\n        return None if runtime.managed",
+        "        call.cause is Cause.ABORTED or self._close(call)\n        return None if runtime.managed",
         _test("test_ends_survive_the_cancellation_of_their_request"),
     ),
     Mutation(
@@ -257,8 +257,8 @@ MUTATIONS = (
         38,
         "the return of the app ends nothing",
         EXCHANGE,
-        "        if runtime is not None:\n            self._close(call)\n",
-        "        if False:\n            self._close(call)\n",
+        "        self._close(call)\n        return None if runtime.managed",
+        "        return None if runtime.managed",
         _test("test_settles_although_the_generators_finally_never_ran"),
     ),
     Mutation(

@@ -36,8 +36,8 @@ ANSWERS = (
         13,
         "groups are raised again",
         ENDINGS,
-        "            return all(is_refusal(inner) for inner in failure.exceptions)\n",
-        "            return False\n",
+        "            return found[0] if all(found) else None\n",
+        "            return None\n",
         _tests("test_answer_whatever_the_refusal_became[group]"),
     ),
     Mutation(

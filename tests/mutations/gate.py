@@ -587,8 +587,8 @@ LAYERS = (
         0,
         "events are told without their layer",
         "asgi_metering.billing",
-        'if call.charge is not None and "events" in call.opening.features and',
-        "if call.charge is not None and",
+        'if "events" in call.opening.features and call.metering.sinks:',
+        "if call.metering.sinks:",
         _in("layers", "test_do_exactly_what_the_layers_enable[credits-up]"),
     ),
     Mutation(

@@ -48,8 +48,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         0,
         "admitted responses have the names by default",
         DRESSING,
-        "            fields = limit_fields(decision, call.unit, names)\n",
-        "            fields = limit_fields(decision, call.unit)\n",
+        "        fields = limit_fields(decision, call.unit, names)\n",
+        "        fields = limit_fields(decision, call.unit)\n",
         _fields(
             "test_send_the_legacy_fields_where_they_are_asked_for[/whole]",
             "test_send_the_legacy_fields_where_they_are_asked_for[/streamed]",

@@ -29,7 +29,7 @@ from asgi_metering.prices import per_token
 from asgi_metering.rules.operations import PostGrant
 from asgi_metering.stores.contract import EverythingKept
 from asgi_metering.stores.memory import MemoryStore
-from asgi_metering.testing.unmetered import unmetered
+from asgi_metering.testing import unmetered
 from tests.harness.drive import body, lifespan, status
 from tests.pitfalls.apps import (
     FASTAPI_KINDS,

@@ -30,7 +30,7 @@ from asgi_metering import (
     rate_limited,
 )
 from asgi_metering.errors import ConfigurationError
-from asgi_metering.testing.unmetered import unmetered
+from asgi_metering.testing import unmetered
 from tests.harness.drive import Drive, body, drive, http_scope, status
 from tests.pitfalls.apps import (
     GENERATORS,

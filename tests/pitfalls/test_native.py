@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import sys
 from collections.abc import Coroutine
 from types import ModuleType
@@ -111,6 +112,8 @@ def test_rise_as_what_a_loaded_framework_knows(
     assert isinstance(app.raised, CallRefused)
     assert app.raised.status == 500  # type: ignore[attr-defined]
     assert "insufficient_credits" in str(app.raised)
+    # Another process, of whoever runs jobs, has joined nothing.
+    assert type(pickle.loads(pickle.dumps(app.raised))) is CallRefused
 
 
 def test_set_the_status_where_a_compiled_framework_looks_for_it(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

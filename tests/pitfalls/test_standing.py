@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from asgi_metering import Allowance, MeteringMiddleware, Wallet, billable, current_call
 from asgi_metering.errors import AmountError
-from asgi_metering.sources import PaymentSource
+from asgi_metering.sources import PaymentSource, from_environment
 from tests.harness.drive import body, status
 from tests.pitfalls.scene import ANN, CREDIT, Scene, Visit, field_of, visit
 
@@ -137,4 +137,20 @@ def test_let_nobody_in_by_a_limit_that_cannot_be_told() -> None:
     app = MeteringMiddleware(Starlette(routes=[Route("/", endpoint)]), metering=scene.metering)
     ended = visit(app, Visit(), Visit(), Visit())
     assert [type(each.exception) for each in ended] == [AmountError, AmountError, RuntimeError]
+    assert scene.settled() == 0
+
+
+def test_count_without_refusing_by_the_default_limit() -> None:
+    """S4.1, S4.16: where operators set no limit, the default lets everybody in, and what is used still counts."""
+    scene = Scene()
+    sources = [Allowance(from_environment("MONTHLY_LIMIT", 999_999, environ={}), per="month")]
+
+    @billable(1, sources=sources)
+    async def endpoint(_request: Request) -> PlainTextResponse:
+        return PlainTextResponse(current_call().balance_status)
+
+    app = MeteringMiddleware(Starlette(routes=[Route("/", endpoint)]), metering=scene.metering)
+    assert {body(ended.log) for ended in visit(app, *[Visit()] * 5)} == {b"ok"}
+    (gauge,) = asyncio.run(scene.metering.allowances(ANN, sources=sources))
+    assert (gauge.used // CREDIT, gauge.remaining // CREDIT) == (5, 999_994)
     assert scene.settled() == 0

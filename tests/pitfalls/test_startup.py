@@ -465,6 +465,31 @@ def test_share_one_allowance_between_routes(scene: Scene) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("limit", "account", "warns"),
+    [
+        ({"free": 1, "pro": 20}, "acme", True),
+        ({"free": 1, "pro": 20}, None, False),
+        ({"free": 1, "pro": 20}, lambda call: call.caller.plan, False),
+        ({"free": 5, "pro": "5.0"}, "acme", False),
+        (100, "acme", False),
+        ({"free": 1, "pro": 20}, "each", False),
+    ],
+    ids=["by plan", "own", "computed", "one amount", "a pot", "each"],
+)
+def test_warn_of_one_count_for_everybody_by_plan(
+    limit: Any, account: Any, warns: bool, scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    """S0.9: an allowance of one account is used up by whoever comes first, and a plan of each caller has no say."""
+    app = sharing(of(Allowance(limit, payer=Payer("platform", account), each=account == "each"), Wallet()))
+    told = [each for each in warned(installed(app, scene.metering, "added"), caplog) if "allowance" in each]
+    assert len(told) == warns
+    if warns:
+        assert "/0 (" in told[0]
+        assert "is one count of the account 'acme', which callers of all plans use up together" in told[0]
+        assert told[0].endswith("If you mean one of each payer, say each=True.")
+
+
 # -- decorators that stand for an endpoint -----------------------------------------------------------------
 
 

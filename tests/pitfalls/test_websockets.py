@@ -31,7 +31,7 @@ from asgi_metering.errors import ConfigurationError, NoCallError
 from asgi_metering.metering import ALL_FEATURES
 from asgi_metering.opening import CURRENT, Opening
 from asgi_metering.prices import per_token
-from asgi_metering.testing.unmetered import unmetered
+from asgi_metering.testing import unmetered
 from tests.harness.drive import drive, lifespan, status, websocket_scope
 from tests.pitfalls.apps import HOW, PRICE, How, installed
 from tests.pitfalls.scene import Scene, Visit, visit

@@ -41,7 +41,7 @@ NOW = 1_795_000_000.0
 OWN: dict[str, Any] = {
     "acme/large": per_token(input=2, output=3),
     "small": per_token(input=1, output=1),
-    "free": per_token(),
+    "free": per_token(input=0),
     "acme/painter": [per_unit(images=4), 1],
     "listener": [per_second("0.5"), per_token(input=1)],
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal, localcontext
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -109,6 +110,15 @@ def test_price_that_is_no_amount_is_refused_at_import(amount: object) -> None:
     if amount is not None:
         with pytest.raises(AmountError):
             per_million_tokens(cached=amount)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [per_token, per_million_tokens])
+def test_price_that_names_no_kind_is_refused(make: Any) -> None:
+    """DESIGN 2: a price without a kind would make every call free in silence; whoever means that writes a 0."""
+    with pytest.raises(ConfigurationError, match="prices nothing"):
+        make()
+    assert make(input=0).cost(TokenUsage(input=9)) == make(web_search=1).cost(TokenUsage(input=9)) == 0
+    assert make(tiers=[above(5, input=1)]).cost(TokenUsage(input=9)) > 0
 
 
 def test_token_prices_are_measured_and_fixed_ones_are_not() -> None:

@@ -149,6 +149,27 @@ def test_captured_package_looks_at_its_resource_and_at_shares() -> None:
     assert (percent.total, percent.used) == (100, 25)
 
 
+@pytest.mark.parametrize(("hours", "used"), [(4.9, 40), (5.1, 0)])
+def test_captured_package_without_a_reset_returns_with_its_window(hours: float, used: int) -> None:
+    """Headers that tell no reset count as long as the window: else nobody would ever call, and learn better (S1.43)."""
+    package = window(source="header_capture")
+    said = reading(QuotaLimit(resource="requests", limit=40, remaining=0), observed_at=NOW - hours * 3_600)
+    found = status_of(package, NOW, reading=said)
+    assert (found.used, found.alert) == (used, "exhausted" if used else "ok")
+    assert (found.total, found.confidence) == (40, "high" if used else "estimated")
+    day = read_package({"package_type": "daily", "limit_per_day": 40, "source": "header_capture"})
+    yesterday = reading(QuotaLimit(resource="requests", limit=40, remaining=0), observed_at=day.window_start(NOW) - 1)
+    assert status_of(day, NOW, reading=yesterday).used == 0
+    assert status_of(day, NOW, reading=said).used == 40
+
+
+def test_expiry_that_is_no_date_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Routers ask for each call: a mistake in a catalogue fills no log (S1.6)."""
+    for _ in range(3):
+        assert status_of(kilo(expiry_date="when it is over"), NOW).days_until_expiry is None
+    assert caplog.text.count("'when it is over' of the package 'c' is no date") == 1
+
+
 def test_captured_package_returns_with_its_reset() -> None:
     """Once the reset that was told has passed its units are back, which is an estimate until the next answer."""
     said = reading(QuotaLimit(resource="requests", limit=60, remaining=0, reset_at=NOW))

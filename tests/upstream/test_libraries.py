@@ -63,6 +63,13 @@ def test_choose_falls_back_to_httpx(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_library("httpx2")
 
 
+def test_name_the_package_of_a_library_that_no_extra_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who chooses httpx is told to install that, for the extra brings httpx2."""
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    with pytest.raises(MissingExtraError, match=r"Run: pip install httpx$"):
+        choose_library("httpx")
+
+
 @pytest.mark.parametrize("make", [upstream_client, upstream_client_sync, upstream_transport, upstream_transport_sync])
 def test_make_without_any_library_names_the_extra(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where neither is installed, the error says what to install."""

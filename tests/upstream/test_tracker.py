@@ -255,6 +255,25 @@ def test_score_goes_on_where_the_tracker_fails(
     assert QuotaTracker([mine], log=BrokenLog(), clock=clock).score("acme").points == 7
 
 
+def test_score_goes_on_by_the_file_where_the_tracker_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A catalogue file is scored by its raw fields as well, and a package that fails costs no other (S1.55, S1.17)."""
+    path = tmp_path / "quotas.json"
+    entry = {"provider_id": "acme", "total_credits": 100, "used_credits": 50, "expiry_date": "2025-08-25"}
+    monkeypatch.setitem(packages.WINDOWS, "leap", lambda package, now: 1 / 0)
+    path.write_text(json.dumps({"packages": {"c": entry, "w": {"provider_id": "acme", "package_type": "leap"}}}))
+    tracker = QuotaTracker(path, clock=clock)
+    whole = tracker.score("acme")
+    assert whole.points == 7
+
+    def fails() -> object:
+        raise RuntimeError("no statuses today")
+
+    monkeypatch.setattr(tracker, "statuses", fails)
+    assert tracker.score("acme") == whole
+    monkeypatch.setattr(tracker, "packages", fails)
+    assert tracker.score("acme") == whole
+
+
 def test_rank_sends_calls_to_what_would_expire() -> None:
     """Ten days of expiry and a real burn come before half a year of runway; unknown names keep their order (S1.57)."""
     log = UsageLog(clock=clock)
@@ -282,6 +301,19 @@ def test_snapshot_of_the_template_and_of_nothing(tmp_path: Path) -> None:
         "header_snapshots": {},
     }
     assert QuotaTracker(tmp_path / "missing.json").snapshot() == QuotaTracker().snapshot() == nothing
+
+
+def test_tell_at_once_what_is_wrong_with_the_catalogue(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A catalogue that is missing or broken is told of when the tracker is made, once, with the mend (DESIGN 2)."""
+    tracker = QuotaTracker(tmp_path / "missing.json")
+    tracker.statuses()
+    (told,) = caplog.messages
+    assert told.startswith(f"There is no catalogue '{tmp_path}/missing.json', so that no package is tracked.")
+    assert told.endswith("asgi-metering init missing.json")
+    (tmp_path / "broken.json").write_text("{")
+    caplog.clear()
+    QuotaTracker(tmp_path / "broken.json")
+    assert "broken.json" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,14 @@ def test_count_calls_of_a_window_by_their_weights(log: UsageLog) -> None:
     log.close()
 
 
+def test_weights_of_models_go_by_their_other_names_too(log: UsageLog) -> None:
+    """Providers answer with a date or a prefix in the name: the weight is that of the model (S1.11, S3.27)."""
+    names = ["opus-5", "opus-5-20260101", "anthropic/opus-5", "Opus-5-latest", "opus-5-mini", "haiku-20260101", "haiku"]
+    log.add([event(number, model=name) for number, name in enumerate(names)])
+    assert log.counted(("acme",), 0, {"opus-5": 5, "haiku": 2, "haiku-20260101": 3}).used == 4 * 5 + 1 + 3 + 2
+    log.close()
+
+
 def test_count_an_event_once(log: UsageLog) -> None:
     """Events are delivered at least once, and counted once."""
     log.add([event(1), event(1), event(2)])

@@ -13,6 +13,14 @@ from asgi_metering.usage import MAX_TOKENS, TokenUsage, UsageReport
 from asgi_metering.usage.values import AXES, read_count
 
 
+def test_show_what_was_reported_alone() -> None:
+    """A usage in a log or a table is as short as what is known of it; it can be read back."""
+    usage = TokenUsage(input=7, output=0)
+    assert repr(usage) == "TokenUsage(input=7, output=0)"
+    assert eval(repr(usage)) == usage
+    assert repr(TokenUsage()) == "TokenUsage()"
+
+
 def test_leave_out_every_axis() -> None:
     """A usage of nothing has observed nothing, has no total, and is false (S2.42)."""
     usage = TokenUsage()

@@ -198,8 +198,9 @@ class Link:
                 return wire
             await self._drop(wire)
         if time.monotonic() < self._not_before:
+            told = str(self._failure).removesuffix(".")
             raise StoreUnavailableError(
-                f"The Redis server at {self._place} cannot be reached: {self._failure}. It is tried again soon."
+                f"The Redis server at {self._place} cannot be reached: {told}. It is tried again soon."
             )
         try:
             async with asyncio.timeout(self._timeout_s):

@@ -126,9 +126,7 @@ class Place(abc.ABC):
                 retry=driver().retry(),
             )
         except TypeError as error:
-            raise ConfigurationError(
-                f"The Redis URL has an option that a connection does not know: {error}."
-            ) from error
+            raise ConfigurationError(_unknown(error)) from error
         try:
             await connection.connect()  # type: ignore[no-untyped-call]
         except (errors.AuthenticationError, errors.NoPermissionError) as error:
@@ -137,7 +135,10 @@ class Place(abc.ABC):
             ) from error
         except (errors.ConnectionError, errors.TimeoutError, errors.ResponseError, OSError) as error:
             await connection.disconnect(nowait=True)
-            raise StoreUnavailableError(f"The Redis server at {where} cannot be reached: {error}") from error
+            told = str(error).removesuffix(".")
+            raise StoreUnavailableError(
+                f"The Redis server at {where} cannot be reached: {told}. Check its address, and that it runs."
+            ) from error
         return connection
 
 
@@ -184,7 +185,12 @@ class SentinelPlace(Place):
         try:
             host, port = await asked.discover_master(self.master)
         except (errors.ConnectionError, errors.TimeoutError, errors.ResponseError, OSError) as error:
-            raise StoreUnavailableError(f"No sentinel names a master {self.master!r} now: {error}") from error
+            # The driver shows its clients with all of their settings.
+            told, _, _ = str(error).partition(" : <")
+            raise StoreUnavailableError(
+                f"No sentinel names a master {self.master!r} now: {told}. Check the addresses of the sentinels, and "
+                f"the name of the master."
+            ) from error
         finally:
             for client in asked.sentinels:
                 await client.aclose()
@@ -266,6 +272,16 @@ class ClusterPlace:
         masters = {(first, last): (master[0].decode() or node[0], int(master[1])) for first, last, master, *_ in ranges}
         self._nodes = list(dict.fromkeys([*masters.values(), *self.seeds]))
         return masters
+
+
+def _unknown(error: TypeError) -> str:
+    """What the driver's signature said of an option: all that are not ours go there."""
+    named = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    told = "an option" if named is None else f"the option {named[1]!r}"
+    return (
+        f"The Redis URL has {told}, which redis-py does not know. Look at its spelling; ours are namespace=, timeout=, "
+        f"connect_timeout=, tls= and partitions=."
+    )
 
 
 def _shown(addresses: Sequence[Address]) -> str:

@@ -74,6 +74,8 @@ def test_migrate_twice(postgres: PostgresServer, schema: str, capsys: pytest.Cap
     assert [row["number"] for row in json.loads(capsys.readouterr().out)] == [each.number for each in MIGRATIONS]
     assert main(["migrate", "--store", url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
+    assert main(["migrate", "--store", url]) == 0
+    assert capsys.readouterr().out == "The tables are up to date.\n"
 
     async def run() -> None:
         store = store_from_url(url)

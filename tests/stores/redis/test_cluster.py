@@ -271,7 +271,9 @@ def test_no_sentinel_knows_the_master() -> None:
     store = RedisStore(SentinelPlace([(HOST, free_port())], "main", {}, 0.5))
 
     async def run() -> None:
-        with pytest.raises(StoreUnavailableError, match="No sentinel names a master 'main'"):
+        with pytest.raises(
+            StoreUnavailableError, match=r"No sentinel names a master 'main' now: [^<>]*\. Check the addresses"
+        ):
             await store.open()
         await store.close()
 
