@@ -11,7 +11,6 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Coroutine, Mapping
 from decimal import Decimal
-from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from asgi_metering.amounts import exact_amount
@@ -124,18 +123,6 @@ def _lack(call: Call, refusal: Refusal) -> str:
     return f" It needs {required:f} {call.unit.name} and {available:f} are available."
 
 
-class _Gate(Enum):
-    """How far a call's admission is."""
-
-    OPEN = 0
-    ASKING = 1
-    DECIDED = 2
-
-
-# Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
-_OPEN, _DECIDED = _Gate.OPEN, _Gate.DECIDED
-
-
 class Call(CallState):
     """
     One call. Made by the middleware or by `Metering.charge`; handlers get it from `current_call`.
@@ -156,7 +143,8 @@ class Call(CallState):
 
     _identified = False
     _inherited: Payer | None = None
-    _gate = _Gate.OPEN
+    # Whether somebody waits for its admission; who came second waits for that.
+    _asking = False
     _decided: asyncio.Future[None] | None = None
     # What `identify` answered by waiting, or why it answered nothing.
     _asked_who: Awaitable[object] | IdentityError | None = None
@@ -524,14 +512,8 @@ class Call(CallState):
         if opening.free and opening.stays_free():
             opening.check()
             return True
-        self._bind(policy, arguments)
-        if self._gate is not _OPEN:
-            return False
-        try:
-            return self.metering.admit_now(self, policy, opening.features)
-        finally:
-            if self.decision is not None or self.refusal is not None:
-                self._gate = _DECIDED
+        # Whoever came second finds by `ensure` how far the first one is.
+        return self._bind(policy, arguments) and self.metering.admit_now(self, policy, opening.features)
 
     def expect(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> None:
         """
@@ -542,7 +524,8 @@ class Call(CallState):
         self._bind(policy, arguments)
         self.deferred = True
 
-    def _bind(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> None:
+    def _bind(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> bool:
+        """Bind *policy*; False where it was bound before."""
         if self.closed or self.opening.closed:
             raise CallClosedError(f"Call {self.id!r} has ended; it can admit nothing more.")
         if self.policy is not None:
@@ -551,11 +534,12 @@ class Call(CallState):
                     f"Endpoint {policy.name!r} was called inside a call that is metered as {self.policy.name!r} "
                     f"already. Use metering.charge() for work inside a call that has a price of its own."
                 )
-            return
+            return False
         if policy.needs or self.opening.features is not ALL_FEATURES:
             self.metering.check_features(policy, self.opening)
         self.policy = policy
         self.pending = arguments
+        return True
 
     async def ensure(self) -> None:
         """
@@ -564,24 +548,21 @@ class Call(CallState):
         No task and no shield: if the caller is cancelled while the store decides, the pump gives back by id what the
         store decided (pitfall 29).
         """
-        if self._gate is _Gate.DECIDED:
-            if self.refusal is not None:
-                raise self._refusal(self.refusal)
-        elif self._gate is _Gate.ASKING:
+        if self._asking:
             if self._decided is None:
                 self._decided = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._decided)
             await self.ensure()
-        elif self.pending is not None:
-            self._gate = _Gate.ASKING
+        elif self.refusal is not None:
+            raise self._refusal(self.refusal)
+        elif self.decision is None and self.pending is not None:
+            self._asking = True
             try:
                 await self.metering.admit(self, self.pending)
             finally:
                 # Also when it failed or was cancelled: who waits then asks again, or meets the closed call.
-                if self.decision is not None or self.refusal is not None:
-                    self._gate = _Gate.DECIDED
-                else:
-                    self._gate = _Gate.OPEN
+                self._asking = False
+                if self.decision is None and self.refusal is None:
                     # What was asked is given back under the old id, perhaps only later: not to be mixed with.
                     self.id = self.metering.new_id()
                 waiting, self._decided = self._decided, None

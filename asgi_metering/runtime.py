@@ -195,7 +195,7 @@ class Runtime:
         )
         self._exporting = self._spawn(self._exporter.run(self._stop_exporting), "events")
 
-    def _spawn(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
+    def _spawn(self, work: Coroutine[Any, Any, object], what: str) -> asyncio.Task[Any]:
         # In an empty context: a task started by a request must not keep that request's variables alive.
         task = self.loop.create_task(work, name=f"asgi_metering {what}", context=contextvars.Context())
         self.keep(task)
@@ -533,10 +533,7 @@ class Runtime:
 
     def give_back(self, ask: Admit, at: float) -> None:
         """Undo the admission, decided *at* that time, of a call whose request is over (pitfall 1)."""
-        self._spawn(self._undone(Undo(ask, at)), f"undoing of {ask.id}")
-
-    async def _undone(self, undo: Undo) -> None:
-        await self._quietly(undo)
+        self._spawn(self._quietly(Undo(ask, at)), f"undoing of {ask.id}")
 
     async def remember(self, call_id: str, steps: Steps) -> bool:
         """
@@ -560,17 +557,11 @@ class Runtime:
 
         It stands there before whatever is kept in its place in the same turn of the loop: it is due.
         """
-        self._spawn(self._taken_back(End(ask.id, None, failed=True)), f"taking back of {ask.id}")
-
-    async def _taken_back(self, end: End) -> None:
-        await self._delivery.keep(end.id, (end,))
+        self._spawn(self._delivery.keep(ask.id, (End(ask.id, None, failed=True),)), f"taking back of {ask.id}")
 
     def forget(self, call_id: str) -> None:
         """Have the journal keep nothing of a call that never began."""
-        self._spawn(self._forgotten(call_id), f"forgetting of {call_id}")
-
-    async def _forgotten(self, call_id: str) -> None:
-        await self._delivery.book(call_id, (), begun=True)
+        self._spawn(self._delivery.book(call_id, (), begun=True), f"forgetting of {call_id}")
 
     def _release(self, ask: Admit) -> None:
         """

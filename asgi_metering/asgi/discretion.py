@@ -19,7 +19,12 @@ MONEY = frozenset({Reason.CREDITS, Reason.ALLOWANCE})
 
 def tells_balance(call: Call) -> bool:
     """Whether what is left to the payer of *call*, which was admitted, may be told to its caller."""
-    return call.charge is None or not call.charge.has_payers or _is_told(call, call.paid_by)
+    if call.charge is None or not call.charge.has_payers:
+        return True
+    payer = call.paid_by
+    # Of an allowance for each payer that is the call's own account, though another one's credential is used.
+    paid = None if payer is None or call.decision is None else call.accounts.get(payer.name) == call.decision.payer
+    return not paid or _is_told(call, payer)
 
 
 def own_accounts(call: Call) -> set[str | None]:
@@ -33,8 +38,12 @@ def discreet(call: Call, refusal: Refusal) -> Refusal:
     charge = call.charge
     if charge is None or not charge.has_payers or refusal.reason not in MONEY:
         return refusal
-    payer = call.paid_by if call.admitted else _refusing(charge.sources, refusal).payer
-    if payer is None or _is_told(call, payer):
+    if call.admitted:
+        payer, is_told = call.paid_by, tells_balance(call)
+    else:
+        source = _refusing(charge.sources, refusal)
+        payer, is_told = source.payer, source.each or _is_told(call, source.payer)
+    if payer is None or is_told:
         return refusal
     return without_numbers(refusal, f"This call needs more than its payer '{payer.name}' has left.")
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from asgi_metering import CallRefused, MeteringMiddleware, billable
+from asgi_metering.asgi import native
 from asgi_metering.asgi.native import framework_of
 from asgi_metering.errors import MeteringError
 from tests.harness.drive import body, status
@@ -87,6 +88,13 @@ async def paid() -> None:
 def scene() -> Scene:
     """Books with ann's money."""
     return Scene()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No framework that another test has loaded."""
+    for module in native._MODULES:
+        monkeypatch.delitem(sys.modules, module, raising=False)
 
 
 def load(monkeypatch: pytest.MonkeyPatch, module: str, kind: Any) -> None:

@@ -1,5 +1,5 @@
 """
-Frameworks that the suite does not install: `tox run -e frameworks` does, and runs what stands here.
+Real frameworks, each with its own idea of an exception: they take a refusal for one of theirs (pitfalls 17, 20).
 
 Each of them has an async and a sync endpoint at ``/async`` and ``/sync`` that cost `PRICE`.
 """
