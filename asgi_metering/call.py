@@ -11,25 +11,25 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Coroutine, Mapping
 from decimal import Decimal
-from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from asgi_metering.amounts import exact_amount
 from asgi_metering.asking import limit_allowed
 from asgi_metering.call_state import CallState, Reported
 from asgi_metering.caller import Caller
-from asgi_metering.decisions import Decision, Reason, Refusal
+from asgi_metering.decisions import Decision, Refusal
 from asgi_metering.errors import CallClosedError, ConfigurationError, IdentityError, PayerError, UsageError
 from asgi_metering.policies import ALL_FEATURES, EndpointPolicy
 from asgi_metering.prices import MAX_AFFORDABLE, FixedPrice, MeasuredPrice, UsagePrice
 from asgi_metering.prices.costing import read_units
 from asgi_metering.prices.values import EXACT, FLOOR
+from asgi_metering.refusing import CallCut, CallRefused
 from asgi_metering.rules.ending import Cause
 from asgi_metering.sources import Allowance, Wallet
 from asgi_metering.usage import TokenUsage
 
 if TYPE_CHECKING:
-    from asgi_metering.amounts import Amount, Unit
+    from asgi_metering.amounts import Amount
     from asgi_metering.guards import Part
     from asgi_metering.sources import Payer, PaymentSource
 
@@ -43,97 +43,6 @@ NO_TOKENS = TokenUsage()
 
 Affordable: TypeAlias = Literal["input", "output", "reasoning", "seconds", "images", "characters"]
 """What a call can be asked about: tokens by their kind, and units by names that prices usually have."""
-
-
-class CallFacts(NamedTuple):
-    """What another process learns of a call, where its refusal or its cut has been sent there (pickled)."""
-
-    id: str
-    line: str
-    payer: str | None
-    unit: Unit
-    held: int
-
-    @classmethod
-    def of(cls, call: Call) -> CallFacts:
-        """Those of *call*."""
-        return cls(call.id, call.line, call.payer, call.unit, call.held)
-
-
-class CallRefused(Exception):  # noqa: N818 -- a refusal is an answer on its way to the edge, not an error
-    """
-    The call may not run. Carries the decision to the edge, which answers it; nothing was consumed.
-
-    A plain `Exception`, so that every framework unwinds its dependencies on the way (pitfalls 13, 14). Its message
-    says what the payer's own balance or allowance lacks, in whole units: a job's log has nothing else to tell by.
-
-    It can be pickled, as whoever runs jobs in other processes does; there `call` is a `CallFacts`.
-
-    Attributes:
-        call: Which.
-        refusal: Why, and what was lacking, in smallest parts; ``refusal.reason`` is a `Reason`.
-        decision: The store's whole answer, with the receipt of a replay (``decision.replay``); None where it was not
-            asked.
-    """
-
-    def __init__(self, call: Call, refusal: Refusal, decision: Decision | None = None) -> None:
-        # What it is made of is no part of its message, nor of its repr. Not by `super`: what a framework joins to it
-        # has arguments of its own.
-        self.args = ()
-        self.call = call
-        self.refusal = refusal
-        self.decision = decision
-
-    def __str__(self) -> str:
-        # Written when somebody reads it: nearly all are answered, and fall into nobody's log.
-        call, refusal = self.call, self.refusal
-        return f"Call {call.id!r} was refused: {refusal.reason.value} ({refusal.name}).{_lack(call, refusal)}"
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self)!r})"
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (CallFacts.of(self.call), self.refusal, self.decision)
-
-
-class CallCut(OSError):  # noqa: N818 -- an end, not an error
-    """
-    The call is cut: what it may use is used up, and nothing more can be held for it (see `slices`). Let it rise.
-
-    Raised from ``send``, and by `Call.record`. An `OSError`, as from a client that left: what frameworks end a stream
-    for. What was observed is charged.
-
-    Attributes:
-        call: Which.
-    """
-
-    def __init__(self, call: Call) -> None:
-        held = f"{call.unit.whole(call.held):f} {call.unit.name}"
-        super().__init__(f"Call {call.id!r} was cut: it has used up the {held} that could be held for it.")
-        self.call = call
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (CallFacts.of(self.call),)
-
-
-def _lack(call: Call, refusal: Refusal) -> str:
-    """What the payer's own account lacked; of limits and pools nothing, for others count in them as well."""
-    if refusal.reason not in (Reason.CREDITS, Reason.ALLOWANCE):
-        return ""
-    required, available = call.unit.whole(refusal.required or 0), call.unit.whole(refusal.available or 0)
-    return f" It needs {required:f} {call.unit.name} and {available:f} are available."
-
-
-class _Gate(Enum):
-    """How far a call's admission is."""
-
-    OPEN = 0
-    ASKING = 1
-    DECIDED = 2
-
-
-# Read once: on Python 3.11 to look up the member of an enum costs as much as a small function.
-_OPEN, _DECIDED = _Gate.OPEN, _Gate.DECIDED
 
 
 class Call(CallState):
@@ -156,7 +65,8 @@ class Call(CallState):
 
     _identified = False
     _inherited: Payer | None = None
-    _gate = _Gate.OPEN
+    # Whether somebody waits for its admission; who came second waits for that.
+    _asking = False
     _decided: asyncio.Future[None] | None = None
     # What `identify` answered by waiting, or why it answered nothing.
     _asked_who: Awaitable[object] | IdentityError | None = None
@@ -524,14 +434,8 @@ class Call(CallState):
         if opening.free and opening.stays_free():
             opening.check()
             return True
-        self._bind(policy, arguments)
-        if self._gate is not _OPEN:
-            return False
-        try:
-            return self.metering.admit_now(self, policy, opening.features)
-        finally:
-            if self.decision is not None or self.refusal is not None:
-                self._gate = _DECIDED
+        # Whoever came second finds by `ensure` how far the first one is.
+        return self._bind(policy, arguments) and self.metering.admit_now(self, policy, opening.features)
 
     def expect(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> None:
         """
@@ -542,7 +446,8 @@ class Call(CallState):
         self._bind(policy, arguments)
         self.deferred = True
 
-    def _bind(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> None:
+    def _bind(self, policy: EndpointPolicy, arguments: Mapping[str, Any]) -> bool:
+        """Bind *policy*; False where it was bound before."""
         if self.closed or self.opening.closed:
             raise CallClosedError(f"Call {self.id!r} has ended; it can admit nothing more.")
         if self.policy is not None:
@@ -551,11 +456,12 @@ class Call(CallState):
                     f"Endpoint {policy.name!r} was called inside a call that is metered as {self.policy.name!r} "
                     f"already. Use metering.charge() for work inside a call that has a price of its own."
                 )
-            return
+            return False
         if policy.needs or self.opening.features is not ALL_FEATURES:
             self.metering.check_features(policy, self.opening)
         self.policy = policy
         self.pending = arguments
+        return True
 
     async def ensure(self) -> None:
         """
@@ -564,24 +470,21 @@ class Call(CallState):
         No task and no shield: if the caller is cancelled while the store decides, the pump gives back by id what the
         store decided (pitfall 29).
         """
-        if self._gate is _Gate.DECIDED:
-            if self.refusal is not None:
-                raise self._refusal(self.refusal)
-        elif self._gate is _Gate.ASKING:
+        if self._asking:
             if self._decided is None:
                 self._decided = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._decided)
             await self.ensure()
-        elif self.pending is not None:
-            self._gate = _Gate.ASKING
+        elif self.refusal is not None:
+            raise self._refusal(self.refusal)
+        elif self.decision is None and self.pending is not None:
+            self._asking = True
             try:
                 await self.metering.admit(self, self.pending)
             finally:
                 # Also when it failed or was cancelled: who waits then asks again, or meets the closed call.
-                if self.decision is not None or self.refusal is not None:
-                    self._gate = _Gate.DECIDED
-                else:
-                    self._gate = _Gate.OPEN
+                self._asking = False
+                if self.decision is None and self.refusal is None:
                     # What was asked is given back under the old id, perhaps only later: not to be mixed with.
                     self.id = self.metering.new_id()
                 waiting, self._decided = self._decided, None

@@ -95,6 +95,7 @@ class CallState:
         runtime: The background that looks after it, of its event loop; None until it is admitted.
     """
 
+    # Apart from what it may get: Python makes a dict for each object that has more than 30 attributes besides these.
     __slots__ = ("__dict__", "attributes", "exchanges", "id", "metering", "opening", "reports", "started_at")
 
     # On the class: what a call never has costs it nothing, and most have little of this.
@@ -238,13 +239,18 @@ class CallState:
             self._endings = (*self._endings, future)
         return future
 
+    def waits_for(self, failure: Exception) -> None:
+        """Note what keeps its end from being booked so far."""
+        self.unbooked = failure
+
     def ended(self, receipt: Receipt | None) -> None:
         """The ledger has answered."""
         self.receipt = receipt
         endings, self._endings = self._endings, None
-        for future in endings or ():
-            if not future.done():
-                future.set_result(receipt)
+        if endings:
+            for future in endings:
+                if not future.done():
+                    future.set_result(receipt)
         self.opening.let_go()
 
     @property

@@ -44,6 +44,7 @@ __all__ = [
     "check_known",
     "check_measured",
     "check_messages",
+    "check_new_id",
     "check_per",
     "check_scope",
     "check_seconds",
@@ -371,3 +372,12 @@ def read_sources(sources: Sequence[PaymentSource] | None) -> tuple[PaymentSource
     check_payers(sources)
     check_allowances(sources)
     return tuple(sources)
+
+
+def check_new_id(new_id: Callable[[], str]) -> None:
+    """Refuse what makes no ids."""
+    if not callable(new_id):
+        raise ConfigurationError(
+            f"new_id={new_id!r} cannot be called. Pass a function that answers a new id each time."
+        )
+    check_sync(new_id, "new_id=")

@@ -140,8 +140,9 @@ def billable(
             mapping of fields. Not async: nobody waits while a refusal is written. Where it fails the log says so, and
             the standard body is sent.
         usage: Names the dialect of the response body, where its shape alone would mislead.
-        forward_quota_headers: Let a provider's own quota fields pass to the client. ``X-RateLimit-Limit``,
-            ``-Remaining`` and ``-Reset`` that come alone are the endpoint's own and pass, unless *usage* is named.
+        forward_quota_headers: Let a provider's own quota fields pass to the client. ``RateLimit``, and
+            ``X-RateLimit-Limit``, ``-Remaining`` and ``-Reset`` that come alone, are the endpoint's own and pass,
+            unless *usage* is named.
         ttl_s: Seconds that a hold lives without a heartbeat.
         grace_s: Seconds in doubt before the policy ends a hold.
         idempotency: True, or an `Idempotency`, runs requests with an ``Idempotency-Key`` once per payer, endpoint and

@@ -10,22 +10,21 @@ import asyncio
 import inspect
 import logging
 import os
-import re
 import threading
-import time
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
+from asgi_metering import ids
 from asgi_metering.admission import admit, admit_now
 from asgi_metering.alarms import Alarms
 from asgi_metering.amounts import CREDITS, Unit
 from asgi_metering.call import Call
 from asgi_metering.caller import Caller
-from asgi_metering.checks import check_asked, check_flag
+from asgi_metering.checks import check_asked, check_flag, check_new_id
 from asgi_metering.clients import UpstreamClients
-from asgi_metering.computed import check_sync, is_async
+from asgi_metering.computed import is_async
 from asgi_metering.decisions import Decision, Refusal
 from asgi_metering.dropping import read_drops
 from asgi_metering.errors import ConfigurationError, IdentityError, StoreAvoidedError, StoreError
@@ -168,7 +167,7 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         if not isinstance(unit, Unit):
             raise ConfigurationError(f"unit={unit!r} is no Unit. Declare one: Unit('credits', scale=6).")
         if new_id is not None:
-            _check_new_id(new_id)
+            check_new_id(new_id)
         if run_sync is not None and not is_async(run_sync):
             raise ConfigurationError(
                 f"run_sync={run_sync!r} is no async function. Write one: async def run_sync(work): ..., and await in "
@@ -203,7 +202,7 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
         self.ttl_s, self.grace_s, self.max_call_s, self.drain_s = ttl_s, grace_s, max_call_s, drain_s
         self.max_draining = max_draining
         self.run_sync = run_sync or _run_in_thread
-        self.new_id = new_id or _new_id
+        self.new_id = new_id or ids.new_id
         self.drops = read_drops(drop_fields)
         self.delivery_timeout_s = delivery_timeout_s
         self.tracker = None if packages is None else tracked(packages, unit)
@@ -228,8 +227,14 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
     # -- life ----------------------------------------------------------------------------------------------
 
     def runtime(self) -> Runtime:
-        """The background of the running event loop."""
-        loop = asyncio.get_running_loop()
+        """The background of the running event loop; `ConfigurationError` where asyncio runs none (pitfall 34)."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise ConfigurationError(
+                "No event loop of asyncio runs here. Serve the application by a worker of asyncio or uvloop, not of "
+                "trio; in code without a loop use metering.charge_sync()."
+            ) from None
         latest = self._latest
         if latest is not None and latest.loop is loop:
             return latest
@@ -527,11 +532,7 @@ _living: weakref.WeakSet[Metering] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """
-    A child has none of its parent's event loops, a lock that one of them held would never be free, and what the parent
-    has drawn for its ids is the parent's.
-    """
-    _random_parts.clear()
+    """A child has none of its parent's event loops, and a lock that one of them held would never be free."""
     for metering in list(_living):
         metering.forked()
 
@@ -560,14 +561,6 @@ def _checked_sinks(sinks: Sequence[Sink]) -> tuple[Sink, ...]:
     return checked
 
 
-def _check_new_id(new_id: Callable[[], str]) -> None:
-    if not callable(new_id):
-        raise ConfigurationError(
-            f"new_id={new_id!r} cannot be called. Pass a function that answers a new id each time."
-        )
-    check_sync(new_id, "new_id=")
-
-
 def _journal(given: str | os.PathLike[str] | Journal | None) -> Journal | None:
     if given is None:
         return None
@@ -579,25 +572,6 @@ def _journal(given: str | os.PathLike[str] | Journal | None) -> Journal | None:
     if not isinstance(given, str | os.PathLike):
         raise ConfigurationError(f"journal={given!r} is no path. Name a file on a local disk.")
     return Journal(given)
-
-
-RANDOM_PARTS = 256
-"""Of ids that are drawn at once: to ask the system for each takes longer than all else that makes an id."""
-
-_random_parts: list[str] = []
-
-_PART = re.compile(".{20}")
-
-
-def _new_id() -> str:
-    """128 bits, milliseconds first as in UUIDv7 (RFC 9562): rows of one time are neighbours in a store's index."""
-    try:
-        # In one step, so that no two threads get the same.
-        part = _random_parts.pop()
-    except IndexError:
-        part, *others = _PART.findall(os.urandom(10 * RANDOM_PARTS).hex())
-        _random_parts.extend(others)
-    return (time.time_ns() // 1_000_000).to_bytes(6).hex() + part
 
 
 async def _run_in_thread(work: Callable[[], Any]) -> Any:

@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asgi_metering.admission import leaves_hold
@@ -23,7 +22,7 @@ from asgi_metering.attributes import plain_attributes
 from asgi_metering.billing import beyond_count, bill, bill_now
 from asgi_metering.delivery import Delivery
 from asgi_metering.errors import AmountError, MeteringError, StoreError, StoreUnavailableError
-from asgi_metering.events.exporter import LEASE_S, Exporter
+from asgi_metering.events.exporter import Exporter
 from asgi_metering.growing import growth_of
 from asgi_metering.heartbeats import Heartbeats
 from asgi_metering.overdue import Overdue
@@ -183,19 +182,17 @@ class Runtime:
     def _start_exporter(self) -> None:
         metering = self._metering
         self._stop_exporting = asyncio.Event()
-        seconds = metering.delivery_timeout_s
         self._exporter = Exporter(
             self.submit,
             metering.sinks,
             on_drop=metering.on_event_dropped,
             read=metering.store.read,
             meters=metering.meters,
-            timeout_s=seconds,
-            lease_s=max(LEASE_S, 3 * seconds),
+            timeout_s=metering.delivery_timeout_s,
         )
         self._exporting = self._spawn(self._exporter.run(self._stop_exporting), "events")
 
-    def _spawn(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
+    def _spawn(self, work: Coroutine[Any, Any, object], what: str) -> asyncio.Task[Any]:
         # In an empty context: a task started by a request must not keep that request's variables alive.
         task = self.loop.create_task(work, name=f"asgi_metering {what}", context=contextvars.Context())
         self.keep(task)
@@ -485,9 +482,7 @@ class Runtime:
         steps = self._steps(call, end)
         if not steps and call.queued is None:
             return None
-        answer = await self._delivery.book(
-            call.id, steps, begun=call.queued is not None, failed=partial(setattr, call, "unbooked")
-        )
+        answer = await self._delivery.book(call.id, steps, begun=call.queued is not None, failed=call.waits_for)
         self._tell_exporter()
         return answer if isinstance(answer, Receipt) else None
 
@@ -533,10 +528,7 @@ class Runtime:
 
     def give_back(self, ask: Admit, at: float) -> None:
         """Undo the admission, decided *at* that time, of a call whose request is over (pitfall 1)."""
-        self._spawn(self._undone(Undo(ask, at)), f"undoing of {ask.id}")
-
-    async def _undone(self, undo: Undo) -> None:
-        await self._quietly(undo)
+        self._spawn(self._quietly(Undo(ask, at)), f"undoing of {ask.id}")
 
     async def remember(self, call_id: str, steps: Steps) -> bool:
         """
@@ -560,17 +552,11 @@ class Runtime:
 
         It stands there before whatever is kept in its place in the same turn of the loop: it is due.
         """
-        self._spawn(self._taken_back(End(ask.id, None, failed=True)), f"taking back of {ask.id}")
-
-    async def _taken_back(self, end: End) -> None:
-        await self._delivery.keep(end.id, (end,))
+        self._spawn(self._delivery.keep(ask.id, (End(ask.id, None, failed=True),)), f"taking back of {ask.id}")
 
     def forget(self, call_id: str) -> None:
         """Have the journal keep nothing of a call that never began."""
-        self._spawn(self._forgotten(call_id), f"forgetting of {call_id}")
-
-    async def _forgotten(self, call_id: str) -> None:
-        await self._delivery.book(call_id, (), begun=True)
+        self._spawn(self._delivery.book(call_id, (), begun=True), f"forgetting of {call_id}")
 
     def _release(self, ask: Admit) -> None:
         """

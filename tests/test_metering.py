@@ -180,12 +180,12 @@ def test_pass_options_on_to_the_transport() -> None:
 def test_name_calls_in_the_order_of_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """By itself a metering makes ids that never meet, those of a later millisecond behind those of an earlier one."""
     milliseconds = itertools.count(1_700_000_000_000)
-    monkeypatch.setattr("asgi_metering.metering.time.time_ns", lambda: next(milliseconds) * 1_000_000)
+    monkeypatch.setattr("asgi_metering.ids.time.time_ns", lambda: next(milliseconds) * 1_000_000)
     new_id = Metering(sinks=()).new_id
     ids = [new_id() for _ in range(1_000)]
     assert ids == sorted(ids)
     assert {len(each) for each in ids} == {32}
-    monkeypatch.setattr("asgi_metering.metering.time.time_ns", lambda: 1_700_000_000_000_000_000)
+    monkeypatch.setattr("asgi_metering.ids.time.time_ns", lambda: 1_700_000_000_000_000_000)
     assert len({new_id() for _ in range(1_000)}) == 1_000
 
 

@@ -206,6 +206,12 @@ def test_payer_keeps_what_is_secret_to_itself() -> None:
     assert len(payer.callables()) == 1
 
 
+def test_refuse_a_payer_that_may_or_may_not_be_told() -> None:
+    """Whether numbers are told is said by True or False (S0.40)."""
+    with pytest.raises(ConfigurationError, match="is no bool"):
+        Payer("owner", account="owner-7", told="no")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("account", "found"),
     [(None, ""), ("acme", "acme"), (lambda team: f"team_{team}", "team_7"), (lambda call: call, "call")],

@@ -29,6 +29,9 @@ What applications say of limits of their own, by custom. Providers that use thes
 one that does not, a route says that it passes the answers on by naming their dialect.
 """
 
+DRAFT = frozenset((b"ratelimit", b"ratelimit-policy"))
+"""What the IETF's draft names them: an application's own likewise, and a provider's (Hugging Face) on such a route."""
+
 
 def dressed(call: Call, decision: Decision, message: Message, options: AnswerOptions) -> Message:
     """
@@ -96,12 +99,16 @@ def with_windows(decision: Decision, before: Before) -> Decision:
 
 
 def _capture(call: Call, dialects: DialectRegistry, given: Headers, status: int) -> Headers:
-    is_quota_header = dialects.is_quota_header
+    charge = None if call.policy is None else call.policy.charge
+    is_named = charge is not None and charge.dialect is not None
+
+    def is_quota_header(name: bytes) -> bool:
+        return dialects.is_quota_header(name) or (is_named and name.lower() in DRAFT)
+
     quotas = [field for field in given if is_quota_header(field[0])]
     if not quotas:
         return given
-    charge = None if call.policy is None else call.policy.charge
-    if (charge is None or charge.dialect is None) and all(name.lower() in CUSTOMARY for name, _ in quotas):
+    if not is_named and all(name.lower() in CUSTOMARY for name, _ in quotas):
         return given
     provider = (charge.dialect if charge is not None else None) or _provider_of(dialects, quotas, status)
     call.metering.quotas.record(provider, given, status=status, started_at=call.started_at)

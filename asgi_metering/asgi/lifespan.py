@@ -117,7 +117,11 @@ class Lifespan:
 
     async def _stop(self) -> None:
         self._leave()
-        runtime = self._metering.runtime()
+        try:
+            runtime = self._metering.runtime()
+        except ConfigurationError:
+            # Of a loop that is not asyncio's, in which nothing was started.
+            return
         if runtime.lifespans:
             return
         await self._metering.stop()

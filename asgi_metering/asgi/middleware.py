@@ -187,6 +187,7 @@ class MeteringMiddleware:
                     layers = list(layers_of(self))
                     check_stack(layers)
                     check_workers(self.metering.store)
+                    self.metering.runtime()
                     examined(scope, layers)
                 except MeteringError as failure:
                     self.fault = failure

@@ -36,6 +36,8 @@ _TOOLS: Final = (
     ("mcp.server.fastmcp.exceptions", "ToolError"),  # its name before 2.0
 )
 
+_MODULES: Final = frozenset(module for module, _ in (*_KINDS.values(), *_TOOLS))
+
 _MAX_DEPTH: Final = 32  # Applications around each other that are looked through.
 _INSIDE: Final = ("app", "asgi_app", "application", "inner", "__self__")
 """Where wrappers keep what they wrap; methods, such as Quart's ``asgi_app``, whose they are."""
@@ -83,6 +85,9 @@ def known_refusal(
             joined, its own counts. Django's is taken only here, for it is no 500.
         told: Called for the text that the client of a tool reads.
     """
+    # Nearly everywhere there is none of them, and a flood of refusals asks again and again.
+    if sys.modules.keys().isdisjoint(_MODULES):
+        return CallRefused(call, refusal, decision)
     # Its own first.
     order = [framework, *_KINDS] if framework is not None else _KINDS
     kinds = _loaded(_KINDS[each] for each in order if each != DJANGO or framework == DJANGO)

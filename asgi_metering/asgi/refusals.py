@@ -20,6 +20,7 @@ from asgi_metering.decisions import Decision, Reason, Refusal
 from asgi_metering.errors import MeteringError
 from asgi_metering.policies import ChargePolicy, EndpointPolicy, ErrorShape
 from asgi_metering.sources import Allowance
+from asgi_metering.usage.inflate import codings_of
 
 __all__ = [
     "answer_within",
@@ -137,7 +138,7 @@ def in_band_error(call: Call, options: AnswerOptions, start: Message | None, lat
     if start is None or start.get("trailers"):
         return None
     given = {bytes(name).lower(): bytes(value).lower() for name, value in start.get("headers", ())}
-    if b"content-length" in given or given.get(b"content-encoding", b"identity") != b"identity":
+    if b"content-length" in given or codings_of(given.get(b"content-encoding", b"").decode("latin-1")):
         return None
     media_type = given.get(b"content-type", b"").partition(b";")[0].strip()
     sent = None if latest is None else bytes(latest.get("body", b""))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 import logging
 import time
 from collections import deque
@@ -58,6 +59,9 @@ REMEMBER_S: Final = 3_600.0
 CLOSE_S: Final = 1.0
 """For cancelled deliveries to end."""
 
+FLUSH_S: Final = 2.0
+"""What a shutdown gives sinks to send what they took; a collector that answers takes milliseconds."""
+
 MIN_PAUSE_S: Final = 0.05
 """Between passes of a drain that moved nothing."""
 
@@ -76,7 +80,8 @@ class Exporter:
         submit: Runs an operation on the store.
         sinks: Where events go; without any they stay in the outbox.
         batch: Events in one claim.
-        lease_s: How long a claim lasts; at least three times *timeout_s*. Longer while a sink is backing off.
+        lease_s: How long a claim lasts; at least three times *timeout_s*, and a minute by default. Longer while a sink
+            is backing off.
         timeout_s: For one delivery to one sink (S3.35).
         on_drop: Called, or awaited, with each `Dropped` event (S2.7). It is also counted and logged.
         read: Reads rows of the store, for the backlog.
@@ -103,7 +108,7 @@ class Exporter:
         sinks: Sequence[Sink],
         *,
         batch: int = BATCH,
-        lease_s: float = LEASE_S,
+        lease_s: float | None = None,
         timeout_s: float = DELIVERY_TIMEOUT_S,
         on_drop: OnDrop | None = None,
         read: Read | None = None,
@@ -113,6 +118,7 @@ class Exporter:
         linger_s: float = LINGER_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        lease_s = max(LEASE_S, 3 * timeout_s) if lease_s is None else lease_s
         _check(sinks, lease_s, timeout_s)
         self._outbox = Outbox(submit, read, timeout_s=timeout_s)
         self._batch = batch
@@ -328,7 +334,26 @@ class Exporter:
         except TimeoutError:
             log.warning("Draining the outbox took longer than %s s.", timeout_s)
         await self.close()
-        return await self._left()
+        left = await self._left()
+        await self._flush()
+        return left
+
+    async def _flush(self) -> None:
+        """Have sinks that hand events on send what they still hold: the process may end without another chance."""
+        sinks = [courier.sink for courier in self._couriers if is_enabled(courier.sink)]
+        flushes = [flush for sink in sinks if inspect.iscoroutinefunction(flush := getattr(sink, "flush", None))]
+        if not flushes:
+            return
+        tasks = [asyncio.create_task(flush(), context=contextvars.Context()) for flush in flushes]
+        done, late = await asyncio.wait(tasks, timeout=FLUSH_S)
+        for task in late:
+            task.cancel()
+        failures = [task.exception() for task in done if not task.cancelled()]
+        if late or any(failures):
+            failure = next((each for each in failures if each is not None), None)
+            log.warning(
+                "A sink may have lost what it took last: it could not send it in %s s.", FLUSH_S, exc_info=failure
+            )
 
     async def _pass_again(self) -> bool:
         """One pass of a drain; False when nothing more can be done."""

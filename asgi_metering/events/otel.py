@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from asgi_metering._version import __version__
@@ -62,7 +64,8 @@ class OTelSink:
     amounts (``metering.amount_parts``).
 
     An event counts as delivered when the providers have it; from there on the SDK's rules hold, and an SDK drops log
-    records that its exporter could not send. Where each record must arrive, use `otlp.OTLPLogSink` and ``logs=False``.
+    records that its exporter could not send. When the process ends both are flushed. Where each record must arrive, use
+    `otlp.OTLPLogSink` and ``logs=False``.
 
     Args:
         meter_provider: The application's by default, also if it is installed later.
@@ -134,6 +137,21 @@ class OTelSink:
         metrics.add(events)
         self._begun.difference_update(event.id for event in events)
 
+    async def flush(self) -> None:
+        """
+        Have the providers export what they hold. Servers that a signal ends (uvicorn) leave them no other chance.
+
+        In threads of its own, which hold up nobody: an exporter whose collector is away takes its time.
+        """
+        from opentelemetry.metrics import get_meter_provider
+
+        providers = (
+            self._meter_provider or get_meter_provider(),
+            (self._logger_provider or _logger_provider()) if self._logs else None,
+        )
+        flushes = [getattr(provider, "force_flush", None) for provider in providers]
+        await asyncio.gather(*(_aside(flush) for flush in flushes if flush is not None))
+
     def _open(self) -> _Metrics:
         """Import the API at the first delivery, and create each instrument once."""
         if self._metrics is None:
@@ -173,6 +191,33 @@ class OTelSink:
         if flush is not None:
             await asyncio.to_thread(flush)
         self._unflushed = 0
+
+
+def _aside(work: Callable[[], object]) -> asyncio.Future[None]:
+    """Run *work* in a thread that the end of the process does not wait for."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def tell(failure: Exception | None) -> None:
+        if ended.done():
+            return
+        if failure is None:
+            ended.set_result(None)
+        else:
+            ended.set_exception(failure)
+
+    def run() -> None:
+        failure = None
+        try:
+            work()
+        except Exception as raised:  # noqa: BLE001 -- the SDK's, told to whoever waits
+            failure = raised
+        # Nobody waits any more where the loop is closed.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(tell, failure)
+
+    threading.Thread(target=run, name="asgi_metering flush", daemon=True).start()
+    return ended
 
 
 def _logger_provider() -> LoggerProvider | None:

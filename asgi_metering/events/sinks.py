@@ -34,6 +34,9 @@ class Sink(Protocol):
 
     A sink may also have an attribute ``enabled``. While it is False nobody would see what is delivered, so nothing is,
     and every event counts as taken: a no-op that costs nothing.
+
+    One that hands on what it took may have an async method ``flush`` without arguments: it is awaited once, for a short
+    time, when the process ends.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """
 What helps a user's own tests: a model provider, a clock, the suite that a store has to pass, a gate that stays open,
-faults.
+faults, the proof of the books.
 
 Knows where each part lives and imports it on first use. Never imported by the package itself.
 """
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from asgi_metering.testing.alone import unmetered
     from asgi_metering.testing.clock import FakeClock
     from asgi_metering.testing.conformance import StoreConformance
+    from asgi_metering.testing.conserved import assert_conserved
     from asgi_metering.testing.faults import crash_after, disconnect_at, store_down, until_killed
     from asgi_metering.testing.provider import Provider, SeenRequest
 
@@ -22,6 +23,7 @@ __all__ = [
     "Provider",
     "SeenRequest",
     "StoreConformance",
+    "assert_conserved",
     "crash_after",
     "disconnect_at",
     "store_down",
@@ -34,6 +36,7 @@ _HOMES = {
     "Provider": "asgi_metering.testing.provider",
     "SeenRequest": "asgi_metering.testing.provider",
     "StoreConformance": "asgi_metering.testing.conformance",
+    "assert_conserved": "asgi_metering.testing.conserved",
     "crash_after": "asgi_metering.testing.faults",
     "disconnect_at": "asgi_metering.testing.faults",
     "store_down": "asgi_metering.testing.faults",

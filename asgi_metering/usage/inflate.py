@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol
 
-__all__ = ["MAX_INFLATED", "Inflate"]
+__all__ = ["MAX_INFLATED", "Inflate", "codings_of"]
 
 MAX_INFLATED: Final = 64 << 20
 """Bytes that one body may inflate to: no real answer is larger, a bomb is stopped here."""
@@ -172,6 +172,19 @@ _CODINGS: Final[dict[str, Callable[[], Callable[[], _Decoder] | None]]] = {
 """By the name of a coding, what finds the decoder of it: nothing is imported before a body needs it."""
 
 
+_NO_CODINGS: Final = frozenset(("", "identity", "none", "utf-8", "utf8"))
+"""
+Words that undo nothing. The last three are no codings at all, and are sent: ``none`` keeps the compression of some
+Node.js servers off a stream, and others say a charset here.
+"""
+
+
+def codings_of(content_encoding: str) -> list[str]:
+    """The codings, in lower case, that *content_encoding* says a body is in; empty for one that is as it is."""
+    names = (name.strip().lower() for name in content_encoding.split(","))
+    return [name for name in names if name not in _NO_CODINGS]
+
+
 class Inflate:
     """
     Decodes one body. Once `failed`, it stays so: a compressed body cannot be entered in the middle.
@@ -188,8 +201,7 @@ class Inflate:
     __slots__ = ("_decoder", "_error", "_left", "_make", "coding", "failed")
 
     def __init__(self, content_encoding: str | None) -> None:
-        codings = [name.strip().lower() for name in (content_encoding or "").split(",")]
-        codings = [name for name in codings if name not in ("", "identity")]
+        codings = codings_of(content_encoding or "")
         find = _CODINGS.get(codings[0]) if len(codings) == 1 else None
         self._make = find() if find is not None else None
         self.failed = bool(codings) and self._make is None

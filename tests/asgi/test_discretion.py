@@ -13,7 +13,6 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
 from asgi_metering import Allowance, Caller, Metering, MeteringMiddleware, TokenUsage, Wallet, billable, slices
-from asgi_metering.errors import ConfigurationError
 from asgi_metering.prices import per_token
 from asgi_metering.sources import Payer
 from tests.harness.drive import Drive, body, drive, headers, http_scope, lifespan, status
@@ -66,11 +65,15 @@ def test_tell_who_pays_and_not_what_that_has(payer: Payer, available: str | None
     assert fields["metering-payer"].startswith(f'"{payer.name}"')
 
 
-def test_tell_each_caller_its_own_part_at_the_expense_of_another() -> None:
-    """An allowance that counts for each payer is the caller's own, though somebody else bears it (S0.9, S0.40)."""
-    own = [Allowance(13, payer=OWNER, each=True)]
-    assert dict(headers(ask(2, sources=own).log))[AVAILABLE] == '"11";unit="credits";source="allowance"'
-    assert json.loads(body(ask(500, sources=own).log))["limit"] == "13"
+@pytest.mark.parametrize("price", [2, 6])
+def test_tell_what_is_left_of_ones_own_allowance_of_another_payer(price: int) -> None:
+    """What somebody else allows to each payer is counted for the caller, who is told of it (S0.9, S0.40)."""
+    ended = ask(price, sources=[Allowance(5, payer=OWNER, each=True, warn_at=100)])
+    if price == 2:
+        assert dict(headers(ended.log))[AVAILABLE] == '"3";unit="credits";source="allowance"'
+    else:
+        told = json.loads(body(ended.log))
+        assert (status(ended.log), told["available"], told["limit"], told["used"]) == (429, "5", "5", "0")
 
 
 @pytest.mark.parametrize("shape", ["problem", "openai", "anthropic"])
@@ -128,12 +131,6 @@ def test_cut_without_the_numbers_of_another_payer() -> None:
     error = json.loads(told.rsplit("data: ", 1)[1])
     assert error["code"] == "insufficient_credits"
     assert not NUMBERS & error.keys()
-
-
-def test_refuse_a_payer_that_may_or_may_not_be_told() -> None:
-    """Whether numbers are told is said by True or False (S0.40)."""
-    with pytest.raises(ConfigurationError, match="is no bool"):
-        Payer("owner", account="owner-7", told="no")  # type: ignore[arg-type]
 
 
 def test_answer_by_a_refusal_inside_a_session_that_another_route_counted() -> None:

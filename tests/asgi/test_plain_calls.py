@@ -127,3 +127,28 @@ def test_see_no_difference_between_plain_calls_and_others(name: str, asked: list
     plain, other = (asyncio.run(run(name, asked, is_plain=is_plain)) for is_plain in (True, False))
     for one, two in zip(plain, other, strict=True):
         assert one == two
+
+
+SHARED_KEYS = 30
+"""Attributes that CPython keeps of an object without a dict of its own: one more, and every call pays for that."""
+
+
+def test_keep_a_plain_call_without_a_dict() -> None:
+    """DESIGN 9: with a price, limits and slots, a call that is over has fewer attributes than cost it a dict."""
+    calls: list[Any] = []
+
+    async def answer(_scope: Any, _receive: Any, send: Any) -> None:
+        calls.append(current_call())
+        await send(START)
+        await send(CHUNK | {"more_body": False})
+
+    async def play() -> None:
+        async with Metering(identify=lambda _: Caller("ann"), sinks=(CallbackSink(len, "counted"),)) as metering:
+            await metering.grant("ann", 5, id="g")
+            app = metered_app(answer, billable(1), rate_limited("9/day", concurrency=1))
+            await drive(MeteringMiddleware(app, metering=metering), http_scope("/"))
+
+    asyncio.run(play())
+    (call,) = calls
+    assert call.receipt is not None
+    assert len(vars(call)) <= SHARED_KEYS

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from asgi_metering.errors import ConfigurationError, StoreUnavailableError
+from asgi_metering.events import exporter as exporter_module
 from asgi_metering.events.exporter import Exporter
 from asgi_metering.events.metrics import Meters
 from asgi_metering.rules.operations import Acknowledge, Claim
@@ -289,6 +290,74 @@ def test_drain_without_read_reports_what_it_holds() -> None:
         assert await outbox.exporter([Recorder(refuse=lambda _: True)], read=None).drain(0.05) == 3
 
     asyncio.run(main())
+
+
+class Passing(Recorder):
+    """A sink that hands events on, and says when it is asked to send them."""
+
+    def __init__(self, name: str = "passing") -> None:
+        super().__init__(name)
+        self.flushed: list[list[str]] = []
+
+    async def flush(self) -> None:
+        """Note what was taken until now."""
+        self.flushed.append(self.ids)
+
+
+class Failing(Passing):
+    """One that cannot."""
+
+    async def flush(self) -> None:
+        """Fail."""
+        raise ConnectionError("gone")
+
+
+class Stuck(Passing):
+    """One that never ends."""
+
+    async def flush(self) -> None:
+        """Wait for ever."""
+        await asyncio.Event().wait()
+
+
+class Blocking(Passing):
+    """One whose method of that name is something else."""
+
+    def flush(self) -> None:  # type: ignore[override]
+        """Do what nobody asked for."""
+        raise AssertionError
+
+
+def test_drain_flushes_sinks_that_hand_events_on() -> None:
+    """A shutdown has each sink send what it took, once, behind the last event; one that nobody reads is left alone."""
+    sink, unread = Passing(), Passing("unread")
+    unread.enabled = False  # type: ignore[attr-defined]
+
+    async def main() -> None:
+        outbox = Outbox()
+        await outbox.put(make_events(3))
+        assert await outbox.exporter([sink, Blocking("blocking"), unread, Recorder()], batch=2).drain(5.0) == 0
+
+    asyncio.run(main())
+    assert (sink.flushed, unread.flushed) == ([["call-1", "call-2", "call-3"]], [])
+
+
+def test_drain_waits_for_no_sink_that_cannot_send(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that fails or hangs costs the shutdown a bounded time, is told in the log, and keeps no other from it."""
+    monkeypatch.setattr(exporter_module, "FLUSH_S", 0.01)
+    sink = Passing()
+
+    async def main() -> None:
+        outbox = Outbox()
+        await outbox.put(make_events(1))
+        assert await outbox.exporter([Failing("failing"), Stuck("stuck"), sink]).drain(5.0) == 0
+
+    asyncio.run(main())
+    assert sink.flushed == [["call-1"]]
+    assert "may have lost what it took last" in caplog.text
+    assert "gone" in caplog.text
 
 
 def test_refuse_two_sinks_of_one_name() -> None:

@@ -83,8 +83,7 @@ def test_export_metrics_and_records_over_http(
         assert await exporter.drain(5.0) == 0
 
     asyncio.run(main())
-    assert meters.force_flush()
-    assert loggers.force_flush()
+    # The shutdown has flushed both: a server may end by the signal, and the SDK's own hooks never run.
     metrics = {metric.name: metric for metric in collector.metrics()}
     ((calls),) = metrics["metering.calls"].sum.data_points
     assert calls.as_int == 4

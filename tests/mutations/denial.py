@@ -8,7 +8,10 @@ __all__ = ["MUTATIONS"]
 
 EXCHANGE = "asgi_metering.asgi.exchange"
 ENDINGS = "asgi_metering.asgi.endings"
+HEARING = "asgi_metering.asgi.hearing"
+NATIVE = "asgi_metering.asgi.native"
 REFUSALS = "asgi_metering.asgi.refusals"
+NATIVE_TESTS = "tests/pitfalls/test_native.py::"
 
 
 def _tests(*names: str) -> tuple[str, ...]:
@@ -251,4 +254,51 @@ STREAMS = (
     ),
 )
 
-MUTATIONS = (*ANSWERS, *STREAMS)
+NATIVES = (
+    Mutation(
+        15,
+        "another application's 403 is taken for Django's",
+        HEARING,
+        "(status == FORBIDDEN and self.framework == DJANGO)",
+        "status == FORBIDDEN",
+        (f"{NATIVE_TESTS}test_keep_a_403_of_others_beside_django",),
+    ),
+    Mutation(
+        17,
+        "no framework knows the refusal",
+        NATIVE,
+        "    if not (kinds or tools):\n",
+        "    if True:\n",
+        (
+            f"{NATIVE_TESTS}test_rise_as_what_a_loaded_framework_knows[falcon-HTTPError]",
+            f"{NATIVE_TESTS}test_prefer_the_kind_of_the_applications_own_framework",
+            f"{NATIVE_TESTS}test_replace_djangos_403",
+        ),
+    ),
+    Mutation(
+        17,
+        "a compiled framework finds no status",
+        NATIVE,
+        "            place.__set__(self, self.status)\n",
+        "            pass\n",
+        (f"{NATIVE_TESTS}test_set_the_status_where_a_compiled_framework_looks_for_it",),
+    ),
+    Mutation(
+        20,
+        "a tool does not say why",
+        NATIVE,
+        "        known.told = told()\n",
+        "        pass\n",
+        (f"{NATIVE_TESTS}test_tell_the_client_of_a_tool_why[mcp.server.mcpserver.exceptions]",),
+    ),
+    Mutation(
+        34,
+        "the first request finds out that there is no loop",
+        "asgi_metering.asgi.middleware",
+        "                    self.metering.runtime()\n",
+        "",
+        (f"{NATIVE_TESTS}test_serve_nothing_on_an_event_loop_of_others[/free]",),
+    ),
+)
+
+MUTATIONS = (*ANSWERS, *STREAMS, *NATIVES)

@@ -423,8 +423,8 @@ ENDPOINTS = (
         8,
         "everybody at the gate asks",
         CALL,
-        "        elif self._gate is _Gate.ASKING:\n",
-        "        elif False:\n",
+        "        if self._asking:\n",
+        "        if False:\n",
         _in("gate", "test_admit_once_when_the_gate_is_reached_twice_at_once"),
     ),
     Mutation(

@@ -403,6 +403,15 @@ def test_end_lines_of_json_with_their_own_error(
     assert ended.exception is None
 
 
+@pytest.mark.parametrize("word", [b"identity", b" Identity ", b"none"])
+def test_end_a_stream_that_says_that_it_is_not_compressed(word: bytes, scene: Scene) -> None:
+    """Pitfalls 18, 35: words that undo nothing are no compression, also ``none``, with which SSE is often sent."""
+    app = streaming(SSE, b"data: 1\n\n", extra=((b"content-encoding", word),))
+    (ended,) = visit(MeteringMiddleware(app, scene.metering), REFUSED)
+    assert in_band(ended)["code"] == "insufficient_credits"
+    assert ended.complete.is_set()
+
+
 def test_speak_the_shape_of_the_route_in_band(scene: Scene) -> None:
     """Pitfall 18: the error event has the shape that the explicit gate's policy chose."""
     app = streaming(SSE, gate=lambda: current_call().admit(billable(PRICE, errors="openai")))

@@ -1,5 +1,5 @@
 """
-Refusals as frameworks know them (pitfalls 17, 20).
+Refusals as frameworks know them (pitfalls 17, 20), and event loops that are not asyncio's (34).
 
 What stands in for a framework here does as it does with its own exceptions; `tests/frameworks` has the real ones.
 """
@@ -10,13 +10,16 @@ import json
 import logging
 import pickle
 import sys
+from collections.abc import Coroutine
 from types import ModuleType
 from typing import Any
 
 import pytest
 
 from asgi_metering import CallRefused, MeteringMiddleware, billable
+from asgi_metering.asgi import native
 from asgi_metering.asgi.native import framework_of
+from asgi_metering.errors import MeteringError
 from tests.harness.drive import body, status
 from tests.pitfalls.apps import PRICE
 from tests.pitfalls.scene import POOR, Scene, Visit, http_only, problem, visit
@@ -85,6 +88,13 @@ async def paid() -> None:
 def scene() -> Scene:
     """Books with ann's money."""
     return Scene()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No framework that another test has loaded."""
+    for module in native._MODULES:
+        monkeypatch.delitem(sys.modules, module, raising=False)
 
 
 def load(monkeypatch: pytest.MonkeyPatch, module: str, kind: Any) -> None:
@@ -179,6 +189,50 @@ def test_tell_the_client_of_a_tool_why(module: str, scene: Scene, monkeypatch: p
     (ended,) = visit(MeteringMiddleware(Handler(ToolError, 200), metering=scene.metering), REFUSED)
     assert status(ended.log) == 200
     assert json.loads(body(ended.log))["code"] == "insufficient_credits"
+
+
+# -- pitfall 34: other event loops -------------------------------------------------------------------------
+
+
+def by_hand(work: Coroutine[Any, Any, None]) -> None:
+    """Run what waits for nothing, as a library of other event loops would."""
+    with pytest.raises(StopIteration):
+        work.send(None)
+
+
+@pytest.mark.parametrize("path", ["/", "/free"])
+def test_serve_nothing_on_an_event_loop_of_others(path: str, scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    """Pitfall 34: on another loop than asyncio's nothing is served, from the first request on, and the log says why."""
+    sent: list[Any] = []
+
+    async def take(message: Any) -> None:
+        sent.append(message)
+
+    async def never() -> Any:
+        raise AssertionError
+
+    by_hand(MeteringMiddleware(Handler(CallRefused, 500), metering=scene.metering)(Visit(path).scope(), never, take))
+    assert (sent[0]["status"], json.loads(sent[1]["body"])["code"]) == (500, "misconfigured")
+    assert "not of trio" in caplog.text
+
+
+def test_refuse_to_start_on_an_event_loop_of_others(scene: Scene) -> None:
+    """Pitfall 34: the startup fails with the mend."""
+    sent: list[Any] = []
+
+    async def start() -> Any:
+        return {"type": "lifespan.startup"}
+
+    async def take(message: Any) -> None:
+        sent.append(message)
+
+    app = MeteringMiddleware(http_only(Handler(CallRefused, 500)), metering=scene.metering)
+    with pytest.raises(MeteringError, match="asyncio or uvloop, not of trio"):
+        app({"type": "lifespan", "asgi": {"version": "3.0"}}, start, take).send(None)  # type: ignore[attr-defined]
+    assert [message["type"] for message in sent] == ["lifespan.startup.failed"]
+
+
+# -- where the framework is --------------------------------------------------------------------------------
 
 
 def test_find_the_framework_behind_what_wraps_it() -> None:

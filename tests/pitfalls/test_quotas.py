@@ -166,6 +166,31 @@ def test_remove_customary_fields_of_a_provider(fields: Fields, part: Any) -> Non
     assert reading.limits
 
 
+DRAFTED: Fields = (
+    (b"RateLimit", b'"api";r=0;t=55'),
+    (b"ratelimit-policy", b'"fixed window";"api";q=500;w=300'),
+)
+"""As Hugging Face sends them (reference, "IETF RateLimit fields")."""
+
+
+@pytest.mark.parametrize("parts", [(), (rate_limited("5/minute"),)], ids=["charged", "limited too"])
+def test_remove_the_drafts_fields_of_a_provider(parts: tuple[Any, ...]) -> None:
+    """DESIGN 2: where a route passes answers on, the draft's fields in them are captured, and never the client's."""
+    ended, readings = passed(metered_app(proxy(DRAFTED), billable(1, usage="openai-chat"), *parts))
+    (reading,) = readings.values()
+    assert (reading.dialect, counts(reading)) == ("ietf", {"api": (500, 0)})
+    assert not lower(DRAFTED) & received(ended)
+    ours = sorted(name for name, _ in received(ended) if name.startswith("ratelimit"))
+    assert ours == (["ratelimit", "ratelimit-policy"] if parts else [])
+
+
+def test_let_the_drafts_fields_of_the_endpoint_itself_pass() -> None:
+    """Where nobody said that answers are passed on, the draft's fields are the application's own."""
+    ended, readings = passed(metered_app(proxy(DRAFTED), billable(1)))
+    assert lower(DRAFTED) <= received(ended)
+    assert readings == {}
+
+
 def test_read_resets_as_moments() -> None:
     """Captured resets are epoch seconds: Anthropic's are moments, OpenAI's count from the answer (trap 6)."""
     _, readings = passed(metered_app(proxy(ANTHROPIC), billable(1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asgi_metering.errors import BalanceError
-from asgi_metering.quotas.balances import ENDPOINTS, Found
+from asgi_metering.quotas.balances import ENDPOINTS, Endpoint, Found, read_with
 
 USD = {"currency": "usd", "total_balance": "7.50", "granted_balance": "2.50", "topped_up_balance": "10.00"}
 CNY = {"currency": "CNY", "total_balance": "110.00", "granted_balance": "0", "topped_up_balance": "0"}
@@ -84,6 +85,38 @@ def test_parse_of_what_is_no_balance_fails(kind: str, payload: object) -> None:
     """No entries, no limit, no number, or an unknown shape with a rest alone fail, and are no zero (S1.24 to S1.28)."""
     with pytest.raises(BalanceError):
         ENDPOINTS[kind].parse(payload)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (Found(total=25.0, used="3"), (25, 3)),  # type: ignore[arg-type]
+        (Found(remaining=Decimal(-2)), (20, 20)),
+        (Found(used=Decimal(4)), (20, 4)),
+        (Found(total=Decimal(-1), used=Decimal(1)), "tells the total -1, which is no number"),
+        (Found(total=Decimal("NaN"), used=Decimal(1)), "tells the total NaN, which is no number"),
+        (Found(used=-1), "tells the used -1, which is no number"),  # type: ignore[arg-type]
+        (Found(remaining="much"), "tells the remaining much, which is no number"),  # type: ignore[arg-type]
+        (Found(total=Decimal(3)), "neither what is used nor what is left"),
+        (12, "answered 12, and no Found"),
+        (BalanceError("closed today"), "closed today"),
+        (KeyError("balance"), r"could not be read: KeyError\('balance'\)"),
+    ],
+)
+def test_believe_no_parser(found: object, expected: object) -> None:
+    """Whoever wrote a parser, what it answers is a balance, or a failure that names what is wrong (S1.24, S1.28)."""
+
+    def parse(payload: object) -> Found:
+        if isinstance(found, Exception):
+            raise found
+        return found  # type: ignore[return-value]
+
+    endpoint = Endpoint((), parse, "ACME_KEY")
+    if isinstance(expected, str):
+        with pytest.raises(BalanceError, match=expected):
+            read_with(endpoint, {})
+    else:
+        assert read_with(endpoint, {}).over(20) == expected
 
 
 @pytest.mark.parametrize("kind", ENDPOINTS)

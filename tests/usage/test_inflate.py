@@ -34,6 +34,8 @@ def raw(data: bytes) -> bytes:
         ("", PLAIN),
         ("identity", PLAIN),
         ("identity, identity", PLAIN),
+        ("none", PLAIN),
+        ("UTF-8", PLAIN),
         ("gzip", gzip.compress(PLAIN)),
         (" GZip ", gzip.compress(PLAIN)),
         ("x-gzip, identity", gzip.compress(PLAIN)),
@@ -59,7 +61,7 @@ def test_inflate_in_any_pieces(header: str | None, packed: bytes, size: int) -> 
     assert decoder.expanded == (len(found) if decoder.active else 0)
     assert len(found) == len(PLAIN) or size < 9
     assert not decoder.failed
-    assert decoder.active is ((header or "").lower().split(",")[0].strip() not in ("", "identity"))
+    assert decoder.active is ((header or "").lower().split(",")[0].strip() not in ("", "identity", "none", "utf-8"))
 
 
 def test_inflate_a_piece_that_fills_exactly() -> None:

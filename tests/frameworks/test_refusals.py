@@ -1,5 +1,5 @@
 """
-Frameworks that the suite does not install: `tox run -e frameworks` does, and runs what stands here.
+Real frameworks, each with its own idea of an exception: they take a refusal for one of theirs (pitfalls 17, 20).
 
 Each of them has an async and a sync endpoint at ``/async`` and ``/sync`` that cost `PRICE`.
 """
@@ -22,6 +22,7 @@ import falcon.asgi
 import litestar
 import pytest
 import quart
+import trio
 from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.core.asgi import get_asgi_application
@@ -272,6 +273,19 @@ def test_run_sync_views_where_django_does(scene: Scene) -> None:
     (ended,) = ask(with_django(), scene, Visit("/beside"))
     ours, theirs = json.loads(body(ended.log))
     assert ours == theirs
+
+
+def test_serve_nothing_under_trio(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    """Pitfall 34: a server of trio hears 500 from the first request on, and its operator why."""
+    sent: list[Any] = []
+
+    async def take(message: Any) -> None:
+        sent.append(message)
+
+    app = MeteringMiddleware(with_falcon(), metering=scene.metering)
+    trio.run(app, Visit("/async").scope(), trio.sleep_forever, take)
+    assert sent[0]["status"] == 500
+    assert "not of trio" in caplog.text
 
 
 @pytest.mark.parametrize("stateless", [False, True], ids=["stateful", "stateless"])
