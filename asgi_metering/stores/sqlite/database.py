@@ -235,7 +235,10 @@ def _primary(error: sqlite3.Error) -> int:
 
 def _make_ours(connection: sqlite3.Connection, path: Path) -> None:
     """Check whose file it is, switch it to write-ahead logging, and run the schema steps that it lacks."""
-    _checked_version(connection, path)
+    # In one transaction: several that make a file at once see it empty or whole, and never one of these only.
+    connection.execute("BEGIN")
+    with connection:
+        _checked_version(connection, path)
     (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
     if mode != "wal":
         raise ConfigurationError(
@@ -253,7 +256,7 @@ def _make_ours(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _checked_version(connection: sqlite3.Connection, path: Path) -> int:
-    """The file's schema version, 0 for an empty file."""
+    """The file's schema version, 0 for an empty file; to be asked within a transaction."""
     ((owner,),) = connection.execute("PRAGMA application_id")
     ((version,),) = connection.execute("PRAGMA user_version")
     ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_schema")

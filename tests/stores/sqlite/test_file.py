@@ -10,6 +10,7 @@ import sqlite3
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from asgi_metering.errors import (
 from asgi_metering.rules.operations import Admit, LimitAsk, WindowKind
 from asgi_metering.stores.sqlite import SQLiteStore, database
 from asgi_metering.stores.sqlite.database import APPLICATION_ID, SCHEMA_VERSION, SYNCHRONOUS
+from asgi_metering.stores.sqlite.place import connected
 from asgi_metering.stores.sqlite.thread import Turn
 from tests.stores.sqlite.support import available, grant, nothing, play
 
@@ -244,6 +246,32 @@ def test_open_another_programs_database(path: Path) -> None:
     connection = sqlite3.connect(path)
     assert connection.execute("SELECT name FROM sqlite_schema").fetchall() == [("users",)]
     connection.close()
+
+
+def test_open_a_file_that_another_process_makes_meanwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What shows whose a file is is read in one go: it is seen empty, or as what others have made of it."""
+
+    def connect(place: Path) -> Any:
+        connection = connected(place)
+
+        def make_it_meanwhile(statement: str) -> None:
+            if "user_version" in statement:
+                connection.set_trace_callback(None)
+                other = connected(place)
+                with suppress(sqlite3.OperationalError):
+                    database._make_ours(other, place)
+                other.close()
+
+        connection.set_trace_callback(make_it_meanwhile)
+        return connection
+
+    monkeypatch.setattr(database, "connected", connect)
+
+    async def scene(store: SQLiteStore) -> None:
+        await store.post([grant()])
+        assert await available(store) == 100
+
+    play(path, scene)
 
 
 def test_open_a_file_of_an_older_version(path: Path) -> None:
