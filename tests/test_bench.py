@@ -170,6 +170,13 @@ def test_print_the_steps_of_each_subject() -> None:
     assert all(int(ours) > 0 for name, (*_, ours) in counted.items() if name.startswith("asgi_metering"))
 
 
+def test_print_what_is_decided_and_settled_beside_limits() -> None:
+    """The decision and the settlement are timed alone, over the same three limits called directly."""
+    rows = {row[0]: row[1:] for row in _rows_of("tests.bench.decision", "--rounds", "2", "--requests", "20")}
+    assert list(rows) == ["limits", "the decision", "the settlement", "both"]
+    assert all(re.fullmatch(NUMBER, us) and re.fullmatch(SPREAD, ratio) for us, ratio in rows.values())
+
+
 def test_upstream_benchmark_prints_each_subject() -> None:
     """What the upstream client costs for an answer is shown in a call and outside of one, beside the bare transport."""
     printed = asyncio.run(upstream.tables(rounds=2, requests=2, chunks=3))
