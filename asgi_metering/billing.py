@@ -302,7 +302,7 @@ def _doubt(call: Call, costing: Costing) -> None:
     for flag in costing.flags:
         call.metering.meters.count("costs_doubtful", line=call.line, problem=flag)
         models = sorted({str(each.call.model) for each in costing.calls if flag in each.flags})
-        told = f"{DOUBTS.get(flag, flag)}: call {call.id} of line {call.line}, {', '.join(models)}."
+        told = f"{DOUBTS.get(flag, flag)}: {', '.join((f'call {call.id} of line {call.line}', *models))}."
         call.metering.alarms.raised(f"cost {flag}", told, UsageError(flag))
 
 

@@ -60,6 +60,7 @@ DOUBTS = {
     "unpriced_citations": "What a model cites has no price, so that it costs nothing",
     "cost_refused": "A cost that was reported cannot be believed, and was passed over",
     "cost_unresolved": "Nothing tells the cost of a model that it used, so that nothing is charged for that",
+    "unpriced_units": "None of the units that it reported has a price, so that they cost nothing",
 }
 """What may be wrong with a cost, by the flags of `Costing`."""
 

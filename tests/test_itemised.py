@@ -243,6 +243,22 @@ def test_tell_that_nothing_of_a_unit_was_used() -> None:
     assert spent(silent, price=per_unit(items=2), hold=8).attributes == {}
 
 
+def test_tell_of_units_without_a_price(caplog: pytest.LogCaptureFixture) -> None:
+    """Units of which none has a price cost nothing, and not in silence: a name may be misspelt (S2.11)."""
+
+    async def misspelt(call: Any) -> None:
+        call.record(units={"item": 3})
+
+    found = spent(misspelt, price=per_unit(items=2), hold=8)
+    assert (found.settled, found.attributes["metering.price.flags"]) == (0, "unpriced_units")
+    assert "None of the units that it reported has a price" in caplog.text
+
+    async def beside(call: Any) -> None:
+        call.record(units={"items": 3, "looked_at": 90})
+
+    assert "metering.price.flags" not in spent(beside, price=per_unit(items=2), hold=8).attributes
+
+
 def test_tell_of_as_many_units_as_an_event_has_room_for() -> None:
     """Names come from handlers: an event tells of the first `MAX_UNITS_TOLD`, and all of them are charged."""
 

@@ -146,7 +146,7 @@ class Costing:
             charged as what costs most), ``unknown_service`` (a service tier without a factor, so that tokens cost the
             usual), ``unpriced_citations`` (what it cites is counted apart, and has no price), ``cost_refused`` (a
             reported cost that nobody can believe), ``cost_unresolved`` (nothing told the cost, so nothing is charged
-            for it).
+            for it), ``unpriced_units`` (units were reported, and none that has a price).
     """
 
     amount: Decimal

@@ -7,7 +7,7 @@ Exact arithmetic in whole units. Knows no unit by name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from types import MappingProxyType
 
@@ -30,7 +30,7 @@ class UnitPrice:
         prices: Whole units for *per* of each.
         per: By name, of how many; one where it is not named.
 
-    What is reported under other names costs nothing here.
+    What is reported under other names costs nothing here; where nothing else is reported, that is told (`Costing`).
     """
 
     prices: Mapping[str, Decimal]
@@ -61,7 +61,12 @@ class UnitPrice:
 
     def bill(self, calls: tuple[ModelCall, ...], context: object = None) -> Costing:
         """What the units of each call cost: see `BilledPrice`."""
-        return plain_costing(calls, lambda call: self.cost_of(call.units))
+        costing = plain_costing(calls, lambda call: self.cost_of(call.units))
+        reported = {name for call in calls for name in call.units}
+        if reported and reported.isdisjoint(self.prices):
+            # A name that is misspelt would make every call free, and nobody would hear of it.
+            return replace(costing, flags=("unpriced_units",))
+        return costing
 
     def __hash__(self) -> int:
         return hash((tuple(self.prices.items()), tuple(self.per.items())))
