@@ -69,6 +69,17 @@ def test_price_units_by_their_names(price: Any, call: ModelCall, cost: str) -> N
     assert hash(price)
 
 
+@pytest.mark.parametrize(
+    ("reported", "flags"),
+    [({"item": 3}, ("unpriced_units",)), ({"item": 3, "items": 0}, ()), ({}, ())],
+    ids=["misspelt", "beside a priced one", "none"],
+)
+def test_doubt_units_without_a_price(reported: dict[str, int], flags: tuple[str, ...]) -> None:
+    """Where units are reported and none of them has a price, the cost of nothing says so (S2.11)."""
+    calls = (ModelCall(units=read_units(reported)), ModelCall(USED))
+    assert per_unit(items=2).bill(calls).flags == flags
+
+
 def test_afford_units() -> None:
     """As many whole ones fit as the hold pays for; tokens cost nothing, and another name is refused."""
     assert per_minute("0.6").affordable("seconds", Decimal("0.1"), USED) == 10
