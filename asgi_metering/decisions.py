@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from asgi_metering.receipts import Receipt
 
-__all__ = ["Decision", "Reason", "Refusal", "WindowState"]
+__all__ = ["MONEY", "Decision", "Reason", "Refusal", "WindowState"]
 
 
 class Reason(StrEnum):
@@ -66,6 +66,10 @@ class WindowState(NamedTuple):
     reset_after_s: float
     window_s: float
     meter: str
+
+
+MONEY = frozenset((Reason.ALLOWANCE, Reason.CREDITS))
+"""Reasons whose numbers are of somebody's account."""
 
 
 class Refusal(NamedTuple):

@@ -162,8 +162,7 @@ class Metering(Ledger, Work, Standing, UpstreamClients):
     ) -> None:
         check_asked("identify", identify, "connection")
         check_asked("on_hold_lost", on_hold_lost, "call")
-        if on_event_dropped is not None and not callable(on_event_dropped):
-            raise ConfigurationError(f"on_event_dropped={on_event_dropped!r} cannot be called. Pass a function.")
+        check_asked("on_event_dropped", on_event_dropped, "dropped event")
         if not isinstance(unit, Unit):
             raise ConfigurationError(f"unit={unit!r} is no Unit. Declare one: Unit('credits', scale=6).")
         if new_id is not None:

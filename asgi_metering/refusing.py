@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from asgi_metering.decisions import Decision, Reason, Refusal
+from asgi_metering.decisions import MONEY, Decision, Refusal
 
 if TYPE_CHECKING:
     from asgi_metering.amounts import Unit
@@ -91,7 +91,7 @@ class CallCut(OSError):  # noqa: N818 -- an end, not an error
 
 def _lack(call: Call, refusal: Refusal) -> str:
     """What the payer's own account lacked; of limits and pools nothing, for others count in them as well."""
-    if refusal.reason not in (Reason.CREDITS, Reason.ALLOWANCE):
+    if refusal.reason not in MONEY:
         return ""
     required, available = call.unit.whole(refusal.required or 0), call.unit.whole(refusal.available or 0)
     return f" It needs {required:f} {call.unit.name} and {available:f} are available."

@@ -28,7 +28,7 @@ from asgi_metering.asgi.fields import (
     whole_seconds,
 )
 from asgi_metering.asgi.sentences import Facts
-from asgi_metering.decisions import Decision, Reason, Refusal, WindowState
+from asgi_metering.decisions import MONEY, Decision, Reason, Refusal, WindowState
 from asgi_metering.errors import ConfigurationError
 from asgi_metering.rules.state import build
 
@@ -57,9 +57,8 @@ REDUCED_CAPACITY = _IANA + "temporary-reduced-capacity"
 _ALLOWANCE, _CONCURRENCY, _CREDITS = Reason.ALLOWANCE, Reason.CONCURRENCY, Reason.CREDITS
 
 _COUNTED = frozenset((Reason.RATE_LIMIT, Reason.EXCEEDS_LIMIT, Reason.CONCURRENCY))
-_MONEY = frozenset((Reason.ALLOWANCE, Reason.CREDITS))
 _QUOTAS = _COUNTED | {Reason.ALLOWANCE}
-_OWN_WORDS = _COUNTED | _MONEY | {Reason.POLICY, Reason.FINGERPRINT, Reason.KEY_INVALID, Reason.BODY}
+_OWN_WORDS = _COUNTED | MONEY | {Reason.POLICY, Reason.FINGERPRINT, Reason.KEY_INVALID, Reason.BODY}
 """Reasons whose own detail is shown. The others are about the operator's affairs, which are nobody else's (X.9)."""
 
 
@@ -273,7 +272,7 @@ def _facts(refusal: Refusal, decision: Decision | None, unit: Unit, row: _Row, j
     case: _Case = build(_Case, (refusal, window, now, jitter))
     numbers = _NO_NUMBERS
     # A pool of everybody's shows what the operator can carry and what others use of it: neither is the caller's.
-    if reason in _MONEY:
+    if reason in MONEY:
         numbers = _money(refusal, unit)
     elif reason in _COUNTED and not (reason is _CONCURRENCY and refusal.level == "global"):
         numbers = _counts(refusal, window)

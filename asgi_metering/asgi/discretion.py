@@ -8,14 +8,11 @@ who pays a call, or would have; changes words and numbers of an answer, and noth
 from __future__ import annotations
 
 from asgi_metering.call import Call
-from asgi_metering.decisions import Reason, Refusal
+from asgi_metering.decisions import MONEY, Reason, Refusal
 from asgi_metering.errors import PayerError
 from asgi_metering.sources import Payer, PaymentSource, Wallet
 
 __all__ = ["discreet", "own_accounts", "tells_balance"]
-
-MONEY = frozenset({Reason.CREDITS, Reason.ALLOWANCE})
-"""Reasons whose numbers are of an account."""
 
 
 def tells_balance(call: Call) -> bool:

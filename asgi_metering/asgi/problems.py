@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from asgi_metering.asgi.answers import Answer
 from asgi_metering.asgi.fields import Fields, field_name, field_value, safe_name
-from asgi_metering.decisions import Reason
+from asgi_metering.decisions import MONEY, Reason
 from asgi_metering.policies import ErrorShape
 
 __all__ = ["Customise", "Rendered", "close_frame", "ndjson_error", "problem", "render", "sse_error"]
@@ -272,7 +272,7 @@ def _openai_type(answer: Answer) -> tuple[str, str]:
         return meter or "requests", "rate_limit_exceeded"
     if answer.reason is Reason.EXCEEDS_LIMIT:
         return answer.facts.unit or "requests", answer.code
-    if answer.reason in (Reason.ALLOWANCE, Reason.CREDITS):
+    if answer.reason in MONEY:
         words = "credits_in_flight" if answer.transient else "insufficient_quota"
         return words, words
     if answer.status == 401:

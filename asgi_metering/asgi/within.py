@@ -9,6 +9,7 @@ and a WebSocket closes itself (`websocket`).
 from __future__ import annotations
 
 import sys
+from abc import abstractmethod
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
@@ -65,9 +66,9 @@ class Within(Hearing):
             self.started, self.begun = True, message
         await self.server_send(message)
 
+    @abstractmethod
     def send(self, message: Message) -> Awaitable[None]:
-        """What the app calls once there is a call."""
-        raise NotImplementedError
+        """What the app calls once there is a call: see `Exchange`."""
 
     async def answers_within(self, failure: BaseException | None) -> bool:
         """Whether *failure*, which the app raised, is the refusal of a charge inside of it that is answered here."""

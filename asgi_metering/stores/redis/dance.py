@@ -26,7 +26,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from asgi_metering.decisions import Decision, Reason, Refusal
+from asgi_metering.decisions import MONEY, Decision, Reason, Refusal
 from asgi_metering.errors import ConfigurationError, StoreContendedError
 from asgi_metering.rules.calendars import pick
 from asgi_metering.rules.decide import Answer
@@ -247,7 +247,7 @@ def _decision(answer: Answer) -> Decision:
 def _is_dry(decision: Decision) -> bool:
     """Whether only the sources said no: others may pay."""
     refusal = decision.refusal
-    return refusal is not None and refusal.reason in (Reason.ALLOWANCE, Reason.CREDITS)
+    return refusal is not None and refusal.reason in MONEY
 
 
 def _dry(told: Sequence[Decision]) -> Decision:
